@@ -1,0 +1,24 @@
+"""The kernels, one folder an op. Each works alone: nothing here knows of the model.
+
+CUDA tensors run the Triton kernels, CPU tensors the PyTorch references.
+"""
+
+from gptkern.ops._dispatch import backend
+from gptkern.ops.decode_attention import append_kv, decode_attention
+from gptkern.ops.flash_attention import flash_attention, flash_attention_varlen
+from gptkern.ops.gelu_mlp import gelu_mlp
+from gptkern.ops.layer_norm import add_layer_norm, layer_norm
+from gptkern.ops.linear import linear_act, linear_residual
+
+__all__ = [
+    "add_layer_norm",
+    "append_kv",
+    "backend",
+    "decode_attention",
+    "flash_attention",
+    "flash_attention_varlen",
+    "gelu_mlp",
+    "layer_norm",
+    "linear_act",
+    "linear_residual",
+]

@@ -1,0 +1,57 @@
+"""Argument errors, phrased alike everywhere: the function, the argument, what came, what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+KERNEL_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(op: str, name: str, value: object, *, dim: int | None = None) -> None:
+    """``value`` is a tensor, of ``dim`` dimensions where that is given."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} is {type(value).__name__}; a torch.Tensor is needed")
+    if dim is not None and value.dim() != dim:
+        raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; {dim} dimensions are needed")
+
+
+def dtype(op: str, name: str, value: torch.Tensor, accepted: Sequence[torch.dtype] = FLOATS) -> None:
+    """``value``'s dtype is one of ``accepted``."""
+    if value.dtype not in accepted:
+        raise TypeError(f"{op}: {name} is {_names([value.dtype])}; accepted are {_names(accepted)}")
+
+
+def same_device(op: str, **values: torch.Tensor | None) -> None:
+    """All given tensors are on one device."""
+    devices = {name: value.device for name, value in values.items() if value is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{op}: tensors are on different devices: {devices}")
+
+
+def shape(op: str, name: str, value: torch.Tensor, expected: Sequence[int], why: str = "") -> None:
+    """``value`` has exactly the ``expected`` shape."""
+    if tuple(value.shape) != tuple(expected):
+        reason = f" ({why})" if why else ""
+        raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; {tuple(expected)} is needed{reason}")
+
+
+def last_dim_contiguous(op: str, name: str, value: torch.Tensor) -> None:
+    """The last dimension has stride 1; the others may have any stride."""
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: {name} has strides {value.stride()}; the last dimension must be contiguous "
+            f"(stride 1): call {name}.contiguous() if a copy is acceptable"
+        )
+
+
+def probability(op: str, name: str, value: float) -> None:
+    """``value`` is a dropout probability in [0, 1)."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{op}: {name} is {value}; 0 <= {name} < 1 is needed")

@@ -1,0 +1,70 @@
+"""Which implementation a call takes: the Triton kernel or the PyTorch reference.
+
+CUDA tensors run the kernel. CPU tensors run the reference, or the kernel under Triton's
+interpreter when ``TRITON_INTERPRET=1`` was set before Triton was imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Backend = Literal["auto", "reference", "kernel"]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_backend: Backend = "auto"
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Force every op called inside to one implementation, to debug or to compare.
+
+    ``"reference"`` is the plain PyTorch expression on any device; ``"kernel"`` is the Triton
+    kernel, which on CPU tensors needs ``TRITON_INTERPRET=1``; ``"auto"`` is the default choice.
+    The setting is process-wide, not per thread: it is a tool for debugging.
+    """
+    global _backend
+    if name not in ("auto", "reference", "kernel"):
+        raise ValueError(f"backend: got {name!r}; accepted are 'auto', 'reference' and 'kernel'")
+    previous, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def use_kernel(tensor: torch.Tensor) -> bool:
+    """Whether a call on ``tensor`` runs the Triton kernel (the tensors' agreement is checked apart)."""
+    if _backend == "reference":
+        return False
+    device = tensor.device.type
+    if device == "cuda":
+        return True
+    if device == "meta":  # a recorded launch: see _launch.record
+        return True
+    if device == "cpu":
+        if _backend == "kernel" and not INTERPRETED:
+            raise RuntimeError(
+                "backend('kernel') on CPU tensors needs TRITON_INTERPRET=1 in the environment "
+                "before triton is imported"
+            )
+        return INTERPRETED
+    raise ValueError(f"tensors are on device {device!r}; gptkern's ops run on 'cuda' and 'cpu'")
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd must see this call."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks of matrix products on ``tensor``'s device, or None outside it."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None

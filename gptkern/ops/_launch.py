@@ -1,0 +1,167 @@
+"""Launching kernels: the launch table, one launch function, and a recorder of launches.
+
+Launch configurations are data, in ``launch/sm80.toml``, ``sm90.toml`` and ``sm100.toml``: per
+kernel an ordered list of rows. A row's ``max_<name>`` keys and string keys say when it applies,
+the others are what is passed to the kernel. The first row that applies wins. There is no
+autotuning at run time: it would stall first calls, break graph capture and make results depend
+on timing.
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import torch
+
+ARCHS = (80, 90, 100)
+_NOTES = ("measured",)
+
+Observer = Callable[["Launch"], bool]
+
+
+@dataclass
+class Launch:
+    """One kernel launch as it was asked for: what the recorder keeps."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+
+_observer: Observer | None = None
+_recorded_arch: int | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    """Launch ``kernel`` over ``grid`` on the current stream; an empty grid launches nothing.
+
+    The caller has made the tensors' device current (see ``on_device``).
+    """
+    if 0 in grid:
+        return
+    if _observer is not None and not _observer(Launch(kernel, grid, args, kwargs)):
+        return
+    kernel[grid](*args, **kwargs)
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Show every launch to ``observer``, which returns whether the launch is to take place."""
+    global _observer
+    previous, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = previous
+
+
+@contextmanager
+def record(arch: int) -> Iterator[list[Launch]]:
+    """Collect launches instead of making them, with the launch table of ``arch`` (80, 90, 100).
+
+    Called with meta tensors, an op then yields exactly what it would launch on such a GPU: this
+    is what the ahead-of-time report compiles.
+    """
+    global _recorded_arch
+    launches: list[Launch] = []
+
+    def keep(item: Launch) -> bool:
+        launches.append(item)
+        return False
+
+    previous, _recorded_arch = _recorded_arch, arch
+    try:
+        with observe(keep):
+            yield launches
+    finally:
+        _recorded_arch = previous
+
+
+def on_device(tensor: torch.Tensor) -> Any:
+    """Context that makes ``tensor``'s GPU current, as Triton launches on the current one."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    return _NO_CONTEXT
+
+
+class _NoContext:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+_NO_CONTEXT = _NoContext()
+
+
+@functools.cache
+def _device_arch(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    capability = 10 * major + minor
+    if capability < ARCHS[0]:
+        raise RuntimeError(
+            f"GPU {index} has compute capability {major}.{minor}; gptkern's kernels need 8.0 or newer"
+        )
+    return capability
+
+
+def arch(device: torch.device) -> int:
+    """Compute capability as an integer (90 for 9.0); a CPU, where kernels are interpreted, counts as 90."""
+    if _recorded_arch is not None:
+        return _recorded_arch
+    if device.type == "cuda":
+        return _device_arch(device.index if device.index is not None else torch.cuda.current_device())
+    return 90
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors; 132 (an H100) where there is no GPU to ask."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 132
+
+
+@functools.cache
+def table(arch: int) -> dict[str, list[dict[str, Any]]]:
+    """The launch table that serves ``arch``: the newest one that is not newer than it."""
+    serving = max(a for a in ARCHS if a <= arch)
+    text = resources.files(__package__).joinpath("launch", f"sm{serving}.toml").read_text()
+    return tomllib.loads(text)
+
+
+def _applies(row: dict[str, Any], shape: dict[str, Any]) -> bool:
+    for name, value in shape.items():
+        if isinstance(value, str):
+            if row.get(name, value) != value:
+                return False
+        elif value > row.get(f"max_{name}", value):
+            return False
+    return True
+
+
+@functools.cache
+def _row(kernel: str, arch: int, shape: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    asked = dict(shape)
+    for row in table(arch).get(kernel, ()):
+        if _applies(row, asked):
+            return {
+                key: value
+                for key, value in row.items()
+                if not key.startswith("max_") and key not in asked and key not in _NOTES
+            }
+    raise ValueError(f"{kernel}: no launch row for {asked} on sm_{arch}; see gptkern/ops/launch/")
+
+
+def config(kernel: str, device: torch.device, **shape: Any) -> dict[str, Any]:
+    """The launch configuration of ``kernel`` for a shape class: block sizes, num_warps, num_stages."""
+    return _row(kernel, arch(device), tuple(sorted(shape.items())))

@@ -1,0 +1,3 @@
+from gptkern.ops.gelu_mlp.op import gelu_mlp
+
+__all__ = ["gelu_mlp"]

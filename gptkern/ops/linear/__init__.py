@@ -1,0 +1,3 @@
+from gptkern.ops.linear.op import linear_act, linear_residual
+
+__all__ = ["linear_act", "linear_residual"]
