@@ -1,0 +1,367 @@
+"""GPT: the decoder, in terms of ops only.
+
+Parameter names are those of transformers' GPT-2 (``transformer.h.0.attn.c_attn.weight``), matrices
+are ``(out, in)``. Between blocks travels a pair: a branch's output and the residual that it is
+still to be added to, so that each addition is fused with the norm that follows.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gptkern import ops
+from gptkern.config import GPTConfig
+
+if TYPE_CHECKING:
+    from gptkern.cache import KVCache
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class GPTOutput:
+    """What ``GPT.forward`` returns.
+
+    Attributes:
+        logits: ``(batch, seq, vocab_size)``, or the last ``logits_to_keep`` positions of it; zeros
+            where ``attention_mask`` is 0.
+        loss: Mean cross-entropy of the next token, a scalar in fp32; None without labels.
+    """
+
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+class Attend(Protocol):
+    """How the tokens of one forward pass attend to each other: dense, packed, or through a cache."""
+
+    def attention(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+    ) -> torch.Tensor: ...
+
+
+@dataclass
+class DenseAttend:
+    """Every row of the batch is a whole sequence: tensors ``(batch, seq, heads, head_dim)``."""
+
+    dropout_p: float
+
+    def attention(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+    ) -> torch.Tensor:
+        return ops.flash_attention(q, k, v, scale=scale, dropout_p=self.dropout_p)
+
+
+@dataclass
+class PackedAttend:
+    """Sequences of different lengths, end to end: tensors ``(tokens, heads, head_dim)``."""
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    dropout_p: float
+
+    def attention(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+    ) -> torch.Tensor:
+        cu, longest = self.cu_seqlens, self.max_seqlen
+        return ops.flash_attention_varlen(
+            q, k, v, cu, cu, longest, longest, scale=scale, dropout_p=self.dropout_p
+        )
+
+
+class Attention(nn.Module):
+    """Causal self-attention with one matrix for queries, keys and values."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.head_dim = config.n_head, config.head_dim
+        self.scale = config.attention_scale(layer)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, self.head_dim))
+        q, k, v = qkv.unbind(-3)
+        out = attend.attention(self.layer, q, k, v, scale=self.scale)
+        projected: torch.Tensor = self.c_proj(out.flatten(-2))
+        return projected
+
+
+class MLP(nn.Module):
+    """The two-layer perceptron."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.c_fc = nn.Linear(config.n_embd, config.inner_dim, bias=config.bias)
+        self.c_proj = nn.Linear(config.inner_dim, config.n_embd, bias=config.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.gelu_mlp(
+            x,
+            self.c_fc.weight,
+            self.c_fc.bias,
+            self.c_proj.weight,
+            self.c_proj.bias,
+            activation=self.activation,
+        )
+
+
+class Norm(nn.Module):
+    """Layer normalisation, alone or fused with the residual addition before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.eps = config.layer_norm_epsilon
+        self.dropout_p = config.resid_pdrop
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of ``residual + dropout(x)``, and that sum."""
+        dropout_p = self.dropout_p if self.training else 0.0
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p)
+
+
+class Block(nn.Module):
+    """One decoder block: norm before each branch (GPT-2), or after (GPT-1)."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.post_norm = config.post_norm
+        self.ln_1 = Norm(config)
+        self.attn = Attention(config, layer)
+        self.ln_2 = Norm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, attend: Attend
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``(x, residual)`` to the next such pair; the residual is None where nothing is to be added."""
+        if self.post_norm:
+            h, _ = self.ln_1.add(self.attn(x, attend), x)
+            h, _ = self.ln_2.add(self.mlp(h), h)
+            return h, None
+        if residual is None:
+            h, residual = self.ln_1(x), x
+        else:
+            h, residual = self.ln_1.add(x, residual)
+        h, residual = self.ln_2.add(self.attn(h, attend), residual)
+        return self.mlp(h), residual
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks and, before-norm models only, the final norm."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.embd_pdrop = config.embd_pdrop
+        self.gradient_checkpointing = False
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = None if config.post_norm else Norm(config)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend) -> torch.Tensor:
+        x = F.dropout(self.wte(input_ids) + self.wpe(position_ids), self.embd_pdrop, self.training)
+        residual: torch.Tensor | None = None
+        for block in self.h:
+            if self.gradient_checkpointing and self.training:
+                x, residual = checkpoint(block, x, residual, attend, use_reentrant=False)
+            else:
+                x, residual = block(x, residual, attend)
+        if self.ln_f is None:
+            return x
+        assert residual is not None
+        return self.ln_f.add(x, residual)[0]
+
+
+class GPT(nn.Module):
+    """A GPT language model: GPT-2's family, or the GPT of 2018 (``model_type="openai-gpt"``).
+
+    Args:
+        config: Its shape and switches. Weights are fresh, as GPT-2 initialises them.
+
+    ``GPT.from_pretrained`` reads a checkpoint; ``generate``, ``stream``, ``generate_text`` and
+    ``score`` are the ways to use one.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights: N(0, initializer_range), each branch's last layer divided by sqrt(2 n_layer)."""
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                branch_end = name.endswith("c_proj.weight") and not self.config.post_norm
+                nn.init.normal_(
+                    parameter, std=std / math.sqrt(2 * self.config.n_layer) if branch_end else std
+                )
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.wte.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return self.transformer.wte.weight.dtype
+
+    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.transformer.gradient_checkpointing = enabled
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        position_ids: torch.Tensor | None = None,
+        *,
+        logits_to_keep: int = 0,
+    ) -> GPTOutput:
+        """Logits, and the loss where labels are given.
+
+        Args:
+            input_ids: ``(batch, seq)`` int64.
+            labels: ``(batch, seq)`` int64, usually ``input_ids`` themselves: they are shifted inside;
+                -100 is left out of the mean.
+            attention_mask: ``(batch, seq)``, 1 for tokens and 0 for padding, on any side. Padding is
+                left out of the computation. With a cache it speaks of the new tokens only.
+            cache: Keys and values of what came before, row i of the batch being the i-th live
+                sequence; an empty one is filled with the batch's sequences. Grows by this call's tokens.
+            position_ids: ``(batch, seq)`` int64; by default 0, 1, 2, ... along the row, as in
+                transformers, or with a cache each sequence's own count of tokens.
+            logits_to_keep: Only the last so many positions' logits (of each sequence, with a cache or
+                a mask); 0 keeps all.
+
+        Raises:
+            ValueError: Shapes that do not agree, a token outside the vocabulary (on CPU), a sequence
+                longer than ``config.n_positions``, labels together with a cache.
+        """
+        self._check(input_ids, labels, attention_mask, cache, position_ids, logits_to_keep)
+        if cache is not None:
+            return self._forward_cached(input_ids, attention_mask, cache, position_ids, logits_to_keep)
+        batch, seq = input_ids.shape
+        if position_ids is None:
+            position_ids = torch.arange(seq, device=input_ids.device).expand(batch, seq)
+        dropout_p = self.config.attn_pdrop if self.training else 0.0
+        if attention_mask is None:
+            hidden = self.transformer(input_ids, position_ids, DenseAttend(dropout_p))
+            logits = self.lm_head(hidden[:, -logits_to_keep:] if labels is None else hidden)
+        else:
+            kept = attention_mask.bool()
+            lengths = kept.sum(1)
+            cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+            attend = PackedAttend(cu_seqlens, int(lengths.max()) if batch else 0, dropout_p)
+            hidden = self.transformer(input_ids[kept], position_ids[kept], attend)
+            packed = self.lm_head(hidden)
+            logits = packed.new_zeros(batch, seq, packed.shape[-1]).masked_scatter(kept[..., None], packed)
+        loss = None if labels is None else _shifted_loss(logits, labels)
+        return GPTOutput(logits[:, -logits_to_keep:], loss)
+
+    def _forward_cached(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: KVCache,
+        position_ids: torch.Tensor | None,
+        logits_to_keep: int,
+    ) -> GPTOutput:
+        batch, seq = input_ids.shape
+        if attention_mask is None:
+            lengths, ids = [seq] * batch, input_ids.flatten()
+        else:
+            kept = attention_mask.bool()
+            lengths, ids = kept.sum(1).tolist(), input_ids[kept]
+            position_ids = None if position_ids is None else position_ids[kept]
+        if not cache.sequences:
+            cache.allocate(batch)
+        self._check_length(max(map(operator.add, cache.lengths, lengths), default=0))
+        step = cache.extend(lengths)
+        positions = step.positions if position_ids is None else position_ids.flatten()
+        hidden = self.transformer(ids, positions, step)
+        step.commit()
+        if seq == 1:
+            return GPTOutput(self.lm_head(hidden)[:, None])
+        kept_rows = logits_to_keep or max(lengths)
+        ends = step.cu_seqlens_q[1:].long()
+        rows = ends[:, None] + torch.arange(-kept_rows, 0, device=ends.device)
+        present = rows >= step.cu_seqlens_q[:-1, None]
+        logits = self.lm_head(hidden[rows.clamp_min(0)])
+        return GPTOutput(logits.masked_fill(~present[..., None], 0.0))
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self.config.n_positions:
+            raise ValueError(
+                f"GPT: {tokens} tokens are longer than the model's context of {self.config.n_positions}"
+            )
+
+    def _check(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        cache: KVCache | None,
+        position_ids: torch.Tensor | None,
+        logits_to_keep: int,
+    ) -> None:
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"GPT: input_ids is {input_ids.dtype} of shape {tuple(input_ids.shape)}; "
+                "integers of shape (batch, seq) are needed"
+            )
+        for name, value in (("labels", labels), ("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if value is not None and value.shape != input_ids.shape:
+                raise ValueError(
+                    f"GPT: {name} has shape {tuple(value.shape)}, input_ids {tuple(input_ids.shape)}: "
+                    "they must be the same"
+                )
+        if logits_to_keep < 0:
+            raise ValueError(f"GPT: logits_to_keep is {logits_to_keep}; 0 or more is needed")
+        if cache is not None and labels is not None:
+            raise ValueError("GPT: labels cannot be given together with a cache: score without one")
+        if cache is not None and cache.sequences and len(cache.sequences) != input_ids.shape[0]:
+            raise ValueError(
+                f"GPT: input_ids has {input_ids.shape[0]} rows, the cache {len(cache.sequences)} sequences: "
+                "one row a sequence is needed"
+            )
+        if cache is None:
+            self._check_length(input_ids.shape[1])
+        if input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = input_ids.min().item(), input_ids.max().item()
+            if low < 0 or high >= self.config.vocab_size:
+                bad: Any = low if low < 0 else high
+                raise ValueError(
+                    f"GPT: input_ids holds {bad}; token ids from 0 to {self.config.vocab_size - 1} are accepted"
+                )
+
+
+def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each next token, in fp32."""
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device), ignore_index=IGNORE_INDEX
+    )
