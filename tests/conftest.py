@@ -1,0 +1,89 @@
+"""What every test shares: which implementation runs, seeds, threads, data.
+
+Where there is no CUDA, kernels run under Triton's interpreter, for tests in ``tests/ops`` and for
+tests marked ``kernels`` alone; every other test runs on the PyTorch references, which are fast.
+A test changes that with ``with gptkern.backend("kernel")`` or ``"reference"``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import triton
+
+import gptkern
+from gptkern.ops._dispatch import INTERPRETED
+
+if INTERPRETED:
+    import interpreter_bf16
+
+    interpreter_bf16.install()
+    # Triton asks for the setting whenever a kernel is defined. It is kept in this process alone:
+    # subprocesses that tests start (command line, ahead-of-time compilation) must not inherit it.
+    triton.knobs.propagate_env = False
+    triton.knobs.runtime.interpret = True
+    os.environ.pop("TRITON_INTERPRET", None)
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; left out of the quick run")
+    config.addinivalue_line("markers", "kernels: runs the Triton kernels, interpreted where there is no CUDA")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    # NumPy warns of inf and NaN arithmetic that a GPU does in silence, masked lanes included.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if HERE / "ops" in item.path.parents:
+            item.add_marker(pytest.mark.kernels)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    # Around the whole protocol, so that fixtures of every scope see the same implementation.
+    interpreted = INTERPRETED and item.get_closest_marker("kernels") is not None
+    with gptkern.backend("auto" if interpreted or not INTERPRETED else "reference"):
+        return (yield)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every run, whatever ran before."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels are tested: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of tokenizers and text that tests read."""
+    named = os.environ.get("GPTKERN_SHARED_DATA")
+    folder = Path(named) if named else HERE.parent.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}; GPTKERN_SHARED_DATA names another place")
+    return folder

@@ -1,0 +1,175 @@
+"""bfloat16 by value in Triton's interpreter.
+
+The interpreter (seen in triton 3.6.0 and 3.8.0) keeps bf16 as raw 16-bit patterns and lets NumPy
+add, compare and multiply those patterns; its cast from fp32 truncates where hardware rounds to
+nearest even. ``install`` wraps its builder: a bf16 operand is widened to fp32, the operation is
+done there, and a bf16 result is rounded to nearest even, as the hardware does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+_COMPUTED = (
+    "create_fadd",
+    "create_fsub",
+    "create_fmul",
+    "create_fdiv",
+    "create_frem",
+    "create_precise_divf",
+    "create_minimumf",
+    "create_minnumf",
+    "create_maximumf",
+    "create_maxnumf",
+    "create_clampf",
+    "create_fma",
+    "create_fneg",
+    "create_floor",
+    "create_ceil",
+    "create_sqrt",
+    "create_precise_sqrt",
+    "create_rsqrt",
+    "create_exp",
+    "create_exp2",
+    "create_log",
+    "create_log2",
+    "create_sin",
+    "create_cos",
+    "create_erf",
+)
+_COMPARED = tuple(f"create_fcmp{order}{kind}" for order in "OU" for kind in ("LT", "GT", "LE", "GE", "EQ", "NE"))
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """The fp32 values of bf16 bit patterns."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def round_to_bf16(values: np.ndarray) -> np.ndarray:
+    """The bf16 bit patterns nearest to fp32 ``values``, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    lowest_kept = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = ((bits + np.uint32(0x7FFF) + lowest_kept) >> np.uint32(16)).astype(np.uint16)
+    quiet_nan = np.uint16(0x7FC0)
+    return np.where(np.isnan(values), quiet_nan, rounded).reshape(np.shape(values))
+
+
+def _truncate_to_bf16(values: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return (bits >> np.uint32(16)).astype(np.uint16).reshape(np.shape(values))
+
+
+def _is_bf16(handle: Any) -> bool:
+    # A comparison's result keeps its operands' type in the interpreter, so the data is asked too.
+    return (
+        isinstance(handle, TensorHandle)
+        and not isinstance(handle.dtype, tl.pointer_type)
+        and handle.dtype.scalar == tl.bfloat16
+        and handle.data.dtype == np.uint16
+    )
+
+
+def _widened(handle: Any) -> Any:
+    return TensorHandle(widen(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def _narrowed(handle: TensorHandle) -> TensorHandle:
+    return TensorHandle(round_to_bf16(handle.data), tl.bfloat16)
+
+
+def _by_value(original: Callable[..., Any], *, rounds: bool) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def operation(self: Any, *operands: Any) -> Any:
+        if not any(_is_bf16(x) for x in operands):
+            return original(self, *operands)
+        result = original(self, *(_widened(x) for x in operands))
+        return _narrowed(result) if rounds else TensorHandle(result.data, tl.int1)
+
+    return operation
+
+
+def _cast(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
+        src = _widened(src)
+        if dst_type.scalar != tl.bfloat16:
+            return original(self, src, dst_type)
+        return _narrowed(original(self, src, tl.float32))
+
+    return cast_impl
+
+
+def _float_cast(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_fp_to_fp(self: Any, src: TensorHandle, dst_type: Any, rounding_mode: Any) -> TensorHandle:
+        if dst_type.scalar == tl.bfloat16 and src.dtype.scalar == tl.float32:
+            nearest = rounding_mode == interpreter._ir.ROUNDING_MODE.RTNE
+            return TensorHandle((round_to_bf16 if nearest else _truncate_to_bf16)(src.data), tl.bfloat16)
+        return original(self, src, dst_type, rounding_mode)
+
+    return create_fp_to_fp
+
+
+def _dot(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *options: Any) -> Any:
+        return original(self, _widened(a), _widened(b), d, *options)
+
+    return create_dot
+
+
+def _whole_array(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A reduction or scan that NumPy does over the whole array at once."""
+
+    @functools.wraps(original)
+    def reduction(self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        value = source[0] if isinstance(source, tuple) else source
+        if not _is_bf16(value.handle):
+            return original(self, source, *args, **kwargs)
+        result = original(self, self.to_tensor(widen(value.handle.data), tl.float32), *args, **kwargs)
+        if isinstance(result, tuple | list):
+            return type(result)(_narrowed_tensor(self, x) for x in result)
+        return _narrowed_tensor(self, result)
+
+    return reduction
+
+
+def _narrowed_tensor(self: Any, value: Any) -> Any:
+    if value.dtype != tl.float32:  # the index of an argmin or argmax
+        return value
+    handle = _narrowed(value.handle)
+    return tl.tensor(handle, value.type.with_element_ty(tl.bfloat16) if value.type.is_block() else tl.bfloat16)
+
+
+def _get_bf16(self: Any, value: float) -> TensorHandle:
+    return TensorHandle(round_to_bf16(np.array([value], dtype=np.float32)), tl.bfloat16)
+
+
+def install() -> None:
+    """Make the interpreter of this process compute bf16 by value; a second call does nothing."""
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "computes_bf16_by_value", False):
+        return
+    for names, rounds in ((_COMPUTED, True), (_COMPARED, False)):
+        for name in names:
+            if hasattr(builder, name):  # which operations there are differs between Triton versions
+                setattr(builder, name, _by_value(getattr(builder, name), rounds=rounds))
+    builder.cast_impl = _cast(builder.cast_impl)
+    builder.create_fp_to_fp = _float_cast(builder.create_fp_to_fp)
+    builder.create_dot = _dot(builder.create_dot)
+    builder.get_bf16 = _get_bf16
+    for owner, name in (
+        (interpreter.ReduceOps, "sum"),
+        (interpreter.ReduceOps, "min_max"),
+        (interpreter.ScanOps, "cumsum"),
+        (interpreter.ScanOps, "cumprod"),
+    ):
+        setattr(owner, name, _whole_array(getattr(owner, name)))
+    builder.computes_bf16_by_value = True
