@@ -44,7 +44,9 @@ _COMPUTED = (
     "create_cos",
     "create_erf",
 )
-_COMPARED = tuple(f"create_fcmp{order}{kind}" for order in "OU" for kind in ("LT", "GT", "LE", "GE", "EQ", "NE"))
+_COMPARED = tuple(
+    f"create_fcmp{order}{kind}" for order in "OU" for kind in ("LT", "GT", "LE", "GE", "EQ", "NE")
+)
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -145,7 +147,9 @@ def _narrowed_tensor(self: Any, value: Any) -> Any:
     if value.dtype != tl.float32:  # the index of an argmin or argmax
         return value
     handle = _narrowed(value.handle)
-    return tl.tensor(handle, value.type.with_element_ty(tl.bfloat16) if value.type.is_block() else tl.bfloat16)
+    return tl.tensor(
+        handle, value.type.with_element_ty(tl.bfloat16) if value.type.is_block() else tl.bfloat16
+    )
 
 
 def _get_bf16(self: Any, value: float) -> TensorHandle:

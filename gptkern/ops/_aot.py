@@ -1,0 +1,313 @@
+"""What the compiler makes of the kernels, without a GPU: registers, spills, shared memory, instructions.
+
+Every op's ``SAMPLES`` (see ``_samples``) are called on meta tensors while launches are recorded
+(``_launch.record``); each recorded launch is compiled by Triton's own just-in-time path, told that
+the current GPU is of the asked architecture, so that argument types, divisibility by 16 and values
+equal to 1 are specialised as in a real launch. The machine code is then read.
+
+    python -m gptkern.ops._aot                     # all ops, all architectures, as a table
+    python -m gptkern.ops._aot --op layer_norm --arch 90 --json report.json
+
+Must run without TRITON_INTERPRET: under it kernels are Python functions and nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from gptkern.ops import _launch, _samples
+from gptkern.ops._dispatch import INTERPRETED
+
+_REGISTERS_PER_SM = 65536
+_THREADS_PER_SM = 2048
+_BLOCKS_PER_SM = 32
+_REGISTERS_PER_WARP_STEP = 256
+_SHARED_RESERVED_PER_BLOCK = 1024
+# Bytes a multiprocessor has and bytes one block may take (CUDA programming guide, compute capabilities).
+_SHARED = {80: (164 * 1024, 163 * 1024), 90: (228 * 1024, 227 * 1024), 100: (228 * 1024, 227 * 1024)}
+
+# The last that occurs names the kernel: a wgmma kernel may hold a small mma.sync beside it.
+_MATRIX_INSTRUCTIONS = {"mma.sync": "mma.sync.", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
+_GLOBAL_LOAD = re.compile(r"\bld(?:\.\w+)*?\.global(?:[.:]\w+)*?(?:\.v(\d))?\.[bsuf](\d+)\b")
+_ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)")
+_BULK_COPY = "cp.async.bulk.tensor"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel needs and uses.
+
+    ``local_bytes`` is the stack frame of a thread: what did not fit in registers spills there.
+    ``matrix`` is the matrix instruction, or "" where there is none. ``widest_load`` is the bytes of
+    the widest load from global memory by one thread; bulk copies by the copy engine are ``bulk``.
+    """
+
+    op: str
+    sample: str
+    dtype: str
+    kernel: str
+    arch: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    blocks_per_sm: int
+    matrix: str
+    widest_load: int
+    bulk: bool
+    code_bytes: int
+    problems: tuple[str, ...]
+
+
+class _Target:
+    """The little of a Triton driver that compiling asks for."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._arch, 32)
+
+    def get_current_device(self) -> int:
+        return self._arch  # keeps the architectures' compiled kernels apart
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def _compiling_for(arch: int) -> Iterator[None]:
+    if INTERPRETED or triton.knobs.runtime.interpret:
+        raise RuntimeError("ahead-of-time compilation needs a process without TRITON_INTERPRET")
+    config = triton.runtime.driver
+    previous = config._active
+    config.set_active(_Target(arch))
+    try:
+        yield
+    finally:
+        config._active = previous
+
+
+def record_sample(sample: _samples.Sample, dtype: torch.dtype, arch: int) -> list[_launch.Launch]:
+    """What ``sample`` launches on ``arch``: without gradients, then with them and the backward pass."""
+    with _launch.record(arch) as launches:
+        call = sample.make(torch.device("meta"), dtype)
+        with torch.no_grad():
+            sample.op(*call.args, **call.kwargs)
+        call = sample.make(torch.device("meta"), dtype)
+        inputs = [t for t in _samples.tensors((call.args, call.kwargs)) if t.requires_grad]
+        if inputs:
+            outputs = [t for t in _samples.tensors(sample.op(*call.args, **call.kwargs)) if t.requires_grad]
+            torch.autograd.grad(outputs, inputs, [torch.empty_like(t) for t in outputs], allow_unused=True)
+    return launches
+
+
+def compile_launch(launch: _launch.Launch, arch: int) -> Any:
+    """Triton's compiled kernel for ``launch`` on ``arch``."""
+    with _compiling_for(arch):
+        return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.kwargs)
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of local memory a thread)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [_cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{text}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def _code_bytes(cubin: bytes) -> int:
+    """Size of the machine code: the ``.text`` sections of a 64-bit little-endian ELF file."""
+    (headers,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
+
+    def section(index: int) -> tuple[int, int, int]:
+        name, _, _, _, offset, length = struct.unpack_from("<IIQQQQ", cubin, headers + index * size)
+        return name, offset, length
+
+    _, names, _ = section(names_index)
+    return sum(
+        length for name, _, length in map(section, range(count)) if cubin.startswith(b".text", names + name)
+    )
+
+
+def blocks_per_sm(arch: int, threads: int, registers: int, shared_bytes: int) -> int:
+    """How many blocks one multiprocessor of ``arch`` holds at once; 0 where a block does not fit."""
+    warps = -(-threads // 32)
+    steps = -(-registers * 32 // _REGISTERS_PER_WARP_STEP)
+    per_sm, per_block = _SHARED[arch]
+    if shared_bytes > per_block:
+        return 0
+    return min(
+        _BLOCKS_PER_SM,
+        _THREADS_PER_SM // threads,
+        _REGISTERS_PER_SM // (steps * _REGISTERS_PER_WARP_STEP * warps),
+        per_sm // (shared_bytes + _SHARED_RESERVED_PER_BLOCK),
+    )
+
+
+def _widest_load(ptx: str) -> int:
+    loads = [int(lanes or 1) * int(bits) // 8 for lanes, bits in _GLOBAL_LOAD.findall(ptx)]
+    copies = [int(size, 0) for size in _ASYNC_COPY.findall(ptx)]
+    return max(loads + copies, default=0)
+
+
+def _threads(ptx: str, num_warps: int) -> int:
+    required = re.search(r"\.reqntid (\d+)", ptx)  # warp specialisation adds warps to num_warps
+    return int(required.group(1)) if required else 32 * num_warps
+
+
+def _problems(
+    sample: _samples.Sample, dtype: torch.dtype, kernel: str, arch: int, local: int, shared: int, matrix: str
+) -> Iterator[str]:
+    if local:
+        yield f"spills {local} bytes a thread to local memory"
+    if shared > _SHARED[arch][1]:
+        yield f"needs {shared} bytes of shared memory; sm_{arch} has {_SHARED[arch][1]} a block"
+    half = dtype in (torch.float16, torch.bfloat16)
+    if arch == 90 and half and matrix == "mma.sync" and kernel not in sample.mma_sync:
+        yield "multiplies with mma.sync, not wgmma"
+
+
+def inspect(
+    op: str, sample: _samples.Sample, dtype: torch.dtype, launch: _launch.Launch, arch: int
+) -> Report:
+    """Compile one recorded launch and read its machine code."""
+    compiled = compile_launch(launch, arch)
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    registers, local_bytes = _resources(cubin)
+    metadata = compiled.metadata
+    matrix = ""
+    for name, mnemonic in _MATRIX_INSTRUCTIONS.items():
+        if mnemonic in ptx:
+            matrix = name
+    return Report(
+        op=op,
+        sample=sample.name,
+        dtype=str(dtype).removeprefix("torch."),
+        kernel=launch.name,
+        arch=arch,
+        num_warps=metadata.num_warps,
+        num_stages=metadata.num_stages,
+        registers=registers,
+        local_bytes=local_bytes,
+        shared_bytes=metadata.shared,
+        blocks_per_sm=blocks_per_sm(arch, _threads(ptx, metadata.num_warps), registers, metadata.shared),
+        matrix=matrix,
+        widest_load=_widest_load(ptx),
+        bulk=_BULK_COPY in ptx,
+        code_bytes=_code_bytes(cubin),
+        problems=tuple(_problems(sample, dtype, launch.name, arch, local_bytes, metadata.shared, matrix)),
+    )
+
+
+def reports(op: str, archs: tuple[int, ...] = _launch.ARCHS) -> Iterator[Report]:
+    """One report for every different kernel that the samples of ``op`` compile to."""
+    for arch in archs:
+        seen = set()
+        for sample in _samples.samples(op):
+            for dtype in sample.dtypes:
+                for launch in record_sample(sample, dtype, arch):
+                    compiled = compile_launch(launch, arch).hash
+                    if compiled not in seen:
+                        seen.add(compiled)
+                        yield inspect(op, sample, dtype, launch, arch)
+
+
+def rows_without_sample(arch: int) -> list[str]:
+    """Rows of the launch table of ``arch`` that no op's samples ask for, and so nothing compiles."""
+    for op in _samples.ops():
+        for sample in _samples.samples(op):
+            for dtype in sample.dtypes:
+                record_sample(sample, dtype, arch)
+    return [
+        f"sm{arch}.toml: {kernel}, row {index + 1}"
+        for kernel, rows in _launch.table(arch).items()
+        for index in range(len(rows))
+        if (arch, kernel, index) not in _launch.rows_asked
+    ]
+
+
+_COLUMNS = (
+    "kernel",
+    "arch",
+    "dtype",
+    "num_warps",
+    "num_stages",
+    "registers",
+    "local_bytes",
+    "shared_bytes",
+    "blocks_per_sm",
+    "matrix",
+    "widest_load",
+    "bulk",
+    "code_bytes",
+    "sample",
+)
+
+
+def as_table(found: list[Report]) -> str:
+    """The reports as aligned text, one line a kernel, problems beneath their kernel."""
+    cells = [_COLUMNS] + [tuple(str(getattr(report, name)) for name in _COLUMNS) for report in found]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    for position in range(len(found), 0, -1):
+        lines[position + 1 : position + 1] = [f"    {problem}" for problem in found[position - 1].problems]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 1 where a kernel has a problem or a launch row has no sample."""
+    parser = argparse.ArgumentParser(prog="python -m gptkern.ops._aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--op", action="append", help="only this op (repeatable)")
+    parser.add_argument("--arch", action="append", type=int, choices=_launch.ARCHS, help="only this one")
+    parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    parser.add_argument("--rows", action="store_true", help="only list launch rows without a sample")
+    asked = parser.parse_args(arguments)
+    archs = tuple(asked.arch or _launch.ARCHS)
+    if asked.rows:
+        missing = [row for arch in archs for row in rows_without_sample(arch)]
+        print("\n".join(missing))
+        return int(bool(missing))
+    found = [report for op in asked.op or _samples.ops() for report in reports(op, archs)]
+    print(as_table(found))
+    if asked.json:
+        asked.json.write_text(json.dumps([dataclasses.asdict(report) for report in found], indent=1))
+    return int(any(report.problems for report in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Sample calls of every op: one registry that compiles ahead of time, inspects and checks share.
+
+An op takes part by a file ``gptkern/ops/<op>/samples.py``, found by name, with two lists:
+
+``SAMPLES``
+    Calls at the shapes of real models (GPT-2 124M to 1.5B, training and decode), one for every
+    row of the launch tables. They are never computed: the ahead-of-time build (``_aot``) makes
+    them on meta tensors and compiles what they would launch for sm_80, sm_90 and sm_100.
+``CHECKS``
+    Calls with small shapes, the nasty ones among them, that ``gptkern.testing.check`` computes.
+
+Example::
+
+    def _inputs(rows: int, width: int) -> Make:
+        def make(device: torch.device, dtype: torch.dtype) -> Call:
+            x = tensor(rows, width, device=device, dtype=dtype)
+            weight = tensor(width, device=device, dtype=dtype)
+            return Call((x, weight), {"eps": 1e-5})
+        return make
+
+    SAMPLES = [Sample("layer_norm 65536 x 768", layer_norm, _inputs(65536, 768))]
+    CHECKS = [Sample("layer_norm 3 x 17", layer_norm, _inputs(3, 17))]
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Call:
+    """Arguments of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+Make = Callable[[torch.device, torch.dtype], Call]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op.
+
+    Args:
+        name: what it shows, unique within the op.
+        op: the public function.
+        make: fresh arguments on a device in a dtype. What requires grad is differentiated.
+        dtypes: the dtypes in which it is compiled ahead of time; one is enough for most samples.
+        mma_sync: names of kernels whose tile is too narrow for ``wgmma`` on sm_90 by design (decode,
+            where one sequence is one row): ``mma.sync`` is accepted from them.
+    """
+
+    name: str
+    op: Callable[..., Any]
+    make: Make
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    mma_sync: frozenset[str] = frozenset()
+
+
+def tensor(
+    *shape: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    requires_grad: bool = True,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """A normally distributed tensor; on the meta device no numbers at all."""
+    value = torch.randn(shape, device=device, dtype=torch.float32)
+    return (value * scale).to(dtype).requires_grad_(requires_grad)
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in a result or an argument list, nested tuples, lists and dicts included."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return [t for item in value for t in tensors(item)]
+    return []
+
+
+def ops() -> list[str]:
+    """Names of the ops that have samples."""
+    import gptkern.ops
+
+    return [
+        module.name
+        for module in pkgutil.iter_modules(gptkern.ops.__path__)
+        if module.ispkg and importlib.util.find_spec(f"gptkern.ops.{module.name}.samples")
+    ]
+
+
+def samples(op: str) -> list[Sample]:
+    """The calls of ``op`` at the shapes of real models."""
+    return list(importlib.import_module(f"gptkern.ops.{op}.samples").SAMPLES)
+
+
+def checks(op: str) -> list[Sample]:
+    """The small calls of ``op`` that are computed and compared."""
+    return list(importlib.import_module(f"gptkern.ops.{op}.samples").CHECKS)

@@ -1,0 +1,53 @@
+"""Every kernel in every launch configuration compiles to sound machine code, with no GPU at hand.
+
+Compiling needs a process without TRITON_INTERPRET, so each op is built in one of its own.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptkern.ops import _aot, _launch, _samples
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gptkern.ops._aot", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("op", _samples.ops())
+def test_kernels_compile_without_spills(op: str) -> None:
+    done = _run("--op", op)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("arch", _launch.ARCHS)
+def test_every_launch_row_is_compiled_by_a_sample(arch: int) -> None:
+    done = _run("--rows", "--arch", str(arch))
+    assert done.returncode == 0, f"rows without a sample:\n{done.stdout}\n{done.stderr[-4000:]}"
+
+
+# What the occupancy calculator of CUDA's toolkit gives.
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared", "expected"),
+    [
+        (90, 128, 32, 0, 16),
+        (90, 128, 255, 0, 2),
+        (90, 256, 64, 0, 4),
+        (90, 128, 32, 227 * 1024, 1),
+        (90, 128, 32, 113 * 1024, 2),
+        (80, 128, 32, 163 * 1024, 1),
+        (80, 128, 32, 164 * 1024, 0),
+        (90, 32, 16, 0, 32),
+    ],
+)
+def test_blocks_per_sm(arch: int, threads: int, registers: int, shared: int, expected: int) -> None:
+    assert _aot.blocks_per_sm(arch, threads, registers, shared) == expected
