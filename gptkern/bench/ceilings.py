@@ -1,0 +1,50 @@
+"""What this machine can do at most: the rate of a large copy, and of a large matrix product per dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from gptkern.bench.timing import sample, warm_up
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured ceilings.
+
+    Attributes:
+        copy: Bytes a second of a device-to-device copy, read plus written.
+        matmul: Floating-point operations a second of a square product, by dtype name, random data.
+    """
+
+    copy: float
+    matmul: dict[str, float]
+
+    def floor(self, bytes_moved: float, flops: float, dtype: torch.dtype) -> float:
+        """The least seconds that so many bytes and operations take here."""
+        rate = self.matmul[str(dtype).removeprefix("torch.")]
+        return max(bytes_moved / self.copy, flops / rate)
+
+
+def measure(device: torch.device) -> Ceilings:
+    """Measure both ceilings; seconds on a CPU, less on a GPU."""
+    on_gpu = device.type == "cuda"
+    source = torch.empty((2 << 30) if on_gpu else (256 << 20), dtype=torch.int8, device=device).random_()
+    target = torch.empty_like(source)
+    copy_seconds = _median(lambda: target.copy_(source), device)
+    rates = {}
+    for dtype in DTYPES:
+        n = 8192 if on_gpu else 1024
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / _median(lambda a=a, b=b: a @ b.T, device)
+    return Ceilings(copy=2 * source.numel() / copy_seconds, matmul=rates)
+
+
+def _median(call: object, device: torch.device) -> float:
+    assert callable(call)
+    estimate = warm_up([call], device)
+    return median(sample([call], device, 10, estimate))

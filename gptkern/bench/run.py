@@ -1,0 +1,138 @@
+"""Running problems: check every provider against the reference, then time them in interleaved rounds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from gptkern.bench import environment, timing
+from gptkern.bench.ceilings import Ceilings
+from gptkern.bench.problem import TOLERANCE, Problem, Unavailable, call_of, error
+
+FORMAT = 1
+_CPU_CACHE_BYTES = 64 << 20
+_MOST_INPUT_SETS = 4
+
+
+@dataclass
+class Row:
+    """One problem solved by one provider.
+
+    Attributes:
+        rounds: Seconds of each sample, one list a round; empty where the provider failed.
+        problem: Why there are no samples, "" where there are.
+        error: Relative error against the float64 reference.
+    """
+
+    suite: str
+    shape: str
+    dtype: str
+    backward: bool
+    provider: str
+    bytes_moved: float
+    flops: float
+    error: float | None = None
+    problem: str = ""
+    rounds: list[list[float]] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, str, str, bool, str]:
+        """What identifies the row in another run."""
+        return self.suite, self.shape, self.dtype, self.backward, self.provider
+
+    @property
+    def samples(self) -> list[float]:
+        """All samples, seconds."""
+        return [seconds for round_ in self.rounds for seconds in round_]
+
+    @property
+    def seconds(self) -> float | None:
+        """The median sample."""
+        return median(self.samples) if self.rounds else None
+
+    @property
+    def spread(self) -> float | None:
+        """Interquartile range over the median."""
+        if len(self.samples) < 4:
+            return None
+        low, _, high = quantiles(self.samples, n=4)
+        return (high - low) / median(self.samples)
+
+
+@dataclass
+class Results:
+    """A whole run: where it was made, the ceilings, the rows."""
+
+    environment: dict[str, Any]
+    ceilings: Ceilings
+    rows: list[Row]
+
+
+@dataclass
+class _Ready:
+    row: Row
+    calls: list[timing.Call]
+    estimate: float
+
+
+def run(
+    problems: Sequence[Problem],
+    device: torch.device,
+    ceilings: Ceilings,
+    *,
+    rounds: int = 5,
+    samples: int = 10,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Results:
+    """Check, then time: ``rounds`` passes over a problem's providers in random order.
+
+    Interleaving makes a slow spell of the machine fall on all providers alike.
+    """
+    rows: list[Row] = []
+    order = random.Random(0)
+    for problem in problems:
+        progress(problem.name)
+        ready = []
+        for name in problem.providers:
+            prepared = _prepare(problem, name, device)
+            rows.append(prepared.row)
+            if prepared.calls:
+                ready.append(prepared)
+        for _ in range(rounds):
+            for item in order.sample(ready, len(ready)):
+                item.row.rounds.append(timing.sample(item.calls, device, samples, item.estimate))
+    return Results(environment.describe(device), ceilings, rows)
+
+
+def _prepare(problem: Problem, name: str, device: torch.device) -> _Ready:
+    kind = str(problem.dtype).removeprefix("torch.")
+    row = Row(problem.suite, problem.shape, kind, problem.backward, name, problem.bytes_moved, problem.flops)
+    provider = problem.providers[name]
+    try:
+        inputs = problem.inputs(device)
+        row.error = error(problem, provider, inputs)
+        if not row.error <= TOLERANCE[problem.dtype]:
+            row.problem = f"wrong: relative error {row.error:.1e} against the float64 reference"
+            return _Ready(row, [], 0.0)
+        copies = [inputs] + [problem.inputs(device) for _ in range(_input_sets(problem, device) - 1)]
+        calls: list[timing.Call] = [call_of(problem, provider, each) for each in copies]
+        return _Ready(row, calls, timing.warm_up(calls, device))
+    except Unavailable as reason:
+        row.problem = str(reason)
+    except (RuntimeError, ValueError, TypeError) as failure:
+        row.problem = (
+            f"failed: {type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+        )
+    return _Ready(row, [], 0.0)
+
+
+def _input_sets(problem: Problem, device: torch.device) -> int:
+    """Input sets to rotate through, so that a CPU's caches do not hold them all; a GPU's are flushed."""
+    if device.type == "cuda" or problem.bytes_moved <= 0:
+        return 1
+    return max(1, min(_MOST_INPUT_SETS, round(_CPU_CACHE_BYTES / problem.bytes_moved)))

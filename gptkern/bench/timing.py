@@ -1,0 +1,72 @@
+"""Timing a call: CUDA events after a cache flush on a GPU, the monotonic clock on a CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+
+Call = Callable[[], object]
+
+_CPU_SAMPLE_SECONDS = 0.004
+_FLUSH_BYTES = 512 << 20
+
+
+def warm_up(calls: Sequence[Call], device: torch.device, seconds: float = 0.05) -> float:
+    """Call each at least twice and for ``seconds`` in all; the seconds one call then takes."""
+    for call in calls:
+        call()
+    _synchronize(device)
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds or count < len(calls):
+        calls[count % len(calls)]()
+        _synchronize(device)
+        count += 1
+    return (time.perf_counter() - began) / count
+
+
+def sample(calls: Sequence[Call], device: torch.device, count: int, estimate: float) -> list[float]:
+    """``count`` samples of the seconds one call takes, rotating through ``calls`` (one per input set)."""
+    if device.type == "cuda":
+        return _sample_cuda(calls, count)
+    return _sample_cpu(calls, count, estimate)
+
+
+def _sample_cpu(calls: Sequence[Call], count: int, estimate: float) -> list[float]:
+    # Several calls a sample where one is too short for the clock.
+    repeats = max(1, round(_CPU_SAMPLE_SECONDS / max(estimate, 1e-9)))
+    samples, turn = [], 0
+    for _ in range(count):
+        began = time.perf_counter()
+        for _ in range(repeats):
+            calls[turn % len(calls)]()
+            turn += 1
+        samples.append((time.perf_counter() - began) / repeats)
+    return samples
+
+
+def _sample_cuda(calls: Sequence[Call], count: int) -> list[float]:
+    # The flush also gives the host time to enqueue the call, so that launch gaps stay out.
+    flush = _flush_buffer()
+    pairs = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
+    ]
+    for turn, (start, end) in enumerate(pairs):
+        flush.zero_()
+        start.record()
+        calls[turn % len(calls)]()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e-3 for start, end in pairs]
+
+
+@cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
