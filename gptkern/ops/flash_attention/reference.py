@@ -1,7 +1,8 @@
 """What attention means, in plain PyTorch (Vaswani et al. 2017, equation 1).
 
-Tensors are ``(batch, seq, heads, head_dim)``; masks are aligned to the bottom right, so that the
-last query sees the last key.
+Tensors are ``(batch, seq, heads, head_dim)``, packed ones ``(tokens, heads, head_dim)``. Masks are
+aligned to the bottom right, so that the last query sees the last key; ``left`` and ``right`` are how
+many keys before and after its own position a query sees, None for all of them.
 """
 
 import math
@@ -11,20 +12,18 @@ import torch.nn.functional as F
 
 
 def visible(
-    seq_q: int, seq_k: int, causal: bool, window: int | None, device: torch.device
+    seq_q: int, seq_k: int, left: int | None, right: int | None, device: torch.device
 ) -> torch.Tensor | None:
     """Which keys each query sees, ``(seq_q, seq_k)`` bool; None when it is all of them."""
-    if not causal and window is None:
+    if left is None and right is None:
         return None
-    ends = torch.arange(seq_q, device=device)[:, None] + (seq_k - seq_q)
+    own = torch.arange(seq_q, device=device)[:, None] + (seq_k - seq_q)
     keys = torch.arange(seq_k, device=device)[None, :]
     seen = torch.ones(seq_q, seq_k, dtype=torch.bool, device=device)
-    if causal:
-        seen &= keys <= ends
-    if window is not None:
-        seen &= keys > ends - window
-        if not causal:
-            seen &= keys < ends + window
+    if left is not None:
+        seen &= keys >= own - left
+    if right is not None:
+        seen &= keys <= own + right
     return seen
 
 
@@ -32,9 +31,9 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    causal: bool = True,
+    left: int | None = None,
+    right: int | None = 0,
     scale: float | None = None,
-    window: int | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,13 +45,41 @@ def attention(
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    seen = visible(q.shape[1], k.shape[1], causal, window, q.device)
+    seen = visible(q.shape[1], k.shape[1], left, right, q.device)
     if seen is not None:
         scores = scores.masked_fill(~seen, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
     weights = F.dropout(weights, dropout_p)
     return torch.einsum("bhqk,bkhd->bqhd", weights.to(v.dtype), v), lse
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    left: int | None = None,
+    right: int | None = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of packed sequences, lse ``(heads, tokens)``; tokens of no sequence give 0."""
+    q_starts, k_starts = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outs, lses = [], []
+    for i in range(len(q_starts) - 1):
+        rows, keys = slice(q_starts[i], q_starts[i + 1]), slice(k_starts[i], k_starts[i + 1])
+        out, lse = attention(
+            q[None, rows], k[None, keys], v[None, keys], left, right, scale, softcap, dropout_p
+        )
+        outs.append(out[0])
+        lses.append(lse[0])
+    outs.append(torch.zeros_like(q[q_starts[-1] :]))
+    rest = outs[-1].shape[0]
+    lses.append(torch.zeros(q.shape[1], rest, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32)))
+    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def attention_cpu(
@@ -63,10 +90,13 @@ def attention_cpu(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """The same through PyTorch's own CPU attention, where that can express it: no window, no softcap."""
+    """The same through PyTorch's own CPU attention, where that can express it: no window, no softcap.
+
+    With a causal mask every query must see a key: no more queries than keys.
+    """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     square = q.shape[2] == k.shape[2]
-    mask = None if square or not causal else visible(q.shape[2], k.shape[2], True, None, q.device)
+    mask = None if square or not causal else visible(q.shape[2], k.shape[2], None, 0, q.device)
     if q.shape[2] == 1:
         mask = None
     out = F.scaled_dot_product_attention(

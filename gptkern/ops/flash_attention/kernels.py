@@ -1,0 +1,284 @@
+"""Attention forward in tiles (Dao 2023, FlashAttention-2), dense and packed; backward is in its own file.
+
+    s = scale * q k^T      s' = softcap * tanh(s / softcap)      p = exp(s' - lse)      out = p v
+
+Query i sees keys [i + shift - window_left, i + shift + window_right], shift = seq_k - seq_q: the
+mask is aligned to the bottom right, causal is window_right = 0.
+
+Layout. One program owns BLOCK_M queries of one head and runs over the keys they see. It reads its
+queries once and each tile of keys and values once, and writes out and lse once. Tiles of keys that
+every query sees run without a mask; tiles that none sees are not visited.
+
+Packed sequences (VARLEN) differ in where a sequence starts and how long it is, and in nothing else.
+"""
+
+import triton
+import triton.language as tl
+
+from gptkern.ops._device import LN2, LOG2E, dropout_keep, online_softmax, tanh
+
+
+@triton.jit
+def sequence(cu_seqlens_ptr, batch, max_seq, VARLEN: tl.constexpr):
+    """First row and length of a sequence."""
+    if VARLEN:
+        first = tl.load(cu_seqlens_ptr + batch)
+        return first, tl.load(cu_seqlens_ptr + batch + 1) - first
+    else:
+        return batch * 0, max_seq
+
+
+@triton.jit
+def head_offset(batch, first_row, head, stride_b, stride_s, stride_h):
+    # int64: batch * seq * heads * head_dim passes 2^31 at 128k context.
+    return batch.to(tl.int64) * stride_b + first_row.to(tl.int64) * stride_s + head.to(tl.int64) * stride_h
+
+
+@triton.jit
+def _tile(first_row, stride_s, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Offsets of the elements of ``ROWS`` rows from ``first_row`` on."""
+    rows = first_row + tl.arange(0, ROWS)
+    return rows.to(tl.int64)[:, None] * stride_s + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def load_rows(
+    ptr,
+    first_row,
+    end_row,
+    stride_s,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """A ``(ROWS, BLOCK_D)`` tile, zero past ``end_row`` and past the head dimension."""
+    ptrs = ptr + _tile(first_row, stride_s, ROWS, BLOCK_D)
+    rows_inside = (first_row + tl.arange(0, ROWS))[:, None] < end_row
+    dims_inside = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
+    if CHECK_ROWS and HEAD_DIM != BLOCK_D:
+        return tl.load(ptrs, mask=rows_inside & dims_inside, other=0.0)
+    elif CHECK_ROWS:
+        return tl.load(ptrs, mask=rows_inside, other=0.0)
+    elif HEAD_DIM != BLOCK_D:
+        return tl.load(ptrs, mask=dims_inside, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(
+    ptr,
+    value,
+    first_row,
+    end_row,
+    stride_s,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    mask = (first_row + tl.arange(0, ROWS))[:, None] < end_row
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    ptrs = ptr + _tile(first_row, stride_s, ROWS, BLOCK_D)
+    tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def span(
+    start,
+    shift,
+    before,
+    after,
+    length,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    BOUND_BEFORE: tl.constexpr,
+    BOUND_AFTER: tl.constexpr,
+):
+    """Which of the other side's rows a tile of OWN rows from ``start`` on meets.
+
+    Row i meets rows [i + shift - before, i + shift + after] of ``length``. Returns first, full_first,
+    full_end, end: some row of the tile meets [first, end), every row meets [full_first, full_end);
+    all but ``end`` are multiples of OTHER.
+    """
+    first = 0
+    full_first = 0
+    end = length
+    full_end = length
+    if BOUND_BEFORE:
+        first = tl.maximum(start + shift - before, 0) // OTHER * OTHER
+        full_first = tl.cdiv(tl.maximum(start + OWN - 1 + shift - before, 0), OTHER) * OTHER
+    if BOUND_AFTER:
+        end = tl.maximum(tl.minimum(start + OWN + shift + after, length), 0)
+        full_end = tl.maximum(tl.minimum(start + shift + after + 1, length), 0)
+    full_first = tl.minimum(full_first, tl.cdiv(end, OTHER) * OTHER)
+    full_end = tl.maximum(full_end // OTHER * OTHER, full_first)
+    return first, full_first, full_end, end
+
+
+@triton.jit
+def visible(
+    rows, cols, shift, seq_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+):
+    """Which keys ``cols`` the queries ``rows`` see; the two broadcast against each other."""
+    ahead = cols - (rows + shift)
+    seen = cols < seq_k
+    if HAS_LEFT:
+        seen = seen & (ahead >= -window_left)
+    if HAS_RIGHT:
+        seen = seen & (ahead <= window_right)
+    return seen
+
+
+@triton.jit
+def _forward_range(
+    acc,
+    row_max,
+    row_sum,
+    q,
+    k_ptr,
+    v_ptr,
+    begin,
+    end,
+    start_m,
+    shift,
+    seq_k,
+    stride_ks,
+    stride_vs,
+    scale,
+    softcap,
+    window_left,
+    window_right,
+    seed,
+    stream,
+    dropout_p,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    rows = start_m + tl.arange(0, BLOCK_M)
+    for start_n in tl.range(begin, end, BLOCK_N):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
+        k = load_rows(k_ptr, start_n, seq_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scale_log2 = scale * LOG2E
+        if SOFTCAP:
+            scores = softcap * tanh(scores * (scale / softcap))
+            scale_log2 = LOG2E
+        if MASKED:
+            cols = start_n + tl.arange(0, BLOCK_N)
+            seen = visible(
+                rows[:, None], cols[None, :], shift, seq_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+            )
+            scores = tl.where(seen, scores, float("-inf"))
+        weights, row_max, row_sum, rescale = online_softmax(scores, row_max, row_sum, scale_log2)
+        if DROPOUT:
+            keep = dropout_keep(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N)
+            weights = tl.where(keep, weights, 0.0)
+        v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def flash_attention_forward(
+    q_ptr,  # (batch, seq_q, heads, head_dim), or (tokens, heads, head_dim) with stride_qb = 0
+    k_ptr,  # (batch, seq_k, heads / group, head_dim)
+    v_ptr,
+    out_ptr,  # as q
+    lse_ptr,  # (batch, heads, seq_q), or (heads, tokens)
+    cu_seqlens_q_ptr,  # (batch + 1,), or None
+    cu_seqlens_k_ptr,
+    seed_ptr,  # one int64, or None
+    heads,
+    group,
+    max_seq_q,
+    max_seq_k,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    dropout_p,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    stride_lb,
+    stride_lh,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VARLEN: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    blocks_m = tl.cdiv(max_seq_q, BLOCK_M)
+    pid = tl.program_id(0)
+    # Neighbouring programs share a head, so its keys stay in L2; under a causal mask the last rows
+    # have the most work and start first, so that no long program is left for the end.
+    start_m = (blocks_m - 1 - pid % blocks_m) * BLOCK_M
+    head = pid // blocks_m % heads
+    batch = pid // blocks_m // heads
+    first_q, seq_q = sequence(cu_seqlens_q_ptr, batch, max_seq_q, VARLEN)
+    first_k, seq_k = sequence(cu_seqlens_k_ptr, batch, max_seq_k, VARLEN)
+    if start_m >= seq_q:
+        return
+    q_ptr += head_offset(batch, first_q, head, stride_qb, stride_qs, stride_qh)
+    k_ptr += head_offset(batch, first_k, head // group, stride_kb, stride_ks, stride_kh)
+    v_ptr += head_offset(batch, first_k, head // group, stride_vb, stride_vs, stride_vh)
+    out_ptr += head_offset(batch, first_q, head, stride_ob, stride_os, stride_oh)
+    lse_ptr += head_offset(batch, first_q, head, stride_lb, 1, stride_lh)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    stream = batch * heads + head
+    shift = seq_k - seq_q
+
+    q = load_rows(q_ptr, start_m, seq_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    first, full_first, full_end, end = span(
+        start_m, shift, window_left, window_right, seq_k, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
+    if HAS_LEFT:
+        acc, row_max, row_sum = _forward_range(
+            acc, row_max, row_sum, q, k_ptr, v_ptr, first, full_first, start_m, shift, seq_k,
+            stride_ks, stride_vs, scale, softcap, window_left, window_right, seed, stream, dropout_p,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT,
+        )  # fmt: skip
+    acc, row_max, row_sum = _forward_range(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, full_first, full_end, start_m, shift, seq_k,
+        stride_ks, stride_vs, scale, softcap, window_left, window_right, seed, stream, dropout_p,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT,
+    )  # fmt: skip
+    acc, row_max, row_sum = _forward_range(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, full_end, end, start_m, shift, seq_k,
+        stride_ks, stride_vs, scale, softcap, window_left, window_right, seed, stream, dropout_p,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT,
+    )  # fmt: skip
+
+    total = tl.where(row_sum == 0.0, 1.0, row_sum)
+    if DROPOUT:
+        total = total * (1.0 - dropout_p)
+    store_rows(
+        out_ptr, acc / total[:, None], start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D
+    )
+    rows = start_m + tl.arange(0, BLOCK_M)
+    tl.store(lse_ptr + rows, (row_max + tl.log2(row_sum)) * LN2, mask=rows < seq_q)
