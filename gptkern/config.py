@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -11,13 +12,25 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
-    "gelu_tanh": "gelu_tanh",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
 }
 MODEL_TYPES = ("gpt2", "openai-gpt")
+_ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel"}
+# the activations of transformers' OpenAIGPTModel: its "gelu" is the tanh form
+_GPT1_ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "swish"}
+_GPT1_DEFAULTS = {"vocab_size": 40478, "n_positions": 512, "bos_token_id": None, "eos_token_id": None}
+# what GPT-2 may vary and the GPT of 2018 may not
+_GPT1_FIXED = {"n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ class GPTConfig:
 
     Raises:
         ValueError: A field is out of its range; the message names it.
+        TypeError: A switch is neither True nor False.
     """
 
     vocab_size: int = 50257
@@ -69,34 +83,75 @@ class GPTConfig:
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
-            self._check_positive(name)
+            self._check_integer(name, 1)
         if self.n_inner is not None:
-            self._check_positive("n_inner")
+            self._check_integer("n_inner", 1)
+        self._check_tokens()
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"GPTConfig: n_embd is {self.n_embd}, n_head {self.n_head}: n_embd must be a multiple of n_head"
-            )
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"GPTConfig: activation_function is {self.activation_function!r}; "
-                f"accepted are {', '.join(ACTIVATIONS)}"
-            )
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)}; 0 <= {name} < 1 is needed")
-        if not self.layer_norm_epsilon > 0.0:
-            raise ValueError(
-                f"GPTConfig: layer_norm_epsilon is {self.layer_norm_epsilon}; a positive number is needed"
             )
         if self.model_type not in MODEL_TYPES:
             raise ValueError(
                 f"GPTConfig: model_type is {self.model_type!r}; supported are {', '.join(MODEL_TYPES)}"
             )
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            self._check_number(name)
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)}; 0 <= {name} < 1 is needed")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            self._check_number(name)
+            if not getattr(self, name) > 0.0:
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)}; a positive number is needed")
+        for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"GPTConfig: {name} is {getattr(self, name)!r}; True or False is needed")
+        self._check_activation()
+        if self.post_norm:
+            self._check_gpt1()
 
-    def _check_positive(self, name: str) -> None:
+    def _check_integer(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"GPTConfig: {name} is {value!r}; a positive integer is needed")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            needed = "a positive integer" if least else "an integer, 0 or more,"
+            raise ValueError(f"GPTConfig: {name} is {value!r}; {needed} is needed")
+
+    def _check_number(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"GPTConfig: {name} is {value!r}; a finite number is needed")
+
+    def _check_tokens(self) -> None:
+        if self.bos_token_id is not None:
+            self._check_integer("bos_token_id", 0)
+        for token in self.eos_token_ids:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ValueError(
+                    f"GPTConfig: eos_token_id is {self.eos_token_id!r}; "
+                    "a token id, several of them, or None is needed"
+                )
+
+    def _check_activation(self) -> None:
+        if self.activation_function not in tuple(ACTIVATIONS):
+            raise ValueError(
+                f"GPTConfig: activation_function is {self.activation_function!r}; "
+                f"accepted are {', '.join(ACTIVATIONS)}"
+            )
+
+    def _check_gpt1(self) -> None:
+        if self.activation == "gelu":
+            raise ValueError(
+                f"GPTConfig: activation_function is {self.activation_function!r}; "
+                "openai-gpt's are gelu_new (its own name for it is gelu), relu and silu"
+            )
+        # its config.json has one name for each, so one is kept here too
+        canonical = "gelu_new" if self.activation == "gelu_tanh" else self.activation
+        object.__setattr__(self, "activation_function", canonical)
+        for name, value in _GPT1_FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"GPTConfig: {name} is {getattr(self, name)}; openai-gpt's is always {value}"
+                )
 
     @property
     def head_dim(self) -> int:
@@ -141,31 +196,38 @@ class GPTConfig:
         Raises:
             ValueError: Another architecture, or a field out of range.
         """
-        model_type = data.get("model_type", "gpt2")
+        model_type = data.get("model_type", _type_of(data.get("architectures")))
         if model_type not in MODEL_TYPES:
             raise ValueError(
-                f"config.json: model_type is {model_type!r}; supported are {', '.join(MODEL_TYPES)}"
+                f"GPTConfig: model_type is {model_type!r}; supported are {', '.join(MODEL_TYPES)}"
+            )
+        if data.get("add_cross_attention"):
+            raise ValueError(
+                "GPTConfig: add_cross_attention is true; decoders without cross-attention are supported"
             )
         known = {field.name for field in fields(cls)}
-        values = {key: value for key, value in data.items() if key in known}
+        values = {_ALIASES.get(key, key): value for key, value in data.items()}
+        values = {key: value for key, value in values.items() if key in known} | {"model_type": model_type}
         if model_type == "openai-gpt":
-            values["activation_function"] = _gpt1_activation(data.get("afn", "gelu"))
-            values.setdefault("bos_token_id", None)
-            values.setdefault("eos_token_id", None)
+            afn = data.get("afn", "gelu")
+            values = _GPT1_DEFAULTS | values | _GPT1_FIXED
+            values["activation_function"] = _GPT1_ACTIVATIONS.get(str(afn), afn)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """A ``config.json`` that transformers opens; ``from_dict`` reads it back to an equal config."""
-        data = asdict(self)
-        data["eos_token_id"] = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+        data = asdict(self) | {"architectures": [_ARCHITECTURES[self.model_type]]}
+        if isinstance(self.eos_token_id, tuple):
+            data["eos_token_id"] = list(self.eos_token_id)
         if self.post_norm:
+            del data["activation_function"]
             data["afn"] = {"gelu_tanh": "gelu"}.get(self.activation, self.activation)
-            data["architectures"] = ["OpenAIGPTLMHeadModel"]
-        else:
-            data["architectures"] = ["GPT2LMHeadModel"]
         return data
 
 
-def _gpt1_activation(name: str) -> str:
-    """GPT-1's ``afn``: its "gelu" is the tanh form."""
-    return "gelu_new" if name == "gelu" else name
+def _type_of(architectures: object) -> str | None:
+    """The model type that an old ``config.json`` without one means."""
+    for model_type, architecture in _ARCHITECTURES.items():
+        if architectures == [architecture]:
+            return model_type
+    return None

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gptkern import ops
+from gptkern.checkpoint.load import check_vocabulary, load, open_checkpoint
+from gptkern.checkpoint.locate import EMBEDDED, locate
+from gptkern.checkpoint.save import save
 from gptkern.config import GPTConfig
+from gptkern.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gptkern.cache import KVCache
@@ -196,16 +201,75 @@ class GPT(nn.Module):
 
     ``GPT.from_pretrained`` reads a checkpoint; ``generate``, ``stream``, ``generate_text`` and
     ``score`` are the ways to use one.
+
+    Attributes:
+        config: Its shape and switches.
+        tokenizer: The one found beside the checkpoint, or None; assign one to use and save it.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.tokenizer: Tokenizer | None = None
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
         self.reset_parameters()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path = EMBEDDED,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        check_finite: bool = False,
+    ) -> Self:
+        """Read a checkpoint, in evaluation mode; its tokenizer, where there is one, comes along.
+
+        Args:
+            path_or_hub_id: A folder of transformers' (``gpt2``, ``distilgpt2``, ``openai-gpt``), a nanoGPT
+                ``ckpt.pt``, an llm.c GPT-2 ``.bin``, a hub id, or ``"embedded"``, the package's own model.
+            dtype: The weights' floating-point type; None keeps the checkpoint's.
+            device: Where they go; PyTorch's default device when None.
+            revision: Branch, tag or commit of a hub id.
+            local_files_only: Take a hub id from the cache only, as HF_HUB_OFFLINE=1 does.
+            check_finite: Refuse weights that are NaN or infinite.
+
+        Raises:
+            CheckpointError: Nothing there, damaged, of another architecture or shape; the message names
+                file, tensor, expected and found.
+        """
+        path = locate(path_or_hub_id, revision=revision, local_files_only=local_files_only)
+        contents = open_checkpoint(path)
+        tokenizer = Tokenizer.find(path) if path.is_dir() else None
+        if tokenizer is not None:
+            check_vocabulary(path, contents.config, tokenizer.vocab_size)
+        model = load(cls, contents, dtype=dtype, device=device, check_finite=check_finite)
+        model.tokenizer = tokenizer
+        return model
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+        """Write a folder that ``from_pretrained`` and transformers open, with the tokenizer where there is one.
+
+        It is all or nothing: killed at any point, the old folder or the new one is there. Files of the
+        folder that are no part of a model stay.
+
+        Args:
+            folder: Made if it is not there.
+            max_shard_size: Weights beyond it go into several files; bytes, or text like ``"500MB"``.
+
+        Raises:
+            CheckpointError: ``folder`` is a file, or the tokenizer there or here does not fit the model.
+        """
+        folder = Path(folder)
+        tokenizer = self.tokenizer or (Tokenizer.find(folder) if folder.is_dir() else None)
+        if tokenizer is not None:
+            check_vocabulary(folder, self.config, tokenizer.vocab_size)
+        save(self, self.config, folder, self.tokenizer, max_shard_size=max_shard_size)
 
     def reset_parameters(self) -> None:
         """Draw fresh weights: N(0, initializer_range), each branch's last layer divided by sqrt(2 n_layer)."""

@@ -1,0 +1,64 @@
+"""What a checkpoint holds, whatever its format: the model's config, and its tensors by the model's names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptkern.checkpoint.errors import CheckpointError
+from gptkern.checkpoint.storage import StoredTensor
+from gptkern.config import GPTConfig
+
+# matrices that OpenAI's GPTs and transformers' Conv1D keep as (in, out)
+BLOCK_MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+GPT1_NAMES = {"wte": "tokens_embed", "wpe": "positions_embed"}
+
+# causal masks and position numbers: constants that older versions saved with the weights
+_CONSTANTS = re.compile(r"(^|\.)(h\.\d+\.attn\.(bias|masked_bias)|position_ids)$")
+_WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint, opened: nothing of the tensors has been read yet.
+
+    Attributes:
+        source: The folder or file.
+        config: The model's shape.
+        tensors: By the model's parameter names.
+        transposed: Block matrices are ``(in, out)`` and have to be turned.
+    """
+
+    source: Path
+    config: GPTConfig
+    tensors: dict[str, StoredTensor]
+    transposed: bool
+
+    def turned(self, name: str) -> bool:
+        """Whether the tensor of that name is stored transposed."""
+        return self.transposed and name.endswith(BLOCK_MATRICES)
+
+
+def by_parameter_name(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Tensors under the model's names, constants left out.
+
+    Accepts names with and without ``transformer.``, the wrappers of ``torch.compile`` and of data-parallel
+    training, and GPT-1's names of the embeddings.
+    """
+    result: dict[str, StoredTensor] = {}
+    for stored_name, tensor in tensors.items():
+        if _CONSTANTS.search(stored_name):
+            continue
+        name = _WRAPPERS.sub("", stored_name)
+        if not name.startswith("lm_head."):
+            name = "transformer." + name.removeprefix("transformer.")
+        for ours, theirs in GPT1_NAMES.items():
+            name = name.replace(f"transformer.{theirs}.", f"transformer.{ours}.")
+        if name in result:
+            raise CheckpointError(
+                f"{tensor.file}: {stored_name} and {result[name].name} (in {result[name].file}) "
+                "are one tensor of the model; one of them is needed"
+            )
+        result[name] = tensor
+    return result

@@ -1,0 +1,96 @@
+"""Folders of Hugging Face: config.json, and weights as safetensors or a PyTorch state dict, whole or in shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gptkern.checkpoint.contents import Contents, by_parameter_name
+from gptkern.checkpoint.errors import CheckpointError, some
+from gptkern.checkpoint.storage import StoredTensor, read_pickle, read_safetensors, state_dict_tensors
+from gptkern.config import GPTConfig
+
+CONFIG = "config.json"
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+# in the order they are looked for, as in transformers
+WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)
+
+
+def open_folder(folder: Path) -> Contents:
+    """Open a folder that transformers' ``save_pretrained`` or ours wrote."""
+    config = read_config(folder / CONFIG)
+    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{folder}: no weights here; one of {', '.join(WEIGHTS)} is needed")
+    tensors = _read_shards(found) if found.suffix == ".json" else _read_weights(found)
+    return Contents(folder, config, by_parameter_name(tensors), transposed=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON, or truncated: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: a JSON object is needed, {type(data).__name__} found")
+    return data
+
+
+def read_config(path: Path) -> GPTConfig:
+    """A ``config.json``."""
+    try:
+        return GPTConfig.from_dict(read_json(path))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files an index names, which all lie in its own folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map, an object from tensor names to file names, is needed")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or name != Path(name).name or name in ("", "..") or "\\" in name:
+            raise CheckpointError(
+                f"{index}: {tensor}: the index points outside its folder, to {name!r}; "
+                "a plain file name is needed"
+            )
+    return sorted(set(weight_map.values()))
+
+
+def _read_weights(path: Path) -> dict[str, StoredTensor]:
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    return state_dict_tensors(path, *read_pickle(path))
+
+
+def _read_shards(index: Path) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for name in shard_names(index):
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: {name}, which it names, is missing")
+        for tensor_name, tensor in _read_weights(index.parent / name).items():
+            if tensor_name in tensors:
+                raise CheckpointError(
+                    f"{index}: {tensor_name} is in {tensors[tensor_name].file.name} and in {name}; once is needed"
+                )
+            tensors[tensor_name] = tensor
+    weight_map = read_json(index)["weight_map"]
+    misplaced = [
+        name for name, file in weight_map.items() if name not in tensors or tensors[name].file.name != file
+    ]
+    if misplaced:
+        raise CheckpointError(f"{index}: not in the file the index names for it: {some(misplaced)}")
+    unlisted = [name for name in tensors if name not in weight_map]
+    if unlisted:
+        raise CheckpointError(f"{index}: in a shard but not in the index: {some(unlisted)}")
+    return tensors

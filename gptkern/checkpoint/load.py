@@ -1,0 +1,181 @@
+"""From files into a model: every tensor is checked first, then read straight into its place."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from gptkern.checkpoint import hf, llmc, nanogpt, replace
+from gptkern.checkpoint.contents import Contents
+from gptkern.checkpoint.errors import CheckpointError, some
+from gptkern.checkpoint.storage import StoredTensor
+from gptkern.config import GPTConfig
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LAYER = re.compile(r"^transformer\.h\.(\d+)\.")
+_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+_CHECKED_AT_ONCE = 1 << 22
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def open_checkpoint(path: Path) -> Contents:
+    """Open a checkpoint of any known format; none of its weights is read yet.
+
+    Raises:
+        CheckpointError: It is not one, or is damaged.
+    """
+    if path.is_dir():
+        with replace.whole(path):
+            if not (path / hf.CONFIG).exists() and (path / "ckpt.pt").is_file():
+                return nanogpt.open_file(path / "ckpt.pt")
+            return hf.open_folder(path)
+    if path.suffix == ".safetensors" or path.name.startswith(("pytorch_model", "config.json")):
+        raise CheckpointError(f"{path}: a part of a checkpoint: give its folder, {path.parent}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error}") from error
+    if int.from_bytes(start, "little") == llmc.MAGIC:
+        return llmc.open_file(path)
+    if path.suffix == ".bin":
+        raise CheckpointError(
+            f"{path}: not an llm.c GPT-2 file: magic {llmc.MAGIC} expected, {int.from_bytes(start, 'little')} found"
+        )
+    return nanogpt.open_file(path)
+
+
+def load(
+    model_class: type[Model],
+    contents: Contents,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    check_finite: bool,
+) -> Model:
+    """A ``model_class(config)`` with the checkpoint's weights, in evaluation mode.
+
+    Raises:
+        CheckpointError: Tensors missing, too many, of another shape or dtype, or (on request) not finite.
+    """
+    if dtype is not None and dtype not in _FLOATS:
+        raise CheckpointError(f"{contents.source}: dtype {dtype} asked for; accepted are {_FLOATS}")
+    _check_layers(contents)
+    with torch.device("meta"):
+        model = model_class(contents.config)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors = _without_redundant(contents, expected)
+    _check_names(contents, expected, tensors)
+    for name, shape in expected.items():
+        _check_tensor(contents, tensors[name], shape, contents.turned(name))
+    dtype = dtype or _common_dtype(tensors)
+    device = torch.get_default_device() if device is None else torch.device(device)
+    for name in expected:
+        stored = tensors[name]
+        source = stored.data.t() if contents.turned(name) else stored.data
+        parameter = nn.Parameter(torch.empty(source.shape, dtype=dtype, device=device))
+        with torch.no_grad():
+            parameter.copy_(source)
+        stored.release()
+        if check_finite:
+            _check_finite(stored, parameter)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, parameter)
+    if contents.config.tie_word_embeddings:
+        model.get_submodule("lm_head").weight = model.get_parameter(_EMBEDDING)
+    return model.eval()
+
+
+def check_vocabulary(source: Path, config: GPTConfig, tokenizer_size: int) -> None:
+    """A tokenizer must not make ids that the model has no row for; rows without a token are padding."""
+    if tokenizer_size > config.vocab_size:
+        raise CheckpointError(
+            f"{source}: vocabularies do not match: the tokenizer has ids up to {tokenizer_size - 1}, "
+            f"the model's vocab_size is {config.vocab_size}"
+        )
+
+
+def _check_layers(contents: Contents) -> None:
+    """Before a model of so many layers is made."""
+    numbers = {int(match[1]) for name in contents.tensors if (match := _LAYER.match(name))}
+    if len(numbers) != contents.config.n_layer:
+        raise CheckpointError(
+            f"{contents.source}: {contents.config.n_layer} layers expected, {len(numbers)} found"
+        )
+
+
+def _without_redundant(contents: Contents, expected: dict[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
+    """The tensors less a tied head's copy of the embedding, and less zero biases of a model without any."""
+    tensors = dict(contents.tensors)
+    config = contents.config
+    if config.tie_word_embeddings and _HEAD in tensors and _EMBEDDING in tensors:
+        head, embedding = tensors.pop(_HEAD), tensors[_EMBEDDING]
+        if not _same(head.data, embedding.data):
+            raise CheckpointError(
+                f"{head.file}: {head.name} differs from {embedding.name}, though the model's head is tied to the "
+                "embedding: tie_word_embeddings must be false, or the two equal"
+            )
+        head.release()
+    if not config.bias:
+        for name in [name for name in tensors if name.endswith(".bias") and name not in expected]:
+            stored = tensors.pop(name)
+            if stored.data.any():
+                raise CheckpointError(
+                    f"{stored.file}: {stored.name}: zeros expected, as bias is false, others found"
+                )
+    return tensors
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+
+
+def _check_names(
+    contents: Contents, expected: dict[str, tuple[int, ...]], tensors: dict[str, StoredTensor]
+) -> None:
+    missing = [name for name in expected if name not in tensors]
+    extra = [
+        f"{stored.name} (in {stored.file.name})" for name, stored in tensors.items() if name not in expected
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {some(missing)}")
+    if extra:
+        problems.append(f"{len(extra)} not of a {contents.config.model_type} model: {some(extra)}")
+    if problems:
+        raise CheckpointError(f"{contents.source}: {len(expected)} tensors expected; {'; '.join(problems)}")
+
+
+def _check_tensor(contents: Contents, stored: StoredTensor, shape: tuple[int, ...], turned: bool) -> None:
+    expected = tuple(reversed(shape)) if turned else shape
+    found = tuple(stored.data.shape)
+    if found != expected:
+        raise CheckpointError(f"{stored.file}: {stored.name}: shape {expected} expected, {found} found")
+    if stored.data.dtype not in _FLOATS:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+        found_dtype = str(stored.data.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{stored.file}: {stored.name}: dtype {accepted} expected, {found_dtype} found")
+
+
+def _common_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
+    """The dtype that holds every tensor exactly."""
+    dtype = next(iter(tensors.values())).data.dtype
+    for stored in tensors.values():
+        dtype = torch.promote_types(dtype, stored.data.dtype)
+    return dtype
+
+
+def _check_finite(stored: StoredTensor, parameter: torch.Tensor) -> None:
+    values = parameter.detach().flatten()
+    bad = sum(int((~part.isfinite()).sum()) for part in values.split(_CHECKED_AT_ONCE))
+    if bad:
+        raise CheckpointError(
+            f"{stored.file}: {stored.name}: finite values expected, {bad} of {math.prod(parameter.shape)} "
+            f"are NaN or infinite in {str(parameter.dtype).removeprefix('torch.')}"
+        )

@@ -1,0 +1,131 @@
+"""Where a checkpoint is: a path, a hub id (downloaded once, then cached), or the embedded model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from gptkern.checkpoint.errors import CheckpointError
+from gptkern.checkpoint.hf import (
+    CONFIG,
+    PICKLE,
+    PICKLE_INDEX,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    shard_names,
+)
+
+EMBEDDED = "embedded"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+_EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "embedded"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def locate(
+    path_or_hub_id: str | Path, *, revision: str | None, local_files_only: bool, weights: bool = True
+) -> Path:
+    """The local folder or file; files of a hub id are fetched first, those alone that are needed.
+
+    Args:
+        path_or_hub_id: What exists on this disk is meant before a hub id; ``"embedded"`` is always the
+            package's own model.
+        revision: Branch, tag or commit of a hub id.
+        local_files_only: Look in the hub's cache only, as HF_HUB_OFFLINE=1 does.
+        weights: False fetches configuration and tokenizer alone.
+
+    Raises:
+        CheckpointError: It is nowhere; the message says how to get it.
+    """
+    if path_or_hub_id == EMBEDDED:
+        if not _EMBEDDED_FOLDER.is_dir():
+            raise CheckpointError(f"{_EMBEDDED_FOLDER}: the embedded model is missing: install gptkern again")
+        return _EMBEDDED_FOLDER
+    path = Path(path_or_hub_id).expanduser()
+    if path.exists():
+        return path
+    name = str(path_or_hub_id)
+    if (
+        isinstance(path_or_hub_id, Path)
+        or not _HUB_ID.fullmatch(name)
+        or path.suffix in (".pt", ".bin", ".safetensors")
+    ):
+        raise CheckpointError(f"{path}: no such file or folder")
+    return _Hub(name, revision, local_files_only).fetch(weights)
+
+
+class _Hub:
+    """One repository of the hub at one revision."""
+
+    def __init__(self, repo_id: str, revision: str | None, local_files_only: bool) -> None:
+        self.repo_id, self.revision, self.local_files_only = repo_id, revision, local_files_only
+
+    def fetch(self, weights: bool) -> Path:
+        config = self._file(CONFIG)
+        if config is None:
+            raise CheckpointError(f"hub {self.repo_id}: it has no {CONFIG}: not a transformers model")
+        self._files(TOKENIZER_FILES)
+        if weights:
+            self._fetch_weights()
+        return config.parent
+
+    def _fetch_weights(self) -> None:
+        for whole, sharded in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
+            if self._file(whole):
+                return
+            if index := self._file(sharded):
+                self._files(shard_names(index))
+                return
+        raise CheckpointError(
+            f"hub {self.repo_id}: no weights there, or not in the cache: one of {SAFETENSORS}, {SAFETENSORS_INDEX}, "
+            f"{PICKLE}, {PICKLE_INDEX} is needed"
+        )
+
+    def _files(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._file(name)
+
+    def _file(self, name: str) -> Path | None:
+        """The file in the cache; None where the repository has none of that name."""
+        # imported here: it takes as long as all the rest of the package
+        import httpx
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+
+        try:
+            return Path(
+                hf_hub_download(
+                    self.repo_id, name, revision=self.revision, local_files_only=self.local_files_only
+                )
+            )
+        except LocalEntryNotFoundError as error:
+            # a cached config.json shows that the repository was fetched before, so other files may just not exist
+            if name != CONFIG:
+                return None
+            raise CheckpointError(self._how_to_get(error)) from error
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+            raise CheckpointError(self._how_to_get(error)) from error
+
+    def _how_to_get(self, error: Exception) -> str:
+        revision = f" --revision {self.revision}" if self.revision else ""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return (
+            f"{self.repo_id}: no such file or folder here, and not to be had from the hub "
+            f"({type(error).__name__}: {reason}). "
+            f"On a machine with network, run `hf download {self.repo_id}{revision}`; without one, copy the model's "
+            "folder (config.json, model.safetensors, tokenizer files) from elsewhere and give its path"
+        )

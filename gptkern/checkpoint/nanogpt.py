@@ -1,0 +1,65 @@
+"""nanoGPT's ``ckpt.pt``: one pickle with ``model_args`` and the state dict ``model``.
+
+Its matrices are ``(out, in)``; its GELU is the exact one (nn.GELU, since June 2023). The vocabulary may
+be padded (50304 for GPT-2's 50257): the rows stay, so that logits are those the model was trained with.
+Source: model.py and train.py of github.com/karpathy/nanoGPT.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gptkern.checkpoint.contents import Contents, by_parameter_name
+from gptkern.checkpoint.errors import CheckpointError
+from gptkern.checkpoint.storage import read_pickle, state_dict_tensors
+from gptkern.config import GPTConfig
+
+_FIELDS = {
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "bias": "bias",
+}
+_END_OF_TEXT = 50256
+
+
+def open_file(path: Path) -> Contents:
+    """Open a ``ckpt.pt``."""
+    checkpoint, mapped = read_pickle(path)
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        found = list(checkpoint)[:6] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise CheckpointError(
+            f"{path}: a nanoGPT checkpoint with model and model_args is needed, {found} found"
+        )
+    tensors = by_parameter_name(state_dict_tensors(path, checkpoint["model"], mapped))
+    return Contents(path, _read_config(path, checkpoint["model_args"]), tensors, transposed=False)
+
+
+def _read_config(path: Path, model_args: Any) -> GPTConfig:
+    if not isinstance(model_args, dict) or not _FIELDS.keys() <= model_args.keys():
+        raise CheckpointError(f"{path}: model_args is {model_args!r}; {', '.join(_FIELDS)} are needed")
+    unknown = sorted(model_args.keys() - _FIELDS.keys() - {"dropout"})
+    if unknown:
+        raise CheckpointError(
+            f"{path}: model_args has {', '.join(unknown)}, which nanoGPT does not know: an unknown architecture"
+        )
+    values = {ours: model_args[theirs] for theirs, ours in _FIELDS.items()}
+    dropout = model_args.get("dropout", 0.0)
+    try:
+        config = GPTConfig(
+            **values,
+            activation_function="gelu",
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: model_args: {error}") from error
+    if _END_OF_TEXT < config.vocab_size <= 50304:
+        return config.replace(bos_token_id=_END_OF_TEXT, eos_token_id=_END_OF_TEXT)
+    return config
