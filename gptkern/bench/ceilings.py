@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 
@@ -24,10 +23,9 @@ class Ceilings:
     copy: float
     matmul: dict[str, float]
 
-    def floor(self, bytes_moved: float, flops: float, dtype: torch.dtype) -> float:
-        """The least seconds that so many bytes and operations take here."""
-        rate = self.matmul[str(dtype).removeprefix("torch.")]
-        return max(bytes_moved / self.copy, flops / rate)
+    def floor(self, bytes_moved: float, flops: float, dtype: str) -> float:
+        """The least seconds that so many bytes and operations in ``dtype`` take here."""
+        return max(bytes_moved / self.copy, flops / self.matmul[dtype])
 
 
 def measure(device: torch.device) -> Ceilings:
@@ -35,16 +33,16 @@ def measure(device: torch.device) -> Ceilings:
     on_gpu = device.type == "cuda"
     source = torch.empty((2 << 30) if on_gpu else (256 << 20), dtype=torch.int8, device=device).random_()
     target = torch.empty_like(source)
-    copy_seconds = _median(lambda: target.copy_(source), device)
+    copy_seconds = _fastest(lambda: target.copy_(source), device)
     rates = {}
     for dtype in DTYPES:
         n = 8192 if on_gpu else 1024
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / _median(lambda a=a, b=b: a @ b.T, device)
+        rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / _fastest(lambda a=a, b=b: a @ b.T, device)
     return Ceilings(copy=2 * source.numel() / copy_seconds, matmul=rates)
 
 
-def _median(call: object, device: torch.device) -> float:
+def _fastest(call: object, device: torch.device) -> float:
     assert callable(call)
     estimate = warm_up([call], device)
-    return median(sample([call], device, 10, estimate))
+    return min(sample([call], device, 10, estimate))

@@ -74,7 +74,7 @@ def widened(inputs: Inputs) -> Inputs:
 
 
 def gradient_call(provider: Provider, inputs: Inputs, seed: int = 0) -> Callable[[], list[torch.Tensor]]:
-    """A call that computes the gradients of ``provider``'s outputs once more, the forward pass done before."""
+    """A call that computes ``provider``'s gradients once more, the forward pass done before."""
     results = [t for t in outputs(provider(*inputs)) if t.requires_grad]
     leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
     generator = torch.Generator(device="cpu").manual_seed(seed)

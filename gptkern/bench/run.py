@@ -91,7 +91,7 @@ def run(
 ) -> Results:
     """Check, then time: ``rounds`` passes over a problem's providers in random order.
 
-    Interleaving makes a slow spell of the machine fall on all providers alike.
+    Providers take turns sample by sample, so that a slow spell of the machine falls on all alike.
     """
     rows: list[Row] = []
     order = random.Random(0)
@@ -104,9 +104,17 @@ def run(
             if prepared.calls:
                 ready.append(prepared)
         for _ in range(rounds):
-            for item in order.sample(ready, len(ready)):
-                item.row.rounds.append(timing.sample(item.calls, device, samples, item.estimate))
+            _one_round(ready, device, samples, order)
     return Results(environment.describe(device), ceilings, rows)
+
+
+def _one_round(ready: list[_Ready], device: torch.device, samples: int, order: random.Random) -> None:
+    for item in ready:
+        item.row.rounds.append([])
+    for turn in range(samples):
+        for item in order.sample(ready, len(ready)):
+            calls = item.calls[turn % len(item.calls) :] + item.calls[: turn % len(item.calls)]
+            item.row.rounds[-1] += timing.sample(calls, device, 1, item.estimate)
 
 
 def _prepare(problem: Problem, name: str, device: torch.device) -> _Ready:

@@ -1,0 +1,42 @@
+"""results.json: every raw sample of a run, and where it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gptkern.bench.ceilings import Ceilings
+from gptkern.bench.run import FORMAT, Results, Row
+
+
+def save(results: Results, path: Path) -> None:
+    """Write ``results`` whole or not at all."""
+    data = {
+        "format": FORMAT,
+        "environment": results.environment,
+        "ceilings": asdict(results.ceilings),
+        "rows": [asdict(row) for row in results.rows],
+    }
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def load(path: Path) -> Results:
+    """Read what ``save`` wrote.
+
+    Raises:
+        ValueError: The file is not such a file; the message names it.
+    """
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+        if data["format"] != FORMAT:
+            raise ValueError(f"format {data['format']}, this version reads {FORMAT}")
+        return Results(
+            data["environment"], Ceilings(**data["ceilings"]), [Row(**row) for row in data["rows"]]
+        )
+    except (OSError, KeyError, TypeError, ValueError) as failure:
+        raise ValueError(f"{path}: not a results file of gptkern bench: {failure}") from failure

@@ -1,0 +1,114 @@
+"""Results as tables: what each provider took, how near to the floor, against which peer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gptkern.bench.ceilings import Ceilings
+from gptkern.bench.run import Results, Row
+
+OURS = "gptkern"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table, in people's units.
+
+    Attributes:
+        rate: Achieved rate of what the problem is bound by.
+        of_floor: The floor over the measured time, both from this machine's ceilings; None for
+            problems without a count of bytes and operations.
+        ratio: This provider's time over gptkern's.
+    """
+
+    row: Row
+    time: str
+    rate: str
+    of_floor: float | None
+    ratio: float | None
+
+
+def lines(results: Results) -> list[Line]:
+    """A line for each row, in order."""
+    ours = {row.key[:-1]: row.seconds for row in results.rows if row.provider == OURS}
+    return [_line(row, ours.get(row.key[:-1]), results.ceilings) for row in results.rows]
+
+
+def seconds_text(seconds: float) -> str:
+    """A time with three digits and its unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def _line(row: Row, ours: float | None, ceilings: Ceilings) -> Line:
+    if row.seconds is None:
+        return Line(row, "", "", None, None)
+    floor = ceilings.floor(row.bytes_moved, row.flops, row.dtype)
+    return Line(
+        row,
+        seconds_text(row.seconds),
+        _rate(row, ceilings),
+        floor / row.seconds if floor > 0 else None,
+        row.seconds / ours if ours else None,
+    )
+
+
+def memory_bound(row: Row, ceilings: Ceilings) -> bool:
+    """Whether the bytes take longer than the operations, at this machine's ceilings."""
+    return row.bytes_moved / ceilings.copy >= row.flops / ceilings.matmul[row.dtype]
+
+
+def _rate(row: Row, ceilings: Ceilings) -> str:
+    assert row.seconds is not None
+    if not row.bytes_moved and not row.flops:
+        return ""
+    if memory_bound(row, ceilings):
+        return f"{row.bytes_moved / row.seconds / 1e9:.3g} GB/s"
+    rate = row.flops / row.seconds
+    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
+
+
+HEADER = ("problem", "provider", "time", "spread", "rate", "of the floor", "gptkern is faster by")
+
+
+def cells(line: Line) -> tuple[str, ...]:
+    """A line's cells, under HEADER."""
+    row = line.row
+    problem = f"{row.suite} {row.shape} {row.dtype}" + (" backward" if row.backward else "")
+    if row.problem:
+        return problem, row.provider, row.problem, "", "", "", ""
+    return (
+        problem,
+        row.provider,
+        line.time,
+        "" if row.spread is None else f"{row.spread:.0%}",
+        line.rate,
+        "" if line.of_floor is None else f"{line.of_floor:.0%}",
+        "" if line.ratio is None or row.provider == OURS else f"{line.ratio:.2f} x",
+    )
+
+
+def markdown(results: Results) -> str:
+    """The whole run as a Markdown document."""
+    where, ceilings = results.environment, results.ceilings
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.matmul.items())
+    head = [
+        f"# gptkern bench: {where['device']}",
+        "",
+        f"{where['time']}, {versions}, Python {where['python']}, commit {where['commit'] or 'unknown'}.",
+        "",
+        f"Measured ceilings: copy {ceilings.copy / 1e9:.4g} GB/s (read + written); matrix product {rates}.",
+        "Time is the median, spread the interquartile range over it. The floor is the larger of bytes over",
+        "the copy rate and operations over the matrix rate; causal attention counts half its square.",
+        "",
+    ]
+    return "\n".join([*head, *_table(map(cells, lines(results))), ""])
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    rule = "|" + "|".join("---" for _ in HEADER) + "|"
+    return ["| " + " | ".join(HEADER) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
