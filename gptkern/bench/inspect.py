@@ -1,0 +1,108 @@
+"""The ahead-of-time report for people: what the compiler made of each kernel, and what it must move.
+
+The machine code is read without a GPU (``gptkern.ops._aot``). Beside it stands a model of the work:
+the fewest bytes and operations of a problem, and the time they take at an architecture's ceilings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from gptkern.bench import suites
+from gptkern.bench.tables import seconds_text
+from gptkern.ops._aot import Report
+
+# Bytes a second and bf16 operations a second by datasheet: A100 80GB SXM, L40S, H100 SXM, B200.
+DATASHEET = {80: (2.04e12, 312e12), 89: (0.864e12, 362e12), 90: (3.35e12, 989e12), 100: (8.0e12, 2250e12)}
+NAMES = {80: "A100 80GB", 89: "L40S", 90: "H100 SXM", 100: "B200"}
+_COMPARED = (
+    "registers",
+    "local_bytes",
+    "shared_bytes",
+    "blocks_per_sm",
+    "matrix",
+    "widest_load",
+    "bulk",
+    "code_bytes",
+)
+
+Key = tuple[str, str, str, str, int, int]
+
+
+def index(reports: Iterable[Report]) -> dict[Key, Report]:
+    """Reports by what identifies a kernel in another run: op, sample, dtype, kernel, architecture.
+
+    The last part counts variants of one kernel within one sample, in their order.
+    """
+    found: dict[Key, Report] = {}
+    for report in reports:
+        name = (report.op, report.sample, report.dtype, report.kernel, report.arch)
+        variant = 0
+        while (*name, variant) in found:
+            variant += 1
+        found[(*name, variant)] = report
+    return found
+
+
+def save(reports: Iterable[Report], path: Path) -> None:
+    """Write a baseline."""
+    rows = [dataclasses.asdict(report) for report in index(reports).values()]
+    path.write_text(json.dumps(rows, indent=0) + "\n")
+
+
+def load(path: Path) -> list[Report]:
+    """Read a baseline.
+
+    Raises:
+        ValueError: The file is no such baseline.
+    """
+    try:
+        rows = json.loads(path.read_text())
+        return [Report(**{**row, "problems": tuple(row["problems"])}) for row in rows]
+    except (OSError, KeyError, TypeError, ValueError) as failure:
+        raise ValueError(f"{path}: not a report of gptkern inspect: {failure}") from failure
+
+
+def diff(old: Iterable[Report], new: Iterable[Report]) -> list[str]:
+    """What changed in the generated code, a line for each kernel; empty where nothing did.
+
+    Kernels of operations and architectures that ``new`` does not cover are left out.
+    """
+    before, after = index(old), index(new)
+    covered = {(name[0], name[4]) for name in after}
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        if (name[0], name[4]) not in covered:
+            continue
+        title = f"{name[3]} sm_{name[4]} {name[2]} ({name[1]})"
+        if name not in after:
+            lines.append(f"- {title}")
+        elif name not in before:
+            lines.append(f"+ {title}")
+        elif changes := _changes(before[name], after[name]):
+            lines.append(f"~ {title}: {changes}")
+    return lines
+
+
+def _changes(old: Report, new: Report) -> str:
+    pairs = ((field, getattr(old, field), getattr(new, field)) for field in _COMPARED)
+    return ", ".join(f"{field} {before!r} -> {after!r}" for field, before, after in pairs if before != after)
+
+
+def floors(suite: str, arch: int) -> list[str]:
+    """For each of a suite's GPU problems: bytes, operations and the least time on ``arch``, by datasheet."""
+    copy, matmul = DATASHEET[arch]
+    lines = []
+    for problem in suites.problems(suite, torch.device("cuda")):
+        memory, compute = problem.bytes_moved / copy, problem.flops / matmul
+        bound = "memory" if memory >= compute else "matrix units"
+        lines.append(
+            f"{problem.name}: {problem.bytes_moved / 1e6:.4g} MB, {problem.flops / 1e9:.4g} GFLOP, "
+            f"at least {seconds_text(max(memory, compute))} ({bound})"
+        )
+    return lines
