@@ -13,14 +13,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
-from gptkern import ops
+from gptkern.cache_step import CacheStep, pack_table
 from gptkern.config import GPTConfig
-from gptkern.ops.decode_attention import reference
-from gptkern.ops._dispatch import use_kernel
 
 
 class CacheFullError(RuntimeError):
@@ -71,15 +68,15 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        sizes = dict(
-            n_layer=n_layer,
-            n_kv_head=n_kv_head,
-            head_dim=head_dim,
-            num_pages=num_pages,
-            page_size=page_size,
-            max_seqs=max_seqs,
-            max_pages_per_seq=max_pages_per_seq,
-        )
+        sizes = {
+            "n_layer": n_layer,
+            "n_kv_head": n_kv_head,
+            "head_dim": head_dim,
+            "num_pages": num_pages,
+            "page_size": page_size,
+            "max_seqs": max_seqs,
+            "max_pages_per_seq": max_pages_per_seq,
+        }
         for name, value in sizes.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"KVCache: {name} is {value!r}; a positive integer is needed")
@@ -137,7 +134,8 @@ class KVCache:
             num_pages = min(num_pages, memory_bytes // page_bytes)
             if num_pages < 1:
                 raise ValueError(
-                    f"KVCache: memory_bytes is {memory_bytes}; one page of {page_size} tokens takes {page_bytes}"
+                    f"KVCache: memory_bytes is {memory_bytes}; "
+                    f"one page of {page_size} tokens takes {page_bytes}"
                 )
         return cls(
             n_layer=config.n_layer,
@@ -326,10 +324,12 @@ class KVCache:
         The host's lengths alone change: whoever writes the tokens on the device advances ``seq_lens``
         there (a captured decode step does).
         """
-        for row, new in zip(self._selected(new_lengths, sequences), new_lengths, strict=True):
-            if row.length + new > len(row.pages) * self.page_size:
-                raise ValueError("KVCache.advance: tokens were not reserved")
-            row.length += new
+        rows = self._selected(new_lengths, sequences)
+        totals = [row.length + new for row, new in zip(rows, new_lengths, strict=True)]
+        if any(total > len(row.pages) * self.page_size for row, total in zip(rows, totals, strict=True)):
+            raise ValueError("KVCache.advance: tokens were not reserved")
+        for row, total in zip(rows, totals, strict=True):
+            row.length = total
         self._pending = None
 
     def _row(self, sequence: int) -> _Row:
@@ -413,204 +413,9 @@ class KVCache:
 
     def _upload_table(self) -> None:
         if self._rows:
-            table = _table([row.pages for row in self._rows.values()])
+            table = pack_table([row.pages for row in self._rows.values()])
             self.page_table[: table.shape[0], : table.shape[1]].copy_(table, non_blocking=True)
 
     def _upload_lengths(self) -> None:
         lengths = self.lengths + [0] * (self.max_seqs - len(self._rows))
         self.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
-
-
-def _table(pages: list[list[int]]) -> torch.Tensor:
-    width = max(map(len, pages))
-    return torch.tensor([p + [0] * (width - len(p)) for p in pages], dtype=torch.int32)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Consecutive rows of one length whose keys are a view: what one CPU attention call serves."""
-
-    tokens: slice
-    rows: int
-    pages: slice | torch.Tensor
-    length: int
-
-
-class CacheStep:
-    """One forward pass over new tokens of some of a cache's sequences.
-
-    Attributes:
-        sequences, new_lengths: Ids, and new tokens of each.
-        lengths: Tokens of each before this pass.
-        max_seqlen_q, max_seqlen_k: Most new tokens of one sequence; longest sequence afterwards.
-
-    Tensors are packed, ``(tokens, heads, head_dim)``: the first sequence's new tokens, then the
-    second's, and so on.
-    """
-
-    def __init__(self, cache: KVCache, sequences: list[int], new_lengths: list[int]) -> None:
-        self.cache = cache
-        self.sequences = sequences
-        self.new_lengths = new_lengths
-        rows = [cache._rows[s] for s in sequences]
-        self._pages = [row.pages for row in rows]
-        self.lengths = [row.length for row in rows]
-        self._totals = [row.length + new for row, new in zip(rows, new_lengths, strict=True)]
-        self.max_seqlen_q = max(new_lengths, default=0)
-        self.max_seqlen_k = max(self._totals, default=0)
-        self._decoding = all(new == 1 for new in new_lengths)
-        self._fresh = not any(self.lengths)
-
-    @cached_property
-    def positions(self) -> torch.Tensor:
-        """``(tokens,)`` int64: each new token's place in its sequence, from 0."""
-        if self._decoding:
-            return self._device(torch.tensor(self.lengths, dtype=torch.int64))
-        return self._device(self._host_positions)
-
-    @cached_property
-    def slots(self) -> torch.Tensor:
-        """``(tokens,)`` int64: where each new token goes, ``page * page_size + offset``."""
-        size = self.cache.page_size
-        if self._decoding:
-            slots = [p[n // size] * size + n % size for p, n in zip(self._pages, self.lengths, strict=True)]
-            return self._device(torch.tensor(slots, dtype=torch.int64))
-        rows = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.new_lengths))
-        return self._device(self._slots_at(rows, self._host_positions))
-
-    @cached_property
-    def cu_seqlens_q(self) -> torch.Tensor:
-        """``(sequences + 1,)`` int32: where each sequence's new tokens begin."""
-        return self._device(_cumulative(self.new_lengths))
-
-    @cached_property
-    def seq_lens_k(self) -> torch.Tensor:
-        """``(sequences,)`` int32: tokens of each sequence, the new ones included."""
-        return self._device(torch.tensor(self._totals, dtype=torch.int32))
-
-    @cached_property
-    def page_table(self) -> torch.Tensor:
-        """``(sequences, pages)`` int32: the pages of these sequences."""
-        if self.sequences == list(self.cache._rows):
-            return self.cache.page_table[: len(self.sequences)]
-        return self._device(_table(self._pages))
-
-    @torch.no_grad()
-    def attention(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
-    ) -> torch.Tensor:
-        """Append the new tokens' keys and values to one layer, and let the queries attend to it.
-
-        Args:
-            layer: From 0.
-            q: ``(tokens, heads, head_dim)``.
-            k, v: ``(tokens, kv_heads, head_dim)``.
-            scale: What scores are multiplied by.
-
-        Returns:
-            ``(tokens, heads, head_dim)``, in q's dtype.
-        """
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        kernels = use_kernel(k_cache)
-        append = ops.append_kv if kernels else reference.append_kv
-        append(k, v, k_cache, v_cache, self.slots)
-        if self._fresh and not self._decoding:
-            cu, longest = self.cu_seqlens_q, self.max_seqlen_q
-            return ops.flash_attention_varlen(q, k, v, cu, cu, longest, longest, scale=scale)
-        dtype, q = q.dtype, q.to(k_cache.dtype)
-        if not kernels:
-            out = self._attend_runs(q, k_cache, v_cache, scale)
-        elif self._decoding:
-            out = ops.decode_attention(
-                q, k_cache, v_cache, self.page_table, self.seq_lens_k, scale=scale
-            )
-        else:
-            slots = self._slots_k
-            out = ops.flash_attention_varlen(
-                q,
-                k_cache.flatten(0, 1)[slots],
-                v_cache.flatten(0, 1)[slots],
-                self.cu_seqlens_q,
-                self._cu_seqlens_k,
-                self.max_seqlen_q,
-                self.max_seqlen_k,
-                scale=scale,
-            )
-        return out.to(dtype)
-
-    def commit(self) -> None:
-        """Count the new tokens as held. Called once, when every layer has them.
-
-        Raises:
-            RuntimeError: The cache was changed since ``extend``, or this step is committed already.
-        """
-        cache = self.cache
-        if cache._pending is not self:
-            raise RuntimeError("CacheStep.commit: the cache was changed since this step began")
-        cache.advance(self.new_lengths, self.sequences)
-        cache._upload_lengths()
-
-    def _attend_runs(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        parts = []
-        for run in self._runs:
-            queries = q[run.tokens].unflatten(0, (run.rows, -1))
-            if isinstance(run.pages, slice):
-                k, v = k_cache[run.pages, : run.length], v_cache[run.pages, : run.length]
-            else:
-                k, v = (c[run.pages].flatten(0, 1)[None, : run.length] for c in (k_cache, v_cache))
-            parts.append(reference.attention_cpu(queries, k, v, scale=scale).flatten(0, 1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts or [q])
-
-    @cached_property
-    def _runs(self) -> list[_Run]:
-        """The rows that have new tokens, those side by side in memory and of one length taken together."""
-        runs: list[_Run] = []
-        start = 0
-        for pages, new, total in zip(self._pages, self.new_lengths, self._totals, strict=True):
-            tokens = slice(start, start + new)
-            start += new
-            if not new:
-                continue
-            used = pages[: -(-total // self.cache.page_size)]
-            if len(used) > 1:
-                runs.append(_Run(tokens, 1, torch.tensor(used), total))
-                continue
-            first, rows = used[0], 1
-            last = runs[-1] if runs else None
-            if last is not None and isinstance(last.pages, slice) and last.pages.stop == first:
-                held = last.tokens.stop - last.tokens.start
-                if last.length == total and held == last.rows * new:
-                    tokens, rows, first = slice(last.tokens.start, start), last.rows + 1, last.pages.start
-                    runs.pop()
-            runs.append(_Run(tokens, rows, slice(first, used[0] + 1), total))
-        return runs
-
-    @cached_property
-    def _host_positions(self) -> torch.Tensor:
-        spans = [torch.arange(n, t) for n, t in zip(self.lengths, self._totals, strict=True)]
-        return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
-
-    @cached_property
-    def _slots_k(self) -> torch.Tensor:
-        rows = torch.arange(len(self._totals)).repeat_interleave(torch.tensor(self._totals))
-        return self._device(self._slots_at(rows, torch.cat([torch.arange(t) for t in self._totals])))
-
-    @cached_property
-    def _cu_seqlens_k(self) -> torch.Tensor:
-        return self._device(_cumulative(self._totals))
-
-    def _slots_at(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        size = self.cache.page_size
-        return _table(self._pages)[rows, positions // size].long() * size + positions % size
-
-    def _device(self, host: torch.Tensor) -> torch.Tensor:
-        return host.to(self.cache.device, non_blocking=True)
-
-
-def _cumulative(lengths: list[int]) -> torch.Tensor:
-    ends = [0]
-    for length in lengths:
-        ends.append(ends[-1] + length)
-    return torch.tensor(ends, dtype=torch.int32)

@@ -2,16 +2,22 @@
 
 import torch
 
-from gptkern.ops.flash_attention.reference import attention_cpu
+
+def sequence(cache: torch.Tensor, pages: torch.Tensor | int, length: int) -> torch.Tensor:
+    """The first ``length`` rows of a sequence, ``(length, kv_heads, head_dim)``; one page gives a view."""
+    if isinstance(pages, int):
+        return cache[pages, :length]
+    return cache[pages].flatten(0, 1)[:length]
 
 
-def sequence(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
-    """The first ``length`` rows of a sequence, ``(length, kv_heads, head_dim)``; a view where it is one page."""
-    page_size = cache.shape[1]
-    if length <= page_size:
-        return cache[int(pages[0]), :length]
-    used = pages[: -(-length // page_size)].long()
-    return cache[used].flatten(0, 1)[:length]
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """One query ``(heads, head_dim)`` over ``(length, kv_heads, head_dim)``; zeros where length is 0."""
+    dtype, heads = q.dtype, q.shape[0]
+    if dtype in (torch.float16, torch.bfloat16):
+        # On CPUs the products of half precision are slower than widening and multiplying in fp32.
+        q, k, v = q.float(), k.float(), v.float()
+    scores = torch.bmm((q * scale).view(k.shape[1], -1, k.shape[2]), k.permute(1, 2, 0))
+    return torch.bmm(scores.softmax(-1), v.transpose(0, 1)).view(heads, -1).to(dtype)
 
 
 def decode_attention(
@@ -22,13 +28,17 @@ def decode_attention(
     seq_lens: torch.Tensor,
     scale: float | None = None,
     window: int | None = None,
+    starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    page_size = k_cache.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    begins = [0] * len(q) if starts is None else starts.tolist()
     out = torch.empty_like(q)
     for row, length in enumerate(seq_lens.tolist()):
-        k, v = (sequence(cache, page_table[row], length) for cache in (k_cache, v_cache))
-        if window is not None:
-            k, v = k[-window:], v[-window:]
-        out[row] = attention_cpu(q[None, row, None], k[None], v[None], scale=scale)[0, 0]
+        pages = page_table[row, : -(-length // page_size)].long()
+        begin = begins[row] if window is None else max(begins[row], length - window)
+        k, v = (sequence(cache, pages, length)[begin:] for cache in (k_cache, v_cache))
+        out[row] = attend(q[row].contiguous(), k, v, scale)
     return out
 
 
