@@ -35,10 +35,11 @@ def head_offset(batch, first_row, head, stride_b, stride_s, stride_h):
 
 
 @triton.jit
-def _tile(first_row, stride_s, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Offsets of the elements of ``ROWS`` rows from ``first_row`` on."""
-    rows = first_row + tl.arange(0, ROWS)
-    return rows.to(tl.int64)[:, None] * stride_s + tl.arange(0, BLOCK_D)[None, :]
+def _pointers(ptr, first_row, stride_s, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """To the elements of ``ROWS`` rows from ``first_row`` on."""
+    rows = tl.arange(0, ROWS).to(tl.int64)
+    # What depends on first_row is one scalar, so that a loop over tiles keeps the rest.
+    return ptr + first_row.to(tl.int64) * stride_s + (rows[:, None] * stride_s + tl.arange(0, BLOCK_D)[None, :])
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def load_rows(
     CHECK_ROWS: tl.constexpr,
 ):
     """A ``(ROWS, BLOCK_D)`` tile, zero past ``end_row`` and past the head dimension."""
-    ptrs = ptr + _tile(first_row, stride_s, ROWS, BLOCK_D)
+    ptrs = _pointers(ptr, first_row, stride_s, ROWS, BLOCK_D)
     rows_inside = (first_row + tl.arange(0, ROWS))[:, None] < end_row
     dims_inside = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
     if CHECK_ROWS and HEAD_DIM != BLOCK_D:
@@ -80,7 +81,7 @@ def store_rows(
     mask = (first_row + tl.arange(0, ROWS))[:, None] < end_row
     if HEAD_DIM != BLOCK_D:
         mask = mask & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
-    ptrs = ptr + _tile(first_row, stride_s, ROWS, BLOCK_D)
+    ptrs = _pointers(ptr, first_row, stride_s, ROWS, BLOCK_D)
     tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask)
 
 
