@@ -28,13 +28,13 @@ def activate(x, ACTIVATION: tl.constexpr):
         or ACTIVATION == "none"
     )
     if ACTIVATION == "gelu_tanh":
-        x = x * sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+        x = x / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
     elif ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "relu":
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "silu":
-        x = x * sigmoid(x)
+        x = x / (1.0 + tl.exp(-x))
     return x
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from gptkern.ops.gelu_mlp import reference
+from gptkern.ops._dispatch import autocast_dtype, needs_grad, use_kernel
+from gptkern.ops.gelu_mlp import autograd, launcher, reference
+from gptkern.ops.linear import checks
+from gptkern.ops.linear.op import cast
 
 
 def gelu_mlp(
@@ -16,6 +19,56 @@ def gelu_mlp(
     *,
     activation: str = "gelu_tanh",
     residual: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:
-    """``activation(x @ w_fc.T + b_fc) @ w_proj.T + b_proj (+ residual)``."""
-    return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, activation, residual)
+    """``residual + activation(x @ w_fc.T + b_fc) @ w_proj.T + b_proj`` (Vaswani et al. 2017, equation 2).
+
+    Two products: bias and activation in the epilogue of the first, bias and residual in that of the
+    second. In the backward pass the activation's gradient is in the epilogue of a product too. All
+    accumulate in fp32; a row's result does not depend on the other rows.
+
+    Args:
+        x: ``(..., in)``, fp32, fp16 or bf16 (float64 on a CPU). Any strides whose leading
+            dimensions merge into one.
+        w_fc: ``(hidden, in)``, any strides: weights stored ``(in, hidden)``, as in GPT-2's
+            checkpoints, are passed as ``w_fc.t()``, without a copy. Of ``x``'s dtype, as all but
+            the residual.
+        b_fc: ``(hidden,)`` or None.
+        w_proj: ``(out, hidden)``, any strides.
+        b_proj: ``(out,)`` or None.
+        activation: ``"gelu_tanh"``, ``"gelu"`` (by erf), ``"relu"``, ``"silu"`` or ``"none"``.
+        residual: ``(..., out)`` or None, any strides whose leading dimensions merge into one; of
+            ``x``'s dtype, or fp32 beside fp16 and bf16.
+        recompute: Keep only the arguments for the backward pass, and compute the hidden layer again
+            there: one product more, and ``2 * tokens * hidden`` values less in memory. On a CPU,
+            where the reference runs, PyTorch keeps them either way.
+
+    Returns:
+        ``(..., out)``, contiguous, of ``residual``'s dtype, else ``x``'s; under autocast everything
+        but the residual is cast to its dtype.
+
+    Raises:
+        TypeError: a dtype that is not accepted.
+        ValueError: a shape, layout, device or activation that is not accepted.
+    """
+    op = "gelu_mlp"
+    checks.activation(op, activation)
+    checks.tensors(op, x=x, w_fc=w_fc, b_fc=b_fc, w_proj=w_proj, b_proj=b_proj, residual=residual)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, w_fc, b_fc, w_proj, b_proj = cast(dtype, x, w_fc, b_fc, w_proj, b_proj)
+    checks.layer(op, x, x.shape[-1], ("w_fc", "b_fc"), w_fc, b_fc)
+    checks.layer(op, x, w_fc.shape[0], ("w_proj", "b_proj"), w_proj, b_proj)
+    if residual is not None:
+        checks.residual(op, x, residual, w_proj.shape[0])
+    if not use_kernel(x):
+        return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, activation, residual)
+    checks.kernel_inputs(op, max(w_fc.shape[0], w_proj.shape[0]), x=x, residual=residual)
+    grad = needs_grad(x, w_fc, b_fc, w_proj, b_proj, residual)
+    save = grad and not recompute
+    if torch.compiler.is_compiling():
+        operands = (x, w_fc, b_fc, w_proj, b_proj, residual)
+        return torch.ops.gptkern.gelu_mlp(*operands, activation, save)[0]
+    if grad:
+        return autograd.GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, residual, activation, save)
+    return launcher.forward(x, w_fc, b_fc, w_proj, b_proj, residual, activation, False)[0]

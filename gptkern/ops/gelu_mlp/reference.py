@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from gptkern.ops.linear.reference import linear_act
+from gptkern.ops.linear.reference import ACTIVATIONS, linear_act, linear_backward
 
 
 def gelu_mlp(
@@ -17,3 +17,19 @@ def gelu_mlp(
 ) -> torch.Tensor:
     out = F.linear(linear_act(x, w_fc, b_fc, activation), w_proj, b_proj)
     return out if residual is None else residual + out
+
+
+def gelu_mlp_backward(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    w_fc: torch.Tensor,
+    b_fc: torch.Tensor | None,
+    w_proj: torch.Tensor,
+    activation: str,
+) -> tuple[torch.Tensor, ...]:
+    """(dx, dw_fc, db_fc, dw_proj, db_proj) where autograd is off, x and dout being matrices."""
+    pre = F.linear(x, w_fc, b_fc)
+    hidden = ACTIVATIONS[activation](pre)
+    dhidden, dw_proj, db_proj = linear_backward(dout, hidden, w_proj, dout, "none")
+    dx, dw_fc, db_fc = linear_backward(dhidden, x, w_fc, pre, activation)
+    return dx, dw_fc, db_fc, dw_proj, db_proj

@@ -1,3 +1,3 @@
-from gptkern.ops.linear.op import linear_act, linear_residual
+from gptkern.ops.linear.op import linear, linear_act, linear_residual
 
-__all__ = ["linear_act", "linear_residual"]
+__all__ = ["linear", "linear_act", "linear_residual"]

@@ -4,18 +4,94 @@ from __future__ import annotations
 
 import torch
 
-from gptkern.ops.linear import reference
+from gptkern.ops._dispatch import autocast_dtype, needs_grad, use_kernel
+from gptkern.ops.linear import autograd, checks, launcher, reference
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight.T + bias``: ``linear_act`` without an activation, which see."""
+    return _linear("linear", x, weight, bias, None, "none")
 
 
 def linear_act(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, activation: str = "gelu_tanh"
 ) -> torch.Tensor:
-    """``activation(x @ weight.T + bias)``."""
-    return reference.linear_act(x, weight, bias, activation)
+    """``activation(x @ weight.T + bias)``, bias and activation in the product's epilogue.
+
+    Products accumulate in fp32 and are rounded once, after the activation. A row's result does not
+    depend on the other rows. The backward pass keeps the pre-activation, in ``x``'s dtype.
+
+    Args:
+        x: ``(..., in)``, fp32, fp16 or bf16 (float64 on a CPU). Any strides whose leading
+            dimensions merge into one.
+        weight: ``(out, in)`` of the same dtype, any strides: weights stored ``(in, out)`` are passed
+            as ``weight.t()``, without a copy, and their gradient comes in the same layout.
+        bias: ``(out,)`` of the same dtype, or None.
+        activation: ``"gelu_tanh"``, ``"gelu"`` (by erf), ``"relu"``, ``"silu"`` or ``"none"``.
+
+    Returns:
+        ``(..., out)``, contiguous, of ``x``'s dtype; under autocast everything is cast to its dtype.
+
+    Raises:
+        TypeError: a dtype that is not accepted.
+        ValueError: a shape, layout, device or activation that is not accepted.
+    """
+    checks.activation("linear_act", activation)
+    return _linear("linear_act", x, weight, bias, None, activation)
 
 
 def linear_residual(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
 ) -> torch.Tensor:
-    """``residual + x @ weight.T + bias``."""
-    return reference.linear_residual(x, weight, bias, residual)
+    """``residual + x @ weight.T + bias``, bias and residual in the product's epilogue.
+
+    Args:
+        x, weight, bias: as for ``linear_act``.
+        residual: ``(..., out)``, any strides whose leading dimensions merge into one; of ``x``'s
+            dtype, or fp32 beside fp16 and bf16 (a residual stream kept in fp32).
+
+    Returns:
+        ``(..., out)``, contiguous, of ``residual``'s dtype.
+
+    Raises:
+        TypeError, ValueError: as ``linear_act``.
+    """
+    checks.tensors("linear_residual", residual=residual)
+    return _linear("linear_residual", x, weight, bias, residual, "none")
+
+
+def cast(dtype: torch.dtype | None, *values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """What autocast does to the operands of a matrix product; float64 it leaves alone."""
+    return tuple(
+        value if dtype is None or value is None or value.dtype == torch.float64 else value.to(dtype)
+        for value in values
+    )
+
+
+def _linear(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    checks.tensors(op, x=x, weight=weight, bias=bias, residual=residual)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight, bias = cast(dtype, x, weight, bias)
+    checks.layer(op, x, x.shape[-1], ("weight", "bias"), weight, bias)
+    if residual is not None:
+        checks.residual(op, x, residual, weight.shape[0])
+    if not use_kernel(x):
+        if residual is not None:
+            return reference.linear_residual(x, weight, bias, residual)
+        return reference.linear_act(x, weight, bias, activation)
+    checks.kernel_inputs(op, weight.shape[0], x=x, residual=residual)
+    grad = needs_grad(x, weight, bias, residual)
+    if torch.compiler.is_compiling():
+        save_pre = grad and activation != "none"
+        return torch.ops.gptkern.linear(x, weight, bias, residual, activation, save_pre)[0]
+    if grad:
+        return autograd.Linear.apply(x, weight, bias, residual, activation)
+    return launcher.forward(x, weight, bias, residual, activation, False)[0]

@@ -10,11 +10,16 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": _gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
+    "none": _identity,
 }
 
 
@@ -28,3 +33,24 @@ def linear_residual(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
 ) -> torch.Tensor:
     return residual + F.linear(x, weight, bias)
+
+
+def activation_backward(dout: torch.Tensor, pre: torch.Tensor, activation: str) -> torch.Tensor:
+    """``dout * activation'(pre)``: the formulas PyTorch's autograd uses, for where autograd is off."""
+    if activation == "gelu_tanh":
+        return torch.ops.aten.gelu_backward(dout, pre, approximate="tanh")
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(dout, pre)
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(dout, pre, 0)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(dout, pre)
+    return dout
+
+
+def linear_backward(
+    dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, dweight, dbias), x and the gradients being matrices."""
+    dpre = activation_backward(dout, pre, activation)
+    return dpre @ weight, dpre.t() @ x, dpre.sum(0)

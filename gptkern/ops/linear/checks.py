@@ -1,0 +1,78 @@
+"""Argument errors of ``linear`` and ``gelu_mlp``."""
+
+from __future__ import annotations
+
+import torch
+
+from gptkern.ops import _checks
+from gptkern.ops.linear import reference
+
+# Within a tile of 128 rows, offsets are 32-bit: 128 * 2^24 = 2^31.
+_MOST_FEATURES = 2**24
+
+
+def activation(op: str, name: str) -> None:
+    """``name`` is a known activation."""
+    if name not in reference.ACTIVATIONS:
+        accepted = ", ".join(repr(known) for known in reference.ACTIVATIONS)
+        raise ValueError(f"{op}: activation is {name!r}; accepted are {accepted}")
+
+
+def tensors(op: str, **values: torch.Tensor | None) -> None:
+    """Tensors (None where optional) of a floating dtype on one device."""
+    for name, value in values.items():
+        if value is not None:
+            _checks.tensor(op, name, value)
+            _checks.dtype(op, name, value)
+    _checks.same_device(op, **values)
+
+
+def layer(
+    op: str, x: torch.Tensor, features: int, names: tuple[str, str], weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """A linear layer's weight and bias, of ``x``'s dtype, for ``features`` inputs."""
+    _checks.tensor(op, names[0], weight, dim=2)
+    why = "(out, in); for weights stored (in, out) pass weight.t()"
+    if weight.shape[1] != features:
+        raise ValueError(
+            f"{op}: {names[0]} has shape {tuple(weight.shape)}; (out, {features}) is needed: weights are {why}"
+        )
+    if bias is not None:
+        _checks.shape(op, names[1], bias, (weight.shape[0],), f"{names[0]} has {weight.shape[0]} rows")
+    for name, value in zip(names, (weight, bias), strict=True):
+        if value is not None and value.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} is {value.dtype}; x's dtype is needed, {x.dtype}")
+
+
+def residual(op: str, x: torch.Tensor, value: torch.Tensor, features: int) -> None:
+    """What is added to a layer's output: its shape, and its dtype or fp32."""
+    _checks.shape(op, "residual", value, (*x.shape[:-1], features))
+    if value.dtype not in (x.dtype, torch.float32) or torch.float64 in (x.dtype, value.dtype) and (
+        value.dtype != x.dtype
+    ):
+        raise TypeError(f"{op}: residual is {value.dtype}; {x.dtype} as x or torch.float32 is needed")
+
+
+def kernel_inputs(op: str, features: int, **values: torch.Tensor | None) -> None:
+    """What the kernels add to the conditions: their dtypes, and rows at one distance from each other."""
+    if features >= _MOST_FEATURES:
+        raise ValueError(f"{op}: a layer has {features} outputs; fewer than {_MOST_FEATURES} are supported")
+    for name, value in values.items():
+        if value is None:
+            continue
+        _checks.dtype(op, name, value, _checks.KERNEL_FLOATS)
+        if not _rows_merge(value):
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(value.shape)} and strides {value.stride()}; its leading "
+                f"dimensions must merge into one: call {name}.contiguous() if a copy is acceptable"
+            )
+
+
+def _rows_merge(x: torch.Tensor) -> bool:
+    """Whether ``x`` is a matrix of its last dimension without a copy."""
+    if x.dim() <= 2 or x.is_contiguous() or x.numel() == 0:
+        return True
+    lead = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    return all(
+        outer == size * inner for (_, outer), (size, inner) in zip(lead, lead[1:], strict=False)
+    )

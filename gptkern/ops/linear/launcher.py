@@ -1,0 +1,232 @@
+"""The launches of the matrix products: what ``linear`` and ``gelu_mlp`` are made of.
+
+Everything here takes matrices of any strides that have passed the ops' checks, on one device, of
+one dtype where nothing else is said, and allocates its results.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gptkern.ops import _launch
+from gptkern.ops.linear import kernels
+
+# The machine that weight gradients are split for, an H100: constants, so that every GPU sums in the
+# same order. Adding up one tile of one part takes about a ninth of the time of one step of k.
+_DW_PROGRAMS = 132
+_DW_MOST_SPLITS = 8
+_DW_COMBINE = 0.11
+_SUM_PARTS = 512
+
+
+def matrix(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as a matrix of its last dimension, without a copy."""
+    return x.view(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def matrix_of_grad(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same for a gradient, whose layout autograd chose: copied if it must be, rounded to ``dtype``."""
+    return grad.to(dtype).reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << (value - 1).bit_length() if value > 0 else 0
+
+
+def _config(kernel: str, x: torch.Tensor, m: int, n: int, **shape: Any) -> dict[str, Any]:
+    """The launch row for an m x n result; sizes are rounded up to powers of two, as rows are cached by them."""
+    dtype = "fp32" if x.dtype == torch.float32 else "half"
+    tiles = -(-m // 128) * -(-n // 128)
+    return _launch.config(
+        kernel, x.device, dtype=dtype, m=_power_of_two(m), tiles=_power_of_two(tiles), **shape
+    )
+
+
+def _fits_descriptor(x: torch.Tensor) -> bool:
+    """Whether the copy engine can read it: contiguous one way, 16-byte steps the other, not empty."""
+    inner = 1 if x.stride(1) == 1 else 0
+    step = x.stride(1 - inner) * x.element_size()
+    return x.stride(inner) == 1 and step > 0 and step % 16 == 0 and x.numel() > 0 and x.data_ptr() % 16 == 0
+
+
+def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    if x.stride(1) != 1:
+        x, block = x.t(), block[::-1]
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
+def _operands(
+    a: torch.Tensor, b: torch.Tensor, config: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The kernels' leading arguments for ``a @ b``, and the flags that go with them."""
+    tma = config["TMA"] and _fits_descriptor(a) and _fits_descriptor(b)
+    flags = {**config, "TMA": tma, "A_ROWS": a.stride(1) == 1, "B_ROWS": b.stride(1) == 1}
+    if not tma:
+        return (a, b), flags
+    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    return (_descriptor(a, [block_m, block_k]), _descriptor(b, [block_k, block_n])), flags
+
+
+def _tiles(m: int, n: int, config: dict[str, Any]) -> int:
+    return -(-m // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
+
+
+def product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    save_pre: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``activation(a @ b + bias) + residual`` in the residual's dtype, and ``a @ b + bias`` if asked."""
+    (m, k), n = a.shape, b.shape[1]
+    out = a.new_empty(m, n, dtype=a.dtype if residual is None else residual.dtype)
+    pre = a.new_empty(m, n) if save_pre else None
+    config = _config("linear", a, m, n, epilogue="plain" if activation == "none" else "activation")
+    matrices, config = _operands(a, b, config)
+    programs = _tiles(m, n, config)
+    if config["PERSISTENT"]:
+        programs = min(programs, _launch.multiprocessors(a.device))
+    stride_rm, stride_rn = (0, 0) if residual is None else residual.stride()
+    with _launch.on_device(a):
+        _launch.launch(
+            kernels.linear, (programs,), *matrices, bias, residual, out, pre, m, n, k,
+            *a.stride(), *b.stride(), stride_rm, stride_rn, ACTIVATION=activation, **config,
+        )  # fmt: skip
+    return out, pre
+
+
+def product_dact(
+    a: torch.Tensor, b: torch.Tensor, pre: torch.Tensor, activation: str, sums: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``dpre = (a @ b) * activation'(pre)``, and its column sums in the dtype ``sums``."""
+    (m, k), n = a.shape, b.shape[1]
+    dpre = torch.empty_like(pre)
+    matrices, config = _operands(a, b, _config("linear_dact", a, m, n))
+    partial = None if sums is None else a.new_empty(-(-m // config["BLOCK_M"]), n, dtype=torch.float32)
+    with _launch.on_device(a):
+        _launch.launch(
+            kernels.linear_dact, (_tiles(m, n, config),), *matrices, pre, dpre, partial, m, n, k,
+            *a.stride(), *b.stride(), ACTIVATION=activation, **config,
+        )  # fmt: skip
+    return dpre, None if partial is None or sums is None else column_sum(partial, sums)
+
+
+def _dw_splits(tiles: int, k_tiles: int) -> int:
+    """In how many parts to sum over tokens: what takes the fewest steps of k, combining included."""
+
+    def steps(splits: int) -> float:
+        waves = -(-tiles * splits // _DW_PROGRAMS)
+        return waves * -(-k_tiles // splits) + (_DW_COMBINE * tiles * splits if splits > 1 else 0.0)
+
+    return min(range(1, max(1, min(_DW_MOST_SPLITS, k_tiles)) + 1), key=steps)
+
+
+def weight_grad(dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``dout.T @ x``, laid out as ``weight``: the sum over tokens in parts that the shapes alone fix."""
+    (tokens, m), n = dout.shape, x.shape[1]
+    dw = torch.empty_like(weight)
+    dout_t = dout.t()
+    matrices, config = _operands(dout_t, x, _config("linear_dw", x, m, n))
+    tiles = _tiles(m, n, config)
+    splits = _dw_splits(tiles, -(-tokens // config["BLOCK_K"]))
+    parts = dw if splits == 1 else dw.new_empty(splits, m * n, dtype=torch.float32)
+    with _launch.on_device(x):
+        _launch.launch(
+            kernels.linear_dw, (tiles, splits), *matrices, parts, m, n, tokens,
+            *dout_t.stride(), *x.stride(), *dw.stride(), **config,
+        )  # fmt: skip
+        if splits > 1:
+            _sum_launch(parts, splits, dw)
+    return dw
+
+
+def _sum_launch(
+    x: torch.Tensor,
+    rows_per_program: int,
+    sums: torch.Tensor | None,
+    pre: torch.Tensor | None = None,
+    dpre: torch.Tensor | None = None,
+    activation: str = "none",
+) -> None:
+    m, n = x.shape
+    config = _launch.config("column_sum", x.device, rows=min(rows_per_program, 1024))
+    grid = (-(-n // config["BLOCK_N"]), max(1, -(-m // rows_per_program)))
+    _launch.launch(
+        kernels.column_sum, grid, x, pre, dpre, sums, m, n, *x.stride(), rows_per_program,
+        ACTIVATION=activation, **config,
+    )  # fmt: skip
+
+
+def _rows_per_part(m: int) -> int:
+    """At most _SUM_PARTS parts of 64 rows or more: programs enough, and few parts to add up."""
+    return 64 * max(1, -(-m // (64 * _SUM_PARTS)))
+
+
+def column_sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum of ``x``'s rows: first of each part, then of the parts."""
+    m, n = x.shape
+    sums = x.new_empty(n, dtype=dtype)
+    part = _rows_per_part(m)
+    with _launch.on_device(x):
+        if m > part:
+            parts = x.new_empty(-(-m // part), n, dtype=torch.float32)
+            _sum_launch(x, part, parts)
+            x = parts
+        _sum_launch(x, max(1, x.shape[0]), sums)
+    return sums
+
+
+def dact(
+    dout: torch.Tensor, pre: torch.Tensor, activation: str, sums: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``dpre = dout * activation'(pre)`` in one pass, and its column sums in the dtype ``sums``."""
+    m, n = pre.shape
+    dpre = torch.empty_like(pre)
+    part = _rows_per_part(m)
+    parts = None if sums is None else pre.new_empty(max(1, -(-m // part)), n, dtype=torch.float32)
+    with _launch.on_device(pre):
+        _sum_launch(dout, part, parts, pre, dpre, activation)
+    return dpre, None if parts is None or sums is None else column_sum(parts, sums)
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    save_pre: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``activation(x @ weight.T + bias) + residual``, and what the activation was given if asked."""
+    other = None if residual is None else matrix(residual)
+    out, pre = product(matrix(x), weight.t(), bias, other, activation, save_pre)
+    return out.view(*x.shape[:-1], weight.shape[0]), pre
+
+
+def backward(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    pre: torch.Tensor | None,
+    activation: str,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(dx, dweight, dbias), None where it is not needed."""
+    dpre = matrix_of_grad(dout, x.dtype)
+    dbias = None
+    sums = x.dtype if needs_bias else None
+    if pre is not None:
+        dpre, dbias = dact(dpre, pre, activation, sums)
+    elif needs_bias:
+        dbias = column_sum(dpre, x.dtype)
+    dx = product(dpre, weight)[0].view(x.shape) if needs_x else None
+    dweight = weight_grad(dpre, matrix(x), weight) if needs_weight else None
+    return dx, dweight, dbias
