@@ -80,11 +80,14 @@ def _random_append(cache: KVCache, plain: Plain, rng: random.Random) -> None:
 
 def _random_change(cache: KVCache, plain: Plain, rng: random.Random) -> None:
     ids = cache.sequences
-    action = rng.choice(["allocate", "free", "fork", "truncate", "reorder", "append", "append", "append"])
+    actions = ["allocate", "free", "fork", "truncate", "reorder", "abandon", "append", "append", "append"]
+    action = rng.choice(actions)
     if action == "append":
         _random_append(cache, plain, rng)
     elif action == "allocate":
         plain.held.update((i, []) for i in cache.allocate(rng.randint(0, 2)))
+    elif action == "abandon":
+        cache.extend([rng.choice([0, 1, 5]) for _ in ids])
     elif not ids:
         return
     elif action == "free":
