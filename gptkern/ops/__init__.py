@@ -9,6 +9,7 @@ from gptkern.ops.flash_attention import flash_attention, flash_attention_varlen
 from gptkern.ops.gelu_mlp import gelu_mlp
 from gptkern.ops.layer_norm import add_layer_norm, layer_norm
 from gptkern.ops.linear import linear_act, linear_residual
+from gptkern.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "add_layer_norm",
@@ -20,5 +21,6 @@ __all__ = [
     "gelu_mlp",
     "layer_norm",
     "linear_act",
+    "linear_cross_entropy",
     "linear_residual",
 ]

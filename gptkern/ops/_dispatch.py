@@ -65,6 +65,6 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of matrix products on ``tensor``'s device, or None outside it."""
     device = tensor.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None

@@ -1,0 +1,286 @@
+"""Head and cross-entropy, fused, for one chunk of tokens at a time.
+
+Per token ``t`` with ``z[v] = weight[v] . hidden[t]`` and ``lse = log(sum(exp(z)))``:
+    loss     = (1 - s) (lse - z[target]) + s (lse - mean(z)) + z_loss lse^2
+    dz[v]    = softmax(z)[v] (1 + 2 z_loss lse) - (1 - s) [v = target] - s / vocab
+    dhidden  = dz @ weight,   dweight = dz^T @ hidden
+(label smoothing s: Szegedy et al. 2016; z-loss: Chowdhery et al. 2022, section 5; softmax from
+partial maxima and sums: Milakov and Gimelshein 2018).
+
+The logits are multiplied out once. What is kept of them, for one chunk, is ``exp(z - m)`` in the
+inputs' dtype, ``m`` being the maximum of a token's logits in one vocabulary tile: its relative
+error is one rounding, where a logit of 20 rounded to bf16 would be 3% off after the exponential,
+and both gradient products turn it into ``dz`` as they load it, by one factor per token and tile.
+
+Layout:
+    logits_kernel   one program a (tokens, vocab) tile; reads hidden and weight, writes
+                    ``exp(z - m)`` and the tile's statistics
+    loss_kernel     one program BLOCK_M tokens; combines the tiles' statistics in a fixed order
+    dhidden_kernel  one program a (tokens, width) tile, over the vocabulary
+    dweight_kernel  one program a (vocab, width) tile, over the chunk's tokens; adds to fp32 sums,
+                    chunk after chunk: the order of summation is fixed
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def logits_kernel(
+    hidden_ptr,  # (tokens, width), rows stride_ht apart
+    weight_ptr,  # (vocab, width), rows stride_wv apart
+    targets_ptr,  # (tokens,)
+    exp_ptr,  # (tokens, stride_et): exp(z - tile maximum)
+    tile_max_ptr,  # (tokens, n_tiles)
+    tile_sum_ptr,  # (tokens, n_tiles): sum of exp(z - tile maximum)
+    tile_total_ptr,  # (tokens, n_tiles): sum of z
+    target_logit_ptr,  # (tokens,)
+    tokens,
+    vocab,
+    width,
+    n_tiles,
+    stride_ht,
+    stride_wv,
+    stride_et,
+    KEEP_EXP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Tokens vary fastest: a chunk's hidden states stay in the L2 cache while the weights stream by once.
+    row_blocks = tl.cdiv(tokens, BLOCK_M)
+    tile = tl.program_id(0) // row_blocks
+    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok, col_ok = rows < tokens, cols < vocab
+    k = tl.arange(0, BLOCK_K)
+    # Rows beyond the end are read as the last one: in bounds without a mask, and never stored.
+    h = hidden_ptr + tl.minimum(rows, tokens - 1).to(tl.int64)[:, None] * stride_ht + k[None, :]
+    w = weight_ptr + tl.minimum(cols, vocab - 1).to(tl.int64)[None, :] * stride_wv + k[:, None]
+    z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, width, BLOCK_K):
+        if EVEN_K:
+            z = tl.dot(tl.load(h), tl.load(w), z, input_precision="ieee")
+        else:
+            k_ok = k < width - start
+            z = tl.dot(
+                tl.load(h, mask=k_ok[None, :], other=0.0),
+                tl.load(w, mask=k_ok[:, None], other=0.0),
+                z,
+                input_precision="ieee",
+            )
+        h += BLOCK_K
+        w += BLOCK_K
+
+    target = tl.load(targets_ptr + rows, mask=row_ok, other=-1)
+    hit = cols[None, :] == target[:, None]
+    own = (target >= tile * BLOCK_N) & (target < tl.minimum(tile * BLOCK_N + BLOCK_N, vocab))
+    tl.store(target_logit_ptr + rows, tl.sum(tl.where(hit, z, 0.0), 1), mask=row_ok & own)
+    stat = rows.to(tl.int64) * n_tiles + tile
+    if SMOOTHING:
+        tl.store(tile_total_ptr + stat, tl.sum(tl.where(col_ok[None, :], z, 0.0), 1), mask=row_ok)
+    z = tl.where(col_ok[None, :], z, float("-inf"))
+    highest = tl.max(z, 1)
+    # A row of -inf alone: (-inf) - (-inf) would be NaN.
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    e = tl.exp(z - highest[:, None])
+    tl.store(tile_max_ptr + stat, highest, mask=row_ok)
+    tl.store(tile_sum_ptr + stat, tl.sum(e, 1), mask=row_ok)
+    if KEEP_EXP:
+        # stride_et is a whole number of tiles: only rows need a mask.
+        out = exp_ptr + rows.to(tl.int64)[:, None] * stride_et + cols[None, :]
+        tl.store(out, e.to(exp_ptr.dtype.element_ty), mask=row_ok[:, None])
+
+
+@triton.jit
+def loss_kernel(
+    tile_max_ptr,  # (tokens, n_tiles)
+    tile_sum_ptr,
+    tile_total_ptr,
+    target_logit_ptr,  # (tokens,)
+    targets_ptr,
+    loss_ptr,  # (tokens,) fp32, 0 where ignored, NaN for a target outside the vocabulary
+    row_max_ptr,  # (tokens,) fp32; with log_sum, lse without the rounding of a large maximum
+    log_sum_ptr,  # (tokens,) fp32: log(sum(exp(z - row maximum)))
+    tokens,
+    vocab,
+    n_tiles,
+    ignore_index,
+    z_loss,
+    label_smoothing,
+    SMOOTHING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = rows < tokens
+    highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    weighed = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for start in range(0, n_tiles, BLOCK_N):
+        tiles = start + tl.arange(0, BLOCK_N)
+        ok = row_ok[:, None] & (tiles < n_tiles)[None, :]
+        stat = rows.to(tl.int64)[:, None] * n_tiles + tiles[None, :]
+        maxima = tl.load(tile_max_ptr + stat, mask=ok, other=float("-inf"))
+        sums = tl.load(tile_sum_ptr + stat, mask=ok, other=0.0)
+        new = tl.maximum(highest, tl.max(maxima, 1))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        weighed = weighed * tl.exp(highest - shift) + tl.sum(sums * tl.exp(maxima - shift[:, None]), 1)
+        highest = new
+        if SMOOTHING:
+            total += tl.sum(tl.load(tile_total_ptr + stat, mask=ok, other=0.0), 1)
+    log_sum = tl.log(weighed)
+    lse = highest + log_sum
+    target = tl.load(targets_ptr + rows, mask=row_ok, other=0)
+    inside = (target >= 0) & (target < vocab)
+    z_target = tl.load(target_logit_ptr + rows, mask=row_ok & inside, other=float("nan"))
+    loss = (highest - z_target) + log_sum
+    if SMOOTHING:
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * ((highest - total / vocab) + log_sum)
+    loss += z_loss * lse * lse
+    tl.store(loss_ptr + rows, tl.where(target == ignore_index, 0.0, loss), mask=row_ok)
+    tl.store(row_max_ptr + rows, highest, mask=row_ok)
+    tl.store(log_sum_ptr + rows, log_sum, mask=row_ok)
+
+
+@triton.jit
+def logits_gradient(
+    e,  # (BLOCK_M, BLOCK_N): exp(z - tile maximum)
+    tile_max,  # (BLOCK_M,)
+    row_max,
+    log_sum,
+    target,
+    counted,  # (BLOCK_M,): whether the token exists and is not ignored
+    cols,
+    vocab,
+    z_loss,
+    label_smoothing,
+    SMOOTHING: tl.constexpr,
+):
+    """``dz`` of a tile, tokens by vocabulary, in fp32, before the upstream gradient."""
+    factor = tl.exp(tile_max - row_max - log_sum) * (1.0 + 2.0 * z_loss * (row_max + log_sum))
+    dz = e.to(tl.float32) * factor[:, None]
+    dz -= tl.where(cols[None, :] == target[:, None], 1.0 - label_smoothing, 0.0)
+    if SMOOTHING:
+        dz -= tl.where((cols < vocab)[None, :], label_smoothing / vocab, 0.0)
+    return tl.where(counted[:, None], dz, 0.0)
+
+
+@triton.jit
+def dhidden_kernel(
+    exp_ptr,  # (tokens, stride_et)
+    tile_max_ptr,  # (tokens, n_tiles)
+    row_max_ptr,  # (tokens,)
+    log_sum_ptr,
+    targets_ptr,
+    scale_ptr,  # upstream gradient: element t * stride_s
+    weight_ptr,  # (vocab, width)
+    dhidden_ptr,  # (tokens, width), contiguous
+    tokens,
+    vocab,
+    width,
+    n_tiles,
+    stride_et,
+    stride_s,
+    stride_wv,
+    ignore_index,
+    z_loss,
+    label_smoothing,
+    SMOOTHING: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Width varies fastest: the programs that share rows of exp_ptr run side by side.
+    width_blocks = tl.cdiv(width, BLOCK_N)
+    rows = tl.program_id(0) // width_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) % width_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok, col_ok = rows < tokens, cols < width
+    safe_rows = tl.minimum(rows, tokens - 1)
+    safe_cols = tl.minimum(cols, width - 1)
+    target = tl.load(targets_ptr + safe_rows)
+    row_max = tl.load(row_max_ptr + safe_rows)
+    log_sum = tl.load(log_sum_ptr + safe_rows)
+    counted = row_ok & (target != ignore_index)
+    v = tl.arange(0, BLOCK_K)
+    e = exp_ptr + safe_rows.to(tl.int64)[:, None] * stride_et + v[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, vocab, BLOCK_K):
+        words = start + v
+        w = weight_ptr + tl.minimum(words, vocab - 1).to(tl.int64)[:, None] * stride_wv + safe_cols[None, :]
+        tile_max = tl.load(tile_max_ptr + safe_rows.to(tl.int64) * n_tiles + start // TILE)
+        dz = logits_gradient(
+            tl.load(e), tile_max, row_max, log_sum, target, counted, words,
+            vocab, z_loss, label_smoothing, SMOOTHING,
+        )  # fmt: skip
+        # Beyond the vocabulary e is exactly 0, so the repeated last row of the weights counts nothing.
+        acc = tl.dot(dz.to(exp_ptr.dtype.element_ty), tl.load(w), acc, input_precision="ieee")
+        e += BLOCK_K
+    acc *= tl.load(scale_ptr + safe_rows * stride_s).to(tl.float32)[:, None]
+    out = dhidden_ptr + rows.to(tl.int64)[:, None] * width + cols[None, :]
+    tl.store(out, acc.to(dhidden_ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
+
+
+@triton.jit
+def dweight_kernel(
+    exp_ptr,  # (tokens, stride_et)
+    tile_max_ptr,  # (tokens, n_tiles)
+    row_max_ptr,  # (tokens,)
+    log_sum_ptr,
+    targets_ptr,
+    scale_ptr,  # upstream gradient: element t * stride_s
+    hidden_ptr,  # (tokens, width), rows stride_ht apart
+    dweight_ptr,  # (vocab, width) fp32, contiguous
+    tokens,
+    vocab,
+    width,
+    n_tiles,
+    stride_et,
+    stride_s,
+    stride_ht,
+    ignore_index,
+    z_loss,
+    label_smoothing,
+    FIRST: tl.constexpr,
+    TOKEN_SCALE: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    width_blocks = tl.cdiv(width, BLOCK_N)
+    word_start = tl.program_id(0) // width_blocks * BLOCK_M
+    words = word_start + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) % width_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    safe_cols = tl.minimum(cols, width - 1)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, tokens, BLOCK_K):
+        rows = start + tl.arange(0, BLOCK_K)
+        row_ok = rows < tokens
+        safe_rows = tl.minimum(rows, tokens - 1).to(tl.int64)
+        e = tl.load(exp_ptr + safe_rows[:, None] * stride_et + words[None, :])
+        h = tl.load(hidden_ptr + safe_rows[:, None] * stride_ht + safe_cols[None, :])
+        target = tl.load(targets_ptr + safe_rows)
+        row_max = tl.load(row_max_ptr + safe_rows)
+        log_sum = tl.load(log_sum_ptr + safe_rows)
+        tile_max = tl.load(tile_max_ptr + safe_rows * n_tiles + word_start // TILE)
+        counted = row_ok & (target != ignore_index)
+        dz = logits_gradient(
+            e, tile_max, row_max, log_sum, target, counted, words,
+            vocab, z_loss, label_smoothing, SMOOTHING,
+        )  # fmt: skip
+        if TOKEN_SCALE:
+            dz *= tl.load(scale_ptr + safe_rows * stride_s).to(tl.float32)[:, None]
+        acc = tl.dot(tl.trans(dz.to(exp_ptr.dtype.element_ty)), h, acc, input_precision="ieee")
+    if not TOKEN_SCALE:
+        # Scaled after the sum: 1 / tokens would push fp16 gradients below its smallest number.
+        acc *= tl.load(scale_ptr).to(tl.float32)
+    out = dweight_ptr + words.to(tl.int64)[:, None] * width + cols[None, :]
+    ok = (words < vocab)[:, None] & (cols < width)[None, :]
+    if not FIRST:
+        acc += tl.load(out, mask=ok, other=0.0)
+    tl.store(out, acc, mask=ok)

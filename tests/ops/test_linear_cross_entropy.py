@@ -1,0 +1,317 @@
+"""The fused head and loss against float64, its gradients, its memory, its refusals."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gptkern
+from gptkern.ops import _launch, linear_cross_entropy
+from gptkern.ops.linear_cross_entropy import op, reference
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+SHAPES = [(2, 8, 5), (5, 24, 11), (130, 72, 300), (33, 64, 257)]
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"reduction": "sum", "label_smoothing": 0.1},
+    {"reduction": "none", "z_loss": 1e-2},
+    {"reduction": "mean", "z_loss": 1e-3, "label_smoothing": 0.3, "ignore_index": 2},
+]
+IDS = ["mean", "smoothed-sum", "per-token", "all"]
+
+
+def inputs(tokens: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    hidden = torch.randn(tokens, width, device=device).to(dtype)
+    weight = (torch.randn(vocab, width, device=device) * 3 * width**-0.5).to(dtype)
+    targets = torch.randint(vocab, (tokens,), device=device)
+    targets[::4] = -100
+    return hidden, weight, targets
+
+
+def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """The unfused expression, as one writes it: logits in the inputs' dtype, the loss in fp32."""
+    z_loss = settings.pop("z_loss", 0.0)
+    ignore, reduction = settings.setdefault("ignore_index", -100), settings.pop("reduction", "mean")
+    logits = F.linear(hidden, weight)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    losses = F.cross_entropy(logits, targets, reduction="none", **settings)
+    losses = losses + z_loss * logits.logsumexp(-1).square() * (targets != ignore)
+    if reduction == "mean":
+        return losses.sum() / (targets != ignore).sum()
+    return losses.sum() if reduction == "sum" else losses
+
+
+def value_and_grads(
+    function: Callable[..., torch.Tensor],
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    **settings: Any,
+) -> list[torch.Tensor]:
+    hidden, weight = (t.detach().clone().requires_grad_() for t in (hidden, weight))
+    loss = function(hidden, weight, targets, **settings)
+    upstream = torch.linspace(0.5, 2.0, loss.numel(), device=loss.device).view(loss.shape)
+    loss.backward(upstream.to(loss.dtype))
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return [loss.detach(), hidden.grad, weight.grad]
+
+
+def assert_accurate(found: torch.Tensor, plain_result: torch.Tensor, exact: torch.Tensor) -> None:
+    """Within twice the plain expression's error, plus one unit in the last place of the scale."""
+    scale = exact.abs().max().item() if exact.numel() else 0.0
+    allowed = 2 * (plain_result.double() - exact).abs().max() + torch.finfo(found.dtype).eps * scale
+    error = (found.double() - exact).abs().max()
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+def test_against_float64(
+    dtype: torch.dtype, shape: tuple[int, int, int], settings: dict[str, Any], device: torch.device
+) -> None:
+    hidden, weight, targets = inputs(*shape, dtype, device)
+    if settings.get("ignore_index", -100) != -100:
+        targets[targets == -100] = 0
+    if (targets == settings.get("ignore_index", -100)).all():
+        targets[:] = 0
+    exact = value_and_grads(plain, hidden.double(), weight.double(), targets, **settings)
+    unfused = value_and_grads(plain, hidden, weight, targets, **settings)
+    found = value_and_grads(linear_cross_entropy, hidden, weight, targets, **settings)
+    assert found[0].dtype == torch.float32
+    assert found[1].dtype == found[2].dtype == dtype
+    for a, b, c in zip(found, unfused, exact, strict=True):
+        assert_accurate(a, b, c)
+
+
+def test_one_word_one_column(device: torch.device) -> None:
+    """A vocabulary of one: softmax is 1, loss and gradients vanish up to the smoothing's rounding."""
+    hidden, weight, _ = inputs(1, 1, 1, torch.float32, device)
+    targets = torch.zeros(1, dtype=torch.int64, device=device)
+    for found in value_and_grads(linear_cross_entropy, hidden, weight, targets, label_smoothing=0.1):
+        torch.testing.assert_close(found, torch.zeros_like(found), atol=1e-6, rtol=0)
+
+
+def test_several_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of three chunks are one's exactly; the weight's gradient is summed over them."""
+    hidden, weight, targets = inputs(300, 24, 200, torch.float32, device)
+    whole = value_and_grads(linear_cross_entropy, hidden, weight, targets, reduction="none")
+    monkeypatch.setattr(op, "chunk_tokens", lambda tokens, vocab, itemsize: 128)
+    parts = value_and_grads(linear_cross_entropy, hidden, weight, targets, reduction="none")
+    assert torch.equal(whole[0], parts[0])
+    assert torch.equal(whole[1], parts[1])
+    torch.testing.assert_close(whole[2], parts[2], rtol=1e-5, atol=1e-6)
+
+
+def test_reference_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = inputs(50, 24, 20, torch.float64, torch.device("cpu"))
+    with gptkern.backend("reference"):
+        whole = value_and_grads(linear_cross_entropy, hidden, weight, targets, z_loss=0.1)
+        monkeypatch.setattr(reference, "CHUNK_LOGITS", 20 * 7)
+        parts = value_and_grads(linear_cross_entropy, hidden, weight, targets, z_loss=0.1)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_chunks_are_bounded() -> None:
+    """One chunk's workspace stops growing with the batch and, tile by tile, with the vocabulary."""
+    for tokens in (1, 8192, 65536, 1 << 22):
+        for vocab in (256, 50304, 262144):
+            rows = op.chunk_tokens(tokens, vocab, 2)
+            assert rows % 128 == 0
+            assert rows * vocab * 2 <= max(832 << 20, 128 * vocab * 2)
+    assert op.chunk_tokens(65536, 50304, 2) == 8192
+    assert op.chunk_tokens(5, 256, 2) == 128
+
+
+def test_deterministic_and_leading_dimensions(device: torch.device) -> None:
+    hidden, weight, targets = inputs(36, 40, 300, torch.bfloat16, device)
+    first = value_and_grads(linear_cross_entropy, hidden, weight, targets)
+    again = value_and_grads(linear_cross_entropy, hidden.view(4, 9, 40), weight, targets.view(4, 9))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[2], again[2])
+    assert torch.equal(first[1], again[1].flatten(0, 1))
+
+
+def test_strided_rows(device: torch.device) -> None:
+    hidden, weight, targets = inputs(9, 64, 50, torch.float32, device)
+    strided = (hidden.repeat(1, 2)[:, :64], weight.repeat(1, 2)[:, :64])
+    for a, b in zip(
+        value_and_grads(linear_cross_entropy, hidden, weight, targets),
+        value_and_grads(linear_cross_entropy, *strided, targets),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_gradient_of_one_input_alone(device: torch.device) -> None:
+    hidden, weight, targets = inputs(9, 24, 50, torch.float32, device)
+    both = value_and_grads(linear_cross_entropy, hidden, weight, targets, reduction="sum")
+    for kept, reduction in ((0, "sum"), (1, "sum"), (0, "none"), (1, "none")):
+        leaves = [hidden.clone(), weight.clone()]
+        leaves[kept].requires_grad_()
+        loss = linear_cross_entropy(leaves[0], leaves[1], targets, reduction=reduction).sum()
+        loss.backward(torch.full_like(loss, 0.5))
+        assert torch.equal(leaves[kept].grad, both[1 + kept])
+        assert leaves[1 - kept].grad is None
+
+
+def test_backward_twice(device: torch.device) -> None:
+    hidden, weight, targets = inputs(9, 24, 50, torch.float32, device)
+    hidden.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    (first,) = torch.autograd.grad(loss, hidden, torch.tensor(3.0, device=device), retain_graph=True)
+    (second,) = torch.autograd.grad(loss, hidden, torch.tensor(3.0, device=device))
+    assert torch.equal(first, second)
+
+
+def test_all_ignored_and_empty(device: torch.device) -> None:
+    hidden, weight, targets = inputs(4, 8, 10, torch.float32, device)
+    targets[:] = -100
+    assert linear_cross_entropy(hidden, weight, targets).isnan()
+    loss, dhidden, dweight = value_and_grads(linear_cross_entropy, hidden, weight, targets, reduction="sum")
+    assert loss == 0
+    assert not dhidden.any()
+    assert not dweight.any()
+    assert linear_cross_entropy(hidden[:0], weight, targets[:0], reduction="sum") == 0
+    assert linear_cross_entropy(hidden[:0], weight, targets[:0], reduction="none").shape == (0,)
+
+
+def test_nan_stays_in_its_row(device: torch.device) -> None:
+    hidden, weight, targets = inputs(40, 24, 300, torch.float32, device)
+    clean = linear_cross_entropy(hidden, weight, targets, reduction="none")
+    hidden[7] = float("nan")
+    dirty = linear_cross_entropy(hidden, weight, targets.index_fill(0, torch.tensor(7), 3), reduction="none")
+    others = torch.arange(40) != 7
+    assert dirty[7].isnan()
+    assert torch.equal(dirty[others], clean[others])
+
+
+def test_large_logits(device: torch.device) -> None:
+    """Logits of several thousand, where exp alone overflows."""
+    hidden, weight, targets = inputs(8, 16, 300, torch.float32, device)
+    exact = value_and_grads(plain, 1000 * hidden.double(), weight.double(), targets)
+    unfused = value_and_grads(plain, 1000 * hidden, weight, targets)
+    found = value_and_grads(linear_cross_entropy, 1000 * hidden, weight, targets)
+    for a, b, c in zip(found, unfused, exact, strict=True):
+        assert_accurate(a, b, c)
+
+
+def test_autocast(device: torch.device) -> None:
+    hidden, weight, targets = inputs(20, 24, 50, torch.float32, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        found = value_and_grads(linear_cross_entropy, hidden, weight, targets)
+    assert found[1].dtype == found[2].dtype == torch.float32
+    rounded = [t.bfloat16().double() for t in (hidden, weight)]
+    for a, b in zip(found, value_and_grads(plain, *rounded, targets), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck(reduction: str, device: torch.device) -> None:
+    hidden, weight, targets = inputs(6, 16, 20, torch.float32, device)
+    hidden.requires_grad_(), weight.requires_grad_()
+    settings = (-100, reduction, 0.0, 0.1, torch.float32, True, True)
+    torch.library.opcheck(torch.ops.gptkern.linear_cross_entropy, (hidden, weight, targets, *settings))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled(reduction: str, device: torch.device) -> None:
+    hidden, weight, targets = inputs(6, 16, 20, torch.float32, device)
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    eager = value_and_grads(linear_cross_entropy, hidden, weight, targets, reduction=reduction)
+    for a, b in zip(
+        value_and_grads(compiled, hidden, weight, targets, reduction=reduction), eager, strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of storage alive at once among what operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.seen: set[int] = set()
+
+    def _freed(self, key: int, size: int) -> None:
+        self.alive -= size
+        self.seen.discard(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return out
+
+
+def peak_bytes(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> int:
+    """Of a training step at 8192 tokens x 50257 words, by shapes alone: nothing is computed."""
+    meta = torch.device("meta")
+    hidden = torch.empty(8192, 768, device=meta, dtype=dtype, requires_grad=True)
+    weight = torch.empty(50257, 768, device=meta, dtype=dtype, requires_grad=True)
+    targets = torch.empty(8192, device=meta, dtype=torch.int64)
+    tracked = PeakBytes()
+    with tracked, _launch.record(90):
+        function(hidden, weight, targets).backward()
+    return tracked.peak
+
+
+def test_peak_memory() -> None:
+    """Both forms need less than a tenth of the unfused loss, gradients included."""
+    unfused = peak_bytes(plain, torch.float32)
+    assert unfused > 3 * 8192 * 50257 * 4  # the count sees the logits and two more of their size
+    assert peak_bytes(linear_cross_entropy, torch.float32) < 0.1 * unfused
+    assert peak_bytes(linear_cross_entropy, torch.bfloat16) < 0.1 * peak_bytes(plain, torch.bfloat16)
+    with gptkern.backend("reference"):
+        assert peak_bytes(linear_cross_entropy, torch.float32) < 0.1 * unfused
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": torch.zeros(4, 7)}, ValueError, "hidden has shape"),
+        ({"hidden": torch.zeros(8)}, ValueError, "hidden has shape"),
+        ({"hidden": torch.zeros(4, 8, dtype=torch.int64)}, TypeError, "hidden is int64"),
+        ({"hidden": torch.zeros(4, 8).half()}, TypeError, "weight is torch.float32, hidden torch.float16"),
+        ({"hidden": torch.zeros(2, 4, 8)[:, :2]}, ValueError, "targets has shape"),
+        ({"hidden": torch.zeros(8, 4).T}, ValueError, "contiguous"),
+        (
+            {"hidden": torch.zeros(2, 4, 8)[:, :2], "targets": torch.zeros(2, 2, dtype=torch.int64)},
+            ValueError,
+            "viewable as one",
+        ),
+        ({"weight": torch.zeros(3)}, ValueError, "weight has shape"),
+        ({"weight": torch.zeros(0, 8)}, ValueError, "weight has shape"),
+        ({"targets": torch.zeros(4)}, TypeError, "targets is float32"),
+        ({"targets": torch.tensor([0, 1, 10, 2])}, ValueError, "targets holds 10"),
+        ({"targets": torch.tensor([0, 1, -1, 2])}, ValueError, "targets holds -1"),
+        ({"reduction": "avg"}, ValueError, "reduction is 'avg'"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5"),
+        ({"z_loss": -1.0}, ValueError, "z_loss is -1.0"),
+        ({"weight": [1]}, TypeError, "weight is list"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refusals(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {
+        "hidden": torch.zeros(4, 8),
+        "weight": torch.zeros(10, 8),
+        "targets": torch.zeros(4, dtype=torch.int64),
+    }
+    with pytest.raises(error, match="linear_cross_entropy: .*" + message):
+        linear_cross_entropy(**(given | change))
