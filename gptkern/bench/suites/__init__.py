@@ -10,7 +10,7 @@ import torch
 from gptkern.bench.problem import Problem
 
 OPS = ("layer_norm", "flash_attention", "linear", "gelu_mlp", "decode_attention")
-END_TO_END: tuple[str, ...] = ()
+END_TO_END = ("prefill", "generate", "train_step")
 SUITES = OPS + END_TO_END
 
 

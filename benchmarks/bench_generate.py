@@ -1,0 +1,5 @@
+"""Generation end to end: prompt in, tokens out, sampling included."""
+
+
+def test_generate(measure) -> None:
+    measure()

@@ -1,0 +1,75 @@
+"""One training step: forward, loss, backward, AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptkern.bench.problem import Inputs, Problem, Provider
+from gptkern.bench.suites import _models as models
+from gptkern.bench.suites import _providers as shared
+from gptkern.config import GPTConfig
+
+GPU = [(models.GPT2, 16, 1024), (models.GPT2, 64, 1024)]
+CPU = [(models.SMALL, 2, 128)]
+
+
+class _Step:
+    """A model with its optimizer; a call takes one step and returns the loss before it."""
+
+    def __init__(self, model: nn.Module, device: torch.device, compiled: bool) -> None:
+        self.device = device
+        self.model: Any = torch.compile(model.train()) if compiled else model.train()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss: torch.Tensor = self.model(ids, labels=ids).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
+    """Every model and batch, fp32 weights under bf16 autocast."""
+    for config, batch, seq in shared.of_widths(device, GPU, CPU, quick):
+        yield _problem(config, batch, seq, device, quick)
+
+
+def _problem(config: GPTConfig, batch: int, seq: int, device: torch.device, quick: bool) -> Problem:
+    def lazily(make: Any, compiled: bool = False) -> Provider:
+        steps: list[_Step] = []
+
+        def call(ids: torch.Tensor) -> torch.Tensor:
+            if not steps:
+                steps.append(_Step(make(config, torch.float32, device), device, compiled))
+            return steps[0](ids)
+
+        return call
+
+    def inputs(device: torch.device) -> Inputs:
+        return (torch.randint(config.vocab_size, (batch, seq), device=device),)
+
+    def reference(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            loss: torch.Tensor = models.theirs(config, torch.float32, device)(ids, labels=ids).loss
+        return loss.double()
+
+    providers = {"gptkern": lazily(models.ours), "transformers": lazily(models.theirs)}
+    if not quick:
+        providers["torch.compile"] = lazily(models.theirs, compiled=True)
+    return Problem(
+        "train_step",
+        f"{config.n_layer}x{config.n_embd}, {batch}x{seq}",
+        torch.bfloat16,
+        inputs,
+        providers,
+        reference,
+        # AdamW alone: weight, gradient and two moments read, weight and moments written, 4 bytes each
+        bytes_moved=28.0 * models.weight_bytes(config, torch.int8),
+        flops=3 * models.forward_flops(config, batch, seq),
+    )
