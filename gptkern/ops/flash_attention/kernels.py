@@ -7,7 +7,10 @@ mask is aligned to the bottom right, causal is window_right = 0.
 
 Layout. One program owns BLOCK_M queries of one head and runs over the keys they see. It reads its
 queries once and each tile of keys and values once, and writes out and lse once. Tiles of keys that
-every query sees run without a mask; tiles that none sees are not visited.
+none of the queries sees are not visited, and tiles that all of them see take a branch around the
+mask. One loop and not one a kind of tile: the software pipeline then never drains, the kernel needs
+fewer registers, and LLVM cannot unroll a tail loop of at most one turn, after which ptxas serialises
+every wgmma (its warning C7515).
 
 Packed sequences (VARLEN) differ in where a sequence starts and how long it is, and in nothing else.
 """
@@ -43,6 +46,14 @@ def _pointers(ptr, first_row, stride_s, ROWS: tl.constexpr, BLOCK_D: tl.constexp
 
 
 @triton.jit
+def _inside(first_row, end_row, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    inside = (first_row + tl.arange(0, ROWS))[:, None] < end_row
+    if HEAD_DIM != BLOCK_D:
+        inside = inside & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    return inside
+
+
+@triton.jit
 def load_rows(
     ptr,
     first_row,
@@ -51,20 +62,10 @@ def load_rows(
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
 ):
     """A ``(ROWS, BLOCK_D)`` tile, zero past ``end_row`` and past the head dimension."""
     ptrs = _pointers(ptr, first_row, stride_s, ROWS, BLOCK_D)
-    rows_inside = (first_row + tl.arange(0, ROWS))[:, None] < end_row
-    dims_inside = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
-    if CHECK_ROWS and HEAD_DIM != BLOCK_D:
-        return tl.load(ptrs, mask=rows_inside & dims_inside, other=0.0)
-    elif CHECK_ROWS:
-        return tl.load(ptrs, mask=rows_inside, other=0.0)
-    elif HEAD_DIM != BLOCK_D:
-        return tl.load(ptrs, mask=dims_inside, other=0.0)
-    else:
-        return tl.load(ptrs)
+    return tl.load(ptrs, mask=_inside(first_row, end_row, ROWS, HEAD_DIM, BLOCK_D), other=0.0)
 
 
 @triton.jit
@@ -78,10 +79,8 @@ def store_rows(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    mask = (first_row + tl.arange(0, ROWS))[:, None] < end_row
-    if HEAD_DIM != BLOCK_D:
-        mask = mask & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     ptrs = _pointers(ptr, first_row, stride_s, ROWS, BLOCK_D)
+    mask = _inside(first_row, end_row, ROWS, HEAD_DIM, BLOCK_D)
     tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -119,73 +118,25 @@ def span(
 
 
 @triton.jit
-def visible(
-    rows, cols, shift, seq_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+def hide(
+    scores,
+    rows,
+    cols,
+    shift,
+    seq_k,
+    window_left,
+    window_right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
 ):
-    """Which keys ``cols`` the queries ``rows`` see; the two broadcast against each other."""
+    """Scores, -inf where the queries ``rows`` do not see the keys ``cols``; these broadcast to the tile."""
     ahead = cols - (rows + shift)
     seen = cols < seq_k
     if HAS_LEFT:
         seen = seen & (ahead >= -window_left)
     if HAS_RIGHT:
         seen = seen & (ahead <= window_right)
-    return seen
-
-
-@triton.jit
-def _forward_range(
-    acc,
-    row_max,
-    row_sum,
-    q,
-    k_ptr,
-    v_ptr,
-    begin,
-    end,
-    start_m,
-    shift,
-    seq_k,
-    stride_ks,
-    stride_vs,
-    scale,
-    softcap,
-    window_left,
-    window_right,
-    seed,
-    stream,
-    dropout_p,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
-    rows = start_m + tl.arange(0, BLOCK_M)
-    for start_n in tl.range(begin, end, BLOCK_N):
-        start_n = tl.multiple_of(start_n, BLOCK_N)
-        k = load_rows(k_ptr, start_n, seq_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scale_log2 = scale * LOG2E
-        if SOFTCAP:
-            scores = softcap * tanh(scores * (scale / softcap))
-            scale_log2 = LOG2E
-        if MASKED:
-            cols = start_n + tl.arange(0, BLOCK_N)
-            seen = visible(
-                rows[:, None], cols[None, :], shift, seq_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
-            )
-            scores = tl.where(seen, scores, float("-inf"))
-        weights, row_max, row_sum, rescale = online_softmax(scores, row_max, row_sum, scale_log2)
-        if DROPOUT:
-            keep = dropout_keep(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N)
-            weights = tl.where(keep, weights, 0.0)
-        v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-    return acc, row_max, row_sum
+    return tl.where(seen, scores, float("-inf"))
 
 
 @triton.jit
@@ -251,29 +202,32 @@ def flash_attention_forward(
     stream = batch * heads + head
     shift = seq_k - seq_q
 
-    q = load_rows(q_ptr, start_m, seq_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, start_m, seq_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    scale_log2 = LOG2E if SOFTCAP else scale * LOG2E
     first, full_first, full_end, end = span(
         start_m, shift, window_left, window_right, seq_k, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
-    if HAS_LEFT:
-        acc, row_max, row_sum = _forward_range(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, first, full_first, start_m, shift, seq_k,
-            stride_ks, stride_vs, scale, softcap, window_left, window_right, seed, stream, dropout_p,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT,
-        )  # fmt: skip
-    acc, row_max, row_sum = _forward_range(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, full_first, full_end, start_m, shift, seq_k,
-        stride_ks, stride_vs, scale, softcap, window_left, window_right, seed, stream, dropout_p,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT,
-    )  # fmt: skip
-    acc, row_max, row_sum = _forward_range(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, full_end, end, start_m, shift, seq_k,
-        stride_ks, stride_vs, scale, softcap, window_left, window_right, seed, stream, dropout_p,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT,
-    )  # fmt: skip
+    for start_n in tl.range(first, end, BLOCK_N):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
+        k = load_rows(k_ptr, start_n, seq_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if SOFTCAP:
+            scores = softcap * tanh(scores * (scale / softcap))
+        if (start_n < full_first) | (start_n >= full_end):
+            cols = start_n + tl.arange(0, BLOCK_N)
+            scores = hide(
+                scores, rows[:, None], cols[None, :], shift, seq_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+            )
+        weights, row_max, row_sum, rescale = online_softmax(scores, row_max, row_sum, scale_log2)
+        if DROPOUT:
+            keep = dropout_keep(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N)
+            weights = tl.where(keep, weights, 0.0)
+        v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
 
     total = tl.where(row_sum == 0.0, 1.0, row_sum)
     if DROPOUT:
@@ -281,5 +235,4 @@ def flash_attention_forward(
     store_rows(
         out_ptr, acc / total[:, None], start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D
     )
-    rows = start_m + tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + rows, (row_max + tl.log2(row_sum)) * LN2, mask=rows < seq_q)

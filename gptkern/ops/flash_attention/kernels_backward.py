@@ -17,108 +17,38 @@ import triton.language as tl
 from gptkern.ops._device import LOG2E, dropout_keep, tanh
 from gptkern.ops.flash_attention.kernels import (
     head_offset,
+    hide,
     load_rows,
     sequence,
     span,
     store_rows,
-    visible,
 )
 
 
 @triton.jit
-def _weights_and_dscores(
-    scores,
+def _gradient(
+    weights,
     dweights,
-    seen,
-    lse_log2,
     delta,
+    bent,
     keep,
-    scale,
-    softcap,
     dropout_p,
-    MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Weights (dropped ones 0, the others not yet divided by 1 - dropout_p) and ds, from q k^T and do v^T."""
-    if SOFTCAP:
-        bent = tanh(scores * (scale / softcap))
-        weights = tl.exp2(bent * (softcap * LOG2E) - lse_log2)
-    else:
-        weights = tl.exp2(scores * (scale * LOG2E) - lse_log2)
-    if MASKED:
-        weights = tl.where(seen, weights, 0.0)
+    """ds from the weights and do v^T; ``bent`` is the tanh of the scaled scores."""
     if DROPOUT:
         dweights = tl.where(keep, dweights * (1.0 / (1.0 - dropout_p)), 0.0)
     dscores = weights * (dweights - delta)
     if SOFTCAP:
         dscores = dscores * (1.0 - bent * bent)
-    if DROPOUT:
-        weights = tl.where(keep, weights, 0.0)
-    return weights, dscores
+    return dscores
 
 
 @triton.jit
 def _lse_log2(lse):
     # A row that saw nothing has lse = -inf; +inf makes all its weights 0 where -inf makes NaN.
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-
-
-@triton.jit
-def _dq_range(
-    dq,
-    q,
-    do,
-    lse_log2,
-    delta,
-    k_ptr,
-    v_ptr,
-    begin,
-    end,
-    start_m,
-    shift,
-    seq_k,
-    stride_ks,
-    stride_vs,
-    scale,
-    softcap,
-    window_left,
-    window_right,
-    seed,
-    stream,
-    dropout_p,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
-    rows = start_m + tl.arange(0, BLOCK_M)
-    for start_n in tl.range(begin, end, BLOCK_N):
-        start_n = tl.multiple_of(start_n, BLOCK_N)
-        k = load_rows(k_ptr, start_n, seq_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        dweights = tl.dot(do, tl.trans(v), input_precision="ieee")
-        seen = True
-        if MASKED:
-            cols = start_n + tl.arange(0, BLOCK_N)
-            seen = visible(
-                rows[:, None], cols[None, :], shift, seq_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
-            )
-        keep = True
-        if DROPOUT:
-            keep = dropout_keep(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N)
-        _, dscores = _weights_and_dscores(
-            scores, dweights, seen, lse_log2[:, None], delta[:, None], keep, scale, softcap, dropout_p,
-            MASKED, SOFTCAP, DROPOUT,
-        )  # fmt: skip
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
-    return dq
 
 
 @triton.jit
@@ -190,8 +120,8 @@ def flash_attention_dq(
     stream = batch * heads + head
     shift = seq_k - seq_q
 
-    do = load_rows(do_ptr, start_m, seq_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    out = load_rows(out_ptr + out_offset, start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    do = load_rows(do_ptr, start_m, seq_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D)
+    out = load_rows(out_ptr + out_offset, start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     rows = start_m + tl.arange(0, BLOCK_M)
     inside = rows < seq_q
@@ -199,96 +129,35 @@ def flash_attention_dq(
         delta -= tl.load(dlse_ptr + lse_offset + rows, mask=inside, other=0.0)
     tl.store(delta_ptr + lse_offset + rows, delta, mask=inside)
 
-    q = load_rows(q_ptr, start_m, seq_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    q = load_rows(q_ptr, start_m, seq_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D)
     lse_log2 = _lse_log2(tl.load(lse_ptr + lse_offset + rows, mask=inside, other=float("inf")))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    scale_log2 = LOG2E if SOFTCAP else scale * LOG2E
     first, full_first, full_end, end = span(
         start_m, shift, window_left, window_right, seq_k, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
-    if HAS_LEFT:
-        dq = _dq_range(
-            dq, q, do, lse_log2, delta, k_ptr, v_ptr, first, full_first, start_m, shift, seq_k,
-            stride_ks, stride_vs, scale, softcap, window_left, window_right, seed, stream, dropout_p,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT,
-        )  # fmt: skip
-    dq = _dq_range(
-        dq, q, do, lse_log2, delta, k_ptr, v_ptr, full_first, full_end, start_m, shift, seq_k,
-        stride_ks, stride_vs, scale, softcap, window_left, window_right, seed, stream, dropout_p,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT,
-    )  # fmt: skip
-    dq = _dq_range(
-        dq, q, do, lse_log2, delta, k_ptr, v_ptr, full_end, end, start_m, shift, seq_k,
-        stride_ks, stride_vs, scale, softcap, window_left, window_right, seed, stream, dropout_p,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT,
-    )  # fmt: skip
-    store_rows(dq_ptr + out_offset, dq * scale, start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def _dkdv_range(
-    dk,
-    dv,
-    k,
-    v,
-    q_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    begin,
-    end,
-    start_n,
-    shift,
-    seq_q,
-    seq_k,
-    stride_qs,
-    stride_dos,
-    scale,
-    softcap,
-    window_left,
-    window_right,
-    seed,
-    stream,
-    dropout_p,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
-    cols = start_n + tl.arange(0, BLOCK_N)
-    for start_m in tl.range(begin, end, BLOCK_M):
-        start_m = tl.multiple_of(start_m, BLOCK_M)
-        rows = start_m + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr, start_m, seq_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
-        do = load_rows(do_ptr, start_m, seq_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
-        if MASKED:
-            lse = tl.load(lse_ptr + rows, mask=rows < seq_q, other=float("inf"))
-            delta = tl.load(delta_ptr + rows, mask=rows < seq_q, other=0.0)
-        else:
-            lse = tl.load(lse_ptr + rows)
-            delta = tl.load(delta_ptr + rows)
-        # Transposed, keys by queries: the weights are then an operand as they stand.
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        dweights = tl.dot(v, tl.trans(do), input_precision="ieee")
-        seen = True
-        if MASKED:
-            seen = visible(
-                rows[None, :], cols[:, None], shift, seq_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    for start_n in tl.range(first, end, BLOCK_N):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
+        k = load_rows(k_ptr, start_n, seq_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        dweights = tl.dot(do, tl.trans(v), input_precision="ieee")
+        bent = scores
+        if SOFTCAP:
+            bent = tanh(scores * (scale / softcap))
+            scores = softcap * bent
+        if (start_n < full_first) | (start_n >= full_end):
+            cols = start_n + tl.arange(0, BLOCK_N)
+            scores = hide(
+                scores, rows[:, None], cols[None, :], shift, seq_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
             )
+        weights = tl.exp2(scores * scale_log2 - lse_log2[:, None])
         keep = True
         if DROPOUT:
-            keep = tl.trans(dropout_keep(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N))
-        weights, dscores = _weights_and_dscores(
-            scores, dweights, seen, _lse_log2(lse)[None, :], delta[None, :], keep, scale, softcap, dropout_p,
-            MASKED, SOFTCAP, DROPOUT,
-        )  # fmt: skip
-        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
+            keep = dropout_keep(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N)
+        dscores = _gradient(weights, dweights, delta[:, None], bent, keep, dropout_p, SOFTCAP, DROPOUT)
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
+    store_rows(dq_ptr + out_offset, dq * scale, start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -356,8 +225,10 @@ def flash_attention_dkdv(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     shift = seq_k - seq_q
 
-    k = load_rows(k_ptr, start_n, seq_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    k = load_rows(k_ptr, start_n, seq_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D)
+    cols = start_n + tl.arange(0, BLOCK_N)
+    scale_log2 = LOG2E if SOFTCAP else scale * LOG2E
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     first, full_first, full_end, end = span(
@@ -368,24 +239,35 @@ def flash_attention_dkdv(
         stream = batch * heads_k * group + head
         q_head = q_ptr + head_offset(batch, first_q, head, stride_qb, stride_qs, stride_qh)
         do_head = do_ptr + head_offset(batch, first_q, head, stride_dob, stride_dos, stride_doh)
-        lse_head = lse_ptr + head_offset(batch, first_q, head, stride_lb, 1, stride_lh)
-        delta_head = delta_ptr + head_offset(batch, first_q, head, stride_lb, 1, stride_lh)
-        if HAS_RIGHT:
-            dk, dv = _dkdv_range(
-                dk, dv, k, v, q_head, do_head, lse_head, delta_head, first, full_first, start_n, shift,
-                seq_q, seq_k, stride_qs, stride_dos, scale, softcap, window_left, window_right, seed, stream,
-                dropout_p, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT,
-            )  # fmt: skip
-        dk, dv = _dkdv_range(
-            dk, dv, k, v, q_head, do_head, lse_head, delta_head, full_first, full_end, start_n, shift,
-            seq_q, seq_k, stride_qs, stride_dos, scale, softcap, window_left, window_right, seed, stream,
-            dropout_p, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT,
-        )  # fmt: skip
-        dk, dv = _dkdv_range(
-            dk, dv, k, v, q_head, do_head, lse_head, delta_head, full_end, end, start_n, shift,
-            seq_q, seq_k, stride_qs, stride_dos, scale, softcap, window_left, window_right, seed, stream,
-            dropout_p, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT,
-        )  # fmt: skip
+        lse_offset = head_offset(batch, first_q, head, stride_lb, 1, stride_lh)
+        for start_m in tl.range(first, end, BLOCK_M):
+            start_m = tl.multiple_of(start_m, BLOCK_M)
+            rows = start_m + tl.arange(0, BLOCK_M)
+            q = load_rows(q_head, start_m, seq_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D)
+            do = load_rows(do_head, start_m, seq_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D)
+            lse = tl.load(lse_ptr + lse_offset + rows, mask=rows < seq_q, other=float("inf"))
+            delta = tl.load(delta_ptr + lse_offset + rows, mask=rows < seq_q, other=0.0)
+            # Transposed, keys by queries: the weights are then an operand as they stand.
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+            dweights = tl.dot(v, tl.trans(do), input_precision="ieee")
+            bent = scores
+            if SOFTCAP:
+                bent = tanh(scores * (scale / softcap))
+                scores = softcap * bent
+            if (start_m < full_first) | (start_m >= full_end):
+                scores = hide(
+                    scores, rows[None, :], cols[:, None], shift, seq_k, window_left, window_right,
+                    HAS_LEFT, HAS_RIGHT,
+                )  # fmt: skip
+            weights = tl.exp2(scores * scale_log2 - _lse_log2(lse)[None, :])
+            keep = True
+            if DROPOUT:
+                keep = tl.trans(dropout_keep(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N))
+            dscores = _gradient(weights, dweights, delta[None, :], bent, keep, dropout_p, SOFTCAP, DROPOUT)
+            if DROPOUT:
+                weights = tl.where(keep, weights, 0.0)
+            dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
+            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
     if DROPOUT:
         dv = dv * (1.0 / (1.0 - dropout_p))
     store_rows(dk_ptr + d_offset, dk * scale, start_n, seq_k, stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
