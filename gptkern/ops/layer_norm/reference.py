@@ -5,7 +5,9 @@ import torch.nn.functional as F
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-    return F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+    return F.layer_norm(
+        x, (x.shape[-1],), weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps
+    )
 
 
 def add_layer_norm(

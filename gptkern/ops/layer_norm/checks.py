@@ -1,0 +1,46 @@
+"""Argument errors of the norms."""
+
+from __future__ import annotations
+
+import torch
+
+from gptkern.ops import _checks
+from gptkern.ops.layer_norm.launcher import MAX_WIDTH, layout
+
+Maybe = torch.Tensor | None
+
+
+def check(
+    op: str, x: torch.Tensor, residual: Maybe, weight: torch.Tensor, bias: Maybe, dropout_p: float = 0.0
+) -> None:
+    """Raise for arguments that a norm does not accept, on any device."""
+    _checks.tensor(op, "x", x)
+    _checks.dtype(op, "x", x)
+    if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)}; a last dimension of 1 to {MAX_WIDTH} is needed"
+        )
+    layout(op, "x", x)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None and name == "bias":
+            continue
+        _checks.tensor(op, name, value)
+        _checks.shape(op, name, value, x.shape[-1:], "x's last dimension")
+        _checks.dtype(op, name, value)
+        _checks.last_dim_contiguous(op, name, value)
+        if value.device != x.device:
+            _checks.same_device(op, x=x, **{name: value})
+    if residual is not None:
+        _checks.tensor(op, "residual", residual)
+        _checks.dtype(op, "residual", residual)
+        _checks.shape(op, "residual", residual, x.shape, "x's shape")
+        layout(op, "residual", residual)
+        _checks.same_device(op, x=x, residual=residual)
+        _checks.probability(op, "dropout_p", dropout_p)
+
+
+def check_kernel(op: str, **values: Maybe) -> None:
+    """Raise for what the references accept and the kernels do not: float64."""
+    for name, value in values.items():
+        if value is not None and value.dtype is torch.float64:
+            _checks.dtype(op, name, value, _checks.KERNEL_FLOATS)

@@ -1,0 +1,88 @@
+"""RMS normalisation, alone and fused with the residual addition before it.
+
+The kernels are those of ``gptkern.ops.layer_norm``, without the mean and without a bias.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gptkern.ops._dispatch import needs_grad, use_kernel
+from gptkern.ops.layer_norm import autograd, launcher
+from gptkern.ops.layer_norm.checks import check, check_kernel
+from gptkern.ops.rms_norm import reference
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """RMS normalisation over the last dimension (Zhang and Sennrich 2019).
+
+    ``x / sqrt(mean(x**2) + eps) * weight``, with the mean in fp32 whatever the dtypes.
+
+    Args:
+        x: ``(..., width)``, width 1 to 65536; fp32, fp16 or bf16 (float64 on a CPU). The last
+            dimension contiguous, the others of any strides that nest in two, 0 included.
+        weight: ``(width,)``, of the same or another floating dtype.
+        eps: Added to the mean square.
+
+    Returns:
+        Contiguous, of ``x``'s shape and dtype; under autocast of autocast's dtype.
+
+    Raises:
+        TypeError: a dtype that is not accepted.
+        ValueError: a shape, layout or device that is not accepted.
+    """
+    check("rms_norm", x, None, weight, None)
+    dtype = autograd.out_dtype(x, None)
+    if not use_kernel(x):
+        return reference.rms_norm(x, weight, eps).to(dtype)
+    check_kernel("rms_norm", x=x, weight=weight)
+    if torch.compiler.is_compiling():
+        out: torch.Tensor = torch.ops.gptkern.rms_norm(x, weight, eps, dtype)[0]
+    elif needs_grad(x, weight):
+        out = autograd.Norm.apply("rms_norm", x, None, weight, None, eps, 0.0, None, False, dtype)
+    else:
+        out = launcher.forward("rms_norm", x, None, weight, None, eps, 0.0, None, False, dtype, False)[0]
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    dropout_p: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``new_residual = residual + dropout(x)`` and its RMS normalisation, in one pass over memory.
+
+    Args:
+        x: ``(..., width)``, as in ``rms_norm``.
+        residual: The same shape, of the same or another floating dtype, any layout that ``x`` may have.
+        weight, eps: As in ``rms_norm``.
+        dropout_p: Probability that an element of ``x`` is dropped, in [0, 1), rounded by the kernel
+            to a multiple of 2**-16. 0 outside training.
+
+    Returns:
+        (normed, new_residual), both contiguous. ``new_residual`` has the wider of the two dtypes, and
+        ``normed`` is exactly its RMS norm: of the same dtype, under autocast of autocast's.
+
+    Raises:
+        TypeError, ValueError: as ``rms_norm``.
+    """
+    check("add_rms_norm", x, residual, weight, None, dropout_p)
+    dtype = autograd.out_dtype(x, residual)
+    if not use_kernel(x):
+        normed, total = reference.add_rms_norm(x, residual, weight, eps, dropout_p)
+        return normed.to(dtype), total
+    check_kernel("add_rms_norm", x=x, residual=residual, weight=weight)
+    seed = autograd.new_seed(x, dropout_p)
+    if torch.compiler.is_compiling():
+        op = torch.ops.gptkern.add_rms_norm
+        normed, total, _ = op(x, residual, weight, eps, dropout_p, seed, dtype)
+        return normed, total
+    arguments = ("add_rms_norm", x, residual, weight, None, eps, dropout_p, seed, False, dtype)
+    if needs_grad(x, residual, weight):
+        normed, total = autograd.Norm.apply(*arguments)
+        return normed, total
+    normed, total, _ = launcher.forward(*arguments, False)
+    return normed, total
