@@ -10,9 +10,21 @@ from gptkern.ops.gelu_mlp import gelu_mlp
 from gptkern.ops.layer_norm import add_layer_norm, layer_norm
 from gptkern.ops.linear import linear_act, linear_residual
 from gptkern.ops.linear_cross_entropy import linear_cross_entropy
+from gptkern.ops.rms_norm import add_rms_norm, rms_norm
+from gptkern.ops.sample import (
+    SamplerState,
+    SamplingParams,
+    sample,
+    sampling_probs,
+    speculative_accept,
+    top_k_logprobs,
+)
 
 __all__ = [
+    "SamplerState",
+    "SamplingParams",
     "add_layer_norm",
+    "add_rms_norm",
     "append_kv",
     "backend",
     "decode_attention",
@@ -23,4 +35,9 @@ __all__ = [
     "linear_act",
     "linear_cross_entropy",
     "linear_residual",
+    "rms_norm",
+    "sample",
+    "sampling_probs",
+    "speculative_accept",
+    "top_k_logprobs",
 ]

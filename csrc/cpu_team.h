@@ -1,0 +1,197 @@
+// The CPU's team: threads that share one row, each with a contiguous part of the vocabulary.
+#pragma once
+
+#include <sched.h>
+
+#include <atomic>
+
+#include "select.h"
+
+namespace gptkern {
+inline namespace GPTKERN_ISA {
+
+constexpr int kMaxTeam = 64;
+
+// What a team's threads share; kept from call to call.
+struct TeamMemory {
+    struct alignas(64) Slot {
+        uint64_t value;
+    };
+
+    int threads;
+    std::atomic<int> arrived, phase;
+    Slot slots[kMaxTeam];
+    uint64_t* bin_weights;  // (threads, kCoarseBins)
+    uint32_t* bin_counts;   // (threads, kCoarseBins)
+    float* values;          // (vocab)
+    uint32_t* list;         // (vocab)
+    std::atomic<uint32_t> list_length;
+    uint64_t digit_weights[kDigits];
+    uint32_t digit_counts[kDigits];
+    Crossing bin;
+    Found found;
+};
+
+inline Crossing find_crossing(const uint64_t* weights, const uint32_t* counts, int n, uint64_t target) {
+    uint64_t before = 0;
+    for (int i = 0; i < n; ++i) {
+        if (target < before + weights[i]) return {i, before, counts[i]};
+        before += weights[i];
+    }
+    return {-1, before, 0};
+}
+
+// The one thread that finishes a list.
+class CpuInner {
+public:
+    explicit CpuInner(TeamMemory& memory) : memory_(memory) {}
+
+    template <class F>
+    GPTKERN_HD void for_each(uint32_t n, F f) {
+        for (uint32_t i = 0; i < n; ++i) f(i);
+    }
+
+    GPTKERN_HD void clear_digits() {
+        memset(memory_.digit_weights, 0, sizeof(memory_.digit_weights));
+        memset(memory_.digit_counts, 0, sizeof(memory_.digit_counts));
+    }
+
+    GPTKERN_HD void add_digit(int digit, uint64_t weight) {
+        memory_.digit_weights[digit] += weight;
+        memory_.digit_counts[digit] += 1;
+    }
+
+    GPTKERN_HD Crossing find_digit(uint64_t target) {
+        return find_crossing(memory_.digit_weights, memory_.digit_counts, kDigits, target);
+    }
+
+    GPTKERN_HD void publish(uint32_t id) { published_ = id; }
+    GPTKERN_HD uint32_t published() const { return published_; }
+
+private:
+    TeamMemory& memory_;
+    uint32_t published_ = 0;
+};
+
+class CpuTeam {
+public:
+    CpuTeam(TeamMemory& memory, int rank) : memory_(memory), rank_(rank), threads_(memory.threads) {}
+
+    GPTKERN_HD bool leads() const { return rank_ == 0; }
+
+    template <class F>
+    GPTKERN_HD void for_each(uint32_t n, F f) {
+        const uint32_t end = part(n, rank_ + 1);
+        for (uint32_t i = part(n, rank_); i < end; ++i) f(i);
+    }
+
+    // f(i, weight(i)); weights are computed a tile at a time, so that their loop vectorises.
+    template <class Weight, class F>
+    GPTKERN_HD void for_each_weight(uint32_t n, Weight weight, F f) {
+        constexpr uint32_t kTile = 256;
+        uint64_t tile[kTile];
+        const uint32_t end = part(n, rank_ + 1);
+        for (uint32_t start = part(n, rank_); start < end; start += kTile) {
+            const uint32_t length = end - start < kTile ? end - start : kTile;
+            for (uint32_t j = 0; j < length; ++j) tile[j] = weight(start + j);
+            for (uint32_t j = 0; j < length; ++j) f(start + j, tile[j]);
+        }
+    }
+
+    void sync() {
+        if (threads_ == 1) return;
+        const int phase = memory_.phase.load(std::memory_order_relaxed);
+        if (memory_.arrived.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+            memory_.arrived.store(0, std::memory_order_relaxed);
+            memory_.phase.store(phase + 1, std::memory_order_release);
+            return;
+        }
+        for (int spin = 0; memory_.phase.load(std::memory_order_acquire) == phase; ++spin) {
+            if (spin > 1000) sched_yield();  // there may be fewer cores than threads
+        }
+    }
+
+    uint64_t sum(uint64_t value) {
+        return reduce(value, [](uint64_t a, uint64_t b) { return a + b; });
+    }
+
+    uint32_t max(uint32_t value) {
+        return static_cast<uint32_t>(reduce(value, [](uint64_t a, uint64_t b) { return a > b ? a : b; }));
+    }
+
+    void clear_bins() {
+        memset(weights(rank_), 0, kCoarseBins * sizeof(uint64_t));
+        memset(counts(rank_), 0, kCoarseBins * sizeof(uint32_t));
+    }
+
+    GPTKERN_HD void add_bin(int bin, uint64_t weight) {
+        weights(rank_)[bin] += weight;
+        counts(rank_)[bin] += 1;
+    }
+
+    Crossing find_bin(uint64_t target) {
+        sync();
+        if (rank_ == 0) {
+            for (int other = 1; other < threads_; ++other) {
+                for (int i = 0; i < kCoarseBins; ++i) {
+                    weights(0)[i] += weights(other)[i];
+                    counts(0)[i] += counts(other)[i];
+                }
+            }
+            memory_.bin = find_crossing(weights(0), counts(0), kCoarseBins, target);
+        }
+        sync();
+        return memory_.bin;
+    }
+
+    void clear_list() {
+        sync();
+        if (rank_ == 0) memory_.list_length.store(0, std::memory_order_relaxed);
+        sync();
+    }
+
+    GPTKERN_HD void push(uint32_t id) {
+        memory_.list[memory_.list_length.fetch_add(1, std::memory_order_relaxed)] = id;
+    }
+
+    void close_list() { sync(); }
+    const uint32_t* list() const { return memory_.list; }
+    uint32_t list_length() const { return memory_.list_length.load(std::memory_order_relaxed); }
+
+    template <class F>
+    Found inner(F f) {
+        sync();
+        if (rank_ == 0) {
+            CpuInner inner(memory_);
+            memory_.found = f(inner);
+        }
+        sync();
+        return memory_.found;
+    }
+
+private:
+    uint32_t part(uint32_t n, int rank) const {
+        return static_cast<uint32_t>(static_cast<uint64_t>(n) * static_cast<uint64_t>(rank) / threads_);
+    }
+
+    uint64_t* weights(int rank) { return memory_.bin_weights + rank * kCoarseBins; }
+    uint32_t* counts(int rank) { return memory_.bin_counts + rank * kCoarseBins; }
+
+    template <class Combine>
+    uint64_t reduce(uint64_t value, Combine combine) {
+        if (threads_ == 1) return value;
+        memory_.slots[rank_].value = value;
+        sync();
+        uint64_t result = memory_.slots[0].value;
+        for (int other = 1; other < threads_; ++other) result = combine(result, memory_.slots[other].value);
+        sync();  // before the slots are written again
+        return result;
+    }
+
+    TeamMemory& memory_;
+    int rank_;
+    int threads_;
+};
+
+}  // namespace GPTKERN_ISA
+}  // namespace gptkern

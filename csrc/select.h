@@ -1,0 +1,111 @@
+// Weighted selection: the first element, in a given order, at which the running sum of weights passes
+// a target. Top-k (weights 1), top-p, typical sampling (their weights) and the draw itself are all this.
+//
+// No sort: a coarse histogram over the whole row finds the bin of the crossing, the elements of that
+// bin are listed, and a radix descent over their exact keys, then their ids, finds the one element.
+// Ties are therefore broken by the lower token id.
+//
+// Team is the threads that share a row (CPU threads, or a cluster of CUDA blocks); Team::Inner the
+// few that finish a list (one thread, or the cluster's first block). Every member calls every function.
+#pragma once
+
+#include "weights.h"
+
+namespace gptkern {
+inline namespace GPTKERN_ISA {
+
+constexpr int kCoarseBins = 2048;
+constexpr int kDigitBits = 8;
+constexpr int kDigits = 1 << kDigitBits;
+constexpr int kIdBits = 24;
+static_assert(kMaxVocab <= 1 << kIdBits, "an id must fit its digits");
+
+// Where a histogram's running sum passes the target: the bin, the sum before it, and its elements.
+struct Crossing {
+    int bin;  // -1: the whole histogram does not reach the target
+    uint64_t before;
+    uint32_t count;
+};
+
+struct Found {
+    uint32_t id;
+    uint64_t before;  // sum of the weights of the elements ahead of it
+};
+
+GPTKERN_HD uint64_t shift_right(uint64_t x, int n) { return n >= 64 ? 0 : x >> n; }
+
+// Among list[0..length), in ascending (key, id): where the sum passes target. It must.
+template <class Inner, class Key, class Weight>
+GPTKERN_HD Found select_in_list(Inner& inner, const uint32_t* list, uint32_t length, int key_bits, Key key,
+                                Weight weight, uint64_t target) {
+    uint64_t key_prefix = 0, before = 0;
+    uint32_t id_prefix = 0;
+    int key_left = key_bits, id_left = kIdBits;
+    const auto inside = [&](uint32_t id, uint64_t k) {
+        return shift_right(k, key_left) == key_prefix && id >> id_left == id_prefix;
+    };
+    for (;;) {
+        const bool by_key = key_left > 0;
+        inner.clear_digits();
+        inner.for_each(length, [&](uint32_t i) {
+            const uint32_t id = list[i];
+            const uint64_t k = key(id);
+            if (!inside(id, k)) return;
+            const uint64_t digit = by_key ? k >> (key_left - kDigitBits) : id >> (id_left - kDigitBits);
+            inner.add_digit(static_cast<int>(digit & (kDigits - 1)), weight(id));
+        });
+        const Crossing crossing = inner.find_digit(target);
+        target -= crossing.before;
+        before += crossing.before;
+        if (by_key) {
+            key_left -= kDigitBits;
+            key_prefix = key_prefix << kDigitBits | static_cast<uint64_t>(crossing.bin);
+        } else {
+            id_left -= kDigitBits;
+            id_prefix = id_prefix << kDigitBits | static_cast<uint32_t>(crossing.bin);
+        }
+        if (crossing.count == 1 || id_left == 0) break;
+    }
+    inner.for_each(length, [&](uint32_t i) {
+        const uint32_t id = list[i];
+        if (inside(id, key(id))) inner.publish(id);
+    });
+    return {inner.published(), before};
+}
+
+// The coarse half: fills the team's list with the elements of the crossing bin (with_better: and of all
+// bins ahead of it). bin(i) must never decrease along the order that is meant.
+template <class Team, class Bin, class Weight>
+GPTKERN_HD Crossing select_bin(Team& team, uint32_t n, Bin bin, Weight weight, uint64_t target, bool with_better) {
+    team.clear_bins();
+    team.for_each_weight(n, weight, [&](uint32_t i, uint64_t w) { team.add_bin(bin(i), w); });
+    const Crossing crossing = team.find_bin(target);
+    if (crossing.bin < 0) return crossing;
+    team.clear_list();
+    team.for_each(n, [&](uint32_t i) {
+        const int b = bin(i);
+        if (b == crossing.bin || (with_better && b < crossing.bin)) team.push(i);
+    });
+    team.close_list();
+    return crossing;
+}
+
+// Bins of equal width from the maximum downwards, far enough for what matters.
+struct DownwardBins {
+    float top, per_unit;
+
+    GPTKERN_HD int operator()(float v) const {
+        const float b = (top - v) * per_unit;
+        return static_cast<int>(b < kCoarseBins - 1 ? b : static_cast<float>(kCoarseBins - 1));
+    }
+};
+
+GPTKERN_HD DownwardBins downward_bins(float top, float bottom, double reach) {
+    const double range = static_cast<double>(top) - static_cast<double>(bottom);
+    const double covered = range < reach ? range : reach;
+    const double per_unit = covered > 0 ? kCoarseBins / covered : 0.0;
+    return {top, per_unit < 1e30 ? static_cast<float>(per_unit) : 1e30f};
+}
+
+}  // namespace GPTKERN_ISA
+}  // namespace gptkern

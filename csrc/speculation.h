@@ -1,0 +1,127 @@
+// Rejection sampling of drafted tokens (Leviathan, Kalman, Matias: "Fast inference from transformers via
+// speculative decoding", ICML 2023; Chen et al. 2023): whatever the draft, the tokens that come out
+// have the target's distribution.
+#pragma once
+
+#include "sampling.h"
+
+namespace gptkern {
+inline namespace GPTKERN_ISA {
+
+// A probability in units of 2^-44.
+GPTKERN_HD uint64_t fixed_probability(double p) {
+    return static_cast<uint64_t>((p < 1 ? (p > 0 ? p : 0.0) : 1.0) * static_cast<double>(kMaxWeight));
+}
+
+// One position: the draft's distribution there; null probs: it was certain of its token.
+struct Draft {
+    int64_t token;
+    const float* probs;
+
+    GPTKERN_HD double probability(uint32_t id) const {
+        if (probs != nullptr) return static_cast<double>(probs[id]);
+        return static_cast<int64_t>(id) == token ? 1.0 : 0.0;
+    }
+};
+
+// Accepted with probability min(1, p / q): u q < p.
+GPTKERN_HD bool accepts(double p, double q, uint64_t uniform) {
+    const double u = static_cast<double>(uniform >> 11) * 0x1p-53;
+    return u * q < p;
+}
+
+// A draw from the normalised max(p - q, 0).
+template <class Team>
+GPTKERN_HD uint32_t draw_residual(Team& team, uint32_t vocab, const Distribution& d, const float* values,
+                                  const Draft& draft, uint64_t uniform) {
+    const Kept kept = d.kept;
+    const double scale = 1.0 / static_cast<double>(d.total);
+    const auto residual = [&](uint32_t id) {
+        const uint64_t w = kept.weight(values[id]);
+        const uint64_t p = kept(id, values[id], w) ? fixed_probability(static_cast<double>(w) * scale) : 0;
+        const uint64_t q = fixed_probability(draft.probability(id));
+        return p > q ? p - q : 0;
+    };
+    uint64_t total = 0;
+    team.for_each(vocab, [&](uint32_t i) { total += residual(i); });
+    total = team.sum(total);
+    // A rejection with nothing left over can only come of rounding: p and q are then the same.
+    if (total == 0) return draw(team, vocab, d, values, uniform);
+    return select_by_id(team, vocab, false, residual, multiply_high(uniform, total));
+}
+
+GPTKERN_HD Status check_draft(const SampleArguments& a, int64_t row) {
+    for (int i = 0; i + 1 < a.positions; ++i) {
+        const int64_t token = a.draft_tokens[row * (a.positions - 1) + i];
+        if (token < 0 || token >= a.vocab) return kBadDraft;
+    }
+    return kOk;
+}
+
+// Verifies one row's draft. tokens[row] gets the accepted ones, one more of the target's own, then -1.
+// A row that cannot be sampled accepts nothing and gets token 0 and its status.
+template <DType kType, class Team>
+GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_index, float* values) {
+    const RowCounter counter = a.counters[row_index];
+    const int drafted = a.positions - 1;
+    int64_t* tokens = a.tokens + row_index * a.positions;
+    Status status = check_params(a.params[row_index], a.vocab, -1, a.counts != nullptr);
+    if (status == kOk) status = check_draft(a, row_index);
+    if (team.leads()) {
+        for (int i = 0; i < a.positions; ++i) tokens[i] = -1;
+    }
+    int given = 0;
+    for (int position = 0; position <= drafted; ++position) {
+        const Row<kType> row = row_of<kType>(a, row_index, position);
+        const Distribution d = distribution(team, row, values, status);
+        status = d.status;
+        if (status != kOk) break;
+        const Uniforms u = uniforms(counter.seed, counter.request, counter.step + position);
+        uint32_t token;
+        bool taken = false;
+        if (position == drafted) {
+            token = draw(team, row.vocab, d, values, u.token);
+        } else {
+            const int64_t at = row_index * drafted + position;
+            const Draft draft{a.draft_tokens[at], a.draft_probs ? a.draft_probs + at * a.vocab : nullptr};
+            token = static_cast<uint32_t>(draft.token);
+            const uint64_t w = d.kept.weight(values[token]);
+            const double p = d.kept(token, values[token], w) ? static_cast<double>(w) / static_cast<double>(d.total) : 0.0;
+            taken = accepts(p, draft.probability(token), u.accept);
+            if (!taken) token = draw_residual(team, row.vocab, d, values, draft, u.token);
+        }
+        if (team.leads()) {
+            tokens[position] = token;
+            count(a, row_index, token, 1);
+        }
+        team.sync();  // the next position's penalties count this token
+        ++given;
+        if (!taken) break;
+    }
+    if (!team.leads()) return;
+    for (int i = 0; i < given; ++i) count(a, row_index, tokens[i], -1);
+    if (status != kOk) {
+        for (int i = 0; i < a.positions; ++i) tokens[i] = i == 0 ? 0 : -1;
+    }
+    a.accepted[row_index] = status == kOk ? given - 1 : 0;
+    a.status[row_index] = status;
+    if (a.commit == Commit::kYes && status == kOk) commit_row(a, row_index);
+}
+
+// The k most likely tokens of a row and their log-softmax.
+template <DType kType, class Team>
+GPTKERN_HD void top_k_row(Team& team, const TopKArguments& a, int64_t row) {
+    const auto* logits = static_cast<const typename Stored<kType>::Type*>(a.logits) + row * a.row_stride;
+    const uint32_t vocab = static_cast<uint32_t>(a.vocab);
+    const auto raw = [&](uint32_t i) { return Stored<kType>::widen(logits[i]); };
+    const Extremes e = extremes(team, vocab, raw);
+    const Status status = check_extremes(e);
+    LogSoftmax logprob{0, INFINITY};
+    if (status == kOk) logprob = log_softmax(team, vocab, e, raw);
+    top_logprobs(team, vocab, e, raw, logprob, status == kOk ? static_cast<uint32_t>(a.k) : 0u,
+                 static_cast<uint32_t>(a.k), a.tokens + row * a.k, a.logprobs + row * a.k);
+    if (team.leads()) a.status[row] = status;
+}
+
+}  // namespace GPTKERN_ISA
+}  // namespace gptkern

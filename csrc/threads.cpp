@@ -1,0 +1,83 @@
+#include "threads.h"
+
+#include <pthread.h>
+
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+
+namespace gptkern {
+namespace {
+
+class Pool {
+public:
+    void run(int n, void (*work)(void*, int), void* context) {
+        while (threads_ < n - 1) {
+            ++threads_;
+            std::thread([this, index = threads_, seen = round_] { serve(index, seen); }).detach();
+        }
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            work_ = work;
+            context_ = context;
+            wanted_ = n;
+            pending_ = n - 1;
+            ++round_;
+        }
+        start_.notify_all();
+        work(context, 0);
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, [this] { return pending_ == 0; });
+    }
+
+private:
+    void serve(int index, uint64_t seen) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            start_.wait(lock, [&] { return round_ != seen; });
+            seen = round_;
+            if (index >= wanted_) continue;
+            const auto work = work_;
+            void* const context = context_;
+            lock.unlock();
+            work(context, index);
+            lock.lock();
+            if (--pending_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable start_, done_;
+    void (*work_)(void*, int) = nullptr;
+    void* context_ = nullptr;
+    int threads_ = 0, wanted_ = 0, pending_ = 0;
+    uint64_t round_ = 0;
+};
+
+// Threads do not survive a fork, so a child starts with a pool of its own. The old one is never freed:
+// its threads may still be waiting in it while a process ends.
+Pool* pool = nullptr;
+std::mutex* const call_mutex = new std::mutex;
+
+[[maybe_unused]] const int registered = pthread_atfork([] { call_mutex->lock(); }, [] { call_mutex->unlock(); },
+                                                       [] {
+                                                           pool = nullptr;
+                                                           call_mutex->unlock();
+                                                       });
+
+}  // namespace
+
+Call::Call() { call_mutex->lock(); }
+Call::~Call() { call_mutex->unlock(); }
+
+void run_together(int n, void (*work)(void*, int), void* context) {
+    if (n <= 1) {
+        work(context, 0);
+        return;
+    }
+    if (pool == nullptr) pool = new Pool;
+    pool->run(n, work, context);
+}
+
+}  // namespace gptkern

@@ -1,0 +1,94 @@
+// Numbers a row is made of: logits as they are stored, their order, and their weights.
+//
+// A token's weight is its probability relative to the row's most likely token, as a whole number:
+// round(2^44 * exp((v - v_max) / T)). Whole numbers add up to the same sum in any order, so results
+// depend neither on threads, blocks or chunks nor on the device; and 2^-44 is far finer than fp32.
+#pragma once
+
+#include "arguments.h"
+#include "platform.h"
+
+namespace gptkern {
+inline namespace GPTKERN_ISA {
+
+constexpr int kWeightBits = 44;
+constexpr uint64_t kMaxWeight = 1ull << kWeightBits;
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+template <DType kType>
+struct Stored;
+
+template <>
+struct Stored<DType::kFloat32> {
+    using Type = float;
+    static GPTKERN_HD float widen(float x) { return x; }
+};
+
+template <>
+struct Stored<DType::kBFloat16> {
+    using Type = uint16_t;
+    static GPTKERN_HD float widen(uint16_t x) { return bit_cast<float>(static_cast<uint32_t>(x) << 16); }
+};
+
+template <>
+struct Stored<DType::kFloat16> {
+    using Type = uint16_t;
+    static GPTKERN_HD float widen(uint16_t x) {
+        const uint32_t magnitude = x & 0x7FFFu;
+        // The exponent's bias is moved by a product, which is exact and normalises subnormals.
+        const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f);
+        const uint32_t special = magnitude >= 0x7C00u ? 0x7F800000u : 0u;
+        return bit_cast<float>(scaled | special | static_cast<uint32_t>(x & 0x8000u) << 16);
+    }
+};
+
+// Unsigned key in the order of the floats; NaN is above all, -0 equals +0.
+GPTKERN_HD uint32_t order_key(float v) {
+    const uint32_t bits = bit_cast<uint32_t>(v + 0.0f);
+    const uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return v != v ? 0xFFFFFFFFu : key;
+}
+
+GPTKERN_HD float from_order_key(uint32_t key) {
+    return bit_cast<float>(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
+}
+
+constexpr uint32_t kKeyOfInfinity = 0xFF800000u;
+constexpr uint32_t kKeyOfMinusInfinity = 0x007FFFFFu;
+
+// round(2^44 * 2^-x) for x >= 0, within two units.
+GPTKERN_HD uint64_t weight_of(double x) {
+    constexpr double kRound = 0x1.8p52;  // adding it leaves the nearest integer in the low bits
+    const double y = x < 64.0 ? x : 64.0;
+    const double shifted = y + kRound;
+    const double f = (shifted - kRound) - y;  // in [-1/2, 1/2]
+    // Taylor coefficients ln(2)^n / n!: on this interval the remainder is below 2^-47.
+    double p = 0x1.e4cf5158b8ecap-28;
+    p = fused(p, f, 0x1.b5253d395e7c4p-24);
+    p = fused(p, f, 0x1.62c0223a5c824p-20);
+    p = fused(p, f, 0x1.ffcbfc588b0c7p-17);
+    p = fused(p, f, 0x1.430912f86c787p-13);
+    p = fused(p, f, 0x1.5d87fe78a6731p-10);
+    p = fused(p, f, 0x1.3b2ab6fba4e77p-7);
+    p = fused(p, f, 0x1.c6b08d704a0cp-5);
+    p = fused(p, f, 0x1.ebfbdff82c58fp-3);
+    p = fused(p, f, 0x1.62e42fefa39efp-1);
+    p = fused(p, f, 1.0);
+    const uint64_t exponent = (1023u + kWeightBits - bit_cast<uint64_t>(shifted)) << 52;
+    const double scaled = p * bit_cast<double>(exponent);
+    return bit_cast<uint64_t>(scaled + 0x1p52) & 0x000FFFFFFFFFFFFFull;
+}
+
+// How far below the maximum a logit lies, in halvings of probability.
+GPTKERN_HD double halvings(float v_max, float v, double per_unit) {
+    return (static_cast<double>(v_max) - static_cast<double>(v)) * per_unit;
+}
+
+GPTKERN_HD double log2e_over(double temperature) {
+    const double ratio = kLog2E / temperature;
+    return ratio < 1e300 ? ratio : 1e300;  // infinite would make 0 * inf of the maximum itself
+}
+
+}  // namespace GPTKERN_ISA
+}  // namespace gptkern

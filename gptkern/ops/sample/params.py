@@ -1,0 +1,299 @@
+"""What sampling is asked for, and what it remembers: tensors on the device, one row a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PARAMETERS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_new_tokens",
+    "n_logprobs",
+)
+_NEUTRAL = dict.fromkeys(PARAMETERS, 0.0) | {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+}
+COUNTERS = ("seed", "request", "step")
+IN_PROMPT = 1 << 30
+
+Number = float | Sequence[float] | torch.Tensor
+Ids = Sequence[int] | Sequence[Sequence[int]]
+
+
+def _per_row(name: str, value: Number, batch: int) -> torch.Tensor:
+    column = torch.as_tensor(value, dtype=torch.float64).flatten()
+    if column.numel() not in (1, batch):
+        raise ValueError(
+            f"SamplingParams: {name} has {column.numel()} values; one, or one for each of {batch} rows"
+        )
+    return column
+
+
+def _id_rows(name: str, ids: Ids, batch: int, vocab: int) -> list[list[int]]:
+    """One list of ids a row, from one list for all rows or one for each."""
+    given: list[Any] = list(ids)
+    nested = bool(given) and not isinstance(given[0], int)
+    rows = [list(row) for row in given] if nested else [given] * batch
+    if len(rows) != batch:
+        raise ValueError(f"SamplingParams: {name} has {len(rows)} lists; one for each of {batch} rows")
+    for row, tokens in enumerate(rows):
+        for token in tokens:
+            if not 0 <= token < vocab:
+                raise ValueError(
+                    f"SamplingParams: {name}[{row}] holds token {token}; 0 <= token < {vocab} is needed"
+                )
+        if len(set(tokens)) != len(tokens):
+            raise ValueError(f"SamplingParams: {name}[{row}] holds a token twice")
+    return rows
+
+
+def _padded(rows: list[list[int]], device: torch.device) -> torch.Tensor | None:
+    width = max((len(row) for row in rows), default=0)
+    if width == 0:
+        return None
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32, device=device)
+
+
+@dataclass
+class SamplingParams:
+    """What to do with each row's logits. Make one with :meth:`make`, once, and use it every step.
+
+    Attributes:
+        values: ``(batch, 12)`` float64, the columns in the order of ``PARAMETERS``. ``column(name)``
+            is one of them, a view: ``params.column("temperature")[3] = 0.7`` changes row 3.
+        bias_ids, bias_values: ``(batch, n)`` int32 and fp32, ids padded with -1, or None. Ids of a
+            row are distinct.
+        banned_ids, eos_ids: ``(batch, n)`` int32, padded with -1, or None.
+        bitmask: ``(batch, ceil(vocab / 32))`` int32, bit ``i % 32`` of word ``i // 32`` set where token
+            ``i`` is allowed (xgrammar's layout), or None. Written anew each step by whoever constrains.
+        max_logprobs: width of ``Sampled.top_logprobs``; None: no log-probabilities are computed.
+    """
+
+    values: torch.Tensor
+    bias_ids: torch.Tensor | None = None
+    bias_values: torch.Tensor | None = None
+    banned_ids: torch.Tensor | None = None
+    eos_ids: torch.Tensor | None = None
+    bitmask: torch.Tensor | None = None
+    max_logprobs: int | None = None
+
+    @classmethod
+    def make(
+        cls,
+        batch: int,
+        vocab: int,
+        *,
+        temperature: Number = 1.0,
+        top_k: Number = 0,
+        top_p: Number = 1.0,
+        min_p: Number = 0.0,
+        typical_p: Number = 1.0,
+        epsilon_cutoff: Number = 0.0,
+        eta_cutoff: Number = 0.0,
+        repetition_penalty: Number = 1.0,
+        presence_penalty: Number = 0.0,
+        frequency_penalty: Number = 0.0,
+        min_new_tokens: Number = 0,
+        eos_token_id: int | Ids | None = None,
+        logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None = None,
+        banned: Ids | None = None,
+        bitmask: torch.Tensor | None = None,
+        n_logprobs: int | Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> SamplingParams:
+        """Parameters for ``batch`` rows; each may be one value for all rows or one for each.
+
+        Args:
+            temperature: Logits are divided by it; 0 takes the most likely token (lowest id on ties).
+            top_k: The k most likely tokens are kept, exactly k: on a tie the lower id wins. 0: all.
+            top_p: Of what top-k left, tokens are kept while the mass ahead of them is below ``top_p``.
+            min_p: Tokens of less than ``min_p`` times the most likely one's probability are dropped.
+            typical_p: Locally typical sampling's mass; 1: off.
+            epsilon_cutoff, eta_cutoff: As in ``transformers``; 0: off.
+            repetition_penalty: Logits of tokens in the prompt or generated are divided (positive ones)
+                or multiplied by it. Penalties need ``SamplerState.make(..., history=True)``.
+            presence_penalty, frequency_penalty: Subtracted from tokens generated, once, and per time.
+            min_new_tokens: ``eos_token_id`` is banned before so many tokens were generated.
+            eos_token_id: One id, several, or several for each row.
+            logit_bias: ``{token: bias}`` for all rows, or one such mapping for each; finite or -inf.
+            banned: Tokens that are never chosen, for all rows or for each.
+            bitmask: See the attribute.
+            n_logprobs: None: no log-probabilities; 0: the chosen token's; n: also the n best tokens'.
+
+        Raises:
+            ValueError: A value is outside its range, or lists do not fit the batch.
+        """
+        on = torch.device(device)
+        numbers = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "typical_p": typical_p,
+            "epsilon_cutoff": epsilon_cutoff,
+            "eta_cutoff": eta_cutoff,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "min_new_tokens": min_new_tokens,
+            "n_logprobs": 0 if n_logprobs is None else n_logprobs,
+        }
+        values = torch.empty(batch, len(PARAMETERS), dtype=torch.float64)
+        for index, name in enumerate(PARAMETERS):
+            values[:, index] = _per_row(name, numbers[name], batch)
+        for row in range(batch):
+            check_values("SamplingParams", values[row].tolist(), row, vocab)
+        eos = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+        bias_rows, bias_values = _bias_rows(logit_bias, batch, vocab)
+        return cls(
+            values=values.to(on),
+            bias_ids=_padded(bias_rows, on),
+            bias_values=bias_values.to(on) if bias_values is not None else None,
+            banned_ids=_padded(_id_rows("banned", banned or [], batch, vocab), on),
+            eos_ids=_padded(_id_rows("eos_token_id", [] if eos is None else eos, batch, vocab), on),
+            bitmask=bitmask,
+            max_logprobs=None if n_logprobs is None else int(values[:, -1].max().item()) if batch else 0,
+        )
+
+    def column(self, name: str) -> torch.Tensor:
+        """One parameter's ``(batch,)`` values, a view."""
+        return self.values[:, PARAMETERS.index(name)]
+
+    @property
+    def batch(self) -> int:
+        return self.values.shape[0]
+
+
+def _bias_rows(
+    bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None, batch: int, vocab: int
+) -> tuple[list[list[int]], torch.Tensor | None]:
+    if not bias:
+        return [[]] * batch, None
+    mappings = [bias] * batch if isinstance(bias, Mapping) else list(bias)
+    rows = _id_rows("logit_bias", [list(m) for m in mappings], batch, vocab)
+    width = max(len(row) for row in rows)
+    if width == 0:
+        return rows, None
+    values = torch.zeros(batch, width)
+    for row, mapping in enumerate(mappings):
+        for column, (token, value) in enumerate(mapping.items()):
+            if not value < float("inf"):
+                raise ValueError(
+                    f"SamplingParams: logit_bias[{row}] gives token {token} {value}; finite or -inf is needed"
+                )
+            values[row, column] = value
+    return rows, values
+
+
+# name: (accepts, what is accepted), in the order in which the kernel checks them
+_RANGES: dict[str, tuple[Any, str]] = {
+    "temperature": (lambda x, vocab: 0 <= x < float("inf"), "a finite number >= 0"),
+    "top_k": (
+        lambda x, vocab: 0 <= x <= vocab and x == int(x),
+        "a whole number from 0 to the vocabulary's {vocab}",
+    ),
+    "top_p": (lambda x, vocab: 0 < x <= 1, "0 < top_p <= 1"),
+    "min_p": (lambda x, vocab: 0 <= x <= 1, "0 <= min_p <= 1"),
+    "typical_p": (lambda x, vocab: 0 < x <= 1, "0 < typical_p <= 1"),
+    "epsilon_cutoff": (lambda x, vocab: 0 <= x < 1, "0 <= epsilon_cutoff < 1"),
+    "eta_cutoff": (lambda x, vocab: 0 <= x < 1, "0 <= eta_cutoff < 1"),
+    "repetition_penalty": (lambda x, vocab: 0 < x < float("inf"), "a finite number > 0"),
+    "presence_penalty": (lambda x, vocab: abs(x) < float("inf"), "a finite number"),
+    "frequency_penalty": (lambda x, vocab: abs(x) < float("inf"), "a finite number"),
+    "min_new_tokens": (lambda x, vocab: 0 <= x < 2**31 and x == int(x), "a whole number >= 0"),
+    "n_logprobs": (lambda x, vocab: 0 <= x <= vocab and x == int(x), "a whole number from 0 to {vocab}"),
+}
+
+
+def check_values(op: str, values: list[float], row: int, vocab: int, max_logprobs: int | None = None) -> None:
+    """Raise for the first of one row's parameters that is outside its range."""
+    if max_logprobs is not None and values[-1] > max_logprobs:
+        raise ValueError(f"{op}: n_logprobs[{row}] is {values[-1]:g}; at most max_logprobs, {max_logprobs}")
+    for name, value in zip(PARAMETERS, values, strict=True):
+        accepts, accepted = _RANGES[name]
+        if not accepts(value, vocab):
+            raise ValueError(f"{op}: {name}[{row}] is {value:g}; {accepted.format(vocab=vocab)} is needed")
+
+
+@dataclass
+class SamplerState:
+    """What sampling remembers from step to step; advanced in place, on the device, by every call.
+
+    Attributes:
+        counters: ``(batch, 3)`` int64: seed, request, step. A draw is a function of these three alone,
+            whatever else is in the batch. ``step`` counts the tokens generated.
+        counts: ``(batch, vocab)`` int32: how often the row generated each token, plus ``2**30`` where
+            its prompt holds it; None where no penalty is used.
+        workspace: Memory for the CUDA path, made by the first call.
+    """
+
+    counters: torch.Tensor
+    counts: torch.Tensor | None = None
+    workspace: torch.Tensor | None = None
+
+    @classmethod
+    def make(
+        cls,
+        batch: int,
+        vocab: int,
+        *,
+        seed: int | Sequence[int] | None = None,
+        request: Sequence[int] | None = None,
+        history: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> SamplerState:
+        """State for ``batch`` new sequences.
+
+        Args:
+            seed: One for all rows or one for each; None takes one from torch's generator.
+            request: What distinguishes rows of the same seed; the row's number if None.
+            history: Keep token counts, which penalties need; see :meth:`add_prompt`.
+        """
+        if seed is None:
+            seed = int(torch.randint(2**62, ()).item())
+        counters = torch.zeros(batch, len(COUNTERS), dtype=torch.int64)
+        for index, (name, given) in enumerate((("seed", seed), ("request", request))):
+            rows = (
+                range(batch) if given is None else [given] * batch if isinstance(given, int) else list(given)
+            )
+            if len(rows) != batch:
+                raise ValueError(f"SamplerState: {name} has {len(rows)} values; one for each of {batch} rows")
+            # Seeds are 64 bits, signed or not.
+            wrapped = [(int(x) + 2**63) % 2**64 - 2**63 for x in rows]
+            counters[:, index] = torch.tensor(wrapped, dtype=torch.int64)
+        counts = torch.zeros(batch, vocab, dtype=torch.int32, device=device) if history else None
+        return cls(counters.to(device), counts)
+
+    def add_prompt(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Note ``ids`` ``(batch, seq)`` as the rows' prompts, where ``mask`` (same shape) is not 0."""
+        if self.counts is None:
+            raise ValueError("SamplerState: add_prompt needs SamplerState.make(..., history=True)")
+        batch, vocab = self.counts.shape
+        if ids.dim() != 2 or ids.shape[0] != batch:
+            raise ValueError(f"SamplerState: ids has shape {tuple(ids.shape)}; ({batch}, seq) is needed")
+        keep = (ids >= 0) & (ids < vocab)
+        if mask is not None:
+            keep = keep & (mask != 0)
+        present = torch.zeros(batch, vocab + 1, dtype=torch.bool, device=ids.device)
+        present.scatter_(1, torch.where(keep, ids, vocab).long(), True)
+        self.counts |= present[:, :vocab].to(device=self.counts.device, dtype=torch.int32) * IN_PROMPT
+
+    @property
+    def steps(self) -> torch.Tensor:
+        """``(batch,)`` tokens generated so far, a view."""
+        return self.counters[:, 2]
