@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -27,6 +28,7 @@ from gptkern.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gptkern.cache import KVCache
+    from gptkern.generate import Completion, GenerateOutput, Score, TextStream
 
 IGNORE_INDEX = -100
 
@@ -253,7 +255,7 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
-        """Write a folder that ``from_pretrained`` and transformers open, with the tokenizer where there is one.
+        """Write a folder that ``from_pretrained`` and transformers open, with the tokenizer if there is one.
 
         It is all or nothing: killed at any point, the old folder or the new one is there. Files of the
         folder that are no part of a model stay.
@@ -270,6 +272,76 @@ class GPT(nn.Module):
         if tokenizer is not None:
             check_vocabulary(folder, self.config, tokenizer.vocab_size)
         save(self, self.config, folder, self.tokenizer, max_shard_size=max_shard_size)
+
+    def generate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor | GenerateOutput:
+        """Continue prompts, with the names, meaning and defaults of transformers' ``generate``.
+
+        Dropout is off while it runs. Padding may be on any side; new tokens follow the whole row.
+
+        Args:
+            input_ids: ``(batch, seq)`` integers.
+            attention_mask: ``(batch, seq)``, 1 for tokens and 0 for padding.
+            streamer: Given the prompt, then each step's tokens, by ``put``; ``end`` follows the last.
+            tokenizer: For ``stop_strings``, where the model came without one.
+            output_logprobs, return_dict_in_generate: Return a ``GenerateOutput``, with log-probabilities.
+            **kwargs: The options that ``gptkern.generate.GenerateOptions`` lists.
+
+        Returns:
+            ``(batch * num_return_sequences, seq + new)`` int64, filled up with ``pad_token_id``.
+
+        Raises:
+            TypeError, ValueError: A bad option or prompt, or more tokens than the context holds; the
+                message says what is accepted.
+        """
+        from gptkern.generate import generate
+
+        return generate(self, input_ids, attention_mask, **kwargs)
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> TextStream:
+        """Yield the continuation of a prompt piece by piece, as it is made.
+
+        No piece ends in half a character or holds any of a stop string. Empty text is the beginning of
+        a text. Options and errors are those of ``generate``, raised at once.
+        """
+        from gptkern.generate import stream
+
+        return stream(self, prompt, **options)
+
+    def generate_text(self, prompts: str | Sequence[str | Sequence[int]], **options: Any) -> list[Completion]:
+        """Continue prompts, text or token ids: ``num_return_sequences`` completions of each, in order.
+
+        Options and errors are those of ``generate``.
+        """
+        from gptkern.generate import generate_text
+
+        return generate_text(self, prompts, **options)
+
+    def score(
+        self,
+        texts: str | Sequence[str | Sequence[int]],
+        context: str | Sequence[str | Sequence[int]] | None = None,
+        *,
+        stride: int | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> list[Score]:
+        """The exact log-likelihood of each text, token by token.
+
+        Args:
+            texts: Text, or token ids.
+            context: What comes before and is not scored, one for all texts or one each; encoded apart
+                (a GPT-2 text then begins with a space: " Paris"). ``""`` is the beginning-of-text
+                token; with None a text's first token is not scored.
+            stride: Score texts beyond the context in windows of it, each moved on by so many tokens, so
+                that every token sees at least ``n_positions - stride`` before it.
+
+        Raises:
+            ValueError: A text beyond the context and no stride, an empty text, a token id out of range.
+        """
+        from gptkern.generate import score
+
+        return score(self, texts, context, stride=stride, tokenizer=tokenizer)
 
     def reset_parameters(self) -> None:
         """Draw fresh weights: N(0, initializer_range), each branch's last layer divided by sqrt(2 n_layer)."""

@@ -1,0 +1,158 @@
+"""Beam search, with the scores and the stopping rules of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from gptkern.cache import KVCache
+from gptkern.generate.loop import FinishReason, evaluating, prefill
+from gptkern.generate.options import Settings
+from gptkern.generate.prompt import Prompts
+from gptkern.generate.stopping import RowText
+
+if TYPE_CHECKING:
+    from gptkern.model import GPT
+    from gptkern.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Beam:
+    """A way on from one prompt.
+
+    Attributes:
+        tokens: New tokens.
+        score: Sum of their log-probabilities; of a complete beam, divided by its length penalty.
+        finish_reason: Of a complete beam; "length" while it runs.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    score: float = 0.0
+    finish_reason: FinishReason = "length"
+
+
+@dataclass
+class _Search:
+    """The search from one prompt: running beams, best first, and the best complete ones."""
+
+    prompt: list[int]
+    running: list[Beam] = field(default_factory=lambda: [Beam()])
+    complete: list[Beam] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tokenizer | None) -> list[Beam]:
+    """The ``num_return_sequences`` best beams of each prompt, best first, prompt after prompt.
+
+    All searches share each forward pass. One that can no longer improve leaves the batch.
+    """
+    searches = [_Search(row) for row in prompts.rows]
+    with evaluating(model):
+        cache = KVCache.for_config(
+            model.config,
+            max_seqs=len(searches) * settings.num_beams,
+            max_len=prompts.longest + settings.max_new,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        logits = prefill(model, prompts, cache)
+        active = searches
+        while True:
+            scores = _processed(logits.float().log_softmax(-1), active, settings)
+            parents = _advance(scores, active, settings, tokenizer)
+            sequences = cache.sequences
+            active = [search for search in active if search.running]
+            if not active:
+                break
+            _follow(cache, [sequences[row] for row in parents])
+            tokens = [beam.tokens[-1] for search in active for beam in search.running]
+            logits = model(torch.tensor(tokens, device=model.device)[:, None], cache=cache).logits[:, -1]
+    return [beam for search in searches for beam in search.complete[: settings.num_return_sequences]]
+
+
+def _processed(logprobs: torch.Tensor, searches: Sequence[_Search], settings: Settings) -> torch.Tensor:
+    """Log-probabilities ``(rows, vocab_size)`` after the repetition penalty and the minimum length."""
+    rows = [(search.prompt, beam) for search in searches for beam in search.running]
+    penalty, vocab_size = settings.repetition_penalty, logprobs.shape[1]
+    for row, (prompt, beam) in zip(logprobs, rows, strict=True):
+        if penalty != 1.0:
+            seen = torch.tensor(sorted({*prompt, *beam.tokens}), device=row.device)
+            row[seen] = torch.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
+        if len(beam.tokens) < settings.min_new:
+            row[[token for token in settings.eos if token < vocab_size]] = -torch.inf
+    return logprobs
+
+
+def _advance(
+    logprobs: torch.Tensor, searches: Sequence[_Search], settings: Settings, tokenizer: Tokenizer | None
+) -> list[int]:
+    """Take every search one token on; for each beam that runs then, the row it continues."""
+    # Enough that num_beams can go on even if every end-of-text token is among the best.
+    candidates = max(2, 1 + len(settings.eos)) * settings.num_beams
+    vocab_size = logprobs.shape[1]
+    parents: list[int] = []
+    start = 0
+    for search in searches:
+        beams = search.running
+        before = torch.tensor([beam.score for beam in beams], device=logprobs.device)
+        total = (logprobs[start : start + len(beams)] + before[:, None]).flatten()
+        top = total.topk(min(candidates, total.numel()))
+        running: list[Beam] = []
+        rows: list[int] = []
+        for rank, (score, flat) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True)):
+            parent, token = divmod(flat, vocab_size)
+            tokens = [*beams[parent].tokens, token]
+            reason = _finish_reason(tokens, search.prompt, settings, tokenizer)
+            if reason is None:
+                running.append(Beam(tokens, score))
+                rows.append(start + parent)
+            elif rank < settings.num_beams:
+                search.complete.append(Beam(tokens, score / len(tokens) ** settings.length_penalty, reason))
+        start += len(beams)
+        search.complete.sort(key=lambda beam: -beam.score)
+        del search.complete[settings.num_beams :]
+        search.running = running[: settings.num_beams]
+        if _closed(search, settings):
+            search.running = []
+        parents += rows[: len(search.running)]
+    return parents
+
+
+def _finish_reason(
+    tokens: list[int], prompt: list[int], settings: Settings, tokenizer: Tokenizer | None
+) -> FinishReason | None:
+    if tokens[-1] in settings.eos:
+        return "stop"
+    if settings.stop_strings:
+        assert tokenizer is not None
+        text = RowText(tokenizer, settings.stop_strings, prompt)
+        for token in tokens:
+            text.push(token)
+        if text.stopped:
+            return "stop"
+    return "length" if len(tokens) == settings.max_new else None
+
+
+def _closed(search: _Search, settings: Settings) -> bool:
+    """Whether no running beam is taken to beat the complete ones."""
+    if len(search.complete) < settings.num_beams or not search.running:
+        return False
+    if settings.early_stopping is True:
+        return True
+    best = search.running[0]
+    longest = settings.early_stopping == "never" and settings.length_penalty > 0
+    length = settings.max_new if longest else len(best.tokens)
+    return bool(best.score / length**settings.length_penalty <= search.complete[-1].score)
+
+
+def _follow(cache: KVCache, parents: Sequence[int]) -> None:
+    """Make the cache's sequences continue ``parents``, in that order, however many there are."""
+    surplus = len(cache.sequences) - len(parents)
+    for _ in range(-surplus):
+        cache.fork(parents[0])
+    cache.reorder([*parents, *[parents[0]] * surplus])
+    for sequence in cache.sequences[len(parents) :]:
+        cache.free(sequence)

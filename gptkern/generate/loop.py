@@ -1,0 +1,150 @@
+"""The loop: prefill once, then one token of every running row a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from gptkern.cache import KVCache
+from gptkern.generate.options import Settings
+from gptkern.generate.pick import Picker
+from gptkern.generate.prompt import Prompts
+from gptkern.generate.stopping import RowText
+
+if TYPE_CHECKING:
+    from gptkern.model import GPT, GPTOutput
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token of every row that was running.
+
+    Attributes:
+        rows: Which rows, of ``batch * num_return_sequences``.
+        tokens: Their tokens.
+        logprobs: The model's log-probabilities of those, where asked for.
+        finished: Why each row ends with this token; None where it goes on.
+    """
+
+    rows: list[int]
+    tokens: list[int]
+    logprobs: list[float] | None
+    finished: list[FinishReason | None]
+
+
+@torch.inference_mode()
+def steps(
+    model: GPT,
+    prompts: Prompts,
+    settings: Settings,
+    *,
+    texts: Sequence[RowText] | None = None,
+    logprobs: bool = False,
+) -> Iterator[Step]:
+    """Generate, one step an item, until every row has finished.
+
+    Rows are the prompts in order, each ``num_return_sequences`` times; all copies of one share its
+    prefill. A row that has finished leaves the batch.
+
+    Args:
+        texts: One a row, told of every token; a row whose text has stopped finishes.
+    """
+    copies = settings.num_return_sequences
+    with evaluating(model):
+        cache = KVCache.for_config(
+            model.config,
+            max_seqs=len(prompts.rows) * copies,
+            max_len=prompts.longest + settings.max_new,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        logits = prefill(model, prompts, cache)
+        rows = _fork(cache, len(prompts.rows), copies)
+        logits = logits[[row // copies for row in rows]]
+        picker = Picker(
+            settings,
+            prompts,
+            rows,
+            vocab_size=model.config.vocab_size,
+            logprobs=logprobs,
+            device=model.device,
+        )
+        # On a GPU the next step is under way before the host looks at this one's tokens. A row that
+        # turns out to have finished has then computed one token too many, which nobody sees.
+        ahead = model.device.type == "cuda"
+        for index in range(settings.max_new):
+            picked = picker(logits)
+            last = index + 1 == settings.max_new
+            if ahead and not last:
+                logits = model(picked.tokens[:, None], cache=cache).logits[:, -1]
+            tokens = picked.tokens.tolist()
+            finished = [_finished(t, row, settings, texts, last) for t, row in zip(tokens, rows, strict=True)]
+            yield Step(rows, tokens, None if picked.logprobs is None else picked.logprobs.tolist(), finished)
+            kept = [i for i, reason in enumerate(finished) if reason is None]
+            if not kept:
+                return
+            chosen = picked.tokens
+            if len(kept) < len(rows):
+                _drop(cache, kept)
+                picker.keep(kept)
+                rows = [rows[i] for i in kept]
+                logits, chosen = logits[kept], chosen[kept]
+            if not ahead:
+                logits = model(chosen[:, None], cache=cache).logits[:, -1]
+
+
+def prefill(model: GPT, prompts: Prompts, cache: KVCache) -> torch.Tensor:
+    """Run the prompts through the model into the cache; logits after each, ``(batch, vocab_size)``."""
+    ids, mask = prompts.ids, prompts.mask
+    if mask is not None:
+        # Whatever stands in the padding may be no token of the model.
+        ids = ids.masked_fill(~mask, 0)
+    output: GPTOutput = model(ids, attention_mask=mask, cache=cache, logits_to_keep=1)
+    return output.logits[:, -1]
+
+
+@contextmanager
+def evaluating(model: GPT) -> Iterator[None]:
+    """Without dropout, whatever mode the model is in."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+def _fork(cache: KVCache, prompts: int, copies: int) -> list[int]:
+    """Give every prompt its further copies; which row each of the cache's sequences is."""
+    rows = [prompt * copies for prompt in range(prompts)]
+    for prompt, sequence in enumerate(cache.sequences):
+        for copy in range(1, copies):
+            cache.fork(sequence)
+            rows.append(prompt * copies + copy)
+    return rows
+
+
+def _drop(cache: KVCache, kept: Sequence[int]) -> None:
+    for index, sequence in enumerate(cache.sequences):
+        if index not in kept:
+            cache.free(sequence)
+
+
+def _finished(
+    token: int, row: int, settings: Settings, texts: Sequence[RowText] | None, last: bool
+) -> FinishReason | None:
+    if token in settings.eos:
+        return "stop"
+    if texts is not None:
+        texts[row].push(token)
+        if texts[row].stopped:
+            return "stop"
+    return "length" if last else None

@@ -1,0 +1,163 @@
+"""``generate``: ids in, ids out, as in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from gptkern.generate.beam import beam_search
+from gptkern.generate.loop import FinishReason, Step, steps
+from gptkern.generate.options import GenerateOptions, Settings, settle
+from gptkern.generate.prompt import Prompts, prompts
+from gptkern.generate.stopping import RowText
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from gptkern.model import GPT
+    from gptkern.tokenizer import Tokenizer
+
+
+class Streamer(Protocol):
+    """transformers' streamers: given the prompt ``(batch, width)``, then each step's tokens ``(rows,)``."""
+
+    def put(self, value: torch.Tensor) -> Any: ...
+
+    def end(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """What ``generate`` returns with ``return_dict_in_generate=True``.
+
+    Attributes:
+        sequences: ``(batch * num_return_sequences, width + new)`` int64: prompts and new tokens,
+            filled up with ``pad_token_id``.
+        finish_reasons: "stop" (end-of-text token or stop string) or "length", one a sequence.
+        logprobs: With ``output_logprobs=True``, ``(sequences, new)`` fp32: the model's log-probability
+            of each new token, before any processing; 0 past a sequence's end.
+        sequences_scores: ``(sequences,)`` fp32, beam search alone: sum of log-probabilities divided by
+            the length to the power of ``length_penalty``.
+    """
+
+    sequences: torch.Tensor
+    finish_reasons: list[FinishReason]
+    logprobs: torch.Tensor | None = None
+    sequences_scores: torch.Tensor | None = None
+
+
+def generate(
+    model: GPT,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    streamer: Streamer | None = None,
+    tokenizer: Tokenizer | None = None,
+    output_logprobs: bool = False,
+    return_dict_in_generate: bool = False,
+    **options: Unpack[GenerateOptions],
+) -> torch.Tensor | GenerateOutput:
+    """Continue prompts; see ``GPT.generate``."""
+    prompt, settings = prepare(model, input_ids, attention_mask, options)
+    if output_logprobs and settings.num_beams > 1:
+        raise ValueError("generate: output_logprobs with num_beams > 1; beam search gives sequences_scores")
+    if settings.stop_strings:
+        tokenizer = needed_tokenizer(model, tokenizer)
+    if settings.num_beams > 1:
+        if streamer is not None:
+            raise ValueError(
+                "generate: streamer with num_beams > 1; beam search settles its tokens at the end"
+            )
+        found = beam_search(model, prompt, settings, tokenizer)
+        rows, reasons = [b.tokens for b in found], [b.finish_reason for b in found]
+        scores = torch.tensor([b.score for b in found])
+        output = GenerateOutput(_sequences(prompt, settings, rows), reasons, None, scores)
+    else:
+        texts = row_texts(prompt, settings, tokenizer) if tokenizer and settings.stop_strings else None
+        output = _sample(model, prompt, settings, texts, streamer, output_logprobs)
+    return output if return_dict_in_generate else output.sequences
+
+
+def prepare(
+    model: GPT, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, options: GenerateOptions
+) -> tuple[Prompts, Settings]:
+    """Check prompts and options."""
+    given = options.get("eos_token_id", model.config.eos_token_ids)
+    prompt = prompts(
+        input_ids,
+        attention_mask,
+        device=model.device,
+        vocab_size=model.config.vocab_size,
+        pad=options.get("pad_token_id"),
+        eos=(given,) if isinstance(given, int) else given or (),
+    )
+    settings = settle(options, model.config, width=prompt.width, longest=prompt.longest)
+    several = len(prompt.rows) * settings.num_return_sequences > 1
+    if several and settings.stop_strings and settings.pad is None:
+        raise ValueError(
+            "generate: rows may end before others, and there is nothing to fill them with: give pad_token_id"
+        )
+    return prompt, settings
+
+
+def needed_tokenizer(model: GPT, tokenizer: Tokenizer | None) -> Tokenizer:
+    """The caller's tokenizer, or else the model's own."""
+    tokenizer = tokenizer or model.tokenizer
+    if tokenizer is None:
+        raise ValueError("generate: the model came without a tokenizer: give one as tokenizer=")
+    return tokenizer
+
+
+def row_texts(prompt: Prompts, settings: Settings, tokenizer: Tokenizer) -> list[RowText]:
+    """The growing text of every row."""
+    return [
+        RowText(tokenizer, settings.stop_strings, row)
+        for row in prompt.rows
+        for _ in range(settings.num_return_sequences)
+    ]
+
+
+def _sample(
+    model: GPT,
+    prompt: Prompts,
+    settings: Settings,
+    texts: Sequence[RowText] | None,
+    streamer: Streamer | None,
+    output_logprobs: bool,
+) -> GenerateOutput:
+    count = len(prompt.rows) * settings.num_return_sequences
+    rows: list[list[int]] = [[] for _ in range(count)]
+    logprobs: list[list[float]] = [[] for _ in range(count)]
+    reasons: list[FinishReason] = ["length"] * count
+    if streamer is not None:
+        streamer.put(prompt.ids.repeat_interleave(settings.num_return_sequences, 0).cpu())
+    for step in steps(model, prompt, settings, texts=texts, logprobs=output_logprobs):
+        for index, row in enumerate(step.rows):
+            rows[row].append(step.tokens[index])
+            reasons[row] = step.finished[index] or "length"
+            if step.logprobs is not None:
+                logprobs[row].append(step.logprobs[index])
+        if streamer is not None:
+            streamer.put(_streamed(step, count, settings.pad))
+    if streamer is not None:
+        streamer.end()
+    new = max(map(len, rows))
+    scored = torch.tensor([r + [0.0] * (new - len(r)) for r in logprobs]) if output_logprobs else None
+    return GenerateOutput(_sequences(prompt, settings, rows), reasons, scored)
+
+
+def _streamed(step: Step, count: int, pad: int | None) -> torch.Tensor:
+    tokens = [pad or 0] * count
+    for row, token in zip(step.rows, step.tokens, strict=True):
+        tokens[row] = token
+    return torch.tensor(tokens)
+
+
+def _sequences(prompt: Prompts, settings: Settings, rows: list[list[int]]) -> torch.Tensor:
+    new = max(map(len, rows))
+    filled = [row + [settings.pad or 0] * (new - len(row)) for row in rows]
+    tokens = torch.tensor(filled, dtype=torch.int64, device=prompt.ids.device)
+    return torch.cat([prompt.ids.repeat_interleave(settings.num_return_sequences, 0), tokens], dim=1)

@@ -1,0 +1,180 @@
+"""How likely a text is, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from gptkern.generate.loop import evaluating
+from gptkern.generate.run import needed_tokenizer
+from gptkern.model import PackedAttend
+
+if TYPE_CHECKING:
+    from gptkern.generate.text import Prompt
+    from gptkern.model import GPT
+    from gptkern.tokenizer import Tokenizer
+
+# A forward pass takes windows up to so many tokens together, the head so many rows: logits of GPT-2's
+# vocabulary are 200 kB a row.
+TOKENS_AT_ONCE = 4096
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Score:
+    """The log-likelihood of one text.
+
+    Attributes:
+        token_ids: The tokens scored: the text's, less the first where nothing comes before it.
+        logprobs: The natural logarithm of each one's probability, given all that came before.
+        greedy: Each one is the likeliest token at its place.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    greedy: bool
+
+    @property
+    def total(self) -> float:
+        """The logarithm of the probability of all tokens together."""
+        return sum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-mean log-probability); not a number where no token was scored."""
+        count = len(self.logprobs)
+        return float(torch.tensor(-self.total / count).exp()) if count else float("nan")
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Tokens of one text that go through the model together; those from ``first`` on are scored."""
+
+    text: int
+    ids: list[int]
+    first: int
+
+
+def score(
+    model: GPT,
+    texts: Prompt | Sequence[Prompt],
+    context: Prompt | Sequence[Prompt] | None = None,
+    *,
+    stride: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> list[Score]:
+    """Score texts; see ``GPT.score``."""
+    if stride is not None and (not isinstance(stride, int) or not 0 < stride < model.config.n_positions):
+        raise ValueError(
+            f"score: stride is {stride!r}; a whole number from 1 to {model.config.n_positions - 1} is needed"
+        )
+    bodies = _several(texts)
+    contexts = [None] * len(bodies) if context is None else _several(context)
+    if len(contexts) == 1:
+        contexts = contexts * len(bodies)
+    if len(contexts) != len(bodies):
+        raise ValueError(
+            f"score: {len(contexts)} contexts for {len(bodies)} texts; one, or one each, is needed"
+        )
+    windows: list[_Window] = []
+    results: list[tuple[list[int], list[float], list[bool]]] = []
+    for index, (body, before) in enumerate(zip(bodies, contexts, strict=True)):
+        ids = _ids(model, body, tokenizer)
+        if not ids:
+            raise ValueError(f"score: text {index} is empty")
+        start = _start(model, before, tokenizer)
+        results.append((ids if start else ids[1:], [], []))
+        windows += _windows(index, start + ids, max(len(start), 1), model.config.n_positions, stride)
+    with torch.inference_mode(), evaluating(model):
+        for group in _groups(windows):
+            for window, (logprobs, greedy) in zip(group, _run(model, group), strict=True):
+                results[window.text][1].extend(logprobs)
+                results[window.text][2].extend(greedy)
+    return [Score(ids, logprobs, all(greedy)) for ids, logprobs, greedy in results]
+
+
+def _several(given: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(given, str) or (len(given) and all(isinstance(item, int) for item in given)):
+        return [given]  # type: ignore[list-item]
+    return list(given)  # type: ignore[arg-type]
+
+
+def _ids(model: GPT, text: Prompt, tokenizer: Tokenizer | None) -> list[int]:
+    ids = needed_tokenizer(model, tokenizer).encode(text) if isinstance(text, str) else list(text)
+    bad = [i for i in ids if not 0 <= i < model.config.vocab_size]
+    if bad:
+        raise ValueError(
+            f"score: token id {bad[0]} found; ids from 0 to {model.config.vocab_size - 1} are accepted"
+        )
+    return ids
+
+
+def _start(model: GPT, context: Prompt | None, tokenizer: Tokenizer | None) -> list[int]:
+    """What comes before a text: nothing, its context, or for an empty one the beginning-of-text token."""
+    if context is None:
+        return []
+    ids = _ids(model, context, tokenizer)
+    if ids:
+        return ids
+    bos = model.config.bos_token_id
+    if bos is None or bos >= model.config.vocab_size:
+        raise ValueError("score: the context is empty, and the model has no beginning-of-text token")
+    return [bos]
+
+
+def _windows(text: int, ids: list[int], first: int, size: int, stride: int | None) -> Iterator[_Window]:
+    """Cut ``ids`` into windows that score every token from ``first`` on exactly once."""
+    if first >= len(ids):
+        return
+    # The last token is only scored, never read.
+    if len(ids) <= size + 1:
+        yield _Window(text, ids, first)
+        return
+    if stride is None:
+        raise ValueError(
+            f"score: text {text} has {len(ids)} tokens with its context, the model's context is {size}: "
+            "give stride, the tokens that each further window moves on by"
+        )
+    end = min(max(size + 1, first + 1), len(ids))
+    while True:
+        begin = max(0, end - size - 1)
+        yield _Window(text, ids[begin:end], first - begin)
+        if end == len(ids):
+            return
+        first, end = end, min(end + stride, len(ids))
+
+
+def _groups(windows: list[_Window]) -> Iterator[list[_Window]]:
+    group: list[_Window] = []
+    for window in windows:
+        if group and sum(len(w.ids) for w in group) + len(window.ids) > TOKENS_AT_ONCE:
+            yield group
+            group = []
+        group.append(window)
+    if group:
+        yield group
+
+
+def _run(model: GPT, windows: list[_Window]) -> Iterator[tuple[list[float], list[bool]]]:
+    """Log-probabilities of each window's scored tokens, and whether each is the likeliest."""
+    inputs = [window.ids[:-1] for window in windows]
+    lengths = torch.tensor([len(row) for row in inputs])
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = torch.tensor([token for row in inputs for token in row], device=model.device)
+    positions = torch.cat([torch.arange(len(row)) for row in inputs]).to(model.device)
+    attend = PackedAttend(ends.to(model.device, torch.int32), int(lengths.max()), 0.0)
+    hidden = model.transformer(ids, positions, attend)
+    for window, start in zip(windows, ends.tolist(), strict=False):
+        rows = hidden[start + window.first - 1 : start + len(window.ids) - 1]
+        targets = torch.tensor(window.ids[window.first :], device=model.device)
+        logprobs: list[float] = []
+        greedy: list[bool] = []
+        for part, target in zip(rows.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
+            logits = model.lm_head(part).float()
+            chosen = logits.gather(1, target[:, None])[:, 0]
+            logprobs += (chosen - logits.logsumexp(1)).tolist()
+            greedy += (chosen >= logits.amax(1)).tolist()
+        yield logprobs, greedy

@@ -1,0 +1,157 @@
+"""Text in, text out: ``stream`` and ``generate_text``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from gptkern.generate.beam import beam_search
+from gptkern.generate.loop import FinishReason, steps
+from gptkern.generate.options import GenerateOptions, Settings
+from gptkern.generate.prompt import Prompts
+from gptkern.generate.run import needed_tokenizer, prepare, row_texts
+from gptkern.generate.stopping import RowText
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from gptkern.model import GPT
+    from gptkern.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation of one prompt.
+
+    Attributes:
+        text: What was generated, without the prompt, up to the end-of-text token or stop string.
+        token_ids: All new tokens, the one that ended it included.
+        logprobs: The model's log-probability of each token; None from beam search.
+        finish_reason: "stop" (end-of-text token or stop string) or "length".
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: FinishReason
+
+
+class TextStream(Iterator[str]):
+    """The continuation of one prompt, piece by piece, as it is made.
+
+    Attributes:
+        completion: What was generated so far; its ``finish_reason`` holds once the iterator has ended.
+    """
+
+    def __init__(self, model: GPT, prompts: Prompts, settings: Settings, text: RowText) -> None:
+        self._steps = steps(model, prompts, settings, texts=[text], logprobs=True)
+        self._text = text
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._reason: FinishReason = "length"
+        self._told = 0
+
+    def __next__(self) -> str:
+        while len(self._text.text) == self._told:
+            step = next(self._steps)
+            assert step.logprobs is not None
+            self._tokens += step.tokens
+            self._logprobs += step.logprobs
+            if step.finished[0]:
+                self._reason = step.finished[0]
+                self._text.end()
+        piece = self._text.text[self._told :]
+        self._told += len(piece)
+        return piece
+
+    @property
+    def completion(self) -> Completion:
+        """See the class."""
+        return Completion(self._text.text, self._tokens, self._logprobs, self._reason)
+
+
+def stream(
+    model: GPT, prompt: Prompt, *, tokenizer: Tokenizer | None = None, **options: Unpack[GenerateOptions]
+) -> TextStream:
+    """Yield the continuation of one prompt as it is made; see ``GPT.stream``."""
+    tokenizer = needed_tokenizer(model, tokenizer)
+    prompts, settings = prepare(model, *batch(tokenizer, [prompt]), options)
+    if settings.num_beams > 1 or settings.num_return_sequences > 1:
+        raise ValueError("stream: num_beams and num_return_sequences must be 1; generate_text takes more")
+    (text,) = row_texts(prompts, settings, tokenizer)
+    return TextStream(model, prompts, settings, text)
+
+
+def generate_text(
+    model: GPT,
+    prompts: str | Sequence[Prompt],
+    *,
+    tokenizer: Tokenizer | None = None,
+    **options: Unpack[GenerateOptions],
+) -> list[Completion]:
+    """Continue prompts; see ``GPT.generate_text``."""
+    tokenizer = needed_tokenizer(model, tokenizer)
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not given:
+        return []
+    checked, settings = prepare(model, *batch(tokenizer, given), options)
+    texts = row_texts(checked, settings, tokenizer)
+    tokens: list[list[int]] = [[] for _ in texts]
+    logprobs: list[list[float] | None] = [[] for _ in texts]
+    reasons: list[FinishReason] = ["length"] * len(texts)
+    if settings.num_beams > 1:
+        for row, beam in enumerate(beam_search(model, checked, settings, tokenizer)):
+            tokens[row], logprobs[row], reasons[row] = beam.tokens, None, beam.finish_reason
+            for token in beam.tokens:
+                if token not in settings.eos:
+                    texts[row].push(token)
+    else:
+        for step in steps(model, checked, settings, texts=texts, logprobs=True):
+            assert step.logprobs is not None
+            for row, token, logprob, reason in zip(
+                step.rows, step.tokens, step.logprobs, step.finished, strict=True
+            ):
+                tokens[row].append(token)
+                (logprobs[row] or []).append(logprob)
+                reasons[row] = reason or "length"
+    for text in texts:
+        text.end()
+    return [
+        Completion(text.text, ids, scores, reason)
+        for text, ids, scores, reason in zip(texts, tokens, logprobs, reasons, strict=True)
+    ]
+
+
+def batch(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(input_ids, attention_mask)`` of prompts, padded on the left. Empty text is the beginning of a text.
+
+    Raises:
+        TypeError: A prompt that is neither text nor token ids.
+        ValueError: An empty one, where the tokenizer has no beginning-of-text token.
+    """
+    rows = [_ids(tokenizer, prompt) for prompt in prompts]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def _ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+        if not ids and tokenizer.bos_token_id is not None:
+            ids = [tokenizer.bos_token_id]
+    elif isinstance(prompt, Sequence) and all(isinstance(i, int) for i in prompt):
+        ids = [int(i) for i in prompt]
+    else:
+        raise TypeError(
+            f"generate: a prompt is {type(prompt).__name__}; text or a list of token ids is needed"
+        )
+    if not ids:
+        raise ValueError("generate: a prompt is empty, and the tokenizer has no beginning-of-text token")
+    return ids

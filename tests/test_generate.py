@@ -1,0 +1,360 @@
+"""``generate`` against transformers, option by option."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from generate_support import CONFIGS, VOCAB, left_padded, pair, prompts
+from gptkern.config import GPTConfig
+from gptkern.generate import GenerateOptions, GenerateOutput
+from gptkern.generate.options import Settings
+from gptkern.model import GPT
+
+
+def same(name: str, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    """gptkern's result, after comparing it with transformers'."""
+    theirs, ours = pair(name)
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **options)
+    found = ours.generate(ids, mask, **options)
+    assert isinstance(found, torch.Tensor)
+    assert found.dtype == torch.int64
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
+    found = same(name, prompts(1, 7), max_new_tokens=64, eos_token_id=None)
+    assert found.shape == (1, 71)
+    assert len(found[0, 7:].unique()) > 8
+    same(name, prompts(3, 5, seed=1), max_new_tokens=64, eos_token_id=None)
+    ids, mask = left_padded()
+    same(name, ids, mask, max_new_tokens=64, eos_token_id=None, pad_token_id=1)
+
+
+def test_lengths_follow_transformers() -> None:
+    ids = prompts(2, 6)
+    assert same("head dim 8", ids).shape[1] == 26
+    assert same("head dim 8", ids, max_length=13).shape[1] == 13
+    assert same("head dim 8", ids, max_length=50, max_new_tokens=3).shape[1] == 9
+    # without a length, the context is the limit
+    assert same("head dim 8", prompts(1, 90)).shape[1] == 96
+    assert same("head dim 8", prompts(1, 90), max_new_tokens=6).shape[1] == 96
+
+
+def greedy_token(name: str, ids: torch.Tensor, step: int, row: int = 0) -> int:
+    out = pair(name)[1].generate(ids, max_new_tokens=step + 1, eos_token_id=None)
+    assert isinstance(out, torch.Tensor)
+    return int(out[row, -1])
+
+
+def test_rows_end_at_any_of_the_end_tokens_and_are_filled_up() -> None:
+    ids = prompts(3, 5, seed=1)
+    stops = [greedy_token("head dim 64", ids, 4), greedy_token("head dim 64", ids, 9, row=1)]
+    found = same("head dim 64", ids, max_new_tokens=30, eos_token_id=stops, pad_token_id=7)
+    assert (found[0] == 7).any()
+    # the filling token is the first end-of-text token by default
+    same("head dim 64", ids, max_new_tokens=30, eos_token_id=stops)
+    alone = same("head dim 64", ids[:1], max_new_tokens=30, eos_token_id=stops[0])
+    assert alone.shape[1] <= 10
+
+
+def test_minimum_lengths() -> None:
+    ids = prompts(2, 5, seed=1)
+    stop = greedy_token("head dim 64", ids, 2)
+    for options in ({"min_new_tokens": 10}, {"min_length": 12}, {"min_length": 9, "min_new_tokens": 2}):
+        same("head dim 64", ids, max_new_tokens=20, eos_token_id=stop, pad_token_id=7, **options)
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3, 5.0])
+def test_repetition_penalty(penalty: float) -> None:
+    same("head dim 64", prompts(2, 20), max_new_tokens=40, repetition_penalty=penalty, eos_token_id=None)
+    ids, mask = left_padded()
+    same("gelu", ids, mask, max_new_tokens=20, repetition_penalty=penalty, eos_token_id=None, pad_token_id=1)
+
+
+def test_padding_is_inferred_from_the_pad_token_as_in_transformers() -> None:
+    theirs, ours = pair("untied")
+    ids, mask = left_padded()
+    expected = theirs.generate(ids, max_new_tokens=12, pad_token_id=1, eos_token_id=0)
+    assert torch.equal(ours.generate(ids, max_new_tokens=12, pad_token_id=1, eos_token_id=0), expected)
+    assert torch.equal(ours.generate(ids, mask, max_new_tokens=12, pad_token_id=1, eos_token_id=0), expected)
+    # a pad token that may end a text says nothing
+    expected = theirs.generate(ids, max_new_tokens=12, pad_token_id=1, eos_token_id=1)
+    assert torch.equal(ours.generate(ids, max_new_tokens=12, pad_token_id=1, eos_token_id=1), expected)
+
+
+def test_padding_on_the_right_changes_nothing() -> None:
+    ours = pair("odd width")[1]
+    ids, mask = left_padded()
+    right, right_mask = torch.full_like(ids, VOCAB + 5), mask.flip(1)
+    right[right_mask.bool()] = ids[mask.bool()]
+    options: dict[str, Any] = {"max_new_tokens": 15, "eos_token_id": None, "pad_token_id": 1}
+    assert torch.equal(
+        ours.generate(ids, mask, **options)[:, 9:], ours.generate(right, right_mask, **options)[:, 9:]
+    )
+
+
+class Recorder:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.values: list[torch.Tensor] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        assert not self.ended
+        self.values.append(value)
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_streamers_are_told_what_transformers_tells_them() -> None:
+    theirs, ours = pair("head dim 64")
+    ids = prompts(2, 5, seed=1)
+    options: dict[str, Any] = {
+        "max_new_tokens": 12,
+        "eos_token_id": greedy_token("head dim 64", ids, 4),
+        "pad_token_id": 7,
+    }
+    expected, found = Recorder(), Recorder()
+    theirs.generate(ids, attention_mask=torch.ones_like(ids), streamer=expected, **options)
+    ours.generate(ids, streamer=found, **options)
+    assert found.ended == expected.ended == 1
+    assert len(found.values) == len(expected.values)
+    for ours_value, theirs_value in zip(found.values, expected.values, strict=True):
+        assert torch.equal(ours_value, theirs_value)
+
+
+def detailed(model: GPT, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> GenerateOutput:
+    out = model.generate(ids, mask, return_dict_in_generate=True, **options)
+    assert isinstance(out, GenerateOutput)
+    return out
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_logprobs_are_those_of_a_forward_pass(sampled: bool) -> None:
+    ours = pair("silu, epsilon")[1]
+    ids = prompts(2, 5, seed=3)
+    out = detailed(
+        ours,
+        ids,
+        max_new_tokens=20,
+        output_logprobs=True,
+        do_sample=sampled,
+        num_return_sequences=2 if sampled else 1,
+        temperature=2.5 if sampled else 1.0,
+        repetition_penalty=1.2,
+        seed=4,
+        eos_token_id=None,
+    )
+    assert out.logprobs is not None
+    with torch.no_grad():
+        logits = ours(out.sequences).logits[:, 4:-1].double().log_softmax(-1)
+    expected = logits.gather(2, out.sequences[:, 5:, None])[..., 0]
+    torch.testing.assert_close(out.logprobs.double(), expected, atol=1e-4, rtol=0)
+
+
+def test_finish_reasons_and_the_fill_of_logprobs() -> None:
+    ours = pair("head dim 64")[1]
+    ids = prompts(3, 5, seed=1)
+    out = detailed(
+        ours,
+        ids,
+        max_new_tokens=12,
+        eos_token_id=greedy_token("head dim 64", ids, 4),
+        pad_token_id=7,
+        output_logprobs=True,
+    )
+    assert out.finish_reasons[0] == "stop"
+    assert "length" in out.finish_reasons
+    assert out.logprobs is not None
+    assert out.logprobs.shape == (3, 12)
+    ended = [(row == 7).nonzero()[0, 0].item() if (row == 7).any() else 12 for row in out.sequences[:, 5:]]
+    for row, end in enumerate(ended):
+        assert (out.logprobs[row, int(end) :] == 0).all()
+        assert (out.logprobs[row, : int(end)] < 0).all()
+
+
+def test_seeds_decide_the_draws() -> None:
+    ours = pair("gelu")[1]
+    ids = prompts(2, 4)
+
+    def draw(**options: Any) -> list[list[int]]:
+        out = ours.generate(ids, do_sample=True, max_new_tokens=24, eos_token_id=None, **options)
+        assert isinstance(out, torch.Tensor)
+        rows: list[list[int]] = out[:, 4:].tolist()
+        return rows
+
+    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+    torch.manual_seed(5)
+    first = draw()
+    assert draw() != first
+    torch.manual_seed(5)
+    assert draw() == first
+
+
+def test_a_row_is_drawn_alike_whatever_runs_beside_it() -> None:
+    ours = pair("gelu")[1]
+    ids = prompts(4, 6)
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 24, "seed": 3, "top_p": 0.95}
+    together = ours.generate(ids, eos_token_id=None, **options)
+    alone = ours.generate(ids[:1], eos_token_id=None, **options)
+    assert torch.equal(together[:1], alone)
+    # rows that end early, and leave, change nothing either
+    ending = [int(together[1, 10]), int(together[2, 15])]
+    ended = ours.generate(ids, eos_token_id=ending, pad_token_id=1, **options)
+    for row, expected in zip(ended.tolist(), together.tolist(), strict=True):
+        new = row[6 : row.index(1, 6)] if 1 in row[6:] else row[6:]
+        assert new == expected[6 : 6 + len(new)]
+
+
+def test_return_sequences_share_a_prefill_and_differ() -> None:
+    ours = pair("odd width")[1]
+    ids = prompts(2, 6)
+    calls: list[int] = []
+    hook = ours.transformer.register_forward_pre_hook(lambda _, args: calls.append(args[0].numel()))
+    try:
+        out = ours.generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=9, seed=0, eos_token_id=None)
+    finally:
+        hook.remove()
+    assert isinstance(out, torch.Tensor)
+    assert out.shape == (6, 15)
+    assert torch.equal(out[:, :6], ids.repeat_interleave(3, 0))
+    assert len({tuple(row) for row in out.tolist()}) == 6
+    assert calls[0] == 12
+
+
+def test_dropout_is_off_and_the_mode_restored() -> None:
+    ours = GPT(GPTConfig(vocab_size=VOCAB, n_positions=32, n_layer=2, n_head=2, n_embd=32))
+    ids = prompts(1, 5)
+    assert ours.training
+    first = ours.generate(ids, max_new_tokens=20)
+    assert torch.equal(ours.generate(ids, max_new_tokens=20), first)
+    assert ours.training
+    assert all(module.training for module in ours.modules())
+
+
+def test_results_can_be_trained_on() -> None:
+    ours = GPT(GPTConfig(vocab_size=VOCAB, n_positions=32, n_layer=1, n_head=2, n_embd=16))
+    out = ours.generate(prompts(2, 5), max_new_tokens=4)
+    ours(out, labels=out).loss.backward()
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"max_new_token": 4}, TypeError, "'max_new_token' is no option; did you mean 'max_new_tokens'?"),
+    ({"max_new_tokens": 0}, ValueError, "max_new_tokens is 0; 1 or more"),
+    ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens is 2.5; a whole number"),
+    ({"max_new_tokens": 91}, ValueError, "prompt has 6 tokens, the model's context is 96: at most 90 is"),
+    ({"max_length": 97}, ValueError, "max_length is 97.*at most 96 is possible"),
+    ({"max_length": 6}, ValueError, "max_length is 6, the prompt has 6 tokens already"),
+    ({"temperature": 0.0, "do_sample": True}, ValueError, "temperature is 0.0; a number above 0"),
+    ({"temperature": "hot"}, TypeError, "temperature is 'hot'; a number"),
+    ({"top_k": -1, "do_sample": True}, ValueError, "top_k is -1; 0 or more"),
+    ({"top_p": 0.0, "do_sample": True}, ValueError, "top_p is 0.0; 0 < top_p <= 1"),
+    ({"min_p": 1.5, "do_sample": True}, ValueError, "min_p is 1.5"),
+    ({"repetition_penalty": -1.0}, ValueError, "repetition_penalty is -1.0"),
+    ({"num_return_sequences": 2}, ValueError, "num_return_sequences is 2, num_beams 1"),
+    ({"num_return_sequences": 3, "num_beams": 2}, ValueError, "num_return_sequences is 3, num_beams 2"),
+    ({"num_beams": 2, "do_sample": True}, ValueError, "beam search does not sample"),
+    ({"early_stopping": "soon"}, ValueError, "early_stopping is 'soon'"),
+    ({"eos_token_id": [1, -2]}, TypeError, "eos_token_id"),
+    ({"seed": -1}, ValueError, "seed is -1"),
+    ({"stop_strings": [""]}, ValueError, "none empty"),
+    ({"stop_strings": "x"}, ValueError, "without a tokenizer"),
+    ({"do_sample": 1}, TypeError, "do_sample is 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD)
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pair("odd width")[1].generate(prompts(1, 6), **options)
+
+
+def test_bad_prompts() -> None:
+    ours = pair("odd width")[1]
+    ids = prompts(2, 6)
+    with pytest.raises(ValueError, match="prompt has 96 tokens, the model's context is 96"):
+        ours.generate(prompts(1, 96))
+    with pytest.raises(ValueError, match="prompt has 200 tokens"):
+        ours.generate(prompts(1, 200), max_new_tokens=1)
+    with pytest.raises(ValueError, match=rf"holds {VOCAB}; token ids from 0 to {VOCAB - 1}"):
+        ours.generate(torch.full((1, 3), VOCAB))
+    with pytest.raises(ValueError, match="shape"):
+        ours.generate(ids[0])
+    with pytest.raises(ValueError, match="shape"):
+        ours.generate(ids[:, :0])
+    with pytest.raises(TypeError, match="list"):
+        ours.generate(ids.tolist())
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 5\)"):
+        ours.generate(ids, torch.ones(2, 5))
+    with pytest.raises(ValueError, match="row 1 of the prompt is all padding"):
+        ours.generate(ids, torch.tensor([[1] * 6, [0] * 6]))
+    with pytest.raises(ValueError, match="other values than 0 and 1"):
+        ours.generate(ids, torch.full((2, 6), 2))
+
+
+def test_idle_sampling_options_are_not_silent() -> None:
+    with pytest.warns(UserWarning, match="temperature, top_p have no effect without do_sample=True"):
+        pair("odd width")[1].generate(prompts(1, 4), temperature=0.5, top_p=0.5, max_new_tokens=1)
+
+
+def test_every_option_is_settled() -> None:
+    renamed = {"max_length", "max_new_tokens", "min_length", "min_new_tokens", "eos_token_id", "pad_token_id"}
+    fields = set(Settings.__dataclass_fields__) - {"max_new", "min_new", "eos", "pad"}
+    assert set(GenerateOptions.__annotations__) - renamed == fields
+
+
+def test_beam_search_refuses_what_it_cannot_do() -> None:
+    ours = pair("odd width")[1]
+    with pytest.raises(ValueError, match="streamer"):
+        ours.generate(prompts(1, 4), num_beams=2, streamer=Recorder())
+    with pytest.raises(ValueError, match="output_logprobs"):
+        ours.generate(prompts(1, 4), num_beams=2, output_logprobs=True)
+
+
+@pytest.mark.parametrize("name", ["head dim 64", "untied", "gpt-1"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"num_beams": 4, "num_return_sequences": 4},
+        {"num_beams": 3, "early_stopping": True, "length_penalty": 2.0},
+        {"num_beams": 3, "early_stopping": "never", "length_penalty": 0.5},
+        {"num_beams": 3, "early_stopping": "never", "length_penalty": -1.0, "repetition_penalty": 1.3},
+        {"num_beams": 5, "min_new_tokens": 12, "length_penalty": 0.0, "num_return_sequences": 2},
+    ],
+    ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_beam_search_is_that_of_transformers(name: str, options: dict[str, Any]) -> None:
+    theirs, ours = pair(name)
+    common: dict[str, Any] = {"max_new_tokens": 24, "pad_token_id": 7, "return_dict_in_generate": True, **options}
+    ids, mask = left_padded()
+    # end-of-text tokens that do come up
+    stops = ours.generate(ids, mask, max_new_tokens=12, num_beams=4, eos_token_id=None)[:, -1].tolist()
+    for given, given_mask in ((ids[:1], mask[:1]), (ids, mask)):
+        for eos in (None, stops[0], stops):
+            expected = theirs.generate(
+                given, attention_mask=given_mask, eos_token_id=eos, output_scores=True, **common
+            )
+            found = ours.generate(given, given_mask, eos_token_id=eos, **common)
+            assert isinstance(found, GenerateOutput)
+            torch.testing.assert_close(found.sequences, expected.sequences, rtol=0, atol=0)
+            assert found.sequences_scores is not None
+            torch.testing.assert_close(
+                found.sequences_scores, expected.sequences_scores, rtol=1e-4, atol=1e-4
+            )
+            assert len(found.finish_reasons) == len(found.sequences)
+
+
+def test_beam_search_with_more_beams_than_tokens() -> None:
+    ours = GPT(GPTConfig(vocab_size=3, n_positions=16, n_layer=1, n_head=1, n_embd=8, eos_token_id=2)).eval()
+    out = detailed(ours, torch.tensor([[0, 1]]), num_beams=8, num_return_sequences=8, max_new_tokens=4)
+    assert len(out.sequences) == 8
+    assert out.sequences_scores is not None
+    assert all(math.isfinite(score) for score in out.sequences_scores.tolist())
