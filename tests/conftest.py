@@ -42,9 +42,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than a few seconds; left out of the quick run")
-    config.addinivalue_line("markers", "kernels: runs the Triton kernels, interpreted where there is no CUDA")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
     # NumPy warns of inf and NaN arithmetic that a GPU does in silence, masked lanes included.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 

@@ -66,8 +66,8 @@ class Norm(torch.autograd.Function):
 _LIBRARY = torch.library.Library("gptkern", "FRAGMENT")
 _DEVICES = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 _BACKWARD = (
-    "norm_backward(Tensor d_out, Tensor? d_total, Tensor total, Tensor weight, Tensor stats, float dropout_p, "
-    "Tensor? seed, bool centered, ScalarType x_dtype, ScalarType residual_dtype, bool weight_grads, "
+    "norm_backward(Tensor d_out, Tensor? d_total, Tensor total, Tensor weight, Tensor stats, "
+    "float dropout_p, Tensor? seed, bool centered, ScalarType x_dtype, ScalarType residual_dtype, bool weight_grads, "
     "ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -104,8 +104,8 @@ def _grads(ctx: Any, d_out: Maybe, d_total: Maybe, needs: tuple[bool, ...]) -> t
     weight_grads = any(needs)
     d_out = torch.zeros_like(total) if d_out is None else d_out
     dx, d_residual, d_weight, d_bias = torch.ops.gptkern.norm_backward(
-        d_out, d_total, total, weight, stats, dropout_p, seed, centered, x_dtype, residual_dtype, weight_grads,
-        bias_dtype,
+        d_out, d_total, total, weight, stats, dropout_p, seed, centered, x_dtype, residual_dtype,
+        weight_grads, bias_dtype,
     )  # fmt: skip
     separate = seed is not None or x_dtype != residual_dtype
     return (

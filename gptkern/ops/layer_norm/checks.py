@@ -21,9 +21,8 @@ def check(
             f"{op}: x has shape {tuple(x.shape)}; a last dimension of 1 to {MAX_WIDTH} is needed"
         )
     layout(op, "x", x)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is None and name == "bias":
-            continue
+    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    for name, value in parameters.items():
         _checks.tensor(op, name, value)
         _checks.shape(op, name, value, x.shape[-1:], "x's last dimension")
         _checks.dtype(op, name, value)

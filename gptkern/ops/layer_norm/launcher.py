@@ -65,8 +65,8 @@ def plan(kernel: str, width: int, device: torch.device) -> tuple[int, dict[str, 
 def forward(
     op: str, x: torch.Tensor, residual: Maybe, weight: torch.Tensor, bias: Maybe, eps: float,
     dropout_p: float, seed: Maybe, centered: bool, dtype: torch.dtype, save_stats: bool,
-) -> tuple[torch.Tensor, Maybe, Maybe]:  # fmt: skip
-    """(normed, new_residual, stats) by the kernel; the last two are None where they are not asked for."""
+) -> tuple[torch.Tensor, Any, Any]:  # fmt: skip
+    """(normed, new_residual, stats) by the kernel: None without a residual, None without ``save_stats``."""
     width, shape, device = x.shape[-1], x.shape, x.device
     rows = x.numel() // width
     x_layout = residual_layout = layout(op, "x", x)
@@ -134,8 +134,8 @@ def backward(
             )  # fmt: skip
             if weight_grads:
                 _launch.launch(
-                    kernels.norm_wide_weight_grad_kernel, (columns, parts), read[0], total, stats, weight_parts,
-                    bias_parts, *where, **kind, **config,
+                    kernels.norm_wide_weight_grad_kernel, (columns, parts), read[0], total, stats,
+                    weight_parts, bias_parts, *where, **kind, **config,
                 )  # fmt: skip
         if weight_grads:
             _, config = plan("norm_weight_grad", width, device)

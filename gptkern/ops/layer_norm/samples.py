@@ -1,4 +1,4 @@
-"""Sample calls of layer norm: the widths of GPT-2 and of every launch row to compile, small ones to compute."""
+"""Sample calls of layer norm: the width of every launch row to compile, small ones to compute."""
 
 from __future__ import annotations
 

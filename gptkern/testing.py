@@ -1,0 +1,262 @@
+"""Checks for people who add kernels: does an op compute what its reference means, however it is called?
+
+``check`` is the whole list in one call; ``assert_accurate`` is the measure of error that it uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.utils import _pytree as pytree
+
+from gptkern.ops._dispatch import backend
+from gptkern.ops._samples import Call, tensors
+
+__all__ = ["DTYPES", "Call", "assert_accurate", "check", "check_values", "layouts"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+Op = Callable[..., Any]
+OpCall = tuple[torch._ops.OpOverload, tuple[Any, ...], dict[str, Any]]
+
+
+def check(
+    op: Op,
+    sample_inputs: Iterable[Call | tuple[Any, ...]],
+    *,
+    reference: Op | None = None,
+    dtypes: Iterable[torch.dtype] = DTYPES,
+) -> None:
+    """Check an op against its reference, its gradients, its layouts and its registration with PyTorch.
+
+    For every sample, in every dtype:
+
+    * results, and gradients of every input that requires grad, by the measure of ``assert_accurate``;
+    * permuted and sliced inputs: the same results, or a ``ValueError`` that names the argument.
+
+    For the first sample with elements, in its own dtype:
+
+    * ``torch.compile(fullgraph=True)``: no graph break, the same results and gradients;
+    * ``torch.library.opcheck`` on every registered op that the compiled forward pass contains, and its
+      schema and fake kernel (shapes, dtypes, strides) on compact, permuted and sliced inputs and in
+      the backward pass.
+
+    Args:
+        op: The public function. It must be deterministic: no dropout.
+        sample_inputs: Arguments as a tuple or, with keywords, a ``Call``; on the GPU, or on the CPU
+            with ``TRITON_INTERPRET=1`` in the environment. Small shapes: the interpreter is slow.
+        reference: The plain PyTorch expression, differentiable, in any dtype, float64 included. By
+            default what ``op`` itself does under ``gptkern.backend("reference")``.
+        dtypes: In which to run. Floating tensors of the dtype of the first one are converted, others
+            stay as they are.
+
+    Raises:
+        AssertionError: names what differs, where, and by how much.
+
+    Example::
+
+        from gptkern.ops import layer_norm
+        from gptkern.testing import check
+
+        x = torch.randn(4, 17, requires_grad=True)
+        check(layer_norm, [(x, torch.ones(17, requires_grad=True))])
+    """
+    calls = [c if isinstance(c, Call) else Call(tuple(c)) for c in sample_inputs]
+    for number, call in enumerate(calls):
+        for dtype in dtypes:
+            given = _converted(call, dtype)
+            check_values(op, given, reference=reference, what=f"sample {number}, {dtype}")
+    whole = [c for c in calls if all(t.numel() for t in tensors((c.args, c.kwargs)))]
+    if whole:
+        _check_registration(op, whole[0])
+
+
+def assert_accurate(
+    got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, what: str = "result"
+) -> None:
+    """The error against float64 is at most twice the plain expression's, plus one ulp of the output's scale.
+
+    Infinities and NaN must stand where the exact result has them and nowhere else, except where the
+    plain expression overflows too.
+
+    Args:
+        got: What the kernel gave.
+        plain: What the plain PyTorch expression gives in the same dtype.
+        exact: The same expression in float64.
+        what: Names the tensor in the message.
+
+    Raises:
+        AssertionError: says where, or by how much.
+    """
+    if got.dtype != plain.dtype or got.shape != plain.shape:
+        raise AssertionError(
+            f"{what} is {tuple(got.shape)} {got.dtype}; {tuple(plain.shape)} {plain.dtype} is right"
+        )
+    epsilon = torch.finfo(got.dtype).eps
+    got, plain, exact = (t.detach().double().cpu() for t in (got, plain, exact))
+    finite = exact.isfinite()
+    judged = finite & plain.isfinite()
+    wrong = (judged & ~got.isfinite()) | (exact.isnan() & ~got.isnan()) | (exact.isinf() & (got != exact))
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(f"{what} is {got[where]} at {where}; {exact[where]} is right")
+    if not judged.any():
+        return
+    error, plain_error = ((t - exact)[judged].abs().max().item() for t in (got, plain))
+    ulp = epsilon * exact[judged].abs().max().item()
+    if error > 2 * plain_error + ulp:
+        raise AssertionError(
+            f"{what} has error {error:.3e} against float64; accepted is twice the plain expression's "
+            f"({plain_error:.3e}) plus one ulp of the scale ({ulp:.3e})"
+        )
+
+
+def layouts(value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same values in other layouts, each with a contiguous last dimension: (name, tensor) pairs."""
+    if value.dim() >= 3:
+        permuted = value.detach().transpose(0, -2).contiguous().transpose(0, -2)
+        yield "permuted", permuted.requires_grad_(value.requires_grad)
+    if value.dim() >= 2:
+        padded = value.new_zeros(*value.shape[:-1], value.shape[-1] + 8)
+        sliced = padded[..., : value.shape[-1]].copy_(value.detach()).detach()
+        yield "sliced", sliced.requires_grad_(value.requires_grad)
+
+
+def _converted(call: Call, dtype: torch.dtype) -> Call:
+    """``call`` on fresh leaves, its main dtype replaced."""
+    floating = [t for t in tensors((call.args, call.kwargs)) if t.is_floating_point()]
+    main = floating[0].dtype if floating else dtype
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        fresh = value.detach().to(dtype if value.dtype == main else value.dtype)
+        return fresh.clone(memory_format=torch.preserve_format).requires_grad_(value.requires_grad)
+
+    args, kwargs = pytree.tree_map(convert, (call.args, call.kwargs))
+    return Call(args, kwargs)
+
+
+def _run(op: Op, call: Call) -> list[torch.Tensor]:
+    """Results, then gradients of what requires grad, for fixed gradients of the results."""
+    results = tensors(op(*call.args, **call.kwargs))
+    inputs = [t for t in tensors((call.args, call.kwargs)) if t.requires_grad]
+    outputs = [t for t in results if t.requires_grad]
+    if not inputs or not outputs:
+        return results
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(t.shape, generator=generator).to(torch.bfloat16).to(t) for t in outputs]
+    return results + [
+        torch.zeros_like(x) if grad is None else grad
+        for x, grad in zip(
+            inputs, torch.autograd.grad(outputs, inputs, grads, allow_unused=True), strict=True
+        )
+    ]
+
+
+def _double(call: Call) -> Call:
+    def widen(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.detach().double().requires_grad_(value.requires_grad)
+        return value
+
+    args, kwargs = pytree.tree_map(widen, (call.args, call.kwargs))
+    return Call(args, kwargs)
+
+
+def _variants(call: Call) -> Iterator[tuple[str, Call]]:
+    """``call`` with one argument at a time in another layout."""
+    for position, value in enumerate(call.args):
+        if isinstance(value, torch.Tensor):
+            for name, other in layouts(value):
+                args = (*call.args[:position], other, *call.args[position + 1 :])
+                yield f"argument {position} {name}", Call(args, call.kwargs)
+
+
+def check_values(op: Op, call: Call, *, reference: Op | None = None, what: str = "call") -> None:
+    """The first half of ``check``: results and gradients of one call, in every layout, by ``assert_accurate``."""
+    with backend("reference"):
+        plain, exact = _run(reference or op, call), _run(reference or op, _double(call))
+
+    def compare(case: str, given: Call) -> None:
+        with backend("kernel"):
+            got = _run(op, given)
+        if len(got) != len(plain):
+            raise AssertionError(f"{case}: {len(got)} results and gradients; the reference has {len(plain)}")
+        for index, (a, b, c) in enumerate(zip(got, plain, exact, strict=True)):
+            assert_accurate(a, b, c, f"{case}: tensor {index} of results and gradients")
+
+    compare(what, call)
+    for name, variant in _variants(call):
+        try:
+            compare(f"{what}, {name}", variant)
+        except ValueError as refusal:
+            if "strides" not in str(refusal):
+                raise
+
+
+class _Recorder(torch.fx.Interpreter):
+    """Runs a graph and keeps the calls of registered ops that are not PyTorch's own."""
+
+    def __init__(self, graph: torch.fx.GraphModule, kept: list[OpCall]) -> None:
+        super().__init__(graph)
+        self.kept = kept
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        overload = target.default if isinstance(target, torch._ops.OpOverloadPacket) else target
+        if isinstance(overload, torch._ops.OpOverload) and overload.namespace not in ("aten", "prims"):
+            self.kept.append((overload, *pytree.tree_map_only(torch.Tensor, _leaf, (args, dict(kwargs)))))
+        return super().call_function(target, args, kwargs)
+
+
+def _leaf(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().clone(memory_format=torch.preserve_format).requires_grad_(value.requires_grad)
+
+
+def _compiled(op: Op, kept_forward: list[OpCall], kept_backward: list[OpCall]) -> Op:
+    """``op`` under torch.compile without a graph break, its registered ops recorded."""
+
+    def recording(kept: list[OpCall]) -> Callable[..., Any]:
+        return lambda graph, _: make_boxed_func(_Recorder(graph, kept).run)
+
+    lower = aot_autograd(fw_compiler=recording([]), bw_compiler=recording(kept_backward))
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        def run(*values: Any) -> Any:
+            with torch.no_grad():
+                _Recorder(graph, kept_forward).run(*values)
+            return lowered(*values)
+
+        lowered = lower(graph, inputs)
+        return run
+
+    compiled: Op = torch.compile(op, fullgraph=True, backend=compiler)
+    return compiled
+
+
+def _check_registration(op: Op, call: Call) -> None:
+    cases = [("compact", _converted(call, torch.float32)), *_variants(_converted(call, torch.float32))]
+    for name, given in cases:
+        forward: list[OpCall] = []
+        backward: list[OpCall] = []
+        torch._dynamo.reset()
+        with backend("kernel"):
+            try:
+                eager = _run(op, given)
+            except ValueError:  # this layout is refused, which check_values has looked at
+                continue
+            compiled = _run(_compiled(op, forward, backward), given)
+            if not forward:
+                raise AssertionError(f"{name}: the compiled op holds no registered op: it was traced through")
+            if not all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True)):
+                raise AssertionError(f"{name}: compiled and eager results differ")
+            for overload, args, kwargs in forward:
+                utils = "ALL" if name == "compact" else ("test_faketensor",)
+                torch.library.opcheck(overload, args, kwargs, test_utils=utils)
+            for overload, args, kwargs in backward:
+                torch.library.opcheck(overload, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+    torch._dynamo.reset()
