@@ -1,0 +1,114 @@
+"""From settings to what is trained: the data, the model, the objective."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptkern.config import GPTConfig
+from gptkern.model import GPT
+from gptkern.tokenizer import Tokenizer
+from gptkern.train.data import Source, Windows, load_classes, load_pairs
+from gptkern.train.lora import add_lora
+from gptkern.train.objective import Classification, LanguageModelling
+from gptkern.train.processes import Processes
+from gptkern.train.settings import DataSettings, Settings, SettingsError
+from gptkern.train.tokens import choose_tokenizer, load_split, read_text
+
+Objective = LanguageModelling | Classification
+
+
+def assemble(settings: Settings, out: Path, group: Processes) -> tuple[Source, Objective]:
+    """The run's data and its objective, on the run's device; every process must call.
+
+    Raises:
+        SettingsError: Data or model do not fit the settings.
+        CheckpointError: The model that [model] from names cannot be read.
+    """
+    pretrained = GPT.from_pretrained(settings.model["from"], dtype=torch.float32) if "from" in settings.model else None
+    own = pretrained.tokenizer if pretrained is not None else None
+    data, seed = settings.data, settings.train.seed
+    labels: list[str] = []
+    source: Source
+    if data.kind in ("pairs", "classes"):
+        tokenizer: Tokenizer | None = choose_tokenizer(data, own, _all_text(data))
+        assert tokenizer is not None
+        if data.kind == "pairs":
+            source = load_pairs(data, tokenizer, seed)
+        else:
+            source, labels = load_classes(data, tokenizer, seed)
+    else:
+        if group.first:
+            load_split(data, own, out / "tokens", writer=True)
+        group.barrier()
+        split = load_split(data, own, out / "tokens", writer=False)
+        tokenizer = split.tokenizer
+        source = Windows(split.train, split.val, data.context, seed)
+    torch.manual_seed(seed)
+    model = _model(settings, pretrained, tokenizer)
+    return source, _objective(settings, model, labels).to(group.device)
+
+
+def _all_text(data: DataSettings) -> str:
+    """What a character tokenizer must know; the JSON's own characters do no harm."""
+    if data.tokenizer != "char":
+        return ""
+    return read_text(data.path + data.val_path, "path") + data.separator + data.end
+
+
+def _model(settings: Settings, pretrained: GPT | None, tokenizer: Tokenizer | None) -> GPT:
+    rates = {}
+    if "dropout" in settings.model:
+        rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.model["dropout"])
+    if pretrained is not None:
+        model = pretrained
+        if rates:
+            model = GPT(pretrained.config.replace(**rates))
+            model.load_state_dict(pretrained.state_dict())
+        model.tokenizer = tokenizer or pretrained.tokenizer
+        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+            raise SettingsError(
+                f"[data] tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+            )
+    else:
+        model = GPT(_fresh_config(settings, rates, tokenizer))
+        model.tokenizer = tokenizer
+    if settings.data.context > model.config.n_positions:
+        raise SettingsError(
+            f"[data] context is {settings.data.context}; the model's is {model.config.n_positions}"
+        )
+    return model.train()
+
+
+def _fresh_config(settings: Settings, rates: dict[str, Any], tokenizer: Tokenizer | None) -> GPTConfig:
+    chosen = {name: value for name, value in settings.model.items() if name != "dropout"} | rates
+    chosen.setdefault("n_positions", settings.data.context)
+    if tokenizer is not None:
+        chosen.setdefault("vocab_size", tokenizer.vocab_size)
+        chosen.setdefault("bos_token_id", tokenizer.bos_token_id)
+        chosen.setdefault("eos_token_id", tokenizer.eos_token_id)
+        if tokenizer.vocab_size > chosen["vocab_size"]:
+            raise SettingsError(
+                f"[model] vocab_size is {chosen['vocab_size']}; the tokenizer has {tokenizer.vocab_size} tokens"
+            )
+    elif "vocab_size" not in chosen:
+        raise SettingsError("[model] vocab_size is needed: token shards do not say it, and no tokenizer is named")
+    try:
+        return GPTConfig(**chosen)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"[model] {error}") from error
+
+
+def _objective(settings: Settings, model: GPT, labels: list[str]) -> Objective:
+    train, lora = settings.train, settings.lora
+    if lora.rank:
+        try:
+            add_lora(model, lora.rank, lora.alpha, lora.targets)
+        except ValueError as error:
+            raise SettingsError(f"[lora] {error}") from error
+    model.gradient_checkpointing_enable(train.gradient_checkpointing)
+    if settings.data.kind == "classes":
+        return Classification(model, labels, train.label_smoothing)
+    return LanguageModelling(model, train.z_loss, train.label_smoothing)

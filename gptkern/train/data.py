@@ -1,0 +1,224 @@
+"""Batches: which rows a step trains on, as a function of the seed and the step alone.
+
+Nothing is remembered between steps, so the position in the data is the step's number, a resumed
+run sees the same rows, and any number of processes share a step's rows without speaking.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from gptkern.model import IGNORE_INDEX
+from gptkern.tokenizer import Tokenizer
+from gptkern.train.settings import DataSettings, SettingsError
+from gptkern.train.tokens import read_jsonl
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Batch:
+    """Rows for one forward pass.
+
+    Attributes:
+        ids: ``(rows, seq)`` int64, padded on the right.
+        targets: ``(rows, seq)``, the next token or -100; for classes ``(rows,)``, the label.
+        last: ``(rows,)``, each row's last token's position; None for language modelling.
+        rows: Which rows of the data these are, for messages.
+    """
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    last: torch.Tensor | None
+    rows: list[int]
+
+    @property
+    def counted(self) -> int:
+        """Targets that the loss is the mean of."""
+        return int((self.targets != IGNORE_INDEX).sum())
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Some of the rows."""
+        last = None if self.last is None else self.last[start:stop]
+        return Batch(self.ids[start:stop], self.targets[start:stop], last, self.rows[start:stop])
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        if device.type == "cpu":
+            return self
+
+        def move(value: torch.Tensor) -> torch.Tensor:
+            return value.pin_memory().to(device, non_blocking=True)
+
+        return Batch(
+            move(self.ids), move(self.targets), None if self.last is None else move(self.last), self.rows
+        )
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    def training_batch(self, step: int, size: int) -> Batch:
+        """The ``size`` rows of step ``step``."""
+        ...
+
+    def held_out(self, tokens: int, size: int) -> Iterator[Batch]:
+        """The held-out data in order, every target once, at most ``tokens`` of them (0: all)."""
+        ...
+
+
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, rows: int) -> Array:
+    return _generator(seed, epoch).permutation(rows)
+
+
+class Windows:
+    """Language modelling: windows of ``context + 1`` tokens that start anywhere in the training tokens."""
+
+    def __init__(self, train: list[Array], val: list[Array], context: int, seed: int) -> None:
+        self.train, self.val, self.context, self.seed = train, val, context, seed
+        # A shard shorter than a window gives none.
+        self.ends = np.cumsum([max(0, len(shard) - context) for shard in train])
+        if not self.ends[-1]:
+            longest = max(len(shard) for shard in train)
+            raise SettingsError(
+                f"[data] context is {context}; the training tokens, {longest}, must be more than it"
+            )
+
+    def training_batch(self, step: int, size: int) -> Batch:
+        starts = _generator(self.seed, step).integers(self.ends[-1], size=size)
+        shards = np.searchsorted(self.ends, starts, side="right")
+        rows = np.stack(
+            [self._window(int(start), int(shard)) for start, shard in zip(starts, shards, strict=True)]
+        )
+        return _language_batch(rows, starts.tolist())
+
+    def _window(self, start: int, shard: int) -> Array:
+        offset = start - (int(self.ends[shard - 1]) if shard else 0)
+        return self.train[shard][offset : offset + self.context + 1].astype(np.int64)
+
+    def held_out(self, tokens: int, size: int) -> Iterator[Batch]:
+        """Windows end to end: each held-out token but a shard's first is a target exactly once."""
+        left = tokens or sum(len(shard) - 1 for shard in self.val)
+        for shard in self.val:
+            whole = min((len(shard) - 1) // self.context, left // self.context)
+            for first in range(0, whole, size):
+                starts = np.arange(first, min(first + size, whole)) * self.context
+                rows = np.stack([shard[s : s + self.context + 1] for s in starts]).astype(np.int64)
+                yield _language_batch(rows, starts.tolist())
+            left -= whole * self.context
+            start = whole * self.context
+            rest = min(len(shard) - 1 - start, left)
+            if rest > 0:
+                yield _language_batch(shard[None, start : start + rest + 1].astype(np.int64), [start])
+                left -= rest
+
+
+def _language_batch(rows: Array, names: list[int]) -> Batch:
+    tokens = torch.from_numpy(rows)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, names)
+
+
+class Examples:
+    """Rows of their own lengths, in an order shuffled anew each epoch: prompts and answers, or texts and labels.
+
+    ``train`` and ``val`` hold ``(ids, targets)``: as many targets as ids, or a label.
+    """
+
+    def __init__(
+        self, train: list[tuple[list[int], Any]], val: list[tuple[list[int], Any]], seed: int
+    ) -> None:
+        if not train:
+            raise SettingsError("[data] path: no examples to train on")
+        self.train, self.val, self.seed = train, val, seed
+
+    def training_batch(self, step: int, size: int) -> Batch:
+        rows = [self._row(step * size + i) for i in range(size)]
+        return _example_batch([self.train[row] for row in rows], rows)
+
+    def _row(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.train))
+        return int(_order(self.seed, epoch, len(self.train))[place])
+
+    def held_out(self, tokens: int, size: int) -> Iterator[Batch]:
+        counted = 0
+        for first in range(0, len(self.val), size):
+            batch = _example_batch(self.val[first : first + size], list(range(first, first + size)))
+            yield batch
+            counted += batch.counted
+            if tokens and counted >= tokens:
+                return
+
+
+def _example_batch(examples: list[tuple[list[int], Any]], rows: list[int]) -> Batch:
+    longest = max(len(ids) for ids, _ in examples)
+    padded = torch.zeros(len(examples), longest, dtype=torch.int64)
+    for row, (ids, _) in enumerate(examples):
+        padded[row, : len(ids)] = torch.tensor(ids)
+    if isinstance(examples[0][1], int):
+        labels = torch.tensor([label for _, label in examples])
+        return Batch(padded, labels, torch.tensor([len(ids) - 1 for ids, _ in examples]), rows)
+    targets = torch.full_like(padded, IGNORE_INDEX)
+    for row, (_, wanted) in enumerate(examples):
+        targets[row, : len(wanted)] = torch.tensor(wanted)
+    return Batch(padded, targets, None, rows)
+
+
+def _split(rows: list[Any], settings: DataSettings, keys: list[str]) -> tuple[list[Any], list[Any]]:
+    if settings.val_path:
+        return rows, read_jsonl(settings.val_path, keys, "val_path")
+    cut = int(len(rows) * (1.0 - settings.val_fraction))
+    return rows[:cut], rows[cut:]
+
+
+def pair_ids(
+    tokenizer: Tokenizer, prompt: str, answer: str, settings: DataSettings
+) -> tuple[list[int], list[int]]:
+    """Ids of a prompt with its answer and, at each, the next token, or -100 where the prompt goes on.
+
+    What does not fit into the context is cut off the prompt's beginning, then off the answer's end.
+    """
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else tokenizer.encode(settings.end)
+    asked = tokenizer.encode(prompt + settings.separator)
+    answered = (tokenizer.encode(answer) + end)[: settings.context]
+    asked = asked[max(0, len(asked) + len(answered) - settings.context - 1) :]
+    if not asked:
+        raise SettingsError("[data] a prompt is empty, with its separator: one token or more is needed")
+    ids = asked + answered
+    return ids[:-1], [IGNORE_INDEX] * (len(asked) - 1) + answered
+
+
+def load_pairs(settings: DataSettings, tokenizer: Tokenizer, seed: int) -> Examples:
+    """Prompts and answers from JSONL; the loss is of the answers alone."""
+    keys = [settings.prompt_key, settings.answer_key]
+    train, val = (
+        [pair_ids(tokenizer, str(row[keys[0]]), str(row[keys[1]]), settings) for row in rows]
+        for rows in _split(read_jsonl(settings.path, keys, "path"), settings, keys)
+    )
+    return Examples(list(train), list(val), seed)
+
+
+def load_classes(settings: DataSettings, tokenizer: Tokenizer, seed: int) -> tuple[Examples, list[str]]:
+    """Texts and labels from JSONL, and the labels' names, sorted. A long text keeps its end."""
+    keys = [settings.text_key, settings.label_key]
+    train, val = _split(read_jsonl(settings.path, keys, "path"), settings, keys)
+    names = sorted({str(row[keys[1]]) for row in train + val})
+    numbers = {name: number for number, name in enumerate(names)}
+
+    def example(row: dict[str, Any]) -> tuple[list[int], int]:
+        ids = tokenizer.encode(str(row[keys[0]]))[-settings.context :]
+        if not ids:
+            raise SettingsError(f"[data] a {keys[0]} is empty: one token or more is needed")
+        return ids, numbers[str(row[keys[1]])]
+
+    return Examples([example(row) for row in train], [example(row) for row in val], seed), names

@@ -1,0 +1,137 @@
+"""What a run says of itself: log.jsonl, TensorBoard, a line of progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+# Dense bf16 peaks, from the data sheets, by a part of the device's name.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def flops_per_token(parameters: int, layers: int, width: int, context: int) -> float:
+    """Forward and backward, as nanoGPT counts: ``6 N + 12 L d T`` (Chowdhery et al. 2022, appendix B).
+
+    ``parameters`` leaves out the position embedding; causal attention is counted whole.
+    """
+    return 6.0 * parameters + 12.0 * layers * width * context
+
+
+class Log:
+    """A run's log files; on resuming, lines beyond ``step`` are dropped, so that each is there once."""
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        self.path = folder / "log.jsonl"
+        _truncate(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, **values: Any) -> None:
+        """A line of ``log.jsonl``, and the numbers to TensorBoard."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``log.jsonl``; a last line that a kill cut off is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _truncate(path: Path, step: int) -> None:
+    kept = [row for row in read_log(path) if row["step"] <= step]
+    if path.exists():
+        fresh = path.with_suffix(".writing")
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(fresh, path)
+
+
+class Progress:
+    """A bar with loss, tokens a second, model FLOP utilisation and the time left; silent if not ``shown``."""
+
+    def __init__(self, step: int, steps: int, shown: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self.console = Console(stderr=True, quiet=not shown)
+        self._bar = Bar(
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not shown,
+        )
+        self._task = self._bar.add_task("train", total=steps, completed=step, status="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, loss: float, speed: float, utilisation: float | None) -> None:
+        """Move the bar."""
+        status = f"loss {loss:.4f}  {speed:,.0f} tokens/s"
+        if utilisation is not None:
+            status += f"  MFU {utilisation:.1%}"
+        self._bar.update(self._task, completed=step, status=status)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text, markup=False, highlight=False)
+
+
+class Speed:
+    """Tokens a second since the last asking."""
+
+    def __init__(self) -> None:
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        """Count a step's tokens."""
+        self._tokens += tokens
+
+    def take(self) -> float:
+        """The rate, and start again."""
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._since, 1e-9)
+        self._tokens, self._since = 0, now
+        return rate

@@ -1,0 +1,88 @@
+"""What is minimised: a module that holds the model and returns a batch's summed loss.
+
+The head and the loss are one fused op, so no training step ever holds the logits of its batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gptkern import ops
+from gptkern.model import GPT, DenseAttend
+
+
+def hidden_states(model: GPT, ids: torch.Tensor) -> torch.Tensor:
+    """The last hidden states, ``(rows, seq, width)``. Rows are padded on the right, if at all.
+
+    Padding needs no mask: attention is causal, so no token sees what follows it.
+    """
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    dropout = model.config.attn_pdrop if model.training else 0.0
+    hidden: torch.Tensor = model.transformer(ids, positions, DenseAttend(dropout))
+    return hidden
+
+
+class LanguageModelling(nn.Module):
+    """Cross-entropy of each next token."""
+
+    def __init__(self, model: GPT, z_loss: float = 0.0, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.z_loss, self.label_smoothing = z_loss, label_smoothing
+
+    def forward(
+        self, ids: torch.Tensor, targets: torch.Tensor, last: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The sum of the losses of ``targets (rows, seq)``; in evaluation without z-loss or smoothing."""
+        extras = (self.z_loss, self.label_smoothing) if self.training else (0.0, 0.0)
+        hidden = hidden_states(self.model, ids)
+        return ops.linear_cross_entropy(
+            hidden, self.model.lm_head.weight, targets, -100, "sum", *extras
+        )
+
+
+class Classification(nn.Module):
+    """Cross-entropy of each row's label, by a small head on the hidden state of its last token."""
+
+    def __init__(self, model: GPT, labels: list[str], label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.labels = model, labels
+        self.label_smoothing = label_smoothing
+        self.head = nn.Linear(model.config.n_embd, len(labels))
+        nn.init.normal_(self.head.weight, std=model.config.initializer_range)
+        nn.init.zeros_(self.head.bias)
+        # The language model's head has no part in it; its matrix is the embedding's where they are tied.
+        if not model.config.tie_word_embeddings:
+            model.lm_head.weight.requires_grad_(False)
+
+    def logits(self, ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """``(rows, labels)`` in fp32: ``ids (rows, seq)``, each row's last token at ``last``."""
+        hidden = hidden_states(self.model, ids)
+        rows = torch.arange(len(ids), device=ids.device)
+        scores: torch.Tensor = self.head(hidden[rows, last].to(self.head.weight.dtype))
+        return scores.float()
+
+    def forward(
+        self, ids: torch.Tensor, targets: torch.Tensor, last: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The sum of the losses of ``targets (rows,)``."""
+        assert last is not None
+        smoothing = self.label_smoothing if self.training else 0.0
+        return nn.functional.cross_entropy(
+            self.logits(ids, last), targets, reduction="sum", label_smoothing=smoothing
+        )
+
+    @torch.no_grad()
+    def classify(self, texts: list[str]) -> list[str]:
+        """The label of each text."""
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
+            raise ValueError("classify: the model has no tokenizer")
+        device = self.model.device
+        found = []
+        for text in texts:
+            ids = torch.tensor([tokenizer.encode(text)[-self.model.config.n_positions :]], device=device)
+            scores = self.logits(ids, torch.tensor([ids.shape[1] - 1], device=device))
+            found.append(self.labels[int(scores.argmax())])
+        return found

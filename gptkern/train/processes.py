@@ -1,0 +1,104 @@
+"""One process or several: ranks, reductions, and how a model is spread."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gptkern.train.settings import SettingsError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that ``torchrun`` started; alone where it did not."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
+    def total(self, *values: float) -> list[float]:
+        """Each value's sum over the processes, in float64."""
+        if self.world == 1:
+            return list(values)
+        # NCCL takes CUDA tensors alone, gloo either.
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(summed)
+        return [float(x) for x in summed.tolist()]
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """The processes of this run; with several, their group, left at the end.
+
+    Raises:
+        SettingsError: ``device`` is not there.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingsError(f"[train] device is {device!r}; PyTorch finds no GPU here")
+    if world == 1:
+        yield Processes(0, 1, torch.device(name))
+        return
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(name)
+    dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    try:
+        yield Processes(rank, world, torch.device(name))
+    finally:
+        dist.destroy_process_group()
+
+
+def spread(objective: nn.Module, group: Processes, strategy: str) -> nn.Module:
+    """What is called in training: ``objective`` itself, a DDP wrapper of it, or it sharded in place (FSDP2)."""
+    if group.world == 1:
+        return objective
+    if strategy == "ddp":
+        ids = [group.device] if group.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(objective, device_ids=ids)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(group.device.type, (group.world,))
+    model: Any = objective.model
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+    return objective
+
+
+@contextlib.contextmanager
+def no_sync(module: nn.Module, active: bool) -> Iterator[None]:
+    """Leave gradients unreduced inside, where more of the same step is to come."""
+    if active and isinstance(module, nn.parallel.DistributedDataParallel):
+        with module.no_sync():
+            yield
+        return
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(not active)
+    yield
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be spread over the processes; every process must ask."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()

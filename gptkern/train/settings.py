@@ -1,0 +1,332 @@
+"""What a run is told to do: a TOML file, checked before anything starts.
+
+Each table of the file is a dataclass here, each key a field. A key that is not known, a value of
+another type or out of its range stops the run with its name and what is accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from gptkern.config import GPTConfig
+
+Section = TypeVar("Section")
+
+KINDS = ("text", "jsonl", "bin", "pairs", "classes")
+OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "muon")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+STRATEGIES = ("ddp", "fsdp")
+PRECISIONS = ("float32", "bfloat16")
+
+
+class SettingsError(ValueError):
+    """A run cannot start as it is told to."""
+
+
+def _one_of(section: str, name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise SettingsError(f"[{section}] {name} is {value!r}; accepted are {', '.join(accepted)}")
+
+
+def _at_least(section: str, name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise SettingsError(f"[{section}] {name} is {value}; {least} or more is needed")
+
+
+def _share(section: str, name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise SettingsError(f"[{section}] {name} is {value}; 0 <= {name} < 1 is needed")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where tokens come from.
+
+    Attributes:
+        kind: ``text`` (files), ``jsonl`` (a document a line), ``bin`` (token shards, nanoGPT's or
+            llm.c's), ``pairs`` (JSONL of prompts and answers; loss on the answer alone), ``classes``
+            (JSONL of texts and labels).
+        path: Files, or a folder of ``train*.bin`` and ``val*.bin``; ``--data`` stands in for it.
+        val_path: Held-out data; without it the last ``val_fraction`` of the data.
+        tokenizer: ``char`` (every character of the text), ``bytes``, a folder or hub id, or ``""``: the
+            loaded model's own.
+        context: Tokens of one training sequence.
+        text_key, prompt_key, answer_key, label_key: Names in the JSONL.
+        separator: Put between a prompt and its answer.
+        end: Put after an answer where the tokenizer has no end-of-text token.
+        workers: Processes that tokenise; 0 is one a core.
+    """
+
+    kind: str = "text"
+    path: list[str] = field(default_factory=list)
+    val_path: list[str] = field(default_factory=list)
+    val_fraction: float = 0.1
+    tokenizer: str = ""
+    context: int = 1024
+    text_key: str = "text"
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    label_key: str = "label"
+    separator: str = "\n"
+    end: str = "\n"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("data", "kind", self.kind, KINDS)
+        _share("data", "val_fraction", self.val_fraction)
+        _at_least("data", "context", self.context, 1)
+        _at_least("data", "workers", self.workers, 0)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long and how.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Sequences of one step, all processes together.
+        micro_batch_size: Sequences of one forward pass in one process; 0 is all of a process's share.
+        precision: ``bfloat16`` computes in it under autocast, weights and optimizer staying fp32.
+        grad_clip: Largest gradient norm; 0 leaves gradients alone.
+        z_loss, label_smoothing: As in ``ops.linear_cross_entropy``.
+        gradient_checkpointing: Recompute each block in the backward pass.
+        compile: ``torch.compile`` the model.
+        device: ``cuda``, ``cpu``, or ``""``: the GPU where there is one.
+        seed: Weights, batches and dropout.
+        strategy: With several processes, ``ddp`` (a copy each) or ``fsdp`` (weights spread).
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    micro_batch_size: int = 0
+    precision: str = "float32"
+    grad_clip: float = 1.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    device: str = ""
+    seed: int = 0
+    strategy: str = "ddp"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            _at_least("train", name, getattr(self, name), 1)
+        for name in ("micro_batch_size", "grad_clip", "z_loss", "seed"):
+            _at_least("train", name, getattr(self, name), 0)
+        _share("train", "label_smoothing", self.label_smoothing)
+        _one_of("train", "precision", self.precision, PRECISIONS)
+        _one_of("train", "strategy", self.strategy, STRATEGIES)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Attributes:
+    name: ``adamw``, ``adam``, ``sgd``, ``lion``, or ``muon`` (the blocks' matrices; AdamW for the rest).
+    lr: Peak learning rate (AdamW's part of ``muon`` too).
+    muon_lr: Peak for the matrices under ``muon``.
+    weight_decay: On matrices and embeddings alone: biases and norms are left out.
+    momentum: For ``sgd`` and ``muon``.
+    """
+
+    name: str = "adamw"
+    lr: float = 3e-4
+    muon_lr: float = 0.02
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer", "name", self.name, OPTIMIZERS)
+        for name in ("lr", "muon_lr", "weight_decay", "eps"):
+            _at_least("optimizer", name, getattr(self, name), 0)
+        for name in ("beta1", "beta2", "momentum"):
+            _share("optimizer", name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """Attributes:
+    name: ``constant``, ``linear``, ``cosine``, or ``wsd`` (warm up, stay, decay linearly at the end).
+    warmup: Steps from 0 to the peak.
+    final: Last learning rate as a share of the peak.
+    decay: Steps of the decay of ``wsd``; 0 is a fifth of the run.
+    """
+
+    name: str = "cosine"
+    warmup: int = 0
+    final: float = 0.1
+    decay: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("schedule", "name", self.name, SCHEDULES)
+        for name in ("warmup", "final", "decay"):
+            _at_least("schedule", name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Attributes:
+    every: Steps between evaluations; 0 evaluates at the end only.
+    tokens: Held-out tokens that are scored, from the beginning; 0 scores all of them.
+    batch_size: Sequences at once.
+    samples: Texts generated at each evaluation.
+    sample_tokens, sample_prompt: Their length, and what they continue.
+    """
+
+    every: int = 250
+    tokens: int = 0
+    batch_size: int = 64
+    samples: int = 0
+    sample_tokens: int = 64
+    sample_prompt: str = "\n"
+
+    def __post_init__(self) -> None:
+        for name in ("every", "tokens", "samples", "sample_tokens"):
+            _at_least("eval", name, getattr(self, name), 0)
+        _at_least("eval", "batch_size", self.batch_size, 1)
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Attributes:
+    every: Steps between checkpoints; 0 saves at the end (and when interrupted) only.
+    keep: How many of the newest stay.
+    best: Also keep the model of the lowest held-out loss, in ``best``.
+    """
+
+    every: int = 500
+    keep: int = 2
+    best: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint", "every", self.every, 0)
+        _at_least("checkpoint", "keep", self.keep, 1)
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """Attributes:
+    every: Steps between lines of training loss.
+    tensorboard: Also write TensorBoard events, into ``tensorboard``.
+    """
+
+    every: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("log", "every", self.every, 1)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adaptation; rank 0 trains all weights.
+
+    Attributes:
+        rank, alpha: The update is ``alpha / rank * B @ A``.
+        targets: Ends of the names of the matrices that get one.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: ["attn.c_attn", "attn.c_proj"])
+
+    def __post_init__(self) -> None:
+        _at_least("lora", "rank", self.rank, 0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run. ``model`` holds fields of ``GPTConfig``, ``dropout`` for all three of its rates, or ``from``."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+
+    def __post_init__(self) -> None:
+        known = {f.name for f in fields(GPTConfig)} | {"from", "dropout"}
+        _check_names("[model] ", self.model, known)
+        if "from" in self.model and self.model.keys() - {"from", "dropout"}:
+            other = sorted(self.model.keys() - {"from", "dropout"})
+            raise SettingsError(f"[model] from is given, so the shape is the checkpoint's: remove {', '.join(other)}")
+        if "from" not in self.model and self.lora.rank:
+            raise SettingsError("[lora] adapts a trained model: [model] from is needed")
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Settings:
+        """Settings from nested tables.
+
+        Raises:
+            SettingsError: An unknown name, a wrong type or a value out of range.
+        """
+        hints = get_type_hints(cls)
+        _check_names("", data, set(hints))
+        for name, table in data.items():
+            if not isinstance(table, dict):
+                raise SettingsError(f"{name} is {table!r}; a table [{name}] is needed")
+        return cls(
+            **{
+                name: dict(table) if name == "model" else _section(hints[name], name, table)
+                for name, table in data.items()
+            }
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Settings:
+        """Settings from a TOML file.
+
+        Raises:
+            SettingsError: It cannot be read; see ``from_dict`` for the rest.
+        """
+        try:
+            return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, SettingsError) as error:
+            raise SettingsError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """``from_dict`` reads it back to equal settings."""
+        return dataclasses.asdict(self)
+
+    def replace(self, section: str, **changes: Any) -> Settings:
+        """A copy with some keys of one table changed."""
+        return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **changes)})
+
+
+def _check_names(where: str, given: dict[str, Any], known: set[str]) -> None:
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+            raise SettingsError(f"{where}{name} is not a setting; {hint}")
+
+
+def _section(cls: type[Section], name: str, table: dict[str, Any]) -> Section:
+    hints = get_type_hints(cls)
+    _check_names(f"[{name}] ", table, set(hints))
+    return cls(**{key: _typed(f"[{name}] {key}", value, hints[key]) for key, value in table.items()})
+
+
+def _typed(where: str, value: Any, wanted: Any) -> Any:
+    if get_origin(wanted) is list:
+        value = [value] if isinstance(value, str) else value
+        if isinstance(value, list) and all(isinstance(item, get_args(wanted)[0]) for item in value):
+            return value
+        raise SettingsError(f"{where} is {value!r}; a list of {get_args(wanted)[0].__name__} is needed")
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not wanted:
+        raise SettingsError(f"{where} is {value!r}; {wanted.__name__} is needed")
+    return value

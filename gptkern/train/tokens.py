@@ -1,0 +1,235 @@
+"""Text to token files: tokenisers by name, tokenising in parallel, token shards on disk."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models
+
+from gptkern.checkpoint.replace import replacing
+from gptkern.tokenizer import Tokenizer
+from gptkern.train.settings import DataSettings, SettingsError
+
+_LLMC_MAGIC, _LLMC_HEADER_BYTES = 20240520, 1024
+_PIECE_CHARACTERS = 1 << 20
+# A single line break between two words: no byte-level BPE joins tokens across it.
+_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+
+_worker_tokenizer: Tokenizer
+
+
+def char_tokenizer(text: str) -> Tokenizer:
+    """One token a character that occurs in ``text``, ids in the order of code points, as in nanoGPT."""
+    characters = sorted(set(text))
+    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(backend)
+
+
+def pieces(text: str, size: int = _PIECE_CHARACTERS) -> list[str]:
+    """``text`` in pieces of about ``size`` characters that tokenise to the same tokens as the whole."""
+    found, start = [], 0
+    while len(text) - start > size:
+        cut = _CUT.search(text, start + size)
+        if cut is None:
+            break
+        found.append(text[start : cut.end()])
+        start = cut.end()
+    return [*found, text[start:]]
+
+
+def _start_worker(serialized: str) -> None:
+    global _worker_tokenizer
+    # One thread a process: the pool is the parallelism.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(serialized))
+
+
+def _encode(piece: str) -> list[int]:
+    return _worker_tokenizer.encode(piece)
+
+
+def encode_all(tokenizer: Tokenizer, texts: Sequence[str], workers: int) -> Iterator[list[int]]:
+    """Ids of each text, in order, from ``workers`` processes (0: one a core), with a progress bar."""
+    from rich.progress import track
+
+    total = sum(map(len, texts))
+    workers = min(workers or len(os.sched_getaffinity(0)), len(texts))
+    if workers <= 1 or total < 2 * _PIECE_CHARACTERS:
+        yield from map(tokenizer.encode, texts)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, _start_worker, (tokenizer._backend.to_str(),)) as pool:
+        encoded: Iterable[list[int]] = pool.imap(_encode, texts, chunksize=max(1, len(texts) // (64 * workers)))
+        yield from track(encoded, description="tokenising", total=len(texts), transient=True)
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest of uint16 (nanoGPT's) and uint32 that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def write_tokens(path: Path, encoded: Iterable[list[int]], dtype: np.dtype[Any]) -> int:
+    """Append every list of ids to a new file; returns how many tokens it holds."""
+    count = 0
+    with path.open("wb") as file:
+        for ids in encoded:
+            np.asarray(ids, dtype=dtype).tofile(file)
+            count += len(ids)
+    return count
+
+
+def read_tokens(path: Path, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """A token file, memory-mapped: nanoGPT's (ids alone) or llm.c's (a header, then uint16 ids)."""
+    try:
+        with path.open("rb") as file:
+            magic = np.frombuffer(file.read(4).ljust(4, b"\0"), dtype="<i4")[0]
+        offset = _LLMC_HEADER_BYTES if magic == _LLMC_MAGIC else 0
+        return np.memmap(path, dtype=dtype, mode="r", offset=offset)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path}: not a token file: {error}") from error
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """Training and held-out tokens, one array a shard, and the tokenizer where there is one."""
+
+    train: list[np.ndarray[Any, Any]]
+    val: list[np.ndarray[Any, Any]]
+    tokenizer: Tokenizer | None
+
+
+def read_text(paths: Sequence[str], what: str) -> str:
+    """The files' text, end to end."""
+    if not paths:
+        raise SettingsError(f"[data] {what} is empty: name a file, in the configuration or by --data")
+    try:
+        return "".join(Path(path).read_text(encoding="utf-8") for path in paths)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"[data] {what}: {error}") from error
+
+
+def read_jsonl(paths: Sequence[str], keys: Sequence[str], what: str) -> list[dict[str, Any]]:
+    """The objects of JSONL files; every one must have ``keys``."""
+    rows = []
+    for number, line in enumerate(read_text(paths, what).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SettingsError(f"[data] {what}, line {number}: not JSON: {error}") from error
+        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise SettingsError(f"[data] {what}, line {number}: no {missing[0]!r} in it")
+        rows.append(row)
+    return rows
+
+
+def choose_tokenizer(settings: DataSettings, own: Tokenizer | None, text: str) -> Tokenizer:
+    """The tokenizer that ``settings`` names, ``own`` being the loaded model's."""
+    if settings.tokenizer == "char":
+        return char_tokenizer(text)
+    if settings.tokenizer == "bytes":
+        return Tokenizer.bytes()
+    if settings.tokenizer:
+        return Tokenizer.from_pretrained(settings.tokenizer)
+    if own is None:
+        raise SettingsError("[data] tokenizer is needed: char, bytes, or a folder; no model brings one along")
+    return own
+
+
+def load_split(settings: DataSettings, own: Tokenizer | None, cache: Path, *, writer: bool) -> TokenSplit:
+    """Tokens of ``text``, ``jsonl`` or ``bin`` data, tokenised into ``cache`` where they are text.
+
+    ``writer`` is whether this process tokenises; the others read what it wrote.
+    """
+    if settings.kind == "bin":
+        tokenizer = None if not settings.tokenizer and own is None else choose_tokenizer(settings, own, "")
+        return _bin_split(settings, tokenizer)
+    if writer:
+        _tokenise(settings, own, cache)
+    tokenizer = Tokenizer.find(cache)
+    if tokenizer is None:
+        raise SettingsError(f"{cache}: no tokens were written here")
+    dtype = token_dtype(tokenizer.vocab_size)
+    return TokenSplit(
+        [read_tokens(cache / "train.bin", dtype)], [read_tokens(cache / "val.bin", dtype)], tokenizer
+    )
+
+
+def _bin_split(settings: DataSettings, tokenizer: Tokenizer | None) -> TokenSplit:
+    dtype = token_dtype(tokenizer.vocab_size if tokenizer else 1)
+    train, val = [Path(p) for p in settings.path], [Path(p) for p in settings.val_path]
+    if len(train) == 1 and train[0].is_dir():
+        folder = train[0]
+        train, val = sorted(folder.glob("*train*.bin")), val or sorted(folder.glob("*val*.bin"))
+    if not train:
+        raise SettingsError("[data] path: no token shards (*train*.bin) there")
+    if not val:
+        raise SettingsError("[data] val_path: no held-out shards (*val*.bin) there")
+    return TokenSplit([read_tokens(p, dtype) for p in train], [read_tokens(p, dtype) for p in val], tokenizer)
+
+
+def _tokenise(settings: DataSettings, own: Tokenizer | None, cache: Path) -> None:
+    """Write ``train.bin``, ``val.bin`` and the tokenizer, unless the same sources were written before."""
+    stamp = {
+        "settings": repr(settings),
+        "sources": [[p, os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in settings.path + settings.val_path
+                    if Path(p).is_file()],
+    }  # fmt: skip
+    noted = cache / "sources.json"
+    if noted.is_file() and json.loads(noted.read_text()) == stamp:
+        return
+    train, val, everything = _documents(settings)
+    tokenizer = choose_tokenizer(settings, own, everything)
+    dtype = token_dtype(tokenizer.vocab_size)
+    with replacing(cache, lambda name: True) as staging:
+        for name, documents in (("train", train), ("val", val)):
+            count = write_tokens(
+                staging / f"{name}.bin", _document_ids(tokenizer, documents, settings), dtype
+            )
+            if count < 2:
+                raise SettingsError(f"[data] {name}: {count} tokens; 2 or more are needed")
+        tokenizer.save(staging)
+        (staging / noted.name).write_text(json.dumps(stamp))
+
+
+def _documents(settings: DataSettings) -> tuple[list[str], list[str], str]:
+    """Training documents, held-out documents, and all of the text."""
+    kept = 1.0 - settings.val_fraction
+    if settings.kind == "text":
+        text = read_text(settings.path, "path")
+        if settings.val_path:
+            held_out = read_text(settings.val_path, "val_path")
+            return [text], [held_out], text + held_out
+        cut = int(len(text) * kept)
+        return [text[:cut]], [text[cut:]], text
+    key = settings.text_key
+    documents = [str(row[key]) for row in read_jsonl(settings.path, [key], "path")]
+    if settings.val_path:
+        held = [str(row[key]) for row in read_jsonl(settings.val_path, [key], "val_path")]
+    else:
+        cut = int(len(documents) * kept)
+        documents, held = documents[:cut], documents[cut:]
+    return documents, held, "".join(documents + held)
+
+
+def _document_ids(tokenizer: Tokenizer, documents: list[str], settings: DataSettings) -> Iterator[list[int]]:
+    """Ids of the documents, in pieces; an end-of-text token follows each document of several."""
+    parts = [pieces(document) for document in documents]
+    ends = set(itertools.accumulate(map(len, parts)))
+    flat = [piece for part in parts for piece in part]
+    closing = [] if tokenizer.eos_token_id is None or len(documents) < 2 else [tokenizer.eos_token_id]
+    for count, ids in enumerate(encode_all(tokenizer, flat, settings.workers), 1):
+        yield ids + closing if count in ends else ids
