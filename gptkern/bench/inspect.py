@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from gptkern.bench import suites
 from gptkern.bench.tables import seconds_text
+from gptkern.ops import _aot, _launch, _samples
 from gptkern.ops._aot import Report
 
 # Bytes a second and bf16 operations a second by datasheet: A100 80GB SXM, L40S, H100 SXM, B200.
@@ -94,11 +96,35 @@ def _changes(old: Report, new: Report) -> str:
     return ", ".join(f"{field} {before!r} -> {after!r}" for field, before, after in pairs if before != after)
 
 
-def floors(suite: str, arch: int) -> list[str]:
-    """For each of a suite's GPU problems: bytes, operations and the least time on ``arch``, by datasheet."""
+def compiled(ops: Sequence[str], archs: tuple[int, ...], most: int | None = None) -> list[Report]:
+    """Compile these ops, or all, for these architectures; ``most`` kernels of each op.
+
+    Raises:
+        ValueError: There is no such op or architecture.
+    """
+    known = _samples.ops()
+    for op in ops:
+        if op not in known:
+            raise ValueError(f"inspect: there is no op {op!r}; there are {', '.join(known)}")
+    for arch in archs:
+        if arch not in _launch.ARCHS:
+            raise ValueError(f"inspect: no launch table serves sm_{arch}; there are {_launch.ARCHS}")
+    return [report for op in ops or known for report in islice(_aot.reports(op, archs), most)]
+
+
+def table(archs: tuple[int, ...], most: int | None = None) -> str:
+    """All ops' reports as text, ``most`` kernels of each."""
+    return _aot.as_table(compiled([], archs, most))
+
+
+def floors(ops: Sequence[str], arch: int) -> list[str]:
+    """Bytes, operations and the least time on ``arch``, by datasheet, of the GPU problems of these ops."""
     copy, matmul = DATASHEET[arch]
     lines = []
-    for problem in suites.problems(suite, torch.device("cuda")):
+    device = torch.device("cuda")
+    for problem in (
+        p for suite in ops or suites.OPS if suite in suites.OPS for p in suites.problems(suite, device)
+    ):
         memory, compute = problem.bytes_moved / copy, problem.flops / matmul
         bound = "memory" if memory >= compute else "matrix units"
         lines.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +33,11 @@ def _sdpa(backend: SDPBackend | None) -> Provider:
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if backend is not None and not q.is_cuda:
             raise Unavailable("this SDPA backend needs a GPU")
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
-        if backend is None:
-            return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+            )
+        return out.transpose(1, 2)
 
     return call
 

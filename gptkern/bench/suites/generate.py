@@ -26,20 +26,22 @@ def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
 
 
 def _problem(config: GPTConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device) -> Problem:
-    options = {"max_new_tokens": new, "do_sample": False}
-
     def inputs(device: torch.device) -> Inputs:
         return (torch.randint(config.vocab_size, (batch, PROMPT), device=device),)
 
     def gptkern(ids: torch.Tensor) -> torch.Tensor:
-        tokens = models.ours(config, dtype, device).generate(ids, **options)
+        tokens = models.ours(config, dtype, device).generate(ids, max_new_tokens=new, do_sample=False)
         assert isinstance(tokens, torch.Tensor)
         return _choices(tokens)
 
     @torch.inference_mode()
     def transformers(ids: torch.Tensor) -> torch.Tensor:
         mask = torch.ones_like(ids)
-        return _choices(models.theirs(config, dtype, device).generate(ids, attention_mask=mask, **options))
+        return _choices(
+            models.theirs(config, dtype, device).generate(
+                ids, attention_mask=mask, max_new_tokens=new, do_sample=False
+            )
+        )
 
     def _choices(tokens: torch.Tensor) -> torch.Tensor:
         # In low precision two right answers may differ: only full precision compares the tokens.

@@ -30,7 +30,8 @@ def _problem(
 
     @torch.inference_mode()
     def gptkern(ids: torch.Tensor) -> torch.Tensor:
-        return models.ours(config, dtype, device)(ids, logits_to_keep=1).logits
+        logits: torch.Tensor = models.ours(config, dtype, device)(ids, logits_to_keep=1).logits
+        return logits
 
     @torch.inference_mode()
     def transformers(ids: torch.Tensor) -> torch.Tensor:

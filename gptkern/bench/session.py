@@ -1,0 +1,44 @@
+"""A whole bench run: ceilings, suites, files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from gptkern.bench import ceilings, html, plots, results, suites, tables
+from gptkern.bench.run import Results, run
+
+QUICK_ROUNDS, QUICK_SAMPLES = 5, 3
+ROUNDS, SAMPLES = 8, 8
+
+
+def run_suites(
+    names: Sequence[str],
+    device: torch.device,
+    quick: bool,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Results:
+    """Measure the ceilings, then the suites of these names, all of them where there are none.
+
+    Raises:
+        ValueError: There is no such suite.
+    """
+    problems = [
+        problem for name in names or suites.SUITES for problem in suites.problems(name, device, quick)
+    ]
+    progress("ceilings of this machine")
+    found = ceilings.measure(device)
+    rounds, samples = (QUICK_ROUNDS, QUICK_SAMPLES) if quick else (ROUNDS, SAMPLES)
+    return run(problems, device, found, rounds=rounds, samples=samples, progress=progress)
+
+
+def write(found: Results, folder: Path, sections: dict[str, str] | None = None) -> list[Path]:
+    """Write results.json, results.md, the plots and report.html into ``folder``; the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results.save(found, folder / "results.json")
+    (folder / "results.md").write_text(tables.markdown(found))
+    pictures = plots.draw(found, folder)
+    (folder / "report.html").write_text(html.page(found, pictures, sections))
+    return [folder / "results.json", folder / "results.md", *pictures, folder / "report.html"]

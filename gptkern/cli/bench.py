@@ -1,0 +1,124 @@
+"""``gptkern bench``: measure this machine, compare two measurements."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from gptkern.bench.run import Results
+
+
+def bench(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(help="Suites (all of them if none is named), or: compare OLD.json NEW.json."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few small shapes: about two minutes.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.json, results.md, plots and report.html.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> int:
+    """Time the kernels and the model against their peers and against what this machine can do.
+
+    First the machine's ceilings are measured: the rate of a large copy, and of a large matrix product.
+    Every provider's result is checked against a float64 reference before it is timed.
+
+    Suites: layer_norm, flash_attention, linear, gelu_mlp, linear_cross_entropy, decode_attention,
+    sample, prefill, generate, train_step.
+
+    Examples:
+
+    - `gptkern bench --quick --out report` measures a bit of everything, and writes report/report.html
+
+    - `gptkern bench flash_attention layer_norm` runs two suites in full
+
+    - `gptkern bench compare old/results.json new/results.json` tells what changed beyond the noise, and
+      exits with 1 if gptkern became slower: for use in CI
+    """
+    if what and what[0] == "compare":
+        return _compare(what[1:])
+    import torch
+
+    from gptkern.bench import session
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = _measured(what or [], where, quick)
+    _print(found)
+    if out is not None:
+        for path in session.write(found, out, _sections(where, quick)):
+            print(path)
+    return 0
+
+
+def _measured(names: list[str], device: object, quick: bool) -> Results:
+    import torch
+    from rich.console import Console
+
+    from gptkern.bench import session
+
+    assert isinstance(device, torch.device)
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        return session.run_suites(names, device, quick, lambda text: status.update(text))
+
+
+def _print(found: Results) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from gptkern.bench.tables import HEADER, OURS, cells, lines
+
+    ceilings = found.ceilings
+    console = Console(highlight=False)
+    console.print(
+        f"{found.environment['device']}: copy {ceilings.copy / 1e9:.4g} GB/s (read + written), matrix product"
+    )
+    console.print("  " + ", ".join(f"{n} {r / 1e12:.3g} TFLOP/s" for n, r in ceilings.matmul.items()))
+    table = Table(*HEADER, box=None)
+    for line in lines(found):
+        style = "red" if line.row.problem else "bold" if line.row.provider == OURS else None
+        table.add_row(*cells(line), style=style)
+    console.print(table)
+
+
+def _sections(device: object, quick: bool) -> dict[str, str]:
+    """On a machine without a GPU, the report carries what the compiler made of the GPU kernels."""
+    if str(device) != "cpu":
+        return {}
+    from gptkern.bench import inspect
+
+    return {
+        "The GPU kernels' machine code, sm_90 (compiled ahead of time, not run)": inspect.table(
+            (90,), 2 if quick else None
+        )
+    }
+
+
+def _compare(files: list[str]) -> int:
+    if len(files) != 2:
+        raise typer.BadParameter("compare takes two files: gptkern bench compare OLD.json NEW.json")
+    from gptkern.bench.compare import compare
+    from gptkern.bench.results import load
+
+    found = compare(*(load(Path(name)) for name in files))
+    for change in found.changes:
+        if change.verdict != "same":
+            print(
+                f"{change.verdict}: {' '.join(map(str, change.new.key))}: {change.ratio:.3f} x the time "
+                f"({change.low:.3f} to {change.high:.3f})"
+            )
+    for row in found.broken:
+        print(f"broken: {' '.join(map(str, row.key))}: {row.problem}")
+    for row in found.missing:
+        print(f"not measured again: {' '.join(map(str, row.key))}")
+    same = sum(change.verdict == "same" for change in found.changes)
+    print(f"{len(found.changes)} compared, {same} the same within the noise", file=sys.stderr)
+    return int(found.regressed)
