@@ -80,7 +80,8 @@ class GPTConfig:
     model_type: str = "gpt2"
 
     def __post_init__(self) -> None:
-        if isinstance(self.eos_token_id, list):
+        if not isinstance(self.eos_token_id, int | None):
+            # a list where it was read from JSON
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
             self._check_integer(name, 1)
@@ -89,7 +90,8 @@ class GPTConfig:
         self._check_tokens()
         if self.n_embd % self.n_head:
             raise ValueError(
-                f"GPTConfig: n_embd is {self.n_embd}, n_head {self.n_head}: n_embd must be a multiple of n_head"
+                f"GPTConfig: n_embd is {self.n_embd}, n_head {self.n_head}: "
+                "n_embd must be a multiple of n_head"
             )
         if self.model_type not in MODEL_TYPES:
             raise ValueError(

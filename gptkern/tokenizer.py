@@ -215,7 +215,9 @@ class _WordStream:
 class _WindowStream:
     """Any other decoder: decode the last few tokens with and without the new one, and take the difference.
 
-    The window ends where the text last ended in a whole character, so it stays a few tokens long.
+    The window begins where the text last ended in a whole character, so it stays a few tokens long.
+    Exact for decoders that look at neighbours only. ByteFallback looks further where bytes are no
+    UTF-8: one bad byte spoils the whole run of byte tokens, and what was good of it has been shown.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[int]) -> None:

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face: config.json, and weights as safetensors or a PyTorch state dict, whole or in shards."""
+"""Hugging Face folders: config.json, and weights as safetensors or a state dict, whole or in shards."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def shard_names(index: Path) -> list[str]:
 def _read_weights(path: Path) -> dict[str, StoredTensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    return state_dict_tensors(path, *read_pickle(path))
+    return state_dict_tensors(path, read_pickle(path))
 
 
 def _read_shards(index: Path) -> dict[str, StoredTensor]:
@@ -81,7 +81,8 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
         for tensor_name, tensor in _read_weights(index.parent / name).items():
             if tensor_name in tensors:
                 raise CheckpointError(
-                    f"{index}: {tensor_name} is in {tensors[tensor_name].file.name} and in {name}; once is needed"
+                    f"{index}: {tensor_name} is in {tensors[tensor_name].file.name} and in {name}: "
+                    "one is needed"
                 )
             tensors[tensor_name] = tensor
     weight_map = read_json(index)["weight_map"]

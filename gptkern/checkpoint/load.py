@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from gptkern.checkpoint import hf, llmc, nanogpt, replace
 from gptkern.checkpoint.contents import Contents
@@ -22,6 +23,18 @@ _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 _CHECKED_AT_ONCE = 1 << 22
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves out torch.nn.init: on the meta device it has no effect and costs seconds of imports."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def open_checkpoint(path: Path) -> Contents:
@@ -46,7 +59,8 @@ def open_checkpoint(path: Path) -> Contents:
         return llmc.open_file(path)
     if path.suffix == ".bin":
         raise CheckpointError(
-            f"{path}: not an llm.c GPT-2 file: magic {llmc.MAGIC} expected, {int.from_bytes(start, 'little')} found"
+            f"{path}: not an llm.c GPT-2 file: magic {llmc.MAGIC} expected, "
+            f"{int.from_bytes(start, 'little')} found"
         )
     return nanogpt.open_file(path)
 
@@ -67,7 +81,7 @@ def load(
     if dtype is not None and dtype not in _FLOATS:
         raise CheckpointError(f"{contents.source}: dtype {dtype} asked for; accepted are {_FLOATS}")
     _check_layers(contents)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialValues():
         model = model_class(contents.config)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tensors = _without_redundant(contents, expected)
@@ -118,8 +132,8 @@ def _without_redundant(contents: Contents, expected: dict[str, tuple[int, ...]])
         head, embedding = tensors.pop(_HEAD), tensors[_EMBEDDING]
         if not _same(head.data, embedding.data):
             raise CheckpointError(
-                f"{head.file}: {head.name} differs from {embedding.name}, though the model's head is tied to the "
-                "embedding: tie_word_embeddings must be false, or the two equal"
+                f"{head.file}: {head.name} differs from {embedding.name}, though the model's head is tied to "
+                "the embedding: tie_word_embeddings must be false, or the two equal"
             )
         head.release()
     if not config.bias:

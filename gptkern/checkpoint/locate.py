@@ -13,6 +13,7 @@ from gptkern.checkpoint.hf import (
     PICKLE_INDEX,
     SAFETENSORS,
     SAFETENSORS_INDEX,
+    WEIGHTS,
     shard_names,
 )
 
@@ -26,6 +27,7 @@ TOKENIZER_FILES = (
 )
 
 _EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "embedded"
+_PATIENCE = 10.0  # seconds until the hub counts as out of reach
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -68,8 +70,31 @@ class _Hub:
         self.repo_id, self.revision, self.local_files_only = repo_id, revision, local_files_only
 
     def fetch(self, weights: bool) -> Path:
+        """The folder with the repository's files in the cache."""
+        # imported here: it takes as long as all the rest of the package
+        import huggingface_hub
+        from huggingface_hub.errors import (
+            HFValidationError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        self._present: set[str] | None = None
+        unreachable: Exception = OfflineModeIsEnabled("local_files_only is set")
+        if not self.local_files_only:
+            try:
+                info = huggingface_hub.model_info(self.repo_id, revision=self.revision, timeout=_PATIENCE)
+                self._present = {file.rfilename for file in info.siblings or ()}
+            except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+                raise CheckpointError(self._how_to_get(error)) from error
+            # no network, or offline mode: each network library and version has errors of its own
+            except Exception as error:
+                unreachable = error
         config = self._file(CONFIG)
         if config is None:
+            if self._present is None:
+                raise CheckpointError(self._how_to_get(unreachable)) from unreachable
             raise CheckpointError(f"hub {self.repo_id}: it has no {CONFIG}: not a transformers model")
         self._files(TOKENIZER_FILES)
         if weights:
@@ -83,9 +108,9 @@ class _Hub:
             if index := self._file(sharded):
                 self._files(shard_names(index))
                 return
+        place = "in the cache, and the hub is not to be reached" if self._present is None else "there"
         raise CheckpointError(
-            f"hub {self.repo_id}: no weights there, or not in the cache: one of {SAFETENSORS}, {SAFETENSORS_INDEX}, "
-            f"{PICKLE}, {PICKLE_INDEX} is needed"
+            f"hub {self.repo_id}: no weights {place}: one of {', '.join(WEIGHTS)} is needed"
         )
 
     def _files(self, names: Iterable[str]) -> None:
@@ -93,31 +118,20 @@ class _Hub:
             self._file(name)
 
     def _file(self, name: str) -> Path | None:
-        """The file in the cache; None where the repository has none of that name."""
-        # imported here: it takes as long as all the rest of the package
-        import httpx
+        """The file in the cache; None where there is none of that name."""
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
+        local = self._present is None
+        if self._present is not None and name not in self._present:
+            return None
         try:
-            return Path(
-                hf_hub_download(
-                    self.repo_id, name, revision=self.revision, local_files_only=self.local_files_only
-                )
-            )
+            return Path(hf_hub_download(self.repo_id, name, revision=self.revision, local_files_only=local))
         except LocalEntryNotFoundError as error:
-            # a cached config.json shows that the repository was fetched before, so other files may just not exist
-            if name != CONFIG:
+            if local:
                 return None
             raise CheckpointError(self._how_to_get(error)) from error
-        except EntryNotFoundError:
-            return None
-        except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+        except Exception as error:
             raise CheckpointError(self._how_to_get(error)) from error
 
     def _how_to_get(self, error: Exception) -> str:
@@ -125,7 +139,7 @@ class _Hub:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return (
             f"{self.repo_id}: no such file or folder here, and not to be had from the hub "
-            f"({type(error).__name__}: {reason}). "
-            f"On a machine with network, run `hf download {self.repo_id}{revision}`; without one, copy the model's "
-            "folder (config.json, model.safetensors, tokenizer files) from elsewhere and give its path"
+            f"({type(error).__name__}: {reason}). On a machine with network, run `hf download "
+            f"{self.repo_id}{revision}`; without one, copy the model's folder ({CONFIG}, {SAFETENSORS}, "
+            "tokenizer files) from elsewhere and give its path"
         )

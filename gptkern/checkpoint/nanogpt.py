@@ -28,13 +28,13 @@ _END_OF_TEXT = 50256
 
 def open_file(path: Path) -> Contents:
     """Open a ``ckpt.pt``."""
-    checkpoint, mapped = read_pickle(path)
+    checkpoint = read_pickle(path)
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         found = list(checkpoint)[:6] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise CheckpointError(
             f"{path}: a nanoGPT checkpoint with model and model_args is needed, {found} found"
         )
-    tensors = by_parameter_name(state_dict_tensors(path, checkpoint["model"], mapped))
+    tensors = by_parameter_name(state_dict_tensors(path, checkpoint["model"]))
     return Contents(path, _read_config(path, checkpoint["model_args"]), tensors, transposed=False)
 
 
@@ -44,7 +44,7 @@ def _read_config(path: Path, model_args: Any) -> GPTConfig:
     unknown = sorted(model_args.keys() - _FIELDS.keys() - {"dropout"})
     if unknown:
         raise CheckpointError(
-            f"{path}: model_args has {', '.join(unknown)}, which nanoGPT does not know: an unknown architecture"
+            f"{path}: model_args has {', '.join(unknown)}: an unknown architecture, not nanoGPT's"
         )
     values = {ours: model_args[theirs] for theirs, ours in _FIELDS.items()}
     dropout = model_args.get("dropout", 0.0)

@@ -36,7 +36,7 @@ def replacing(folder: Path, is_ours: Callable[[str], bool]) -> Iterator[Path]:
 
     Args:
         folder: Made if it is not there. Its other files stay.
-        is_ours: Says of a file's name whether it belongs to what is replaced, and goes if there is no new one.
+        is_ours: Says of a file's name whether it belongs to what is replaced: it goes if there is no new one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(folder)
@@ -71,7 +71,7 @@ def whole(folder: Path) -> Iterator[None]:
                 _finish(folder)
         except OSError as error:
             raise CheckpointError(
-                f"{folder}: a save was cut off after it was complete, in {_PENDING}, and cannot be finished: {error}"
+                f"{folder}: a save was cut off when complete, in {_PENDING}, and finishing it failed: {error}"
             ) from error
     with _locked(folder, shared=True):
         yield

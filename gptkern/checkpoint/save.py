@@ -50,7 +50,7 @@ def save(
         if len(shards) == 1:
             write_safetensors(staging / SAFETENSORS, shards[0])
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
             write_safetensors(staging / name, shard)
@@ -104,7 +104,7 @@ def _bytes(size: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+)\s*([KMG]?I?B)\s*", str(size).upper())
     if not match or match[2] not in _UNITS or not int(match[1]):
         raise CheckpointError(
-            f"max_shard_size is {size!r}; a positive number of bytes, or one like '5GB' or '500MiB', is accepted"
+            f"max_shard_size is {size!r}; a positive number of bytes, or text like '5GB', is needed"
         )
     return int(match[1]) * _UNITS[match[2]]
 

@@ -81,12 +81,11 @@ def map_file(path: Path) -> torch.Tensor:
 
 
 def view(raw: torch.Tensor, start: int, dtype: torch.dtype, shape: Iterable[int]) -> torch.Tensor:
-    """The tensor that begins at byte ``start`` of ``raw``."""
+    """The tensor that begins at byte ``start`` of ``raw``, aligned or not: never a copy."""
     shape = tuple(shape)
-    data = raw[start : start + math.prod(shape) * dtype.itemsize]
-    if start % dtype.itemsize:
-        data = data.clone()
-    return data.view(dtype).view(shape)
+    if not math.prod(shape):
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(raw.numpy(), dtype=dtype, count=math.prod(shape), offset=start).view(shape)
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -156,19 +155,18 @@ def write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor, bool]])
         file.write(encoded)
         for _, tensor, transpose in tensors:
             data = (tensor.t() if transpose else tensor).detach().cpu().contiguous()
-            file.write(memoryview(data.flatten().view(torch.uint8).numpy()))
+            data.flatten().view(torch.uint8).numpy().tofile(file)
 
 
-def read_pickle(path: Path) -> tuple[Any, bool]:
-    """What ``torch.save`` wrote, and whether its tensors are mapped.
+def read_pickle(path: Path) -> Any:
+    """What ``torch.save`` wrote, its tensors mapped where the file is of today's format.
 
     Nothing in the file is executed: anything but tensors, numbers, strings and plain containers is refused.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    mapped = zipfile.is_zipfile(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error)
         if "Unsupported" in reason or "was not an allowed global" in reason:
@@ -176,28 +174,20 @@ def read_pickle(path: Path) -> tuple[Any, bool]:
             raise CheckpointError(
                 f"{path}: not a plain state dict, and opening it could run code: {refused}"
             ) from error
-        raise CheckpointError(
-            f"{path}: not a PyTorch checkpoint, or truncated: {reason.splitlines()[0]}"
-        ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AssertionError,
-    ) as error:
+        first = reason.splitlines()[0]
+        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or truncated: {first}") from error
+    # a damaged file fails in as many ways as there are readers below
+    except Exception as error:
         first = (str(error).splitlines() or [repr(error)])[0]
         raise CheckpointError(f"{path}: not a PyTorch checkpoint, or truncated: {first}") from error
 
 
-def state_dict_tensors(path: Path, state_dict: object, mapped: bool) -> dict[str, StoredTensor]:
+def state_dict_tensors(path: Path, state_dict: object) -> dict[str, StoredTensor]:
     """The tensors of a pickled state dict."""
     if not isinstance(state_dict, dict):
         raise CheckpointError(f"{path}: a state dict is needed, {type(state_dict).__name__} found")
     tensors = {}
+    ranges = _mapped_ranges(path)
     for name, value in state_dict.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(
@@ -206,5 +196,18 @@ def state_dict_tensors(path: Path, state_dict: object, mapped: bool) -> dict[str
             )
         if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
             raise CheckpointError(f"{path}: {name}: a dense tensor is needed, {value.layout} found")
+        storage = value.untyped_storage()
+        first, last = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        mapped = any(start <= first and last <= end for start, end in ranges)
         tensors[name] = StoredTensor(path, name, value.detach(), mapped)
     return tensors
+
+
+def _mapped_ranges(path: Path) -> list[tuple[int, int]]:
+    """Where this process has the file mapped. Dropping pages anywhere else would destroy what is in them."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(f" {path.resolve()}"):
+            start, _, end = line.split(" ", 1)[0].partition("-")
+            ranges.append((int(start, 16), int(end, 16)))
+    return ranges
