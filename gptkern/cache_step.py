@@ -93,10 +93,13 @@ class CacheStep:
 
     @cached_property
     def page_table(self) -> torch.Tensor:
-        """``(sequences, pages)`` int32: the pages of these sequences."""
-        if self.sequences == list(self.cache._rows):
-            return self.cache.page_table[: len(self.sequences)]
-        return self._device(pack_table(self._pages))
+        """``(sequences, max_pages_per_seq)`` int32: the pages of these sequences."""
+        alive = list(self.cache._rows)
+        if self.sequences == alive:
+            return self.cache.page_table[: len(alive)]
+        rows = torch.tensor([alive.index(s) for s in self.sequences])
+        # As wide as the cache's: decode attention's splits follow the table's width.
+        return self.cache.page_table[self._device(rows)]
 
     @torch.no_grad()
     def attention(

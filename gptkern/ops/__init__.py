@@ -4,7 +4,7 @@ CUDA tensors run the Triton kernels, CPU tensors the PyTorch references.
 """
 
 from gptkern.ops._dispatch import backend
-from gptkern.ops.decode_attention import append_kv, decode_attention
+from gptkern.ops.decode_attention import append_kv, decode_attention, flash_attn_with_kvcache
 from gptkern.ops.flash_attention import flash_attention, flash_attention_varlen
 from gptkern.ops.gelu_mlp import gelu_mlp
 from gptkern.ops.layer_norm import add_layer_norm, layer_norm
@@ -30,6 +30,7 @@ __all__ = [
     "decode_attention",
     "flash_attention",
     "flash_attention_varlen",
+    "flash_attn_with_kvcache",
     "gelu_mlp",
     "layer_norm",
     "linear_act",

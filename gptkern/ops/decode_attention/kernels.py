@@ -1,0 +1,219 @@
+"""Attention of one query per sequence over a paged cache, and writing into the cache.
+
+Split-KV (Dao et al. 2023, "Flash-Decoding"): a sequence is cut every SPLIT tokens, counted from its
+first, whatever the batch. Each split gives, for weights p_j = 2^(s_j - m) with m the split's largest
+score s_j (in base 2), the row m, sum p_j, sum p_j v_j; splits with maxima m_i combine as
+
+    out = sum_i 2^(m_i - M) acc_i / sum_i 2^(m_i - M) l_i,    M = max_i m_i,
+
+in a fixed order. So a sequence's bits depend on its own tokens alone.
+
+Layout: grid (batch * kv_heads, programs, head blocks). Program p of a sequence takes its splits p,
+p + programs, ...: how many programs there are changes who computes a split, never what it is. The
+last program of a sequence to finish combines. K and V are read once, q once per split; 8 bytes of
+partial result per split and head and 4 * head_dim more are written and read once.
+"""
+
+import triton
+import triton.language as tl
+
+from gptkern.ops._device import online_softmax
+from gptkern.ops._pdl import prefetch, wait
+
+
+@triton.jit
+def cache_pages(table_ptr, first, tokens, mask, page_size, IN_PAGE: tl.constexpr):
+    """(page, offset in it) of consecutive tokens of one sequence; one page for all of them if IN_PAGE.
+
+    int64: a page's number times its stride passes 2^31 in pools of a few GB.
+    """
+    if IN_PAGE:
+        pages = tl.load(table_ptr + first // page_size).to(tl.int64)
+        offsets = (first % page_size + tokens - first).to(tl.int64)
+    else:
+        pages = tl.load(table_ptr + tokens // page_size, mask=mask, other=0).to(tl.int64)
+        offsets = (tokens % page_size).to(tl.int64)
+    return pages, offsets
+
+
+@triton.jit
+def combine_splits(
+    acc_ptr,
+    stats_ptr,
+    out_ptr,
+    first,
+    last,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One head's output from splits ``first`` to ``last`` of its partial results."""
+    dims = tl.arange(0, BLOCK_D)
+    top = tl.full([1], float("-inf"), tl.float32)
+    for start in range(first, last, CHUNK):
+        splits = start + tl.arange(0, CHUNK)
+        # .cg: other programs wrote these, so a line in this multiprocessor's L1 would be stale.
+        maxima = tl.load(
+            stats_ptr + 2 * splits, mask=splits < last, other=float("-inf"), cache_modifier=".cg"
+        )
+        top = tl.maximum(top, tl.max(maxima, 0))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(first, last, CHUNK):
+        splits = start + tl.arange(0, CHUNK)
+        valid = splits < last
+        maxima = tl.load(stats_ptr + 2 * splits, mask=valid, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(stats_ptr + 2 * splits + 1, mask=valid, other=0.0, cache_modifier=".cg")
+        weights = tl.exp2(maxima - top)
+        total += tl.sum(weights * sums, 0)
+        parts = tl.load(
+            acc_ptr + splits[:, None] * HEAD_DIM + dims[None, :],
+            mask=valid[:, None] & (dims < HEAD_DIM)[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        acc += tl.sum(weights[:, None] * parts, 0)
+    tl.store(out_ptr + dims, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+@triton.jit
+def attend_split(
+    q, k_ptr, v_ptr, table_ptr, begin, end, page_size, scale_log2,
+    stride_kp, stride_ks, stride_vp, stride_vs,
+    HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    IN_PAGE: tl.constexpr,
+):  # fmt: skip
+    """(acc, row_max, row_sum) over tokens ``begin <= t < end`` of one split."""
+    dims = tl.arange(0, BLOCK_D)
+    row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for first in tl.range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
+        tokens = first + tl.arange(0, BLOCK_N)
+        valid = (tokens >= begin) & (tokens < end)
+        mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+        pages, offsets = cache_pages(table_ptr, first, tokens, valid, page_size, IN_PAGE)
+        k_rows = pages * stride_kp + offsets * stride_ks
+        v_rows = pages * stride_vp + offsets * stride_vs
+        k = tl.load(k_ptr + k_rows[:, None] + dims[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + v_rows[:, None] + dims[None, :], mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        weights, row_max, row_sum, rescale = online_softmax(scores, row_max, row_sum, 1.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    return acc, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["max_splits", "window"])
+def decode_attention_kernel(
+    q_ptr,  # (batch, heads, head_dim)
+    k_ptr,  # (pages, page_size, kv_heads, head_dim)
+    v_ptr,  # (pages, page_size, kv_heads, head_dim)
+    out_ptr,  # (batch, heads, head_dim)
+    table_ptr,  # (batch, max_pages) int32
+    lens_ptr,  # (batch,) int32
+    starts_ptr,  # (batch,) int32, or None: the first token attended
+    acc_ptr,  # (batch, heads, max_splits, head_dim) fp32, scratch
+    stats_ptr,  # (batch, heads, max_splits, 2) fp32, scratch: maximum and sum
+    counter_ptr,  # (batch * kv_heads * head blocks,) int32, zero before and after
+    scale_log2, window, page_size, max_splits,
+    stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    IN_PAGE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
+    program, programs = tl.program_id(1), tl.num_programs(1)
+    head_block = tl.program_id(2)
+    end = tl.load(lens_ptr + row)
+    begin = tl.maximum(end - window, 0)
+    if starts_ptr is not None:
+        begin = tl.maximum(begin, tl.load(starts_ptr + row))
+    first = begin // SPLIT
+    last = tl.maximum((end + SPLIT - 1) // SPLIT, first)
+    table_ptr += row.to(tl.int64) * stride_tb
+    k_ptr += kv_head * stride_kh.to(tl.int64)
+    v_ptr += kv_head * stride_vh.to(tl.int64)
+    if PDL:
+        LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth
+        lines = tl.arange(0, BLOCK_D // LINE if BLOCK_D > LINE else 1) * LINE
+        tokens = (first + program) * SPLIT + tl.arange(0, SPLIT)
+        valid = (tokens >= begin) & (tokens < end)
+        wanted = valid[:, None] & (lines < HEAD_DIM)[None, :]
+        pages, offsets = cache_pages(table_ptr, 0, tokens, valid, page_size, False)
+        prefetch(k_ptr + (pages * stride_kp + offsets * stride_ks)[:, None] + lines[None, :], wanted, PDL)
+        prefetch(v_ptr + (pages * stride_vp + offsets * stride_vs)[:, None] + lines[None, :], wanted, PDL)
+    wait(PDL)
+
+    heads = head_block * BLOCK_H + tl.arange(0, BLOCK_H)
+    dims = tl.arange(0, BLOCK_D)
+    mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    heads += kv_head * GROUP
+    q_rows = row.to(tl.int64) * stride_qb + heads * stride_qh
+    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=mask, other=0.0)
+    # (row, head) in the contiguous output and scratch.
+    first_head = (row * KV_HEADS + kv_head) * GROUP + head_block * BLOCK_H
+    places = first_head + tl.arange(0, BLOCK_H)
+    out_at = out_ptr + places.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
+    for split in range(first + program, last, programs):
+        acc, row_max, row_sum = attend_split(
+            q, k_ptr, v_ptr, table_ptr,
+            tl.maximum(split * SPLIT, begin), tl.minimum(split * SPLIT + SPLIT, end), page_size, scale_log2,
+            stride_kp, stride_ks, stride_vp, stride_vs,
+            HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, IN_PAGE,
+        )  # fmt: skip
+        if last - first == 1:
+            tl.store(out_at, (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            # int64: batch * heads * splits * head_dim passes 2^31 at 64 sequences of 128k.
+            slots = places.to(tl.int64) * max_splits + split
+            tl.store(acc_ptr + slots[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
+            in_group = head_block * BLOCK_H + tl.arange(0, BLOCK_H) < GROUP
+            tl.store(stats_ptr + 2 * slots, row_max, mask=in_group)
+            tl.store(stats_ptr + 2 * slots + 1, row_sum, mask=in_group)
+    if last == first:
+        # Nothing to attend: zeros, as attention defines it.
+        if program == 0:
+            tl.store(out_at, tl.zeros([BLOCK_H, BLOCK_D], out_ptr.dtype.element_ty), mask=mask)
+    elif (last - first > 1) & (first + program < last):
+        counter_ptr += tl.program_id(0) * tl.num_programs(2) + head_block
+        # Every thread's stores come before the one thread's release.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+        if arrived == tl.minimum(programs, last - first) - 1:
+            tl.store(counter_ptr, 0)
+            for head in range(tl.minimum(BLOCK_H, GROUP - head_block * BLOCK_H)):
+                place = (first_head + head).to(tl.int64)
+                combine_splits(
+                    acc_ptr + place * max_splits * HEAD_DIM, stats_ptr + place * max_splits * 2,
+                    out_ptr + place * HEAD_DIM, first, last, HEAD_DIM, BLOCK_D, 16,
+                )  # fmt: skip
+
+
+@triton.jit
+def append_kv_kernel(
+    k_ptr,  # (tokens, kv_heads, head_dim)
+    v_ptr,  # (tokens, kv_heads, head_dim)
+    k_cache_ptr,  # (pages, page_size, kv_heads, head_dim)
+    v_cache_ptr,
+    slots_ptr,  # (tokens,) int64, -1: nothing
+    page_size,
+    stride_kt, stride_kh, stride_vt, stride_vh,
+    stride_kp, stride_ks, stride_kch, stride_vp, stride_vs, stride_vch,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program copies BLOCK_H heads of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + token)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    mask = (heads < KV_HEADS) & (dims < HEAD_DIM) & (slot >= 0)
+    page, offset = slot // page_size, slot % page_size
+    k = tl.load(k_ptr + token * stride_kt + heads * stride_kh + dims, mask=mask, other=0.0)
+    v = tl.load(v_ptr + token * stride_vt + heads * stride_vh + dims, mask=mask, other=0.0)
+    k_at = k_cache_ptr + page * stride_kp + offset * stride_ks + heads * stride_kch + dims
+    v_at = v_cache_ptr + page * stride_vp + offset * stride_vs + heads * stride_vch + dims
+    tl.store(k_at, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_at, v.to(v_cache_ptr.dtype.element_ty), mask=mask)

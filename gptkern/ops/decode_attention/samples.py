@@ -1,0 +1,62 @@
+"""Sample calls of decode attention: one for every launch row, and small ones that are computed."""
+
+from __future__ import annotations
+
+import torch
+
+from gptkern.ops._samples import Call, Make, Sample, tensor
+from gptkern.ops.decode_attention.op import append_kv, decode_attention
+
+# One query, or a few that share keys, are rows: fewer than wgmma's 64.
+_N = frozenset({"decode_attention_kernel"})
+_HALF, _FP32 = (torch.bfloat16,), (torch.float32,)
+
+
+def _attend(batch: int, heads: int, kv_heads: int, dim: int, pages: int, page_size: int) -> Make:
+    def make(device: torch.device, dtype: torch.dtype) -> Call:
+        q = tensor(batch, heads, dim, device=device, dtype=dtype, requires_grad=False)
+        k, v = (
+            tensor(batch * pages, page_size, kv_heads, dim, device=device, dtype=dtype, requires_grad=False)
+            for _ in range(2)
+        )
+        table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
+        lens = torch.arange(batch, dtype=torch.int32, device=device) % (pages * page_size) + 1
+        return Call((q, k, v, table, lens))
+
+    return make
+
+
+def _append(tokens: int, heads: int, dim: int) -> Make:
+    def make(device: torch.device, dtype: torch.dtype) -> Call:
+        k, v, k_cache, v_cache = (
+            tensor(*lead, heads, dim, device=device, dtype=dtype, requires_grad=False)
+            for lead in ((tokens,), (tokens,), (tokens, 16), (tokens, 16))
+        )
+        return Call((k, v, k_cache, v_cache, torch.arange(tokens, device=device) * 3))
+
+    return make
+
+
+SAMPLES = [
+    Sample("124M, context 1024", decode_attention, _attend(1, 12, 12, 64, 1, 1024), mma_sync=_N),
+    Sample("124M, context 1024, batch 64", decode_attention, _attend(64, 12, 12, 64, 64, 16), mma_sync=_N),
+    Sample(
+        "8 heads a key, context 16k",
+        decode_attention,
+        _attend(8, 32, 4, 128, 64, 256),
+        mma_sync=_N,
+    ),
+    Sample("context 128k", decode_attention, _attend(1, 25, 25, 64, 512, 256), mma_sync=_N),
+    Sample("head dim 256", decode_attention, _attend(1, 8, 1, 256, 16, 256), mma_sync=_N),
+    Sample("head dim 256, context 16k", decode_attention, _attend(1, 8, 1, 256, 64, 256), mma_sync=_N),
+    Sample("fp32", decode_attention, _attend(1, 12, 12, 64, 16, 64), dtypes=_FP32),
+    Sample("fp32, context 16k", decode_attention, _attend(1, 12, 12, 64, 256, 64), dtypes=_FP32),
+    Sample("fp32, head dim 256", decode_attention, _attend(1, 8, 1, 256, 16, 256), dtypes=_FP32),
+    Sample("fp32, head dim 256, context 16k", decode_attention, _attend(1, 8, 1, 256, 64, 256), dtypes=_FP32),
+    Sample("append 124M", append_kv, _append(64, 12, 64)),
+]
+CHECKS = [
+    Sample("5 sequences over 3 pages of 16", decode_attention, _attend(5, 4, 2, 20, 3, 16)),
+    Sample("1 sequence of 1 token", decode_attention, _attend(1, 3, 1, 16, 1, 4)),
+    Sample("append 7 x 3 x 20", append_kv, _append(7, 3, 20)),
+]
