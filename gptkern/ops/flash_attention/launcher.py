@@ -61,9 +61,11 @@ def _constants(q: torch.Tensor, packing: Packing, o: Options) -> dict[str, Any]:
     }
 
 
-def _config(kernel: str, q: torch.Tensor, block_d: int) -> dict[str, Any]:
+def _config(kernel: str, q: torch.Tensor, constants: dict[str, Any]) -> dict[str, Any]:
     dtype = "fp32" if q.dtype == torch.float32 else "half"
-    return _launch.config(kernel, q.device, head_dim=block_d, dtype=dtype)
+    # Dropout and softcap need registers: they may need rows of their own.
+    variant = "full" if constants["SOFTCAP"] or constants["DROPOUT"] else "plain"
+    return _launch.config(kernel, q.device, head_dim=constants["BLOCK_D"], dtype=dtype, variant=variant)
 
 
 def forward(
@@ -80,7 +82,7 @@ def forward(
     out = new(q.shape, dtype=q.dtype, device=q.device)
     lse = new(lse_shape(q, packed), dtype=torch.float32, device=q.device)
     constants = _constants(q, packing, o)
-    config = _config("flash_attention_forward", q, constants["BLOCK_D"])
+    config = _config("flash_attention_forward", q, constants)
     heads = q.shape[-2]
     grid = (-(-o.max_seqlen_q // config["BLOCK_M"]) * heads * _sequences(q, packing),)
     with _launch.on_device(q):
@@ -123,7 +125,7 @@ def backward(
     heads, heads_k, sequences = q.shape[-2], k.shape[-2], _sequences(q, packing)
     constants = _constants(q, packing, o)
     inputs = (*_strides(q, packed), *_strides(k, packed), *_strides(v, packed))
-    config = _config("flash_attention_dq", q, constants["BLOCK_D"])
+    config = _config("flash_attention_dq", q, constants)
     with _launch.on_device(q):
         _launch.launch(
             flash_attention_dq,
@@ -134,7 +136,7 @@ def backward(
             **constants,
             **config,
         )
-        config = _config("flash_attention_dkdv", q, constants["BLOCK_D"])
+        config = _config("flash_attention_dkdv", q, constants)
         _launch.launch(
             flash_attention_dkdv,
             (-(-o.max_seqlen_k // config["BLOCK_N"]) * heads_k * sequences,),

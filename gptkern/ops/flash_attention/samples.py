@@ -1,0 +1,60 @@
+"""Sample calls of attention: GPT-2's shapes and one for every row of the launch tables; small ones to check."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gptkern.ops._samples import Call, Make, Sample, tensor
+from gptkern.ops.flash_attention.op import flash_attention, flash_attention_varlen
+
+
+def _dense(batch: int, seq_q: int, seq_k: int, heads: int, heads_k: int, head_dim: int, **kwargs: Any) -> Make:
+    def make(device: torch.device, dtype: torch.dtype) -> Call:
+        q = tensor(batch, seq_q, heads, head_dim, device=device, dtype=dtype)
+        k, v = (tensor(batch, seq_k, heads_k, head_dim, device=device, dtype=dtype) for _ in range(2))
+        return Call((q, k, v), kwargs)
+
+    return make
+
+
+def _packed(lengths: list[int], heads: int, heads_k: int, head_dim: int, **kwargs: Any) -> Make:
+    def make(device: torch.device, dtype: torch.dtype) -> Call:
+        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        q = tensor(sum(lengths), heads, head_dim, device=device, dtype=dtype)
+        k, v = (tensor(sum(lengths), heads_k, head_dim, device=device, dtype=dtype) for _ in range(2))
+        return Call((q, k, v, starts, starts, max(lengths), max(lengths)), kwargs)
+
+    return make
+
+
+_ALL = (torch.bfloat16, torch.float32)
+
+SAMPLES = [
+    Sample("GPT-2 124M training, 64 x 1024", flash_attention, _dense(64, 1024, 1024, 12, 12, 64), _ALL),
+    Sample("GPT-2 1.5B prompt, 1 x 1000", flash_attention, _dense(1, 1000, 1000, 25, 25, 64)),
+    Sample("not causal", flash_attention, _dense(4, 4096, 4096, 16, 16, 64, causal=False)),
+    Sample("dropout", flash_attention, _dense(64, 1024, 1024, 12, 12, 64, dropout_p=0.1), _ALL),
+    Sample("packed", flash_attention_varlen, _packed([1024, 517, 33], 12, 12, 64)),
+    Sample("head dim 128", flash_attention, _dense(4, 4096, 4096, 16, 16, 128), _ALL),
+    Sample("head dim 128, grouped, window", flash_attention, _dense(2, 4096, 4096, 32, 8, 128, window=1024)),
+    Sample("head dim 128, packed, grouped", flash_attention_varlen, _packed([1024, 517, 33], 32, 8, 128)),
+    Sample("head dim 128, softcap", flash_attention, _dense(2, 4096, 4096, 16, 8, 128, softcap=50.0)),
+    Sample("head dim 128, dropout", flash_attention, _dense(2, 4096, 4096, 16, 16, 128, dropout_p=0.1)),
+    Sample("head dim 80", flash_attention, _dense(2, 2048, 2048, 32, 32, 80)),
+    Sample("head dim 256", flash_attention, _dense(2, 4096, 4096, 16, 8, 256)),
+    Sample("head dim 256, softcap, window", flash_attention, _dense(2, 4096, 4096, 8, 4, 256, softcap=50.0, window=512)),
+    Sample("head dim 256, fp32", flash_attention, _dense(1, 1024, 1024, 8, 8, 256), (torch.float32,)),
+]
+
+CHECKS = [
+    Sample("causal", flash_attention, _dense(2, 33, 33, 2, 2, 16)),
+    Sample("not causal, head dim 24", flash_attention, _dense(1, 17, 40, 2, 2, 24, causal=False)),
+    Sample("grouped, window, softcap", flash_attention, _dense(1, 20, 37, 4, 2, 16, window=9, softcap=5.0)),
+    Sample("queries that see nothing", flash_attention, _dense(1, 21, 9, 2, 1, 16, return_lse=True)),
+    Sample("one query", flash_attention, _dense(2, 1, 19, 2, 1, 16)),
+    Sample("empty batch", flash_attention, _dense(0, 5, 5, 2, 2, 16)),
+    Sample("packed", flash_attention_varlen, _packed([5, 0, 18, 1], 2, 1, 16)),
+    Sample("packed, window", flash_attention_varlen, _packed([20, 7], 2, 2, 16, window=4)),
+]
