@@ -28,7 +28,12 @@ def tensors(op: str, **values: torch.Tensor | None) -> None:
 
 
 def layer(
-    op: str, x: torch.Tensor, features: int, names: tuple[str, str], weight: torch.Tensor, bias: torch.Tensor | None
+    op: str,
+    x: torch.Tensor,
+    features: int,
+    names: tuple[str, str],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> None:
     """A linear layer's weight and bias, of ``x``'s dtype, for ``features`` inputs."""
     _checks.tensor(op, names[0], weight, dim=2)
@@ -47,8 +52,10 @@ def layer(
 def residual(op: str, x: torch.Tensor, value: torch.Tensor, features: int) -> None:
     """What is added to a layer's output: its shape, and its dtype or fp32."""
     _checks.shape(op, "residual", value, (*x.shape[:-1], features))
-    if value.dtype not in (x.dtype, torch.float32) or torch.float64 in (x.dtype, value.dtype) and (
-        value.dtype != x.dtype
+    if (
+        value.dtype not in (x.dtype, torch.float32)
+        or torch.float64 in (x.dtype, value.dtype)
+        and (value.dtype != x.dtype)
     ):
         raise TypeError(f"{op}: residual is {value.dtype}; {x.dtype} as x or torch.float32 is needed")
 
@@ -73,6 +80,4 @@ def _rows_merge(x: torch.Tensor) -> bool:
     if x.dim() <= 2 or x.is_contiguous() or x.numel() == 0:
         return True
     lead = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
-    return all(
-        outer == size * inner for (_, outer), (size, inner) in zip(lead, lead[1:], strict=False)
-    )
+    return all(outer == size * inner for (_, outer), (size, inner) in zip(lead, lead[1:], strict=False))

@@ -201,9 +201,7 @@ def _finish_dact(
     if BLOCK_N > STORE_N:
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         half: tl.constexpr = BLOCK_N // 2
-        _finish_dact(
-            left, pre_ptr, dpre_ptr, partial_ptr, row, col, M, N, ACTIVATION, BLOCK_M, half, STORE_N
-        )
+        _finish_dact(left, pre_ptr, dpre_ptr, partial_ptr, row, col, M, N, ACTIVATION, BLOCK_M, half, STORE_N)
         _finish_dact(
             right, pre_ptr, dpre_ptr, partial_ptr, row, col + half, M, N, ACTIVATION, BLOCK_M, half, STORE_N
         )

@@ -37,17 +37,8 @@ def _power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length() if value > 0 else 0
 
 
-def _config(kernel: str, x: torch.Tensor, m: int, n: int, **shape: Any) -> dict[str, Any]:
-    """The launch row for an m x n result; sizes are rounded up to powers of two, as rows are cached by them."""
-    dtype = "fp32" if x.dtype == torch.float32 else "half"
-    tiles = -(-m // 128) * -(-n // 128)
-    return _launch.config(
-        kernel, x.device, dtype=dtype, m=_power_of_two(m), tiles=_power_of_two(tiles), **shape
-    )
-
-
-def _fits_descriptor(x: torch.Tensor) -> bool:
-    """Whether the copy engine can read it: contiguous one way, 16-byte steps the other, not empty."""
+def _aligned(x: torch.Tensor) -> bool:
+    """Contiguous one way, in 16-byte steps the other: what the copy engine and wide loads can read."""
     inner = 1 if x.stride(1) == 1 else 0
     step = x.stride(1 - inner) * x.element_size()
     return x.stride(inner) == 1 and step > 0 and step % 16 == 0 and x.numel() > 0 and x.data_ptr() % 16 == 0
@@ -60,12 +51,24 @@ def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def _operands(
-    a: torch.Tensor, b: torch.Tensor, config: dict[str, Any]
+    kernel: str, a: torch.Tensor, b: torch.Tensor, **shape: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The kernels' leading arguments for ``a @ b``, and the flags that go with them."""
-    tma = config["TMA"] and _fits_descriptor(a) and _fits_descriptor(b)
-    flags = {**config, "TMA": tma, "A_ROWS": a.stride(1) == 1, "B_ROWS": b.stride(1) == 1}
-    if not tma:
+    """The kernels' leading arguments for ``a @ b`` and its launch row, with the flags that go with them.
+
+    Sizes are rounded up to powers of two before they choose a row, as rows are cached by them.
+    """
+    m, n = a.shape[0], b.shape[1]
+    config = _launch.config(
+        kernel,
+        a.device,
+        dtype="fp32" if a.dtype == torch.float32 else "half",
+        operands="aligned" if _aligned(a) and _aligned(b) else "any",
+        m=_power_of_two(m),
+        tiles=_power_of_two(-(-m // 128) * -(-n // 128)),
+        **shape,
+    )
+    flags = {**config, "A_ROWS": a.stride(1) == 1, "B_ROWS": b.stride(1) == 1}
+    if not config["TMA"]:
         return (a, b), flags
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     return (_descriptor(a, [block_m, block_k]), _descriptor(b, [block_k, block_n])), flags
@@ -87,8 +90,8 @@ def product(
     (m, k), n = a.shape, b.shape[1]
     out = a.new_empty(m, n, dtype=a.dtype if residual is None else residual.dtype)
     pre = a.new_empty(m, n) if save_pre else None
-    config = _config("linear", a, m, n, epilogue="plain" if activation == "none" else "activation")
-    matrices, config = _operands(a, b, config)
+    epilogue = "plain" if activation == "none" else "activation"
+    matrices, config = _operands("linear", a, b, epilogue=epilogue)
     programs = _tiles(m, n, config)
     if config["PERSISTENT"]:
         programs = min(programs, _launch.multiprocessors(a.device))
@@ -107,7 +110,7 @@ def product_dact(
     """``dpre = (a @ b) * activation'(pre)``, and its column sums in the dtype ``sums``."""
     (m, k), n = a.shape, b.shape[1]
     dpre = torch.empty_like(pre)
-    matrices, config = _operands(a, b, _config("linear_dact", a, m, n))
+    matrices, config = _operands("linear_dact", a, b)
     partial = None if sums is None else a.new_empty(-(-m // config["BLOCK_M"]), n, dtype=torch.float32)
     with _launch.on_device(a):
         _launch.launch(
@@ -132,7 +135,7 @@ def weight_grad(dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> to
     (tokens, m), n = dout.shape, x.shape[1]
     dw = torch.empty_like(weight)
     dout_t = dout.t()
-    matrices, config = _operands(dout_t, x, _config("linear_dw", x, m, n))
+    matrices, config = _operands("linear_dw", dout_t, x)
     tiles = _tiles(m, n, config)
     splits = _dw_splits(tiles, -(-tokens // config["BLOCK_K"]))
     parts = dw if splits == 1 else dw.new_empty(splits, m * n, dtype=torch.float32)
