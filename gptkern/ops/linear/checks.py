@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from gptkern.ops import _checks
@@ -37,27 +39,23 @@ def layer(
 ) -> None:
     """A linear layer's weight and bias, of ``x``'s dtype, for ``features`` inputs."""
     _checks.tensor(op, names[0], weight, dim=2)
-    why = "(out, in); for weights stored (in, out) pass weight.t()"
     if weight.shape[1] != features:
         raise ValueError(
-            f"{op}: {names[0]} has shape {tuple(weight.shape)}; (out, {features}) is needed: weights are {why}"
+            f"{op}: {names[0]} has shape {tuple(weight.shape)}; (out, {features}) is needed: for weights "
+            f"stored (in, out) pass {names[0]}.t()"
         )
     if bias is not None:
         _checks.shape(op, names[1], bias, (weight.shape[0],), f"{names[0]} has {weight.shape[0]} rows")
     for name, value in zip(names, (weight, bias), strict=True):
-        if value is not None and value.dtype != x.dtype:
-            raise TypeError(f"{op}: {name} is {value.dtype}; x's dtype is needed, {x.dtype}")
+        if value is not None:
+            _checks.dtype(op, name, value, [x.dtype])
 
 
 def residual(op: str, x: torch.Tensor, value: torch.Tensor, features: int) -> None:
     """What is added to a layer's output: its shape, and its dtype or fp32."""
     _checks.shape(op, "residual", value, (*x.shape[:-1], features))
-    if (
-        value.dtype not in (x.dtype, torch.float32)
-        or torch.float64 in (x.dtype, value.dtype)
-        and (value.dtype != x.dtype)
-    ):
-        raise TypeError(f"{op}: residual is {value.dtype}; {x.dtype} as x or torch.float32 is needed")
+    accepted = [x.dtype] if x.dtype == torch.float64 else [x.dtype, torch.float32]
+    _checks.dtype(op, "residual", value, accepted)
 
 
 def kernel_inputs(op: str, features: int, **values: torch.Tensor | None) -> None:
@@ -79,5 +77,5 @@ def _rows_merge(x: torch.Tensor) -> bool:
     """Whether ``x`` is a matrix of its last dimension without a copy."""
     if x.dim() <= 2 or x.is_contiguous() or x.numel() == 0:
         return True
-    lead = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
-    return all(outer == size * inner for (_, outer), (size, inner) in zip(lead, lead[1:], strict=False))
+    lead = [(size, step) for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    return all(outer == size * inner for (_, outer), (size, inner) in pairwise(lead))

@@ -113,13 +113,14 @@ def _finish(
     """Bias, activation and residual on an accumulated tile, STORE_N columns at a time to spare registers."""
     if BLOCK_N > STORE_N:
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        half: tl.constexpr = BLOCK_N // 2
         _finish(
             left, bias_ptr, residual_ptr, out_ptr, pre_ptr, row, col, M, N, stride_rm, stride_rn,
-            ACTIVATION, BLOCK_M, BLOCK_N // 2, STORE_N,
+            ACTIVATION, BLOCK_M, half, STORE_N,
         )  # fmt: skip
         _finish(
-            right, bias_ptr, residual_ptr, out_ptr, pre_ptr, row, col + BLOCK_N // 2, M, N, stride_rm, stride_rn,
-            ACTIVATION, BLOCK_M, BLOCK_N // 2, STORE_N,
+            right, bias_ptr, residual_ptr, out_ptr, pre_ptr, row, col + half, M, N, stride_rm, stride_rn,
+            ACTIVATION, BLOCK_M, half, STORE_N,
         )  # fmt: skip
     else:
         offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -133,9 +134,9 @@ def _finish(
             tl.store(pre_ptr + corner + offs, acc.to(pre_ptr.dtype.element_ty), inside)
         acc = activate(acc, ACTIVATION)
         if residual_ptr is not None:
-            corner_r = tl.cast(row, tl.int64) * stride_rm + tl.cast(col, tl.int64) * stride_rn
-            offs_r = offs_m[:, None] * stride_rm + offs_n[None, :] * stride_rn
-            acc += tl.load(residual_ptr + corner_r + offs_r, inside, other=0.0).to(tl.float32)
+            rows, cols = (row + offs_m).to(tl.int64), (col + offs_n).to(tl.int64)
+            offs_r = rows[:, None] * stride_rm + cols[None, :] * stride_rn
+            acc += tl.load(residual_ptr + offs_r, inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + corner + offs, acc.to(out_ptr.dtype.element_ty), inside)
 
 
