@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ SAFETENSORS_DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
+# how torch's restricted unpickler speaks of classes and functions, as opposed to damage
+_CODE = re.compile(r"[^\n]*(GLOBAL \S+|Unsupported class|Can only)[^.\n]*")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -168,11 +171,10 @@ def read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "Unsupported" in reason or "was not an allowed global" in reason:
-            refused = reason.split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip()
+        if refused := _CODE.search(reason):
             raise CheckpointError(
-                f"{path}: not a plain state dict, and opening it could run code: {refused}"
+                f"{path}: not a plain state dict, and opening it could run code: {refused[0].strip()}"
             ) from error
         first = reason.splitlines()[0]
         raise CheckpointError(f"{path}: not a PyTorch checkpoint, or truncated: {first}") from error
