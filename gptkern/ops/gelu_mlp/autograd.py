@@ -161,5 +161,6 @@ class GeluMLP(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
-        grads = launcher.backward(dout, *ctx.saved_tensors, ctx.activation, needs[:5])
+        x, w_fc, b_fc, w_proj, pre, hidden = ctx.saved_tensors
+        grads = launcher.backward(dout, x, w_fc, b_fc, w_proj, pre, hidden, ctx.activation, needs[:5])
         return *grads, dout if needs[5] else None, None, None

@@ -55,8 +55,8 @@ def gelu_mlp(
     checks.activation(op, activation)
     checks.tensors(op, x=x, w_fc=w_fc, b_fc=b_fc, w_proj=w_proj, b_proj=b_proj, residual=residual)
     dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, w_fc, b_fc, w_proj, b_proj = cast(dtype, x, w_fc, b_fc, w_proj, b_proj)
+    x, w_fc, b_fc = cast(x, dtype), cast(w_fc, dtype), cast(b_fc, dtype)
+    w_proj, b_proj = cast(w_proj, dtype), cast(b_proj, dtype)
     checks.layer(op, x, x.shape[-1], ("w_fc", "b_fc"), w_fc, b_fc)
     checks.layer(op, x, w_fc.shape[0], ("w_proj", "b_proj"), w_proj, b_proj)
     if residual is not None:
@@ -68,7 +68,9 @@ def gelu_mlp(
     save = grad and not recompute
     if torch.compiler.is_compiling():
         operands = (x, w_fc, b_fc, w_proj, b_proj, residual)
-        return torch.ops.gptkern.gelu_mlp(*operands, activation, save)[0]
+        out: torch.Tensor = torch.ops.gptkern.gelu_mlp(*operands, activation, save)[0]
+        return out
     if grad:
-        return autograd.GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, residual, activation, save)
+        out = autograd.GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, residual, activation, save)
+        return out
     return launcher.forward(x, w_fc, b_fc, w_proj, b_proj, residual, activation, False)[0]

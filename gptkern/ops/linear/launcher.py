@@ -75,7 +75,8 @@ def _operands(
 
 
 def _tiles(m: int, n: int, config: dict[str, Any]) -> int:
-    return -(-m // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
+    block_m, block_n = int(config["BLOCK_M"]), int(config["BLOCK_N"])
+    return -(-m // block_m) * -(-n // block_n)
 
 
 def product(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
 from gptkern.ops._dispatch import autocast_dtype, needs_grad, use_kernel
@@ -60,12 +62,14 @@ def linear_residual(
     return _linear("linear_residual", x, weight, bias, residual, "none")
 
 
-def cast(dtype: torch.dtype | None, *values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """What autocast does to the operands of a matrix product; float64 it leaves alone."""
-    return tuple(
-        value if dtype is None or value is None or value.dtype == torch.float64 else value.to(dtype)
-        for value in values
-    )
+Operand = TypeVar("Operand", torch.Tensor, torch.Tensor | None)
+
+
+def cast(value: Operand, dtype: torch.dtype | None) -> Operand:
+    """What autocast does to an operand of a matrix product; float64 it leaves alone."""
+    if dtype is None or value is None or value.dtype == torch.float64:
+        return value
+    return value.to(dtype)
 
 
 def _linear(
@@ -78,8 +82,7 @@ def _linear(
 ) -> torch.Tensor:
     checks.tensors(op, x=x, weight=weight, bias=bias, residual=residual)
     dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight, bias = cast(dtype, x, weight, bias)
+    x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
     checks.layer(op, x, x.shape[-1], ("weight", "bias"), weight, bias)
     if residual is not None:
         checks.residual(op, x, residual, weight.shape[0])
@@ -91,7 +94,9 @@ def _linear(
     grad = needs_grad(x, weight, bias, residual)
     if torch.compiler.is_compiling():
         save_pre = grad and activation != "none"
-        return torch.ops.gptkern.linear(x, weight, bias, residual, activation, save_pre)[0]
+        out: torch.Tensor = torch.ops.gptkern.linear(x, weight, bias, residual, activation, save_pre)[0]
+        return out
     if grad:
-        return autograd.Linear.apply(x, weight, bias, residual, activation)
+        out = autograd.Linear.apply(x, weight, bias, residual, activation)
+        return out
     return launcher.forward(x, weight, bias, residual, activation, False)[0]

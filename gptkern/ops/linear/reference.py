@@ -37,15 +37,15 @@ def linear_residual(
 
 def activation_backward(dout: torch.Tensor, pre: torch.Tensor, activation: str) -> torch.Tensor:
     """``dout * activation'(pre)``: the formulas PyTorch's autograd uses, for where autograd is off."""
-    if activation == "gelu_tanh":
-        return torch.ops.aten.gelu_backward(dout, pre, approximate="tanh")
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(dout, pre)
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(dout, pre, 0)
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(dout, pre)
-    return dout
+    backward = {
+        "gelu_tanh": lambda: torch.ops.aten.gelu_backward(dout, pre, approximate="tanh"),
+        "gelu": lambda: torch.ops.aten.gelu_backward(dout, pre),
+        "relu": lambda: torch.ops.aten.threshold_backward(dout, pre, 0),
+        "silu": lambda: torch.ops.aten.silu_backward(dout, pre),
+        "none": lambda: dout,
+    }
+    dpre: torch.Tensor = backward[activation]()
+    return dpre
 
 
 def linear_backward(
