@@ -27,7 +27,9 @@ def assemble(settings: Settings, out: Path, group: Processes) -> tuple[Source, O
         SettingsError: Data or model do not fit the settings.
         CheckpointError: The model that [model] from names cannot be read.
     """
-    pretrained = GPT.from_pretrained(settings.model["from"], dtype=torch.float32) if "from" in settings.model else None
+    pretrained = (
+        GPT.from_pretrained(settings.model["from"], dtype=torch.float32) if "from" in settings.model else None
+    )
     own = pretrained.tokenizer if pretrained is not None else None
     data, seed = settings.data, settings.train.seed
     labels: list[str] = []
@@ -91,10 +93,13 @@ def _fresh_config(settings: Settings, rates: dict[str, Any], tokenizer: Tokenize
         chosen.setdefault("eos_token_id", tokenizer.eos_token_id)
         if tokenizer.vocab_size > chosen["vocab_size"]:
             raise SettingsError(
-                f"[model] vocab_size is {chosen['vocab_size']}; the tokenizer has {tokenizer.vocab_size} tokens"
+                f"[model] vocab_size is {chosen['vocab_size']}; "
+                f"the tokenizer has {tokenizer.vocab_size} tokens"
             )
     elif "vocab_size" not in chosen:
-        raise SettingsError("[model] vocab_size is needed: token shards do not say it, and no tokenizer is named")
+        raise SettingsError(
+            "[model] vocab_size is needed: token shards do not say it, and no tokenizer is named"
+        )
     try:
         return GPTConfig(**chosen)
     except (TypeError, ValueError) as error:

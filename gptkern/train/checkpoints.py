@@ -149,7 +149,7 @@ class Store:
         _materialise(optimizers)
         with _quiet():
             dcp.load(
-                {name: value for name, value in state_tensors(objective, optimizers).items()},
+                state_tensors(objective, optimizers),
                 checkpoint_id=checkpoint.folder / _STATE,
                 no_dist=self.group.world == 1,
             )
@@ -199,8 +199,8 @@ def check_writable(folder: Path, bytes_needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < bytes_needed:
         raise SettingsError(
-            f"{folder}: {free / 1e9:.1f} GB are free; the run's checkpoints need {bytes_needed / 1e9:.1f} GB: "
-            "free some, or keep fewer ([checkpoint] keep)"
+            f"{folder}: {free / 1e9:.1f} GB are free; the run's checkpoints need "
+            f"{bytes_needed / 1e9:.1f} GB: free some, or keep fewer ([checkpoint] keep)"
         )
 
 

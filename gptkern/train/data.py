@@ -130,7 +130,7 @@ def _language_batch(rows: Array, names: list[int]) -> Batch:
 
 
 class Examples:
-    """Rows of their own lengths, in an order shuffled anew each epoch: prompts and answers, or texts and labels.
+    """Rows of their own lengths, shuffled anew each epoch: prompts and answers, or texts and labels.
 
     ``train`` and ``val`` hold ``(ids, targets)``: as many targets as ids, or a label.
     """

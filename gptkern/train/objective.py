@@ -37,9 +37,7 @@ class LanguageModelling(nn.Module):
         """The sum of the losses of ``targets (rows, seq)``; in evaluation without z-loss or smoothing."""
         extras = (self.z_loss, self.label_smoothing) if self.training else (0.0, 0.0)
         hidden = hidden_states(self.model, ids)
-        return ops.linear_cross_entropy(
-            hidden, self.model.lm_head.weight, targets, -100, "sum", *extras
-        )
+        return ops.linear_cross_entropy(hidden, self.model.lm_head.weight, targets, -100, "sum", *extras)
 
 
 class Classification(nn.Module):

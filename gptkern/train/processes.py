@@ -69,7 +69,7 @@ def processes(device: str) -> Iterator[Processes]:
 
 
 def spread(objective: nn.Module, group: Processes, strategy: str) -> nn.Module:
-    """What is called in training: ``objective`` itself, a DDP wrapper of it, or it sharded in place (FSDP2)."""
+    """What training calls: ``objective`` itself, a DDP wrapper of it, or it sharded in place (FSDP2)."""
     if group.world == 1:
         return objective
     if strategy == "ddp":

@@ -261,7 +261,9 @@ class Settings:
         _check_names("[model] ", self.model, known)
         if "from" in self.model and self.model.keys() - {"from", "dropout"}:
             other = sorted(self.model.keys() - {"from", "dropout"})
-            raise SettingsError(f"[model] from is given, so the shape is the checkpoint's: remove {', '.join(other)}")
+            raise SettingsError(
+                f"[model] from is given, so the shape is the checkpoint's: remove {', '.join(other)}"
+            )
         if "from" not in self.model and self.lora.rank:
             raise SettingsError("[lora] adapts a trained model: [model] from is needed")
 

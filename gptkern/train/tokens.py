@@ -70,7 +70,9 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str], workers: int) -> Iter
         return
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, _start_worker, (tokenizer._backend.to_str(),)) as pool:
-        encoded: Iterable[list[int]] = pool.imap(_encode, texts, chunksize=max(1, len(texts) // (64 * workers)))
+        encoded: Iterable[list[int]] = pool.imap(
+            _encode, texts, chunksize=max(1, len(texts) // (64 * workers))
+        )
         yield from track(encoded, description="tokenising", total=len(texts), transient=True)
 
 

@@ -82,7 +82,8 @@ class Trainer:
         train = settings.train
         if train.batch_size % group.world:
             raise SettingsError(
-                f"[train] batch_size is {train.batch_size}; a multiple of the {group.world} processes is needed"
+                f"[train] batch_size is {train.batch_size}; a multiple of {group.world}, "
+                "the number of processes, is needed"
             )
         if group.world > 1 and train.strategy == "fsdp" and settings.optimizer.name == "muon":
             raise SettingsError("[optimizer] muon needs whole matrices: use [train] strategy ddp")
@@ -271,14 +272,13 @@ class _Run:
 
 def _check_same_run(settings: Settings, checkpoint: Checkpoint) -> None:
     """A run goes on with the model and the data it began with."""
-    before = checkpoint.notes["settings"]
-    now = settings.to_dict()
+    before, now = checkpoint.notes["settings"], settings.to_dict()
     for section in ("model", "data", "lora"):
-        for key in before[section].keys() | now[section].keys():
-            if key not in ("path", "val_path", "workers") and before[section].get(key) != now[section].get(key):
+        for key in (before[section].keys() | now[section].keys()) - {"path", "val_path", "workers"}:
+            began, asked = before[section].get(key), now[section].get(key)
+            if began != asked:
                 raise SettingsError(
-                    f"[{section}] {key} is {now[section].get(key)!r}; the run in {checkpoint.folder.parent.parent} "
-                    f"began with {before[section].get(key)!r}"
+                    f"[{section}] {key} is {asked!r}; the run of {checkpoint.folder} began with {began!r}"
                 )
 
 

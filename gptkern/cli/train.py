@@ -1,0 +1,91 @@
+"""``gptkern train``: pre-train and fine-tune from a configuration file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from gptkern.train import Settings
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file; see configs/.")],
+    out: Annotated[Path, typer.Option(help="The run's folder: log, checkpoints, model.")],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="In place of [data] path; repeatable, or a folder of shards.")
+    ] = None,
+    val_data: Annotated[list[Path] | None, typer.Option(help="In place of [data] val_path.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="In place of [train] steps.")] = None,
+    device: Annotated[str | None, typer.Option(help="In place of [train] device: cuda or cpu.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="Only find a learning rate: a range test and its plot.")
+    ] = False,
+    find_batch: Annotated[
+        bool, typer.Option("--find-batch", help="Only find the largest and the fastest batch that fits.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Train a model as CONFIG says, into the folder --out.
+
+    The folder gets log.jsonl, checkpoints, model (the newest weights) and best (those of the lowest held-out
+    loss); both open with `gptkern generate --model`. SIGTERM and Ctrl-C save and exit; --resume goes on.
+
+    Examples:
+
+    - `gptkern train configs/shakespeare_char_cpu.toml --data tinyshakespeare.txt --out runs/shakespeare`
+
+    - `gptkern train CONFIG.toml --out runs/a --find-lr` recommends a learning rate
+
+    - `torchrun --nproc-per-node 8 -m gptkern train CONFIG.toml --out runs/a` trains on eight GPUs
+    """
+    from gptkern.train import Settings
+    from gptkern.train import train as run
+
+    settings = _changed(Settings.from_file(config), data, val_data, steps, device)
+    if find_lr:
+        _find_lr(settings, out)
+    if find_batch:
+        _find_batch(settings, out)
+    if not (find_lr or find_batch):
+        run(settings, out, resume=resume, shown=not quiet)
+
+
+def _changed(
+    settings: Settings,
+    data: list[Path] | None,
+    val_data: list[Path] | None,
+    steps: int | None,
+    device: str | None,
+) -> Settings:
+    if data:
+        settings = settings.replace("data", path=[str(path) for path in data])
+    if val_data:
+        settings = settings.replace("data", val_path=[str(path) for path in val_data])
+    if steps is not None:
+        settings = settings.replace("train", steps=steps)
+    if device is not None:
+        settings = settings.replace("train", device=device)
+    return settings
+
+
+def _find_lr(settings: Settings, out: Path) -> None:
+    from gptkern.train.find import find_lr
+    from gptkern.train.plot import plot_lr
+
+    out.mkdir(parents=True, exist_ok=True)
+    found = find_lr(settings, out)
+    plot_lr(found.rates, found.losses, found.suggestion, out / "find_lr.png")
+    print(f"recommended: [optimizer] lr = {found.suggestion:.1e} (the test: {out / 'find_lr.png'})")
+
+
+def _find_batch(settings: Settings, out: Path) -> None:
+    from gptkern.train.find import find_batch
+
+    out.mkdir(parents=True, exist_ok=True)
+    found = find_batch(settings, out, tell=print)
+    largest = max(found.speeds)
+    print(f"recommended: [train] micro_batch_size = {found.suggestion}; the largest that fits: {largest}")

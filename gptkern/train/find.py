@@ -1,0 +1,158 @@
+"""Settings found by trying: a learning rate by a range test, the largest batch that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptkern.train.processes import Processes, processes
+from gptkern.train.settings import Settings, SettingsError
+from gptkern.train.trainer import Trainer
+
+_LOWEST, _HIGHEST = 1e-6, 1.0
+_SMOOTHING, _DIVERGED = 0.9, 3.0
+
+
+@dataclass(frozen=True)
+class RateTest:
+    """Learning rates tried, the smoothed loss after each, and the one to begin with."""
+
+    rates: list[float]
+    losses: list[float]
+    suggestion: float
+
+
+@dataclass(frozen=True)
+class BatchTest:
+    """Sequences of one forward pass, tokens a second with each, and the one to take."""
+
+    speeds: dict[int, float]
+    suggestion: int
+
+
+def find_lr(settings: Settings, out: Path, tries: int = 100) -> RateTest:
+    """Raise the learning rate a little each step until the loss diverges (Smith 2017, section 3.3).
+
+    The suggestion is a third of where the smoothed loss was lowest: beyond it training is about to
+    diverge, and rates much below it only take longer. A fresh model is trained; nothing of it is kept.
+
+    Raises:
+        SettingsError: Several processes, or a loss that is no number from the first step.
+    """
+    constant = dataclasses.replace(settings.schedule, name="constant", warmup=0)
+    settings = dataclasses.replace(settings, schedule=constant)
+    with processes(settings.train.device) as group:
+        _alone(group, "--find-lr")
+        trainer = Trainer(settings, out, group)
+        peaks = [g["peak"] for o in trainer.optimizers for g in o.param_groups]
+        rates: list[float] = []
+        losses: list[float] = []
+        running = 0.0
+        for step in range(tries):
+            rate = _LOWEST * (_HIGHEST / _LOWEST) ** (step / max(1, tries - 1))
+            groups = [g for o in trainer.optimizers for g in o.param_groups]
+            for g, peak in zip(groups, peaks, strict=True):
+                # Groups with a peak of their own (muon's) keep their proportion to the others.
+                g["peak"] = rate * peak / settings.optimizer.lr
+            batch = trainer.source.training_batch(step, settings.train.batch_size)
+            loss = float(trainer.step(step, batch).values[0])
+            running = _SMOOTHING * running + (1.0 - _SMOOTHING) * loss
+            smoothed = running / (1.0 - _SMOOTHING ** (step + 1))
+            if not math.isfinite(loss) or (losses and smoothed > _DIVERGED * min(losses)):
+                break
+            rates.append(rate)
+            losses.append(smoothed)
+    if not rates:
+        raise SettingsError("--find-lr: the loss is no number from the first step on")
+    return RateTest(rates, losses, rates[losses.index(min(losses))] / 3.0)
+
+
+def find_batch(
+    settings: Settings, out: Path, *, largest: int = 4096, tell: Callable[[str], None] = lambda text: None
+) -> BatchTest:
+    """Try ``micro_batch_size`` 1, 2, 4, ... until memory runs out, then between the last two.
+
+    The suggestion is the smallest within 3% of the fastest: a larger one only takes memory. A fresh
+    model is trained; nothing of it is kept.
+
+    Raises:
+        SettingsError: Several processes, or not even one sequence fits.
+    """
+    speeds: dict[int, float] = {}
+    with processes(settings.train.device) as group:
+        _alone(group, "--find-batch")
+        trainer = Trainer(settings, out, group)
+
+        def fits(size: int) -> bool:
+            speed = _speed(trainer, group, size)
+            tell(f"{size:5} sequences: " + (f"{speed:,.0f} tokens/s" if speed else "memory runs out"))
+            if speed:
+                speeds[size] = speed
+            return speed > 0.0
+
+        size = 1
+        while size <= largest and fits(size):
+            size *= 2
+        low, high = size // 2, min(size, largest)
+        while low and high - low > max(1, low // 8):
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+    if not speeds:
+        raise SettingsError("--find-batch: one sequence does not fit: shorten [data] context, or the model")
+    best = max(speeds.values())
+    return BatchTest(speeds, min(size for size, speed in speeds.items() if speed >= 0.97 * best))
+
+
+def _speed(trainer: Trainer, group: Processes, size: int) -> float:
+    """Tokens a second of a step of ``size`` sequences; 0 where memory runs out."""
+    on_gpu = group.device.type == "cuda"
+    try:
+        rate = 0.0
+        for attempt in range(2):
+            # The first step allocates the optimizer's state and fills caches; the second is timed.
+            batch = trainer.source.training_batch(attempt, size)
+            if not on_gpu and _memory_left() < _step_bytes(trainer, batch.ids.numel()):
+                return 0.0
+            began = time.perf_counter()
+            trainer.step(attempt, batch).values.tolist()
+            rate = batch.ids.numel() / (time.perf_counter() - began)
+        return rate
+    except (torch.OutOfMemoryError, MemoryError):
+        return 0.0
+    finally:
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+
+def _memory_left() -> int:
+    """Bytes this machine can still give: running out of them on a CPU kills instead of raising."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    raise SettingsError("/proc/meminfo does not say how much memory is left")
+
+
+def _step_bytes(trainer: Trainer, tokens: int) -> int:
+    """What a step's activations may take, generously: 34 tensors of (tokens, width) a block, in fp32.
+
+    The count is that of Korthikanti et al. 2022 (section 4.1) without the attention matrix, which
+    flash attention does not store.
+    """
+    config = trainer.objective.model.config
+    weights = sum(p.numel() for p in trainer.objective.parameters())
+    return tokens * config.n_embd * 4 * 34 * config.n_layer + 4 * 3 * weights
+
+
+def _alone(group: Processes, what: str) -> None:
+    if group.world > 1:
+        raise SettingsError(f"{what} runs in one process, not under torchrun")

@@ -1,0 +1,442 @@
+"""Training: settings, data, schedules, optimizers, the loop against transformers, resuming, stopping."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gptkern.config import GPTConfig
+from gptkern.model import GPT
+from gptkern.tokenizer import Tokenizer
+from gptkern.train import DivergedError, Lion, Settings, SettingsError, Trainer, make_optimizers, train
+from gptkern.train import checkpoints as checkpoints_module
+from gptkern.train.data import Examples, Windows, load_pairs, pair_ids
+from gptkern.train.evaluate import evaluate
+from gptkern.train.logs import read_log
+from gptkern.train.processes import Processes
+from gptkern.train.schedule import share
+from gptkern.train.settings import DataSettings, EvalSettings, OptimizerSettings, ScheduleSettings
+from gptkern.train.tokens import char_tokenizer, encode_all, load_split, pieces
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+TEXT = "To be, or not to be: that is the question.\n" * 60
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def tiny(path: Path, **tables: dict[str, Any]) -> Settings:
+    """A run of a few seconds; ``tables`` change some keys."""
+    base: dict[str, dict[str, Any]] = {
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0},
+        "data": {"path": str(path), "tokenizer": "char", "context": 16},
+        "train": {"steps": 6, "batch_size": 4, "device": "cpu", "seed": 3},
+        "optimizer": {"lr": 1e-2},
+        "eval": {"every": 3},
+        "checkpoint": {"every": 2},
+        "log": {"every": 1},
+    }
+    for name, table in tables.items():
+        base[name] = base.get(name, {}) | table
+    return Settings.from_dict(base)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return GPT.from_pretrained(folder).state_dict()
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"optimiser": {}}, "optimiser is not a setting; did you mean 'optimizer'"),
+        ({"train": {"step": 5}}, r"\[train\] step is not a setting; did you mean 'steps'"),
+        ({"train": {"steps": 0}}, r"\[train\] steps is 0; 1 or more"),
+        ({"train": {"steps": 2.5}}, r"\[train\] steps is 2.5; int is needed"),
+        ({"train": {"steps": True}}, r"\[train\] steps is True"),
+        ({"train": 3}, "a table"),
+        ({"optimizer": {"name": "adamx"}}, "accepted are adamw"),
+        ({"schedule": {"name": "cos"}}, "accepted are constant"),
+        ({"data": {"path": 3}}, r"\[data\] path is 3; a list of str"),
+        ({"data": {"val_fraction": 1.0}}, "val_fraction"),
+        ({"model": {"layers": 2}}, r"\[model\] layers is not a setting"),
+        ({"model": {"from": "x", "n_layer": 2}}, "remove n_layer"),
+        ({"lora": {"rank": 4}}, r"\[model\] from is needed"),
+    ],
+)
+def test_settings_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Settings.from_dict(data)
+
+
+def test_settings_read_back(tmp_path: Path) -> None:
+    settings = tiny(tmp_path / "a", optimizer={"lr": 1})
+    assert settings.optimizer.lr == 1.0
+    assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_shipped_configurations_are_valid() -> None:
+    folder = Path(__file__).parent.parent / "configs"
+    found = [Settings.from_file(path) for path in sorted(folder.glob("*.toml"))]
+    assert len(found) >= 2
+
+
+def test_settings_file_errors_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text("[train\n")
+    with pytest.raises(SettingsError, match=r"broken\.toml"):
+        Settings.from_file(path)
+    with pytest.raises(SettingsError, match=r"missing.toml"):
+        Settings.from_file(tmp_path / "missing.toml")
+
+
+def test_schedules() -> None:
+    def rates(name: str, **more: Any) -> list[float]:
+        return [share(ScheduleSettings(name=name, **more), step, 100) for step in range(100)]
+
+    assert set(rates("constant")) == {1.0}
+    cosine = rates("cosine", warmup=10, final=0.1)
+    assert cosine[0] == pytest.approx(1 / 11)
+    assert cosine[10] == 1.0
+    assert cosine[55] == pytest.approx(0.55)
+    assert cosine[99] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 89 / 90)))
+    linear = rates("linear", final=0.0)
+    assert linear[50] == pytest.approx(0.5)
+    assert linear[99] == pytest.approx(0.01)
+    wsd = rates("wsd", warmup=10, decay=20, final=0.0)
+    assert wsd[10:81] == [1.0] * 71
+    assert wsd[90] == pytest.approx(0.5)
+
+
+def test_lion_follows_the_paper() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = Lion([parameter], lr=0.1, betas=(0.9, 0.99), weight_decay=0.5)
+    value, momentum = parameter.detach().double(), torch.zeros(2, dtype=torch.float64)
+    for gradient in (torch.tensor([3.0, -1.0]), torch.tensor([-50.0, 0.2])):
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        direction = torch.sign(0.9 * momentum + 0.1 * gradient)
+        value = value - 0.1 * (direction + 0.5 * value)
+        momentum = 0.99 * momentum + 0.01 * gradient
+        torch.testing.assert_close(parameter.double(), value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lion", "muon"])
+def test_optimizers_learn_and_decay_matrices_alone(name: str, text_file: Path, tmp_path: Path) -> None:
+    rate = {"sgd": 0.1, "lion": 1e-3}.get(name, 1e-2)
+    settings = tiny(
+        text_file, optimizer={"name": name, "lr": rate}, train={"steps": 30}, checkpoint={"every": 0}
+    )
+    result = train(settings, tmp_path / "run")
+    assert result.metrics["val_loss"] < 2.8  # the uniform guess over 19 characters: 2.94
+    model = GPT(GPTConfig(vocab_size=11, n_positions=4, n_layer=1, n_head=1, n_embd=4))
+    for optimizer in make_optimizers(model, OptimizerSettings(name=name)):
+        for group in optimizer.param_groups:
+            assert all((p.dim() == 2) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_char_tokenizer_is_nanogpts() -> None:
+    tokenizer = char_tokenizer("hello\nwörld")
+    assert tokenizer.encode("hello") == [sorted(set("hello\nwörld")).index(c) for c in "hello"]
+    assert tokenizer.decode(tokenizer.encode("wörld\nhello")) == "wörld\nhello"
+
+
+def test_pieces_tokenise_as_the_whole(shared_data: Path) -> None:
+    text = (shared_data / "tinyshakespeare.txt").read_text()[:200_000] + "\n\n  odd \n\t spaces\n \n\nx\n y"
+    tokenizer = Tokenizer.from_pretrained(shared_data / "gpt2-tokenizer")
+    parts = pieces(text, 1000)
+    assert len(parts) > 50
+    assert "".join(parts) == text
+    assert [i for ids in encode_all(tokenizer, parts, 1) for i in ids] == tokenizer.encode(text)
+
+
+@pytest.mark.slow
+def test_parallel_tokenising_equals_serial(shared_data: Path) -> None:
+    text = (shared_data / "tinyshakespeare.txt").read_text() * 3
+    tokenizer = Tokenizer.from_pretrained(shared_data / "gpt2-tokenizer")
+    parts = pieces(text)
+    assert list(encode_all(tokenizer, parts, 2)) == [tokenizer.encode(part) for part in parts]
+
+
+def test_text_split_is_nanogpts(shared_data: Path, tmp_path: Path) -> None:
+    settings = DataSettings(path=[str(shared_data / "tinyshakespeare.txt")], tokenizer="char")
+    split = load_split(settings, None, tmp_path, writer=True)
+    assert (len(split.train[0]), len(split.val[0])) == (1003854, 111540)
+    assert split.train[0].dtype == np.uint16
+    assert split.tokenizer is not None
+    assert split.tokenizer.vocab_size == 65
+    stamp = (tmp_path / "train.bin").stat().st_mtime_ns
+    load_split(settings, None, tmp_path, writer=True)
+    assert (tmp_path / "train.bin").stat().st_mtime_ns == stamp  # not tokenised again
+
+
+def test_bin_shards(tmp_path: Path) -> None:
+    """nanoGPT's bare uint16 ids, and llm.c's with a header."""
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, 1, 40
+    np.arange(50, dtype=np.uint16).tofile(tmp_path / "train_0.bin")
+    (tmp_path / "train_1.bin").write_bytes(header.tobytes() + np.arange(40, dtype=np.uint16).tobytes())
+    np.arange(30, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    split = load_split(DataSettings(kind="bin", path=[str(tmp_path)]), None, tmp_path / "c", writer=True)
+    assert [len(shard) for shard in split.train] == [50, 40]
+    assert split.train[1][:3].tolist() == [0, 1, 2]
+    with pytest.raises(SettingsError, match="no token shards"):
+        load_split(DataSettings(kind="bin", path=[str(tmp_path.parent)]), None, tmp_path, writer=True)
+
+
+def test_jsonl_documents_end_in_end_of_text(shared_data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Document {i}."}) + "\n" for i in range(10)))
+    settings = DataSettings(
+        kind="jsonl", path=[str(path)], tokenizer=str(shared_data / "gpt2-tokenizer"), val_fraction=0.2
+    )
+    split = load_split(settings, None, tmp_path / "tokens", writer=True)
+    assert (split.train[0] == 50256).sum() == 8
+    assert split.train[0][-1] == 50256
+    path.write_text('{"txt": 1}\n')
+    with pytest.raises(SettingsError, match="line 1: no 'text'"):
+        load_split(settings, None, tmp_path / "tokens", writer=True)
+
+
+def test_windows() -> None:
+    source = Windows([np.arange(20), np.arange(100, 115)], [np.arange(30)], 8, 0)
+    starts = set()
+    for step in range(40):
+        batch = source.training_batch(step, 4)
+        assert torch.equal(batch.ids[:, 1:], batch.targets[:, :-1])
+        assert all(row[-1] - row[0] == 7 for row in batch.ids)
+        starts |= {int(row[0]) for row in batch.ids}
+    assert starts == set(range(12)) | set(range(100, 107))
+    assert source.training_batch(5, 4).rows == source.training_batch(5, 4).rows
+    assert source.training_batch(5, 4).rows != source.training_batch(6, 4).rows
+    targets = [t for batch in source.held_out(0, 2) for t in batch.targets.flatten().tolist()]
+    assert targets == list(range(1, 30))
+    assert sum(batch.counted for batch in source.held_out(13, 2)) == 13
+    with pytest.raises(SettingsError, match="context is 40"):
+        Windows([np.arange(20)], [np.arange(30)], 40, 0)
+
+
+def test_pairs_count_the_answer_alone() -> None:
+    tokenizer = Tokenizer.bytes()
+    settings = DataSettings(context=64)
+    ids, targets = pair_ids(tokenizer, "2+2", "4", settings)
+    assert bytes(ids) == b"2+2\n4"
+    assert targets == [-100] * 3 + [ord("4"), ord("\n")]
+    ids, targets = pair_ids(tokenizer, "x" * 100, "answer", DataSettings(context=16))
+    assert len(ids) == len(targets) == 16
+    assert bytes(t for t in targets if t >= 0) == b"answer\n"
+
+
+def test_examples_visit_every_row_each_epoch() -> None:
+    source = Examples([([i], [i]) for i in range(10)], [], 0)
+    epochs = [[i for s in range(5 * e, 5 * e + 5) for i in source.training_batch(s, 2).rows] for e in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
+    assert epochs[0] != epochs[1]
+
+
+def test_equals_transformers_with_adamw(text_file: Path, tmp_path: Path) -> None:
+    """The same batches through transformers' GPT-2 and PyTorch's AdamW: the same losses over 50 steps."""
+    transformers = pytest.importorskip("transformers")
+    settings = tiny(
+        text_file,
+        model={"n_embd": 32},
+        train={"steps": 50, "grad_clip": 1.0},
+        optimizer={"lr": 3e-3, "weight_decay": 0.1},
+        schedule={"name": "constant"},
+    )
+    trainer = Trainer(settings, tmp_path, ALONE)
+    ours = trainer.objective.model
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**{k: v for k, v in ours.config.to_dict().items() if k != "architectures"})
+    ).train()
+    ours.save_pretrained(tmp_path / "start")
+    theirs.load_state_dict(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "start").state_dict())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in theirs.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in theirs.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
+    for step in range(50):
+        batch = trainer.source.training_batch(step, 4)
+        loss = torch.nn.functional.cross_entropy(
+            theirs(batch.ids).logits.flatten(0, 1), batch.targets.flatten()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        found = float(trainer.step(step, batch).values[0])
+        assert abs(found - loss.item()) < 1e-4, f"step {step}"
+    assert loss.item() < 2.0
+
+
+def test_plain_loop() -> None:
+    model = GPT(GPTConfig(vocab_size=20, n_positions=16, n_layer=1, n_head=2, n_embd=16))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids = torch.arange(16).repeat(4, 1)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        optimizer.step()
+        losses.append(out.loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("change", [{"micro_batch_size": 1}, {"gradient_checkpointing": True}])
+def test_accumulation_and_checkpointing_change_nothing(
+    change: dict[str, Any], text_file: Path, tmp_path: Path
+) -> None:
+    first, second = (Trainer(tiny(text_file, train=more), tmp_path, ALONE) for more in ({}, change))
+    for step in range(4):
+        batch = first.source.training_batch(step, 4)
+        one, other = first.step(step, batch).values, second.step(step, batch).values
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_keeps_master_weights(text_file: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(text_file, train={"precision": "bfloat16"}), tmp_path, ALONE)
+    losses = [
+        float(trainer.step(step, trainer.source.training_batch(step, 4)).values[0]) for step in range(15)
+    ]
+    assert losses[-1] < losses[0]
+    assert {p.dtype for p in trainer.objective.parameters()} == {torch.float32}
+
+
+def test_evaluation(text_file: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(text_file), tmp_path, ALONE)
+    found = evaluate(trainer.objective, trainer.source, EvalSettings(batch_size=3), "float32", ALONE)
+    again = evaluate(trainer.objective, trainer.source, EvalSettings(batch_size=50), "float32", ALONE)
+    assert found["val_loss"] == pytest.approx(again["val_loss"], rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(found["val_loss"]))
+    # one byte a character here
+    assert found["bits_per_byte"] == pytest.approx(found["val_loss"] / math.log(2))
+
+
+def test_a_run_and_its_folder(text_file: Path, tmp_path: Path) -> None:
+    result = train(tiny(text_file, eval={"samples": 1, "sample_tokens": 5}), tmp_path / "run")
+    assert result.finished
+    rows = read_log(tmp_path / "run" / "log.jsonl")
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000006"]
+    assert_same_weights(tmp_path / "run" / "model", tmp_path / "run" / "checkpoints" / names[-1])
+    model = GPT.from_pretrained(tmp_path / "run" / "best")
+    assert model.tokenizer is not None
+    with pytest.raises(SettingsError, match="holds a run at step 6"):
+        train(tiny(text_file), tmp_path / "run")
+    assert train(tiny(text_file), tmp_path / "run", resume=True).step == 6
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon"])
+def test_resumed_equals_unbroken(name: str, text_file: Path, tmp_path: Path) -> None:
+    """Interrupted after step 3 and gone on with: the same weights and the same log, to the last bit."""
+    settings = tiny(text_file, optimizer={"name": name, "lr": 1e-3}, model={"dropout": 0.1})
+    train(settings, tmp_path / "whole")
+
+    def interrupt(trainer: Trainer) -> None:
+        step = trainer.step
+
+        def counted(number: int, *rest: Any) -> Any:
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(number, *rest)
+
+        trainer.step = counted  # type: ignore[method-assign]
+
+    stopped = train(settings, tmp_path / "broken", started=interrupt)
+    assert (stopped.finished, stopped.step) in [(False, 3), (False, 4)]
+    assert train(settings, tmp_path / "broken", resume=True).finished
+    assert_same_weights(tmp_path / "whole" / "model", tmp_path / "broken" / "model")
+    logs = [read_log(tmp_path / folder / "log.jsonl") for folder in ("whole", "broken")]
+    for row in logs[0] + logs[1]:
+        row.pop("tokens_per_s", None)
+    assert logs[0] == logs[1]
+
+
+def test_another_model_is_not_resumed(text_file: Path, tmp_path: Path) -> None:
+    train(tiny(text_file, train={"steps": 2}), tmp_path / "run")
+    with pytest.raises(SettingsError, match=r"n_embd is 32.*began with 16"):
+        train(tiny(text_file, model={"n_embd": 32}), tmp_path / "run", resume=True)
+
+
+def test_divergence_names_step_rows_and_checkpoint(text_file: Path, tmp_path: Path) -> None:
+    def poison(trainer: Trainer) -> None:
+        step = trainer.step
+
+        def poisoned(number: int, *rest: Any) -> Any:
+            if number == 4:
+                with torch.no_grad():
+                    trainer.trained[0][0] = float("nan")
+            return step(number, *rest)
+
+        trainer.step = poisoned  # type: ignore[method-assign]
+
+    with pytest.raises(DivergedError, match=r"step 5: the loss is nan.*rows \[\d+, .*step-00000004"):
+        train(tiny(text_file), tmp_path / "run", started=poison)
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "model").values())
+
+
+def test_unwritable_folder_is_said_at_the_start(text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="cannot be written"):
+        train(tiny(text_file), tmp_path / "file" / "run")
+
+
+def test_too_small_a_disk_is_said_at_the_start(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(checkpoints_module.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(SettingsError, match=r"are free; the run's checkpoints need"):
+        train(tiny(text_file), tmp_path / "run")
+
+
+def test_full_disk_leaves_the_old_checkpoint(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoints_module._write_state
+    calls = []
+
+    def full(folder: Path, *rest: Any) -> None:
+        calls.append(folder)
+        if len(calls) == 2:
+            folder.mkdir()
+            (folder / "half").write_text("x")
+            raise OSError(28, "No space left on device")
+        write(folder, *rest)
+
+    monkeypatch.setattr(checkpoints_module, "_write_state", full)
+    with pytest.raises(OSError, match="No space"):
+        train(tiny(text_file), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert train(tiny(text_file), tmp_path / "run", resume=True).finished
+
+
+def test_load_pairs_reads_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": str(i), "answer": "yes"}) + "\n" for i in range(10)))
+    source = load_pairs(DataSettings(kind="pairs", path=[str(path)]), Tokenizer.bytes(), 0)
+    batch = source.training_batch(0, 3)
+    assert batch.counted == 3 * 4
+    assert len(list(source.held_out(0, 8))) == 1
