@@ -142,3 +142,89 @@ def dropout_keep(seed, stream, first_row, first_col, dropout_p, ROWS: tl.constex
     bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(ROWS, COLS)
     # The upper 24 bits are exact in fp32.
     return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08 >= dropout_p
+
+
+@triton.jit
+def row_offsets(row, inner, stride_outer, stride_inner):
+    """Where each row starts in a tensor whose rows lie in two nested strides.
+
+    int64: rows times stride passes 2^31 at 2.8 M tokens of GPT-2 124M.
+    """
+    outer = row // inner
+    return outer.to(tl.int64) * stride_outer + (row - outer * inner).to(tl.int64) * stride_inner
+
+
+@triton.jit
+def row_statistics(x, lanes, eps, WIDTH: tl.constexpr, CENTERED: tl.constexpr):
+    """(x less its mean, 1 / its standard deviation, mean) of each row of an fp32 tile.
+
+    The mean is taken away before squaring: E[x^2] - E[x]^2 cancels where the mean is large.
+    Without CENTERED the mean is taken to be 0 (RMS norm). Lanes beyond WIDTH must hold 0.
+    """
+    if CENTERED:
+        mean = tl.sum(x, axis=1) / WIDTH
+        x = tl.where(lanes[None, :], x - mean[:, None], 0.0)
+    else:
+        mean = tl.zeros([x.shape[0]], tl.float32)
+    variance = tl.sum(x * x, axis=1) / WIDTH
+    return x, tl.rsqrt(variance + eps), mean
+
+
+@triton.jit
+def row_dropout(x, seed, row, start, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Dropout of columns ``start`` to ``start + BLOCK`` of a tile, by Philox counters (Salmon et al. 2011).
+
+    One call at counter (column // 8, row) gives eight 16-bit numbers, one for each of eight columns;
+    a column is kept where its number is at least ``threshold``. So the mask follows from seed, row
+    and column alone, and the backward pass draws the same one. Philox with 7 rounds passes BigCrush.
+    """
+    call = (start // 8 + tl.arange(0, BLOCK // 8))[None, :] + tl.zeros([ROWS, 1], tl.int32)
+    zero = tl.zeros([ROWS, BLOCK // 8], tl.int32)
+    a, b, c, d = tl.philox(seed, call, zero + row[:, None], zero, zero, n_rounds=7)
+    words = tl.join(tl.join(a, c), tl.join(b, d))
+    bits = tl.join(words & 0xFFFF, words >> 16)
+    keep = tl.reshape(bits, [ROWS, BLOCK]).to(tl.int32) >= threshold
+    return tl.where(keep, x * scale, 0.0)
+
+
+@triton.jit
+def online_softmax(scores, row_max, row_sum, scale_log2):
+    """One step of the online softmax (Milakov and Gimelshein 2018) over the last axis, in base 2.
+
+    Returns the tile's weights relative to the new maximum, the new maximum and sum, and the factor
+    that brings what was accumulated before to the new maximum. ``row_max`` is of ``scores *
+    scale_log2``; the scale must be positive, so that it can be applied inside one multiply-add.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+    # A row that has seen nothing yet: (-inf) - (-inf) is NaN.
+    origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores * scale_log2 - origin[:, None])
+    rescale = tl.exp2(row_max - origin)
+    return weights, new_max, row_sum * rescale + tl.sum(weights, 1), rescale
+
+
+@triton.jit
+def tanh(x):
+    """tanh to within a few ulp: a series near 0, where the exponential form loses digits."""
+    x2 = x * x
+    near = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
+    t = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    far = (1.0 - t) / (1.0 + t)
+    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def dropout_keep(seed, stream, first_row, first_col, dropout_p, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Which elements of a ``(ROWS, COLS)`` tile dropout keeps: a function of seed, stream and position.
+
+    Philox 4x32 (Salmon et al. 2011) with 7 rounds, the fewest that pass BigCrush there. One counter
+    gives four neighbouring columns, so ``first_col`` must be a multiple of 4; tiles of any shape
+    agree on the elements they share.
+    """
+    rows = first_row + tl.arange(0, ROWS)[:, None]
+    groups = first_col // 4 + tl.arange(0, COLS // 4)[None, :]
+    zero = rows * 0 + groups * 0
+    r0, r1, r2, r3 = tl.philox(seed, groups + zero, rows + zero, stream + zero, zero, 7)
+    bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(ROWS, COLS)
+    # The upper 24 bits are exact in fp32.
+    return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08 >= dropout_p
