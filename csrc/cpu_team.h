@@ -22,24 +22,14 @@ struct TeamMemory {
     std::atomic<int> arrived, phase;
     Slot slots[kMaxTeam];
     uint64_t* bin_weights;  // (threads, kCoarseBins)
-    uint32_t* bin_counts;   // (threads, kCoarseBins)
-    float* values;          // (vocab)
+    float *values, *widened;  // (vocab)
     uint32_t* list;         // (vocab)
     std::atomic<uint32_t> list_length;
     uint64_t digit_weights[kDigits];
     uint32_t digit_counts[kDigits];
-    Crossing bin;
+    CoarseCrossing bin;
     Found found;
 };
-
-inline Crossing find_crossing(const uint64_t* weights, const uint32_t* counts, int n, uint64_t target) {
-    uint64_t before = 0;
-    for (int i = 0; i < n; ++i) {
-        if (target < before + weights[i]) return {i, before, counts[i]};
-        before += weights[i];
-    }
-    return {-1, before, 0};
-}
 
 // The one thread that finishes a list.
 class CpuInner {
@@ -62,7 +52,10 @@ public:
     }
 
     GPTKERN_HD Crossing find_digit(uint64_t target) {
-        return find_crossing(memory_.digit_weights, memory_.digit_counts, kDigits, target);
+        uint64_t before = 0;
+        int i = 0;
+        while (i < kDigits - 1 && target >= before + memory_.digit_weights[i]) before += memory_.digit_weights[i++];
+        return {i, before, memory_.digit_counts[i]};
     }
 
     GPTKERN_HD void publish(uint32_t id) { published_ = id; }
@@ -119,26 +112,19 @@ public:
         return static_cast<uint32_t>(reduce(value, [](uint64_t a, uint64_t b) { return a > b ? a : b; }));
     }
 
-    void clear_bins() {
-        memset(weights(rank_), 0, kCoarseBins * sizeof(uint64_t));
-        memset(counts(rank_), 0, kCoarseBins * sizeof(uint32_t));
-    }
+    void clear_bins() { memset(weights(rank_), 0, kCoarseBins * sizeof(uint64_t)); }
+    GPTKERN_HD void add_bin(int bin, uint64_t weight) { weights(rank_)[bin] += weight; }
 
-    GPTKERN_HD void add_bin(int bin, uint64_t weight) {
-        weights(rank_)[bin] += weight;
-        counts(rank_)[bin] += 1;
-    }
-
-    Crossing find_bin(uint64_t target) {
+    CoarseCrossing find_bin(uint64_t target) {
         sync();
         if (rank_ == 0) {
             for (int other = 1; other < threads_; ++other) {
-                for (int i = 0; i < kCoarseBins; ++i) {
-                    weights(0)[i] += weights(other)[i];
-                    counts(0)[i] += counts(other)[i];
-                }
+                for (int i = 0; i < kCoarseBins; ++i) weights(0)[i] += weights(other)[i];
             }
-            memory_.bin = find_crossing(weights(0), counts(0), kCoarseBins, target);
+            uint64_t before = 0;
+            int i = 0;
+            while (i < kCoarseBins && target >= before + weights(0)[i]) before += weights(0)[i++];
+            memory_.bin = {i < kCoarseBins ? i : -1, before};
         }
         sync();
         return memory_.bin;
@@ -175,7 +161,6 @@ private:
     }
 
     uint64_t* weights(int rank) { return memory_.bin_weights + rank * kCoarseBins; }
-    uint32_t* counts(int rank) { return memory_.bin_counts + rank * kCoarseBins; }
 
     template <class Combine>
     uint64_t reduce(uint64_t value, Combine combine) {

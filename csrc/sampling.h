@@ -5,6 +5,7 @@
 // epsilon and eta, each on what the one before has left, renormalised; then the draw.
 #pragma once
 
+
 #include <cmath>
 
 #include "philox.h"
@@ -34,20 +35,16 @@ struct Kept {
         return w == 0 ? 0x7FF0000000000000ull : bit_cast<uint64_t>(d < 0 ? -d : d + 0.0);
     }
 
-    GPTKERN_HD bool within_cut(uint32_t id, float v) const {
-        const uint32_t key = order_key(v);
-        return key > cut_key || (key == cut_key && id <= cut_id);
-    }
-
+    // Without branches: the loops over a row must vectorise.
     GPTKERN_HD bool operator()(uint32_t id, float v, uint64_t w) const {
         const uint32_t key = order_key(v);
-        bool keep = key > cut_key || (key == cut_key && id <= cut_id);
-        keep = keep && (w >= min_weight || key == spared_key);
-        if (typical) {
-            const uint64_t d = distance(v, w);
-            keep = keep && (d < cut_distance || (d == cut_distance && id <= cut_distance_id));
-        }
-        return keep;
+        const bool above = (key > cut_key) | ((key == cut_key) & (id <= cut_id));
+        return above & ((w >= min_weight) | (key == spared_key)) & (!typical || near(id, v, w));
+    }
+
+    GPTKERN_HD bool near(uint32_t id, float v, uint64_t w) const {
+        const uint64_t d = distance(v, w);
+        return (d < cut_distance) | ((d == cut_distance) & (id <= cut_distance_id));
     }
 };
 
@@ -86,10 +83,8 @@ GPTKERN_HD Status check_params(const RowParams& p, int vocab, int logprobs, bool
 }
 
 // A row of the batch as the algorithm sees it.
-template <DType kType>
 struct Row {
-    using Type = typename Stored<kType>::Type;
-    const Type* logits;
+    const float* raw;
     uint32_t vocab;
     RowParams params;
     int64_t step;
@@ -98,17 +93,40 @@ struct Row {
     const float* bias_values;
     uint32_t n_bias, n_banned, n_eos;
     const int32_t* bitmask;
-
-    GPTKERN_HD float raw(uint32_t i) const { return Stored<kType>::widen(logits[i]); }
 };
 
-template <DType kType>
-GPTKERN_HD Row<kType> row_of(const SampleArguments& a, int64_t row, int position) {
-    const auto* logits = static_cast<const typename Stored<kType>::Type*>(a.logits);
+// A team's buffers, of vocab floats each.
+struct Buffers {
+    float *values, *widened;
+};
+
+template <DType kType, class Team>
+GPTKERN_HD void widen(Team& team, const void* logits, int64_t offset, uint32_t n, float* out) {
+    const auto* from = static_cast<const typename Stored<kType>::Type*>(logits) + offset;
+    team.for_each(n, [=](uint32_t i) { out[i] = Stored<kType>::widen(from[i]); });
+    team.sync();
+}
+
+// The row in fp32: where it is, or widened into the buffer.
+template <class Team>
+GPTKERN_HD const float* widened(Team& team, const void* logits, DType dtype, int64_t offset, uint32_t n, float* out) {
+    if (dtype == DType::kFloat32) return static_cast<const float*>(logits) + offset;
+    if (dtype == DType::kFloat16) {
+        widen<DType::kFloat16>(team, logits, offset, n, out);
+    } else {
+        widen<DType::kBFloat16>(team, logits, offset, n, out);
+    }
+    return out;
+}
+
+template <class Team>
+GPTKERN_HD Row row_of(Team& team, const SampleArguments& a, int64_t row, int position, const Buffers& buffers) {
     const auto ids = [row](const IdLists& lists) { return lists.ids ? lists.ids + row * lists.width : nullptr; };
     const auto width = [](const IdLists& lists) { return static_cast<uint32_t>(lists.ids ? lists.width : 0); };
-    return {logits + row * a.row_stride + position * a.position_stride,
-            static_cast<uint32_t>(a.vocab),
+    const uint32_t vocab = static_cast<uint32_t>(a.vocab);
+    const int64_t offset = row * a.row_stride + position * a.position_stride;
+    return {widened(team, a.logits, a.dtype, offset, vocab, buffers.widened),
+            vocab,
             a.params[row],
             a.counters[row].step + position,
             a.counts ? a.counts + row * a.vocab : nullptr,
@@ -143,11 +161,12 @@ GPTKERN_HD float penalised(float v, int32_t count, float repetition, float prese
 }
 
 // Copies the row to values with biases, penalties and bans applied.
-template <class Team, DType kType>
-GPTKERN_HD Status process(Team& team, const Row<kType>& row, float* values) {
+template <class Team>
+GPTKERN_HD Status process(Team& team, const Row& row, float* values) {
     constexpr float kBanned = -INFINITY;
     const RowParams& p = row.params;
-    team.for_each(row.vocab, [&](uint32_t i) { values[i] = row.raw(i); });
+    const float* raw = row.raw;
+    team.for_each(row.vocab, [=](uint32_t i) { values[i] = raw[i]; });
     bool known = true;
     team.sync();
     if (row.n_bias > 0) {
@@ -182,11 +201,11 @@ struct Extremes {
     uint32_t max_key, min_key;  // min over the tokens above -inf
 };
 
-template <class Team, class Value>
-GPTKERN_HD Extremes extremes(Team& team, uint32_t n, Value value) {
+template <class Team>
+GPTKERN_HD Extremes extremes(Team& team, uint32_t n, const float* values) {
     uint32_t high = 0, inverted_low = 0;
     team.for_each(n, [&](uint32_t i) {
-        const uint32_t key = order_key(value(i));
+        const uint32_t key = order_key(values[i]);
         high = key > high ? key : high;
         const uint32_t inverted = key == kKeyOfMinusInfinity ? 0u : ~key;
         inverted_low = inverted > inverted_low ? inverted : inverted_low;
@@ -268,7 +287,7 @@ struct Filter {
         const auto bin = [&](uint32_t i) { return bins(values[i]); };
         const auto one = [&](uint32_t i) { return static_cast<uint64_t>(values[i] > -INFINITY); };
         const uint64_t target = static_cast<uint64_t>(params.top_k) - 1;
-        const Crossing crossing = select_bin(team, vocab, bin, one, target, true);
+        const CoarseCrossing crossing = select_bin(team, vocab, bin, one, target, true);
         if (crossing.bin < 0) return;  // fewer than k tokens are allowed at all
         cut_at(by_value(one, target).id);
         d.listed = true;
@@ -292,7 +311,7 @@ struct Filter {
         }
         const DownwardBins bins = downward_bins(d.kept.v_max, bottom, (kWeightBits + 2) / d.kept.per_unit);
         const auto bin = [&](uint32_t i) { return bins(values[i]); };
-        const Crossing crossing = select_bin(team, vocab, bin, weight, target, false);
+        const CoarseCrossing crossing = select_bin(team, vocab, bin, weight, target, false);
         cut_at(by_value(weight, target - crossing.before).id);
     }
 
@@ -377,14 +396,14 @@ struct Filter {
 };
 
 // From logits to what is left of them. values is the team's buffer of vocab floats.
-template <class Team, DType kType>
-GPTKERN_HD Distribution distribution(Team& team, const Row<kType>& row, float* values, Status checked) {
+template <class Team>
+GPTKERN_HD Distribution distribution(Team& team, const Row& row, float* values, Status checked) {
     Distribution d{};
     d.status = checked;
     if (d.status != kOk) return d;
     d.status = process(team, row, values);
     if (d.status != kOk) return d;
-    const Extremes e = extremes(team, row.vocab, [&](uint32_t i) { return values[i]; });
+    const Extremes e = extremes(team, row.vocab, values);
     d.status = check_extremes(e);
     if (d.status != kOk) return d;
     const float v_max = from_order_key(e.max_key);
@@ -444,19 +463,19 @@ struct LogSoftmax {
     }
 };
 
-template <class Team, class Value>
-GPTKERN_HD LogSoftmax log_softmax(Team& team, uint32_t vocab, const Extremes& e, Value value) {
+template <class Team>
+GPTKERN_HD LogSoftmax log_softmax(Team& team, uint32_t vocab, const Extremes& e, const float* raw) {
     const float v_max = from_order_key(e.max_key);
     uint64_t total = 0;
-    team.for_each(vocab, [&](uint32_t i) { total += weight_of(halvings(v_max, value(i), kLog2E)); });
+    team.for_each(vocab, [&](uint32_t i) { total += weight_of(halvings(v_max, raw[i], kLog2E)); });
     const double relative = static_cast<double>(team.sum(total)) / static_cast<double>(kMaxWeight);
     return {v_max, std::log(relative)};
 }
 
 // The n most likely tokens of the raw row, most likely first, ties by lower id; padded with -1.
-template <class Team, class Value>
-GPTKERN_HD void top_logprobs(Team& team, uint32_t vocab, const Extremes& e, Value value, const LogSoftmax& logprob,
-                             uint32_t n, uint32_t width, int64_t* tokens, float* logprobs) {
+template <class Team>
+GPTKERN_HD void top_logprobs(Team& team, uint32_t vocab, const Extremes& e, const float* raw,
+                             const LogSoftmax& logprob, uint32_t n, uint32_t width, int64_t* tokens, float* logprobs) {
     team.for_each(width, [&](uint32_t i) {
         tokens[i] = -1;
         logprobs[i] = -INFINITY;
@@ -464,8 +483,8 @@ GPTKERN_HD void top_logprobs(Team& team, uint32_t vocab, const Extremes& e, Valu
     team.sync();
     if (n == 0) return;
     const DownwardBins bins = downward_bins(logprob.v_max, from_order_key(e.min_key), 64.0);
-    const auto one = [&](uint32_t i) { return static_cast<uint64_t>(value(i) > -INFINITY); };
-    const auto bin = [&](uint32_t i) { return bins(value(i)); };
+    const auto one = [&](uint32_t i) { return static_cast<uint64_t>(raw[i] > -INFINITY); };
+    const auto bin = [&](uint32_t i) { return bins(raw[i]); };
     uint64_t target = n - 1;
     if (select_bin(team, vocab, bin, one, target, true).bin < 0) {  // fewer than n tokens are above -inf
         target = 0;
@@ -476,7 +495,7 @@ GPTKERN_HD void top_logprobs(Team& team, uint32_t vocab, const Extremes& e, Valu
         team.close_list();
         target = team.list_length() - 1;
     }
-    const auto key = [&](uint32_t id) { return static_cast<uint64_t>(~order_key(value(id))); };
+    const auto key = [&](uint32_t id) { return static_cast<uint64_t>(~order_key(raw[id])); };
     const Found last = team.inner([&](auto& inner) {
         return select_in_list(inner, team.list(), team.list_length(), 32, key, one, target);
     });
@@ -489,7 +508,7 @@ GPTKERN_HD void top_logprobs(Team& team, uint32_t vocab, const Extremes& e, Valu
         uint32_t rank = 0;
         for (uint32_t j = 0; j < length; ++j) rank += one(list[j]) != 0 && ahead(list[j], id);
         tokens[rank] = id;
-        logprobs[rank] = logprob(value(id));
+        logprobs[rank] = logprob(raw[id]);
     });
     team.sync();
 }
@@ -517,15 +536,15 @@ GPTKERN_HD void commit_row(const SampleArguments& a, int64_t row) {
 }
 
 // Samples one row. A row that cannot be sampled gets token 0 and its status.
-template <DType kType, class Team>
-GPTKERN_HD void sample_row(Team& team, const SampleArguments& a, int64_t row_index, float* values) {
-    const Row<kType> row = row_of<kType>(a, row_index, 0);
+template <class Team>
+GPTKERN_HD void sample_row(Team& team, const SampleArguments& a, int64_t row_index, const Buffers& buffers) {
+    const Row row = row_of(team, a, row_index, 0, buffers);
     const RowCounter counter = a.counters[row_index];
-    const auto raw = [&](uint32_t i) { return row.raw(i); };
+    float* const values = buffers.values;
     Status status = check_params(row.params, a.vocab, a.logprobs, a.counts != nullptr);
     Extremes raw_extremes{};
     if (status == kOk && a.logprobs >= 0) {
-        raw_extremes = extremes(team, row.vocab, raw);
+        raw_extremes = extremes(team, row.vocab, row.raw);
         status = check_extremes(raw_extremes);
     }
     const Distribution d = distribution(team, row, values, status);
@@ -541,10 +560,10 @@ GPTKERN_HD void sample_row(Team& team, const SampleArguments& a, int64_t row_ind
     }
     if (a.logprobs >= 0) {
         LogSoftmax logprob{0, INFINITY};
-        if (d.status == kOk) logprob = log_softmax(team, row.vocab, raw_extremes, raw);
-        if (team.leads()) a.token_logprobs[row_index] = d.status == kOk ? logprob(row.raw(token)) : -INFINITY;
+        if (d.status == kOk) logprob = log_softmax(team, row.vocab, raw_extremes, row.raw);
+        if (team.leads()) a.token_logprobs[row_index] = d.status == kOk ? logprob(row.raw[token]) : -INFINITY;
         const uint32_t n = d.status == kOk ? static_cast<uint32_t>(row.params.n_logprobs) : 0u;
-        top_logprobs(team, row.vocab, raw_extremes, raw, logprob, n, static_cast<uint32_t>(a.logprobs),
+        top_logprobs(team, row.vocab, raw_extremes, row.raw, logprob, n, static_cast<uint32_t>(a.logprobs),
                      a.top_tokens + row_index * a.logprobs, a.top_logprobs + row_index * a.logprobs);
     }
     if (team.leads()) {

@@ -36,30 +36,31 @@ void reserve(int teams, int threads, int vocab) {
     if (teams > memory.team_count || threads > memory.threads_per_team || vocab > memory.vocab) {
         for (int i = 0; i < memory.team_count; ++i) {
             std::free(memory.teams[i].bin_weights);
-            std::free(memory.teams[i].bin_counts);
             std::free(memory.teams[i].values);
+            std::free(memory.teams[i].widened);
             std::free(memory.teams[i].list);
         }
         std::free(memory.teams);
+        const int count = teams > memory.team_count ? teams : memory.team_count;
         memory.team_count = 0;
         const int wide = threads > memory.threads_per_team ? threads : memory.threads_per_team;
         const int long_row = vocab > memory.vocab ? vocab : memory.vocab;
-        memory.teams = static_cast<TeamMemory*>(allocate(sizeof(TeamMemory) * teams));
-        for (int i = 0; i < teams; ++i) {
+        memory.teams = static_cast<TeamMemory*>(allocate(sizeof(TeamMemory) * count));
+        for (int i = 0; i < count; ++i) {
             TeamMemory& team = *new (&memory.teams[i]) TeamMemory{};
             team.bin_weights = static_cast<uint64_t*>(allocate(sizeof(uint64_t) * kCoarseBins * wide));
-            team.bin_counts = static_cast<uint32_t*>(allocate(sizeof(uint32_t) * kCoarseBins * wide));
             team.values = static_cast<float*>(allocate(sizeof(float) * long_row));
+            team.widened = static_cast<float*>(allocate(sizeof(float) * long_row));
             team.list = static_cast<uint32_t*>(allocate(sizeof(uint32_t) * long_row));
         }
-        memory.team_count = teams;
+        memory.team_count = count;
         memory.threads_per_team = wide;
         memory.vocab = long_row;
     }
     for (int i = 0; i < teams; ++i) memory.teams[i].threads = threads;
 }
 
-// Runs row_work(team, row, values) for every row.
+// Runs row_work(team, row, buffers) for every row.
 template <class RowWork>
 void over_rows(int rows, int vocab, int threads, RowWork row_work) {
     const int usable = threads < kMaxTeam ? threads : kMaxTeam;
@@ -77,27 +78,11 @@ void over_rows(int rows, int vocab, int threads, RowWork row_work) {
         const int index = thread / c.wide;
         CpuTeam team(memory.teams[index], thread % c.wide);
         for (int row = index; row < c.rows; row += c.teams) {
-            c.work(team, row, memory.teams[index].values);
+            c.work(team, row, {memory.teams[index].values, memory.teams[index].widened});
             team.sync();
         }
     };
     run_together(teams * wide, one_thread, &context);
-}
-
-template <DType kType>
-void sample_typed(const SampleArguments& a, int threads) {
-    over_rows(a.batch, a.vocab, threads, [&](CpuTeam& team, int row, float* values) {
-        if (a.draft_tokens != nullptr) {
-            speculate_row<kType>(team, a, row, values);
-        } else {
-            sample_row<kType>(team, a, row, values);
-        }
-    });
-}
-
-template <DType kType>
-void top_k_typed(const TopKArguments& a, int threads) {
-    over_rows(a.rows, a.vocab, threads, [&](CpuTeam& team, int row, float*) { top_k_row<kType>(team, a, row); });
 }
 
 // Commits only where every row could be sampled, so that a refused call changes nothing.
@@ -105,11 +90,13 @@ void sample(const SampleArguments& asked, int threads) {
     const Call call;
     SampleArguments a = asked;
     a.commit = Commit::kNo;
-    switch (a.dtype) {
-        case DType::kFloat32: sample_typed<DType::kFloat32>(a, threads); break;
-        case DType::kFloat16: sample_typed<DType::kFloat16>(a, threads); break;
-        case DType::kBFloat16: sample_typed<DType::kBFloat16>(a, threads); break;
-    }
+    over_rows(a.batch, a.vocab, threads, [&](CpuTeam& team, int row, const Buffers& buffers) {
+        if (a.draft_tokens != nullptr) {
+            speculate_row(team, a, row, buffers);
+        } else {
+            sample_row(team, a, row, buffers);
+        }
+    });
     if (asked.commit == Commit::kNo) return;
     for (int row = 0; row < a.batch; ++row) {
         if (a.status[row] != kOk) return;
@@ -119,11 +106,8 @@ void sample(const SampleArguments& asked, int threads) {
 
 void top_k(const TopKArguments& a, int threads) {
     const Call call;
-    switch (a.dtype) {
-        case DType::kFloat32: return top_k_typed<DType::kFloat32>(a, threads);
-        case DType::kFloat16: return top_k_typed<DType::kFloat16>(a, threads);
-        case DType::kBFloat16: return top_k_typed<DType::kBFloat16>(a, threads);
-    }
+    over_rows(a.rows, a.vocab, threads,
+              [&](CpuTeam& team, int row, const Buffers& buffers) { top_k_row(team, a, row, buffers); });
 }
 
 uint64_t weight(double halvings) { return weight_of(halvings); }

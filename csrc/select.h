@@ -20,11 +20,16 @@ constexpr int kDigits = 1 << kDigitBits;
 constexpr int kIdBits = 24;
 static_assert(kMaxVocab <= 1 << kIdBits, "an id must fit its digits");
 
-// Where a histogram's running sum passes the target: the bin, the sum before it, and its elements.
-struct Crossing {
+// Where a histogram's running sum passes the target: the bin, and the sum before it.
+struct CoarseCrossing {
     int bin;  // -1: the whole histogram does not reach the target
     uint64_t before;
-    uint32_t count;
+};
+
+struct Crossing {
+    int bin;
+    uint64_t before;
+    uint32_t count;  // elements in the bin
 };
 
 struct Found {
@@ -76,10 +81,11 @@ GPTKERN_HD Found select_in_list(Inner& inner, const uint32_t* list, uint32_t len
 // The coarse half: fills the team's list with the elements of the crossing bin (with_better: and of all
 // bins ahead of it). bin(i) must never decrease along the order that is meant.
 template <class Team, class Bin, class Weight>
-GPTKERN_HD Crossing select_bin(Team& team, uint32_t n, Bin bin, Weight weight, uint64_t target, bool with_better) {
+GPTKERN_HD CoarseCrossing select_bin(Team& team, uint32_t n, Bin bin, Weight weight, uint64_t target,
+                                     bool with_better) {
     team.clear_bins();
     team.for_each_weight(n, weight, [&](uint32_t i, uint64_t w) { team.add_bin(bin(i), w); });
-    const Crossing crossing = team.find_bin(target);
+    const CoarseCrossing crossing = team.find_bin(target);
     if (crossing.bin < 0) return crossing;
     team.clear_list();
     team.for_each(n, [&](uint32_t i) {

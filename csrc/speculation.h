@@ -60,8 +60,9 @@ GPTKERN_HD Status check_draft(const SampleArguments& a, int64_t row) {
 
 // Verifies one row's draft. tokens[row] gets the accepted ones, one more of the target's own, then -1.
 // A row that cannot be sampled accepts nothing and gets token 0 and its status.
-template <DType kType, class Team>
-GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_index, float* values) {
+template <class Team>
+GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_index, const Buffers& buffers) {
+    float* const values = buffers.values;
     const RowCounter counter = a.counters[row_index];
     const int drafted = a.positions - 1;
     int64_t* tokens = a.tokens + row_index * a.positions;
@@ -72,7 +73,7 @@ GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_
     }
     int given = 0;
     for (int position = 0; position <= drafted; ++position) {
-        const Row<kType> row = row_of<kType>(a, row_index, position);
+        const Row row = row_of(team, a, row_index, position, buffers);
         const Distribution d = distribution(team, row, values, status);
         status = d.status;
         if (status != kOk) break;
@@ -109,11 +110,10 @@ GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_
 }
 
 // The k most likely tokens of a row and their log-softmax.
-template <DType kType, class Team>
-GPTKERN_HD void top_k_row(Team& team, const TopKArguments& a, int64_t row) {
-    const auto* logits = static_cast<const typename Stored<kType>::Type*>(a.logits) + row * a.row_stride;
+template <class Team>
+GPTKERN_HD void top_k_row(Team& team, const TopKArguments& a, int64_t row, const Buffers& buffers) {
     const uint32_t vocab = static_cast<uint32_t>(a.vocab);
-    const auto raw = [&](uint32_t i) { return Stored<kType>::widen(logits[i]); };
+    const float* raw = widened(team, a.logits, a.dtype, row * a.row_stride, vocab, buffers.widened);
     const Extremes e = extremes(team, vocab, raw);
     const Status status = check_extremes(e);
     LogSoftmax logprob{0, INFINITY};

@@ -20,12 +20,6 @@ template <DType kType>
 struct Stored;
 
 template <>
-struct Stored<DType::kFloat32> {
-    using Type = float;
-    static GPTKERN_HD float widen(float x) { return x; }
-};
-
-template <>
 struct Stored<DType::kBFloat16> {
     using Type = uint16_t;
     static GPTKERN_HD float widen(uint16_t x) { return bit_cast<float>(static_cast<uint32_t>(x) << 16); }
@@ -46,8 +40,9 @@ struct Stored<DType::kFloat16> {
 // Unsigned key in the order of the floats; NaN is above all, -0 equals +0.
 GPTKERN_HD uint32_t order_key(float v) {
     const uint32_t bits = bit_cast<uint32_t>(v + 0.0f);
-    const uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return v != v ? 0xFFFFFFFFu : key;
+    const uint32_t negative = 0u - (bits >> 31);
+    const uint32_t key = bits ^ (negative | 0x80000000u);
+    return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0xFFFFFFFFu : key;
 }
 
 GPTKERN_HD float from_order_key(uint32_t key) {

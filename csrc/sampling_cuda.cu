@@ -1,0 +1,126 @@
+// The CUDA path: one cluster a row, on the caller's stream, in the caller's workspace. Nothing here
+// allocates or waits, so that calls can be captured in a graph.
+//
+// How many blocks share a row follows the number of rows; results do not depend on it.
+#include <stdexcept>
+#include <string>
+
+#include "cuda_path.h"
+#include "cuda_team.cuh"
+#include "sampling.h"
+#include "speculation.h"
+
+namespace gptkern {
+
+const bool kHasCuda = true;
+const char* const kCudaArchs = GPTKERN_CUDA_ARCHS;
+
+namespace {
+
+// More rows than this take turns in the workspace.
+constexpr int64_t kMaxClusters = 256;
+
+struct RowMemory {
+    float *values, *widened;
+    uint32_t* list;
+};
+
+__host__ __device__ RowMemory row_memory(std::uintptr_t workspace, int64_t slot, int64_t vocab) {
+    float* const values = reinterpret_cast<float*>(workspace) + slot * 3 * vocab;
+    return {values, values + vocab, reinterpret_cast<uint32_t*>(values + 2 * vocab)};
+}
+
+// RowWork(team, row, buffers), for every row of this cluster.
+template <class RowWork>
+__device__ __forceinline__ void over_rows(int64_t rows, int64_t vocab, std::uintptr_t workspace, RowWork row_work) {
+    __shared__ BlockMemory memory;
+    const int64_t cluster = blockIdx.x / cluster_size();
+    const int64_t clusters = gridDim.x / cluster_size();
+    const RowMemory slot = row_memory(workspace, cluster, vocab);
+    ClusterTeam team(memory, slot.list);
+    for (int64_t row = cluster; row < rows; row += clusters) {
+        row_work(team, row, Buffers{slot.values, slot.widened});
+        team.sync();  // also: no block may end while another still reads its shared memory
+    }
+}
+
+__global__ void __launch_bounds__(kThreads) sample_kernel(SampleArguments a, std::uintptr_t workspace) {
+    over_rows(a.batch, a.vocab, workspace,
+              [&](ClusterTeam& team, int64_t row, const Buffers& buffers) { sample_row(team, a, row, buffers); });
+}
+
+__global__ void __launch_bounds__(kThreads) speculate_kernel(SampleArguments a, std::uintptr_t workspace) {
+    over_rows(a.batch, a.vocab, workspace,
+              [&](ClusterTeam& team, int64_t row, const Buffers& buffers) { speculate_row(team, a, row, buffers); });
+}
+
+__global__ void __launch_bounds__(kThreads) top_k_kernel(TopKArguments a, std::uintptr_t workspace) {
+    over_rows(a.rows, a.vocab, workspace,
+              [&](ClusterTeam& team, int64_t row, const Buffers& buffers) { top_k_row(team, a, row, buffers); });
+}
+
+__global__ void commit_kernel(SampleArguments a) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (row < a.batch && a.status[row] == kOk) commit_row(a, row);
+}
+
+void check(cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string("gptkern._C: ") + cudaGetErrorString(error));
+}
+
+// Code for sm_90 and newer knows clusters; older code that runs on a newer GPU does not.
+bool has_clusters(const void* kernel) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.ptxVersion >= 90;
+}
+
+// Enough blocks a row to fill the GPU with few rows, fewer where the rows fill it.
+int cluster_for(int64_t rows) {
+    if (rows <= 16) return kMaxCluster;
+    if (rows <= 32) return 4;
+    return rows <= 64 ? 2 : 1;
+}
+
+template <class Arguments>
+void launch(void (*kernel)(Arguments, std::uintptr_t), const Arguments& arguments, int64_t rows,
+            std::uintptr_t workspace, std::uintptr_t stream) {
+    const int blocks = has_clusters(reinterpret_cast<const void*>(kernel)) ? cluster_for(rows) : 1;
+    const int64_t clusters = rows < kMaxClusters ? rows : kMaxClusters;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
+    config.blockDim = dim3(kThreads);
+    config.stream = reinterpret_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = blocks > 1 ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, arguments, workspace));
+}
+
+}  // namespace
+
+size_t cuda_workspace_bytes(int64_t rows, int64_t vocab) {
+    const int64_t clusters = rows < kMaxClusters ? rows : kMaxClusters;
+    return static_cast<size_t>(clusters * 3 * vocab) * sizeof(float);
+}
+
+void cuda_sample(const SampleArguments& a, std::uintptr_t workspace, std::uintptr_t stream) {
+    if (a.commit == Commit::kOnly) {
+        constexpr int kRowsPerBlock = 128;
+        const unsigned blocks = static_cast<unsigned>((a.batch + kRowsPerBlock - 1) / kRowsPerBlock);
+        commit_kernel<<<blocks, kRowsPerBlock, 0, reinterpret_cast<cudaStream_t>(stream)>>>(a);
+        check(cudaGetLastError());
+        return;
+    }
+    launch(a.draft_tokens != nullptr ? speculate_kernel : sample_kernel, a, a.batch, workspace, stream);
+}
+
+void cuda_top_k(const TopKArguments& a, std::uintptr_t workspace, std::uintptr_t stream) {
+    launch(top_k_kernel, a, a.rows, workspace, stream);
+}
+
+}  // namespace gptkern
