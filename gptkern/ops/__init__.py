@@ -5,10 +5,15 @@ CUDA tensors run the Triton kernels, CPU tensors the PyTorch references.
 
 from gptkern.ops._dispatch import backend
 from gptkern.ops.decode_attention import append_kv, decode_attention, flash_attn_with_kvcache
-from gptkern.ops.flash_attention import flash_attention, flash_attention_varlen
+from gptkern.ops.flash_attention import (
+    flash_attention,
+    flash_attention_varlen,
+    flash_attn_func,
+    flash_attn_varlen_func,
+)
 from gptkern.ops.gelu_mlp import gelu_mlp
 from gptkern.ops.layer_norm import add_layer_norm, layer_norm
-from gptkern.ops.linear import linear_act, linear_residual
+from gptkern.ops.linear import linear, linear_act, linear_residual
 from gptkern.ops.linear_cross_entropy import linear_cross_entropy
 from gptkern.ops.rms_norm import add_rms_norm, rms_norm
 from gptkern.ops.sample import (
@@ -30,9 +35,12 @@ __all__ = [
     "decode_attention",
     "flash_attention",
     "flash_attention_varlen",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "gelu_mlp",
     "layer_norm",
+    "linear",
     "linear_act",
     "linear_cross_entropy",
     "linear_residual",

@@ -235,4 +235,6 @@ def flash_attention_forward(
     store_rows(
         out_ptr, acc / total[:, None], start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D
     )
-    tl.store(lse_ptr + rows, (row_max + tl.log2(row_sum)) * LN2, mask=rows < seq_q)
+    # One rounding of the sum: an error here is a relative error of all the gradients of its row.
+    lse = tl.fma(row_max, LN2, tl.log2(row_sum) * LN2)
+    tl.store(lse_ptr + rows, lse, mask=rows < seq_q)

@@ -59,9 +59,9 @@ def flash_attention(
         TypeError, ValueError: an argument is not as described here.
     """
     name = "flash_attention"
-    q, k, v = _cast(q, k, v)
-    _check(name, q, k, v, 4)
-    options = _options(name, q, q.shape[1], k.shape[1], _span(name, causal, window), scale, softcap, dropout_p)
+    q, k, v = cast(q, k, v)
+    check(name, q, k, v, 4)
+    options = make_options(name, q, q.shape[1], k.shape[1], _span(name, causal, window), scale, softcap, dropout_p)
     return attend(q, k, v, Packing(None, None), options, return_lse)
 
 
@@ -102,12 +102,12 @@ def flash_attention_varlen(
         TypeError, ValueError: an argument is not as described here.
     """
     name = "flash_attention_varlen"
-    q, k, v = _cast(q, k, v)
-    _check(name, q, k, v, 3)
+    q, k, v = cast(q, k, v)
+    check(name, q, k, v, 3)
     packing = Packing(cu_seqlens_q, cu_seqlens_k)
-    _check_packing(name, q, packing, max_seqlen_q, max_seqlen_k)
+    check_packing(name, q, packing, max_seqlen_q, max_seqlen_k)
     span = _span(name, causal, window)
-    options = _options(name, q, max_seqlen_q, max_seqlen_k, span, scale, softcap, dropout_p)
+    options = make_options(name, q, max_seqlen_q, max_seqlen_k, span, scale, softcap, dropout_p)
     return attend(q, k, v, packing, options, return_lse)
 
 
@@ -136,7 +136,7 @@ def attend(
     return (out, lse) if return_lse else out
 
 
-def _cast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def cast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if not isinstance(q, torch.Tensor):
         return q, k, v
     dtype = autocast_dtype(q)
@@ -145,7 +145,7 @@ def _cast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tens
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _check(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dim: int) -> None:
+def check(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dim: int) -> None:
     for name, value in (("q", q), ("k", k), ("v", v)):
         _checks.tensor(op, name, value, dim=dim)
     accepted = _checks.KERNEL_FLOATS if use_kernel(q) else _checks.FLOATS
@@ -170,7 +170,7 @@ def _check(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dim: int)
     _checks.shape(op, "v", v, k.shape, "the shape of k")
 
 
-def _check_packing(op: str, q: torch.Tensor, packing: Packing, max_seqlen_q: int, max_seqlen_k: int) -> None:
+def check_packing(op: str, q: torch.Tensor, packing: Packing, max_seqlen_q: int, max_seqlen_k: int) -> None:
     for name, cu_seqlens in zip(packing._fields, packing, strict=True):
         _checks.tensor(op, name, cu_seqlens, dim=1)
         assert cu_seqlens is not None
@@ -202,7 +202,7 @@ def _span(op: str, causal: bool, window: int | None) -> tuple[int, int]:
     return left, 0 if causal else left
 
 
-def _options(
+def make_options(
     op: str,
     q: torch.Tensor,
     max_seqlen_q: int,

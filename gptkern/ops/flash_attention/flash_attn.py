@@ -1,0 +1,121 @@
+"""flash-attn 2's names and signatures (version 2.8) as thin fronts of the same op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gptkern.ops.flash_attention import op
+from gptkern.ops.flash_attention.op import UNLIMITED, Packing
+
+
+def _span(name: str, causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    left, right = window_size
+    if left < UNLIMITED or right < UNLIMITED:
+        raise ValueError(f"{name}: window_size is {window_size}; each side is at least 0, or -1 for no limit")
+    return left, 0 if causal else right
+
+
+def _refuse(name: str, dropout_p: float, return_attn_probs: bool, **unsupported: object) -> None:
+    for argument, value in unsupported.items():
+        if value is not None:
+            raise ValueError(f"{name}: {argument} is given; only None is supported")
+    if return_attn_probs and dropout_p > 0.0:
+        raise ValueError(
+            f"{name}: return_attn_probs is True with dropout_p {dropout_p}: the dropout mask is not kept; "
+            "it is supported with dropout_p 0, where it returns (out, softmax_lse, None)"
+        )
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """``flash_attn.flash_attn_func`` of flash-attn 2, over ``gptkern.ops.flash_attention``.
+
+    Args:
+        q, k, v: as in ``gptkern.ops.flash_attention``, ``(batch, seq, heads, head_dim)``.
+        window_size: keys before and after a query's own position that it sees, -1 for no limit.
+        softcap: 0 for none.
+        alibi_slopes: not supported, only None is accepted.
+        deterministic: either way backward is deterministic.
+        return_attn_probs: return ``(out, softmax_lse, None)``; only without dropout.
+
+    Raises:
+        TypeError, ValueError: an argument is not supported, or not as described.
+    """
+    name = "flash_attn_func"
+    _refuse(name, dropout_p, return_attn_probs, alibi_slopes=alibi_slopes)
+    q, k, v = op.cast(q, k, v)
+    op.check(name, q, k, v, 4)
+    options = op.make_options(
+        name,
+        q,
+        q.shape[1],
+        k.shape[1],
+        _span(name, causal, window_size),
+        softmax_scale,
+        softcap or None,
+        dropout_p,
+    )
+    result = op.attend(q, k, v, Packing(None, None), options, return_attn_probs)
+    return (*result, None) if return_attn_probs else result
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+) -> Any:
+    """``flash_attn.flash_attn_varlen_func`` of flash-attn 2, over ``gptkern.ops.flash_attention_varlen``.
+
+    Args:
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as in
+            ``gptkern.ops.flash_attention_varlen``, tensors ``(tokens, heads, head_dim)``.
+        block_table: not supported, only None is accepted; ``decode_attention`` reads a paged cache.
+        The others: as in ``flash_attn_func``.
+
+    Raises:
+        TypeError, ValueError: an argument is not supported, or not as described.
+    """
+    name = "flash_attn_varlen_func"
+    _refuse(name, dropout_p, return_attn_probs, alibi_slopes=alibi_slopes, block_table=block_table)
+    q, k, v = op.cast(q, k, v)
+    op.check(name, q, k, v, 3)
+    packing = Packing(cu_seqlens_q, cu_seqlens_k)
+    op.check_packing(name, q, packing, max_seqlen_q, max_seqlen_k)
+    options = op.make_options(
+        name,
+        q,
+        max_seqlen_q,
+        max_seqlen_k,
+        _span(name, causal, window_size),
+        softmax_scale,
+        softcap or None,
+        dropout_p,
+    )
+    result = op.attend(q, k, v, packing, options, return_attn_probs)
+    return (*result, None) if return_attn_probs else result
