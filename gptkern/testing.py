@@ -178,7 +178,7 @@ def _variants(call: Call) -> Iterator[tuple[str, Call]]:
 
 
 def check_values(op: Op, call: Call, *, reference: Op | None = None, what: str = "call") -> None:
-    """The first half of ``check``: results and gradients of one call, in every layout, by ``assert_accurate``."""
+    """The first half of ``check``: results and gradients of one call, its inputs in every layout."""
     with backend("reference"):
         plain, exact = _run(reference or op, call), _run(reference or op, _double(call))
 

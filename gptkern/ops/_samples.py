@@ -50,7 +50,7 @@ class Sample:
     """One call of an op.
 
     Args:
-        name: what it shows, unique within the op.
+        name: what it shows.
         op: the public function.
         make: fresh arguments on a device in a dtype. What requires grad is differentiated.
         dtypes: the dtypes in which it is compiled ahead of time; one is enough for most samples.

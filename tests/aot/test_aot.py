@@ -18,10 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gptkern.ops._aot", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=1200)
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("op", _samples.ops())
 def test_kernels_compile_without_spills(op: str) -> None:

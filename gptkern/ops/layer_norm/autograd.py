@@ -67,8 +67,8 @@ _LIBRARY = torch.library.Library("gptkern", "FRAGMENT")
 _DEVICES = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 _BACKWARD = (
     "norm_backward(Tensor d_out, Tensor? d_total, Tensor total, Tensor weight, Tensor stats, "
-    "float dropout_p, Tensor? seed, bool centered, ScalarType x_dtype, ScalarType residual_dtype, bool weight_grads, "
-    "ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float dropout_p, Tensor? seed, bool centered, ScalarType x_dtype, ScalarType residual_dtype, "
+    "bool weight_grads, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 

@@ -293,7 +293,7 @@ def norm_wide_weight_grad_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Parts of the weight and bias grads of wide rows: a program owns COLUMNS columns of its share of rows."""
+    """Parts of the weight and bias grads of wide rows: a program owns COLUMNS columns of some rows."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     lanes = columns < WIDTH
     d_weight = tl.zeros([ROWS, COLUMNS], tl.float32)

@@ -1,0 +1,330 @@
+"""Layer norm, and the residual addition before it, against float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from norm_cases import add_layer_norm, call, few_programs, grid, layer_norm, leaf
+
+import gptkern
+from gptkern.ops import _dispatch, _samples
+from gptkern.ops.layer_norm import launcher
+from gptkern.testing import DTYPES, Call, assert_accurate, check, check_values
+
+OPS = (layer_norm, add_layer_norm)
+KERNELS = torch.cuda.is_available() or _dispatch.INTERPRETED
+needs_kernels = pytest.mark.skipif(not KERNELS, reason="no GPU, and kernels are not interpreted here")
+
+
+@pytest.mark.parametrize(("width", "dtype"), grid())
+@pytest.mark.parametrize("op", OPS)
+@needs_kernels
+def test_against_float64(op: Any, width: int, dtype: torch.dtype) -> None:
+    check_values(op, call(op, 3, width, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"scale": 1e4},
+        {"scale": 1.0, "shift": 1e4},
+        {"scale": 1e-4},
+        {"scale": 0.0, "shift": 3.0},
+        {"scale": 1.0, "shift": 3e4},
+    ],
+    ids=["large", "far from 0", "small", "constant", "near the fp16 limit"],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@needs_kernels
+def test_extreme_values(op: Any, dtype: torch.dtype, values: dict[str, float]) -> None:
+    check_values(op, call(op, 2, 3, 200, dtype=dtype, **values))
+
+
+@needs_kernels
+def test_checks() -> None:
+    for sample in _samples.checks("layer_norm"):
+        check_values(sample.op, sample.make(torch.device("cpu"), torch.float32), what=sample.name)
+
+
+@pytest.mark.parametrize("op", OPS)
+@needs_kernels
+def test_registration(op: Any) -> None:
+    check(op, [call(op, 2, 3, 65, dtype=torch.float32)], dtypes=[torch.float32])
+
+
+def _all(op: Any, given: Call) -> list[torch.Tensor]:
+    results = _samples.tensors(op(*given.args, **given.kwargs))
+    grads = [torch.linspace(-1, 1, t.numel()).view_as(t).to(t) for t in results]
+    return results + list(torch.autograd.grad(results, given.args, grads))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("width", [64, 300, pytest.param(8200, marks=pytest.mark.slow)])
+@needs_kernels
+def test_rows_do_not_depend_on_their_number(op: Any, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = call(op, 40, width, dtype=torch.bfloat16)
+    many = _all(op, given)
+    with few_programs(monkeypatch):
+        few = _all(op, given)
+    rows = 3 if op is layer_norm else 5
+    by_row = [t for t in range(len(many)) if many[t].dim() == 2]
+    for index in by_row:
+        assert torch.equal(many[index], few[index])
+    with torch.no_grad():
+        alone = _samples.tensors(op(*(t[7:8] if t.dim() == 2 else t for t in given.args)))
+    for whole, one in zip(many, alone, strict=False):
+        assert torch.equal(whole[7:8], one)
+    assert len(by_row) == rows - 1
+    check_values(op, given, what="many programs")
+    with few_programs(monkeypatch):
+        check_values(op, given, what="few programs")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("width", [65, 8200])
+@needs_kernels
+def test_same_inputs_give_same_bits(op: Any, width: int) -> None:
+    given = call(op, 9, width, dtype=torch.float32)
+    for first, second in zip(_all(op, given), _all(op, given), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("width", [17, pytest.param(16640, marks=pytest.mark.slow)])
+@needs_kernels
+def test_nan_stays_in_its_row(bad: float, width: int) -> None:
+    given = call(add_layer_norm, 6, width, dtype=torch.float32)
+    clean = _all(add_layer_norm, given)
+    given.args[0].data[2, 5] = bad
+    dirty = _all(add_layer_norm, given)
+    others = torch.arange(6) != 2
+    for before, after in zip(clean[:4], dirty[:4], strict=True):
+        assert torch.equal(before[others], after[others])
+    assert dirty[0][2].isnan().all()
+    assert dirty[1][2].isfinite().sum() == width - 1
+    assert dirty[4].isnan().all()  # the weight's gradient has a share of every row
+
+
+@pytest.mark.parametrize("width", [1, 65, 768, 16640])
+@needs_kernels
+def test_dropout_is_the_same_backward(width: int) -> None:
+    x, residual, weight, bias = call(add_layer_norm, 12, width, dtype=torch.float32).args
+    x.data.copy_(x.data.abs() + 0.5)
+    normed, total = add_layer_norm(x, residual, weight, bias, dropout_p=0.25)
+    kept = (total - residual).detach() != 0
+    torch.testing.assert_close(total - residual, torch.where(kept, x / 0.75, 0.0), rtol=1e-5, atol=1e-5)
+    with gptkern.backend("reference"):
+        torch.testing.assert_close(normed, layer_norm(total, weight, bias), rtol=1e-5, atol=1e-5)
+    d_normed, d_total = torch.randn(2, 12, width)
+    dx, d_residual, d_weight, d_bias = torch.autograd.grad(
+        [normed, total], [x, residual, weight, bias], [d_normed, d_total]
+    )
+    plain_x, plain_residual, plain_weight, plain_bias = (
+        t.detach().requires_grad_() for t in (x, residual, weight, bias)
+    )
+    plain_total = plain_residual + torch.where(kept, plain_x / 0.75, 0.0)
+    plain = torch.autograd.grad(
+        [F.layer_norm(plain_total, (width,), plain_weight, plain_bias), plain_total],
+        [plain_x, plain_residual, plain_weight, plain_bias],
+        [d_normed, d_total],
+    )
+    for got, expected in zip((dx, d_residual, d_weight, d_bias), plain, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def _mask(rows: int, width: int, p: float) -> torch.Tensor:
+    x, weight = torch.ones(rows, width), torch.ones(width)
+    return add_layer_norm(x, torch.zeros(rows, width), weight, dropout_p=p)[1] != 0
+
+
+@needs_kernels
+def test_dropout_follows_seed_and_position_alone() -> None:
+    masks = {}
+    for width in (40, 1000, 16640):
+        torch.manual_seed(3)
+        masks[width] = _mask(20, width, 0.4)
+    assert torch.equal(masks[40], masks[1000][:, :40])
+    assert torch.equal(masks[1000], masks[16640][:, :1000])
+    assert not torch.equal(_mask(20, 40, 0.4), masks[40])
+    kept = masks[16640].float()
+    deviation = math.sqrt(0.4 * 0.6 / kept.numel())
+    assert abs(kept.mean().item() - 0.6) < 5 * deviation
+    # Neighbouring columns share a Philox call, neighbouring rows a counter word: they are independent still.
+    centered = kept - 0.6
+    for shifted in (centered.roll(1, 1), centered.roll(8, 1), centered.roll(1, 0)):
+        assert abs((centered * shifted).mean().item()) < 5 * 0.24 / math.sqrt(kept.numel())
+
+
+@pytest.mark.parametrize("used", ["normed", "new_residual"])
+@needs_kernels
+def test_one_result_alone_is_differentiated(used: str) -> None:
+    def one(*args: torch.Tensor) -> torch.Tensor:
+        return add_layer_norm(*args)[("normed", "new_residual").index(used)]
+
+    check_values(one, call(add_layer_norm, 4, 33, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (3,), (2, 3), (0, 2)])
+@needs_kernels
+def test_frozen_inputs(trained: tuple[int, ...]) -> None:
+    given = call(add_layer_norm, 4, 33, dtype=torch.float32)
+    for index, value in enumerate(given.args):
+        value.requires_grad_(index in trained)
+    check_values(add_layer_norm, given)
+
+
+@needs_kernels
+def test_mixed_dtypes() -> None:
+    x = leaf(4, 100, dtype=torch.bfloat16)
+    residual, weight, bias = leaf(4, 100), leaf(100), leaf(100)
+    check_values(add_layer_norm, Call((x, residual, weight, bias)))
+    normed, total = add_layer_norm(x, residual, weight, bias)
+    assert normed.dtype == total.dtype == torch.float32
+    wide = x.detach().double()
+    exact = F.layer_norm(wide, (100,), weight.double(), bias.double())
+    assert_accurate(layer_norm(x, weight, bias), F.layer_norm(wide, (100,)).bfloat16(), exact)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "kernel"])
+@needs_kernels
+def test_autocast_gives_its_dtype_and_keeps_the_residual(implementation: Any, device: torch.device) -> None:
+    x, residual, weight, bias = (
+        t.detach().to(device) for t in call(add_layer_norm, 4, 33, dtype=torch.float32).args
+    )
+    with gptkern.backend(implementation), torch.autocast(device.type, torch.bfloat16):
+        normed, total = add_layer_norm(x, residual, weight, bias)
+        alone = layer_norm(x, weight, bias)
+    assert (normed.dtype, total.dtype, alone.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+    exact = F.layer_norm(x.double(), (33,), weight.double(), bias.double())
+    assert_accurate(alone, exact.bfloat16(), exact)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+@needs_kernels
+def test_no_rows(shape: tuple[int, ...]) -> None:
+    given = call(add_layer_norm, *shape, dtype=torch.float32)
+    normed, total, *grads = _all(add_layer_norm, given)
+    assert normed.shape == total.shape == shape
+    assert grads[2].abs().max() == 0
+    assert grads[3].abs().max() == 0
+
+
+@needs_kernels
+def test_broadcast_rows() -> None:
+    check_values(layer_norm, Call((leaf(1, 1, 33).detach().expand(4, 5, 33), leaf(33), leaf(33))))
+    x = leaf(5, 33).detach()
+    check_values(add_layer_norm, Call((x.expand(3, 5, 33), leaf(3, 5, 33), leaf(33), leaf(33))))
+    with pytest.raises(ValueError, match="x has strides"):
+        layer_norm(torch.ones(4, 1).expand(4, 8), torch.ones(8))
+    with pytest.raises(ValueError, match="two nested strides"):
+        layer_norm(torch.ones(3, 4, 5, 8).permute(2, 1, 0, 3), torch.ones(8))
+
+
+def _rows_nest(x: torch.Tensor) -> bool:
+    """Whether two of the three leading dimensions can be seen as one."""
+    shape, strides = x.shape, x.stride()
+    return (
+        x.is_contiguous()
+        or 1 in shape[:3]
+        or strides[0] == shape[1] * strides[1]
+        or strides[1] == shape[2] * strides[2]
+    )
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    shape=st.lists(st.integers(0, 5), max_size=3),
+    width=st.integers(1, 140),
+    dtype=st.sampled_from(DTYPES),
+    order=st.permutations(range(3)),
+    step=st.integers(1, 3),
+    padding=st.integers(0, 9),
+    op=st.sampled_from(OPS),
+)
+@needs_kernels
+def test_any_shape_and_layout(
+    shape: list[int], width: int, dtype: torch.dtype, order: list[int], step: int, padding: int, op: Any
+) -> None:
+    order = [axis for axis in order if axis < len(shape)]
+    buffer = torch.randn(*(shape[axis] * step for axis in order), width + padding).to(dtype)
+    inverse = [order.index(axis) for axis in range(len(shape))]
+    x = buffer[(*[slice(None, None, step)] * len(shape), slice(width))].permute(*inverse, -1)
+    plain = call(op, *shape, width, dtype=dtype)
+    given = Call((x.requires_grad_(), *plain.args[1:]))
+    with gptkern.backend("reference"):
+        expected = _samples.tensors(op(*given.args))
+        exact = _samples.tensors(op(*(t.detach().double() for t in given.args)))
+    if len(shape) == 3 and not _rows_nest(x):
+        with pytest.raises(ValueError, match="two nested strides"):
+            op(*given.args)
+        return
+    got = _samples.tensors(op(*given.args))
+    for a, b, c in zip(got, expected, exact, strict=True):
+        assert_accurate(a, b, c)
+        assert a.is_contiguous()
+
+
+def test_layouts_are_named_by_two_strides() -> None:
+    base = torch.empty(6, 4, 10, 8)
+    rows = torch.arange(base.numel()).view_as(base)
+    for view in (rows, rows[:, 0], rows[:, :, ::2], rows[::2, :1], rows[:, 0].transpose(0, 1), rows[0, 0, 0]):
+        inner, outer, step = launcher.layout("op", "x", view)
+        count = view.numel() // 8
+        starts = [int(view.reshape(-1, 8)[r, 0] - view.flatten()[0]) for r in range(count)]
+        assert starts == [(r // inner) * outer + (r % inner) * step for r in range(count)]
+
+
+X, W = torch.ones(2, 8), torch.ones(8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([1.0], W), TypeError, "layer_norm: x is list"),
+        ((X, None), TypeError, "layer_norm: weight is NoneType"),
+        ((X.int(), W), TypeError, "layer_norm: x is int32; accepted"),
+        ((X, W.long()), TypeError, "layer_norm: weight is int64"),
+        ((torch.tensor(1.0), W), ValueError, "a last dimension of 1 to 65536"),
+        ((torch.ones(2, 0), torch.ones(0)), ValueError, "a last dimension of 1 to 65536"),
+        ((torch.ones(1, 65537), W), ValueError, "a last dimension of 1 to 65536"),
+        ((X, torch.ones(7)), ValueError, r"weight has shape \(7,\); \(8,\) is needed"),
+        ((X, W, torch.ones(2, 8)), ValueError, "bias has shape"),
+        ((X, torch.ones(16)[::2]), ValueError, "weight has strides"),
+        ((X.to("meta"), W), ValueError, "different devices"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        layer_norm(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("residual", "p", "error", "message"),
+    [
+        (torch.ones(1, 8), 0.0, ValueError, "residual has shape"),
+        (torch.ones(2, 16)[:, ::2], 0.0, ValueError, "residual has strides"),
+        (X.int(), 0.0, TypeError, "residual is int32"),
+        (X, 1.0, ValueError, "dropout_p is 1.0"),
+        (X, -0.1, ValueError, "dropout_p is -0.1"),
+    ],
+)
+def test_bad_residuals_are_named(
+    residual: torch.Tensor, p: float, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"add_layer_norm: .*{message}"):
+        add_layer_norm(X, residual, W, dropout_p=p)
+
+
+@needs_kernels
+def test_kernels_refuse_float64_by_name() -> None:
+    with pytest.raises(TypeError, match="x is float64"):
+        layer_norm(X.double(), W)
+    with gptkern.backend("reference"):
+        assert layer_norm(X.double(), W).dtype == torch.float64
