@@ -213,14 +213,14 @@ class KVCache:
         row = self._row(sequence)
         self._release(row.pages)
         del self._rows[sequence]
-        self._upload()
+        self.refresh()
 
     def clear(self) -> None:
         """End every sequence."""
         for row in self._rows.values():
             self._release(row.pages)
         self._rows.clear()
-        self._upload()
+        self.refresh()
 
     def fork(self, sequence: int) -> int:
         """Begin a sequence, after the live ones, that holds what ``sequence`` holds, in shared pages; its id.
@@ -231,7 +231,7 @@ class KVCache:
         source = self._row(sequence)
         (new,) = self.allocate(1)
         self._rows[new] = self._share(source)
-        self._upload()
+        self.refresh()
         return new
 
     def reorder(self, sources: Sequence[int]) -> None:
@@ -250,7 +250,7 @@ class KVCache:
         for row in self._rows.values():
             self._release(row.pages)
         self._rows = dict(zip(self._rows, shared, strict=True))
-        self._upload()
+        self.refresh()
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget a sequence's tokens from ``length`` on, and give back the pages that they alone used.
@@ -266,7 +266,7 @@ class KVCache:
         used = -(-length // self.page_size)
         self._release(row.pages[used:])
         row.pages, row.length = row.pages[:used], length
-        self._upload()
+        self.refresh()
 
     def reserve(self, new_lengths: Sequence[int], sequences: Sequence[int] | None = None) -> None:
         """See to it that so many more tokens of each sequence have a page that no other sequence shares.
@@ -405,7 +405,7 @@ class KVCache:
             self._references[page] += 1
         return _Row(pages, row.length)
 
-    def _upload(self) -> None:
+    def refresh(self) -> None:
         """Bring the device's table and lengths to what the host knows; pending steps become void."""
         self._pending = None
         self._upload_table()

@@ -5,6 +5,8 @@ CUDA tensors run the Triton kernels, CPU tensors the PyTorch references.
 
 from gptkern.ops._dispatch import backend
 from gptkern.ops.decode_attention import append_kv, decode_attention, flash_attn_with_kvcache
+from gptkern.ops.decode_embed import decode_embed
+from gptkern.ops.decode_linear import decode_linear, decode_qkv
 from gptkern.ops.flash_attention import (
     flash_attention,
     flash_attention_varlen,
@@ -33,6 +35,9 @@ __all__ = [
     "append_kv",
     "backend",
     "decode_attention",
+    "decode_embed",
+    "decode_linear",
+    "decode_qkv",
     "flash_attention",
     "flash_attention_varlen",
     "flash_attn_func",

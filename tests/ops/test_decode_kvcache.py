@@ -27,7 +27,7 @@ def plain(
     right: int,
     scale: float | None,
 ) -> torch.Tensor:
-    """One sequence: q ``(seq_q, heads, dim)``, k and v ``(seq_k, kv_heads, dim)``; the last query is the last token."""
+    """One sequence; the last query is its last token."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     places = torch.arange(len(q))[:, None] + len(k) - len(q)
     keys = torch.arange(len(k))[None]

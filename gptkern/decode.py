@@ -1,0 +1,258 @@
+"""DecodeStep: one token for every live sequence of a cache, in as few launches as there are dependencies.
+
+A layer is five launches, each one op that works alone: norm, QKV and the cache; attention; output
+projection and residual; norm, FC and activation; projection and residual. Before the layers come the
+embeddings, after them norm and head, and the sampler where one is given. On a GPU the whole step is
+captured as one CUDA graph per bucket of batch sizes, and tokens go from the sampler to the next step's
+embeddings on the device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from gptkern.ops.decode_attention import decode_attention
+from gptkern.ops.decode_embed import decode_embed
+from gptkern.ops.decode_linear import decode_linear, decode_qkv
+from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, sample
+
+if TYPE_CHECKING:
+    from gptkern.cache import KVCache
+    from gptkern.model import GPT, Block, Norm
+
+
+class DecodeStep:
+    """Takes every live sequence of a cache one token on.
+
+    ::
+
+        step = DecodeStep(model, cache)
+        logits = step(tokens)                   # (batch, vocab_size)
+
+        step = DecodeStep(model, cache, params, state)
+        for _ in range(n):
+            tokens = step(tokens)               # (batch,), chosen on the device
+
+    Weights are read where they lie: parameters that an optimizer updates in place are what the next step
+    reads. A sequence's logits are bitwise the same whatever else is in the batch and however the cache
+    is paged. Nothing waits for the GPU: whoever reads the tokens on the host one step behind never
+    stalls it.
+
+    Args:
+        model: Of one dtype, that of the cache. Dropout never applies.
+        cache: Its live sequences, in order, are the batch. Prompts are prefilled through the model.
+        params, state: How tokens are chosen, one row a sequence; without them a step gives logits.
+
+    Raises:
+        ValueError: Only one of ``params`` and ``state``; a cache of another dtype, device or shape.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        cache: KVCache,
+        params: SamplingParams | None = None,
+        state: SamplerState | None = None,
+    ) -> None:
+        config = model.config
+        if (params is None) != (state is None):
+            raise ValueError("DecodeStep: params and state must be given together")
+        layers, _, _, heads, head_dim = cache.k.shape
+        if (layers, heads, head_dim) != (config.n_layer, config.n_head, config.head_dim):
+            raise ValueError(
+                f"DecodeStep: the cache has {layers} layers of {heads} x {head_dim}, "
+                f"the model {config.n_layer} of {config.n_head} x {config.head_dim}"
+            )
+        if cache.dtype != model.dtype or cache.device != model.device:
+            raise ValueError(
+                f"DecodeStep: the cache is {cache.dtype} on {cache.device}, "
+                f"the model {model.dtype} on {model.device}: they must agree"
+            )
+        self.model = model
+        self.cache = cache
+        self.params = params
+        self.state = state
+        self._parameters = list(model.parameters())
+        with torch.inference_mode(False):
+            self._tokens = torch.zeros(cache.max_seqs, dtype=torch.int64, device=cache.device)
+            self._live = torch.zeros(1, dtype=torch.int32, device=cache.device)
+        self._live_count = 0
+        self._graphs = _Graphs(self) if cache.device.type == "cuda" else None
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Append one token to every live sequence.
+
+        Args:
+            tokens: ``(batch,)`` int64, one a live sequence; None takes those that the last step chose.
+
+        Returns:
+            The next tokens, ``(batch,)`` int64, or without a sampler the logits ``(batch, vocab_size)``
+            in the model's dtype. Both are the caller's own.
+
+        Raises:
+            ValueError: Not one token a sequence, or a sequence at the end of the model's context.
+            CacheFullError: No room in the cache; nothing has changed.
+        """
+        batch = len(self.cache.sequences)
+        self._check(tokens, batch)
+        self.cache.reserve([1] * batch)
+        if tokens is not None:
+            self._tokens[:batch] = tokens
+        if batch != self._live_count:
+            self._live.fill_(batch)
+            self._live_count = batch
+        try:
+            out = self.run(batch) if self._graphs is None else self._graphs.replay(batch).clone()
+        except BaseException:
+            self.cache.refresh()
+            raise
+        self.cache.advance([1] * batch)
+        return out[:batch]
+
+    def run(self, rows: int) -> torch.Tensor:
+        """The step itself, over the first ``rows`` rows of the buffers: what a graph captures."""
+        cache, transformer = self.cache, self.model.transformer
+        page_table, seq_lens = cache.page_table[:rows], cache.seq_lens[:rows]
+        x, slots = decode_embed(
+            self._tokens[:rows],
+            self._live,
+            transformer.wte.weight,
+            transformer.wpe.weight,
+            page_table,
+            seq_lens,
+            cache.page_size,
+        )
+        norm: Norm | None = None
+        for block in transformer.h:
+            x, norm = self._block(block, x, norm, slots, page_table, seq_lens)
+        norm = norm if transformer.ln_f is None else transformer.ln_f
+        logits = decode_linear(x, self.model.lm_head.weight, norm=_norm(norm))
+        if self.params is None or self.state is None:
+            return logits
+        # The graph's rows are a bucket; the sampler's are the batch.
+        chosen: Sampled = sample(logits[: self.params.batch], self.params, state=self.state)
+        self._tokens[: self.params.batch] = chosen.tokens
+        return chosen.tokens
+
+    def _block(
+        self,
+        block: Block,
+        x: torch.Tensor,
+        pending: Norm | None,
+        slots: torch.Tensor,
+        page_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+    ) -> tuple[torch.Tensor, Norm | None]:
+        """One layer: (x, the norm that whoever reads x next has to apply).
+
+        Where norms follow a branch (GPT-1), x is what comes before the norm; the next launch normalises
+        it on the way in and keeps the result, to which its branch is added.
+        """
+        attn, mlp, layer = block.attn, block.mlp, block.attn.layer
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        kept = torch.empty_like(x) if block.post_norm and pending is not None else None
+        q = decode_qkv(
+            x,
+            attn.c_attn.weight,
+            attn.c_attn.bias,
+            k_cache,
+            v_cache,
+            slots,
+            norm=_norm(pending if block.post_norm else block.ln_1),
+            normed_out=kept,
+        )
+        heads = q.unflatten(1, (attn.n_head, attn.head_dim))
+        attended = decode_attention(heads, k_cache, v_cache, page_table, seq_lens, scale=attn.scale)
+        residual = x if kept is None else kept
+        x = decode_linear(attended.flatten(1), attn.c_proj.weight, attn.c_proj.bias, residual=residual)
+        kept = torch.empty_like(x) if block.post_norm else None
+        inner = decode_linear(
+            x,
+            mlp.c_fc.weight,
+            mlp.c_fc.bias,
+            norm=_norm(block.ln_1 if block.post_norm else block.ln_2),
+            activation=mlp.activation,
+            normed_out=kept,
+        )
+        residual = x if kept is None else kept
+        x = decode_linear(inner, mlp.c_proj.weight, mlp.c_proj.bias, residual=residual)
+        return x, block.ln_2 if block.post_norm else None
+
+    def _check(self, tokens: torch.Tensor | None, batch: int) -> None:
+        if not batch:
+            raise ValueError("DecodeStep: the cache has no live sequences")
+        if tokens is None and self.params is None:
+            raise ValueError("DecodeStep: tokens is None; without a sampler they must be given")
+        if tokens is not None and (tokens.shape != (batch,) or tokens.dtype != torch.int64):
+            raise ValueError(
+                f"DecodeStep: tokens is {tokens.dtype} of shape {tuple(tokens.shape)}; "
+                f"int64 of shape ({batch},), one a live sequence, is needed"
+            )
+        if self.params is not None and self.params.batch != batch:
+            raise ValueError(f"DecodeStep: params has {self.params.batch} rows, the cache {batch} sequences")
+        longest = max(self.cache.lengths)
+        if longest >= self.model.config.n_positions:
+            raise ValueError(
+                f"DecodeStep: a sequence has {longest} tokens, "
+                f"the model's whole context of {self.model.config.n_positions}"
+            )
+
+
+def _norm(norm: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor | None, float] | None:
+    return None if norm is None else (norm.weight, norm.bias, norm.eps)
+
+
+class _Graphs:
+    """One CUDA graph per bucket of batch sizes, captured on first use.
+
+    A graph holds addresses, not values: growing sequences, new pages and updated weights need no new
+    capture. Only weights that moved do.
+    """
+
+    def __init__(self, step: DecodeStep) -> None:
+        self._step = step
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._addresses: list[int] = []
+        self._stream = torch.cuda.Stream(step.cache.device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def replay(self, batch: int) -> torch.Tensor:
+        """Run the step for ``batch`` sequences; the result lies in the graph's memory until the next one."""
+        addresses = [parameter.data_ptr() for parameter in self._step._parameters]
+        if addresses != self._addresses:
+            self._captured.clear()
+            self._addresses = addresses
+        rows = min(1 << (batch - 1).bit_length(), self._step.cache.max_seqs)
+        if rows not in self._captured:
+            self._captured[rows] = self._capture(rows)
+        graph, out = self._captured[rows]
+        graph.replay()
+        return out
+
+    def _capture(self, rows: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        self._warm_up(rows)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            out = self._step.run(rows)
+        return graph, out
+
+    def _warm_up(self, rows: int) -> None:
+        """Compile and load every kernel, which a capture forbids, by a step that leaves no trace."""
+        step = self._step
+        state = step.state
+        remembered = [] if state is None else [t for t in (state.counters, state.counts) if t is not None]
+        kept = [(t, t.clone()) for t in (*remembered, step._tokens)]
+        live = step._live.clone()
+        # With no row live nothing is written to the cache and no length advances.
+        step._live.zero_()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            step.run(rows)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        step._live.copy_(live)
+        for tensor, before in kept:
+            tensor.copy_(before)

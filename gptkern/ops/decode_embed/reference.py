@@ -1,0 +1,21 @@
+"""The beginning of a decode step, in plain PyTorch."""
+
+import torch
+
+
+def decode_embed(
+    tokens: torch.Tensor,
+    live: torch.Tensor,
+    token_weight: torch.Tensor,
+    position_weight: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    alive = torch.arange(len(tokens), device=tokens.device) < live
+    places = seq_lens.long() * alive
+    x = token_weight[tokens * alive] + position_weight[places]
+    pages = page_table.gather(1, (places // page_size)[:, None])[:, 0].long()
+    slots = torch.where(alive, pages * page_size + places % page_size, -1)
+    seq_lens += alive
+    return x * alive[:, None], slots

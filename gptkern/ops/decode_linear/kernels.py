@@ -1,0 +1,173 @@
+"""Linear layers of one decode step: few rows, so that the time is that of reading the weights once.
+
+    out = activation(norm(x) weight^T + bias) + residual
+
+Layout: grid (output tiles, SPLIT_K, row blocks). One program owns BLOCK_N outputs of BLOCK_R rows over
+one of SPLIT_K equal ranges of K. Weights are the wide side of the matrix unit's tile and rows the
+narrow one, so that 1 row and 16 cost the same. Where SPLIT_K > 1 partial sums go through memory and the
+last program of a tile adds them up in order. Every weight is read once per row block of up to 64 rows.
+
+A row's bits do not depend on its neighbours: BLOCK_N, BLOCK_K, SPLIT_K and BLOCK_S follow from the
+layer's shape and dtype, BLOCK_R alone from the number of rows, and it only says how many rows go side by
+side through the same sums over k.
+
+With programmatic dependent launch a program asks for all its weights before it waits for x.
+"""
+
+import triton
+import triton.language as tl
+
+from gptkern.ops._device import activate
+from gptkern.ops._pdl import prefetch, wait
+
+
+@triton.jit
+def row_moments(
+    x_ptr, rows, row_mask, eps, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """(mean, 1 / standard deviation) of whole rows, from the moments of BLOCK_S columns at a time.
+
+    They combine as in Chan, Golub and LeVeque (1983), equation 2.1: no cancellation where the mean is large.
+    """
+    mean = tl.zeros([BLOCK_R], tl.float32)
+    squares = tl.zeros([BLOCK_R], tl.float32)
+    for start in tl.range(0, K, BLOCK_S):
+        columns = start + tl.arange(0, BLOCK_S)
+        mask = row_mask[:, None] & (columns < K)[None, :]
+        x = tl.load(x_ptr + rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        count = tl.minimum(K - start, BLOCK_S).to(tl.float32)
+        part = tl.sum(x, 1) / count
+        centred = tl.where((columns < K)[None, :], x - part[:, None], 0.0)
+        share = count / (start + count)
+        delta = part - mean
+        mean += delta * share
+        squares += tl.sum(centred * centred, 1) + delta * delta * (start * share)
+    return mean, tl.rsqrt(squares / K + eps)
+
+
+@triton.jit
+def product(
+    x_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, rows, row_mask, outputs, k_begin, k_end,
+    mean, rstd, stride_weight,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    store_normed,
+):  # fmt: skip
+    """fp32 ``(BLOCK_N, BLOCK_R)``: weight norm(x)^T over columns k_begin to k_end."""
+    acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    # int64: a head of 128k outputs and 16k columns passes 2^31.
+    weight_rows = outputs.to(tl.int64) * stride_weight
+    for start in tl.range(k_begin, k_end, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        inside = columns < K
+        weight = tl.load(
+            weight_ptr + weight_rows[:, None] + columns[None, :],
+            mask=(outputs < N)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        at = rows[:, None] + columns[None, :]
+        mask = row_mask[:, None] & inside[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0)
+        if norm_weight_ptr is not None:
+            scale = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * scale[None, :]
+            if norm_bias_ptr is not None:
+                shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+                normed += shift[None, :]
+            x = normed.to(x_ptr.dtype.element_ty)
+            if normed_ptr is not None:
+                tl.store(normed_ptr + at, x, mask=mask & store_normed)
+        acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def sum_splits(
+    acc, partial_ptr, counter_ptr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr
+):
+    """(sum of all splits, whether this program is the tile's last one and has it)."""
+    if SPLIT_K == 1:
+        last = True
+    else:
+        places = tl.arange(0, BLOCK_N)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+        tl.store(partial_ptr + tl.program_id(1) * (BLOCK_N * BLOCK_R) + places, acc)
+        # Every thread's stores come before the one thread's release.
+        tl.debug_barrier()
+        last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == SPLIT_K - 1
+        if last:
+            tl.store(counter_ptr, 0)
+            acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+            for split in range(SPLIT_K):
+                # .cg: other programs wrote these, so a line in this multiprocessor's L1 would be stale.
+                acc += tl.load(partial_ptr + split * (BLOCK_N * BLOCK_R) + places, cache_modifier=".cg")
+    return acc, last
+
+
+@triton.jit(do_not_specialize=["row_count"])
+def decode_linear_kernel(
+    x_ptr,  # (rows, K), contiguous
+    weight_ptr,  # (N, K)
+    bias_ptr,  # (N,) or None
+    norm_weight_ptr,  # (K,), or None: x is taken as it is
+    norm_bias_ptr,  # (K,) or None
+    residual_ptr,  # (rows, N), contiguous, or None
+    out_ptr,  # (rows, N less keys and values), contiguous
+    normed_ptr,  # (rows, K), contiguous, or None
+    k_cache_ptr,  # (pages, page_size, KV_WIDTH), or None: all outputs go to out
+    v_cache_ptr,
+    slots_ptr,  # (rows,) int64, or None
+    partial_ptr,  # (row blocks, tiles, SPLIT_K, BLOCK_N, BLOCK_R) fp32, scratch
+    counter_ptr,  # (row blocks * tiles,) int32, zero before and after
+    row_count, eps, page_size, stride_weight, stride_kp, stride_ks, stride_vp, stride_vs,
+    N: tl.constexpr, K: tl.constexpr, KV_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    SPLIT_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    tile, row_block = tl.program_id(0), tl.program_id(2)
+    SPAN: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
+    k_begin = tl.program_id(1) * SPAN
+    k_end = tl.minimum(k_begin + SPAN, K)
+    outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    if PDL:
+        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+        for start in range(k_begin, k_end, 16 * LINE):
+            lines = start + tl.arange(0, 16) * LINE
+            at = weight_ptr + outputs.to(tl.int64)[:, None] * stride_weight + lines[None, :]
+            prefetch(at, (outputs < N)[:, None] & (lines < k_end)[None, :], PDL)
+    wait(PDL)
+
+    numbers = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_mask = numbers < row_count
+    if norm_weight_ptr is not None:
+        mean, rstd = row_moments(x_ptr, numbers * K, row_mask, eps, K, BLOCK_R, BLOCK_S)
+    else:
+        mean, rstd = eps, eps
+    acc = product(
+        x_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, numbers * K, row_mask, outputs,
+        k_begin, k_end, mean, rstd, stride_weight, N, K, BLOCK_R, BLOCK_N, BLOCK_K, tile == 0,
+    )  # fmt: skip
+    place = row_block * tl.num_programs(0) + tile
+    partial_ptr += place.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_R)
+    acc, last = sum_splits(acc, partial_ptr, counter_ptr + place, BLOCK_N, BLOCK_R, SPLIT_K)
+    if last:
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[:, None]
+        acc = activate(acc, ACTIVATION)
+        mask = (outputs < N)[:, None] & row_mask[None, :]
+        if residual_ptr is not None:
+            at = numbers[None, :] * N + outputs[:, None]
+            acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        result = acc.to(out_ptr.dtype.element_ty)
+        WIDTH: tl.constexpr = N - 2 * KV_WIDTH
+        # int64: rows times a vocabulary passes 2^31 beyond 16k rows.
+        at = numbers.to(tl.int64)[None, :] * WIDTH + outputs[:, None]
+        tl.store(out_ptr + at, result, mask=mask & (outputs < WIDTH)[:, None])
+        if k_cache_ptr is not None:
+            slots = tl.load(slots_ptr + numbers, mask=row_mask, other=-1)
+            pages, offsets = slots // page_size, slots % page_size
+            column = (outputs - WIDTH)[:, None]
+            mask = mask & (slots >= 0)[None, :] & (column >= 0)
+            k_at = (pages * stride_kp + offsets * stride_ks)[None, :] + column
+            tl.store(k_cache_ptr + k_at, result, mask=mask & (column < KV_WIDTH))
+            column -= KV_WIDTH
+            v_at = (pages * stride_vp + offsets * stride_vs)[None, :] + column
+            tl.store(v_cache_ptr + v_at, result, mask=mask & (column >= 0))

@@ -1,0 +1,64 @@
+"""From tensors to launches of the decode step's linear layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from gptkern.ops import _launch, _pdl
+from gptkern.ops._counters import counters
+from gptkern.ops.decode_linear import kernels
+from gptkern.ops.decode_linear.reference import Norm
+
+_LEAST_ROWS, _MOST_ROWS = 16, 64
+# Columns of x whose moments are taken at once: as many as registers hold of 64 rows.
+_MOMENT_COLUMNS = 128
+
+
+def decode_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: Norm | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    normed_out: torch.Tensor | None,
+    cache: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """The layer by the kernel; ``cache`` is (k_cache, v_cache, slots) of queries, keys and values."""
+    rows, width = x.shape
+    outputs = weight.shape[0]
+    k_cache, v_cache, slots = (None, None, None) if cache is None else cache
+    kv_width = 0 if k_cache is None else k_cache.shape[2] * k_cache.shape[3]
+    device = x.device
+    config = dict(
+        _launch.config(
+            "decode_linear", device, dtype="fp32" if x.dtype == torch.float32 else "half", n=outputs, k=width
+        )
+    )
+    block_n = config["BLOCK_N"]
+    split_k = config["SPLIT_K"] = min(config["SPLIT_K"], triton.cdiv(width, config["BLOCK_K"]))
+    block_r = min(max(_LEAST_ROWS, triton.next_power_of_2(rows)), _MOST_ROWS)
+    tiles, row_blocks = triton.cdiv(outputs, block_n), triton.cdiv(rows, block_r)
+    out = torch.empty((rows, outputs - 2 * kv_width), dtype=x.dtype, device=device)
+    partial = counter = None
+    if split_k > 1:
+        shape = (row_blocks, tiles, split_k, block_n, block_r)
+        partial = torch.empty(shape, dtype=torch.float32, device=device)
+        counter = counters(device, row_blocks * tiles)
+    norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
+    strides: tuple[Any, ...] = (1, 0, 0, 0, 0)
+    if k_cache is not None and v_cache is not None:
+        strides = (k_cache.shape[1], *k_cache.stride()[:2], *v_cache.stride()[:2])
+    with _launch.on_device(x):
+        _launch.launch(
+            kernels.decode_linear_kernel, (tiles, split_k, row_blocks),
+            x, weight, bias, norm_weight, norm_bias, residual, out, normed_out, k_cache, v_cache, slots,
+            out if partial is None else partial, out if counter is None else counter,
+            rows, eps, strides[0], weight.stride(0), *strides[1:],
+            N=outputs, K=width, KV_WIDTH=kv_width, ACTIVATION=activation,
+            BLOCK_R=block_r, BLOCK_S=_MOMENT_COLUMNS, **_pdl.options(device), **config,
+        )  # fmt: skip
+    return out

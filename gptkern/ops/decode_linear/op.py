@@ -1,0 +1,153 @@
+"""The linear layers of one decode step, each one launch: norm, product, bias, activation, residual, cache."""
+
+from __future__ import annotations
+
+import torch
+
+from gptkern.ops import _checks
+from gptkern.ops._dispatch import needs_grad, use_kernel
+from gptkern.ops.decode_linear import launcher, reference
+from gptkern.ops.decode_linear.reference import Norm
+from gptkern.ops.linear.reference import ACTIVATIONS
+
+
+def decode_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    normed_out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``activation(norm(x) @ weight.T + bias) + residual`` for few rows.
+
+    Bitwise the same for a row alone and among others. Forward only.
+
+    Args:
+        x: ``(rows, width)``, contiguous; fp32, fp16 or bf16 (float64 on a CPU). Meant for up to 64
+            rows: weights are read once for every 64.
+        weight: ``(outputs, width)`` of x's dtype, rows contiguous.
+        bias: ``(outputs,)`` or None.
+        norm: ``(weight, bias or None, eps)`` of a layer norm of x, or None.
+        activation: ``gelu_tanh``, ``gelu``, ``relu``, ``silu`` or ``none``.
+        residual: ``(rows, outputs)``, contiguous, or None.
+        normed_out: Like x: ``norm(x)`` is also written there. Needs a norm.
+
+    Returns:
+        ``(rows, outputs)``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described here.
+    """
+    op = "decode_linear"
+    _check(op, x, weight, bias, norm, normed_out)
+    if activation != "none" and activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}, none")
+    if residual is not None:
+        _checks.tensor(op, "residual", residual)
+        _checks.shape(op, "residual", residual, (x.shape[0], weight.shape[0]), "rows and outputs")
+        _check_like(op, "residual", residual, x)
+    if not use_kernel(x):
+        return reference.decode_linear(x, weight, bias, norm, activation, residual, normed_out)
+    _check_no_grad(op, x, weight)
+    return launcher.decode_linear(x, weight, bias, norm, activation, residual, normed_out, None)
+
+
+def decode_qkv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    norm: Norm | None = None,
+    normed_out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``decode_linear`` whose outputs are queries, keys and values, the latter written into the cache.
+
+    Args:
+        x, weight, bias, norm, normed_out: As of ``decode_linear``; weight's rows are those of the
+            queries, then of the keys, then of the values.
+        k_cache, v_cache: ``(pages, page_size, kv_heads, head_dim)`` of x's dtype, changed in place; the
+            last two dimensions contiguous.
+        slots: ``(rows,)`` int64, ``page * page_size + offset`` of each row; -1 writes nothing.
+
+    Returns:
+        The queries, ``(rows, outputs - 2 * kv_heads * head_dim)``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described here.
+    """
+    op = "decode_qkv"
+    _check(op, x, weight, bias, norm, normed_out)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _checks.tensor(op, name, cache, dim=4)
+        _checks.shape(op, name, cache, k_cache.shape, "the shape of k_cache")
+        if cache.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} is {cache.dtype}, x {x.dtype}: one dtype is needed")
+        if cache.stride()[2:] != (cache.shape[3], 1):
+            raise ValueError(f"{op}: {name} has strides {cache.stride()}; a token's heads must be contiguous")
+    width = k_cache.shape[2] * k_cache.shape[3]
+    if weight.shape[0] <= 2 * width:
+        raise ValueError(
+            f"{op}: weight has {weight.shape[0]} rows; keys and values alone are {2 * width} by the cache"
+        )
+    _checks.tensor(op, "slots", slots, dim=1)
+    _checks.dtype(op, "slots", slots, (torch.int64,))
+    _checks.shape(op, "slots", slots, x.shape[:1], "one per row")
+    _checks.same_device(op, x=x, k_cache=k_cache, v_cache=v_cache, slots=slots)
+    if not use_kernel(x):
+        return reference.decode_qkv(x, weight, bias, norm, k_cache, v_cache, slots, normed_out)
+    _check_no_grad(op, x, weight)
+    return launcher.decode_linear(x, weight, bias, norm, "none", None, normed_out, (k_cache, v_cache, slots))
+
+
+def _check(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: Norm | None,
+    normed_out: torch.Tensor | None,
+) -> None:
+    _checks.tensor(op, "x", x, dim=2)
+    _checks.dtype(op, "x", x, _checks.KERNEL_FLOATS if use_kernel(x) else _checks.FLOATS)
+    _check_like(op, "x", x, x)
+    _checks.tensor(op, "weight", weight, dim=2)
+    width = x.shape[1]
+    if weight.shape[1] != width:
+        raise ValueError(f"{op}: weight has {weight.shape[1]} columns, x {width}: they must be equal")
+    _checks.last_dim_contiguous(op, "weight", weight)
+    given = {"weight": weight, "bias": bias}
+    if norm is not None:
+        given |= {"norm weight": norm[0], "norm bias": norm[1]}
+    shapes = {"bias": weight.shape[:1], "norm weight": (width,), "norm bias": (width,)}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if value.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} is {value.dtype}, x {x.dtype}: one dtype is needed")
+        _checks.shape(op, name, value, shapes.get(name, value.shape))
+    _checks.same_device(op, x=x, **given)
+    if normed_out is not None:
+        if norm is None:
+            raise ValueError(f"{op}: normed_out is given without a norm")
+        _checks.shape(op, "normed_out", normed_out, x.shape, "the shape of x")
+        _check_like(op, "normed_out", normed_out, x)
+
+
+def _check_like(op: str, name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    if value.dtype != x.dtype or value.device != x.device:
+        raise TypeError(
+            f"{op}: {name} is {value.dtype} on {value.device}, x {x.dtype} on {x.device}: they must agree"
+        )
+    if not value.is_contiguous():
+        raise ValueError(f"{op}: {name} has strides {value.stride()}; a contiguous tensor is needed")
+
+
+def _check_no_grad(op: str, *values: torch.Tensor) -> None:
+    if needs_grad(*values):
+        raise ValueError(f"{op}: an argument requires grad; it is forward only: use torch.no_grad()")

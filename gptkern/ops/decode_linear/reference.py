@@ -1,0 +1,52 @@
+"""The linear layers of one decode step, in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+
+from gptkern.ops.linear.reference import ACTIVATIONS
+
+Norm = tuple[torch.Tensor, torch.Tensor | None, float]
+
+
+def normed(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    if norm is None:
+        return x
+    weight, bias, eps = norm
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def decode_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: Norm | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    normed_out: torch.Tensor | None,
+) -> torch.Tensor:
+    x = normed(x, norm)
+    if normed_out is not None:
+        normed_out.copy_(x)
+    out = F.linear(x, weight, bias)
+    if activation != "none":
+        out = ACTIVATIONS[activation](out)
+    return out if residual is None else residual + out
+
+
+def decode_qkv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: Norm | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    normed_out: torch.Tensor | None,
+) -> torch.Tensor:
+    qkv = decode_linear(x, weight, bias, norm, "none", None, normed_out)
+    width = k_cache.shape[2] * k_cache.shape[3]
+    q, k, v = qkv.split((qkv.shape[1] - 2 * width, width, width), dim=1)
+    kept = slots >= 0
+    for new, cache in ((k, k_cache), (v, v_cache)):
+        cache.flatten(0, 1)[slots[kept]] = new[kept].unflatten(1, cache.shape[2:])
+    return q

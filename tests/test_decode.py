@@ -1,0 +1,218 @@
+"""The decode step against the model it is a step of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from gptkern import GPTConfig, backend
+from gptkern.cache import CacheFullError, KVCache
+from gptkern.decode import DecodeStep
+from gptkern.model import GPT
+from gptkern.ops import _launch
+from gptkern.ops.sample import SamplerState, SamplingParams, sample
+
+
+def make_model(dtype: torch.dtype = torch.float64, **changes: Any) -> GPT:
+    config = GPTConfig(
+        **{"vocab_size": 37, "n_positions": 64, "n_layer": 3, "n_head": 2, "n_embd": 24, **changes}
+    )
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)  # norms and biases that matter
+    return model.to(dtype).eval()
+
+
+def prefilled(
+    model: GPT, prompts: list[list[int]], *, page_size: int | None = None, max_seqs: int | None = None
+) -> KVCache:
+    cache = KVCache.for_config(
+        model.config,
+        max_seqs=len(prompts) if max_seqs is None else max_seqs,
+        max_len=40,
+        page_size=page_size,
+        dtype=model.dtype,
+    )
+    with torch.no_grad(), backend("reference"):
+        for prompt in prompts:
+            (sequence,) = cache.allocate()
+            step = cache.extend([len(prompt)], [sequence])
+            model.transformer(torch.tensor(prompt), step.positions, step)
+            step.commit()
+    return cache
+
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8]]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "openai-gpt"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_agrees_with_the_model(model_type: str, bias: bool, page_size: int | None) -> None:
+    by_layer = bias and model_type == "gpt2"
+    model = make_model(model_type=model_type, bias=bias, scale_attn_by_inverse_layer_idx=by_layer)
+    cache = prefilled(model, PROMPTS, page_size=page_size, max_seqs=5)
+    step = DecodeStep(model, cache)
+    texts = [list(prompt) for prompt in PROMPTS]
+    for _ in range(6):
+        tokens = torch.randint(37, (3,))
+        logits = step(tokens)
+        for row, token in enumerate(tokens.tolist()):
+            texts[row].append(token)
+            with torch.no_grad():
+                expected = model(torch.tensor([texts[row]])).logits[0, -1]
+            torch.testing.assert_close(logits[row], expected)
+    assert cache.lengths == [13, 7, 10]
+    assert cache.seq_lens.tolist() == [13, 7, 10, 0, 0]
+
+
+def test_weights_stay_live() -> None:
+    model = make_model()
+    cache = prefilled(model, PROMPTS)
+    step = DecodeStep(model, cache)
+    step(torch.tensor([1, 2, 3]))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    logits = step(torch.tensor([4, 5, 6]))
+    fresh = DecodeStep(model, cache)
+    for sequence in cache.sequences:
+        cache.truncate(sequence, cache.lengths[cache.sequences.index(sequence)] - 1)
+    assert torch.equal(fresh(torch.tensor([4, 5, 6])), logits)
+
+
+def test_sequences_come_and_go() -> None:
+    model = make_model()
+    cache = prefilled(model, PROMPTS, page_size=4, max_seqs=4)
+    step = DecodeStep(model, cache)
+    step(torch.tensor([1, 2, 3]))
+    cache.free(cache.sequences[1])
+    cache.fork(cache.sequences[0])
+    logits = step(torch.tensor([7, 8, 9]))
+    texts = [[*PROMPTS[0], 1, 7], [*PROMPTS[2], 3, 8], [*PROMPTS[0], 1, 9]]
+    for row, text in enumerate(texts):
+        with torch.no_grad():
+            torch.testing.assert_close(logits[row], model(torch.tensor([text])).logits[0, -1])
+
+
+def test_tokens_are_fed_back() -> None:
+    model = make_model(torch.float32)
+    cache = prefilled(model, PROMPTS)
+    params = SamplingParams.make(3, 37, temperature=0.8, top_k=20)
+    step = DecodeStep(model, cache, params, SamplerState.make(3, 37, seed=5))
+    tokens = step(torch.tensor([1, 2, 3]))
+    later = torch.stack([step() for _ in range(5)])
+
+    logits_of = DecodeStep(model, prefilled(model, PROMPTS))
+    state = SamplerState.make(3, 37, seed=5)
+    fed = torch.tensor([1, 2, 3])
+    for expected in (tokens, *later):
+        fed = sample(logits_of(fed), params, state=state).tokens
+        assert torch.equal(fed, expected)
+
+
+def test_failures_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    cache = prefilled(model, PROMPTS)
+    step = DecodeStep(model, cache)
+    monkeypatch.setattr(DecodeStep, "_block", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(torch.tensor([1, 2, 3]))
+    assert cache.lengths == [7, 1, 4]
+    assert cache.seq_lens.tolist() == [7, 1, 4]
+    monkeypatch.undo()
+    expected = DecodeStep(model, prefilled(model, PROMPTS))(torch.tensor([1, 2, 3]))
+    assert torch.equal(step(torch.tensor([1, 2, 3])), expected)
+
+
+def test_bad_arguments_are_named() -> None:
+    model = make_model()
+    cache = prefilled(model, PROMPTS)
+    step = DecodeStep(model, cache)
+    with pytest.raises(ValueError, match=r"shape \(2,\); int64 of shape \(3,\)"):
+        step(torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"without a sampler"):
+        step()
+    with pytest.raises(ValueError, match="params and state"):
+        DecodeStep(model, cache, SamplingParams.make(3, 37))
+    with pytest.raises(ValueError, match="the cache has 3 layers of 2 x 12, the model 2 of"):
+        DecodeStep(make_model(n_layer=2), cache)
+    with pytest.raises(ValueError, match=r"the cache is torch.float64 on cpu, the model torch.float32"):
+        DecodeStep(make_model(torch.float32), cache)
+    cache.clear()
+    with pytest.raises(ValueError, match="no live sequences"):
+        step(torch.tensor([1]))
+
+
+def test_the_end_of_the_context_and_of_the_cache() -> None:
+    model = make_model(n_positions=8)
+    step = DecodeStep(model, prefilled(model, PROMPTS))
+    step(torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match="whole context of 8"):
+        step(torch.tensor([1, 2, 3]))
+    model = make_model()
+    cache = prefilled(model, [[1] * 40])
+    with pytest.raises(CacheFullError):
+        DecodeStep(model, cache)(torch.tensor([1]))
+    assert cache.lengths == [40]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("model_type", ["gpt2", "openai-gpt"])
+def test_kernels_agree_with_the_references(model_type: str) -> None:
+    model = make_model(torch.float32, model_type=model_type, n_layer=2)
+    tokens = torch.tensor([7, 8, 9])
+    with backend("reference"):
+        expected = DecodeStep(model, prefilled(model, PROMPTS))(tokens)
+    cache = prefilled(model, PROMPTS, page_size=4)
+    logits = DecodeStep(model, cache)(tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert cache.seq_lens.tolist() == cache.lengths == [8, 2, 5]
+
+
+@pytest.mark.kernels
+def test_five_launches_a_layer() -> None:
+    model = make_model(torch.float32, n_layer=2)
+    step = DecodeStep(model, prefilled(model, PROMPTS))
+    names: list[str] = []
+
+    def note(launch: _launch.Launch) -> bool:
+        names.append(launch.name)
+        return True
+
+    with _launch.observe(note):
+        step(torch.tensor([1, 2, 3]))
+    layer = ["decode_linear_kernel", "decode_attention_kernel", *["decode_linear_kernel"] * 3]
+    assert names == ["decode_embed_kernel", *layer, *layer, "decode_linear_kernel"]
+    assert Counter(names).total() == 2 + 5 * 2
+
+
+@pytest.mark.kernels
+def test_a_sequence_is_bitwise_the_same_alone_in_a_batch_and_in_other_pages() -> None:
+    model = make_model(torch.float32, n_layer=1)
+    together = DecodeStep(model, prefilled(model, PROMPTS, page_size=4))(torch.tensor([7, 8, 9]))
+    for row, token in enumerate((7, 8, 9)):
+        alone = DecodeStep(model, prefilled(model, [PROMPTS[row]]))(torch.tensor([token]))
+        assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.kernels
+def test_padding_of_a_bucket_writes_nothing() -> None:
+    model = make_model(torch.float32, n_layer=1)
+    cache = prefilled(model, PROMPTS, page_size=4, max_seqs=4)
+    step = DecodeStep(model, cache)
+    other = DecodeStep(model, prefilled(model, PROMPTS, page_size=4, max_seqs=4))
+    logits = other(torch.tensor([7, 8, 9]))
+    cache.reserve([1, 1, 1])
+    step._tokens[:3] = torch.tensor([7, 8, 9])
+    step._live.fill_(3)
+    with torch.no_grad():
+        padded = step.run(4)
+    assert torch.equal(padded[:3], logits)
+    assert padded[3].isfinite().all()
+    assert cache.seq_lens.tolist() == [8, 2, 5, 0]
+    assert torch.equal(cache.k, other.cache.k)
+    assert torch.equal(cache.v, other.cache.v)
