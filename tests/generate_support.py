@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+
 from gptkern.config import GPTConfig
 from gptkern.model import GPT
 

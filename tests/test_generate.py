@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from generate_support import CONFIGS, VOCAB, left_padded, pair, prompts
+
 from gptkern.config import GPTConfig
 from gptkern.generate import GenerateOptions, GenerateOutput
 from gptkern.generate.options import Settings
@@ -130,7 +131,9 @@ def test_streamers_are_told_what_transformers_tells_them() -> None:
         assert torch.equal(ours_value, theirs_value)
 
 
-def detailed(model: GPT, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> GenerateOutput:
+def detailed(
+    model: GPT, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any
+) -> GenerateOutput:
     out = model.generate(ids, mask, return_dict_in_generate=True, **options)
     assert isinstance(out, GenerateOutput)
     return out
@@ -219,7 +222,9 @@ def test_return_sequences_share_a_prefill_and_differ() -> None:
     calls: list[int] = []
     hook = ours.transformer.register_forward_pre_hook(lambda _, args: calls.append(args[0].numel()))
     try:
-        out = ours.generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=9, seed=0, eos_token_id=None)
+        out = ours.generate(
+            ids, do_sample=True, num_return_sequences=3, max_new_tokens=9, seed=0, eos_token_id=None
+        )
     finally:
         hook.remove()
     assert isinstance(out, torch.Tensor)
@@ -333,7 +338,12 @@ def test_beam_search_refuses_what_it_cannot_do() -> None:
 )
 def test_beam_search_is_that_of_transformers(name: str, options: dict[str, Any]) -> None:
     theirs, ours = pair(name)
-    common: dict[str, Any] = {"max_new_tokens": 24, "pad_token_id": 7, "return_dict_in_generate": True, **options}
+    common: dict[str, Any] = {
+        "max_new_tokens": 24,
+        "pad_token_id": 7,
+        "return_dict_in_generate": True,
+        **options,
+    }
     ids, mask = left_padded()
     # end-of-text tokens that do come up
     stops = ours.generate(ids, mask, max_new_tokens=12, num_beams=4, eos_token_id=None)[:, -1].tolist()

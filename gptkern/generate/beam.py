@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptkern.cache import KVCache
-from gptkern.generate.loop import FinishReason, evaluating, prefill
+from gptkern.generate.loop import FinishReason, evaluating, prefill, stepper
 from gptkern.generate.options import Settings
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.stopping import RowText
@@ -59,6 +59,7 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
             device=model.device,
         )
         logits = prefill(model, prompts, cache)
+        step = stepper(model, cache, rows=len(searches) * settings.num_beams, steps=settings.max_new - 1)
         active = searches
         while True:
             scores = _processed(logits.float().log_softmax(-1), active, settings)
@@ -69,7 +70,7 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
                 break
             _follow(cache, [sequences[row] for row in parents])
             tokens = [beam.tokens[-1] for search in active for beam in search.running]
-            logits = model(torch.tensor(tokens, device=model.device)[:, None], cache=cache).logits[:, -1]
+            logits = step(torch.tensor(tokens, device=model.device))
     return [beam for search in searches for beam in search.complete[: settings.num_return_sequences]]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from gptkern.cache import KVCache
+from gptkern.generate.cpu_step import CpuStep, pays
 from gptkern.generate.options import Settings
 from gptkern.generate.pick import Picker
 from gptkern.generate.prompt import Prompts
@@ -75,6 +76,7 @@ def steps(
             logprobs=logprobs,
             device=model.device,
         )
+        step = stepper(model, cache, rows=len(rows), steps=settings.max_new - 1)
         # On a GPU the next step is under way before the host looks at this one's tokens. A row that
         # turns out to have finished has then computed one token too many, which nobody sees.
         ahead = model.device.type == "cuda"
@@ -82,7 +84,7 @@ def steps(
             picked = picker(logits)
             last = index + 1 == settings.max_new
             if ahead and not last:
-                logits = model(picked.tokens[:, None], cache=cache).logits[:, -1]
+                logits = step(picked.tokens)
             tokens = picked.tokens.tolist()
             finished = [_finished(t, row, settings, texts, last) for t, row in zip(tokens, rows, strict=True)]
             yield Step(rows, tokens, None if picked.logprobs is None else picked.logprobs.tolist(), finished)
@@ -96,7 +98,7 @@ def steps(
                 rows = [rows[i] for i in kept]
                 logits, chosen = logits[kept], chosen[kept]
             if not ahead:
-                logits = model(chosen[:, None], cache=cache).logits[:, -1]
+                logits = step(chosen)
 
 
 def prefill(model: GPT, prompts: Prompts, cache: KVCache) -> torch.Tensor:
@@ -107,6 +109,18 @@ def prefill(model: GPT, prompts: Prompts, cache: KVCache) -> torch.Tensor:
         ids = ids.masked_fill(~mask, 0)
     output: GPTOutput = model(ids, attention_mask=mask, cache=cache, logits_to_keep=1)
     return output.logits[:, -1]
+
+
+def stepper(model: GPT, cache: KVCache, *, rows: int, steps: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What takes the cache's sequences one token on: ``(rows,)`` tokens to ``(rows, vocab_size)`` logits."""
+    if pays(model, rows=rows, steps=steps):
+        return CpuStep(model, cache)
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        output: GPTOutput = model(tokens[:, None], cache=cache)
+        return output.logits[:, -1]
+
+    return step
 
 
 @contextmanager

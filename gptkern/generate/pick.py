@@ -11,6 +11,7 @@ from gptkern.generate.options import Settings
 from gptkern.generate.prompt import Prompts
 from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, sample
 
+
 class Picker:
     """The sampler of one call.
 

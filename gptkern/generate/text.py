@@ -102,11 +102,11 @@ def generate_text(
     checked, settings = prepare(model, *batch(tokenizer, given), options)
     texts = row_texts(checked, settings, tokenizer)
     tokens: list[list[int]] = [[] for _ in texts]
-    logprobs: list[list[float] | None] = [[] for _ in texts]
+    logprobs: list[list[float]] = [[] for _ in texts]
     reasons: list[FinishReason] = ["length"] * len(texts)
     if settings.num_beams > 1:
         for row, beam in enumerate(beam_search(model, checked, settings, tokenizer)):
-            tokens[row], logprobs[row], reasons[row] = beam.tokens, None, beam.finish_reason
+            tokens[row], reasons[row] = beam.tokens, beam.finish_reason
             for token in beam.tokens:
                 if token not in settings.eos:
                     texts[row].push(token)
@@ -117,12 +117,12 @@ def generate_text(
                 step.rows, step.tokens, step.logprobs, step.finished, strict=True
             ):
                 tokens[row].append(token)
-                (logprobs[row] or []).append(logprob)
+                logprobs[row].append(logprob)
                 reasons[row] = reason or "length"
     for text in texts:
         text.end()
     return [
-        Completion(text.text, ids, scores, reason)
+        Completion(text.text, ids, scores if settings.num_beams == 1 else None, reason)
         for text, ids, scores, reason in zip(texts, tokens, logprobs, reasons, strict=True)
     ]
 
