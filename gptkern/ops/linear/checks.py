@@ -11,6 +11,7 @@ from gptkern.ops.linear import reference
 
 # Within a tile of 128 rows, offsets are 32-bit: 128 * 2^24 = 2^31.
 _MOST_FEATURES = 2**24
+_OPTIONAL = ("bias", "b_fc", "b_proj", "residual")
 
 
 def activation(op: str, name: str) -> None:
@@ -21,11 +22,14 @@ def activation(op: str, name: str) -> None:
 
 
 def tensors(op: str, **values: torch.Tensor | None) -> None:
-    """Tensors (None where optional) of a floating dtype on one device."""
+    """Tensors of a floating dtype on one device; biases and the residual may be None."""
     for name, value in values.items():
-        if value is not None:
+        if value is not None or name not in _OPTIONAL:
             _checks.tensor(op, name, value)
+            assert value is not None
             _checks.dtype(op, name, value)
+            if value.dim() == 0:
+                raise ValueError(f"{op}: {name} has shape (); at least one dimension is needed")
     _checks.same_device(op, **values)
 
 

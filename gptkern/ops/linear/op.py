@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 
+from gptkern.ops import _checks
 from gptkern.ops._dispatch import autocast_dtype, needs_grad, use_kernel
 from gptkern.ops.linear import autograd, checks, launcher, reference
 
@@ -58,7 +59,7 @@ def linear_residual(
     Raises:
         TypeError, ValueError: as ``linear_act``.
     """
-    checks.tensors("linear_residual", residual=residual)
+    _checks.tensor("linear_residual", "residual", residual)
     return _linear("linear_residual", x, weight, bias, residual, "none")
 
 
