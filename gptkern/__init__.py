@@ -1,6 +1,59 @@
-"""gptkern: a kernel-accelerated GPT runtime."""
+"""gptkern: a kernel-accelerated GPT runtime.
 
-from gptkern.config import GPTConfig
-from gptkern.ops import backend
+The public names are loaded when they are first used, so that the command line's ``--help`` need not
+wait for PyTorch.
+"""
 
-__all__ = ["GPTConfig", "backend"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptkern import ops
+    from gptkern.cache import KVCache
+    from gptkern.checkpoint import CheckpointError
+    from gptkern.config import GPTConfig
+    from gptkern.generate import Completion, GenerateOutput, Score
+    from gptkern.model import GPT, GPTOutput
+    from gptkern.ops import backend
+    from gptkern.tokenizer import Tokenizer
+
+_HOMES = {
+    "GPT": "model",
+    "GPTConfig": "config",
+    "GPTOutput": "model",
+    "KVCache": "cache",
+    "Tokenizer": "tokenizer",
+    "CheckpointError": "checkpoint",
+    "Completion": "generate",
+    "GenerateOutput": "generate",
+    "Score": "generate",
+    "backend": "ops",
+    "ops": "",
+}
+
+__all__ = [
+    "GPT",
+    "CheckpointError",
+    "Completion",
+    "GPTConfig",
+    "GPTOutput",
+    "GenerateOutput",
+    "KVCache",
+    "Score",
+    "Tokenizer",
+    "backend",
+    "ops",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gptkern' has no attribute {name!r}")
+    home = _HOMES[name]
+    value = getattr(import_module(f"gptkern.{home}"), name) if home else import_module(f"gptkern.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,192 @@
+"""Options that several commands share, and how they become a model and its settings."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from gptkern.model import GPT
+    from gptkern.tokenizer import Tokenizer
+
+_SAMPLING = "Sampling"
+
+
+class DType(StrEnum):
+    """What weights are computed in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A folder of transformers', a nanoGPT .pt, an llm.c .bin, a hub id, or the embedded model.",
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU where there is one.")
+]
+Dtype = Annotated[DType | None, typer.Option(help="Of the weights; by default the checkpoint's.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        "-n",
+        min=1,
+        help="Most new tokens; by default 256, or what is left of the context.",
+    ),
+]
+MinNewTokens = Annotated[
+    int | None, typer.Option(min=0, help="No end-of-text token before so many new tokens.")
+]
+Greedy = Annotated[
+    bool, typer.Option("--greedy", help="Take the likeliest token each time.", rich_help_panel=_SAMPLING)
+]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        "--temperature",
+        "-t",
+        min=0.0,
+        help="Lower is safer, higher is wilder; 0 is greedy.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+TopK = Annotated[
+    int, typer.Option(min=0, help="Of the k likeliest tokens alone; 0: of all.", rich_help_panel=_SAMPLING)
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, help="Of the likeliest that together are so probable.", rich_help_panel=_SAMPLING
+    ),
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, help="Of those so likely, next to the likeliest.", rich_help_panel=_SAMPLING
+    ),
+]
+TypicalP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Locally typical sampling's mass.", rich_help_panel=_SAMPLING)
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(min=0.0, help="Above 1 discourages tokens that came before.", rich_help_panel=_SAMPLING),
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="The same seed draws the same text.", rich_help_panel=_SAMPLING)
+]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
+
+
+def load(model: str, device: str | None, dtype: DType | None) -> GPT:
+    """The model, on its device."""
+    import torch
+
+    from gptkern.model import GPT
+
+    on = chosen_device(device)
+    return GPT.from_pretrained(model, device=on, dtype=None if dtype is None else getattr(torch, dtype.value))
+
+
+def chosen_device(name: str | None) -> str:
+    """The device asked for, or the best there is.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    import torch
+
+    if name is None:
+        if strict():
+            _refuse_fallbacks()
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device is {name!r}; cpu or cuda (cuda:0, cuda:1, ...) is needed") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}; cpu and cuda are supported")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {name!r}, and {torch.cuda.device_count()} CUDA devices are visible")
+    return name
+
+
+def _refuse_fallbacks() -> None:
+    from gptkern.cli.doctor import examine
+
+    for finding in examine():
+        if finding.verdict == "fallback":
+            raise ValueError(f"{finding.subject}: {finding.text}; GPTKERN_STRICT=1 allows no fallback")
+
+
+def sampling(
+    *,
+    greedy: bool,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    typical_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: list[str] | None,
+) -> dict[str, Any]:
+    """These options as ``generate``'s."""
+    options: dict[str, Any] = {
+        "repetition_penalty": repetition_penalty,
+        "stop_strings": list(map(unescape, stop or [])),
+    }
+    if greedy or temperature == 0:
+        return options
+    return options | {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "typical_p": typical_p,
+        "seed": secrets.randbits(32) if seed is None else seed,
+    }
+
+
+def unescape(text: str) -> str:
+    r"""``\n``, ``\t`` and ``\\`` as shells pass them on."""
+    parts = text.split("\\\\")
+    return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)
+
+
+def strict() -> bool:
+    """Whether ``GPTKERN_STRICT=1`` turns every fallback into an error."""
+    return os.environ.get("GPTKERN_STRICT") == "1"
+
+
+def fitting(gpt: GPT, prompt: str, asked: int | None, default: int) -> int:
+    """New tokens: as many as asked for, else the default or what is left of the context."""
+    if asked is not None:
+        return asked
+    used = max(1, len(tokenizer_of(gpt).encode(prompt)))
+    return max(1, min(default, gpt.config.n_positions - used))
+
+
+def tokenizer_of(gpt: GPT) -> Tokenizer:
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: It came without one.
+    """
+    if gpt.tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer beside it (tokenizer.json, or vocab.json and merges.txt)"
+        )
+    return gpt.tokenizer

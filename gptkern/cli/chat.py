@@ -1,0 +1,128 @@
+"""``gptkern chat``: a conversation in the terminal, written by the model as a transcript."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptkern.cli import _options as o
+
+if TYPE_CHECKING:
+    from gptkern.model import GPT
+
+_HELP = "/reset begins anew, /exit (or Ctrl-D) ends."
+
+
+@dataclass
+class Transcript:
+    """A conversation as the text that the model continues.
+
+    Attributes:
+        opening: Text before the first turn, never dropped.
+        you, bot: What stands before each one's lines.
+        turns: What was said, in pairs; the oldest are dropped when the context is full.
+    """
+
+    opening: str
+    you: str
+    bot: str
+    turns: list[tuple[str, str]] = field(default_factory=list)
+
+    def prompt(self, said: str) -> str:
+        """Everything up to where the model speaks."""
+        lines = [self.opening] if self.opening else []
+        for yours, theirs in self.turns:
+            lines += [f"{self.you}: {yours}", f"{self.bot}: {theirs}"]
+        return "\n".join([*lines, f"{self.you}: {said}", f"{self.bot}:"])
+
+
+def chat(
+    model: o.Model = "embedded",
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Most new tokens of one answer.")
+    ] = 100,
+    system: Annotated[str, typer.Option("--system", help="Text that the conversation begins with.")] = "",
+    you: Annotated[str, typer.Option(help="Your name in the transcript.")] = "User",
+    bot: Annotated[str, typer.Option(help="The model's name in the transcript.")] = "Bot",
+    greedy: o.Greedy = False,
+    temperature: o.Temperature = 0.8,
+    top_k: o.TopK = 50,
+    top_p: o.TopP = 0.95,
+    min_p: o.MinP = 0.0,
+    typical_p: o.TypicalP = 1.0,
+    repetition_penalty: o.RepetitionPenalty = 1.0,
+    seed: o.Seed = None,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+) -> None:
+    """Talk with a model; the conversation is kept.
+
+    GPT-2 and its like continue text: they were not trained to answer. The conversation is therefore
+    put to the model as a transcript, `User: ...` and `Bot: ...` by turns, and its answer ends where it
+    would write your next line. When the context is full, the oldest turns are forgotten, which is told.
+
+    Examples:
+
+    - `gptkern chat --you JULIET --bot ROMEO` with the small model that comes with gptkern
+
+    - `gptkern chat --model gpt2-xl --system "A talk between a student and a patient teacher."`
+    """
+    options = o.sampling(
+        greedy=greedy,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=[f"\\n{you}:", f"\\n{bot}:"],
+    )
+    gpt = o.load(model, device, dtype)
+    transcript = Transcript(o.unescape(system), you, bot)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(_HELP, file=sys.stderr)
+    while (said := _read(f"{you}: " if interactive else "")) is not None:
+        if said in ("/exit", "/quit"):
+            return
+        if said == "/reset":
+            transcript.turns.clear()
+        elif said.startswith("/"):
+            print(_HELP, file=sys.stderr)
+        elif said:
+            transcript.turns.append((said, _answer(gpt, transcript, said, max_new_tokens, options)))
+            if "seed" in options:
+                # The same words a second time shall not get the same answer.
+                options["seed"] += 1
+
+
+def _read(shown: str) -> str | None:
+    try:
+        return input(shown).strip()
+    except EOFError:
+        return None
+
+
+def _answer(gpt: GPT, transcript: Transcript, said: str, most: int, options: dict[str, Any]) -> str:
+    tokenizer = o.tokenizer_of(gpt)
+    context = gpt.config.n_positions
+    forgotten = 0
+    while (used := len(tokenizer.encode(transcript.prompt(said)))) + most > context and transcript.turns:
+        del transcript.turns[0]
+        forgotten += 1
+    if forgotten:
+        print(f"(the context is full: {forgotten} earlier turns are forgotten)", file=sys.stderr)
+    if used >= context:
+        raise ValueError(
+            f"the message has {used} tokens with what stands before it; the context is {context}"
+        )
+    print(f"{transcript.bot}:", end="", flush=True)
+    pieces = gpt.stream(transcript.prompt(said), max_new_tokens=min(most, context - used), **options)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+    return pieces.completion.text.strip()

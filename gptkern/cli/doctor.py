@@ -1,0 +1,138 @@
+"""``gptkern doctor``: which device, kernels and extension parts are in use, and why not the others."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from gptkern.cli import _options as o
+
+# What the test suite was last run with; constraints.txt pins the same.
+TESTED = {"torch": "2.13.0", "triton": "3.8.0", "tokenizers": "0.23.3", "safetensors": "0.8.0"}
+TESTED_OPTIONAL = {"transformers": "5.23.0"}
+TESTED_PYTHON = "3.13"
+Verdict = Literal["ok", "note", "fallback"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. A fallback is something slower than what this machine could do."""
+
+    subject: str
+    verdict: Verdict
+    text: str
+
+
+def doctor(
+    json_: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
+) -> int:
+    """Say which device, kernels and extension parts are in use, why not the others, and what is untested.
+
+    With `GPTKERN_STRICT=1` a fallback makes the exit code 1; other commands then refuse to run on one.
+    """
+    findings = examine()
+    if json_:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fallback": "[red]fallback[/]"}
+        for finding in findings:
+            table.add_row(finding.subject, marks[finding.verdict], finding.text)
+        Console(highlight=False, soft_wrap=True).print(table)
+    return int(o.strict() and any(finding.verdict == "fallback" for finding in findings))
+
+
+def examine() -> list[Finding]:
+    """Everything the report says, most important first."""
+    return [*_device(), *_kernels(), *_extension(), *_versions()]
+
+
+def _device() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        if not Path("/dev/nvidiactl").exists():
+            yield Finding("device", "ok", "cpu: this machine has no NVIDIA GPU")
+        elif torch.version.cuda is None:
+            text = f"cpu: there is an NVIDIA GPU, and torch {torch.__version__} was built without CUDA"
+            yield Finding("device", "fallback", text)
+        else:
+            yield Finding(
+                "device", "fallback", "cpu: there is an NVIDIA GPU, and CUDA cannot reach it: see nvidia-smi"
+            )
+        return
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        text = f"cuda:{index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}"
+        if major < 8:
+            yield Finding("device", "fallback", f"{text}: the kernels need sm_80 or newer")
+        else:
+            yield Finding("device", "ok", text)
+
+
+def _kernels() -> Iterator[Finding]:
+    import torch
+
+    from gptkern.ops import _dispatch
+
+    if _dispatch.INTERPRETED:
+        yield Finding(
+            "kernels", "note", "Triton's interpreter (TRITON_INTERPRET=1): for tests, and very slow"
+        )
+    elif torch.cuda.is_available():
+        yield Finding("kernels", "ok", "Triton, compiled for the device on first use and then cached")
+    else:
+        yield Finding("kernels", "ok", "PyTorch's CPU operators: the Triton kernels run on CUDA devices")
+
+
+def _extension() -> Iterator[Finding]:
+    import torch
+
+    try:
+        from gptkern import _C
+    except ImportError as error:
+        yield Finding(
+            "sampler", "fallback", f"plain PyTorch: gptkern._C cannot be loaded ({error}): pip install ."
+        )
+        return
+    yield Finding("sampler on CPU", "ok", f"C++, {_C.cpu_path()}")
+    if _C.has_cuda:
+        yield Finding("sampler on CUDA", "ok", f"CUDA C++ for {_C.cuda_archs}")
+    else:
+        verdict: Verdict = "fallback" if torch.cuda.is_available() else "note"
+        yield Finding("sampler on CUDA", verdict, "not built: no nvcc was found when gptkern was installed")
+
+
+def _versions() -> Iterator[Finding]:
+    python = platform.python_version()
+    newer = _number(python)[:2] > _number(TESTED_PYTHON)
+    yield Finding(
+        "python", "note" if newer else "ok", f"{python}{f', newer than {TESTED_PYTHON}' if newer else ''}"
+    )
+    for name, tested in (TESTED | TESTED_OPTIONAL).items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            if name in TESTED:
+                yield Finding(name, "fallback", "not installed")
+            continue
+        if _number(found) > _number(tested):
+            yield Finding(name, "note", f"{found}, newer than {tested}, the newest that was tested")
+        else:
+            yield Finding(name, "ok", found)
+
+
+def _number(text: str) -> tuple[int, ...]:
+    """The release part of a version: 2.13.0+cpu gives (2, 13, 0)."""
+    digits = text.partition("+")[0].split(".")
+    return tuple(int(part) for part in digits if part.isdigit())

@@ -1,0 +1,134 @@
+"""``gptkern generate``: a prompt in, text out, as it is made."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptkern.cli import _options as o
+
+if TYPE_CHECKING:
+    from gptkern.generate import Completion
+    from gptkern.model import GPT
+
+DEFAULT_NEW_TOKENS = 256
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads it from stdin.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="Read the prompt from a file.", exists=True, dir_okay=False),
+    ] = None,
+    model: o.Model = "embedded",
+    max_new_tokens: o.MaxNewTokens = None,
+    min_new_tokens: o.MinNewTokens = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Continuations to make.")] = 1,
+    greedy: o.Greedy = False,
+    temperature: o.Temperature = 0.8,
+    top_k: o.TopK = 50,
+    top_p: o.TopP = 1.0,
+    min_p: o.MinP = 0.0,
+    typical_p: o.TypicalP = 1.0,
+    repetition_penalty: o.RepetitionPenalty = 1.0,
+    num_beams: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Beam search with so many beams; does not sample.", rich_help_panel="Sampling"
+        ),
+    ] = 1,
+    seed: o.Seed = None,
+    stop: o.Stop = None,
+    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON object a continuation, when all are made.")
+    ] = False,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+) -> None:
+    """Continue a text, printing it as it is made.
+
+    Examples:
+
+    - `gptkern generate "ROMEO:"` uses the small model that comes with gptkern
+
+    - `gptkern generate "Once upon a time" --model gpt2 -n 100 --top-p 0.9 --seed 1`
+
+    - `cat story.txt | gptkern generate --model ./my-model --greedy`
+
+    - `gptkern generate "ROMEO:" --num-samples 3 --json | jq .text`
+
+    Text goes to stdout, and nothing else; seed and speed go to stderr.
+    """
+    if num_beams > 1:
+        greedy = True
+    options = o.sampling(
+        greedy=greedy,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+    )
+    text = _prompt(prompt, file)
+    gpt = o.load(model, device, dtype)
+    options |= {
+        "max_new_tokens": o.fitting(gpt, text, max_new_tokens, DEFAULT_NEW_TOKENS),
+        "min_new_tokens": min_new_tokens or 0,
+        "num_beams": num_beams,
+        "num_return_sequences": num_samples,
+    }
+    begin = time.perf_counter()
+    if num_samples == 1 and num_beams == 1 and not json_:
+        made = [_streamed(gpt, text, options, echo)]
+    else:
+        made = gpt.generate_text(text, **options)
+        _print(text if echo else "", text, made, as_json=json_)
+    seconds = time.perf_counter() - begin
+    tokens = sum(len(completion.token_ids) for completion in made)
+    seeded = f", seed {options['seed']}" if "seed" in options else ""
+    print(
+        f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s on {gpt.device}{seeded}",
+        file=sys.stderr,
+    )
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if file is not None:
+        if prompt is not None:
+            raise typer.BadParameter("a prompt and --file: give one of them")
+        return file.read_text(encoding="utf-8")
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        return sys.stdin.read()
+    if prompt is None:
+        raise typer.BadParameter("no prompt: gptkern generate 'ROMEO:', or --file, or text on stdin")
+    return prompt
+
+
+def _streamed(gpt: GPT, text: str, options: dict[str, Any], echo: bool) -> Completion:
+    pieces = gpt.stream(text, **options)
+    if echo:
+        print(text, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+    return pieces.completion
+
+
+def _print(echoed: str, prompt: str, made: list[Completion], *, as_json: bool) -> None:
+    for number, completion in enumerate(made, 1):
+        if as_json:
+            fields = {"prompt": prompt, **asdict(completion)}
+            print(json.dumps(fields, ensure_ascii=False))
+        else:
+            heading = f"--- {number} of {len(made)} ---\n" if len(made) > 1 else ""
+            print(f"{heading}{echoed}{completion.text}")

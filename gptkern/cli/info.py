@@ -1,0 +1,83 @@
+"""``gptkern info``: what a checkpoint holds, without reading its weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+
+def info(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint's folder or file, a hub id, or the embedded model.")
+    ] = "embedded",
+    json_: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """Print a model's configuration, parameters, bytes, and what its KV cache takes.
+
+    Examples:
+
+    - `gptkern info` for the small model that comes with gptkern
+
+    - `gptkern info gpt2-xl --json`
+    """
+    facts = describe(model)
+    if json_:
+        print(json.dumps(facts))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts["config"].items():
+        table.add_row(name, str(value))
+    table.add_section()
+    table.add_row("parameters", f"{facts['parameters']:,}")
+    table.add_row("without embeddings", f"{facts['parameters_without_embeddings']:,}")
+    for name, size in facts["bytes"].items():
+        table.add_row(f"weights in {name}", readable(size))
+    for name, size in facts["kv_bytes_per_token"].items():
+        full = size * facts["config"]["n_positions"]
+        table.add_row(f"KV cache in {name}", f"{size:,} bytes a token, {readable(full)} a full context")
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def describe(model: str) -> dict[str, Any]:
+    """The facts that ``info`` prints."""
+    from dataclasses import asdict
+
+    import torch
+
+    from gptkern.checkpoint.load import open_checkpoint
+    from gptkern.checkpoint.locate import locate
+    from gptkern.model import GPT
+
+    path = locate(model, revision=None, local_files_only=False)
+    config = open_checkpoint(path).config
+    with torch.device("meta"):
+        gpt = GPT(config)
+    parameters = sum(parameter.numel() for parameter in gpt.parameters())
+    embeddings = gpt.transformer.wte.weight.numel() + gpt.transformer.wpe.weight.numel()
+    kv = 2 * config.n_layer * config.n_embd
+    return {
+        "model": str(path),
+        "config": asdict(config),
+        "parameters": parameters,
+        "parameters_without_embeddings": parameters - embeddings,
+        "bytes": {name: parameters * size for name, size in DTYPES.items()},
+        "kv_bytes_per_token": {name: kv * size for name, size in DTYPES.items() if name != "int8"},
+    }
+
+
+def readable(size: float) -> str:
+    """Bytes as people read them."""
+    if size < 1000:
+        return f"{size:,.0f} bytes"
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 1000:
+            return f"{size:,.1f} {unit}"
+    return f"{size / 1000:,.1f} TB"
