@@ -102,7 +102,9 @@ def test_tiles_of_the_launch_table(head_dim: int, dtype: torch.dtype, device: to
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 80, 96, 128])
 @pytest.mark.parametrize("seq", [1, 2, 17, 63, 64, 65, 127, 200])
 @pytest.mark.parametrize("dtype", [F16, BF16, F32])
-def test_full_grid(seq: int, head_dim: int, dtype: torch.dtype, device: torch.device, set_tiles: SetTiles) -> None:
+def test_full_grid(
+    seq: int, head_dim: int, dtype: torch.dtype, device: torch.device, set_tiles: SetTiles
+) -> None:
     for heads, heads_k, causal in ((8, 2, True), (2, 2, False)):
         set_tiles(32, 32)
         case = Case(2, seq, seq, heads, heads_k, head_dim, dtype, causal)
@@ -180,7 +182,8 @@ def test_packed_equals_each_sequence_alone(device: torch.device, set_tiles: SetT
         alone = [q[None, rows].detach(), k[None, keys].detach(), v[None, keys].detach()]
         alone = [t.requires_grad_() for t in alone]
         out_i, lse_i = flash_attention(*alone, window=19, return_lse=True)
-        assert torch.equal(out_i[0], out[rows]) and torch.equal(lse_i[0], lse[:, rows])
+        assert torch.equal(out_i[0], out[rows])
+        assert torch.equal(lse_i[0], lse[:, rows])
         expected = torch.autograd.grad((out_i, lse_i), alone, (do[None, rows], dlse[None, :, rows]))
         for whole, part, where in zip(grads, expected, (rows, keys, keys), strict=True):
             assert torch.equal(whole[where], part[0])
@@ -195,7 +198,8 @@ def test_packed_tokens_of_no_sequence(device: torch.device) -> None:
     assert isinstance(out, torch.Tensor)
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     for value in (out, *grads):
-        assert value[:12].isfinite().all() and torch.equal(value[12:], torch.zeros_like(value[12:]))
+        assert value[:12].isfinite().all()
+        assert torch.equal(value[12:], torch.zeros_like(value[12:]))
 
 
 def test_queries_that_see_nothing(device: torch.device, set_tiles: SetTiles) -> None:
@@ -205,20 +209,23 @@ def test_queries_that_see_nothing(device: torch.device, set_tiles: SetTiles) -> 
     out, lse = flash_attention(q, k, v, return_lse=True)
     dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), (torch.randn_like(out), torch.randn_like(lse)))
     assert torch.equal(out[:, :30], torch.zeros_like(out[:, :30]))
-    assert (lse[:, :, :30] == -math.inf).all() and lse[:, :, 30:].isfinite().all()
+    assert (lse[:, :, :30] == -math.inf).all()
+    assert lse[:, :, 30:].isfinite().all()
     assert torch.equal(dq[:, :30], torch.zeros_like(dq[:, :30]))
-    assert dk.isfinite().all() and dv.isfinite().all()
+    assert dk.isfinite().all()
+    assert dv.isfinite().all()
 
 
 @pytest.mark.parametrize(
-    "shape_q, shape_k",
+    ("shape_q", "shape_k"),
     [((0, 5, 2, 16), (0, 5, 2, 16)), ((2, 0, 2, 16), (2, 5, 2, 16)), ((2, 5, 2, 16), (2, 0, 2, 16))],
 )
 def test_empty(shape_q: tuple[int, ...], shape_k: tuple[int, ...], device: torch.device) -> None:
     q = torch.randn(shape_q, device=device, requires_grad=True)
     k, v = (torch.randn(shape_k, device=device, requires_grad=True) for _ in range(2))
     out, lse = flash_attention(q, k, v, return_lse=True)
-    assert torch.equal(out, torch.zeros_like(q)) and (lse == -math.inf).all()
+    assert torch.equal(out, torch.zeros_like(q))
+    assert (lse == -math.inf).all()
     for grad, value in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v), strict=True):
         assert torch.equal(grad, torch.zeros_like(value))
 
@@ -245,7 +252,8 @@ def test_scores_of_minus_infinity_weigh_nothing(device: torch.device) -> None:
     out, lse = flash_attention(q, k, v, return_lse=True)
     kept = [i for i in range(20) if i != 3]
     exact, _ = reference.attention(q.double(), k.double(), v.double())
-    assert out.isfinite().all() and lse.isfinite().all()
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
     torch.testing.assert_close(out[:, kept].double(), exact[:, kept], atol=1e-6, rtol=1e-5)
 
 
@@ -263,12 +271,12 @@ def test_nan_stays_in_its_row(device: torch.device, set_tiles: SetTiles) -> None
     k[0, 5, 0] = math.nan
     out = flash_attention(q, k, v)
     assert isinstance(out, torch.Tensor)
-    assert out[0, 5:, 0].isnan().all() and out[0, :5].isfinite().all() and out[0, :, 1].isfinite().all()
+    assert out[0, 5:, 0].isnan().all()
+    assert out[0, :5].isfinite().all()
+    assert out[0, :, 1].isfinite().all()
 
 
-def dropout_weights(
-    q: torch.Tensor, k: torch.Tensor, p: float, seed: int, **kwargs: float
-) -> torch.Tensor:
+def dropout_weights(q: torch.Tensor, k: torch.Tensor, p: float, seed: int, **kwargs: float) -> torch.Tensor:
     """The dropped weights, ``(batch, seq_q, heads, seq_k)``: v is the identity."""
     seq_k = k.shape[1]
     v = torch.eye(seq_k, device=q.device)[None, :, None].expand(q.shape[0], -1, k.shape[2], -1)
@@ -302,7 +310,7 @@ def test_dropout_mask_does_not_depend_on_tiles(device: torch.device, set_tiles: 
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("heads, heads_k", [(2, 2), (4, 2)])
+@pytest.mark.parametrize(("heads", "heads_k"), [(2, 2), (4, 2)])
 def test_dropout_gradients(
     heads: int, heads_k: int, softcap: float | None, device: torch.device, set_tiles: SetTiles
 ) -> None:

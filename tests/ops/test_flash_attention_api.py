@@ -1,4 +1,4 @@
-"""Flash attention as PyTorch sees it: registration, compile, autocast, dispatch, errors, flash-attn's names."""
+"""Flash attention as PyTorch sees it: registration, compile, autocast, errors, flash-attn's names."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def test_autocast(implementation: Any, device: torch.device) -> None:
     q, k, v = qkv(device)
     with gptkern.backend(implementation), torch.autocast(device.type, torch.bfloat16):
         out = flash_attention(q, k, v)
-    assert isinstance(out, torch.Tensor) and out.dtype == torch.bfloat16
+    assert isinstance(out, torch.Tensor)
+    assert out.dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
@@ -148,7 +149,9 @@ def test_one_launch_forward_two_backward() -> None:
     assert names == ["flash_attention_forward", "flash_attention_dq", "flash_attention_dkdv"]
 
 
-def test_tiles_outside_the_mask_are_not_visited(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_outside_the_mask_are_not_visited(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys that no query sees may hold anything: they are never read into a product."""
     from gptkern.ops.flash_attention import launcher
 
@@ -170,13 +173,17 @@ def good(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "changes, error, message",
+    ("changes", "error", "message"),
     [
         ({"q": [1]}, TypeError, "q is list"),
         ({"k": torch.randn(2, 8, 16)}, ValueError, "k has shape"),
         ({"q": torch.zeros(2, 8, 4, 16, dtype=torch.int32)}, TypeError, "q is int32"),
         ({"v": torch.randn(2, 8, 4, 16).half()}, TypeError, "v is torch.float16, q is torch.float32"),
-        ({"k": torch.randn(2, 8, 3, 16), "v": torch.randn(2, 8, 3, 16)}, ValueError, "k has 3 heads, q has 4"),
+        (
+            {"k": torch.randn(2, 8, 3, 16), "v": torch.randn(2, 8, 3, 16)},
+            ValueError,
+            "k has 3 heads, q has 4",
+        ),
         ({"k": torch.randn(2, 8, 4, 8)}, ValueError, "k has head dimension 8, q has 16"),
         ({"k": torch.randn(3, 8, 4, 16)}, ValueError, "k has batch size 3, q has 2"),
         ({"v": torch.randn(2, 9, 4, 16)}, ValueError, "v has shape"),
@@ -198,7 +205,7 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message:
 
 
 @pytest.mark.parametrize(
-    "changes, error, message",
+    ("changes", "error", "message"),
     [
         ({"cu_seqlens_q": torch.tensor([0, 8])}, TypeError, "cu_seqlens_q is int64"),
         ({"cu_seqlens_k": torch.zeros(3, dtype=torch.int32)}, ValueError, "cu_seqlens_k has 3"),
@@ -217,14 +224,15 @@ def test_bad_packing(changes: dict[str, Any], error: type[Exception], message: s
 
 
 def test_flash_attn_signatures() -> None:
-    dense = "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
-    packed = dense.replace("q k v", "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k") + " block_table"
+    rest = "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
+    dense = f"q k v {rest}"
+    packed = f"q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k {rest} block_table"
     assert " ".join(inspect.signature(flash_attn_func).parameters) == dense
     assert " ".join(inspect.signature(flash_attn_varlen_func).parameters) == packed
 
 
 @pytest.mark.parametrize(
-    "kwargs, sides",
+    ("kwargs", "sides"),
     [
         ({}, (None, None)),
         ({"causal": True}, (None, 0)),
@@ -234,7 +242,9 @@ def test_flash_attn_signatures() -> None:
         ({"window_size": (6, 4), "causal": True, "softcap": 3.0, "softmax_scale": 0.3}, (6, 0)),
     ],
 )
-def test_flash_attn_func(kwargs: dict[str, Any], sides: tuple[int | None, int | None], device: torch.device) -> None:
+def test_flash_attn_func(
+    kwargs: dict[str, Any], sides: tuple[int | None, int | None], device: torch.device
+) -> None:
     q, k, v = qkv(device, 1, 20, 2, 16)
     softcap, scale = kwargs.get("softcap"), kwargs.get("softmax_scale")
     exact, exact_lse = reference.attention(q.double(), k.double(), v.double(), *sides, scale, softcap)
@@ -248,7 +258,7 @@ def test_flash_attn_func(kwargs: dict[str, Any], sides: tuple[int | None, int | 
 
 
 @pytest.mark.parametrize(
-    "kwargs, message",
+    ("kwargs", "message"),
     [
         ({"alibi_slopes": torch.ones(2)}, "alibi_slopes is given"),
         ({"dropout_p": 0.1, "return_attn_probs": True}, "return_attn_probs"),

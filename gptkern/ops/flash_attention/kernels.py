@@ -42,7 +42,9 @@ def _pointers(ptr, first_row, stride_s, ROWS: tl.constexpr, BLOCK_D: tl.constexp
     """To the elements of ``ROWS`` rows from ``first_row`` on."""
     rows = tl.arange(0, ROWS).to(tl.int64)
     # What depends on first_row is one scalar, so that a loop over tiles keeps the rest.
-    return ptr + first_row.to(tl.int64) * stride_s + (rows[:, None] * stride_s + tl.arange(0, BLOCK_D)[None, :])
+    return (
+        ptr + first_row.to(tl.int64) * stride_s + (rows[:, None] * stride_s + tl.arange(0, BLOCK_D)[None, :])
+    )
 
 
 @triton.jit
@@ -220,7 +222,15 @@ def flash_attention_forward(
         if (start_n < full_first) | (start_n >= full_end):
             cols = start_n + tl.arange(0, BLOCK_N)
             scores = hide(
-                scores, rows[:, None], cols[None, :], shift, seq_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+                scores,
+                rows[:, None],
+                cols[None, :],
+                shift,
+                seq_k,
+                window_left,
+                window_right,
+                HAS_LEFT,
+                HAS_RIGHT,
             )
         weights, row_max, row_sum, rescale = online_softmax(scores, row_max, row_sum, scale_log2)
         if DROPOUT:
@@ -232,9 +242,7 @@ def flash_attention_forward(
     total = tl.where(row_sum == 0.0, 1.0, row_sum)
     if DROPOUT:
         total = total * (1.0 - dropout_p)
-    store_rows(
-        out_ptr, acc / total[:, None], start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D
-    )
+    store_rows(out_ptr, acc / total[:, None], start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
     # One rounding of the sum: an error here is a relative error of all the gradients of its row.
     lse = tl.fma(row_max, LN2, tl.log2(row_sum) * LN2)
     tl.store(lse_ptr + rows, lse, mask=rows < seq_q)

@@ -149,7 +149,15 @@ def flash_attention_dq(
         if (start_n < full_first) | (start_n >= full_end):
             cols = start_n + tl.arange(0, BLOCK_N)
             scores = hide(
-                scores, rows[:, None], cols[None, :], shift, seq_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+                scores,
+                rows[:, None],
+                cols[None, :],
+                shift,
+                seq_k,
+                window_left,
+                window_right,
+                HAS_LEFT,
+                HAS_RIGHT,
             )
         weights = tl.exp2(scores * scale_log2 - lse_log2[:, None])
         keep = True

@@ -32,7 +32,8 @@ class Packing(NamedTuple):
 
 def _strides(value: torch.Tensor, packed: bool) -> tuple[int, int, int]:
     """Of batch, row and head; a packed batch is one long sequence."""
-    return (0, *value.stride()[:2]) if packed else value.stride()[:3]
+    row, head = value.stride(-3), value.stride(-2)
+    return (0 if packed else value.stride(0)), row, head
 
 
 def lse_shape(q: torch.Tensor, packed: bool) -> tuple[int, ...]:

@@ -61,7 +61,9 @@ def flash_attention(
     name = "flash_attention"
     q, k, v = cast(q, k, v)
     check(name, q, k, v, 4)
-    options = make_options(name, q, q.shape[1], k.shape[1], _span(name, causal, window), scale, softcap, dropout_p)
+    options = make_options(
+        name, q, q.shape[1], k.shape[1], _span(name, causal, window), scale, softcap, dropout_p
+    )
     return attend(q, k, v, Packing(None, None), options, return_lse)
 
 
@@ -81,7 +83,7 @@ def flash_attention_varlen(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``flash_attention`` of packed sequences: sequence i is the rows ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
+    """``flash_attention`` of packed sequences: sequence i is rows ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
 
     Args:
         q: ``(tokens_q, heads, head_dim)``, otherwise as in ``flash_attention``.
@@ -113,7 +115,7 @@ def flash_attention_varlen(
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, options: Options, return_lse: bool
-) -> Any:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Checked arguments to a result: which implementation runs, and what autograd sees of it."""
     packed = packing.cu_seqlens_q is not None
     compiling = torch.compiler.is_compiling()
@@ -136,13 +138,13 @@ def attend(
     return (out, lse) if return_lse else out
 
 
-def cast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not isinstance(q, torch.Tensor):
-        return q, k, v
-    dtype = autocast_dtype(q)
-    if dtype is None or q.dtype == torch.float64:
-        return q, k, v
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+def cast(q: Any, k: Any, v: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v in the autocast dtype, where autocast is on; not yet checked arguments."""
+    if all(isinstance(t, torch.Tensor) and t.dtype != torch.float64 for t in (q, k, v)):
+        dtype = autocast_dtype(q)
+        if dtype is not None:
+            return q.to(dtype), k.to(dtype), v.to(dtype)
+    return q, k, v
 
 
 def check(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dim: int) -> None:
@@ -152,7 +154,9 @@ def check(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dim: int) 
     for name, value in (("q", q), ("k", k), ("v", v)):
         _checks.dtype(op, name, value, accepted)
         if value.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} is {value.dtype}, q is {q.dtype}: one dtype for q, k and v is needed")
+            raise TypeError(
+                f"{op}: {name} is {value.dtype}, q is {q.dtype}: one dtype for q, k and v is needed"
+            )
         if value.device != q.device:
             raise ValueError(f"{op}: {name} is on {value.device}, q is on {q.device}: one device is needed")
         _checks.last_dim_contiguous(op, name, value)
@@ -181,15 +185,16 @@ def check_packing(op: str, q: torch.Tensor, packing: Packing, max_seqlen_q: int,
                 "a contiguous (sequences + 1,) is needed"
             )
         if cu_seqlens.device != q.device:
-            raise ValueError(f"{op}: {name} is on {cu_seqlens.device}, q is on {q.device}: one device is needed")
-    first, second = packing
-    assert first is not None and second is not None
-    if first.shape != second.shape:
+            raise ValueError(
+                f"{op}: {name} is on {cu_seqlens.device}, q is on {q.device}: one device is needed"
+            )
+    entries_q, entries_k = (0 if t is None else t.shape[0] for t in packing)
+    if entries_q != entries_k:
         raise ValueError(
-            f"{op}: cu_seqlens_q has {first.shape[0]} entries, cu_seqlens_k has {second.shape[0]}: "
-            "they must be equal"
+            f"{op}: cu_seqlens_q has {entries_q} entries, cu_seqlens_k has {entries_k}: they must be equal"
         )
-    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+    limits: dict[str, Any] = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    for name, value in limits.items():
         if isinstance(value, torch.Tensor) or value < 0:
             raise ValueError(f"{op}: {name} is {value!r}; an int of at least 0 is needed")
 
@@ -280,7 +285,7 @@ _library.define(
 
 @contextmanager
 def _seeded(seed: torch.Tensor | None) -> Iterator[None]:
-    """PyTorch's CPU generator in a state that depends on ``seed`` alone, so that backward draws the same mask."""
+    """PyTorch's CPU generator in a state that ``seed`` alone decides: backward draws the same mask."""
     with torch.random.fork_rng(devices=(), enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(int(seed))
@@ -322,7 +327,7 @@ def _op_backward(
         return launcher.backward(do, dlse, q, k, v, out, lse, packing, seed, o)
     with torch.enable_grad(), _seeded(seed):
         inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-        results = _reference(*inputs, packing, o)
+        results = _reference(inputs[0], inputs[1], inputs[2], packing, o)
         grads = (do, torch.zeros_like(results[1]) if dlse is None else dlse.to(results[1].dtype))
         return tuple(t.contiguous() for t in torch.autograd.grad(results, inputs, grads))
 

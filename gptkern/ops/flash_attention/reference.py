@@ -77,8 +77,8 @@ def attention_varlen(
         outs.append(out[0])
         lses.append(lse[0])
     outs.append(torch.zeros_like(q[q_starts[-1] :]))
-    rest = outs[-1].shape[0]
-    lses.append(torch.zeros(q.shape[1], rest, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32)))
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    lses.append(torch.zeros(q.shape[1], outs[-1].shape[0], device=q.device, dtype=dtype))
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 

@@ -1,4 +1,4 @@
-"""Sample calls of attention: GPT-2's shapes and one for every row of the launch tables; small ones to check."""
+"""Sample calls of attention: one for every row of the launch tables, and small ones to check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from gptkern.ops._samples import Call, Make, Sample, tensor
 from gptkern.ops.flash_attention.op import flash_attention, flash_attention_varlen
 
 
-def _dense(batch: int, seq_q: int, seq_k: int, heads: int, heads_k: int, head_dim: int, **kwargs: Any) -> Make:
+def _dense(
+    batch: int, seq_q: int, seq_k: int, heads: int, heads_k: int, head_dim: int, **kwargs: Any
+) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> Call:
         q = tensor(batch, seq_q, heads, head_dim, device=device, dtype=dtype)
         k, v = (tensor(batch, seq_k, heads_k, head_dim, device=device, dtype=dtype) for _ in range(2))
@@ -44,7 +46,11 @@ SAMPLES = [
     Sample("head dim 128, dropout", flash_attention, _dense(2, 4096, 4096, 16, 16, 128, dropout_p=0.1)),
     Sample("head dim 80", flash_attention, _dense(2, 2048, 2048, 32, 32, 80)),
     Sample("head dim 256", flash_attention, _dense(2, 4096, 4096, 16, 8, 256)),
-    Sample("head dim 256, softcap, window", flash_attention, _dense(2, 4096, 4096, 8, 4, 256, softcap=50.0, window=512)),
+    Sample(
+        "head dim 256, softcap, window",
+        flash_attention,
+        _dense(2, 4096, 4096, 8, 4, 256, softcap=50.0, window=512),
+    ),
     Sample("head dim 256, fp32", flash_attention, _dense(1, 1024, 1024, 8, 8, 256), (torch.float32,)),
 ]
 
