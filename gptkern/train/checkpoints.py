@@ -55,7 +55,9 @@ def plain_model(model: GPT) -> GPT:
 
 def state_tensors(objective: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
     """Everything that training changes, by name: trained weights, and the optimizers' tensors."""
-    names = {parameter: name for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    names: dict[torch.Tensor, str] = {
+        parameter: name for name, parameter in objective.named_parameters() if parameter.requires_grad
+    }
     tensors = {f"weights.{name}": parameter.detach() for parameter, name in names.items()}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
@@ -207,7 +209,7 @@ def check_writable(folder: Path, bytes_needed: int) -> None:
 class _quiet(warnings.catch_warnings):
     """torch.distributed.checkpoint warns of running without a process group, which is meant."""
 
-    def __enter__(self) -> None:  # type: ignore[override]
+    def __enter__(self) -> None:
         super().__enter__()
         warnings.filterwarnings("ignore", module="torch.distributed")
 

@@ -5,7 +5,11 @@ The head and the loss are one fused op, so no training step ever holds the logit
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from gptkern import ops
@@ -53,6 +57,20 @@ class Classification(nn.Module):
         # The language model's head has no part in it; its matrix is the embedding's where they are tied.
         if not model.config.tie_word_embeddings:
             model.lm_head.weight.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Classification:
+        """The classifier that a run wrote into its ``model``, ``best`` or a checkpoint, in evaluation mode.
+
+        Raises:
+            CheckpointError: There is no model there.
+            OSError: There is no classifier's head with it.
+        """
+        folder = Path(folder)
+        labels = json.loads((folder / "labels.json").read_text())
+        found = cls(GPT.from_pretrained(folder), labels)
+        found.head.load_state_dict(load_file(folder / "classifier.safetensors"))
+        return found.eval()
 
     def logits(self, ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         """``(rows, labels)`` in fp32: ``ids (rows, seq)``, each row's last token at ``last``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from gptkern.train.settings import SettingsError
 
@@ -82,7 +84,8 @@ def spread(objective: nn.Module, group: Processes, strategy: str) -> nn.Module:
     model: Any = objective.model
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh)
-    fully_shard(objective, mesh=mesh)
+    # Resharded after every forward pass, the root too: after an evaluation weights are saved.
+    fully_shard(objective, mesh=mesh, reshard_after_forward=True)
     return objective
 
 
@@ -100,5 +103,6 @@ def no_sync(module: nn.Module, active: bool) -> Iterator[None]:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that may be spread over the processes; every process must ask."""
-    full = getattr(tensor, "full_tensor", None)
-    return tensor if full is None else full()
+    if isinstance(tensor, DTensor):
+        tensor = typing.cast(DTensor, tensor).full_tensor()
+    return tensor

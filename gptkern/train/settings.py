@@ -279,12 +279,11 @@ class Settings:
         for name, table in data.items():
             if not isinstance(table, dict):
                 raise SettingsError(f"{name} is {table!r}; a table [{name}] is needed")
-        return cls(
-            **{
-                name: dict(table) if name == "model" else _section(hints[name], name, table)
-                for name, table in data.items()
-            }
-        )
+        tables: dict[str, Any] = {
+            name: dict(table) if name == "model" else _section(hints[name], name, table)
+            for name, table in data.items()
+        }
+        return cls(**tables)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Settings:
