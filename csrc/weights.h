@@ -52,14 +52,15 @@ GPTKERN_HD float from_order_key(uint32_t key) {
 constexpr uint32_t kKeyOfInfinity = 0xFF800000u;
 constexpr uint32_t kKeyOfMinusInfinity = 0x007FFFFFu;
 
-// round(2^44 * 2^-x) for x >= 0, within two units.
+// 2^44 * 2^-x for x >= 0, rounded: within one unit.
 GPTKERN_HD uint64_t weight_of(double x) {
     constexpr double kRound = 0x1.8p52;  // adding it leaves the nearest integer in the low bits
     const double y = x < 64.0 ? x : 64.0;
     const double shifted = y + kRound;
     const double f = (shifted - kRound) - y;  // in [-1/2, 1/2]
     // Taylor coefficients ln(2)^n / n!: on this interval the remainder is below 2^-47.
-    double p = 0x1.e4cf5158b8ecap-28;
+    double p = 0x1.e8cac7351bb25p-32;
+    p = fused(p, f, 0x1.e4cf5158b8ecap-28);
     p = fused(p, f, 0x1.b5253d395e7c4p-24);
     p = fused(p, f, 0x1.62c0223a5c824p-20);
     p = fused(p, f, 0x1.ffcbfc588b0c7p-17);

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
+from typing import Any
 
 import torch
 
-from gptkern.ops import _dispatch
+from gptkern.ops import _dispatch, _launch
 from gptkern.ops.sample.params import SamplerState, SamplingParams
 
-try:
-    from gptkern import _C
-except ImportError:  # a source tree that was never built
-    _C = None  # type: ignore[assignment]
+
+def _extension() -> Any:
+    try:
+        return importlib.import_module("gptkern._C")
+    except ImportError:  # a source tree that was never built
+        return None
+
+
+_C = _extension()
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -80,19 +87,20 @@ def sample(
     on_cuda = logits.device.type == "cuda"
     shape = logits.shape
     stream, workspace = _stream_and_workspace(logits, shape[0], state) if on_cuda else (0, 0)
-    bad: int = _C.sample(
-        on_cuda, stream, workspace, torch.get_num_threads(), commit,
-        DTYPES[logits.dtype], shape[0], 1 if len(shape) == 2 else shape[1], shape[-1],
-        logits.stride(0), 0 if len(shape) == 2 else logits.stride(1), width,
-        logits.data_ptr(), params.values.data_ptr(), state.counters.data_ptr(), _pointer(state.counts),
-        _pointer(params.bias_ids), _pointer(params.bias_values), _width(params.bias_ids),
-        _pointer(params.banned_ids), _width(params.banned_ids),
-        _pointer(params.eos_ids), _width(params.eos_ids),
-        _pointer(params.bitmask), _width(params.bitmask),
-        _pointer(tokens), _pointer(logprobs), _pointer(top_tokens), _pointer(top_logprobs),
-        status.data_ptr(), _pointer(probs),
-        _pointer(draft_tokens), _pointer(draft_probs), _pointer(accepted),
-    )  # fmt: skip
+    with _launch.on_device(logits):
+        bad: int = _C.sample(
+            on_cuda, stream, workspace, torch.get_num_threads(), commit,
+            DTYPES[logits.dtype], shape[0], 1 if len(shape) == 2 else shape[1], shape[-1],
+            logits.stride(0), 0 if len(shape) == 2 else logits.stride(1), width,
+            logits.data_ptr(), params.values.data_ptr(), state.counters.data_ptr(), _pointer(state.counts),
+            _pointer(params.bias_ids), _pointer(params.bias_values), _width(params.bias_ids),
+            _pointer(params.banned_ids), _width(params.banned_ids),
+            _pointer(params.eos_ids), _width(params.eos_ids),
+            _pointer(params.bitmask), _width(params.bitmask),
+            _pointer(tokens), _pointer(logprobs), _pointer(top_tokens), _pointer(top_logprobs),
+            status.data_ptr(), _pointer(probs),
+            _pointer(draft_tokens), _pointer(draft_probs), _pointer(accepted),
+        )  # fmt: skip
     return bad
 
 
@@ -103,8 +111,9 @@ def top_k(
     on_cuda = logits.device.type == "cuda"
     rows, vocab = logits.shape
     stream, workspace = _stream_and_workspace(logits, rows, None) if on_cuda else (0, 0)
-    bad: int = _C.top_k(
-        on_cuda, stream, workspace, torch.get_num_threads(), DTYPES[logits.dtype], rows, vocab,
-        logits.stride(0), k, logits.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), status.data_ptr(),
-    )  # fmt: skip
+    with _launch.on_device(logits):
+        bad: int = _C.top_k(
+            on_cuda, stream, workspace, torch.get_num_threads(), DTYPES[logits.dtype], rows, vocab,
+            logits.stride(0), k, logits.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), status.data_ptr(),
+        )  # fmt: skip
     return bad

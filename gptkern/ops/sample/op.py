@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from gptkern.ops import _checks
-from gptkern.ops.sample import _native, reference
+from gptkern.ops.sample import _library, _native, reference
 from gptkern.ops.sample.params import SamplerState, SamplingParams, check_values
 
 
@@ -99,10 +99,7 @@ def sample(
         return _sample_reference(logits, params, state, rng)
     if torch.compiler.is_compiling():
         width = -1 if params.max_logprobs is None else params.max_logprobs
-        out = torch.ops.gptkern.sample(
-            logits, params.values, params.bias_ids, params.bias_values, params.banned_ids, params.eos_ids,
-            params.bitmask, width, state.counters, state.counts,
-        )  # fmt: skip
+        out = torch.ops.gptkern.sample(logits, *_tensors(params), state.counters, state.counts, width)
         return _sampled(width, *out)
     return _sample(logits, params, state, logits.device.type == "cpu" if validate is None else validate)
 
@@ -175,7 +172,7 @@ def _check_layout(op: str, params: SamplingParams, state: SamplerState, vocab: i
 
 def _sample(logits: torch.Tensor, params: SamplingParams, state: SamplerState, validate: bool) -> Sampled:
     width = -1 if params.max_logprobs is None else params.max_logprobs
-    out = _outputs(logits, width)
+    out = _library.sample_outputs(logits, width)
     on_cuda = logits.device.type == "cuda"
     # The CPU path commits nothing when a row is bad; a kernel cannot know of the other rows.
     commit = _native.KEEP_STATE if on_cuda and validate else _native.COMMIT
@@ -189,16 +186,9 @@ def _sample(logits: torch.Tensor, params: SamplingParams, state: SamplerState, v
     return _sampled(width, **out)
 
 
-def _outputs(logits: torch.Tensor, width: int) -> dict[str, torch.Tensor]:
-    batch, device = logits.shape[0], logits.device
-    scored, n = (batch, width) if width >= 0 else (0, 0)
-    return {
-        "tokens": torch.empty(batch, dtype=torch.int64, device=device),
-        "logprobs": torch.empty(scored, dtype=torch.float32, device=device),
-        "top_tokens": torch.empty(scored, n, dtype=torch.int64, device=device),
-        "top_logprobs": torch.empty(scored, n, dtype=torch.float32, device=device),
-        "status": torch.empty(batch, dtype=torch.int32, device=device),
-    }
+def _tensors(params: SamplingParams) -> tuple[torch.Tensor | None, ...]:
+    p = params
+    return p.values, p.bias_ids, p.bias_values, p.banned_ids, p.eos_ids, p.bitmask
 
 
 def _sampled(
@@ -292,7 +282,7 @@ def _sample_reference(logits: torch.Tensor, params: SamplingParams, state: Sampl
     else:
         tokens = reference.draw(probs, reference.uniforms(state.counters)[0])
     width = -1 if params.max_logprobs is None else params.max_logprobs
-    out = _outputs(logits, width)
+    out = _library.sample_outputs(logits, width)
     out["tokens"], out["status"] = tokens, torch.zeros_like(out["status"])
     if width >= 0:
         out["logprobs"] = torch.log_softmax(logits.double(), -1).gather(1, tokens[:, None])[:, 0].float()
@@ -354,14 +344,14 @@ def _best_of_rows(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
         if not bool((logits < float("inf")).all()):
             raise ValueError("top_k_logprobs: logits hold NaN or +inf; numbers and -inf are accepted")
         return reference.top_k_logprobs(logits, k)
-    rows, device = logits.shape[0], logits.device
-    tokens = torch.empty(rows, k, dtype=torch.int64, device=device)
-    logprobs = torch.empty(rows, k, dtype=torch.float32, device=device)
-    status = torch.empty(rows, dtype=torch.int32, device=device)
-    bad = _native.top_k(logits, k, tokens, logprobs, status)
+    if torch.compiler.is_compiling():
+        tokens, logprobs, _ = torch.ops.gptkern.top_k_rows(logits, k)
+        return logprobs, tokens.clamp(min=0)
+    out = _library.top_k_outputs(logits, k)
+    bad = _native.top_k(logits, k, **out)
     if bad >= 0:
         raise ValueError(f"top_k_logprobs: row {bad} of logits holds NaN, +inf, or nothing but -inf")
-    return logprobs, tokens.clamp_(min=0)
+    return out["logprobs"], out["tokens"].clamp_(min=0)
 
 
 def speculative_accept(
@@ -404,19 +394,17 @@ def speculative_accept(
     draft_probs = None if draft_probs is None else draft_probs.contiguous()
     if not _native.serves(target_logits):
         return _accept_reference(draft_tokens, draft_probs, target_logits, params, state)
-    device = target_logits.device
-    out = {
-        "tokens": torch.empty(batch, positions, dtype=torch.int64, device=device),
-        "accepted": torch.empty(batch, dtype=torch.int64, device=device),
-        "status": torch.empty(batch, dtype=torch.int32, device=device),
-    }
-    on_cuda = device.type == "cuda"
+    if torch.compiler.is_compiling():
+        given = torch.ops.gptkern.speculative_accept(
+            draft_tokens, draft_probs, target_logits, *_tensors(params), state.counters, state.counts
+        )
+        return Accepted(*given)
+    out = _library.accept_outputs(target_logits)
+    on_cuda = target_logits.device.type == "cuda"
     validate = not on_cuda if validate is None else validate
     commit = _native.KEEP_STATE if on_cuda and validate else _native.COMMIT
-    out["draft_tokens"] = draft_tokens
-    if draft_probs is not None:
-        out["draft_probs"] = draft_probs
-    bad = _native.sample(target_logits, params, state, -1, commit, **out)
+    drafts = {"draft_tokens": draft_tokens} | ({} if draft_probs is None else {"draft_probs": draft_probs})
+    bad = _native.sample(target_logits, params, state, -1, commit, **out, **drafts)
     if on_cuda and validate:
         bad = _first_bad(out["status"])
     if bad >= 0 and validate:

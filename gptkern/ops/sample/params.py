@@ -45,11 +45,11 @@ def _per_row(name: str, value: Number, batch: int) -> torch.Tensor:
 
 
 def _id_rows(name: str, ids: Ids, batch: int, vocab: int) -> list[list[int]]:
-    """One list of ids a row, from one list for all rows or one for each."""
+    """The lists of ids, checked: one for all rows, or one for each."""
     given: list[Any] = list(ids)
     nested = bool(given) and not isinstance(given[0], int)
-    rows = [list(row) for row in given] if nested else [given] * batch
-    if len(rows) != batch:
+    rows = [list(row) for row in given] if nested else [given]
+    if nested and len(rows) != batch:
         raise ValueError(f"SamplingParams: {name} has {len(rows)} lists; one for each of {batch} rows")
     for row, tokens in enumerate(rows):
         for token in tokens:
@@ -62,11 +62,12 @@ def _id_rows(name: str, ids: Ids, batch: int, vocab: int) -> list[list[int]]:
     return rows
 
 
-def _padded(rows: list[list[int]], device: torch.device) -> torch.Tensor | None:
+def _padded(rows: list[list[int]], batch: int, device: torch.device) -> torch.Tensor | None:
     width = max((len(row) for row in rows), default=0)
     if width == 0:
         return None
-    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32, device=device)
+    lists = torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32, device=device)
+    return lists.expand(batch, width).contiguous()
 
 
 @dataclass
@@ -156,16 +157,17 @@ class SamplingParams:
         values = torch.empty(batch, len(PARAMETERS), dtype=torch.float64)
         for index, name in enumerate(PARAMETERS):
             values[:, index] = _per_row(name, numbers[name], batch)
-        for row in range(batch):
+        alike = all(isinstance(number, (int, float)) for number in numbers.values())
+        for row in range(min(batch, 1) if alike else batch):
             check_values("SamplingParams", values[row].tolist(), row, vocab)
         eos = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
         bias_rows, bias_values = _bias_rows(logit_bias, batch, vocab)
         return cls(
             values=values.to(on),
-            bias_ids=_padded(bias_rows, on),
+            bias_ids=_padded(bias_rows, batch, on),
             bias_values=bias_values.to(on) if bias_values is not None else None,
-            banned_ids=_padded(_id_rows("banned", banned or [], batch, vocab), on),
-            eos_ids=_padded(_id_rows("eos_token_id", [] if eos is None else eos, batch, vocab), on),
+            banned_ids=_padded(_id_rows("banned", banned or [], batch, vocab), batch, on),
+            eos_ids=_padded(_id_rows("eos_token_id", [] if eos is None else eos, batch, vocab), batch, on),
             bitmask=bitmask,
             max_logprobs=None if n_logprobs is None else int(values[:, -1].max().item()) if batch else 0,
         )
@@ -183,13 +185,12 @@ def _bias_rows(
     bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None, batch: int, vocab: int
 ) -> tuple[list[list[int]], torch.Tensor | None]:
     if not bias:
-        return [[]] * batch, None
-    mappings = [bias] * batch if isinstance(bias, Mapping) else list(bias)
-    rows = _id_rows("logit_bias", [list(m) for m in mappings], batch, vocab)
-    width = max(len(row) for row in rows)
-    if width == 0:
-        return rows, None
-    values = torch.zeros(batch, width)
+        return [], None
+    mappings = [bias] if isinstance(bias, Mapping) else list(bias)
+    rows = _id_rows("logit_bias", [list(m) for m in mappings], len(mappings), vocab)
+    if not isinstance(bias, Mapping) and len(rows) != batch:
+        raise ValueError(f"SamplingParams: logit_bias has {len(rows)} mappings; one for each of {batch} rows")
+    values = torch.zeros(len(rows), max(len(row) for row in rows))
     for row, mapping in enumerate(mappings):
         for column, (token, value) in enumerate(mapping.items()):
             if not value < float("inf"):
@@ -197,7 +198,7 @@ def _bias_rows(
                     f"SamplingParams: logit_bias[{row}] gives token {token} {value}; finite or -inf is needed"
                 )
             values[row, column] = value
-    return rows, values
+    return rows, values.expand(batch, -1).contiguous() if values.shape[1] else None
 
 
 # name: (accepts, what is accepted), in the order in which the kernel checks them
