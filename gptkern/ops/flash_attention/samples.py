@@ -50,6 +50,14 @@ SAMPLES = [
         "head dim 256, softcap, window",
         flash_attention,
         _dense(2, 4096, 4096, 8, 4, 256, softcap=50.0, window=512),
+        # Both accumulators of 64 keys and the softcap do not fit in registers; 32 keys are too few for wgmma.
+        mma_sync=frozenset({"flash_attention_dkdv"}),
+    ),
+    Sample(
+        "dropout, fp32, head dim 128",
+        flash_attention,
+        _dense(2, 1024, 1024, 8, 8, 128, dropout_p=0.1),
+        (torch.float32,),
     ),
     Sample("head dim 256, fp32", flash_attention, _dense(1, 1024, 1024, 8, 8, 256), (torch.float32,)),
 ]
