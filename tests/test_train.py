@@ -18,7 +18,7 @@ from gptkern.model import GPT
 from gptkern.tokenizer import Tokenizer
 from gptkern.train import DivergedError, Lion, Settings, SettingsError, Trainer, make_optimizers, train
 from gptkern.train import checkpoints as checkpoints_module
-from gptkern.train.data import Examples, Windows, load_pairs, pair_ids
+from gptkern.train.data import Examples, Windows, load_pairs, pair_ids, shuffled
 from gptkern.train.evaluate import evaluate
 from gptkern.train.logs import read_log
 from gptkern.train.processes import Processes
@@ -219,14 +219,19 @@ def test_jsonl_documents_end_in_end_of_text(shared_data: Path, tmp_path: Path) -
 def test_windows() -> None:
     source = Windows([np.arange(20), np.arange(100, 115)], [np.arange(30)], 8, 0)
     starts = set()
-    for step in range(40):
+    for step in range(80):
         batch = source.training_batch(step, 4)
         assert torch.equal(batch.ids[:, 1:], batch.targets[:, :-1])
         assert all(row[-1] - row[0] == 7 for row in batch.ids)
         starts |= {int(row[0]) for row in batch.ids}
     assert starts == set(range(12)) | set(range(100, 107))
-    assert source.training_batch(5, 4).rows == source.training_batch(5, 4).rows
-    assert source.training_batch(5, 4).rows != source.training_batch(6, 4).rows
+    wide = Windows([np.arange(1000)], [np.arange(30)], 10, 0)
+    for epoch in range(3):
+        batches = [wide.training_batch(step, 9) for step in range(11 * epoch, 11 * epoch + 11)]
+        seen = torch.cat([batch.targets.flatten() for batch in batches])
+        assert len(seen.unique()) == len(seen) == 990
+    assert wide.training_batch(5, 4).rows == wide.training_batch(5, 4).rows
+    assert wide.training_batch(5, 4).rows != wide.training_batch(6, 4).rows
     targets = [t for batch in source.held_out(0, 2) for t in batch.targets.flatten().tolist()]
     assert targets == list(range(1, 30))
     assert sum(batch.counted for batch in source.held_out(13, 2)) == 13
@@ -250,6 +255,18 @@ def test_examples_visit_every_row_each_epoch() -> None:
     epochs = [[i for s in range(5 * e, 5 * e + 5) for i in source.training_batch(s, 2).rows] for e in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
     assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 64, 1000])
+def test_shuffled_is_a_permutation(count: int) -> None:
+    orders = [shuffled(np.arange(count), count, 7, epoch) for epoch in range(4)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(count))
+    if count == 1000:
+        assert len({tuple(order.tolist()) for order in orders}) == 4
+        for order in orders:
+            # near no correlation with the order it began in
+            assert abs(np.corrcoef(order, np.arange(count))[0, 1]) < 0.15
 
 
 def test_equals_transformers_with_adamw(text_file: Path, tmp_path: Path) -> None:

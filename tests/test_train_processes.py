@@ -30,7 +30,7 @@ BASE: dict[str, dict[str, Any]] = {
     "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.1},
     "data": {"tokenizer": "bytes", "context": 16},
     "train": {"steps": 40, "batch_size": 4, "device": "cpu"},
-    "optimizer": {"lr": 1e-2},
+    "optimizer": {"lr": 1e-3},
     "eval": {"every": 10},
     "checkpoint": {"every": 4},
 }

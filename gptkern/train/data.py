@@ -6,7 +6,6 @@ run sees the same rows, and any number of processes share a step's rows without 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -77,35 +76,62 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
 
 
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, rows: int) -> Array:
-    return _generator(seed, epoch).permutation(rows)
+def shuffled(places: Array, count: int, seed: int, epoch: int) -> Array:
+    """Where an epoch's random order of ``count`` things has ``places``, without holding the order.
+
+    A four-round Feistel network on the next power of four, walked until it falls below ``count``
+    (Black and Rogaway 2002, the cycle-walking cipher): a permutation for any keys.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    keys = _generator(seed, epoch).integers(1 << 63, size=4, dtype=np.uint64)
+
+    def once(values: Array) -> Array:
+        left, right = values >> np.uint64(half), values & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(33)) & mask)
+        return (left << np.uint64(half)) | right
+
+    found = once(places.astype(np.uint64))
+    while (outside := found >= count).any():
+        found[outside] = once(found[outside])
+    return found.astype(np.int64)
 
 
 class Windows:
-    """Language modelling: windows of ``context + 1`` tokens that start anywhere in the training tokens."""
+    """Language modelling: windows of ``context + 1`` tokens.
+
+    An epoch cuts the training tokens into windows end to end, from a random first token, and takes
+    them in random order: every token is a target once before any is twice.
+    """
 
     def __init__(self, train: list[Array], val: list[Array], context: int, seed: int) -> None:
         self.train, self.val, self.context, self.seed = train, val, context, seed
-        # A shard shorter than a window gives none.
-        self.ends = np.cumsum([max(0, len(shard) - context) for shard in train])
+        lengths = np.array([len(shard) for shard in train])
+        # A window fewer than fit, where that leaves one, so that the first token may vary.
+        self.counts = np.where(lengths > context, np.maximum(1, (lengths - context) // context), 0)
+        self.slack = lengths - 1 - self.counts * context
+        self.ends = np.cumsum(self.counts)
         if not self.ends[-1]:
-            longest = max(len(shard) for shard in train)
             raise SettingsError(
-                f"[data] context is {context}; the training tokens, {longest}, must be more than it"
+                f"[data] context is {context}; the training tokens, {lengths.max()}, must be more than it"
             )
 
     def training_batch(self, step: int, size: int) -> Batch:
-        starts = _generator(self.seed, step).integers(self.ends[-1], size=size)
-        shards = np.searchsorted(self.ends, starts, side="right")
-        rows = np.stack(
-            [self._window(int(start), int(shard)) for start, shard in zip(starts, shards, strict=True)]
-        )
-        return _language_batch(rows, starts.tolist())
-
-    def _window(self, start: int, shard: int) -> Array:
-        offset = start - (int(self.ends[shard - 1]) if shard else 0)
-        return self.train[shard][offset : offset + self.context + 1].astype(np.int64)
+        count = int(self.ends[-1])
+        epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
+        rows, names = [], []
+        for epoch in np.unique(epochs):
+            first = int(_generator(self.seed, int(epoch)).integers(2 * self.context))
+            for number in shuffled(places[epochs == epoch], count, self.seed, int(epoch)):
+                shard = int(np.searchsorted(self.ends, number, side="right"))
+                place = int(number - (self.ends[shard] - self.counts[shard]))
+                start = first % (int(self.slack[shard]) + 1) + place * self.context
+                rows.append(self.train[shard][start : start + self.context + 1].astype(np.int64))
+                names.append(int(number))
+        return _language_batch(np.stack(rows), names)
 
     def held_out(self, tokens: int, size: int) -> Iterator[Batch]:
         """Windows end to end: each held-out token but a shard's first is a target exactly once."""
@@ -148,7 +174,7 @@ class Examples:
 
     def _row(self, position: int) -> int:
         epoch, place = divmod(position, len(self.train))
-        return int(_order(self.seed, epoch, len(self.train))[place])
+        return int(shuffled(np.array([place]), len(self.train), self.seed, epoch)[0])
 
     def held_out(self, tokens: int, size: int) -> Iterator[Batch]:
         counted = 0
