@@ -1,0 +1,109 @@
+"""One decode step: a token of every sequence through the model and its cache, the logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache as once
+
+import torch
+
+from gptkern.bench.problem import Inputs, Problem, Provider
+from gptkern.bench.suites import _models as models
+from gptkern.bench.suites import _providers as shared
+from gptkern.cache import KVCache
+from gptkern.config import GPTConfig
+from gptkern.decode import DecodeStep
+
+# (model, batch, context)
+GPU = [
+    (config, batch, context)
+    for config in (models.GPT2, models.LARGE)
+    for batch, context in ((1, 128), (1, 1024), (8, 1024), (64, 1024))
+]
+CPU = [(models.SMALL, 1, 256), (models.GPT2, 1, 128)]
+# Calls that one cache has room for before it is taken back to ``context``.
+ROOM = 512
+
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
+    """Every model, batch and context."""
+    for dtype in shared.dtypes(device, quick):
+        for config, batch, context in shared.of_widths(device, GPU, CPU, quick):
+            longest = context + ROOM + 1
+            yield _problem(config.replace(n_positions=longest), batch, context, dtype, device)
+
+
+def filled(config: GPTConfig, batch: int, context: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """Sequences of ``context`` tokens whose keys and values are random, the same in all of them."""
+    kept = KVCache.for_config(
+        config, max_seqs=batch, max_len=config.n_positions, page_size=64, dtype=dtype, device=device
+    )
+    generator = torch.Generator().manual_seed(0)
+    shape = (config.n_layer, context, config.n_head, config.head_dim)
+    k, v = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
+    kept.allocate(batch)
+    step = kept.extend([context] * batch)
+    for layer in range(config.n_layer):
+        for new, layers in ((k, kept.k), (v, kept.v)):
+            values = new[layer].to(device=device, dtype=dtype).repeat(batch, 1, 1)
+            layers[layer].flatten(0, 1)[step.slots] = values
+    step.commit()
+    return kept
+
+
+def _growing(step: Step, cache: KVCache, context: int) -> Step:
+    """``step``, its cache taken back to ``context`` when it is full; the first row's logits."""
+
+    def call(tokens: torch.Tensor) -> torch.Tensor:
+        if cache.lengths[0] == cache.max_len - 1:
+            for sequence in cache.sequences:
+                cache.truncate(sequence, context)
+        return step(tokens)[:1]
+
+    return call
+
+
+def _problem(
+    config: GPTConfig, batch: int, context: int, dtype: torch.dtype, device: torch.device
+) -> Problem:
+    def inputs(device: torch.device) -> Inputs:
+        generator = torch.Generator().manual_seed(1)
+        return (torch.randint(config.vocab_size, (batch,), generator=generator).to(device),)
+
+    @once
+    def made() -> Step:
+        kept = filled(config, batch, context, dtype, device)
+        return _growing(DecodeStep(models.ours(config, dtype, device), kept), kept, context)
+
+    @once
+    def eager() -> Step:
+        model, kept = models.ours(config, dtype, device), filled(config, batch, context, dtype, device)
+        return _growing(lambda tokens: model(tokens[:, None], cache=kept).logits[:, 0], kept, context)
+
+    @torch.inference_mode()
+    def reference(tokens: torch.Tensor) -> torch.Tensor:
+        model = models.ours(config, dtype, device).double()
+        logits: torch.Tensor = model(
+            tokens[:1, None], cache=filled(config, 1, context, torch.float64, device)
+        ).logits
+        model.to(dtype)
+        return logits[:, 0]
+
+    providers: dict[str, Provider] = {
+        "gptkern": torch.inference_mode()(lambda tokens: made()(tokens)),
+        "gptkern, layer by layer": torch.inference_mode()(lambda tokens: eager()(tokens)),
+    }
+    token_bytes = 2 * config.n_layer * config.n_embd * dtype.itemsize
+    weights = models.weight_bytes(config, dtype)
+    return Problem(
+        "decode_step",
+        f"{config.n_layer}x{config.n_embd}, {batch} at {context}",
+        dtype,
+        inputs,
+        providers,
+        reference,
+        bytes_moved=weights + batch * (context * token_bytes + config.vocab_size * dtype.itemsize),
+        flops=2.0 * batch * (weights / dtype.itemsize + 2 * config.n_layer * config.n_embd * context),
+    )

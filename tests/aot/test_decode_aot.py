@@ -1,0 +1,58 @@
+"""What makes the decode step fast, seen in its machine code: wide loads, early prefetch, one wait."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# In a process of its own: compiling needs one without TRITON_INTERPRET.
+_INSPECT = """
+import json, sys
+import torch
+from gptkern.ops import _aot, _samples
+
+found = []
+for op, name in json.loads(sys.argv[1]):
+    sample = next(s for s in _samples.samples(op) if s.name == name)
+    launch = _aot.record_sample(sample, torch.bfloat16, 90)[0]
+    report = _aot.inspect(op, sample, torch.bfloat16, launch, 90)
+    found.append([report.widest_load, report.local_bytes, _aot.compile_launch(launch, 90).asm["ptx"]])
+print(json.dumps(found))
+"""
+
+_CALLS = [
+    ("decode_linear", "124M qkv"),
+    ("decode_linear", "124M out"),
+    ("decode_linear", "124M proj"),
+    ("decode_linear", "124M head"),
+    ("decode_attention", "124M, context 1024"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_weights_stream_wide_and_before_the_wait() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _INSPECT, json.dumps(_CALLS)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for call, (widest_load, local_bytes, ptx) in zip(_CALLS, json.loads(done.stdout), strict=True):
+        assert widest_load == 16, call
+        assert local_bytes == 0, call
+        wait = ptx.index("griddepcontrol.wait")
+        assert 0 < ptx.index("prefetch.global.L2") < wait < ptx.index("griddepcontrol.launch_dependents"), (
+            call
+        )
+        # All else that is read comes after the wait, but for the lengths and pages that say what to prefetch.
+        if call[0] == "decode_linear":
+            assert "ld.global" not in ptx[:wait], call
+            assert "cp.async" not in ptx[:wait], call
