@@ -8,7 +8,10 @@ from gptkern.ops.sample import _native
 from gptkern.ops.sample.params import SamplerState, SamplingParams
 
 _library = torch.library.Library("gptkern", "FRAGMENT")
-_PARAMS = "Tensor values, Tensor? bias_ids, Tensor? bias_values, Tensor? banned_ids, Tensor? eos_ids, Tensor? bitmask"
+_PARAMS = ", ".join(
+    ["Tensor values"]
+    + [f"Tensor? {name}" for name in ("bias_ids", "bias_values", "banned_ids", "eos_ids", "bitmask")]
+)
 _STATE = "Tensor(a!) counters, Tensor(b!)? counts"
 _library.define(
     f"sample(Tensor logits, {_PARAMS}, {_STATE}, int logprobs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"

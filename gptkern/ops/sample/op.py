@@ -331,12 +331,12 @@ def top_k_logprobs(
     per_beam = min(k, vocab)
     flat = logits.flatten(0, 1).contiguous()
     values, tokens = _best_of_rows(flat, per_beam)
-    values = values.view(batch, beams, per_beam)
+    values = values.reshape(batch, beams, per_beam)
     if scores is not None:
         values = values + scores[..., None]
     best, index = torch.sort(values.flatten(1), dim=-1, descending=True, stable=True)
     chosen = index[:, :k]
-    return best[:, :k], chosen // per_beam, tokens.view(batch, -1).gather(1, chosen)
+    return best[:, :k], chosen // per_beam, tokens.reshape(batch, -1).gather(1, chosen)
 
 
 def _best_of_rows(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

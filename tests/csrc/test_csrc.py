@@ -1,0 +1,59 @@
+"""The C++ and CUDA sources by themselves: sanitizers over random rows, and what nvcc makes of the kernels."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+
+
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    binary = tmp_path_factory.mktemp("fuzz") / "fuzz_sampling"
+    sources = [HERE / "fuzz_sampling.cpp", CSRC / "sampling_cpu.cpp", CSRC / "threads.cpp"]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    command = ["g++", *flags, *sanitizers, f"-I{CSRC}", *map(str, sources), "-o", str(binary)]
+    subprocess.run(command, check=True)
+    return binary
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("rows", "threads"), [(1_000_000, 1), (20_000, 3)])
+def test_random_rows_under_sanitizers(fuzzer: Path, rows: int, threads: int) -> None:
+    done = subprocess.run([fuzzer, str(rows), str(threads)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{rows} rows" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_cuda_compiles_without_warnings_or_spills(arch: int, tmp_path: Path) -> None:
+    defines = ["-DGPTKERN_ISA=cuda", f'-DGPTKERN_CUDA_ARCHS="{arch}"']
+    flags = ["-std=c++17", "-O3", "-fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v"]
+    target = [
+        "-gencode",
+        f"arch=compute_{arch},code=sm_{arch}",
+        "-cubin",
+        "-o",
+        str(tmp_path / "sampling.cubin"),
+    ]
+    command = ["nvcc", *flags, *defines, *target, str(CSRC / "sampling_cuda.cu")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    usage = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
+    )
+    assert len(usage) == 4
+    assert all(numbers == ("0", "0", "0") for numbers in usage), done.stderr

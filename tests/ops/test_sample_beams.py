@@ -1,0 +1,118 @@
+"""top_k_logprobs and speculative_accept against their references, and their argument errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gptkern
+from gptkern.ops import SamplerState, SamplingParams, sample, speculative_accept, top_k_logprobs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "beams", "vocab", "k"), [(2, 3, 500, 6), (1, 1, 7, 7), (3, 4, 5, 20), (1, 2, 50257, 40)]
+)
+def test_top_k_is_that_of_the_flat_log_softmax(
+    batch: int, beams: int, vocab: int, k: int, dtype: torch.dtype
+) -> None:
+    logits = (torch.randn(batch, beams, vocab) * 3).to(dtype)
+    scores = torch.randn(batch, beams)
+    values, beam, token = top_k_logprobs(logits, k, scores=scores)
+    flat = (torch.log_softmax(logits.double(), -1).float() + scores[..., None]).flatten(1)
+    torch.testing.assert_close(flat.gather(1, beam * vocab + token), values, rtol=3e-7, atol=0)
+    torch.testing.assert_close(values, flat.topk(k).values, rtol=3e-7, atol=0)
+    with gptkern.backend("reference"):
+        expected = top_k_logprobs(logits, k, scores=scores)
+    torch.testing.assert_close(values, expected[0], rtol=3e-7, atol=0)
+
+
+def test_top_k_ties_go_to_the_lower_beam_then_token() -> None:
+    values, beam, token = top_k_logprobs(torch.zeros(1, 2, 4), 6)
+    assert beam.tolist() == [[0, 0, 0, 0, 1, 1]]
+    assert token.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert values.unique().numel() == 1
+
+
+def test_top_k_errors() -> None:
+    for k in (0, 21):
+        with pytest.raises(ValueError, match="k is"):
+            top_k_logprobs(torch.randn(1, 4, 5), k)
+    for backend in ("auto", "reference"):
+        with gptkern.backend(backend), pytest.raises(ValueError, match="NaN"):
+            top_k_logprobs(torch.full((1, 1, 5), math.nan), 2)
+    with pytest.raises(ValueError, match="scores"):
+        top_k_logprobs(torch.randn(1, 4, 5), 2, scores=torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("certain", [False, True])
+def test_speculation_is_that_of_the_reference(certain: bool) -> None:
+    batch, n, vocab = 200, 3, 40
+    target = torch.randn(batch, n + 1, vocab)
+    q = torch.softmax(target[:, :n] + torch.randn(batch, n, vocab) * 0.5, -1)
+    drafts = torch.multinomial(q.flatten(0, 1), 1).view(batch, n)
+    params = SamplingParams.make(batch, vocab, top_k=30, repetition_penalty=1.2, frequency_penalty=0.3)
+    states = [SamplerState.make(batch, vocab, seed=4, history=True) for _ in range(2)]
+    for _ in range(2):
+        got = speculative_accept(drafts, None if certain else q, target, params, state=states[0])
+        with gptkern.backend("reference"):
+            expected = speculative_accept(drafts, None if certain else q, target, params, state=states[1])
+        assert torch.equal(got.tokens, expected.tokens)
+        assert torch.equal(got.n_accepted, expected.n_accepted)
+        assert torch.equal(states[0].counters, states[1].counters)
+        assert torch.equal(states[0].counts, states[1].counts)
+    assert 0 < got.n_accepted.float().mean() < n
+
+
+def test_greedy_speculation_gives_the_greedy_tokens() -> None:
+    target = torch.randn(2, 3, 20)
+    best = target.argmax(-1)
+    drafts = best[:, :2].clone()
+    drafts[1, 1] = (drafts[1, 1] + 1) % 20
+    params = SamplingParams.make(2, 20, temperature=0)
+    out = speculative_accept(drafts, None, target, params, state=SamplerState.make(2, 20))
+    assert out.n_accepted.tolist() == [2, 1]
+    assert out.tokens.tolist() == [best[0].tolist(), [*best[1, :2].tolist(), -1]]
+
+
+def test_a_refused_speculation_changes_nothing() -> None:
+    target = torch.randn(2, 3, 20)
+    target[1, 1] = math.nan
+    drafts = target.nan_to_num().argmax(-1)[:, :2]
+    params = SamplingParams.make(2, 20, temperature=0)
+    for backend in ("auto", "reference"):
+        state = SamplerState.make(2, 20, history=True)
+        before = state.counters.clone()
+        with gptkern.backend(backend), pytest.raises(ValueError, match="NaN"):
+            speculative_accept(drafts, None, target, params, state=state)
+        assert torch.equal(state.counters, before)
+        assert not state.counts.any()
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        bad = torch.tensor([[0, 20], [1, 1]])
+        speculative_accept(bad, None, torch.randn(2, 3, 20), params, state=SamplerState.make(2, 20))
+
+
+numbers = st.floats(allow_nan=True, allow_infinity=True, width=32)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.lists(st.lists(numbers, min_size=6, max_size=6), min_size=1, max_size=3),
+    values=st.lists(st.floats(allow_nan=True), min_size=12, max_size=12),
+    plain=st.booleans(),
+)
+def test_any_bits_give_a_token_or_an_error(rows: list[list[float]], values: list[float], plain: bool) -> None:
+    logits = torch.tensor(rows, dtype=torch.float32)
+    params = SamplingParams.make(len(rows), 6, n_logprobs=2)
+    if not plain:
+        params.values[0] = torch.tensor(values, dtype=torch.float64)
+    state = SamplerState.make(len(rows), 6, seed=0, history=True)
+    out = sample(logits, params, state=state, validate=False)
+    assert ((out.tokens >= 0) & (out.tokens < 6)).all()
+    if out.status.any():
+        with pytest.raises(ValueError, match="sample: "):
+            sample(logits, params, state=state)
