@@ -37,9 +37,10 @@ def test_registration(op: Any) -> None:
     check(op, [call(op, 3, 65, dtype=torch.float32)], dtypes=[torch.float32])
 
 
-def test_programs_take_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "width"), [(40, 300), (9, 8200)])
+def test_programs_take_several_rows(rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with few_programs(monkeypatch):
-        check_values(add_rms_norm, call(add_rms_norm, 40, 300, dtype=torch.float32))
+        check_values(rms_norm, call(rms_norm, rows, width, dtype=torch.float32))
 
 
 def test_nan_stays_in_its_row() -> None:
