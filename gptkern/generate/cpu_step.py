@@ -15,34 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gptkern.model import GPT, MLP, Attention, Block, Norm, Transformer
-from gptkern.ops._dispatch import use_kernel
+from gptkern.model import GPT, Block, Norm
 from gptkern.ops.layer_norm import reference
 from gptkern.ops.linear.reference import ACTIVATIONS
 
 if TYPE_CHECKING:
     from gptkern.cache import KVCache
 
-# Laying the weights out takes as long as it saves in about ten steps.
-LEAST_STEPS = 16
 # More rows are bound by arithmetic, for which the usual layout is as good.
 MOST_ROWS = 16
-
-_KNOWN = {Transformer, nn.Embedding, nn.ModuleList, Block, Norm, Attention, MLP, nn.Linear}
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
-def pays(model: GPT, *, rows: int, steps: int) -> bool:
-    """Whether a ``CpuStep`` can take this model's place for so many steps, and is worth its making."""
+def pays(model: GPT, rows: int) -> bool:
+    """Whether a ``CpuStep`` can take this model's place, and is faster."""
     weight = model.lm_head.weight
-    if weight.device.type != "cpu" or use_kernel(weight) or rows > MOST_ROWS or steps < LEAST_STEPS:
-        return False
-    if weight.dtype == torch.bfloat16 and not _packs_bf16():
-        return False
-    # A layer that somebody put in another's place computes what we cannot know.
-    known = all(type(m) in _KNOWN for m in (*model.transformer.modules(), model.lm_head))
-    return known and weight.dtype in (torch.bfloat16, torch.float32)
+    laid_out = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _packs_bf16())
+    return laid_out and weight.device.type == "cpu" and rows <= MOST_ROWS
 
 
 class CpuStep:

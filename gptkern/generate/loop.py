@@ -8,16 +8,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import nn
 
 from gptkern.cache import KVCache
+from gptkern.decode import DecodeStep
 from gptkern.generate.cpu_step import CpuStep, pays
 from gptkern.generate.options import Settings
 from gptkern.generate.pick import Picker
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.stopping import RowText
+from gptkern.model import GPT, MLP, Attention, Block, Norm, Transformer
+from gptkern.ops._dispatch import use_kernel
 
 if TYPE_CHECKING:
-    from gptkern.model import GPT, GPTOutput
+    from gptkern.model import GPTOutput
+
+# Laying weights out, or capturing a graph, takes as long as it saves in about ten steps.
+LEAST_STEPS = 16
+
+# Where the next step is under way before the host looks at this one's tokens. A row that turns out to
+# have finished has then computed one token too many, which nobody sees.
+AHEAD_ON = ("cuda",)
+
+_KNOWN = {Transformer, nn.Embedding, nn.ModuleList, Block, Norm, Attention, MLP, nn.Linear}
 
 FinishReason = Literal["stop", "length"]
 
@@ -77,9 +90,7 @@ def steps(
             device=model.device,
         )
         step = stepper(model, cache, rows=len(rows), steps=settings.max_new - 1)
-        # On a GPU the next step is under way before the host looks at this one's tokens. A row that
-        # turns out to have finished has then computed one token too many, which nobody sees.
-        ahead = model.device.type == "cuda"
+        ahead = model.device.type in AHEAD_ON
         for index in range(settings.max_new):
             picked = picker(logits)
             last = index + 1 == settings.max_new
@@ -113,8 +124,13 @@ def prefill(model: GPT, prompts: Prompts, cache: KVCache) -> torch.Tensor:
 
 def stepper(model: GPT, cache: KVCache, *, rows: int, steps: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """What takes the cache's sequences one token on: ``(rows,)`` tokens to ``(rows, vocab_size)`` logits."""
-    if pays(model, rows=rows, steps=steps):
-        return CpuStep(model, cache)
+    # A layer that somebody put in another's place computes what nobody here can know.
+    ours = all(type(m) in _KNOWN for m in (*model.transformer.modules(), model.lm_head))
+    if ours and steps >= LEAST_STEPS and not torch.is_autocast_enabled(model.device.type):
+        if use_kernel(model.lm_head.weight):
+            return DecodeStep(model, cache)
+        if pays(model, rows):
+            return CpuStep(model, cache)
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
         output: GPTOutput = model(tokens[:, None], cache=cache)
