@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
+from gptkern.model import GPT, Block, Norm
 from gptkern.ops.decode_attention import decode_attention
 from gptkern.ops.decode_embed import decode_embed
 from gptkern.ops.decode_linear import decode_linear, decode_qkv
@@ -21,7 +21,6 @@ from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, sample
 
 if TYPE_CHECKING:
     from gptkern.cache import KVCache
-    from gptkern.model import GPT, Block, Norm
 
 
 class DecodeStep:
@@ -128,6 +127,7 @@ class DecodeStep:
         )
         norm: Norm | None = None
         for block in transformer.h:
+            assert isinstance(block, Block)
             x, norm = self._block(block, x, norm, slots, page_table, seq_lens)
         norm = norm if transformer.ln_f is None else transformer.ln_f
         logits = decode_linear(x, self.model.lm_head.weight, norm=_norm(norm))
@@ -202,7 +202,7 @@ class DecodeStep:
             )
 
 
-def _norm(norm: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor | None, float] | None:
+def _norm(norm: Norm | None) -> tuple[torch.Tensor, torch.Tensor | None, float] | None:
     return None if norm is None else (norm.weight, norm.bias, norm.eps)
 
 

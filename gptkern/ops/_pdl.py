@@ -23,7 +23,7 @@ from gptkern.ops._dispatch import INTERPRETED
 
 
 @triton.jit
-def prefetch(pointers, mask, PDL: tl.constexpr):
+def prefetch(pointers, mask, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Ask for the 128-byte lines that ``pointers`` lie in to be brought into L2."""
     if PDL:
         tl.inline_asm_elementwise(
@@ -38,7 +38,7 @@ def prefetch(pointers, mask, PDL: tl.constexpr):
 
 
 @triton.jit
-def wait(PDL: tl.constexpr):
+def wait(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Wait until the predecessor has ended and its writes are visible; then let the dependents start."""
     if PDL:
         gdc_wait()

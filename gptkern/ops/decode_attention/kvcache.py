@@ -183,4 +183,4 @@ def _several(
         window=window,
     )
     assert isinstance(out, torch.Tensor)
-    return out.unflatten(0, (batch, seq_q))
+    return out.view(batch, seq_q, *out.shape[1:])

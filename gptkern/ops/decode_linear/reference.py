@@ -49,4 +49,5 @@ def decode_qkv(
     kept = slots >= 0
     for new, cache in ((k, k_cache), (v, v_cache)):
         cache.flatten(0, 1)[slots[kept]] = new[kept].unflatten(1, cache.shape[2:])
-    return q
+    out: torch.Tensor = q
+    return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gptkern.ops._samples import Call, Make, Sample, tensor
@@ -17,7 +19,7 @@ def _linear(rows: int, width: int, outputs: int, *, norm: bool = True, activatio
         def value(*shape: int) -> torch.Tensor:
             return tensor(*shape, device=device, dtype=dtype, requires_grad=False, scale=0.3)
 
-        options = {"activation": activation}
+        options: dict[str, Any] = {"activation": activation}
         if norm:
             options["norm"] = (value(width), value(width), 1e-5)
         else:
@@ -32,7 +34,7 @@ def _qkv(rows: int, width: int, heads: int, *, post_norm: bool = False) -> Make:
         def value(*shape: int) -> torch.Tensor:
             return tensor(*shape, device=device, dtype=dtype, requires_grad=False, scale=0.3)
 
-        options = {"norm": (value(width), value(width), 1e-5)}
+        options: dict[str, Any] = {"norm": (value(width), value(width), 1e-5)}
         if post_norm:
             options["normed_out"] = value(rows, width)
         caches = [value(rows, 16, heads, width // heads) for _ in range(2)]
