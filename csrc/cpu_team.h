@@ -78,16 +78,39 @@ public:
         for (uint32_t i = part(n, rank_); i < end; ++i) f(i);
     }
 
-    // f(i, weight(i)); weights are computed a tile at a time, so that their loop vectorises.
-    template <class Weight, class F>
-    GPTKERN_HD void for_each_weight(uint32_t n, Weight weight, F f) {
+    // Adds every weight(i) to bin(i). A tile at a time, so that all but the additions vectorises.
+    template <class Bin, class Weight>
+    GPTKERN_HD void add_to_bins(uint32_t n, Bin bin, Weight weight) {
         constexpr uint32_t kTile = 256;
         uint64_t tile[kTile];
+        int bins[kTile];
+        uint64_t* const sums = weights(rank_);
         const uint32_t end = part(n, rank_ + 1);
         for (uint32_t start = part(n, rank_); start < end; start += kTile) {
             const uint32_t length = end - start < kTile ? end - start : kTile;
             for (uint32_t j = 0; j < length; ++j) tile[j] = weight(start + j);
-            for (uint32_t j = 0; j < length; ++j) f(start + j, tile[j]);
+            for (uint32_t j = 0; j < length; ++j) bins[j] = bin(start + j);
+            for (uint32_t j = 0; j < length; ++j) sums[bins[j]] += tile[j];
+        }
+    }
+
+    // Lists every i of low <= bin(i) <= high; most tiles have none.
+    template <class Bin>
+    GPTKERN_HD void list_bins(uint32_t n, Bin bin, int low, int high) {
+        constexpr uint32_t kTile = 64;
+        int bins[kTile];
+        const uint32_t end = part(n, rank_ + 1);
+        for (uint32_t start = part(n, rank_); start < end; start += kTile) {
+            const uint32_t length = end - start < kTile ? end - start : kTile;
+            int any = 0;
+            for (uint32_t j = 0; j < length; ++j) {
+                bins[j] = bin(start + j);
+                any |= (bins[j] >= low) & (bins[j] <= high);
+            }
+            if (any == 0) continue;
+            for (uint32_t j = 0; j < length; ++j) {
+                if (bins[j] >= low && bins[j] <= high) push(start + j);
+            }
         }
     }
 
@@ -113,7 +136,6 @@ public:
     }
 
     void clear_bins() { memset(weights(rank_), 0, kCoarseBins * sizeof(uint64_t)); }
-    GPTKERN_HD void add_bin(int bin, uint64_t weight) { weights(rank_)[bin] += weight; }
 
     CoarseCrossing find_bin(uint64_t target) {
         sync();

@@ -116,9 +116,20 @@ public:
         for (uint32_t i = start + threadIdx.x; i < end; i += kThreads) f(i);
     }
 
-    template <class Weight, class F>
-    __device__ __forceinline__ void for_each_weight(uint32_t n, Weight weight, F f) {
-        for_each(n, [&](uint32_t i) { f(i, weight(i)); });
+    template <class Bin, class Weight>
+    __device__ __forceinline__ void add_to_bins(uint32_t n, Bin bin, Weight weight) {
+        for_each(n, [&](uint32_t i) {
+            const uint64_t w = weight(i);
+            if (w != 0) atomicAdd(&memory_.bins[bin(i)], static_cast<Count>(w));
+        });
+    }
+
+    template <class Bin>
+    __device__ __forceinline__ void list_bins(uint32_t n, Bin bin, int low, int high) {
+        for_each(n, [&](uint32_t i) {
+            const int b = bin(i);
+            if (b >= low && b <= high) push(i);
+        });
     }
 
     __device__ uint64_t sum(uint64_t value) {
@@ -133,10 +144,6 @@ public:
     __device__ void clear_bins() {
         for (int i = threadIdx.x; i < kCoarseBins; i += kThreads) memory_.bins[i] = 0;
         __syncthreads();
-    }
-
-    __device__ __forceinline__ void add_bin(int bin, uint64_t weight) {
-        if (weight != 0) atomicAdd(&memory_.bins[bin], static_cast<Count>(weight));
     }
 
     __device__ CoarseCrossing find_bin(uint64_t target) {

@@ -56,6 +56,7 @@ struct Distribution {
     uint32_t best;     // greedy: the token
     uint64_t total;    // sum of the kept weights
     Kept kept;
+    const float* values;  // the row with its biases, penalties and bans
 };
 
 GPTKERN_HD bool whole_between(double x, double low, double high) {
@@ -63,6 +64,10 @@ GPTKERN_HD bool whole_between(double x, double low, double high) {
 }
 
 GPTKERN_HD bool finite(double x) { return x - x == 0; }
+
+GPTKERN_HD bool has_penalties(const RowParams& p) {
+    return p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0;
+}
 
 GPTKERN_HD Status check_params(const RowParams& p, int vocab, int logprobs, bool has_counts) {
     if (!(p.temperature >= 0) || !finite(p.temperature)) return kBadTemperature;
@@ -77,8 +82,7 @@ GPTKERN_HD Status check_params(const RowParams& p, int vocab, int logprobs, bool
     if (!finite(p.frequency_penalty)) return kBadFrequencyPenalty;
     if (!whole_between(p.min_new_tokens, 0, 2147483647.0)) return kBadMinNewTokens;
     if (logprobs >= 0 && !whole_between(p.n_logprobs, 0, logprobs)) return kBadLogprobs;
-    const bool penalised = p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0;
-    if (penalised && !has_counts) return kNeedsCounts;
+    if (has_penalties(p) && !has_counts) return kNeedsCounts;
     return kOk;
 }
 
@@ -160,6 +164,12 @@ GPTKERN_HD float penalised(float v, int32_t count, float repetition, float prese
     return (repeated - frequency * static_cast<float>(generated)) - presence;
 }
 
+// Whether anything comes before temperature; a row that is left alone is not copied.
+GPTKERN_HD bool is_edited(const Row& row) {
+    const bool early = row.n_eos > 0 && static_cast<double>(row.step) < row.params.min_new_tokens;
+    return has_penalties(row.params) || early || row.n_bias > 0 || row.n_banned > 0 || row.bitmask != nullptr;
+}
+
 // Copies the row to values with biases, penalties and bans applied.
 template <class Team>
 GPTKERN_HD Status process(Team& team, const Row& row, float* values) {
@@ -173,7 +183,7 @@ GPTKERN_HD Status process(Team& team, const Row& row, float* values) {
         known &= edit(team, row.bias_ids, row.n_bias, row.vocab, values,
                       [&](float v, uint32_t i) { return v + row.bias_values[i]; });
     }
-    if (p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0) {
+    if (has_penalties(p)) {
         const float repetition = static_cast<float>(p.repetition_penalty);
         const float presence = static_cast<float>(p.presence_penalty);
         const float frequency = static_cast<float>(p.frequency_penalty);
@@ -395,14 +405,19 @@ struct Filter {
     }
 };
 
-// From logits to what is left of them. values is the team's buffer of vocab floats.
+// From logits to what is left of them. The buffer takes the row where it is edited.
 template <class Team>
-GPTKERN_HD Distribution distribution(Team& team, const Row& row, float* values, Status checked) {
+GPTKERN_HD Distribution distribution(Team& team, const Row& row, float* buffer, Status checked) {
     Distribution d{};
     d.status = checked;
+    d.values = row.raw;
     if (d.status != kOk) return d;
-    d.status = process(team, row, values);
+    if (is_edited(row)) {
+        d.status = process(team, row, buffer);
+        d.values = buffer;
+    }
     if (d.status != kOk) return d;
+    const float* const values = d.values;
     const Extremes e = extremes(team, row.vocab, values);
     d.status = check_extremes(e);
     if (d.status != kOk) return d;
@@ -540,23 +555,22 @@ template <class Team>
 GPTKERN_HD void sample_row(Team& team, const SampleArguments& a, int64_t row_index, const Buffers& buffers) {
     const Row row = row_of(team, a, row_index, 0, buffers);
     const RowCounter counter = a.counters[row_index];
-    float* const values = buffers.values;
     Status status = check_params(row.params, a.vocab, a.logprobs, a.counts != nullptr);
     Extremes raw_extremes{};
     if (status == kOk && a.logprobs >= 0) {
         raw_extremes = extremes(team, row.vocab, row.raw);
         status = check_extremes(raw_extremes);
     }
-    const Distribution d = distribution(team, row, values, status);
+    const Distribution d = distribution(team, row, buffers.values, status);
     if (a.probs != nullptr) {
-        write_probs(team, row.vocab, d, values, a.probs + row_index * a.vocab);
+        write_probs(team, row.vocab, d, d.values, a.probs + row_index * a.vocab);
         if (team.leads()) a.status[row_index] = d.status;
         return;
     }
     uint32_t token = 0;
     if (d.status == kOk) {
         const uint64_t uniform = uniforms(counter.seed, counter.request, counter.step).token;
-        token = draw(team, row.vocab, d, values, uniform);
+        token = draw(team, row.vocab, d, d.values, uniform);
     }
     if (a.logprobs >= 0) {
         LogSoftmax logprob{0, INFINITY};

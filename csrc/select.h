@@ -84,14 +84,11 @@ template <class Team, class Bin, class Weight>
 GPTKERN_HD CoarseCrossing select_bin(Team& team, uint32_t n, Bin bin, Weight weight, uint64_t target,
                                      bool with_better) {
     team.clear_bins();
-    team.for_each_weight(n, weight, [&](uint32_t i, uint64_t w) { team.add_bin(bin(i), w); });
+    team.add_to_bins(n, bin, weight);
     const CoarseCrossing crossing = team.find_bin(target);
     if (crossing.bin < 0) return crossing;
     team.clear_list();
-    team.for_each(n, [&](uint32_t i) {
-        const int b = bin(i);
-        if (b == crossing.bin || (with_better && b < crossing.bin)) team.push(i);
-    });
+    team.list_bins(n, bin, with_better ? 0 : crossing.bin, crossing.bin);
     team.close_list();
     return crossing;
 }

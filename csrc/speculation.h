@@ -62,7 +62,6 @@ GPTKERN_HD Status check_draft(const SampleArguments& a, int64_t row) {
 // A row that cannot be sampled accepts nothing and gets token 0 and its status.
 template <class Team>
 GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_index, const Buffers& buffers) {
-    float* const values = buffers.values;
     const RowCounter counter = a.counters[row_index];
     const int drafted = a.positions - 1;
     int64_t* tokens = a.tokens + row_index * a.positions;
@@ -74,7 +73,8 @@ GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_
     int given = 0;
     for (int position = 0; position <= drafted; ++position) {
         const Row row = row_of(team, a, row_index, position, buffers);
-        const Distribution d = distribution(team, row, values, status);
+        const Distribution d = distribution(team, row, buffers.values, status);
+        const float* const values = d.values;
         status = d.status;
         if (status != kOk) break;
         const Uniforms u = uniforms(counter.seed, counter.request, counter.step + position);
