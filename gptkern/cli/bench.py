@@ -29,8 +29,8 @@ def bench(
     First the machine's ceilings are measured: the rate of a large copy, and of a large matrix product.
     Every provider's result is checked against a float64 reference before it is timed.
 
-    Suites: layer_norm, flash_attention, linear, gelu_mlp, linear_cross_entropy, decode_attention,
-    sample, prefill, generate, train_step.
+    Suites: layer_norm, rms_norm, flash_attention, linear, gelu_mlp, linear_cross_entropy,
+    decode_attention, sample, prefill, decode_step, generate, train_step.
 
     Examples:
 

@@ -9,8 +9,16 @@ import torch
 
 from gptkern.bench.problem import Problem
 
-OPS = ("layer_norm", "flash_attention", "linear", "gelu_mlp", "linear_cross_entropy", "decode_attention")
-END_TO_END = ("prefill", "decode_step", "generate", "train_step")
+OPS = (
+    "layer_norm",
+    "rms_norm",
+    "flash_attention",
+    "linear",
+    "gelu_mlp",
+    "linear_cross_entropy",
+    "decode_attention",
+)
+END_TO_END = ("sample", "prefill", "decode_step", "generate", "train_step")
 SUITES = OPS + END_TO_END
 
 
