@@ -330,6 +330,15 @@ def test_accumulation_and_checkpointing_change_nothing(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_compiled_equals_eager(text_file: Path, tmp_path: Path) -> None:
+    eager, compiled = (Trainer(tiny(text_file, train={"compile": c}), tmp_path, ALONE) for c in (False, True))
+    for step in range(3):
+        batch = eager.source.training_batch(step, 4)
+        one, other = eager.step(step, batch).values, compiled.step(step, batch).values
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_keeps_master_weights(text_file: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny(text_file, train={"precision": "bfloat16"}), tmp_path, ALONE)
     losses = [
@@ -350,8 +359,10 @@ def test_evaluation(text_file: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_and_its_folder(text_file: Path, tmp_path: Path) -> None:
-    result = train(tiny(text_file, eval={"samples": 1, "sample_tokens": 5}), tmp_path / "run")
+    settings = tiny(text_file, eval={"samples": 1, "sample_tokens": 5}, log={"tensorboard": True})
+    result = train(settings, tmp_path / "run")
     assert result.finished
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
     rows = read_log(tmp_path / "run" / "log.jsonl")
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]

@@ -113,9 +113,8 @@ class Trainer:
                 # Wrappers average over the processes: their number makes a sum of it again.
                 (loss * (group.world / counted)).backward()
             total += loss.detach()
-        norm = whole(
-            nn.utils.clip_grad_norm_(self.trained, settings.grad_clip or math.inf)
-        )  # of inf: measured, not clipped
+        # An infinite bound measures the norm and clips nothing.
+        norm = whole(nn.utils.clip_grad_norm_(self.trained, settings.grad_clip or math.inf))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -172,7 +171,7 @@ class _Run:
             for step in range(self.start, steps):
                 batch = self.trainer.source.training_batch(step, settings.train.batch_size)
                 report = self.trainer.step(step, batch, signals.asked)
-                self.speed.add(sum(batch.ids.shape[:2]) and batch.ids.numel())
+                self.speed.add(batch.ids.numel())
                 stop = self._read(report)
                 self._after(step + 1, stop)
                 if stop:
