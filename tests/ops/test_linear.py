@@ -252,12 +252,12 @@ def test_persistent_programs_take_several_tiles(monkeypatch: pytest.MonkeyPatch)
     assert torch.allclose(out, x @ weight.t(), atol=1e-4)
 
 
-@pytest.mark.parametrize("step", [2**31 + 8, 2**31 + 9], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("step", [2**30 + 8, 2**30 + 9], ids=["descriptors", "pointers"])
 @needs_kernels
 def test_rows_past_2_to_the_31(step: int) -> None:
-    """A row's offset in elements passes 2^31, over memory of which only two rows are touched."""
-    far = torch.empty(2 * step, dtype=torch.float16).as_strided((2, 8), (step, 1))
-    x, residual = torch.randn(2, 8).half(), torch.randn(2, 8).half()
+    """A row's offset in elements passes 2^31, its stride does not; only three rows of memory are touched."""
+    far = torch.empty(3 * step, dtype=torch.float16).as_strided((3, 8), (step, 1))
+    x, residual = torch.randn(3, 8).half(), torch.randn(3, 8).half()
     weight = torch.randn(8, 8).half()
     expected = linear_residual(x, weight, None, residual)
     assert torch.equal(linear_residual(far.copy_(x), weight, None, residual), expected)
