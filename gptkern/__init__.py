@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gptkern.model import GPT, GPTOutput
     from gptkern.ops import backend
     from gptkern.tokenizer import Tokenizer
+    from gptkern.transformers import accelerate, explain, restore
 
 _HOMES = {
     "GPT": "model",
@@ -27,8 +28,11 @@ _HOMES = {
     "Completion": "generate",
     "GenerateOutput": "generate",
     "Score": "generate",
+    "accelerate": "transformers",
     "backend": "ops",
+    "explain": "transformers",
     "ops": "",
+    "restore": "transformers",
 }
 
 __all__ = [
@@ -41,8 +45,11 @@ __all__ = [
     "KVCache",
     "Score",
     "Tokenizer",
+    "accelerate",
     "backend",
+    "explain",
     "ops",
+    "restore",
 ]
 
 

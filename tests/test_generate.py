@@ -330,7 +330,7 @@ def test_beam_search_refuses_what_it_cannot_do() -> None:
         {"num_beams": 2},
         {"num_beams": 4, "num_return_sequences": 4},
         {"num_beams": 3, "early_stopping": True, "length_penalty": 2.0},
-        {"num_beams": 3, "early_stopping": "never", "length_penalty": 0.5},
+        {"num_beams": 3, "early_stopping": "never", "length_penalty": 3.0},
         {"num_beams": 3, "early_stopping": "never", "length_penalty": -1.0, "repetition_penalty": 1.3},
         {"num_beams": 5, "min_new_tokens": 12, "length_penalty": 0.0, "num_return_sequences": 2},
     ],

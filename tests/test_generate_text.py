@@ -72,6 +72,7 @@ def test_characters_come_whole() -> None:
         # complete in the prompt: no reason to stop
         (["User:"], "User:", " hello", " hello", False),
         (["aa"], "aa", "ba", "ba", False),
+        (["never that", "aa"], "xaa", "ba", "ba", False),
         (["aa"], "xa", "ab", "", True),
     ],
 )
