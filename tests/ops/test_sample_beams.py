@@ -55,7 +55,15 @@ def test_speculation_is_that_of_the_reference(certain: bool) -> None:
     target = torch.randn(batch, n + 1, vocab)
     q = torch.softmax(target[:, :n] + torch.randn(batch, n, vocab) * 0.5, -1)
     drafts = torch.multinomial(q.flatten(0, 1), 1).view(batch, n)
-    params = SamplingParams.make(batch, vocab, top_k=30, repetition_penalty=1.2, frequency_penalty=0.3)
+    params = SamplingParams.make(
+        batch,
+        vocab,
+        top_k=30,
+        repetition_penalty=1.2,
+        frequency_penalty=0.3,
+        min_new_tokens=2,
+        eos_token_id=5,
+    )
     states = [SamplerState.make(batch, vocab, seed=4, history=True) for _ in range(2)]
     for _ in range(2):
         got = speculative_accept(drafts, None if certain else q, target, params, state=states[0])
