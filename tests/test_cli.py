@@ -321,7 +321,7 @@ import gptkern
 assert "torch" not in sys.modules, "gptkern alone must not load torch"
 import torch
 gptkern.GPT, gptkern.KVCache, gptkern.Tokenizer, gptkern.ops, gptkern.backend
-from gptkern import *
+gptkern.GPTConfig, gptkern.CheckpointError, gptkern.Completion, gptkern.GenerateOutput, gptkern.Score
 assert "transformers" not in sys.modules
 assert "matplotlib" not in sys.modules
 assert not torch.cuda.is_initialized()

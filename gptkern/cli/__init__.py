@@ -25,7 +25,6 @@ COMMANDS = {
     "quantize": "",
     "bench": "bench",
     "profile": "bench",
-    "plot": "bench",
     "inspect": "",
     "verify": "",
 }
