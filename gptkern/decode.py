@@ -166,7 +166,10 @@ class DecodeStep:
             normed_out=kept,
         )
         heads = q.unflatten(1, (attn.n_head, attn.head_dim))
-        attended = decode_attention(heads, k_cache, v_cache, page_table, seq_lens, scale=attn.scale)
+        # The kernel before it is the one above, which writes neither the table nor the lengths.
+        attended = decode_attention(
+            heads, k_cache, v_cache, page_table, seq_lens, scale=attn.scale, prefetch=True
+        )
         residual = x if kept is None else kept
         x = decode_linear(attended.flatten(1), attn.c_proj.weight, attn.c_proj.bias, residual=residual)
         kept = torch.empty_like(x) if block.post_norm else None

@@ -3,8 +3,8 @@
 A kernel launched with ``launch_pdl`` may start before its predecessor in the stream has ended. What it
 reads of its predecessor's results comes after ``wait``; what it does before is fetch into the L2
 cache, which is coherent, so that weights and pages changed by the predecessor are still read right.
-``start_dependents`` comes after ``wait``: then whatever the predecessor's own predecessors wrote is
-visible to a dependent even before its ``wait``.
+A kernel lets its dependents start only after its own ``wait``: whatever the predecessor's own
+predecessors wrote is then visible to a dependent even before its ``wait``.
 
 Every function takes PDL, false where kernels are interpreted, as the interpreter has no inline assembly.
 """

@@ -31,7 +31,7 @@ _CALLS = [
     ("decode_linear", "124M out"),
     ("decode_linear", "124M proj"),
     ("decode_linear", "124M head"),
-    ("decode_attention", "124M, context 1024"),
+    ("decode_attention", "124M step"),
 ]
 
 
@@ -56,3 +56,43 @@ def test_weights_stream_wide_and_before_the_wait() -> None:
         if call[0] == "decode_linear":
             assert "ld.global" not in ptx[:wait], call
             assert "cp.async" not in ptx[:wait], call
+
+
+_LAYOUTS = """
+import json, re
+import torch
+from gptkern.ops import _aot, _samples
+from gptkern.ops.decode_linear import decode_linear
+
+found = []
+for outputs in (3072, 50257):
+    for rows in (1, 17, 64):
+        def make(device, dtype):
+            shapes = (rows, 768), (outputs, 768), (768,)
+            x, weight, scale = (torch.empty(s, device=device, dtype=dtype) for s in shapes)
+            return _samples.Call((x, weight), {"norm": (scale, scale, 1e-5)})
+
+        sample = _samples.Sample("rows", decode_linear, make)
+        launch = _aot.record_sample(sample, torch.bfloat16, 90)[0]
+        ttgir = _aot.compile_launch(launch, 90).asm["ttgir"]
+        layouts = dict(re.findall(r"^(#\\w+) = (.*)$", ttgir, re.M))
+        sums = {layouts[name] for name in re.findall(r"\\}\\) : \\(tensor<\\S+, (#\\w+)>", ttgir)}
+        (mma,) = [layout for layout in layouts.values() if "nvidia_mma" in layout]
+        version = re.search(r"versionMajor = (\\d)", mma).group(1)
+        depth = re.search(r"instrShape = \\[([^]]*)\\]", mma).group(1).split(", ")[2:]
+        found.append([sorted(sums), version, depth])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_number_of_rows_changes_no_order_of_sums() -> None:
+    """16, 32 and 64 rows a program: the same layout of a row's sums, the same matrix instruction along k."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LAYOUTS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    for group in (found[:3], found[3:]):
+        assert group[0][0], "no sums were found"
+        assert group[0] == group[1] == group[2]

@@ -121,8 +121,10 @@ def decode_attention_kernel(
     stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    IN_PAGE: tl.constexpr, PDL: tl.constexpr,
+    IN_PAGE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if not PREFETCH:
+        wait(PDL)
     row = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
     program, programs = tl.program_id(1), tl.num_programs(1)
@@ -136,7 +138,7 @@ def decode_attention_kernel(
     table_ptr += row.to(tl.int64) * stride_tb
     k_ptr += kv_head * stride_kh.to(tl.int64)
     v_ptr += kv_head * stride_vh.to(tl.int64)
-    if PDL:
+    if PREFETCH and PDL:
         LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth
         lines = tl.arange(0, BLOCK_D // LINE if BLOCK_D > LINE else 1) * LINE
         tokens = (first + program) * SPLIT + tl.arange(0, SPLIT)
@@ -145,7 +147,8 @@ def decode_attention_kernel(
         pages, offsets = cache_pages(table_ptr, 0, tokens, valid, page_size, False)
         prefetch(k_ptr + (pages * stride_kp + offsets * stride_ks)[:, None] + lines[None, :], wanted, PDL)
         prefetch(v_ptr + (pages * stride_vp + offsets * stride_vs)[:, None] + lines[None, :], wanted, PDL)
-    wait(PDL)
+    if PREFETCH:
+        wait(PDL)
 
     heads = head_block * BLOCK_H + tl.arange(0, BLOCK_H)
     dims = tl.arange(0, BLOCK_D)

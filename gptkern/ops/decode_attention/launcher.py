@@ -28,6 +28,7 @@ def attend(
     scale: float,
     window: int | None,
     starts: torch.Tensor | None,
+    prefetch: bool = False,
 ) -> torch.Tensor:
     """Decode attention by the kernel."""
     batch, heads, head_dim = q.shape
@@ -59,7 +60,7 @@ def attend(
             *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], page_table.stride(0),
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_H=block_h,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            IN_PAGE=page_size % config["BLOCK_N"] == 0, **_pdl.options(q.device), **config,
+            IN_PAGE=page_size % config["BLOCK_N"] == 0, PREFETCH=prefetch, **_pdl.options(q.device), **config,
         )  # fmt: skip
     return out
 

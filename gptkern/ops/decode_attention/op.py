@@ -22,6 +22,7 @@ def decode_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    prefetch: bool = False,
 ) -> torch.Tensor:
     """Attention of the newest token of each sequence over that sequence's pages (Flash-Decoding, 2023).
 
@@ -38,6 +39,8 @@ def decode_attention(
         seq_lens: ``(batch,)`` int32: tokens each sequence attends, the newest included; 0 gives zeros.
         scale: Factor on the scores; ``1 / sqrt(head_dim)`` when None.
         window: Attend to the newest ``window`` tokens only.
+        prefetch: On sm_90 and newer, begin to fetch pages while the kernel before this one in the
+            stream still runs. That kernel must not write ``page_table`` or ``seq_lens``.
 
     Returns:
         ``(batch, heads, head_dim)``, contiguous, in q's dtype.
@@ -45,7 +48,9 @@ def decode_attention(
     Raises:
         TypeError, ValueError: an argument is not as described here, or q requires grad on a GPU.
     """
-    return attend("decode_attention", q, k_cache, v_cache, page_table, seq_lens, scale, window, None)
+    return attend(
+        "decode_attention", q, k_cache, v_cache, page_table, seq_lens, scale, window, None, prefetch
+    )
 
 
 def append_kv(
@@ -90,6 +95,7 @@ def attend(
     scale: float | None,
     window: int | None,
     starts: torch.Tensor | None,
+    prefetch: bool = False,
 ) -> torch.Tensor:
     """``decode_attention`` under the name ``op``, from token ``starts[i]`` of each sequence on."""
     _check(op, q, k_cache, v_cache, page_table, seq_lens, starts)
@@ -105,7 +111,9 @@ def attend(
         return out
     if use_kernel(q) and needs_grad(q):
         raise ValueError(f"{op}: q requires grad; decode attention is forward only: use torch.no_grad()")
-    return _attend(q, k_cache, v_cache, page_table, seq_lens, scale, window, starts)
+    if not use_kernel(q):
+        return reference.decode_attention(q, k_cache, v_cache, page_table, seq_lens, scale, window, starts)
+    return launcher.attend(q, k_cache, v_cache, page_table, seq_lens, scale, window, starts, prefetch)
 
 
 def _attend(

@@ -12,7 +12,9 @@ _N = frozenset({"decode_attention_kernel"})
 _HALF, _FP32 = (torch.bfloat16,), (torch.float32,)
 
 
-def _attend(batch: int, heads: int, kv_heads: int, dim: int, pages: int, page_size: int) -> Make:
+def _attend(
+    batch: int, heads: int, kv_heads: int, dim: int, pages: int, page_size: int, *, prefetch: bool = False
+) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> Call:
         q = tensor(batch, heads, dim, device=device, dtype=dtype, requires_grad=False)
         k, v = (
@@ -21,7 +23,7 @@ def _attend(batch: int, heads: int, kv_heads: int, dim: int, pages: int, page_si
         )
         table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
         lens = torch.arange(batch, dtype=torch.int32, device=device) % (pages * page_size) + 1
-        return Call((q, k, v, table, lens))
+        return Call((q, k, v, table, lens), {"prefetch": prefetch})
 
     return make
 
@@ -38,6 +40,7 @@ def _append(tokens: int, heads: int, dim: int) -> Make:
 
 
 SAMPLES = [
+    Sample("124M step", decode_attention, _attend(1, 12, 12, 64, 1, 1024, prefetch=True), mma_sync=_N),
     Sample("124M, context 1024", decode_attention, _attend(1, 12, 12, 64, 1, 1024), mma_sync=_N),
     Sample("124M, context 1024, batch 64", decode_attention, _attend(64, 12, 12, 64, 64, 16), mma_sync=_N),
     Sample(
