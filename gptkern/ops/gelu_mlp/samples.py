@@ -1,0 +1,58 @@
+"""Sample calls of the perceptron: GPT-2's shapes to compile, small ones to compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gptkern.ops._samples import Call, Make, Sample, tensor
+from gptkern.ops.gelu_mlp.op import gelu_mlp
+
+_BOTH = (torch.bfloat16, torch.float32)
+
+
+def _inputs(
+    tokens: int, width: int, hidden: int, *, bias: bool = True, transposed: bool = False, **settings: Any
+) -> Make:
+    def make(device: torch.device, dtype: torch.dtype) -> Call:
+        def weight(rows: int, columns: int) -> torch.Tensor:
+            shape = (columns, rows) if transposed else (rows, columns)
+            value = tensor(*shape, device=device, dtype=dtype, scale=columns**-0.5)
+            return value.t() if transposed else value
+
+        x = tensor(tokens, width, device=device, dtype=dtype)
+        b_fc = tensor(hidden, device=device, dtype=dtype) if bias else None
+        b_proj = tensor(width, device=device, dtype=dtype) if bias else None
+        residual = tensor(tokens, width, device=device, dtype=dtype)
+        args = (x, weight(hidden, width), b_fc, weight(width, hidden), b_proj)
+        return Call(args, {"residual": residual, **settings})
+
+    return make
+
+
+SAMPLES = [
+    *(
+        Sample(f"{name}, 16384 tokens x 768", gelu_mlp, _inputs(16384, 768, 3072, activation=name), _BOTH)
+        for name in ("gelu_tanh", "gelu", "relu", "silu")
+    ),
+    Sample("recomputed", gelu_mlp, _inputs(16384, 768, 3072, recompute=True)),
+    Sample("weights (in, out)", gelu_mlp, _inputs(16384, 768, 3072, transposed=True)),
+    Sample("1600 wide", gelu_mlp, _inputs(8192, 1600, 6400)),
+    Sample("64 tokens", gelu_mlp, _inputs(64, 768, 3072)),
+    Sample("1024 tokens", gelu_mlp, _inputs(1024, 768, 3072)),
+    Sample("no descriptors, no bias", gelu_mlp, _inputs(8192, 1023, 4093, bias=False), _BOTH),
+    Sample("no descriptors", gelu_mlp, _inputs(8192, 1023, 4093)),
+]
+
+CHECKS = [
+    Sample("no tokens", gelu_mlp, _inputs(0, 5, 20)),
+    Sample("one of each", gelu_mlp, _inputs(1, 1, 1)),
+    *(
+        Sample(f"{name}, 33 tokens x 24", gelu_mlp, _inputs(33, 24, 96, activation=name))
+        for name in ("gelu_tanh", "gelu", "relu", "silu", "none")
+    ),
+    Sample("recomputed", gelu_mlp, _inputs(65, 17, 40, recompute=True)),
+    Sample("weights (in, out)", gelu_mlp, _inputs(9, 16, 64, transposed=True)),
+    Sample("no bias", gelu_mlp, _inputs(7, 16, 24, bias=False)),
+]
