@@ -1,0 +1,47 @@
+"""gptkern in transformers: ``accelerate`` for models at hand, classes to import, an attention to choose.
+
+::
+
+    model = gptkern.accelerate(GPT2LMHeadModel.from_pretrained("gpt2"))     # one line more
+    from gptkern.transformers import GPT2LMHeadModel, GPT2Tokenizer         # or one line changed
+    AutoModelForCausalLM.from_pretrained(..., attn_implementation="gptkern")  # or any other model
+
+Importing this package registers ``"gptkern"`` and ``"paged|gptkern"`` with ``AttentionInterface``.
+"""
+
+from transformers import GPT2Tokenizer, GPT2TokenizerFast, OpenAIGPTTokenizer
+
+from gptkern.transformers import attention
+from gptkern.transformers._routes import FallbackWarning
+from gptkern.transformers.accelerate import SUPPORTED, Explanation, Route, accelerate, explain, restore
+from gptkern.transformers.classes import (
+    GPT2DoubleHeadsModel,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+    OpenAIGPTLMHeadModel,
+)
+
+attention.register()
+
+__all__ = [
+    "SUPPORTED",
+    "Explanation",
+    "FallbackWarning",
+    "GPT2DoubleHeadsModel",
+    "GPT2ForQuestionAnswering",
+    "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification",
+    "GPT2LMHeadModel",
+    "GPT2Model",
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
+    "OpenAIGPTLMHeadModel",
+    "OpenAIGPTTokenizer",
+    "Route",
+    "accelerate",
+    "explain",
+    "restore",
+]

@@ -1,0 +1,237 @@
+"""``accelerate``, ``restore`` and ``explain``: existing models on gptkern's ops, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from gptkern.ops._dispatch import use_kernel
+from gptkern.transformers.attention import NAME
+from gptkern.transformers.engine import refused_config, refused_model
+from gptkern.transformers.models import LIBRARY_CLASSES, LanguageModel, accelerated_class
+from gptkern.transformers.modules import SWAPS, LayerNorm, activation_of, untouched
+
+SUPPORTED = (
+    "GPT2LMHeadModel",
+    "GPT2Model",
+    "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification",
+    "GPT2ForQuestionAnswering",
+    "GPT2DoubleHeadsModel",
+    "OpenAIGPTLMHeadModel",
+)
+MAX_HEAD_DIM = 256
+Generation = Literal["auto", "library"]
+
+
+def accelerate(model: Any, *, generation: Generation = "auto") -> Any:
+    """Put a loaded transformers model on gptkern's ops, in place: attention, norms, MLP, loss, ``generate``.
+
+    Parameters are shared, not copied; their names and the state dict stay. It either completes or leaves
+    the model as it was.
+
+    Args:
+        model: One of ``SUPPORTED``, or of a subclass.
+        generation: ``"auto"`` runs ``generate`` on gptkern's engine where the call is one it takes, and
+            on the library's loop, saying so once, where not; ``"library"`` keeps the library's loop.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: A model of another class.
+        ValueError: A head dimension, activation or ``generation`` that is not supported.
+    """
+    _check(model, generation)
+    if is_accelerated(model):
+        if isinstance(model, LanguageModel):
+            model._gptkern_generation = generation
+        return model
+    undo: list[Callable[[], None]] = []
+    try:
+        _apply(model, undo)
+        if not is_accelerated(model):
+            raise RuntimeError(f"accelerate: transformers {transformers.__version__} kept its own attention")
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    if isinstance(model, LanguageModel):
+        model._gptkern_generation = generation
+    return model
+
+
+def restore(model: Any) -> Any:
+    """Undo ``accelerate``; the same model. One that is not accelerated stays as it is.
+
+    Raises:
+        TypeError: No transformers model.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise TypeError(f"restore: model is a {type(model).__name__}; a transformers model is needed")
+    backwards = {new: old for old, new in SWAPS.items()} | {LayerNorm: nn.LayerNorm}
+    for module in model.modules():
+        if type(module) in backwards:
+            module.__class__ = backwards[type(module)]
+            module.__dict__.pop("activation", None)
+    if isinstance(model, LanguageModel):
+        model.__dict__.pop("_gptkern_generation", None)
+        model.__class__ = model._gptkern_library_class
+    previous = model.__dict__.pop("_gptkern_attention", None)
+    if previous is not None and model.config._attn_implementation == NAME:
+        model.set_attn_implementation(previous)
+    return model
+
+
+def is_accelerated(model: Any) -> bool:
+    """Whether blocks and, where the library lets it be chosen, attention are gptkern's."""
+    blocks = [m for m in model.modules() if type(m) in SWAPS or type(m) in SWAPS.values()]
+    swapped = bool(blocks) and all(type(m) in SWAPS.values() for m in blocks)
+    chosen = model.config.model_type == "openai-gpt" or "_gptkern_attention" in model.__dict__
+    return swapped and chosen
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one part of a model runs.
+
+    Attributes:
+        part: "attention", "norm", "mlp", "loss" or "generate".
+        route: "kernel" (gptkern's ops, on a GPU as kernels), "reference" (the same ops' PyTorch
+            expressions, on a CPU), "engine" (``generate`` on gptkern's), "library" or "fallback".
+        reason: Why.
+    """
+
+    part: str
+    route: Literal["kernel", "reference", "engine", "library", "fallback"]
+    reason: str
+
+
+class Explanation(tuple[Route, ...]):
+    """The routes of a model's parts; as text, a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        rows = [("part", "route", "why"), *((r.part, r.route, r.reason) for r in self)]
+        first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
+        return "\n".join(f"{a:<{first}}  {b:<{second}}  {c}" for a, b, c in rows)
+
+
+def explain(model: Any, generation_config: Any = None) -> Explanation:
+    """How each part of a model runs, and why.
+
+    Args:
+        model: One of ``SUPPORTED``, accelerated or not.
+        generation_config: What ``generate`` is asked about; the model's own when None.
+
+    Raises:
+        TypeError: A model of another class.
+    """
+    _check(model, "auto")
+    if not is_accelerated(model):
+        reason = "not accelerated: gptkern.accelerate(model)"
+        return Explanation(
+            Route(part, "library", reason) for part in ("attention", "norm", "mlp", "loss", "generate")
+        )
+    parts = (_attention_route, _norm_route, _mlp_route, _loss_route)
+    return Explanation([*(part(model) for part in parts), _generate_route(model, generation_config)])
+
+
+def _check(model: Any, generation: str) -> None:
+    names = {cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("transformers.")}
+    if not names & set(SUPPORTED):
+        raise TypeError(
+            f"accelerate: model is a {type(model).__name__}; supported are {', '.join(SUPPORTED)}"
+        )
+    if generation not in ("auto", "library"):
+        raise ValueError(f"accelerate: generation is {generation!r}; 'auto' or 'library' is needed")
+    config = model.config
+    head_dim = config.n_embd // config.n_head
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"accelerate: the model's head dimension is {head_dim}; at most {MAX_HEAD_DIM} is supported"
+        )
+    if activation_of(config) is None:
+        name = getattr(config, "activation_function", None) or config.afn
+        raise ValueError(
+            f"accelerate: the model's activation is {name!r}; gelu, relu and silu forms are supported"
+        )
+
+
+def _apply(model: Any, undo: list[Callable[[], None]]) -> None:
+    def become(module: nn.Module, cls: type) -> None:
+        old = module.__class__
+        undo.append(lambda: setattr(module, "__class__", old))
+        module.__class__ = cls
+
+    if model.config.model_type != "openai-gpt":
+        previous = model.config._attn_implementation
+        undo.append(lambda: model.set_attn_implementation(previous))
+        model.set_attn_implementation(NAME)
+        if model.config._attn_implementation == NAME:
+            model._gptkern_attention = previous
+            undo.append(lambda: model.__dict__.pop("_gptkern_attention", None))
+    activation = activation_of(model.config)
+    for name, module in model.named_modules():
+        if type(module) in SWAPS:
+            become(module, SWAPS[type(module)])
+            if hasattr(type(module), "fused"):
+                module.activation = activation
+                undo.append(lambda m=module: m.__dict__.pop("activation", None))  # type: ignore[misc]
+        elif name.endswith("ln_f") and type(module) is nn.LayerNorm:
+            become(module, LayerNorm)
+    if isinstance(model, LIBRARY_CLASSES) and not isinstance(model, LanguageModel):
+        plain: Any = type(model)
+        become(model, accelerated_class(plain))
+
+
+def _ops_route(model: Any) -> Literal["kernel", "reference"]:
+    return "kernel" if use_kernel(next(model.parameters())) else "reference"
+
+
+def _attention_route(model: Any) -> Route:
+    if model.config.model_type != "openai-gpt" and model.config._attn_implementation != NAME:
+        return Route("attention", "library", f"attn_implementation is {model.config._attn_implementation!r}")
+    return Route(
+        "attention", _ops_route(model), "flash_attention; with output_attentions the library's expression"
+    )
+
+
+def _norm_route(model: Any) -> Route:
+    norms = [m for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in ("ln_1", "ln_2", "ln_f")]
+    for norm in norms:
+        if not (untouched(norm, nn.LayerNorm) or untouched(norm, LayerNorm)):
+            return Route("norm", "fallback", f"a norm is a {type(norm).__name__} that was put in or hooked")
+    return Route("norm", _ops_route(model), "layer_norm and add_layer_norm; under autocast the library's")
+
+
+def _mlp_route(model: Any) -> Route:
+    for name, module in model.named_modules():
+        if name.endswith(("mlp.c_fc", "mlp.c_proj")) and not untouched(module, Conv1D):
+            return Route("mlp", "fallback", f"{name} is a {type(module).__name__} that was put in or hooked")
+    return Route("mlp", _ops_route(model), "gelu_mlp")
+
+
+def _loss_route(model: Any) -> Route:
+    if not isinstance(model, LanguageModel):
+        return Route("loss", "library", f"{type(model).__name__} keeps its own")
+    if _ops_route(model) == "reference":
+        return Route("loss", "library", "on a CPU the logits are at hand and the fused loss saves nothing")
+    return Route("loss", "kernel", "linear_cross_entropy")
+
+
+def _generate_route(model: Any, config: Any) -> Route:
+    if LanguageModel not in type(model).__mro__:
+        return Route("generate", "library", f"{type(model).__name__} does not generate on the engine")
+    reason = refused_model(model) or refused_config(model, config or model.generation_config)
+    if reason is None:
+        return Route(
+            "generate", "engine", "prefill, paged cache and decode step; the library's loop and samplers"
+        )
+    return Route("generate", "library" if "asked for it" in reason else "fallback", reason)

@@ -1,0 +1,265 @@
+"""``attn_implementation="gptkern"``: the attention of every model that honours ``AttentionInterface``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from gptkern import ops
+from gptkern.transformers._routes import fallback
+from gptkern.transformers.masks import gptkern_mask
+
+NAME = "gptkern"
+PAGED = "paged|gptkern"
+
+
+def register() -> None:
+    """Make both names known to transformers."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, gptkern_mask)
+    AttentionInterface.register(PAGED, paged_attention_forward)
+    # Packed sequences are told apart by their cumulative lengths.
+    AttentionMaskInterface.register(PAGED, lambda *args, **kwargs: None)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention as ``AttentionInterface`` asks for it.
+
+    Args:
+        query: ``(batch, heads, queries, head_dim)``.
+        key, value: ``(batch, kv_heads, keys, head_dim)``, a static cache's unused ones included.
+        attention_mask: As ``gptkern_mask`` makes it, or any 4-dimensional mask.
+        scaling: The complete factor on the scores.
+
+    Returns:
+        ``(batch, queries, heads, head_dim)``, and the weights where attentions are to be returned.
+
+    Raises:
+        ValueError: Attention sinks or a position bias, which are not supported.
+    """
+    for name in ("s_aux", "position_bias", "sinks"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"gptkern attention: {name} was given; choose attn_implementation='eager'")
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    if attention_mask is not None and attention_mask.dim() == 2:
+        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
+    window = sliding_window if is_causal else None
+    if _wants_weights(kwargs):
+        fallback("attention", "output_attentions needs the matrix of weights")
+        return _eager(module, query, key, value, attention_mask, dropout, scaling, window, softcap, is_causal)
+    if attention_mask is not None and attention_mask.dim() == 4:
+        if softcap is not None:
+            return _eager(
+                module, query, key, value, attention_mask, dropout, scaling, window, softcap, is_causal
+            )
+        return _masked(query, key, value, attention_mask, dropout, scaling), None
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    options: dict[str, Any] = {"scale": scaling, "window": window, "softcap": softcap, "dropout_p": dropout}
+    if attention_mask is None:
+        out = ops.flash_attention(q, k, v, causal=is_causal, **options)
+        assert isinstance(out, torch.Tensor)
+        return out, None
+    return _padded(q, k, v, attention_mask, causal=is_causal, options=options), None
+
+
+def _padded(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    causal: bool,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Attention among the tokens that are not padding, packed; 0 for padding.
+
+    Tensors are ``(batch, seq, heads, head_dim)``. Padding is sorted to the end rather than left out: the
+    shapes do not depend on how much there is, so nothing waits for the device.
+    """
+    batch, seq_q, seq_k = *q.shape[:2], k.shape[1]
+    q_mask = mask[:, -seq_q:] if causal else mask.new_ones(batch, seq_q)
+    if q_mask.shape[1] < seq_q:
+        q_mask = F.pad(q_mask, (seq_q - q_mask.shape[1], 0), value=True)
+    order_q, cu_q = _packing(q_mask)
+    order_k, cu_k = (order_q, cu_q) if causal and seq_q == seq_k else _packing(mask)
+    packed = ops.flash_attention_varlen(
+        q.reshape(-1, *q.shape[2:])[order_q],
+        k.reshape(-1, *k.shape[2:])[order_k],
+        v.reshape(-1, *v.shape[2:])[order_k],
+        cu_q,
+        cu_k,
+        seq_q,
+        seq_k,
+        causal=causal,
+        **options,
+    )
+    assert isinstance(packed, torch.Tensor)
+    back = torch.empty_like(order_q).scatter_(
+        0, order_q, torch.arange(order_q.numel(), device=order_q.device)
+    )
+    return packed[back].view(batch, seq_q, *packed.shape[1:])
+
+
+def _packing(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order that puts real tokens first, and where each sequence begins in it."""
+    order = torch.argsort(~mask.reshape(-1), stable=True)
+    cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return order, cu_seqlens
+
+
+def _masked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """PyTorch's attention, for patterns that only a matrix describes."""
+    if query.device.type == "cuda":
+        fallback("attention", "the mask is a matrix")
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask[..., : key.shape[2]],
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _eager(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The textbook's attention, which has the weights to return."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    least = torch.finfo(scores.dtype).min
+    if mask is not None and mask.dim() == 4 and mask.dtype != torch.bool:
+        scores = scores + mask[..., : key.shape[2]]
+    else:
+        scores = scores.masked_fill(~_visible(scores, mask, window, is_causal), least)
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    weights = F.dropout(weights, dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def _visible(
+    scores: torch.Tensor, mask: torch.Tensor | None, window: int | None, is_causal: bool
+) -> torch.Tensor:
+    if mask is not None and mask.dim() == 4:
+        return mask[..., : scores.shape[-1]]
+    queries, keys = scores.shape[-2:]
+    distance = (torch.arange(queries, device=scores.device)[:, None] + keys - queries) - torch.arange(
+        keys, device=scores.device
+    )
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if is_causal:
+        visible &= distance >= 0
+    if window is not None:
+        visible &= distance < window
+    return visible if mask is None else visible & mask[:, None, None, :]
+
+
+def _wants_weights(kwargs: dict[str, Any]) -> bool:
+    """Whether the caller is to get attention weights; most models do not hand the wish on."""
+    if kwargs.get("output_attentions"):
+        return True
+    collected = _collector()
+    return collected is not None and any("attentions" in key for key in collected)
+
+
+def _collector() -> dict[str, Any] | None:
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return None
+    found: dict[str, Any] | None = _active_collector.get()
+    return found
+
+
+def paged_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Any = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | dict[str, torch.Tensor] | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | dict[str, int] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of transformers' continuous batching: packed queries over a paged cache of the library's.
+
+    Args:
+        query: ``(1, heads, tokens, head_dim)``: the new tokens of all requests, end to end.
+        cache: The library's; told of the new keys and values, it gives those of all requests, end to end.
+        cu_seq_lens_q, cu_seq_lens_k: Where each request begins; of keys, one for each kind of layer.
+
+    Raises:
+        ValueError: Called without the cache that continuous batching prepares.
+    """
+    if cache is None or cu_seq_lens_q is None or cu_seq_lens_k is None:
+        raise ValueError(
+            f"gptkern attention: {PAGED!r} was called without a paged cache; it serves generate_batch, "
+            f"and attn_implementation={NAME!r} every other call"
+        )
+    window = getattr(module, "sliding_window", None) or None
+    kind = "full_attention" if window is None else "sliding_attention"
+    if isinstance(cu_seq_lens_k, dict):
+        cu_seq_lens_k = cu_seq_lens_k[kind]
+    if isinstance(max_seqlen_k, dict):
+        max_seqlen_k = max_seqlen_k[kind]
+    keys, values = cache.update(
+        key_states=key,
+        value_states=value,
+        layer_idx=module.layer_idx,
+        read_index=kwargs["read_index"],
+        write_index=kwargs["write_index"],
+    )
+    out = ops.flash_attention_varlen(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        cu_seq_lens_q.to(torch.int32),
+        cu_seq_lens_k.to(torch.int32),
+        int(max_seqlen_q or query.shape[2]),
+        int(max_seqlen_k or keys.shape[0]),
+        scale=getattr(module, "scaling", None),
+        window=window,
+    )
+    assert isinstance(out, torch.Tensor)
+    return out[None], None

@@ -1,0 +1,50 @@
+"""The classes to import: transformers' own, accelerated from the moment they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from gptkern.transformers import models
+from gptkern.transformers.accelerate import accelerate
+
+
+def _made_accelerated(cls: Any, library: Any) -> Any:
+    """A subclass of ``cls`` under the library's name, whose instances are accelerated."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        # An attention that was asked for by name stays; "sdpa" is what asking for none gives.
+        asked = self.config._attn_implementation
+        accelerate(self)
+        if asked not in ("sdpa", "gptkern", None):
+            self.set_attn_implementation(asked)
+
+    namespace = {
+        "__module__": __name__,
+        "__qualname__": library.__qualname__,
+        "__doc__": f"``transformers.{library.__qualname__}``, accelerated: another import, nothing else.",
+        "__init__": __init__,
+    }
+    return type(library.__name__, (cls,), namespace)
+
+
+GPT2LMHeadModel = _made_accelerated(models.GPT2LMHeadModel, transformers.GPT2LMHeadModel)
+OpenAIGPTLMHeadModel = _made_accelerated(models.OpenAIGPTLMHeadModel, transformers.OpenAIGPTLMHeadModel)
+(
+    GPT2Model,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2ForQuestionAnswering,
+    GPT2DoubleHeadsModel,
+) = (
+    _made_accelerated(cls, cls)
+    for cls in (
+        transformers.GPT2Model,
+        transformers.GPT2ForSequenceClassification,
+        transformers.GPT2ForTokenClassification,
+        transformers.GPT2ForQuestionAnswering,
+        transformers.GPT2DoubleHeadsModel,
+    )
+)

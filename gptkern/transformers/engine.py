@@ -1,0 +1,276 @@
+"""``generate`` on gptkern's engine: transformers' loop around gptkern's prefill, paged cache and decode step.
+
+The library's loop is kept, so that every processor, stopping criterion, streamer and field of the result
+is its own; what it calls the model for is answered here. ``EngineCache`` travels as ``past_key_values``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.models.gpt2 import modeling_gpt2 as gpt2
+from transformers.models.openai import modeling_openai as gpt1
+from transformers.pytorch_utils import Conv1D
+
+from gptkern.cache import KVCache
+from gptkern.config import GPTConfig
+from gptkern.generate.loop import stepper
+from gptkern.model import GPT, GPTOutput
+from gptkern.transformers.modules import LayerNorm, activation_of, untouched
+
+# What ``_sample`` may be given beside the cache; anything else is an input that the engine does not know.
+_KNOWN_INPUTS = {"attention_mask", "use_cache", "past_key_values", "logits_to_keep", "position_ids"}
+_GPT1_NAMES = {"wte": "tokens_embed", "wpe": "positions_embed"}
+_views: WeakKeyDictionary[nn.Module, GPT] = WeakKeyDictionary()
+
+
+def view(model: Any) -> GPT:
+    """A ``GPT`` over the model's own weights: what an optimizer step changes in one changes in the other."""
+    found = _views.get(model)
+    sources = _sources(model)
+    if found is not None:
+        parameters = dict(found.named_parameters(remove_duplicate=False))
+        if all(p.data_ptr() == sources[name].data_ptr() for name, p in parameters.items()):
+            return found
+    with torch.device("meta"):
+        made = GPT(gpt_config(model))
+    for name, source in sources.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(made.get_submodule(owner), leaf, nn.Parameter(source.detach(), requires_grad=False))
+    _views[model] = made.eval()
+    return made
+
+
+def gpt_config(model: Any) -> GPTConfig:
+    """The model's shape as gptkern names it."""
+    config = GPTConfig.from_dict(model.config.to_dict())
+    embedding = model.get_input_embeddings().weight
+    return config.replace(vocab_size=embedding.shape[0])
+
+
+def _sources(model: Any) -> dict[str, torch.Tensor]:
+    """Of every parameter of ``view(model)``, the model's tensor, matrices as ``(out, in)`` views."""
+    body = model.transformer
+    gpt1_names = model.config.model_type == "openai-gpt"
+    found = {"lm_head.weight": model.lm_head.weight}
+    for ours in ("wte", "wpe"):
+        theirs = _GPT1_NAMES[ours] if gpt1_names else ours
+        found[f"transformer.{ours}.weight"] = getattr(body, theirs).weight
+    for index, block in enumerate(body.h):
+        for name, parameter in block.named_parameters():
+            matrix = parameter.dim() == 2
+            found[f"transformer.h.{index}.{name}"] = parameter.t() if matrix else parameter
+    if not gpt1_names:
+        found["transformer.ln_f.weight"], found["transformer.ln_f.bias"] = body.ln_f.weight, body.ln_f.bias
+    return found
+
+
+def refused_model(model: Any) -> str | None:
+    """Why the engine cannot take the model's place, or None where it can."""
+    parameters = list(model.parameters())
+    if len({(p.dtype, p.device) for p in parameters}) > 1:
+        return "the weights are of several dtypes or on several devices"
+    if parameters[0].device.type not in ("cpu", "cuda"):
+        return f"the weights are on {parameters[0].device}"
+    if getattr(model.config, "add_cross_attention", False):
+        return "the model has cross-attention"
+    if activation_of(model.config) is None:
+        return "gptkern has no such activation"
+    for name, module in model.named_modules():
+        if module is not model and not _as_built(module):
+            return f"{name} is a {type(module).__name__} that was put in or hooked"
+    return None
+
+
+def _as_built(module: nn.Module) -> bool:
+    layers: tuple[type[nn.Module], ...] = (
+        nn.Embedding,
+        nn.Linear,
+        nn.LayerNorm,
+        LayerNorm,
+        Conv1D,
+        nn.Dropout,
+        nn.ModuleList,
+    )
+    if type(module) in layers:
+        return untouched(module, type(module))
+    ours = type(module).__module__.startswith(("gptkern.transformers", "transformers."))
+    kinds = (gpt2.GPT2Model, gpt2.GPT2Block, gpt2.GPT2Attention, gpt2.GPT2MLP)
+    older = (gpt1.OpenAIGPTModel, gpt1.Block, gpt1.Attention, gpt1.MLP)
+    if isinstance(module, kinds + older):
+        # The library's own recorders listen to blocks and attention, which generation does not need.
+        return ours and "forward" not in module.__dict__
+    return ours and not any(True for _ in module.parameters(recurse=False))
+
+
+def refused_config(model: Any, config: Any) -> str | None:
+    """Why a GenerationConfig is none that the engine takes, or None."""
+    if model._gptkern_generation == "library":
+        return "accelerate(generation='library') asked for it"
+    if config.use_cache is False:
+        return "use_cache=False"
+    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+        return "attentions or hidden states are to be returned"
+    if config.cache_implementation in ("quantized", "offloaded", "offloaded_static"):
+        return f"cache_implementation={config.cache_implementation!r}"
+    if getattr(config, "is_assistant", False):
+        return "the model assists another one"
+    if getattr(config, "prompt_lookup_num_tokens", None) is not None:
+        return "assisted decoding checks several tokens at once"
+    return None
+
+
+def refused_call(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why the inputs of one call are none that the engine takes, or None."""
+    for name, value in kwargs.items():
+        if name not in _KNOWN_INPUTS and value is not None and value is not False:
+            return f"{name} was given"
+    if torch.is_autocast_enabled(input_ids.device.type):
+        return "autocast is on"
+    if model.training and any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
+        return "the model is in training mode, with dropout"
+    past = kwargs.get("past_key_values")
+    if past is not None and not _readable(past):
+        return f"past_key_values is a {type(past).__name__} that is offloaded, windowed or filled already"
+    limit = model.config.n_positions
+    if config.max_length is None or config.max_length > limit:
+        return f"max_length passes the model's context of {limit}"
+    if input_ids.shape[1] < 1:
+        return "the prompt is empty"
+    return _refused_mask(model, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+
+
+def _readable(past: Any) -> bool:
+    layers = getattr(past, "layers", None)
+    if layers is None or any(getattr(past, "is_sliding", [])) or getattr(past, "offloading", False):
+        return False
+    if type(past) is DynamicCache:
+        return True
+    return type(past) is StaticCache and int(past.get_seq_length()) == 0
+
+
+def _refused_mask(model: Any, mask: torch.Tensor | None, positions: torch.Tensor | None) -> str | None:
+    if mask is not None:
+        if mask.dim() != 2:
+            return "attention_mask is a matrix"
+        if not bool(mask[:, -1].all()):
+            return "a prompt ends in padding"
+        if model.config.model_type == "openai-gpt" and not bool(mask.all()):
+            return "this model counts padding as positions"
+    if positions is not None:
+        if mask is None:
+            expected = torch.arange(positions.shape[-1], device=positions.device).expand_as(positions)
+        else:
+            expected = mask.long().cumsum(-1)[:, -positions.shape[-1] :] - 1
+        real = slice(None) if mask is None else mask[:, -positions.shape[-1] :].bool()
+        if not torch.equal(positions.expand_as(expected)[real], expected[real]):
+            return "position_ids was given"
+    return None
+
+
+class EngineCache(Cache):
+    """The cache of one ``generate`` call, and what runs the model on it.
+
+    Args:
+        model: An accelerated language model that ``refused_model`` has no reason against.
+        rows: Sequences in the batch.
+        max_len: Longest sequence, padding included.
+        past: What the library prepared or the caller passed in; its contents are taken over.
+        mask: ``(rows, seen + new)``, or None.
+    """
+
+    def __init__(
+        self, model: Any, rows: int, max_len: int, past: Cache | None, mask: torch.Tensor | None
+    ) -> None:
+        super().__init__(layers=[])
+        self._gpt = view(model)
+        self._whole_ids = model.config.model_type == "openai-gpt"
+        self._max_len = max_len
+        self._seen = 0
+        self._mask = None if mask is None or bool(mask.all()) else mask.bool()
+        self._step: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._kv = KVCache.for_config(
+            self._gpt.config, max_seqs=rows, max_len=max_len, dtype=self._gpt.dtype, device=self._gpt.device
+        )
+        self._kv.allocate(rows)
+        self._past = past
+        self._taken = 0 if past is None or self._whole_ids else int(past.get_seq_length())
+        if self._taken:
+            self._take(past)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens a row has seen, padding included."""
+        return self._seen
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i takes what row ``beam_idx[i]`` holds."""
+        ids, order = self._kv.sequences, beam_idx.tolist()
+        self._kv.reorder([ids[i] for i in order])
+        if self._mask is not None:
+            self._mask = self._mask[beam_idx]
+
+    def run(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits after the last of ``input_ids``, ``(rows, 1, vocab_size)``."""
+        if self._whole_ids:
+            input_ids = input_ids[:, self._seen :]
+        input_ids = input_ids.to(self._gpt.device)
+        with torch.inference_mode():
+            if self._seen and input_ids.shape[1] == 1:
+                if self._step is None:
+                    steps = self._max_len - self._seen
+                    self._step = stepper(self._gpt, self._kv, rows=input_ids.shape[0], steps=steps)
+                logits = self._step(input_ids[:, 0])[:, None]
+            else:
+                logits = self._prefill(input_ids)
+        self._seen += input_ids.shape[1]
+        # What was made in inference mode could not be written to outside it.
+        return logits.clone()
+
+    def hand_back(self) -> Cache | None:
+        """The library's cache, with what was computed since; padding is zeros."""
+        past, rows = self._past, len(self._kv.sequences)
+        if past is None or self._whole_ids:
+            return past
+        kept = torch.ones(rows, self._seen, dtype=torch.bool, device=self._kv.device)
+        if self._mask is not None:
+            width = min(self._mask.shape[1], self._seen)
+            kept[:, :width] = self._mask[:, :width]
+        pages = self._kv.page_table[:rows, 0].long()
+        places = (kept.long().cumsum(1) - 1).clamp_min(0)
+        for layer in range(self._gpt.config.n_layer):
+            tensors = []
+            for held in (self._kv.k[layer], self._kv.v[layer]):
+                tokens = held[pages[:, None], places].masked_fill(~kept[..., None, None], 0)
+                tensors.append(tokens[:, self._taken :].transpose(1, 2).contiguous())
+            past.update(*tensors, layer)
+        return past
+
+    def _prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
+        mask = None
+        if self._mask is not None:
+            mask = self._mask[:, self._seen : self._seen + input_ids.shape[1]]
+            if mask.shape[1] < input_ids.shape[1]:
+                extra = mask.new_ones(mask.shape[0], input_ids.shape[1] - mask.shape[1])
+                mask = torch.cat([mask, extra], 1)
+            # Whatever stands in the padding may be no token of the model.
+            input_ids = input_ids.masked_fill(~mask, 0)
+        output: GPTOutput = self._gpt(input_ids, attention_mask=mask, cache=self._kv, logits_to_keep=1)
+        return output.logits[:, -1:]
+
+    def _take(self, past: Any) -> None:
+        """Copy what a library's cache holds, without its padding."""
+        seen, rows = self._taken, len(self._kv.sequences)
+        kept = torch.ones(rows, seen, dtype=torch.bool, device=self._kv.device)
+        if self._mask is not None:
+            kept = self._mask[:, :seen]
+        step = self._kv.extend(kept.sum(1).tolist())
+        for layer, source in enumerate(past.layers):
+            for held, given in ((self._kv.k[layer], source.keys), (self._kv.v[layer], source.values)):
+                held.flatten(0, 1)[step.slots] = given.transpose(1, 2)[kept].to(held.dtype)
+        step.commit()
+        self._seen = seen

@@ -1,0 +1,111 @@
+"""The mask function behind ``attn_implementation="gptkern"``: lengths and padding, not a matrix.
+
+What it hands to the attention function is one of
+
+- None: every key is visible, up to the causal order aligned to the bottom right;
+- ``(batch, keys)`` bool: which of the first ``keys`` keys are real. It may be shorter than the keys that
+  a static cache hands over, and is then their true length, which the library's masks do not tell;
+- ``(batch, 1, queries, keys)`` bool: a pattern that the kernels do not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+
+
+def gptkern_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    config: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask of one forward pass, as described above; arguments are ``AttentionMaskInterface``'s."""
+    static = kv_length > q_length and not isinstance(q_offset, int)
+    compiling = static and torch.compiler.is_compiling()
+    if compiling or not _known(
+        mask_function, local_size, allow_is_causal_skip or q_length == 1, use_vmap, config
+    ):
+        # With a static cache that is compiled, the length is data of the device.
+        pattern: torch.Tensor | None = sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            local_size,
+            allow_is_causal_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+        return pattern
+    causal = mask_function is not bidirectional_mask_function
+    real = _real_length(attention_mask, q_length, q_offset, kv_length, kv_offset) if causal else kv_length
+    if attention_mask is None:
+        if real == kv_length:
+            return None
+        return torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch_size, real)
+    kept: torch.Tensor = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    kept = kept[:, kv_offset : kv_offset + kv_length][:, :real].bool()
+    # On a GPU, looking would wait for it: there a mask is taken as one with padding.
+    if (
+        real == kv_length
+        and kept.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and bool(kept.all())
+    ):
+        return None
+    return kept
+
+
+def _known(
+    mask_function: Callable[..., Any],
+    local_size: int | None,
+    plain: bool,
+    use_vmap: bool,
+    config: Any,
+) -> bool:
+    """Whether the pattern is causal, a causal sliding window, or none: what the kernels compute."""
+    if use_vmap:
+        return False
+    if mask_function in (causal_mask_function, bidirectional_mask_function):
+        return True
+    window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    # The library's sliding-window function is made anew at each call: only its size tells of it.
+    return plain and local_size is not None and local_size == window and chunk is None
+
+
+def _real_length(
+    attention_mask: torch.Tensor | None,
+    q_length: int,
+    q_offset: int | torch.Tensor,
+    kv_length: int,
+    kv_offset: int,
+) -> int:
+    """How many of the keys are real: a static cache hands over its whole buffer."""
+    if attention_mask is not None:
+        # It covers what was seen and what is new: its width is the length, and lies on the host.
+        return min(attention_mask.shape[-1] - kv_offset, kv_length)
+    if isinstance(q_offset, int):
+        return min(q_offset + q_length - kv_offset, kv_length)
+    return min(int(q_offset) + q_length - kv_offset, kv_length)

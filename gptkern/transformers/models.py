@@ -1,0 +1,137 @@
+"""The accelerated language models: ``generate`` on the engine, and the fused loss."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutput, CausalLMOutputWithCrossAttentions
+
+from gptkern.ops import linear_cross_entropy
+from gptkern.ops._dispatch import use_kernel
+from gptkern.transformers._routes import fallback
+from gptkern.transformers.engine import EngineCache, refused_call, refused_config, refused_model
+from gptkern.transformers.modules import untouched
+
+
+class LanguageModel:
+    """What an accelerated language model has before the library's class in its bases."""
+
+    _gptkern_generation = "auto"
+    _gptkern_library_class: Any
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # The library reads the source of the class's module to find out, and this is not where it looks.
+        return bool(cls._gptkern_library_class._can_set_attn_implementation())
+
+    def _sample(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return _on_engine(self, "_sample", super()._sample, input_ids, kwargs)  # type: ignore[misc]
+
+    def _beam_search(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return _on_engine(self, "_beam_search", super()._beam_search, input_ids, kwargs)  # type: ignore[misc]
+
+
+_LOOP_ARGUMENTS = {
+    "logits_processor",
+    "stopping_criteria",
+    "generation_config",
+    "synced_gpus",
+    "streamer",
+    "tokenizer",
+}
+
+
+def _on_engine(model: Any, name: str, loop: Any, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+    """Run the library's loop, its calls of the model answered by the engine where it can."""
+    config = kwargs["generation_config"]
+    inputs = {key: value for key, value in kwargs.items() if key not in _LOOP_ARGUMENTS}
+    reason = (
+        refused_model(model)
+        or refused_config(model, config)
+        or refused_call(model, input_ids, config, inputs)
+    )
+    if kwargs.get("synced_gpus"):
+        reason = "several processes generate in step"
+    if reason is not None:
+        fallback("generate", reason)
+        return loop(input_ids, **kwargs)
+    past, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+    engine = EngineCache(model, input_ids.shape[0], config.max_length, past, mask)
+    output = loop(input_ids, **kwargs | {"past_key_values": engine})
+    if config.return_dict_in_generate:
+        output.past_key_values = engine.hand_back()
+    elif getattr(past, "_is_user_defined", False):
+        engine.hand_back()
+    return output
+
+
+def _fused_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the loss can come straight from the product with the head, which holds no fp32 logits."""
+    head = model.lm_head
+    if (
+        kwargs.get("labels") is None
+        or len(args) > 1
+        or kwargs.get("logits_to_keep")
+        or "loss_function" in vars(model)
+    ):
+        return False
+    known = not {"shift_labels", "ignore_index", "weight", "label_smoothing"} & kwargs.keys()
+    plain = (
+        model.loss_function is ForCausalLMLoss
+        and kwargs.get("return_dict", model.config.return_dict) is not False
+    )
+    return known and plain and untouched(head, torch.nn.Linear) and use_kernel(head.weight)
+
+
+def _forward_with_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    inputs = dict(kwargs)
+    labels, count = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
+    inputs.pop("logits_to_keep", None)
+    body = model.transformer(*args, **inputs)
+    hidden, weight = body.last_hidden_state, model.lm_head.weight
+    targets = F.pad(labels, (0, 1), value=-100)[..., 1:].to(hidden.device)
+    # The Trainer's count of targets is that of all its micro-batches.
+    loss = linear_cross_entropy(hidden, weight, targets, reduction="mean" if count is None else "sum")
+    if count is not None:
+        loss = loss / torch.as_tensor(count, device=loss.device)
+    rest = {name: value for name, value in body.items() if name != "last_hidden_state"}
+    kind = CausalLMOutput if model.config.model_type == "openai-gpt" else CausalLMOutputWithCrossAttentions
+    return kind(loss=loss, logits=model.lm_head(hidden), **rest)
+
+
+def _forward_of(cls: Any) -> Any:
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, EngineCache):
+            return CausalLMOutputWithCrossAttentions(
+                logits=cache.run(kwargs["input_ids"]), past_key_values=cache
+            )
+        if _fused_loss(self, args, kwargs):
+            return _forward_with_loss(self, args, kwargs)
+        return cls.forward(self, *args, **kwargs)
+
+    return forward
+
+
+@functools.cache
+def accelerated_class(cls: Any) -> Any:
+    """The accelerated class of a language model's: a subclass of its name."""
+    module = __name__ if cls in LIBRARY_CLASSES else cls.__module__
+    namespace = {
+        "__module__": module,
+        "__qualname__": cls.__qualname__,
+        "__doc__": f"``{cls.__module__}.{cls.__qualname__}``, accelerated.",
+        "forward": _forward_of(cls),
+        "_gptkern_library_class": cls,
+    }
+    return type(cls.__name__, (LanguageModel, cls), namespace)
+
+
+LIBRARY_CLASSES = (transformers.GPT2LMHeadModel, transformers.OpenAIGPTLMHeadModel)
+GPT2LMHeadModel, OpenAIGPTLMHeadModel = map(accelerated_class, LIBRARY_CLASSES)
