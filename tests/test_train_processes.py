@@ -146,11 +146,12 @@ def test_ddp_equals_one_process_and_resumes_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fsdp_equals_one_process_and_resumes_alone(tmp_path: Path) -> None:
-    sharded = run_settings(tmp_path, train={"steps": 8, "strategy": "fsdp"}, model={"dropout": 0.0})
+    together = {"strategy": "fsdp", "micro_batch_size": 1}
+    sharded = run_settings(tmp_path, train={"steps": 8, **together}, model={"dropout": 0.0})
     run_together(sharded, tmp_path / "two", 2)
     train(Settings.from_dict(sharded), tmp_path / "one")
     assert largest_difference(tmp_path / "one" / "model", tmp_path / "two" / "model") < 1e-5
-    longer = run_settings(tmp_path, train={"steps": 12, "strategy": "fsdp"}, model={"dropout": 0.0})
+    longer = run_settings(tmp_path, train={"steps": 12, **together}, model={"dropout": 0.0})
     train(Settings.from_dict(longer), tmp_path / "two", resume=True)
     run_together(longer, tmp_path / "one", 2)
     assert largest_difference(tmp_path / "one" / "model", tmp_path / "two" / "model") < 1e-5

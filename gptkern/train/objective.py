@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gptkern import ops
-from gptkern.model import GPT, DenseAttend
+from gptkern.attend import DenseAttend
+from gptkern.model import GPT
 
 
 def hidden_states(model: GPT, ids: torch.Tensor) -> torch.Tensor:

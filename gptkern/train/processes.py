@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -96,13 +95,15 @@ def no_sync(module: nn.Module, active: bool) -> Iterator[None]:
         with module.no_sync():
             yield
         return
-    if hasattr(module, "set_requires_gradient_sync"):
-        module.set_requires_gradient_sync(not active)
+    synchronise: Any = getattr(module, "set_requires_gradient_sync", None)
+    if synchronise is not None:  # FSDP2
+        synchronise(not active)
     yield
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that may be spread over the processes; every process must ask."""
     if isinstance(tensor, DTensor):
-        tensor = typing.cast(DTensor, tensor).full_tensor()
+        gathered: torch.Tensor = DTensor.full_tensor(tensor)
+        return gathered
     return tensor
