@@ -12,7 +12,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gptkern import ops
+from gptkern.attend import Attend, DenseAttend, PackedAttend
 from gptkern.checkpoint.load import check_vocabulary, load, open_checkpoint
 from gptkern.checkpoint.locate import EMBEDDED, locate
 from gptkern.checkpoint.save import save
@@ -45,43 +46,6 @@ class GPTOutput:
 
     logits: torch.Tensor
     loss: torch.Tensor | None = None
-
-
-class Attend(Protocol):
-    """How the tokens of one forward pass attend to each other: dense, packed, or through a cache."""
-
-    def attention(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
-    ) -> torch.Tensor: ...
-
-
-@dataclass
-class DenseAttend:
-    """Every row of the batch is a whole sequence: tensors ``(batch, seq, heads, head_dim)``."""
-
-    dropout_p: float
-
-    def attention(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
-    ) -> torch.Tensor:
-        return ops.flash_attention(q, k, v, scale=scale, dropout_p=self.dropout_p)
-
-
-@dataclass
-class PackedAttend:
-    """Sequences of different lengths, end to end: tensors ``(tokens, heads, head_dim)``."""
-
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-    dropout_p: float
-
-    def attention(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
-    ) -> torch.Tensor:
-        cu, longest = self.cu_seqlens, self.max_seqlen
-        return ops.flash_attention_varlen(
-            q, k, v, cu, cu, longest, longest, scale=scale, dropout_p=self.dropout_p
-        )
 
 
 class Attention(nn.Module):
@@ -344,7 +308,7 @@ class GPT(nn.Module):
         return score(self, texts, context, stride=stride, tokenizer=tokenizer)
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights: N(0, initializer_range), each branch's last layer divided by sqrt(2 n_layer)."""
+        """Draw fresh weights: N(0, initializer_range); branches' last layers divided by sqrt(2 n_layer)."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -470,7 +434,11 @@ class GPT(nn.Module):
                 f"GPT: input_ids is {input_ids.dtype} of shape {tuple(input_ids.shape)}; "
                 "integers of shape (batch, seq) are needed"
             )
-        for name, value in (("labels", labels), ("attention_mask", attention_mask), ("position_ids", position_ids)):
+        for name, value in (
+            ("labels", labels),
+            ("attention_mask", attention_mask),
+            ("position_ids", position_ids),
+        ):
             if value is not None and value.shape != input_ids.shape:
                 raise ValueError(
                     f"GPT: {name} has shape {tuple(value.shape)}, input_ids {tuple(input_ids.shape)}: "
@@ -490,14 +458,16 @@ class GPT(nn.Module):
         if input_ids.device.type == "cpu" and input_ids.numel():
             low, high = input_ids.min().item(), input_ids.max().item()
             if low < 0 or high >= self.config.vocab_size:
-                bad: Any = low if low < 0 else high
                 raise ValueError(
-                    f"GPT: input_ids holds {bad}; token ids from 0 to {self.config.vocab_size - 1} are accepted"
+                    f"GPT: input_ids holds {low if low < 0 else high}; "
+                    f"token ids from 0 to {self.config.vocab_size - 1} are accepted"
                 )
 
 
 def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of each next token, in fp32."""
     return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device), ignore_index=IGNORE_INDEX
+        logits[:, :-1].flatten(0, 1).float(),
+        labels[:, 1:].flatten().to(logits.device),
+        ignore_index=IGNORE_INDEX,
     )

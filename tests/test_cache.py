@@ -192,9 +192,7 @@ def test_a_full_cache_says_what_is_missing_and_stays_as_it_was() -> None:
     append(cache, [[1, 2, 3, 4], [5]])
     with pytest.raises(CacheFullError, match=r"3 pages of 4 tokens are needed, 1 of 3 are free"):
         cache.extend([5, 4])
-    with pytest.raises(
-        CacheFullError, match=r"of 1 tokens and 20 more passes .* of 20"
-    ):
+    with pytest.raises(CacheFullError, match=r"of 1 tokens and 20 more passes .* of 20"):
         cache.extend([0, 20])
     with pytest.raises(CacheFullError, match=r"3 sequences asked for, 2 of 4 are in use"):
         cache.allocate(3)

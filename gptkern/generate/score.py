@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gptkern.attend import PackedAttend
 from gptkern.generate.loop import evaluating
 from gptkern.generate.run import needed_tokenizer
-from gptkern.model import PackedAttend
 
 if TYPE_CHECKING:
     from gptkern.generate.text import Prompt

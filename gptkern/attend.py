@@ -1,0 +1,47 @@
+"""How the tokens of one forward pass attend to each other: dense, packed, or through a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from gptkern import ops
+
+
+class Attend(Protocol):
+    """One of the ways; ``gptkern.cache`` has the third."""
+
+    def attention(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+    ) -> torch.Tensor: ...
+
+
+@dataclass
+class DenseAttend:
+    """Every row of the batch is a whole sequence: tensors ``(batch, seq, heads, head_dim)``."""
+
+    dropout_p: float
+
+    def attention(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+    ) -> torch.Tensor:
+        return ops.flash_attention(q, k, v, scale=scale, dropout_p=self.dropout_p)
+
+
+@dataclass
+class PackedAttend:
+    """Sequences of different lengths, end to end: tensors ``(tokens, heads, head_dim)``."""
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    dropout_p: float
+
+    def attention(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+    ) -> torch.Tensor:
+        cu, longest = self.cu_seqlens, self.max_seqlen
+        return ops.flash_attention_varlen(
+            q, k, v, cu, cu, longest, longest, scale=scale, dropout_p=self.dropout_p
+        )
