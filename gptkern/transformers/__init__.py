@@ -13,7 +13,6 @@ from transformers import GPT2Tokenizer, GPT2TokenizerFast, OpenAIGPTTokenizer
 
 from gptkern.transformers import attention
 from gptkern.transformers._routes import FallbackWarning
-from gptkern.transformers.accelerate import SUPPORTED, Explanation, Route, accelerate, explain, restore
 from gptkern.transformers.classes import (
     GPT2DoubleHeadsModel,
     GPT2ForQuestionAnswering,
@@ -23,6 +22,7 @@ from gptkern.transformers.classes import (
     GPT2Model,
     OpenAIGPTLMHeadModel,
 )
+from gptkern.transformers.swap import SUPPORTED, Explanation, Route, accelerate, explain, restore
 
 attention.register()
 

@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 
 from gptkern.transformers import models
-from gptkern.transformers.accelerate import accelerate
+from gptkern.transformers.swap import accelerate
 
 
 def _made_accelerated(cls: Any, library: Any) -> Any:
