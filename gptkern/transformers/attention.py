@@ -75,7 +75,11 @@ def attention_forward(
         out = ops.flash_attention(q, k, v, causal=is_causal, **options)
         assert isinstance(out, torch.Tensor)
         return out, None
-    return _padded(q, k, v, attention_mask, causal=is_causal, options=options), None
+    out = _padded(q, k, v, attention_mask, causal=is_causal, options=options)
+    if getattr(module, "padding_attends", False) and q.shape[1] == k.shape[1] == attention_mask.shape[1]:
+        seen = _padded(q, k, v, attention_mask, causal=False, options=options)
+        out = torch.where(attention_mask[..., None, None], out, seen)
+    return out, None
 
 
 def _padded(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import transformers
 from torch import nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from gptkern.ops._dispatch import use_kernel
@@ -79,6 +80,7 @@ def restore(model: Any) -> Any:
         if type(module) in backwards:
             module.__class__ = backwards[type(module)]
             module.__dict__.pop("activation", None)
+        module.__dict__.pop("padding_attends", None)
     if isinstance(model, LanguageModel):
         model.__dict__.pop("_gptkern_generation", None)
         model.__class__ = model._gptkern_library_class
@@ -184,6 +186,10 @@ def _apply(model: Any, undo: list[Callable[[], None]]) -> None:
             if hasattr(type(module), "fused"):
                 module.activation = activation
                 undo.append(lambda m=module: m.__dict__.pop("activation", None))  # type: ignore[misc]
+        elif isinstance(model, transformers.GPT2ForQuestionAnswering) and type(module) is GPT2Attention:
+            # Its loss is a softmax over all positions: what stands at the padding after a text counts.
+            module.padding_attends = True
+            undo.append(lambda m=module: m.__dict__.pop("padding_attends", None))  # type: ignore[misc]
         elif name.endswith("ln_f") and type(module) is nn.LayerNorm:
             become(module, LayerNorm)
     if isinstance(model, LIBRARY_CLASSES) and not isinstance(model, LanguageModel):
