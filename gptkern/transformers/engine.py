@@ -257,6 +257,10 @@ class EngineCache(Cache):
             if mask.shape[1] < input_ids.shape[1]:
                 extra = mask.new_ones(mask.shape[0], input_ids.shape[1] - mask.shape[1])
                 mask = torch.cat([mask, extra], 1)
+            if not bool(mask.any()):
+                # A chunk of the prompts that is padding throughout: nobody reads these logits.
+                vocab_size = self._gpt.config.vocab_size
+                return torch.zeros(len(mask), 1, vocab_size, dtype=self._gpt.dtype, device=mask.device)
             # Whatever stands in the padding may be no token of the model.
             input_ids = input_ids.masked_fill(~mask, 0)
         output: GPTOutput = self._gpt(input_ids, attention_mask=mask, cache=self._kv, logits_to_keep=1)
