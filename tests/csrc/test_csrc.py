@@ -27,6 +27,7 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("rows", "threads"), [(1_000_000, 1), (20_000, 3)])
 def test_random_rows_under_sanitizers(fuzzer: Path, rows: int, threads: int) -> None:
@@ -36,6 +37,7 @@ def test_random_rows_under_sanitizers(fuzzer: Path, rows: int, threads: int) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("arch", [80, 90, 100])
