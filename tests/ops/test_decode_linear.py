@@ -195,6 +195,75 @@ def test_one_launch(device: torch.device) -> None:
     assert names == ["decode_linear_kernel"]
 
 
+def qkv(device: torch.device) -> tuple[Any, ...]:
+    """Arguments of ``decode_qkv``: 5 rows, one of them written nowhere."""
+    given = tensors(5, 40, 72, device, torch.float32)
+    caches = torch.zeros(2, 7, 4, 2, 12, device=device)
+    slots = torch.tensor([27, 0, -1, 13, 14], device=device)
+    return given["x"], given["weight"], given["bias"], caches[0], caches[1], slots, given["norm"]
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "reference"])
+def test_registered_ops_agree_with_their_schemas(implementation: Any, device: torch.device) -> None:
+    given = tensors(3, 100, 20, device, torch.float32)
+    x, weight, bias = given["x"], given["weight"], given["bias"]
+    ops = torch.ops.gptkern
+    with backend(implementation):
+        kept = torch.empty_like(x)
+        torch.library.opcheck(
+            ops.decode_linear, (x, weight, bias, *given["norm"], "gelu", given["residual"], kept)
+        )
+        torch.library.opcheck(ops.decode_linear, (x, weight, None, None, None, 0.0, "none", None, None))
+        x, weight, bias, k_cache, v_cache, slots, norm = qkv(device)
+        kept = torch.empty_like(x)
+        torch.library.opcheck(ops.decode_qkv, (x, weight, bias, *norm, k_cache, v_cache, slots, kept))
+        torch.library.opcheck(ops.decode_embed, embedding(device))
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "reference"])
+def test_a_step_compiles_into_one_graph(implementation: Any, device: torch.device) -> None:
+    x, weight, bias, k_cache, v_cache, slots, norm = qkv(device)
+    tokens, live, token_weight, position_weight, table, lens, page_size = embedding(device)
+    head = torch.randn(20, 1100, device=device)
+
+    def step(
+        k_cache: torch.Tensor, v_cache: torch.Tensor, lens: torch.Tensor, kept: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        embedded, places = decode_embed(tokens, live, token_weight, position_weight, table, lens, page_size)
+        q = decode_qkv(x, weight, bias, k_cache, v_cache, slots, norm=norm, normed_out=kept)
+        return places, q, decode_linear(embedded, head, activation="relu")
+
+    def changed() -> tuple[torch.Tensor, ...]:
+        return k_cache.clone(), v_cache.clone(), lens.clone(), torch.zeros_like(x)
+
+    with backend(implementation):
+        expected_state, state = changed(), changed()
+        expected = step(*expected_state)
+        found = torch.compile(step, fullgraph=True, backend="aot_eager")(*state)
+    for ours, theirs in zip((*found, *state), (*expected, *expected_state), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(state[2], lens)
+
+
+@pytest.mark.parametrize("name", ["x", "bias", "residual", "norm weight", "token_weight"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_refused(name: str, compiled: bool) -> None:
+    cpu = torch.device("cpu")
+    given, embedded = tensors(2, 40, 20, cpu, torch.float32), list(embedding(cpu))
+    values = {**given, "norm weight": given["norm"][0], "token_weight": embedded[2]}
+    values[name].requires_grad_()
+
+    def call() -> Any:
+        return decode_embed(*embedded) if name == "token_weight" else decode_linear(**given)
+
+    # A compiler's errors quote the op's.
+    error: type[Exception] = Exception if compiled else ValueError
+    with pytest.raises(error, match=r"requires grad; it is forward only: use torch\.no_grad"):
+        (torch.compile(call, fullgraph=True, backend="eager") if compiled else call)()
+    with torch.no_grad():
+        call()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

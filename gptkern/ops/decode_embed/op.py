@@ -6,7 +6,7 @@ import torch
 import triton
 
 from gptkern.ops import _checks, _launch, _pdl
-from gptkern.ops._dispatch import use_kernel
+from gptkern.ops._dispatch import needs_grad, use_kernel
 from gptkern.ops.decode_embed import kernels, reference
 
 _COLUMNS = 1024
@@ -36,8 +36,11 @@ def decode_embed(
         ``(rows, width)`` of the weights' dtype, and the tokens' cache slots ``(rows,)`` int64, -1 for
         padding.
 
+    Forward only.
+
     Raises:
-        TypeError, ValueError: an argument is not as described here.
+        TypeError, ValueError: an argument is not as described here, or a weight requires grad on a GPU
+            or under ``torch.compile``.
     """
     op = "decode_embed"
     integers = {"tokens": (tokens, 1, torch.int64), "live": (live, 1, torch.int32)}
@@ -62,10 +65,27 @@ def decode_embed(
             f"token_weight {token_weight.dtype} of {token_weight.shape[1]}: they must agree"
         )
     _checks.same_device(op, tokens=tokens, live=live, page_table=page_table, seq_lens=seq_lens, **weights)
-    if not use_kernel(token_weight):
-        return reference.decode_embed(
-            tokens, live, token_weight, position_weight, page_table, seq_lens, page_size
-        )
+    given = (tokens, live, token_weight, position_weight, page_table, seq_lens, page_size)
+    compiling = torch.compiler.is_compiling()
+    if not (compiling or use_kernel(token_weight)):
+        return reference.decode_embed(*given)
+    if needs_grad(token_weight, position_weight):
+        raise ValueError(f"{op}: a weight requires grad; it is forward only: use torch.no_grad()")
+    if compiling:
+        x, slots = torch.ops.gptkern.decode_embed(*given)
+        return x, slots
+    return _launch_kernel(*given)
+
+
+def _launch_kernel(
+    tokens: torch.Tensor,
+    live: torch.Tensor,
+    token_weight: torch.Tensor,
+    position_weight: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = tokens.shape[0], token_weight.shape[1]
     x = torch.empty((rows, width), dtype=token_weight.dtype, device=tokens.device)
     slots = torch.empty(rows, dtype=torch.int64, device=tokens.device)
@@ -78,3 +98,39 @@ def decode_embed(
             **_pdl.options(tokens.device),
         )  # fmt: skip
     return x, slots
+
+
+def _embed(
+    tokens: torch.Tensor,
+    live: torch.Tensor,
+    token_weight: torch.Tensor,
+    position_weight: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    run = _launch_kernel if use_kernel(token_weight) else reference.decode_embed
+    return run(tokens, live, token_weight, position_weight, page_table, seq_lens, page_size)
+
+
+_library = torch.library.Library("gptkern", "FRAGMENT")
+_library.define(
+    "decode_embed(Tensor tokens, Tensor live, Tensor token_weight, Tensor position_weight, "
+    "Tensor page_table, Tensor(a!) seq_lens, SymInt page_size) -> (Tensor, Tensor)"
+)
+for _key in ("CUDA", "CPU"):
+    _library.impl("decode_embed", _embed, _key)
+
+
+@torch.library.register_fake("gptkern::decode_embed", lib=_library)
+def _(
+    tokens: torch.Tensor,
+    live: torch.Tensor,
+    token_weight: torch.Tensor,
+    position_weight: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = tokens.shape[0]
+    return token_weight.new_empty((rows, token_weight.shape[1])), tokens.new_empty(rows)

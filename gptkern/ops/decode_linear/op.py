@@ -39,7 +39,8 @@ def decode_linear(
         ``(rows, outputs)``.
 
     Raises:
-        TypeError, ValueError: an argument is not as described here.
+        TypeError, ValueError: an argument is not as described here, or one requires grad on a GPU or
+            under ``torch.compile``.
     """
     op = "decode_linear"
     _check(op, x, weight, bias, norm, normed_out)
@@ -49,9 +50,15 @@ def decode_linear(
         _checks.tensor(op, "residual", residual)
         _checks.shape(op, "residual", residual, (x.shape[0], weight.shape[0]), "rows and outputs")
         _check_like(op, "residual", residual, x)
-    if not use_kernel(x):
+    compiling = torch.compiler.is_compiling()
+    if not (compiling or use_kernel(x)):
         return reference.decode_linear(x, weight, bias, norm, activation, residual, normed_out)
-    _check_no_grad(op, x, weight)
+    _check_no_grad(op, x, weight, bias, residual, norm)
+    if compiling:
+        out: torch.Tensor = torch.ops.gptkern.decode_linear(
+            x, weight, bias, *(norm or _NO_NORM), activation, residual, normed_out
+        )
+        return out
     return launcher.decode_linear(x, weight, bias, norm, activation, residual, normed_out, None)
 
 
@@ -79,7 +86,7 @@ def decode_qkv(
         The queries, ``(rows, outputs - 2 * kv_heads * head_dim)``.
 
     Raises:
-        TypeError, ValueError: an argument is not as described here.
+        TypeError, ValueError: As of ``decode_linear``.
     """
     op = "decode_qkv"
     _check(op, x, weight, bias, norm, normed_out)
@@ -99,9 +106,15 @@ def decode_qkv(
     _checks.dtype(op, "slots", slots, (torch.int64,))
     _checks.shape(op, "slots", slots, x.shape[:1], "one per row")
     _checks.same_device(op, x=x, k_cache=k_cache, v_cache=v_cache, slots=slots)
-    if not use_kernel(x):
+    compiling = torch.compiler.is_compiling()
+    if not (compiling or use_kernel(x)):
         return reference.decode_qkv(x, weight, bias, norm, k_cache, v_cache, slots, normed_out)
-    _check_no_grad(op, x, weight)
+    _check_no_grad(op, x, weight, bias, None, norm)
+    if compiling:
+        out: torch.Tensor = torch.ops.gptkern.decode_qkv(
+            x, weight, bias, *(norm or _NO_NORM), k_cache, v_cache, slots, normed_out
+        )
+        return out
     return launcher.decode_linear(x, weight, bias, norm, "none", None, normed_out, (k_cache, v_cache, slots))
 
 
@@ -148,6 +161,98 @@ def _check_like(op: str, name: str, value: torch.Tensor, x: torch.Tensor) -> Non
         raise ValueError(f"{op}: {name} has strides {value.stride()}; a contiguous tensor is needed")
 
 
-def _check_no_grad(op: str, *values: torch.Tensor) -> None:
-    if needs_grad(*values):
+def _check_no_grad(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm: Norm | None,
+) -> None:
+    if needs_grad(x, weight, bias, residual, *(norm or _NO_NORM)[:2]):
         raise ValueError(f"{op}: an argument requires grad; it is forward only: use torch.no_grad()")
+
+
+_NO_NORM = (None, None, 0.0)
+
+
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    residual: torch.Tensor | None,
+    normed_out: torch.Tensor | None,
+) -> torch.Tensor:
+    norm = None if norm_weight is None else (norm_weight, norm_bias, eps)
+    if use_kernel(x):
+        return launcher.decode_linear(x, weight, bias, norm, activation, residual, normed_out, None)
+    return reference.decode_linear(x, weight, bias, norm, activation, residual, normed_out)
+
+
+def _qkv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    normed_out: torch.Tensor | None,
+) -> torch.Tensor:
+    norm = None if norm_weight is None else (norm_weight, norm_bias, eps)
+    if use_kernel(x):
+        cache = (k_cache, v_cache, slots)
+        return launcher.decode_linear(x, weight, bias, norm, "none", None, normed_out, cache)
+    # The reference's queries are a view of all outputs; the fake kernel promises contiguous ones.
+    return reference.decode_qkv(x, weight, bias, norm, k_cache, v_cache, slots, normed_out).contiguous()
+
+
+_library = torch.library.Library("gptkern", "FRAGMENT")
+_library.define(
+    "decode_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "str activation, Tensor? residual, Tensor(a!)? normed_out) -> Tensor"
+)
+_library.define(
+    "decode_qkv(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor(c!)? normed_out) -> Tensor"
+)
+for _key in ("CUDA", "CPU"):
+    _library.impl("decode_linear", _linear, _key)
+    _library.impl("decode_qkv", _qkv, _key)
+
+
+@torch.library.register_fake("gptkern::decode_linear", lib=_library)
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    residual: torch.Tensor | None,
+    normed_out: torch.Tensor | None,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("gptkern::decode_qkv", lib=_library)
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    normed_out: torch.Tensor | None,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0] - 2 * k_cache.shape[2] * k_cache.shape[3]))
