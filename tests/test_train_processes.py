@@ -33,7 +33,7 @@ BASE: dict[str, dict[str, Any]] = {
     "optimizer": {"lr": 1e-3},
     "eval": {"every": 10},
     "checkpoint": {"every": 4},
-    "log": {"every": 2},
+    "log": {"every": 1},
 }
 
 
@@ -100,6 +100,10 @@ def assert_equal_runs(a: Path, b: Path) -> None:
             assert one[key] == pytest.approx(other[key], abs=1e-5), (one["step"], key)
 
 
+def last_step(log: Path) -> int:
+    return max((row["step"] for row in read_log(log)), default=0)
+
+
 def killed_and_resumed(tmp_path: Path, kills: int) -> None:
     settings = run_settings(tmp_path)
     train(Settings.from_dict(settings), tmp_path / "whole")
@@ -108,11 +112,12 @@ def killed_and_resumed(tmp_path: Path, kills: int) -> None:
     chance = random.Random(0)
     for _ in range(kills):
         process = start(settings, out)
-        # From its first step on: before it there is nothing to lose.
-        before = log.stat().st_mtime_ns if log.exists() else 0
-        while process.poll() is None and (not log.exists() or log.stat().st_mtime_ns == before):
+        done = [int(path.name[5:]) for path in (out / "checkpoints").glob("step-*")]
+        # A few steps beyond the newest checkpoint, and then at any moment of a step or of a save.
+        wanted = max(done, default=0) + chance.randint(0, 6)
+        while process.poll() is None and last_step(log) <= wanted:
             time.sleep(0.005)
-        time.sleep(chance.random() * 0.3)
+        time.sleep(chance.random() * 0.1)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     finish(start(settings, out))
