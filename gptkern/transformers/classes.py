@@ -21,11 +21,21 @@ def _made_accelerated(cls: Any, library: Any) -> Any:
         if asked not in ("sdpa", "gptkern", None):
             self.set_attn_implementation(asked)
 
+    def from_pretrained(made: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = cls.from_pretrained.__func__(made, *args, **kwargs)
+        asked = kwargs.get("attn_implementation")
+        if asked is not None:
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.set_attn_implementation(asked)
+        return loaded
+
+    from_pretrained.__doc__ = cls.from_pretrained.__doc__
     namespace = {
         "__module__": __name__,
         "__qualname__": library.__qualname__,
         "__doc__": f"``transformers.{library.__qualname__}``, accelerated: another import, nothing else.",
         "__init__": __init__,
+        "from_pretrained": classmethod(from_pretrained),
     }
     return type(library.__name__, (cls,), namespace)
 

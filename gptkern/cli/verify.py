@@ -1,0 +1,61 @@
+"""``gptkern verify``: proof that the drop-in for transformers computes what the library does, and its speed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gptkern.cli import _options as o
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="A GPT-2 or GPT-1 checkpoint: a folder or a hub id.")],
+    cases: Annotated[int, typer.Option(min=1, help="Random settings to compare.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of those settings.")] = 0,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    speed: Annotated[bool, typer.Option(help="Time both, and this machine's copy rate.")] = True,
+) -> int:
+    """Compare a checkpoint under gptkern with the same under transformers: logits, tokens, gradients, speed.
+
+    The exit code is 1 where gptkern is further from a wider dtype than twice the library is.
+
+    Examples:
+
+    - `gptkern verify gpt2`
+
+    - `gptkern verify ./my-model --dtype bfloat16 --cases 50`
+    """
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from gptkern.transformers import verify as proof
+
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = None if dtype is None else getattr(torch, dtype.value)
+    loaded = proof.load(model, dtype=kind, device=where)
+    try:
+        verification = proof.Verification(loaded, seed)
+    except TypeError as error:
+        # The model's fault, which the command line tells in one line, and not the program's.
+        raise ValueError(str(error)) from None
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(str(verification.routes()), markup=False)
+    checks = list(verification.checks(cases))
+    table = Table("case", "what", "error", "allowed", "", box=None, padding=(0, 2, 0, 0))
+    for check in checks:
+        verdict = "[green]ok[/]" if check.ok else "[red]off[/]"
+        table.add_row(check.case, check.what, f"{check.error:.1e}", f"{check.allowed:.1e}", verdict)
+    console.print(table)
+    failed = sum(not check.ok for check in checks)
+    console.print(f"{len(checks) - failed} of {len(checks)} comparisons agree")
+    if speed:
+        found = verification.speed()
+        console.print(
+            f"one token, batch 1: transformers {found.library * 1e3:.2f} ms, gptkern "
+            f"{found.gptkern * 1e3:.2f} ms ({found.library / found.gptkern:.2f} x); reading the weights at this machine's copy rate takes "
+            f"{found.floor * 1e3:.2f} ms"
+        )
+    return int(failed > 0)

@@ -1,0 +1,177 @@
+"""Proof of the drop-in on somebody's own checkpoint: numbers against the unaccelerated model, then speed.
+
+Both are compared with the same model in a wider dtype. What gptkern computes may be off by twice what the
+library's own computation is off by, and a rounding error of the result's scale.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from gptkern.bench import ceilings
+from gptkern.transformers.swap import Explanation, accelerate, explain
+
+_LONGEST_PROMPT = 48
+_NEW = 12
+_SPEED_NEW = 32
+_WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        case: Its setting: batch, tokens, padding.
+        what: "logits", "tokens" or "gradients".
+        error: gptkern's distance from the wider dtype, as a share of the result's scale; of tokens, how far
+            below the likeliest the first different choice was, 0 where all agree.
+        allowed: What it may be.
+    """
+
+    case: str
+    what: str
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is allowed; NaN is not."""
+        return self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one new token at batch 1, and the least that reading the weights takes."""
+
+    library: float
+    gptkern: float
+    floor: float
+
+
+def load(name: str, *, dtype: torch.dtype | None, device: torch.device) -> Any:
+    """A checkpoint as transformers loads it, in evaluation mode."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    return model.eval().to(device)
+
+
+class Verification:
+    """A model, its accelerated copy, and the same in a wider dtype.
+
+    Args:
+        model: Of a class that ``accelerate`` takes, in evaluation mode.
+        seed: Of the random settings.
+
+    Raises:
+        TypeError, ValueError: As ``accelerate``; a dtype that has no wider one.
+    """
+
+    def __init__(self, model: Any, seed: int = 0) -> None:
+        if model.dtype not in _WIDER:
+            accepted = ", ".join(str(dtype) for dtype in _WIDER)
+            raise ValueError(f"verify: the model is {model.dtype}; accepted are {accepted}")
+        self.library = model
+        self.gptkern = accelerate(copy.deepcopy(model))
+        self.exact = copy.deepcopy(model).to(_WIDER[model.dtype])
+        self._seed = seed
+
+    def routes(self) -> Explanation:
+        """How the accelerated model runs."""
+        return explain(self.gptkern)
+
+    def checks(self, cases: int) -> Iterator[Check]:
+        """Three comparisons for each of so many random settings."""
+        draw = random.Random(self._seed)
+        for _ in range(cases):
+            batch = draw.randint(1, 3)
+            longest = min(_LONGEST_PROMPT, self.library.config.n_positions - _NEW)
+            seq = draw.randint(1, max(longest, 1))
+            padding = draw.randint(0, seq - 1) if draw.random() < 0.5 else 0
+            generator = torch.Generator().manual_seed(draw.randrange(2**31))
+            ids = torch.randint(self.library.config.vocab_size, (batch, seq), generator=generator)
+            mask = torch.ones_like(ids)
+            mask[0, :padding] = 0
+            ids, mask = ids.to(self.library.device), mask.to(self.library.device)
+            case = f"batch {batch}, {seq} tokens, {padding} of them padding"
+            yield from self._case(case, ids, mask)
+
+    def _case(self, case: str, ids: torch.Tensor, mask: torch.Tensor) -> Iterator[Check]:
+        logits, gradients = zip(
+            *(_forward_backward(m, ids, mask) for m in (self.gptkern, self.library, self.exact)), strict=True
+        )
+        ulp = torch.finfo(self.library.dtype).eps
+        ours, theirs = (_distance(found, logits[2]) for found in logits[:2])
+        allowed = 2 * theirs + ulp
+        yield Check(case, "logits", ours, allowed)
+        worst = Check(case, "gradients", 0.0, ulp)
+        for mine, its, exact in zip(*gradients, strict=True):
+            check = Check(case, "gradients", _distance(mine, exact), 2 * _distance(its, exact) + ulp)
+            worst = max(worst, check, key=lambda c: c.error - c.allowed)
+        yield worst
+        yield Check(case, "tokens", self._token_gap(ids, mask), 2 * allowed)
+
+    @torch.no_grad()
+    def _token_gap(self, ids: torch.Tensor, mask: torch.Tensor) -> float:
+        """0 where both make the same tokens; otherwise the gap between the two choices, relative to scale."""
+        options = {"max_new_tokens": _NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        pair = [m.generate(ids, attention_mask=mask, **options) for m in (self.gptkern, self.library)]
+        gap = 0.0
+        for row in (pair[0] != pair[1]).any(1).nonzero().flatten().tolist():
+            first = int((pair[0][row] != pair[1][row]).nonzero()[0])
+            start = int(mask[row].argmax())
+            logits = self.exact(pair[1][row : row + 1, start:first]).logits[0, -1]
+            choices = logits[torch.stack([p[row, first] for p in pair])]
+            gap = max(gap, float((choices[0] - choices[1]).abs() / logits.abs().max()))
+        return gap
+
+    def speed(self) -> Speed:
+        """Time a token of greedy generation at batch 1, the better of two runs each, in turns."""
+        ids = torch.ones(1, 16, dtype=torch.long, device=self.library.device)
+        best = [float("inf"), float("inf")]
+        for _ in range(2):
+            for index, model in enumerate((self.library, self.gptkern)):
+                best[index] = min(best[index], _seconds(model, ids))
+        weights = sum(p.numel() * p.element_size() for p in self.library.parameters())
+        floor = weights / ceilings.measure(self.library.device).copy
+        return Speed(library=best[0], gptkern=best[1], floor=floor)
+
+
+def _forward_backward(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits of the tokens, and the gradient of every parameter."""
+    model.zero_grad()
+    output = model(input_ids=ids, attention_mask=mask)
+    logits = output.logits[mask.bool()]
+    # Scaled so that fp16's gradients neither vanish nor overflow.
+    logits.float().log_softmax(-1)[:, 0].mean().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return logits.detach(), gradients
+
+
+def _distance(found: torch.Tensor, exact: torch.Tensor) -> float:
+    scale = exact.abs().max().clamp_min(torch.finfo(found.dtype).tiny)
+    return float((found.to(exact.dtype) - exact).abs().max() / scale)
+
+
+def _seconds(model: Any, ids: torch.Tensor) -> float:
+    new: int = min(_SPEED_NEW, model.config.n_positions - ids.shape[1])
+    began = time.perf_counter()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return (time.perf_counter() - began) / float(new)

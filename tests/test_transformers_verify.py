@@ -1,0 +1,70 @@
+"""gptkern verify: a checkpoint passes, a wrong computation does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from gptkern import cli
+from gptkern.transformers import engine, verify
+
+
+def checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=53, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    transformers.GPT2LMHeadModel(config).to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_is_verified(
+    tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["verify", str(checkpoint(tmp_path, dtype)), "--cases", "3", "--no-speed"]) == 0
+    told = capsys.readouterr().out
+    assert "9 of 9 comparisons agree" in told
+    assert "engine" in told
+
+
+def test_a_wrong_forward_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = verify.load(str(checkpoint(tmp_path)), dtype=None, device=torch.device("cpu"))
+    verification = verify.Verification(model)
+    with torch.no_grad():
+        verification.gptkern.transformer.h[0].mlp.c_fc.bias.add_(0.05)
+    failed = {check.what for check in verification.checks(2) if not check.ok}
+    assert {"logits", "gradients"} <= failed
+
+
+def test_wrong_tokens_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = verify.load(str(checkpoint(tmp_path)), dtype=None, device=torch.device("cpu"))
+    right = engine.EngineCache.run
+
+    def wrong(self: Any, input_ids: torch.Tensor) -> torch.Tensor:
+        return right(self, input_ids).flip(-1)
+
+    monkeypatch.setattr(engine.EngineCache, "run", wrong)
+    failed = {check.what for check in verify.Verification(model).checks(2) if not check.ok}
+    assert failed == {"tokens"}
+
+
+def test_speed_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify.ceilings, "measure", lambda device: verify.ceilings.Ceilings(1e9, {}))
+    model = verify.load(str(checkpoint(tmp_path)), dtype=None, device=torch.device("cpu"))
+    found = verify.Verification(model).speed()
+    assert found.library > 0
+    assert found.gptkern > 0
+    assert found.floor == pytest.approx(sum(p.numel() * 4 for p in model.parameters()) / 1e9)
+
+
+def test_other_models_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    assert cli.run(["verify", str(tmp_path)]) == 1
+    assert "supported are GPT2LMHeadModel" in capsys.readouterr().err
