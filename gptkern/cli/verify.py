@@ -1,4 +1,4 @@
-"""``gptkern verify``: proof that the drop-in for transformers computes what the library does, and its speed."""
+"""``gptkern verify``: the drop-in for transformers against the library, on a checkpoint."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ def verify(
     console.print(f"{len(checks) - failed} of {len(checks)} comparisons agree")
     if speed:
         found = verification.speed()
+        ratio = found.library / found.gptkern
         console.print(
             f"one token, batch 1: transformers {found.library * 1e3:.2f} ms, gptkern "
-            f"{found.gptkern * 1e3:.2f} ms ({found.library / found.gptkern:.2f} x); reading the weights at this machine's copy rate takes "
-            f"{found.floor * 1e3:.2f} ms"
+            f"{found.gptkern * 1e3:.2f} ms ({ratio:.2f} x); "
+            f"reading the weights at this machine's copy rate takes {found.floor * 1e3:.2f} ms"
         )
     return int(failed > 0)

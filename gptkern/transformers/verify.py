@@ -151,8 +151,8 @@ def _forward_backward(
     model.zero_grad()
     output = model(input_ids=ids, attention_mask=mask)
     logits = output.logits[mask.bool()]
-    # Scaled so that fp16's gradients neither vanish nor overflow.
-    logits.float().log_softmax(-1)[:, 0].mean().backward()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits.to(wide).log_softmax(-1)[:, 0].mean().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return logits.detach(), gradients

@@ -1,0 +1,86 @@
+"""``generate`` of transformers' GPT-2 before and after ``gptkern.accelerate``, and a training step.
+
+    pytest benchmarks/bench_transformers.py --benchmark-enable -n 0 -s
+
+GPT-2 124M's shape with random weights, a 32-token prompt, 128 new tokens, batch 1 and 8, greedy; on a CPU
+in bf16 and fp32, on a GPU in bf16. Rounds of the two alternate, so that whatever else the machine does meets
+both; the ratio is the median over the rounds. In fp32 both make the same tokens, checked before any timing.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import gptkern
+
+PROMPT = 32
+NEW = int(os.environ.get("GPTKERN_BENCH_TOKENS", "128"))
+ROUNDS = int(os.environ.get("GPTKERN_BENCH_ROUNDS", "3"))
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.bfloat16] if DEVICE.type == "cuda" else [torch.bfloat16, torch.float32]
+
+
+def _pair(dtype: torch.dtype) -> tuple[Any, Any]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    library = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().to(DEVICE, dtype)
+    return library, gptkern.accelerate(copy.deepcopy(library))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _compare(
+    benchmark: BenchmarkFixture, library: Callable[[], Any], ours: Callable[[], Any], unit: str
+) -> None:
+    rounds = [(_seconds(library), _seconds(ours)) for _ in range(ROUNDS)]
+    ratio = median(a / b for a, b in rounds)
+    benchmark.pedantic(ours, rounds=1)
+    benchmark.extra_info.update(ratio=ratio, rounds=rounds, threads=torch.get_num_threads())
+    print(f"\n{unit}: transformers / gptkern, seconds, {torch.get_num_threads()} threads")
+    for a, b in rounds:
+        print(f"  {a:.3f} / {b:.3f}")
+    print(f"  median ratio {ratio:.2f}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_generate(benchmark: BenchmarkFixture, batch: int, dtype: torch.dtype) -> None:
+    pair = _pair(dtype)
+    ids = torch.randint(50257, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    calls = [lambda m=m: m.generate(ids, attention_mask=torch.ones_like(ids), **options) for m in pair]
+    expected, found = (call() for call in calls)
+    assert found.shape == expected.shape == (batch, PROMPT + NEW)
+    if dtype == torch.float32:
+        assert torch.equal(found, expected)
+    _compare(benchmark, *calls, f"generate, batch {batch}, {NEW} tokens, {dtype}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_training_step(benchmark: BenchmarkFixture, dtype: torch.dtype) -> None:
+    batch, seq = (16, 1024) if DEVICE.type == "cuda" else (1, 128)
+    ids = torch.randint(50257, (batch, seq), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def step(model: Any) -> None:
+        model(ids, labels=ids).loss.backward()
+        model.zero_grad()
+
+    calls = [lambda m=m: step(m) for m in _pair(dtype)]
+    for call in calls:
+        call()
+    _compare(benchmark, *calls, f"forward and backward, {batch} x {seq}, {dtype}")
