@@ -19,7 +19,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from gptkern.bench import suites
-from gptkern.bench.problem import TOLERANCE, Problem, Unavailable, call_of, error
+from gptkern.bench.problem import TOLERANCE, Problem, Unavailable, call_of, error, expected_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUICK = os.environ.get("GPTKERN_BENCH_FULL", "0") != "1"
@@ -49,7 +49,7 @@ class Measure:
         solve = self.problem.providers[self.provider]
         try:
             inputs = self.problem.inputs(DEVICE)
-            off = error(self.problem, solve, inputs)
+            off = error(self.problem, solve, inputs, expected_of(self.problem, inputs))
             call = call_of(self.problem, solve, inputs)
             call()
         except Unavailable as reason:

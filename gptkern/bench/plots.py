@@ -1,8 +1,9 @@
-"""Results as pictures: bars by provider, the roofline."""
+"""Results as pictures: bars by provider, decode time by context, the roofline."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +22,7 @@ _BARS_A_PANEL = 10
 def draw(results: Results, folder: Path) -> list[Path]:
     """Write all pictures as PNG into ``folder``; those with nothing to show are left out."""
     pictures = [_bars(results, suite, folder) for suite in dict.fromkeys(row.suite for row in results.rows)]
-    pictures.append(_roofline(results, folder))
+    pictures += [_by_context(results, folder), _roofline(results, folder)]
     return [picture for picture in pictures if picture is not None]
 
 
@@ -71,6 +72,33 @@ def _bar_panel(axis: Axes, groups: dict[str, list[Row]], colours: dict[str, str]
     axis.set_xlim(-0.5, max(len(groups), 3) - 0.5)
     axis.legend(fontsize=8, ncols=min(6, len(providers)))
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _by_context(results: Results, folder: Path) -> Path | None:
+    """Time of a decode step over the context, a line for each model, batch, dtype and provider."""
+    series: dict[tuple[str, str, str], dict[int, Row]] = defaultdict(dict)
+    for row in results.rows:
+        model, _, context = row.shape.rpartition(" at ")
+        if row.suite == "decode_step" and row.rounds:
+            series[model, row.dtype, row.provider][int(context)] = row
+    lines = {name: rows for name, rows in series.items() if len(rows) > 1}
+    if not lines:
+        return None
+    _, axis = plt.subplots(figsize=(10, 5), layout="constrained")
+    for colour, ((model, dtype, provider), rows) in zip(cycle(_COLOURS), lines.items(), strict=False):
+        contexts = sorted(rows)
+        times = [(rows[context].seconds or 0.0) * 1e3 for context in contexts]
+        style = "o-" if provider == "gptkern" else "s--"
+        axis.plot(contexts, times, style, color=colour, label=f"{provider}: {model} {dtype}")
+    axis.set(xscale="log", xlabel="tokens of context", ylabel="milliseconds a step")
+    ticks = sorted({context for rows in lines.values() for context in rows})
+    axis.set_xticks(ticks, list(map(str, ticks)))
+    axis.set_xticks([], minor=True)
+    axis.set_ylim(bottom=0)
+    axis.set_title(f"A decode step on {results.environment['device']}, by context")
+    axis.grid(True, alpha=0.3)
+    axis.legend(fontsize=8)
+    return _save(folder, "decode_by_context.png")
 
 
 def _roofline(results: Results, folder: Path) -> Path | None:

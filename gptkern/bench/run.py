@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 
 from gptkern.bench import environment, timing
 from gptkern.bench.ceilings import Ceilings
-from gptkern.bench.problem import TOLERANCE, Problem, Unavailable, call_of, error
+from gptkern.bench.problem import TOLERANCE, Inputs, Problem, Unavailable, call_of, error, expected_of
 
 FORMAT = 1
 _CPU_CACHE_BYTES = 64 << 20
@@ -44,6 +45,11 @@ class Row:
     def key(self) -> tuple[str, str, str, bool, str]:
         """What identifies the row in another run."""
         return self.suite, self.shape, self.dtype, self.backward, self.provider
+
+    @property
+    def title(self) -> str:
+        """The problem, for people."""
+        return f"{self.suite} {self.shape} {self.dtype}" + (" backward" if self.backward else "")
 
     @property
     def samples(self) -> list[float]:
@@ -87,24 +93,25 @@ def run(
     *,
     rounds: int = 5,
     samples: int = 10,
+    seconds: float = math.inf,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Results:
     """Check, then time: ``rounds`` passes over a problem's providers in random order.
 
-    Providers take turns sample by sample, so that a slow spell of the machine falls on all alike.
+    Providers take turns sample by sample, so that a slow spell of the machine falls on all alike. A round
+    is ``samples`` samples, fewer where a problem would take longer than about ``seconds``, at least one.
     """
     rows: list[Row] = []
     order = random.Random(0)
     for problem in problems:
         progress(problem.name)
-        ready = []
-        for name in problem.providers:
-            prepared = _prepare(problem, name, device)
-            rows.append(prepared.row)
-            if prepared.calls:
-                ready.append(prepared)
+        prepared = _prepare(problem, device)
+        rows += [item.row for item in prepared]
+        ready = [item for item in prepared if item.calls]
+        turn = sum(timing.sample_seconds(item.estimate, device) for item in ready)
+        affordable = min(samples, seconds / (rounds * turn)) if ready else 0
         for _ in range(rounds):
-            _one_round(ready, device, samples, order)
+            _one_round(ready, device, max(1, int(affordable)), order)
     return Results(environment.describe(device), ceilings, rows)
 
 
@@ -117,18 +124,36 @@ def _one_round(ready: list[_Ready], device: torch.device, samples: int, order: r
             item.row.rounds[-1] += timing.sample(calls, device, 1, item.estimate)
 
 
-def _prepare(problem: Problem, name: str, device: torch.device) -> _Ready:
+def _prepare(problem: Problem, device: torch.device) -> list[_Ready]:
+    """Every provider, checked against one result of the reference, with its calls where it was right."""
+    inputs = [problem.inputs(device) for _ in range(_input_sets(problem, device))]
+    expected: list[torch.Tensor] | Exception
+    try:
+        expected = expected_of(problem, inputs[0])
+    except (Unavailable, RuntimeError) as reason:
+        # A reference that does not fit into memory must not end an hour's run.
+        expected = reason
+    return [_prepare_provider(problem, name, device, inputs, expected) for name in problem.providers]
+
+
+def _prepare_provider(
+    problem: Problem,
+    name: str,
+    device: torch.device,
+    inputs: list[Inputs],
+    expected: list[torch.Tensor] | Exception,
+) -> _Ready:
     kind = str(problem.dtype).removeprefix("torch.")
     row = Row(problem.suite, problem.shape, kind, problem.backward, name, problem.bytes_moved, problem.flops)
     provider = problem.providers[name]
     try:
-        inputs = problem.inputs(device)
-        row.error = error(problem, provider, inputs)
+        if isinstance(expected, Exception):
+            raise expected
+        row.error = error(problem, provider, inputs[0], expected)
         if not row.error <= TOLERANCE[problem.dtype]:
             row.problem = f"wrong: relative error {row.error:.1e} against the float64 reference"
             return _Ready(row, [], 0.0)
-        copies = [inputs] + [problem.inputs(device) for _ in range(_input_sets(problem, device) - 1)]
-        calls: list[timing.Call] = [call_of(problem, provider, each) for each in copies]
+        calls: list[timing.Call] = [call_of(problem, provider, each) for each in inputs]
         return _Ready(row, calls, timing.warm_up(calls, device))
     except Unavailable as reason:
         row.problem = str(reason)

@@ -10,8 +10,9 @@ import torch
 from gptkern.bench import ceilings, html, plots, results, suites, tables
 from gptkern.bench.run import Results, run
 
-QUICK_ROUNDS, QUICK_SAMPLES = 5, 3
-ROUNDS, SAMPLES = 8, 8
+# Rounds, samples a round, seconds a problem: rounds are what comparing two runs resamples.
+_QUICK = (9, 5, 2.0)
+_FULL = (12, 8, 20.0)
 
 
 def run_suites(
@@ -30,8 +31,8 @@ def run_suites(
     ]
     progress("ceilings of this machine")
     found = ceilings.measure(device)
-    rounds, samples = (QUICK_ROUNDS, QUICK_SAMPLES) if quick else (ROUNDS, SAMPLES)
-    return run(problems, device, found, rounds=rounds, samples=samples, progress=progress)
+    rounds, samples, seconds = _QUICK if quick else _FULL
+    return run(problems, device, found, rounds=rounds, samples=samples, seconds=seconds, progress=progress)
 
 
 def write(found: Results, folder: Path, sections: dict[str, str] | None = None) -> list[Path]:

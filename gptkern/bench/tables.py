@@ -77,11 +77,10 @@ HEADER = ("problem", "provider", "time", "spread", "rate", "of the floor", "gptk
 def cells(line: Line) -> tuple[str, ...]:
     """A line's cells, under HEADER."""
     row = line.row
-    problem = f"{row.suite} {row.shape} {row.dtype}" + (" backward" if row.backward else "")
     if row.problem:
-        return problem, row.provider, row.problem, "", "", "", ""
+        return row.title, row.provider, row.problem, "", "", "", ""
     return (
-        problem,
+        row.title,
         row.provider,
         line.time,
         "" if row.spread is None else f"{row.spread:.0%}",

@@ -34,6 +34,11 @@ def sample(calls: Sequence[Call], device: torch.device, count: int, estimate: fl
     return _sample_cpu(calls, count, estimate)
 
 
+def sample_seconds(estimate: float, device: torch.device) -> float:
+    """About how long one sample takes."""
+    return estimate if device.type == "cuda" else max(estimate, _CPU_SAMPLE_SECONDS)
+
+
 def _sample_cpu(calls: Sequence[Call], count: int, estimate: float) -> list[float]:
     # Several calls a sample where one is too short for the clock.
     repeats = max(1, round(_CPU_SAMPLE_SECONDS / max(estimate, 1e-9)))

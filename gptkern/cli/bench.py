@@ -112,13 +112,13 @@ def _compare(files: list[str]) -> int:
     for change in found.changes:
         if change.verdict != "same":
             print(
-                f"{change.verdict}: {' '.join(map(str, change.new.key))}: {change.ratio:.3f} x the time "
+                f"{change.verdict}: {change.new.title}, {change.new.provider}: {change.ratio:.3f} x the time "
                 f"({change.low:.3f} to {change.high:.3f})"
             )
     for row in found.broken:
-        print(f"broken: {' '.join(map(str, row.key))}: {row.problem}")
+        print(f"broken: {row.title}, {row.provider}: {row.problem}")
     for row in found.missing:
-        print(f"not measured again: {' '.join(map(str, row.key))}")
+        print(f"not measured again: {row.title}, {row.provider}")
     same = sum(change.verdict == "same" for change in found.changes)
     print(f"{len(found.changes)} compared, {same} the same within the noise", file=sys.stderr)
     return int(found.regressed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -14,14 +15,14 @@ from gptkern.config import GPTConfig
 from gptkern.model import GPT
 
 GPT2 = GPTConfig(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-SMALL = GPT2.replace(n_layer=4, n_head=4, n_embd=256, vocab_size=8192)
+SMALL = GPT2.replace(n_layer=4, n_head=4, n_embd=256, vocab_size=8192, bos_token_id=None, eos_token_id=None)
 LARGE = GPT2.replace(n_layer=48, n_head=25, n_embd=1600)
 
 
 @lru_cache(maxsize=2)
 def ours(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> GPT:
-    """A model with fresh weights, always the same ones."""
-    with torch.random.fork_rng():
+    """A model with fresh weights, always the same ones: shared, so whoever changes it copies it first."""
+    with torch.random.fork_rng(), torch.inference_mode(False):
         torch.manual_seed(0)
         return GPT(config).to(device=device, dtype=dtype).eval()
 
@@ -37,11 +38,16 @@ def theirs(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> Any:
         raise Unavailable("transformers is not installed: pip install gptkern[transformers]")
     from transformers import GPT2LMHeadModel
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
         ours(config, dtype, device).save_pretrained(folder)
         model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype)
     model.generation_config.eos_token_id = None
     return model.to(device).eval()
+
+
+def exact(model: Any) -> Any:
+    """A float64 copy."""
+    return deepcopy(model).double()
 
 
 def weight_bytes(config: GPTConfig, dtype: torch.dtype) -> int:

@@ -18,11 +18,14 @@ from gptkern.decode import DecodeStep
 GPU = [
     (config, batch, context)
     for config in (models.GPT2, models.LARGE)
-    for batch, context in ((1, 128), (1, 1024), (8, 1024), (64, 1024))
+    for batch, context in ((1, 128), (1, 1024), (1, 4096), (8, 1024), (64, 1024))
 ]
-CPU = [(models.SMALL, 1, 256), (models.GPT2, 1, 128)]
+CPU = [(models.SMALL, 1, context) for context in (128, 1024, 4096)] + [(models.GPT2, 1, 128)]
+_IN_A_QUICK_RUN = 3
 # Calls that one cache has room for before it is taken back to ``context``.
 ROOM = 512
+# Positions of every model, so that the contexts share one.
+POSITIONS = 4096 + ROOM + 1
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
@@ -30,15 +33,15 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
     """Every model, batch and context."""
     for dtype in shared.dtypes(device, quick):
-        for config, batch, context in shared.of_widths(device, GPU, CPU, quick):
-            longest = context + ROOM + 1
-            yield _problem(config.replace(n_positions=longest), batch, context, dtype, device)
+        shapes = GPU if device.type == "cuda" else CPU
+        for config, batch, context in shapes[: _IN_A_QUICK_RUN if quick else None]:
+            yield _problem(config.replace(n_positions=POSITIONS), batch, context, dtype, device)
 
 
 def filled(config: GPTConfig, batch: int, context: int, dtype: torch.dtype, device: torch.device) -> KVCache:
     """Sequences of ``context`` tokens whose keys and values are random, the same in all of them."""
     kept = KVCache.for_config(
-        config, max_seqs=batch, max_len=config.n_positions, page_size=64, dtype=dtype, device=device
+        config, max_seqs=batch, max_len=context + ROOM + 1, page_size=64, dtype=dtype, device=device
     )
     generator = torch.Generator().manual_seed(0)
     shape = (config.n_layer, context, config.n_head, config.head_dim)
@@ -84,11 +87,10 @@ def _problem(
 
     @torch.inference_mode()
     def reference(tokens: torch.Tensor) -> torch.Tensor:
-        model = models.ours(config, dtype, device).double()
-        logits: torch.Tensor = model(
-            tokens[:1, None], cache=filled(config, 1, context, torch.float64, device)
+        kept = filled(config, 1, context, torch.float64, device)
+        logits: torch.Tensor = models.exact(models.ours(config, dtype, device))(
+            tokens[:1, None], cache=kept
         ).logits
-        model.to(dtype)
         return logits[:, 0]
 
     providers: dict[str, Provider] = {

@@ -40,8 +40,8 @@ def _problem(
 
     @torch.inference_mode()
     def reference(ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = models.theirs(config, dtype, device).double()(ids, logits_to_keep=1).logits
-        models.theirs(config, dtype, device).to(dtype)
+        model = models.exact(models.theirs(config, dtype, device))
+        logits: torch.Tensor = model(ids, logits_to_keep=1).logits
         return logits
 
     providers: dict[str, Provider] = {"gptkern": gptkern, "transformers": transformers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def _problem(config: GPTConfig, batch: int, seq: int, device: torch.device, quic
 
         def call(ids: torch.Tensor) -> torch.Tensor:
             if not steps:
-                steps.append(_Step(make(config, torch.float32, device), device, compiled))
+                steps.append(_Step(deepcopy(make(config, torch.float32, device)), device, compiled))
             return steps[0](ids)
 
         return call
