@@ -26,6 +26,7 @@ WHERE = {
     "time": "2026-01-01T00:00:00+00:00",
     "device": "a test, 2 cores",
     "python": "3.12.0",
+    "threads": 2,
     "commit": "0123456789ab",
     "versions": {"gptkern": "0.1.0", "torch": "2.11.0"},
 }
@@ -312,7 +313,7 @@ def test_comparing_tells_and_exits(capsys: pytest.CaptureFixture[str], tmp_path:
     results.save(_noisy(1), Path(paths[0]))
     results.save(_noisy(101, 1.2), Path(paths[1]))
     assert gptkern.cli.run(["bench", "compare", *paths]) == 1
-    assert "slower: layer_norm 1x8 float32, gptkern: 1.19" in capsys.readouterr().out
+    assert "slower: layer_norm 0x8 float32, gptkern: 1.18" in capsys.readouterr().out
     assert gptkern.cli.run(["bench", "compare", paths[0], paths[0]]) == 0
     assert "8 compared, 8 the same within the noise" in capsys.readouterr().err
 

@@ -30,16 +30,20 @@ class Ceilings:
 
 def measure(device: torch.device) -> Ceilings:
     """Measure both ceilings; seconds on a CPU, less on a GPU."""
-    on_gpu = device.type == "cuda"
-    source = torch.empty((2 << 30) if on_gpu else (256 << 20), dtype=torch.int8, device=device).random_()
-    target = torch.empty_like(source)
-    copy_seconds = _fastest(lambda: target.copy_(source), device)
     rates = {}
     for dtype in DTYPES:
-        n = 8192 if on_gpu else 1024
+        n = 8192 if device.type == "cuda" else 1024
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / _fastest(lambda a=a, b=b: a @ b.T, device)
-    return Ceilings(copy=2 * source.numel() / copy_seconds, matmul=rates)
+    return Ceilings(copy=copy_rate(device), matmul=rates)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second of a copy that no cache holds, read plus written."""
+    size = (2 << 30) if device.type == "cuda" else (256 << 20)
+    source = torch.empty(size, dtype=torch.int8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * size / _fastest(lambda: target.copy_(source), device)
 
 
 def _fastest(call: object, device: torch.device) -> float:

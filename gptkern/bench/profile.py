@@ -1,0 +1,156 @@
+"""Where a token's time goes: launches, bytes, their least time here, the time taken, each operator's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from gptkern.bench import ceilings
+from gptkern.bench.suites._models import weight_bytes
+from gptkern.cache import KVCache
+from gptkern.decode import DecodeStep
+from gptkern.generate.loop import LEAST_STEPS, stepper
+from gptkern.model import GPT
+from gptkern.ops import _launch
+
+PROFILED = 8
+_WARM = 3
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What one operator or kernel takes of a token: calls, and seconds of its own."""
+
+    name: str
+    calls: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One token of a sequence, step by step.
+
+    Attributes:
+        context: Tokens before the first measured one.
+        tokens: Tokens measured.
+        prefill: Seconds of the prompt.
+        step: Median seconds of a token, its choice (the likeliest) included, the host waiting for it.
+        bytes_moved: The fewest to read for a token: all weights once, keys and values so far.
+        copy: Bytes a second of this machine's copy, read plus written.
+        launches: Kernel launches a token by name, as the kernels' decode step makes them on a GPU.
+        operators: By their own time, the slowest first.
+    """
+
+    device: str
+    context: int
+    tokens: int
+    prefill: float
+    step: float
+    bytes_moved: float
+    copy: float
+    launches: dict[str, int]
+    operators: list[Operator]
+
+    @property
+    def floor(self) -> float:
+        """The least seconds that the bytes take here."""
+        return self.bytes_moved / self.copy
+
+
+@torch.inference_mode()
+def profile(model: GPT, ids: list[int], tokens: int, trace: Path | None = None) -> Profile:
+    """Decode ``tokens`` tokens after the prompt ``ids``, greedily, one sequence.
+
+    Args:
+        trace: Where to write a Chrome trace of a few further steps.
+
+    Raises:
+        ValueError: The prompt and the tokens do not fit into the model's context.
+    """
+    needed = len(ids) + _WARM + tokens + PROFILED
+    if needed > model.config.n_positions:
+        raise ValueError(
+            f"profile: {len(ids)} tokens of prompt, {tokens} measured and {_WARM + PROFILED} more do not fit "
+            f"into the model's {model.config.n_positions}"
+        )
+    model.eval()
+    cache = KVCache.for_config(
+        model.config, max_seqs=1, max_len=needed, dtype=model.dtype, device=model.device
+    )
+    cache.allocate()
+    began = time.perf_counter()
+    token = model(torch.tensor([ids], device=model.device), cache=cache).logits[:, -1].argmax(-1)
+    _wait(model)
+    prefill = time.perf_counter() - began
+    forward = stepper(model, cache, rows=1, steps=max(tokens, LEAST_STEPS))
+
+    def step() -> None:
+        nonlocal token
+        token = forward(token).argmax(-1)
+        _wait(model)
+
+    for _ in range(_WARM):
+        step()
+    times = [_seconds(step) for _ in range(tokens)]
+    operators = _operators(step, model.device, trace)
+    config = model.config
+    kept = 2 * config.n_layer * config.n_embd * model.dtype.itemsize * (len(ids) + _WARM + tokens // 2)
+    return Profile(
+        device=str(model.device),
+        context=len(ids) + _WARM,
+        tokens=tokens,
+        prefill=prefill,
+        step=median(times),
+        bytes_moved=float(weight_bytes(config, model.dtype) + kept),
+        copy=ceilings.copy_rate(model.device),
+        launches=launches(model),
+        operators=operators,
+    )
+
+
+def launches(model: GPT) -> dict[str, int]:
+    """Kernel launches of one decode step by name, recorded on tensors without storage."""
+    with torch.device("meta"):
+        shape = GPT(model.config).to(torch.bfloat16)
+    cache = KVCache.for_config(
+        model.config, max_seqs=1, max_len=model.config.n_positions, dtype=torch.bfloat16, device="meta"
+    )
+    on_gpu = model.device.type == "cuda"
+    with _launch.record(_launch.arch(model.device) if on_gpu else 90) as made, torch.no_grad():
+        DecodeStep(shape, cache).run(1)
+    counts: dict[str, int] = {}
+    for launch in made:
+        counts[launch.name] = counts.get(launch.name, 0) + 1
+    return counts
+
+
+def _wait(model: GPT) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def _operators(step: Callable[[], None], device: torch.device, trace: Path | None) -> list[Operator]:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(PROFILED):
+            step()
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    found = [
+        Operator(event.key, event.count / PROFILED, getattr(event, own) * 1e-6 / PROFILED)
+        for event in profiler.key_averages()
+    ]
+    return sorted((o for o in found if o.seconds > 0), key=lambda o: -o.seconds)

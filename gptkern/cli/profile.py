@@ -1,0 +1,73 @@
+"""``gptkern profile``: where a token's time goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gptkern.cli import _options as o
+
+if TYPE_CHECKING:
+    from gptkern.bench.profile import Profile
+
+DEFAULT_TOKENS = 32
+
+
+def profile(
+    prompt: Annotated[str, typer.Argument(help="The text whose continuation is measured.")],
+    model: o.Model = "embedded",
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens to measure.")] = DEFAULT_TOKENS,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace (chrome://tracing).")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Operators to list.")] = 12,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+) -> None:
+    """Print where the time of one generated token goes.
+
+    The floor is the bytes that a token must read, all weights and the sequence's keys and values, at this
+    machine's measured copy rate. On a GPU an operator's time is its kernels'; on a CPU its own.
+
+    Examples:
+
+    - `gptkern profile "ROMEO:"`
+
+    - `gptkern profile "Once upon a time" --model gpt2 --dtype bfloat16 --trace token.json`
+    """
+    import torch
+
+    from gptkern.bench.profile import profile as measure
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    gpt = o.load(model, device, dtype)
+    ids = o.tokenizer_of(gpt).encode(prompt)
+    if not ids:
+        raise typer.BadParameter("the prompt is empty")
+    print("\n".join(_lines(measure(gpt, ids, tokens, trace), rows)))
+
+
+def _lines(found: Profile, rows: int) -> list[str]:
+    from gptkern.bench.tables import seconds_text
+
+    made = ", ".join(f"{count} {name}" for name, count in found.launches.items())
+    total = sum(operator.seconds for operator in found.operators)
+    lines = [
+        f"prompt     {seconds_text(found.prefill)}",
+        f"token      {seconds_text(found.step)}, median of {found.tokens} at {found.context} tokens "
+        f"and more, on {found.device}",
+        f"bytes      {found.bytes_moved / 1e6:.4g} MB: weights, keys and values",
+        f"floor      {seconds_text(found.floor)} at {found.copy / 1e9:.4g} GB/s, this machine's copy: "
+        f"{found.floor / found.step:.0%} of the token",
+        f"launches   {sum(found.launches.values())} by the kernels' decode step on a GPU: {made}",
+        "",
+        f"{'calls':>8}  {'time':>9}  {'share':>5}  operator, a token",
+    ]
+    for operator in found.operators[:rows]:
+        lines.append(
+            f"{operator.calls:8.4g}  {seconds_text(operator.seconds):>9}  {operator.seconds / total:5.0%}  "
+            f"{operator.name}"
+        )
+    return lines
