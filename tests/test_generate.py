@@ -311,6 +311,7 @@ def test_idle_sampling_options_are_not_silent() -> None:
 
 def test_every_option_is_settled() -> None:
     renamed = {"max_length", "max_new_tokens", "min_length", "min_new_tokens", "eos_token_id", "pad_token_id"}
+    renamed.add("logit_bias")  # joins sequence_bias
     fields = set(Settings.__dataclass_fields__) - {"max_new", "min_new", "eos", "pad"}
     assert set(GenerateOptions.__annotations__) - renamed == fields
 

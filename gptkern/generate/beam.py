@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from gptkern.cache import KVCache
 from gptkern.generate.loop import FinishReason, evaluating, prefill, stepper
 from gptkern.generate.options import Settings
 from gptkern.generate.prompt import Prompts
+from gptkern.generate.rules import RowRules, Rules
 from gptkern.generate.stopping import RowText
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
 
     All searches share each forward pass. One that can no longer improve leaves the batch.
     """
-    searches = [_Search(row) for row in prompts.rows]
+    searches, rules = [_Search(row) for row in prompts.rows], Rules(settings)
     with evaluating(model):
         cache = KVCache.for_config(
             model.config,
@@ -62,7 +64,7 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
         step = stepper(model, cache, rows=len(searches) * settings.num_beams, steps=settings.max_new - 1)
         active = searches
         while True:
-            scores = _processed(logits.float().log_softmax(-1), active, settings)
+            scores = _processed(logits.float().log_softmax(-1), active, settings, rules)
             parents = _advance(scores, active, settings, tokenizer)
             sequences = cache.sequences
             active = [search for search in active if search.running]
@@ -74,17 +76,33 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
     return [beam for search in searches for beam in search.complete[: settings.num_return_sequences]]
 
 
-def _processed(logprobs: torch.Tensor, searches: Sequence[_Search], settings: Settings) -> torch.Tensor:
-    """Log-probabilities ``(rows, vocab_size)`` after the repetition penalty and the minimum length."""
+def _processed(
+    logprobs: torch.Tensor, searches: Sequence[_Search], settings: Settings, rules: Rules
+) -> torch.Tensor:
+    """Log-probabilities ``(rows, vocab_size)`` after biases, penalties, bans and the minimum length."""
     rows = [(search.prompt, beam) for search in searches for beam in search.running]
     penalty, vocab_size = settings.repetition_penalty, logprobs.shape[1]
     for row, (prompt, beam) in zip(logprobs, rows, strict=True):
+        own = RowRules(rules, [*prompt, *beam.tokens])
+        _add(row, own.biases())
         if penalty != 1.0:
             seen = torch.tensor(sorted({*prompt, *beam.tokens}), device=row.device)
             row[seen] = torch.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
+        if settings.presence_penalty or settings.frequency_penalty:
+            counts = Counter(beam.tokens)
+            _add(
+                row,
+                {t: -settings.frequency_penalty * n - settings.presence_penalty for t, n in counts.items()},
+            )
+        row[sorted(own.banned())] = -torch.inf
         if len(beam.tokens) < settings.min_new:
             row[[token for token in settings.eos if token < vocab_size]] = -torch.inf
     return logprobs
+
+
+def _add(row: torch.Tensor, amounts: Mapping[int, float]) -> None:
+    if amounts:
+        row[list(amounts)] += torch.tensor(list(amounts.values()), dtype=row.dtype, device=row.device)
 
 
 def _advance(

@@ -97,6 +97,7 @@ def steps(
             if ahead and not last:
                 logits = step(picked.tokens)
             tokens = picked.tokens.tolist()
+            picker.push(tokens)
             finished = [_finished(t, row, settings, texts, last) for t, row in zip(tokens, rows, strict=True)]
             yield Step(rows, tokens, None if picked.logprobs is None else picked.logprobs.tolist(), finished)
             kept = [i for i, reason in enumerate(finished) if reason is None]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from gptkern.config import GPTConfig
+from gptkern.generate.rules import bad_words, biased, suppressed
 
 DEFAULT_NEW_TOKENS = 20
 EarlyStopping = bool | Literal["never"]
@@ -16,6 +17,9 @@ EarlyStopping = bool | Literal["never"]
 
 class GenerateOptions(TypedDict, total=False):
     """Options of ``generate``, ``stream`` and ``generate_text``: names, meaning, defaults of transformers 5.
+
+    ``presence_penalty``, ``frequency_penalty`` and ``logit_bias`` are vLLM's. Biases come first, then the
+    penalties, what is barred, the minimum length, and what ``do_sample`` asks for, in the order below.
 
     Attributes:
         max_length: Longest sequence, prompt (with its padding) included.
@@ -30,7 +34,18 @@ class GenerateOptions(TypedDict, total=False):
         top_p: Keep the likeliest tokens that together reach this probability; default 1 keeps all.
         min_p: Keep tokens at least this fraction as likely as the likeliest.
         typical_p: Locally typical sampling's mass; default 1 keeps all.
+        epsilon_cutoff: Keep tokens at least so likely; default 0 keeps all.
+        eta_cutoff: Keep tokens at least so likely, or less where the distribution is flat; default 0.
         repetition_penalty: Above 1 discourages tokens that the sequence (prompt included) holds.
+        presence_penalty: Subtracted from the logits of tokens among the new ones.
+        frequency_penalty: Subtracted from a token's logit for each time that it is among the new ones.
+        no_repeat_ngram_size: No n-gram of so many tokens comes twice in a sequence, prompt included
+            (without its padding); default 0 is no such rule.
+        bad_words_ids: Lists of token ids that never come; ``[[5], [7, 8]]`` bars 5, and 8 after 7.
+        suppress_tokens: Tokens that never come.
+        sequence_bias: ``{(5,): -2.0, (7, 8): 1.5}``, or a list of such pairs: added to the logit of a
+            sequence's last token where the others came just before. -inf bars.
+        logit_bias: ``{token: bias}``, added to the token's logit.
         num_return_sequences: Sequences a prompt; needs ``do_sample`` or as many beams.
         num_beams: Beams of beam search; 1 is none.
         length_penalty: Beam scores are divided by the length to this power.
@@ -53,7 +68,16 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float
     min_p: float | None
     typical_p: float
+    epsilon_cutoff: float
+    eta_cutoff: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    no_repeat_ngram_size: int
+    bad_words_ids: Sequence[Sequence[int]] | None
+    suppress_tokens: Sequence[int] | None
+    sequence_bias: Mapping[tuple[int, ...], float] | Sequence[tuple[Sequence[int], float]] | None
+    logit_bias: Mapping[int, float] | None
     num_return_sequences: int
     num_beams: int
     length_penalty: float
@@ -74,7 +98,8 @@ class Settings:
         pad: The filling token, or None where nothing can need one.
         top_k: 0 keeps all.
         min_p: 0 keeps all.
-        stop_strings: Empty for none.
+        stop_strings, bad_words_ids, suppress_tokens: Empty for none.
+        sequence_bias: ``logit_bias`` included.
         The others are those of ``GenerateOptions``.
     """
 
@@ -86,7 +111,15 @@ class Settings:
     top_p: float
     min_p: float
     typical_p: float
+    epsilon_cutoff: float
+    eta_cutoff: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    no_repeat_ngram_size: int
+    bad_words_ids: tuple[tuple[int, ...], ...]
+    suppress_tokens: tuple[int, ...]
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...]
     num_return_sequences: int
     num_beams: int
     length_penalty: float
@@ -126,7 +159,15 @@ def settle(options: Mapping[str, Any], config: GPTConfig, *, width: int, longest
         top_p=float(given.get("top_p", 1.0)),
         min_p=float(given.get("min_p", 0.0)),
         typical_p=float(given.get("typical_p", 1.0)),
+        epsilon_cutoff=float(given.get("epsilon_cutoff", 0.0)),
+        eta_cutoff=float(given.get("eta_cutoff", 0.0)),
         repetition_penalty=float(given.get("repetition_penalty", 1.0)),
+        presence_penalty=float(given.get("presence_penalty", 0.0)),
+        frequency_penalty=float(given.get("frequency_penalty", 0.0)),
+        no_repeat_ngram_size=given.get("no_repeat_ngram_size", 0),
+        bad_words_ids=bad_words(given, eos, config.vocab_size),
+        suppress_tokens=suppressed(given, config.vocab_size),
+        sequence_bias=biased(given, config.vocab_size),
         num_return_sequences=returned,
         num_beams=beams,
         length_penalty=float(given.get("length_penalty", 1.0)),
@@ -152,13 +193,23 @@ _WHOLE = {
     "min_length": 0,
     "min_new_tokens": 0,
     "top_k": 0,
+    "no_repeat_ngram_size": 0,
     "num_return_sequences": 1,
     "num_beams": 1,
     "pad_token_id": 0,
     "seed": 0,
 }
-_SAMPLING_ALONE = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
-_REAL = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
+_SAMPLING_ALONE = {
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty")
+_REAL = (*(name for name in _SAMPLING_ALONE if name != "top_k"), *_PENALTIES)
 
 
 def _check_types(given: Mapping[str, Any]) -> None:
@@ -188,6 +239,12 @@ def _check_ranges(given: Mapping[str, Any]) -> None:
     for name in ("top_p", "typical_p"):
         if not 0 < given.get(name, 1.0) <= 1:
             raise ValueError(f"generate: {name} is {given[name]}; 0 < {name} <= 1 is needed")
+    for name in ("epsilon_cutoff", "eta_cutoff"):
+        if not 0 <= given.get(name, 0.0) < 1:
+            raise ValueError(f"generate: {name} is {given[name]}; 0 <= {name} < 1 is needed")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not abs(given.get(name, 0.0)) < float("inf"):
+            raise ValueError(f"generate: {name} is {given[name]}; a finite number is needed")
     if not 0 <= given.get("min_p", 0.0) <= 1:
         raise ValueError(f"generate: min_p is {given['min_p']}; 0 <= min_p <= 1 is needed")
 

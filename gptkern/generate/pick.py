@@ -9,6 +9,7 @@ import torch
 
 from gptkern.generate.options import Settings
 from gptkern.generate.prompt import Prompts
+from gptkern.generate.rules import RowRules, Rules
 from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, sample
 
 
@@ -31,8 +32,11 @@ class Picker:
         logprobs: bool,
         device: torch.device,
     ) -> None:
-        penalised = settings.repetition_penalty != 1.0
+        penalties = (settings.presence_penalty, settings.frequency_penalty)
+        penalised = settings.repetition_penalty != 1.0 or any(penalties)
         sampling = settings.do_sample
+        rules = Rules(settings)
+        _check_some_left(len(rules.banned), vocab_size)
         self._params = SamplingParams.make(
             len(rows),
             vocab_size,
@@ -41,9 +45,15 @@ class Picker:
             top_p=settings.top_p if sampling else 1.0,
             min_p=settings.min_p if sampling else 0.0,
             typical_p=settings.typical_p if sampling else 1.0,
+            epsilon_cutoff=settings.epsilon_cutoff if sampling else 0.0,
+            eta_cutoff=settings.eta_cutoff if sampling else 0.0,
             repetition_penalty=settings.repetition_penalty,
+            presence_penalty=settings.presence_penalty,
+            frequency_penalty=settings.frequency_penalty,
             min_new_tokens=settings.min_new,
             eos_token_id=sorted({token for token in settings.eos if token < vocab_size}),
+            logit_bias=rules.biases,
+            banned=sorted(rules.banned),
             n_logprobs=0 if logprobs else None,
             device=device,
         )
@@ -55,14 +65,64 @@ class Picker:
             mask = None if prompts.mask is None else prompts.mask[source]
             self._state.add_prompt(prompts.ids[source], mask)
 
+        self._vocab_size, self._device = vocab_size, device
+        copies = settings.num_return_sequences
+        self._rules = [RowRules(rules, prompts.rows[row // copies]) for row in rows] if rules.changing else []
+
     def __call__(self, logits: torch.Tensor) -> Sampled:
         """Choose from ``(rows, vocab_size)`` logits."""
+        if self._rules:
+            self._follow_rules()
         return sample(logits, self._params, state=self._state)
+
+    def push(self, tokens: Sequence[int]) -> None:
+        """Tell the rules what came of the last call, one token a row."""
+        for row, token in zip(self._rules, tokens, strict=bool(self._rules)):
+            row.push(token)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone, in this order."""
         chosen, params, state = list(rows), self._params, self._state
-        eos_ids = None if params.eos_ids is None else params.eos_ids[chosen]
-        counts = None if state.counts is None else state.counts[chosen]
-        self._params = replace(params, values=params.values[chosen], eos_ids=eos_ids)
-        self._state = replace(state, counters=state.counters[chosen], counts=counts)
+
+        def kept(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[chosen]
+
+        self._params = replace(
+            params,
+            values=params.values[chosen],
+            bias_ids=kept(params.bias_ids),
+            bias_values=kept(params.bias_values),
+            banned_ids=kept(params.banned_ids),
+            eos_ids=kept(params.eos_ids),
+        )
+        self._state = replace(state, counters=state.counters[chosen], counts=kept(state.counts))
+        if self._rules:
+            self._rules = [self._rules[row] for row in chosen]
+
+    def _follow_rules(self) -> None:
+        banned = [sorted(row.banned()) for row in self._rules]
+        _check_some_left(max(map(len, banned)), self._vocab_size)
+        biases = [row.biases() for row in self._rules]
+        self._params = replace(
+            self._params,
+            banned_ids=self._rows(banned, -1, torch.int32),
+            bias_ids=self._rows([list(row) for row in biases], -1, torch.int32),
+            bias_values=self._rows([list(row.values()) for row in biases], 0.0, torch.float32),
+        )
+
+    def _rows(
+        self, rows: Sequence[Sequence[float]], filling: float, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        width = max(map(len, rows))
+        if not width:
+            return None
+        filled = [[*row, *[filling] * (width - len(row))] for row in rows]
+        return torch.tensor(filled, dtype=dtype, device=self._device)
+
+
+def _check_some_left(banned: int, vocab_size: int) -> None:
+    # The sampler tells on the CPU; on a GPU it gives a status, which would cost a wait for each token.
+    if banned == vocab_size:
+        raise ValueError(
+            "generate: bad_words_ids, suppress_tokens and no_repeat_ngram_size bar every token there is"
+        )

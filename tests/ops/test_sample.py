@@ -367,7 +367,9 @@ def test_bad_logits(value: float, message: str, backend: Any) -> None:
 def test_nothing_left_to_choose(backend: Any) -> None:
     empty = torch.full((1, 64), -INF)
     none_allowed = SamplingParams.make(1, 64, bitmask=torch.zeros(1, 2, dtype=torch.int32))
-    for logits, params in ((empty, SamplingParams.make(1, 64)), (torch.randn(1, 64), none_allowed)):
+    greedy = SamplingParams.make(1, 64, temperature=0.0)
+    cases = ((empty, SamplingParams.make(1, 64)), (torch.randn(1, 64), none_allowed), (empty, greedy))
+    for logits, params in cases:
         with gptkern.backend(backend), pytest.raises(ValueError, match=r"logits\[0\] leaves no token"):
             sample(logits, params, state=SamplerState.make(1, 64))
 

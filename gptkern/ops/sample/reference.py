@@ -92,7 +92,8 @@ def filtered(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     )
     greedy = temperature == 0
     best = x.argmax(-1, keepdim=True)
-    only_best = torch.full_like(x, -_INF).scatter_(1, best, 0.0)
+    # Any finite number does; where nothing is allowed, the best is -inf and must stay so.
+    only_best = torch.full_like(x, -_INF).scatter_(1, best, x.gather(1, best))
     order = torch.argsort(x, dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(x.shape[1], device=x.device).expand_as(order)
