@@ -123,7 +123,9 @@ def test_every_sampling_option_arrives(run: Any, folder: str, monkeypatch: pytes
     monkeypatch.setattr(GPT, "stream", stream)
     given = "-n 3 --min-new-tokens 2 -t 0.5 --top-k 3 --top-p 0.4 --min-p 0.1 --typical-p 0.6"
     rest = r"--repetition-penalty 1.5 --seed 9 --stop \n --stop END"
-    assert run("generate", "a", "-m", folder, *given.split(), *rest.split()).code == 1
+    more = "--presence-penalty 0.2 --frequency-penalty -0.3 --no-repeat-ngram-size 4"
+    more += " --epsilon-cutoff 0.01 --eta-cutoff 0.02"
+    assert run("generate", "a", "-m", folder, *given.split(), *rest.split(), *more.split()).code == 1
     assert seen == {
         "max_new_tokens": 3,
         "min_new_tokens": 2,
@@ -133,7 +135,12 @@ def test_every_sampling_option_arrives(run: Any, folder: str, monkeypatch: pytes
         "top_p": 0.4,
         "min_p": 0.1,
         "typical_p": 0.6,
+        "epsilon_cutoff": 0.01,
+        "eta_cutoff": 0.02,
         "repetition_penalty": 1.5,
+        "presence_penalty": 0.2,
+        "frequency_penalty": -0.3,
+        "no_repeat_ngram_size": 4,
         "seed": 9,
         "stop_strings": ["\n", "END"],
         "num_beams": 1,

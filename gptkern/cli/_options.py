@@ -83,6 +83,37 @@ RepetitionPenalty = Annotated[
     float,
     typer.Option(min=0.0, help="Above 1 discourages tokens that came before.", rich_help_panel=_SAMPLING),
 ]
+PresencePenalty = Annotated[
+    float, typer.Option(help="Above 0 discourages tokens already written.", rich_help_panel=_SAMPLING)
+]
+FrequencyPenalty = Annotated[
+    float,
+    typer.Option(
+        help="Above 0 discourages tokens by how often they were written.", rich_help_panel=_SAMPLING
+    ),
+]
+NoRepeatNgram = Annotated[
+    int,
+    typer.Option(
+        "--no-repeat-ngram-size",
+        min=0,
+        help="No run of so many tokens comes twice; 0 for no such rule.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+EpsilonCutoff = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Of tokens at least so likely.", rich_help_panel=_SAMPLING),
+]
+EtaCutoff = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Of tokens at least so likely, or less where many are alike.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
 Seed = Annotated[
     int | None, typer.Option(min=0, help="The same seed draws the same text.", rich_help_panel=_SAMPLING)
 ]
@@ -138,13 +169,21 @@ def sampling(
     top_p: float,
     min_p: float,
     typical_p: float,
+    epsilon_cutoff: float,
+    eta_cutoff: float,
     repetition_penalty: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    no_repeat_ngram_size: int,
     seed: int | None,
     stop: list[str] | None,
 ) -> dict[str, Any]:
     """These options as ``generate``'s."""
     options: dict[str, Any] = {
         "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
         "stop_strings": list(map(unescape, stop or [])),
     }
     if greedy or temperature == 0:
@@ -156,6 +195,8 @@ def sampling(
         "top_p": top_p,
         "min_p": min_p,
         "typical_p": typical_p,
+        "epsilon_cutoff": epsilon_cutoff,
+        "eta_cutoff": eta_cutoff,
         "seed": secrets.randbits(32) if seed is None else seed,
     }
 

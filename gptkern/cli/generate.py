@@ -36,7 +36,12 @@ def generate(
     top_p: o.TopP = 1.0,
     min_p: o.MinP = 0.0,
     typical_p: o.TypicalP = 1.0,
+    epsilon_cutoff: o.EpsilonCutoff = 0.0,
+    eta_cutoff: o.EtaCutoff = 0.0,
     repetition_penalty: o.RepetitionPenalty = 1.0,
+    presence_penalty: o.PresencePenalty = 0.0,
+    frequency_penalty: o.FrequencyPenalty = 0.0,
+    no_repeat_ngram_size: o.NoRepeatNgram = 0,
     num_beams: Annotated[
         int,
         typer.Option(
@@ -75,7 +80,12 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         typical_p=typical_p,
+        epsilon_cutoff=epsilon_cutoff,
+        eta_cutoff=eta_cutoff,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
         seed=seed,
         stop=stop,
     )
