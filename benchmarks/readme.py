@@ -1,0 +1,98 @@
+"""README's performance section, made from the results in ``benchmarks/results/``: no number is typed.
+
+    python benchmarks/readme.py            # write it
+    python benchmarks/readme.py --check    # exit with 1 if README says anything else: for CI
+
+A result is a folder ``benchmarks/results/NAME/`` with the ``results.json`` of ``gptkern bench --out``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from gptkern.bench import results, tables
+from gptkern.bench.run import Results, Row
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- performance: python benchmarks/readme.py -->", "<!-- end of performance -->"
+UNMEASURED = (
+    "GPU: not yet measured. The kernels have been run under Triton's interpreter and compiled to machine\n"
+    "code for sm_80, sm_90 and sm_100; no timing on a GPU has been made, and none is claimed."
+)
+
+
+def section(folder: Path) -> str:
+    """The section's text: a table for each result, GPUs first.
+
+    Raises:
+        ValueError: A results file cannot be read.
+    """
+    found = [(path.parent, results.load(path)) for path in sorted(folder.glob("*/results.json"))]
+    on_gpu = [each for each in found if each[1].environment["device_type"] == "cuda"]
+    on_cpu = [each for each in found if each not in on_gpu]
+    parts = [_device(place, result) for place, result in on_gpu] or [UNMEASURED]
+    return "\n\n".join(parts + [_device(place, result) for place, result in on_cpu])
+
+
+def _device(folder: Path, result: Results) -> str:
+    where = result.environment
+    torch = where["versions"]["torch"]
+    threads = f", {where['threads']} threads" if where["device_type"] == "cpu" else ""
+    lines = [
+        f"{where['device']}{threads}, PyTorch {torch}, {where['time'][:10]}, commit {where['commit']}:",
+        "medians, and how many times as long each peer takes. Ceilings measured on the same machine: copy",
+        f"{result.ceilings.copy / 1e9:.4g} GB/s (read + written), matrix product "
+        + ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in result.ceilings.matmul.items())
+        + ".",
+        f"Everything: `benchmarks/results/{folder.name}/`.",
+        "",
+        "| | gptkern | of the floor | peers |",
+        "|---|---|---|---|",
+    ]
+    ours = [line for line in tables.lines(result) if line.row.provider == tables.OURS and line.row.rounds]
+    for line in ours:
+        floor = "" if line.of_floor is None else f"{line.of_floor:.0%}"
+        lines.append(f"| {line.row.title} | {line.time} | {floor} | {_peers(result, line.row)} |")
+    return "\n".join(lines)
+
+
+def _peers(result: Results, ours: Row) -> str:
+    return ", ".join(
+        f"{line.row.provider} {line.ratio:.2f} x"
+        for line in tables.lines(result)
+        if line.row.key[:-1] == ours.key[:-1] and line.row is not ours and line.ratio is not None
+    )
+
+
+def renewed(readme: str, text: str) -> str:
+    """``readme`` with ``text`` between the markers.
+
+    Raises:
+        ValueError: The markers are not there.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md: the performance section stands between {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main(arguments: list[str]) -> int:
+    """Write the section, or with ``--check`` compare it."""
+    if arguments not in ([], ["--check"]):
+        print("usage: python benchmarks/readme.py [--check]", file=sys.stderr)
+        return 2
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = renewed(old, section(ROOT / "benchmarks" / "results"))
+    if arguments and old != new:
+        print("README.md: the performance section is not what python benchmarks/readme.py writes")
+        return 1
+    if not arguments:
+        path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
