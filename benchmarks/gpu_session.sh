@@ -1,36 +1,54 @@
 #!/usr/bin/env bash
 # Everything that a short hour with a GPU should do, in stages that each end within nine minutes.
 #
-#   benchmarks/gpu_session.sh OUT            # all stages, results in the folder OUT
-#   benchmarks/gpu_session.sh OUT build test # these stages alone
+#   benchmarks/gpu_session.sh OUT             # all stages, results in the folder OUT
+#   benchmarks/gpu_session.sh OUT build test  # these stages alone
 #
-# Stages: build test sanitize quick bench-ops bench-end profile. Needs no network: the packages that
-# are there are used (torch 2.11 with triton 3.6 is enough). A stage that fails does not stop the next.
+# Stages: build test sanitize quick bench-SUITE (one for each suite of gptkern bench) token ncu. Needs no
+# network: the packages that are there are used (torch 2.11 with triton 3.6 is enough; tests want pytest
+# and hypothesis). A stage that fails does not stop the next.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?usage: benchmarks/gpu_session.sh OUT [STAGE ...]}")
 shift
-stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(build test sanitize quick bench-ops bench-end profile)
-mkdir -p "$out"
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-limit="timeout --kill-after=10 530"
+suites="layer_norm rms_norm flash_attention linear gelu_mlp linear_cross_entropy decode_attention
+    sample prefill decode_step generate train_step"
+stages=("$@")
+# shellcheck disable=SC2086  # words are wanted
+[ ${#stages[@]} -gt 0 ] || stages=(build test sanitize quick $(printf 'bench-%s ' $suites) token ncu)
+mkdir -p "$out"
 
-build() { GPTKERN_CUDA=1 GPTKERN_CUDA_ARCHS=${GPTKERN_CUDA_ARCHS:-90} python3 setup.py build_ext --inplace; }
-tests() { $limit python3 -m pytest tests -n 8 -q -m "not slow" -p no:cacheprovider; }
+seconds=530
+limited() { timeout --kill-after=10 "$seconds" "$@"; }
+# Without the options of pyproject.toml: they ask for plugins that may not be there.
+tests() { limited python3 -m pytest -o addopts= -p no:cacheprovider -q -m "not slow" "$@"; }
+
+build() { GPTKERN_CUDA=1 GPTKERN_CUDA_ARCHS=${GPTKERN_CUDA_ARCHS:-90} limited python3 setup.py build_ext --inplace; }
+test_all() {
+    local workers=()
+    python3 -c "import xdist" 2>/dev/null && workers=(-n 8)
+    tests "${workers[@]}" tests
+}
 sanitize() {
+    local seconds=250
     for tool in memcheck racecheck; do
-        $limit compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            python3 -m pytest tests/ops -n 0 -q -x -k "sanitize or sample" -p no:cacheprovider || return 1
+        limited compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -m pytest -o addopts= \
+            -p no:cacheprovider -q -x -m "not slow" tests/ops/test_sample.py tests/ops/test_layer_norm.py || return 1
     done
 }
-quick() { $limit python3 -m gptkern bench --quick --out "$out/quick"; }
-bench() { $limit python3 -m gptkern bench "$@" --out "$out/$1"; }
-profile() {
-    for kernel in flash_attention layer_norm gelu_mlp decode_attention; do
-        $limit ncu --clock-control none --set basic --launch-count 20 \
-            python3 -m gptkern bench "$kernel" --quick || return 1
-    done
+bench() { limited python3 -m gptkern bench "$1" --out "$out/$1"; }
+token() { limited python3 -m gptkern profile "ROMEO:" --dtype bfloat16 --trace "$out/token.json"; }
+# The kernels by name, so that PyTorch's own in the ceilings and the peers are passed over.
+ncu_figures() {
+    local seconds=130
+    while read -r suite kernel; do
+        limited ncu --clock-control none --set basic --kernel-name "regex:$kernel" --launch-count 5 \
+            --export "$out/$suite" --force-overwrite --page details python3 -m gptkern bench "$suite" --quick </dev/null || return 1
+    done <<<'layer_norm ^norm_
+flash_attention ^flash_attention_
+gelu_mlp ^linear
+decode_attention ^decode_attention_'
 }
 
 failed=0
@@ -39,12 +57,12 @@ for stage in "${stages[@]}"; do
     began=$SECONDS
     case $stage in
         build) build ;;
-        test) tests ;;
+        test) test_all ;;
         sanitize) sanitize ;;
-        quick) quick ;;
-        bench-ops) bench layer_norm && bench flash_attention && bench linear && bench gelu_mlp ;;
-        bench-end) bench decode_attention && bench prefill && bench generate && bench train_step ;;
-        profile) profile ;;
+        quick) limited python3 -m gptkern bench --quick --out "$out/quick" ;;
+        bench-*) bench "${stage#bench-}" ;;
+        token) token ;;
+        ncu) ncu_figures ;;
         *) echo "unknown stage $stage" >&2; exit 2 ;;
     esac >"$log" 2>&1
     code=$?
