@@ -242,7 +242,8 @@ def test_an_optimizer_step_is_seen_and_nothing_is_copied() -> None:
     assert torch.equal(second, theirs.generate(ids, **options))
     assert not torch.equal(first, second)
     ours.to(torch.float64)
-    assert ours.generate(ids, **options).shape == second.shape
+    assert torch.equal(ours.generate(ids, **options), theirs.to(torch.float64).generate(ids, **options))
+    assert engine.view(ours).dtype == torch.float64
 
 
 def random_case(seed: int) -> tuple[tuple[Any, Any], torch.Tensor, dict[str, Any]]:

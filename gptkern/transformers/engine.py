@@ -208,11 +208,9 @@ class EngineCache(Cache):
         return self._seen
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i takes what row ``beam_idx[i]`` holds."""
+        """Row i takes what row ``beam_idx[i]``, a beam of the same prompt, holds."""
         ids, order = self._kv.sequences, beam_idx.tolist()
         self._kv.reorder([ids[i] for i in order])
-        if self._mask is not None:
-            self._mask = self._mask[beam_idx]
 
     def run(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits after the last of ``input_ids``, ``(rows, 1, vocab_size)``."""
