@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import re
 import struct
 import subprocess
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,12 +37,32 @@ from gptkern.ops import _launch, _samples
 from gptkern.ops._dispatch import INTERPRETED
 
 _REGISTERS_PER_SM = 65536
-_THREADS_PER_SM = 2048
-_BLOCKS_PER_SM = 32
 _REGISTERS_PER_WARP_STEP = 256
 _SHARED_RESERVED_PER_BLOCK = 1024
-# Bytes a multiprocessor has and bytes one block may take (CUDA programming guide, compute capabilities).
-_SHARED = {80: (164 * 1024, 163 * 1024), 90: (228 * 1024, 227 * 1024), 100: (228 * 1024, 227 * 1024)}
+
+
+class _Limits(NamedTuple):
+    """Of one multiprocessor (CUDA programming guide, compute capabilities)."""
+
+    shared: int
+    threads: int
+    blocks: int
+
+    @property
+    def shared_per_block(self) -> int:
+        return self.shared - _SHARED_RESERVED_PER_BLOCK
+
+
+_LIMITS = {
+    80: _Limits(164 * 1024, 2048, 32),
+    86: _Limits(100 * 1024, 1536, 16),
+    87: _Limits(164 * 1024, 1536, 16),
+    89: _Limits(100 * 1024, 1536, 24),
+    90: _Limits(228 * 1024, 2048, 32),
+    100: _Limits(228 * 1024, 2048, 32),
+    103: _Limits(228 * 1024, 2048, 32),
+    120: _Limits(100 * 1024, 1536, 24),
+}
 
 # The last that occurs names the kernel: a wgmma kernel may hold a small mma.sync beside it.
 _MATRIX_INSTRUCTIONS = {"mma.sync": "mma.sync.", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
@@ -57,6 +78,7 @@ class Report:
     ``local_bytes`` is the stack frame of a thread: what did not fit in registers spills there.
     ``matrix`` is the matrix instruction, or "" where there is none. ``widest_load`` is the bytes of
     the widest load from global memory by one thread; bulk copies by the copy engine are ``bulk``.
+    ``serialised`` is whether ptxas had to let each wgmma end before the next one starts.
     """
 
     op: str
@@ -71,6 +93,7 @@ class Report:
     shared_bytes: int
     blocks_per_sm: int
     matrix: str
+    serialised: bool
     widest_load: int
     bulk: bool
     code_bytes: int
@@ -165,15 +188,27 @@ def blocks_per_sm(arch: int, threads: int, registers: int, shared_bytes: int) ->
     """How many blocks one multiprocessor of ``arch`` holds at once; 0 where a block does not fit."""
     warps = -(-threads // 32)
     steps = -(-registers * 32 // _REGISTERS_PER_WARP_STEP)
-    per_sm, per_block = _SHARED[arch]
-    if shared_bytes > per_block:
+    limits = _LIMITS[arch]
+    if shared_bytes > limits.shared_per_block:
         return 0
     return min(
-        _BLOCKS_PER_SM,
-        _THREADS_PER_SM // threads,
+        limits.blocks,
+        limits.threads // threads,
         _REGISTERS_PER_SM // (steps * _REGISTERS_PER_WARP_STEP * warps),
-        per_sm // (shared_bytes + _SHARED_RESERVED_PER_BLOCK),
+        limits.shared // (shared_bytes + _SHARED_RESERVED_PER_BLOCK),
     )
+
+
+def _serialised(ptx: str) -> bool:
+    """Whether ptxas warns (C7510, C7515) that it serialises wgmma; in machine code that is hard to see."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(ptx)
+        source.flush()
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--regAllocOptLevel=2", "--gpu-name=sm_90a"]
+        done = subprocess.run(
+            [*command, source.name, "-o", os.devnull], capture_output=True, text=True, check=True
+        )
+    return "wgmma.mma_async instructions are serialized" in done.stderr
 
 
 def _widest_load(ptx: str) -> int:
@@ -187,16 +222,17 @@ def _threads(ptx: str, num_warps: int) -> int:
     return int(required.group(1)) if required else 32 * num_warps
 
 
-def _problems(
-    sample: _samples.Sample, dtype: torch.dtype, kernel: str, arch: int, local: int, shared: int, matrix: str
-) -> Iterator[str]:
-    if local:
-        yield f"spills {local} bytes a thread to local memory"
-    if shared > _SHARED[arch][1]:
-        yield f"needs {shared} bytes of shared memory; sm_{arch} has {_SHARED[arch][1]} a block"
-    half = dtype in (torch.float16, torch.bfloat16)
-    if arch == 90 and half and matrix == "mma.sync" and kernel not in sample.mma_sync:
+def _problems(sample: _samples.Sample, report: Report) -> Iterator[str]:
+    if report.local_bytes:
+        yield f"spills {report.local_bytes} bytes a thread to local memory"
+    room = _LIMITS[report.arch].shared_per_block
+    if report.shared_bytes > room:
+        yield f"needs {report.shared_bytes} bytes of shared memory; sm_{report.arch} has {room} a block"
+    half = report.dtype in ("float16", "bfloat16")
+    if report.arch == 90 and half and report.matrix == "mma.sync" and report.kernel not in sample.mma_sync:
         yield "multiplies with mma.sync, not wgmma"
+    if report.serialised and report.kernel not in sample.serialised:
+        yield "ptxas serialises its wgmma instructions"
 
 
 def inspect(
@@ -211,7 +247,7 @@ def inspect(
     for name, mnemonic in _MATRIX_INSTRUCTIONS.items():
         if mnemonic in ptx:
             matrix = name
-    return Report(
+    report = Report(
         op=op,
         sample=sample.name,
         dtype=str(dtype).removeprefix("torch."),
@@ -224,23 +260,40 @@ def inspect(
         shared_bytes=metadata.shared,
         blocks_per_sm=blocks_per_sm(arch, _threads(ptx, metadata.num_warps), registers, metadata.shared),
         matrix=matrix,
+        serialised=matrix == "wgmma" and _serialised(ptx),
         widest_load=_widest_load(ptx),
         bulk=_BULK_COPY in ptx,
         code_bytes=_code_bytes(cubin),
-        problems=tuple(_problems(sample, dtype, launch.name, arch, local_bytes, metadata.shared, matrix)),
+        problems=(),
     )
+    return dataclasses.replace(report, problems=tuple(_problems(sample, report)))
 
 
-def reports(op: str, archs: tuple[int, ...] = _launch.ARCHS) -> Iterator[Report]:
-    """One report for every different kernel that the samples of ``op`` compile to."""
+def _kind(launch: _launch.Launch, dtype: torch.dtype, arch: int, per: str) -> tuple[Any, ...]:
+    """What is the same for two launches of which one is enough."""
+    if per == "kernel":
+        return (launch.name,)
+    said = {key for rows in _launch.table(arch).values() for row in rows for key in row}
+    return (launch.name, dtype, *sorted(item for item in launch.kwargs.items() if item[0] in said))
+
+
+def reports(op: str, archs: tuple[int, ...] = _launch.ARCHS, per: str = "binary") -> Iterator[Report]:
+    """Reports of what the samples of ``op`` compile to.
+
+    ``per`` is of what there is one: of every different "binary", of every launch "row" and dtype, or of
+    every "kernel".
+    """
     for arch in archs:
         seen = set()
         for sample in _samples.samples(op):
             for dtype in sample.dtypes:
                 for launch in record_sample(sample, dtype, arch):
-                    compiled = compile_launch(launch, arch).hash
-                    if compiled not in seen:
-                        seen.add(compiled)
+                    if per == "binary":
+                        kind = (compile_launch(launch, arch).hash,)
+                    else:
+                        kind = _kind(launch, dtype, arch, per)
+                    if kind not in seen:
+                        seen.add(kind)
                         yield inspect(op, sample, dtype, launch, arch)
 
 
@@ -251,7 +304,7 @@ def rows_without_sample(arch: int) -> list[str]:
             for dtype in sample.dtypes:
                 record_sample(sample, dtype, arch)
     return [
-        f"sm{arch}.toml: {kernel}, row {index + 1}"
+        f"sm_{arch}: {kernel}, row {index + 1}"
         for kernel, rows in _launch.table(arch).items()
         for index in range(len(rows))
         if (arch, kernel, index) not in _launch.rows_asked
@@ -269,6 +322,7 @@ _COLUMNS = (
     "shared_bytes",
     "blocks_per_sm",
     "matrix",
+    "serialised",
     "widest_load",
     "bulk",
     "code_bytes",
@@ -293,7 +347,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 where a kernel has a problem or a launch row has no sample."""
     parser = argparse.ArgumentParser(prog="python -m gptkern.ops._aot", description=__doc__.split("\n")[0])
     parser.add_argument("--op", action="append", help="only this op (repeatable)")
-    parser.add_argument("--arch", action="append", type=int, choices=_launch.ARCHS, help="only this one")
+    parser.add_argument(
+        "--arch",
+        action="append",
+        type=int,
+        choices=tuple(_LIMITS),
+        help="only this one (repeatable)",
+    )
+    parser.add_argument(
+        "--per",
+        choices=("binary", "row", "kernel"),
+        default="binary",
+        help="one report of every different binary (default), launch row or kernel",
+    )
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     parser.add_argument("--rows", action="store_true", help="only list launch rows without a sample")
     asked = parser.parse_args(arguments)
@@ -302,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
         missing = [row for arch in archs for row in rows_without_sample(arch)]
         print("\n".join(missing))
         return int(bool(missing))
-    found = [report for op in asked.op or _samples.ops() for report in reports(op, archs)]
+    found = [report for op in asked.op or _samples.ops() for report in reports(op, archs, asked.per)]
     print(as_table(found))
     if asked.json:
         asked.json.write_text(json.dumps([dataclasses.asdict(report) for report in found], indent=1))

@@ -1,9 +1,9 @@
 """Launching kernels: the launch table, one launch function, and a recorder of launches.
 
 Launch configurations are data, in ``launch/sm80.toml``, ``sm90.toml`` and ``sm100.toml``: per
-kernel an ordered list of rows. A row's ``max_<name>`` keys and string keys say when it applies,
-the others are what is passed to the kernel. The first row that applies wins. There is no
-autotuning at run time: it would stall first calls, break graph capture and make results depend
+kernel an ordered list of rows. A row's ``max_<name>`` keys and string keys say
+when it applies, the others are what is passed to the kernel. The first row that applies wins. There
+is no autotuning at run time: it would stall first calls, break graph capture and make results depend
 on timing.
 """
 
@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-ARCHS = (80, 90, 100)
+# What kernels are compiled for and checked on: every table, and where sm80.toml has the least room.
+ARCHS = (80, 89, 90, 100)
 _NOTES = ("measured",)
 
 Observer = Callable[["Launch"], bool]
@@ -71,7 +72,7 @@ def observe(observer: Observer) -> Iterator[None]:
 
 @contextmanager
 def record(arch: int) -> Iterator[list[Launch]]:
-    """Collect launches instead of making them, with the launch table of ``arch`` (80, 90, 100).
+    """Collect launches instead of making them, with the launch table of ``arch`` (90 for sm_90).
 
     Called with meta tensors, an op then yields exactly what it would launch on such a GPU: this
     is what the ahead-of-time report compiles.
@@ -134,12 +135,22 @@ def multiprocessors(device: torch.device) -> int:
     return 132
 
 
+def _serving(arch: int) -> int:
+    """Whose table serves ``arch``.
+
+    sm_120 is newer than sm_100, but has sm_89's shared memory (99 KB a block) and no tensor memory:
+    it takes sm_80's rows, which fit in that.
+    """
+    if arch < 90 or arch >= 120:
+        return 80
+    return 90 if arch < 100 else 100
+
+
 @functools.cache
 def table(arch: int) -> dict[str, list[dict[str, Any]]]:
-    """The launch table that serves ``arch``: the newest one that is not newer than it."""
-    serving = max(a for a in ARCHS if a <= arch)
-    text = resources.files(__package__).joinpath("launch", f"sm{serving}.toml").read_text()
-    return tomllib.loads(text)
+    """The launch table that serves ``arch``: rows by kernel."""
+    file = resources.files(__package__).joinpath("launch", f"sm{_serving(arch)}.toml")
+    return tomllib.loads(file.read_text())
 
 
 def _applies(row: dict[str, Any], shape: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ An op takes part by a file ``gptkern/ops/<op>/samples.py``, found by name, with 
 ``SAMPLES``
     Calls at the shapes of real models (GPT-2 124M to 1.5B, training and decode), one for every
     row of the launch tables. They are never computed: the ahead-of-time build (``_aot``) makes
-    them on meta tensors and compiles what they would launch for sm_80, sm_90 and sm_100.
+    them on meta tensors and compiles what they would launch for sm_80, sm_89, sm_90 and sm_100.
 ``CHECKS``
     Calls with small shapes, the nasty ones among them, that ``gptkern.testing.check`` computes.
 
@@ -56,6 +56,8 @@ class Sample:
         dtypes: the dtypes in which it is compiled ahead of time; one is enough for most samples.
         mma_sync: names of kernels whose tile is too narrow for ``wgmma`` on sm_90 by design (decode,
             where one sequence is one row): ``mma.sync`` is accepted from them.
+        serialised: names of kernels in which ptxas cannot overlap ``wgmma`` instructions and which are
+            accepted so; the sample says why.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Sample:
     make: Make
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     mma_sync: frozenset[str] = frozenset()
+    serialised: frozenset[str] = frozenset()
 
 
 def tensor(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -18,21 +20,38 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gptkern.ops._aot", *arguments]
-    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+
+
+def _compile(op: str, archs: Iterable[int], per: str) -> None:
+    done = _run("--op", op, "--per", per, *(word for arch in archs for word in ("--arch", str(arch))))
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize(("op", "second"), list(zip(_samples.ops(), cycle((80, 100)), strict=False)))
+def test_kernels_compile(op: str, second: int) -> None:
+    """Every kernel once for sm_90, and once for one of the others."""
+    _compile(op, (90, second), "kernel")
 
 
 @pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("op", _samples.ops())
-def test_kernels_compile_without_spills(op: str) -> None:
-    done = _run("--op", op)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+def test_launch_rows_compile(op: str) -> None:
+    """Every launch row once."""
+    _compile(op, (80, 90, 100), "row")
 
 
-@pytest.mark.parametrize("arch", _launch.ARCHS)
-def test_every_launch_row_is_compiled_by_a_sample(arch: int) -> None:
-    done = _run("--rows", "--arch", str(arch))
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("op", _samples.ops())
+def test_samples_compile(op: str) -> None:
+    _compile(op, _launch.ARCHS, "binary")
+
+
+def test_every_launch_row_is_compiled_by_a_sample() -> None:
+    done = _run("--rows", "--arch", "80", "--arch", "90", "--arch", "100")
     assert done.returncode == 0, f"rows without a sample:\n{done.stdout}\n{done.stderr[-4000:]}"
 
 
@@ -48,6 +67,11 @@ def test_every_launch_row_is_compiled_by_a_sample(arch: int) -> None:
         (80, 128, 32, 163 * 1024, 1),
         (80, 128, 32, 164 * 1024, 0),
         (90, 32, 16, 0, 32),
+        (86, 32, 16, 0, 16),
+        (89, 32, 16, 0, 24),
+        (89, 256, 32, 0, 6),
+        (89, 128, 32, 99 * 1024, 1),
+        (120, 128, 32, 100 * 1024, 0),
     ],
 )
 def test_blocks_per_sm(arch: int, threads: int, registers: int, shared: int, expected: int) -> None:

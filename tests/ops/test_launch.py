@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,10 +51,16 @@ def test_rows_asked_for_are_remembered(table: dict[str, Any], monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("arch", "serving"), [(80, 80), (86, 80), (89, 80), (90, 90), (100, 100), (120, 100)]
+    ("arch", "file"),
+    [
+        *((arch, "sm80") for arch in (80, 86, 87, 89, 120, 121)),
+        (90, "sm90"),
+        *((arch, "sm100") for arch in (100, 103, 110)),
+    ],
 )
-def test_an_architecture_takes_the_newest_table_that_is_not_newer(arch: int, serving: int) -> None:
-    assert _launch.table(arch) == _launch.table(serving)
+def test_the_table_of_an_architecture(arch: int, file: str) -> None:
+    path = Path(_launch.__file__).parent / "launch" / f"{file}.toml"
+    assert _launch.table(arch) == tomllib.loads(path.read_text())
 
 
 def test_recording_launches_nothing() -> None:

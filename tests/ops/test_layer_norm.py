@@ -271,6 +271,32 @@ def test_any_shape_and_layout(
         assert a.is_contiguous()
 
 
+@pytest.mark.parametrize(
+    ("axis", "wide"), [(0, False), (1, False), (1, True)], ids=["outer stride", "inner stride", "wide"]
+)
+@needs_kernels
+def test_rows_past_2_to_the_31(axis: int, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's offset in elements passes 2^31, no stride does; only six rows of memory are touched."""
+    if wide:  # the kernels for wide rows, on narrow ones
+        monkeypatch.setattr(launcher, "_FORWARD_WIDTH", 0)
+        monkeypatch.setattr(launcher, "_BACKWARD_WIDTH", 0)
+    step, width = 2**30 + 8, 8
+    far = torch.empty(2 * step + 2 * width, dtype=torch.float16).as_strided((3, 2, width), (step, width, 1))
+    far = far.transpose(0, axis).normal_()
+    near, d_out = far.contiguous(), torch.randn(far.shape).half()
+    weight, bias = leaf(width, dtype=torch.float16), leaf(width, dtype=torch.float16)
+
+    def layer_norm_and_gradients(x: torch.Tensor) -> list[torch.Tensor]:
+        x = x.detach().requires_grad_()
+        out = layer_norm(x, weight, bias)
+        return [out, *torch.autograd.grad(out, (x, weight, bias), d_out)]
+
+    assert all(map(torch.equal, layer_norm_and_gradients(far), layer_norm_and_gradients(near)))
+    for x, residual in ((far, d_out), (d_out, far)):
+        expected = add_layer_norm(x.contiguous(), residual.contiguous(), weight, bias)
+        assert all(map(torch.equal, add_layer_norm(x, residual, weight, bias), expected))
+
+
 def test_layouts_are_named_by_two_strides() -> None:
     base = torch.empty(6, 4, 10, 8)
     rows = torch.arange(base.numel()).view_as(base)

@@ -17,12 +17,11 @@ def _dense(
     heads: int,
     heads_k: int,
     head_dim: int,
-    requires_grad: bool = True,
     **kwargs: Any,
 ) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> Call:
         shapes = (batch, seq_q, heads, head_dim), *[(batch, seq_k, heads_k, head_dim)] * 2
-        qkv = (tensor(*s, device=device, dtype=dtype, requires_grad=requires_grad) for s in shapes)
+        qkv = (tensor(*s, device=device, dtype=dtype) for s in shapes)
         return Call(tuple(qkv), kwargs)
 
     return make
@@ -39,20 +38,34 @@ def _packed(lengths: list[int], heads: int, heads_k: int, head_dim: int, **kwarg
 
 
 _ALL = (torch.bfloat16, torch.float32)
+# The random numbers take the registers that overlapping products would keep their accumulators in.
+_DROPOUT = frozenset({"flash_attention_forward", "flash_attention_dq", "flash_attention_dkdv"})
 
 SAMPLES = [
     Sample("GPT-2 124M training, 64 x 1024", flash_attention, _dense(64, 1024, 1024, 12, 12, 64), _ALL),
     Sample("GPT-2 1.5B prompt, 1 x 1000", flash_attention, _dense(1, 1000, 1000, 25, 25, 64)),
     Sample("not causal", flash_attention, _dense(4, 4096, 4096, 16, 16, 64, causal=False)),
-    Sample("dropout", flash_attention, _dense(64, 1024, 1024, 12, 12, 64, dropout_p=0.1), _ALL),
+    Sample(
+        "dropout",
+        flash_attention,
+        _dense(64, 1024, 1024, 12, 12, 64, dropout_p=0.1),
+        _ALL,
+        serialised=_DROPOUT,
+    ),
     Sample("packed", flash_attention_varlen, _packed([1024, 517, 33], 12, 12, 64)),
     Sample("head dim 128", flash_attention, _dense(4, 4096, 4096, 16, 16, 128), _ALL),
     Sample("head dim 128, grouped, window", flash_attention, _dense(2, 4096, 4096, 32, 8, 128, window=1024)),
     Sample("head dim 128, packed, grouped", flash_attention_varlen, _packed([1024, 517, 33], 32, 8, 128)),
     Sample("head dim 128, softcap", flash_attention, _dense(2, 4096, 4096, 16, 8, 128, softcap=50.0)),
-    Sample("head dim 128, dropout", flash_attention, _dense(2, 4096, 4096, 16, 16, 128, dropout_p=0.1)),
+    Sample(
+        "head dim 128, dropout",
+        flash_attention,
+        _dense(2, 4096, 4096, 16, 16, 128, dropout_p=0.1),
+        serialised=_DROPOUT,
+    ),
     Sample("head dim 80", flash_attention, _dense(2, 2048, 2048, 32, 32, 80)),
     Sample("head dim 256", flash_attention, _dense(2, 4096, 4096, 16, 8, 256)),
+    Sample("head dim 256, window", flash_attention, _dense(2, 4096, 4096, 16, 8, 256, window=512)),
     Sample(
         "head dim 256, softcap, window",
         flash_attention,
@@ -66,11 +79,11 @@ SAMPLES = [
         _dense(2, 1024, 1024, 8, 8, 128, dropout_p=0.1),
         (torch.float32,),
     ),
-    # Forward alone: an fp32 backward at this head dimension spills (192 bytes a thread on sm_90).
+    Sample("head dim 256, fp32", flash_attention, _dense(1, 1024, 1024, 8, 8, 256), (torch.float32,)),
     Sample(
-        "head dim 256, fp32, forward",
+        "head dim 256, fp32, dropout, softcap, window",
         flash_attention,
-        _dense(1, 1024, 1024, 8, 8, 256, requires_grad=False),
+        _dense(1, 1024, 1024, 8, 4, 256, dropout_p=0.1, softcap=50.0, window=100),
         (torch.float32,),
     ),
 ]
