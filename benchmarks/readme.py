@@ -38,7 +38,7 @@ def section(folder: Path) -> str:
 def _device(folder: Path, result: Results) -> str:
     where = result.environment
     torch = where["versions"]["torch"]
-    threads = f", {where['threads']} threads" if where["device_type"] == "cpu" else ""
+    threads = f", {where['threads']} threads, {where['clock']}" if where["device_type"] == "cpu" else ""
     lines = [
         f"{where['device']}{threads}, PyTorch {torch}, {where['time'][:10]}, commit {where['commit']}:",
         "medians, and how many times as long each peer takes. Ceilings measured on the same machine: copy",

@@ -55,7 +55,7 @@ def test_gpus_come_first_and_their_absence_is_told(readme: ModuleType, tmp_path:
     _kept(tmp_path, "cpu")
     text = readme.section(tmp_path)
     assert text.startswith("GPU: not yet measured.")
-    assert "some cpu, 2 threads, PyTorch 2.11.0, 2026-01-01, commit 0123456789ab" in text
+    assert "some cpu, 2 threads, elapsed time, PyTorch 2.11.0, 2026-01-01, commit 0123456789ab" in text
     assert "| layer_norm 2x8 float32 | 991 µs | 10% | eager 1.98 x |" in text
     _kept(tmp_path, "cuda")
     text = readme.section(tmp_path)

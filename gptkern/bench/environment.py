@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch
 
+from gptkern.bench.timing import cpu_clock
+
+CLOCKS = {time.process_time: "CPU time", time.perf_counter: "elapsed time"}
 PACKAGES = ("gptkern", "torch", "triton", "transformers", "liger-kernel", "flashinfer-python", "flash-attn")
 
 
@@ -24,6 +28,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "driver": _driver() if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
+        "clock": "elapsed time" if device.type == "cuda" else CLOCKS[cpu_clock()],
         "python": platform.python_version(),
         "system": platform.platform(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},

@@ -70,7 +70,9 @@ def _bar_panel(axis: Axes, groups: dict[str, list[Row]], colours: dict[str, str]
     axis.axhline(1.0, color="#444444", linewidth=0.8)
     axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
     axis.set_xlim(-0.5, max(len(groups), 3) - 0.5)
-    axis.legend(fontsize=8, ncols=min(6, len(providers)))
+    # Room above the bars for the legend.
+    axis.set_ylim(top=1.2 * axis.get_ylim()[1])
+    axis.legend(fontsize=8, ncols=min(6, len(providers)), loc="upper left")
     axis.spines[["top", "right"]].set_visible(False)
 
 

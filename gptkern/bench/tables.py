@@ -99,7 +99,7 @@ def markdown(results: Results) -> str:
         f"# gptkern bench: {where['device']}",
         "",
         f"{where['time']}, {versions}, Python {where['python']}, commit {where['commit'] or 'unknown'}, "
-        f"{where['threads']} CPU threads.",
+        f"CPU threads: {where['threads']}, {where['clock']}.",
         "",
         f"Measured ceilings: copy {ceilings.copy / 1e9:.4g} GB/s (read + written); matrix product {rates}.",
         "Time is the median, spread the interquartile range over it. The floor is the larger of bytes over",

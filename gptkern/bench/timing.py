@@ -1,4 +1,8 @@
-"""Timing a call: CUDA events after a cache flush on a GPU, the monotonic clock on a CPU."""
+"""Timing a call: CUDA events after a cache flush on a GPU, a clock on a CPU.
+
+With one CPU thread the clock is the process's CPU time: what else runs on the machine does not lengthen
+it, and a CPU path waits for nothing. Threads that wait for each other spin: with several it is elapsed time.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,23 @@ _CPU_SAMPLE_SECONDS = 0.004
 _FLUSH_BYTES = 512 << 20
 
 
+def cpu_clock() -> Callable[[], float]:
+    """What times a CPU path."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def warm_up(calls: Sequence[Call], device: torch.device, seconds: float = 0.05) -> float:
     """Call each at least twice and for ``seconds`` in all; the seconds one call then takes."""
     for call in calls:
         call()
     _synchronize(device)
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds or count < len(calls):
+    clock = time.perf_counter if device.type == "cuda" else cpu_clock()
+    began, count = clock(), 0
+    while clock() - began < seconds or count < len(calls):
         calls[count % len(calls)]()
         _synchronize(device)
         count += 1
-    return (time.perf_counter() - began) / count
+    return (clock() - began) / count
 
 
 def sample(calls: Sequence[Call], device: torch.device, count: int, estimate: float) -> list[float]:
@@ -42,13 +52,13 @@ def sample_seconds(estimate: float, device: torch.device) -> float:
 def _sample_cpu(calls: Sequence[Call], count: int, estimate: float) -> list[float]:
     # Several calls a sample where one is too short for the clock.
     repeats = max(1, round(_CPU_SAMPLE_SECONDS / max(estimate, 1e-9)))
-    samples, turn = [], 0
+    samples, turn, clock = [], 0, cpu_clock()
     for _ in range(count):
-        began = time.perf_counter()
+        began = clock()
         for _ in range(repeats):
             calls[turn % len(calls)]()
             turn += 1
-        samples.append((time.perf_counter() - began) / repeats)
+        samples.append((clock() - began) / repeats)
     return samples
 
 
