@@ -81,6 +81,16 @@ def test_words_and_tokens_are_barred() -> None:
     assert torch.equal(*both(ids[:, :1], bad_words_ids=[[*range(2, 40)]]))
 
 
+def test_all_of_a_word_must_have_come() -> None:
+    ids = prompts(2, 6, seed=3)
+    plain = greedy(ids)
+    assert 199 not in [*plain[0], *ids[0].tolist()]
+    other = [199, *plain[0][3:5]]
+    assert greedy(ids, bad_words_ids=[other], sequence_bias={tuple(other): -99.0}) == plain
+    assert greedy(ids, bad_words_ids=[plain[0][2:5]])[0] != plain[0]
+    assert greedy(ids, sequence_bias={tuple(plain[0][2:5]): -99.0})[0] != plain[0]
+
+
 def test_end_of_text_is_no_bad_word() -> None:
     ids = prompts(1, 6, seed=3)
     eos = greedy(ids)[0][4]
