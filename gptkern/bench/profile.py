@@ -17,7 +17,7 @@ from gptkern.cache import KVCache
 from gptkern.decode import DecodeStep
 from gptkern.generate.loop import LEAST_STEPS, stepper
 from gptkern.model import GPT
-from gptkern.ops import _launch
+from gptkern.ops import _launch, backend
 
 PROFILED = 8
 _WARM = 3
@@ -122,7 +122,8 @@ def launches(model: GPT) -> dict[str, int]:
         model.config, max_seqs=1, max_len=model.config.n_positions, dtype=torch.bfloat16, device="meta"
     )
     on_gpu = model.device.type == "cuda"
-    with _launch.record(_launch.arch(model.device) if on_gpu else 90) as made, torch.no_grad():
+    arch = _launch.arch(model.device) if on_gpu else 90
+    with backend("kernel"), _launch.record(arch) as made, torch.no_grad():
         DecodeStep(shape, cache).run(1)
     counts: dict[str, int] = {}
     for launch in made:
