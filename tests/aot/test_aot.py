@@ -8,8 +8,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,3 +78,48 @@ def test_every_launch_row_is_compiled_by_a_sample() -> None:
 )
 def test_blocks_per_sm(arch: int, threads: int, registers: int, shared: int, expected: int) -> None:
     assert _aot.blocks_per_sm(arch, threads, registers, shared) == expected
+
+
+_SOUND = _aot.Report(
+    op="linear",
+    sample="a call",
+    dtype="bfloat16",
+    kernel="linear",
+    arch=90,
+    num_warps=8,
+    num_stages=3,
+    registers=128,
+    local_bytes=0,
+    shared_bytes=96 * 1024,
+    blocks_per_sm=2,
+    matrix="wgmma",
+    serialised=False,
+    widest_load=16,
+    bulk=False,
+    code_bytes=4096,
+    problems=(),
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, None),
+        ({"local_bytes": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 228 * 1024}, "needs 233472 bytes of shared memory; sm_90 has 232448"),
+        ({"shared_bytes": 100 * 1024, "arch": 89}, "sm_89 has 101376"),
+        ({"matrix": "mma.sync"}, "mma.sync, not wgmma"),
+        ({"matrix": "mma.sync", "arch": 80}, None),
+        ({"matrix": "mma.sync", "kernel": "declared"}, None),
+        ({"serialised": True}, "serialises"),
+        ({"serialised": True, "kernel": "declared"}, None),
+    ],
+)
+def test_problems_are_named(changes: dict[str, Any], problem: str | None) -> None:
+    declared = frozenset({"declared"})
+    sample = _samples.Sample(
+        "a call", print, lambda *_: _samples.Call(()), mma_sync=declared, serialised=declared
+    )
+    found = list(_aot._problems(sample, replace(_SOUND, **changes)))
+    assert len(found) == (problem is not None)
+    assert all(problem in text for text in found)
