@@ -19,6 +19,7 @@ th { position: sticky; top: 0; background: #fff }
 tr.ours td { font-weight: 600 }
 tr.failed td { color: #a33 }
 img { max-width: 100%; margin: 1rem 0 }
+pre { overflow-x: auto }
 dt { font-weight: 600 } dd { margin: 0 0 .4rem 0 }
 """
 
