@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cuda_path.h"
+#include "few_rows.h"
 #include "isa.h"
 
 namespace py = pybind11;
@@ -104,6 +105,13 @@ int top_k(bool on_cuda, Address stream, Address workspace, int threads, int dtyp
     return -1;
 }
 
+void few_rows(Address x, Address weight, Address bias, Address out, int rows, int outs, int in,
+              int64_t weight_stride, int dtype, int threads) {
+    few_rows_linear({at<const void>(x), at<const void>(weight), at<const void>(bias), at<void>(out), rows, outs, in,
+                     weight_stride, static_cast<DType>(dtype)},
+                    threads);
+}
+
 std::pair<uint64_t, uint64_t> uniforms(int64_t seed, int64_t request, int64_t step) {
     std::pair<uint64_t, uint64_t> u;
     cpu->uniforms(seed, request, step, &u.first, &u.second);
@@ -116,13 +124,15 @@ std::pair<uint64_t, uint64_t> uniforms(int64_t seed, int64_t request, int64_t st
 PYBIND11_MODULE(_C, module) {
     using namespace gptkern;
     const auto free_threads = py::call_guard<py::gil_scoped_release>();
-    module.doc() = "gptkern's sampler: see gptkern.ops.sample, which checks what it passes on.";
+    module.doc() = "gptkern's sampler (gptkern.ops.sample) and CPU linear layers of few rows (gptkern.generate.cpu_step).";
     module.attr("has_cuda") = kHasCuda;
     module.attr("cuda_archs") = kCudaArchs;
     module.attr("max_vocab") = kMaxVocab;
     module.def("sample", &sample, free_threads);
     module.def("top_k", &top_k, free_threads);
     module.def("workspace_bytes", &cuda_workspace_bytes, "Bytes that the CUDA path needs for (rows, vocab).");
+    module.attr("has_few_rows") = few_rows_supported();
+    module.def("few_rows_linear", &few_rows, free_threads, "A linear layer of few rows: csrc/few_rows.h.");
     module.def("uniforms", &uniforms, "The two 64-bit uniforms of (seed, request, step).");
     module.def("weight", [](double halvings) { return cpu->weight(halvings); });
     module.def("cpu_path", [] { return cpu->name; });

@@ -1,14 +1,12 @@
-"""One token of every sequence on the CPU, with the weights laid out for products of few rows.
+"""One token of every sequence on the CPU, its linear layers by the extension.
 
-Such a product is bound by how fast the weights stream from memory, and their usual layout streams
-slowly: with one row of GPT-2 124M on a Zen 4 core, PyTorch's bf16 linear layers read 9 GB/s and
-oneDNN's packed weights 16 to 30; fp32 ones read 13 and their transpose 20 to 26. The copy lives as
-long as the generation, so that changes to the model are never missed.
+A product of few rows is bound by how fast the weights stream from memory, and PyTorch's linear layers
+stream them at a third of what the memory gives. ``csrc/few_rows.cpp`` reads each weight once, where it
+lies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,21 +16,20 @@ from torch import nn
 from gptkern.model import GPT, Block, Norm
 from gptkern.ops.layer_norm import reference
 from gptkern.ops.linear.reference import ACTIVATIONS
+from gptkern.ops.sample._native import _C, DTYPES
 
 if TYPE_CHECKING:
     from gptkern.cache import KVCache
 
-# More rows are bound by arithmetic, for which the usual layout is as good.
-MOST_ROWS = 16
-
-Linear = Callable[[torch.Tensor], torch.Tensor]
+# More rows are bound by arithmetic, of which PyTorch's products do more a second.
+MOST_ROWS = 8
 
 
 def pays(model: GPT, rows: int) -> bool:
     """Whether a ``CpuStep`` can take this model's place, and is faster."""
     weight = model.lm_head.weight
-    laid_out = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _packs_bf16())
-    return laid_out and weight.device.type == "cpu" and rows <= MOST_ROWS
+    served = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    return served and rows <= MOST_ROWS and _C is not None and bool(_C.has_few_rows)
 
 
 class CpuStep:
@@ -45,8 +42,7 @@ class CpuStep:
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
         self._transformer, self._cache, self._config = model.transformer, cache, model.config
-        self._layers = [_Layer(block) for block in model.transformer.h if isinstance(block, Block)]
-        self._head = _laid_out(model.lm_head)
+        self._head = model.lm_head
         self._scales = [model.config.attention_scale(layer) for layer in range(model.config.n_layer)]
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -55,52 +51,40 @@ class CpuStep:
         step = self._cache.extend([1] * tokens.shape[0])
         x = F.embedding(tokens, transformer.wte.weight) + F.embedding(step.positions, transformer.wpe.weight)
         post_norm = self._config.post_norm
-        for index, (layer, scale) in enumerate(zip(self._layers, self._scales, strict=True)):
-            h = x if post_norm else _norm(layer.ln_1, x)
-            q, k, v = layer.qkv(h).view(x.shape[0], 3, heads, -1).unbind(1)
-            x = x + layer.proj(step.attention(index, q, k, v, scale=scale).flatten(1))
+        for index, (block, scale) in enumerate(zip(transformer.h, self._scales, strict=True)):
+            assert isinstance(block, Block)
+            attn, mlp = block.attn, block.mlp
+            h = x if post_norm else _norm(block.ln_1, x)
+            q, k, v = linear(h, attn.c_attn).view(x.shape[0], 3, heads, -1).unbind(1)
+            x = x + linear(step.attention(index, q, k, v, scale=scale).flatten(1), attn.c_proj)
             if post_norm:
-                x = _norm(layer.ln_1, x)
-            h = x if post_norm else _norm(layer.ln_2, x)
-            x = x + layer.down(layer.activation(layer.up(h)))
+                x = _norm(block.ln_1, x)
+            h = x if post_norm else _norm(block.ln_2, x)
+            x = x + linear(ACTIVATIONS[mlp.activation](linear(h, mlp.c_fc)), mlp.c_proj)
             if post_norm:
-                x = _norm(layer.ln_2, x)
+                x = _norm(block.ln_2, x)
         step.commit()
-        return self._head(x if transformer.ln_f is None else _norm(transformer.ln_f, x))
-
-
-class _Layer:
-    def __init__(self, block: Block) -> None:
-        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
-        self.qkv, self.proj = _laid_out(block.attn.c_attn), _laid_out(block.attn.c_proj)
-        self.up, self.down = _laid_out(block.mlp.c_fc), _laid_out(block.mlp.c_proj)
-        self.activation = ACTIVATIONS[block.mlp.activation]
+        return linear(x if transformer.ln_f is None else _norm(transformer.ln_f, x), self._head)
 
 
 def _norm(norm: Norm, x: torch.Tensor) -> torch.Tensor:
     return reference.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def _packs_bf16() -> bool:
-    # The operators that torch.compile's "freezing" uses; they may be missing from a build.
-    return (
-        torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """``layer(x)`` for ``(rows, in)`` of few rows, on the CPU in fp32 or bf16, summed in fp32."""
+    weight, bias = layer.weight, layer.bias
+    if weight.stride(1) != 1 and weight.shape[1] > 1:
+        return F.linear(x, weight, bias)
+    x = x.contiguous()
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    _C.few_rows_linear(
+        x.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        *(x.shape[0], *weight.shape, weight.stride(0)),
+        DTYPES[x.dtype],
+        torch.get_num_threads(),
     )
-
-
-def _laid_out(linear: nn.Linear) -> Linear:
-    weight = linear.weight.detach()
-    bias: torch.Tensor | None = linear.bias
-    if weight.dtype == torch.bfloat16:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-        pointwise = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: pointwise(x, packed, bias, "none", [], "")
-    if weight.shape[0] < weight.shape[1]:
-        # Few long rows stream as well as they are.
-        return linear
-    turned = weight.t().contiguous()
-    if bias is None:
-        return lambda x: x @ turned
-    return lambda x: torch.addmm(bias, x, turned)
+    return out
