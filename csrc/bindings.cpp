@@ -106,9 +106,9 @@ int top_k(bool on_cuda, Address stream, Address workspace, int threads, int dtyp
 }
 
 void few_rows(Address x, Address weight, Address bias, Address out, int rows, int outs, int in,
-              int64_t weight_stride, int dtype, int threads) {
+              int64_t weight_stride, bool turned, int dtype, int threads) {
     few_rows_linear({at<const void>(x), at<const void>(weight), at<const void>(bias), at<void>(out), rows, outs, in,
-                     weight_stride, static_cast<DType>(dtype)},
+                     weight_stride, turned, static_cast<DType>(dtype)},
                     threads);
 }
 

@@ -18,6 +18,8 @@ constexpr int kLanes = 8;       // fp32 values of a vector register
 constexpr int kStep = 2 * kLanes;
 constexpr int kWeightRows = 4;  // weight rows that one pass over `in` takes: enough independent sums
 constexpr int kRows = 2;        // rows of x that it takes: with their accumulators, half the registers
+constexpr int kTurnedRows = 6;  // rows of turned weights that one pass over the outputs takes
+constexpr int kPanel = 96;      // rows that are summed before they are added to the rest: smaller errors
 constexpr int64_t kLeastWork = 1 << 16;  // weights below which waking a thread costs more than it saves
 
 float widened(uint16_t bits) {
@@ -70,6 +72,9 @@ struct Job {
     std::vector<float> x;  // (rows, padded): fp32, in the order of Kind::place, zeros at the end
     int padded;
     int threads;
+    // Turned weights: (rows, padded outs), in that order too; of one panel of weight rows, and of all.
+    std::vector<float> panel, sums;
+    int padded_outs;
 };
 
 template <class Kind>
@@ -148,18 +153,90 @@ void part(void* context, int index) {
     }
 }
 
+// Adds the share of S weight rows from i on to the sums of the units of kStep outputs from first to last.
+template <class Kind, int S>
+void add_turned(Job& job, int i, int first, int last) {
+    using Storage = typename Kind::Storage;
+    const FewRows& a = *job.a;
+    for (int unit = first; unit < last; ++unit) {
+        const int out = unit * kStep;
+        __m256 low[S], high[S];
+        for (int s = 0; s < S; ++s) {
+            const Storage* w = static_cast<const Storage*>(a.weight) + (i + s) * a.weight_stride + out;
+            Storage rest[kStep] = {};
+            if (out + kStep > a.outs) {
+                std::memcpy(rest, w, (a.outs - out) * sizeof(rest[0]));
+                w = rest;
+            } else {
+                // The rows after these, while these are at work; past the end it is asked for in vain.
+                _mm_prefetch(reinterpret_cast<const char*>(w + S * a.weight_stride), _MM_HINT_T0);
+            }
+            Kind::weights(w, low[s], high[s]);
+        }
+        for (int r = 0; r < a.rows; ++r) {
+            float* const sums = job.panel.data() + static_cast<int64_t>(r) * job.padded_outs + out;
+            // Summed apart first: fewer additions to the long sum, and smaller errors.
+            __m256 first_half = _mm256_setzero_ps(), second_half = _mm256_setzero_ps();
+            for (int s = 0; s < S; ++s) {
+                const __m256 x = _mm256_set1_ps(job.x[static_cast<int64_t>(r) * job.padded + Kind::place(i + s)]);
+                first_half = _mm256_fmadd_ps(x, low[s], first_half);
+                second_half = _mm256_fmadd_ps(x, high[s], second_half);
+            }
+            _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), first_half));
+            _mm256_storeu_ps(sums + kLanes, _mm256_add_ps(_mm256_loadu_ps(sums + kLanes), second_half));
+        }
+    }
+}
+
+// A thread's share of the outputs of turned weights: weight rows are added in their order, some at a time.
+template <class Kind>
+void turned_part(void* context, int index) {
+    using Storage = typename Kind::Storage;
+    Job& job = *static_cast<Job*>(context);
+    const FewRows& a = *job.a;
+    const int units = job.padded_outs / kStep;
+    const int first = static_cast<int>(static_cast<int64_t>(units) * index / job.threads);
+    const int last = static_cast<int>(static_cast<int64_t>(units) * (index + 1) / job.threads);
+    for (int i = 0; i < a.in;) {
+        const int panel_end = i + kPanel < a.in ? i + kPanel : a.in;
+        for (; i + kTurnedRows <= panel_end; i += kTurnedRows) add_turned<Kind, kTurnedRows>(job, i, first, last);
+        for (; i < panel_end; ++i) add_turned<Kind, 1>(job, i, first, last);
+        for (int r = 0; r < a.rows; ++r) {
+            const int64_t row = static_cast<int64_t>(r) * job.padded_outs;
+            for (int64_t out = row + first * kStep; out < row + last * kStep; ++out) {
+                job.sums[out] += job.panel[out];
+                job.panel[out] = 0.0f;
+            }
+        }
+    }
+    const int end = last * kStep < a.outs ? last * kStep : a.outs;
+    for (int r = 0; r < a.rows; ++r) {
+        for (int out = first * kStep; out < end; ++out) {
+            const float bias = a.bias == nullptr ? 0.0f : Kind::load(static_cast<const Storage*>(a.bias)[out]);
+            static_cast<Storage*>(a.out)[static_cast<int64_t>(r) * a.outs + out] =
+                Kind::store(job.sums[static_cast<int64_t>(r) * job.padded_outs + Kind::place(out)] + bias);
+        }
+    }
+}
+
+int whole_steps(int n) { return (n + kStep - 1) / kStep * kStep; }
+
 template <class Kind>
 void run(const FewRows& a, int threads) {
     using Storage = typename Kind::Storage;
-    const int padded = (a.in + kStep - 1) / kStep * kStep;
-    Job job{&a, std::vector<float>(static_cast<size_t>(a.rows) * padded, 0.0f), padded, threads};
+    const int padded = whole_steps(a.in);
+    Job job{&a, std::vector<float>(static_cast<size_t>(a.rows) * padded, 0.0f), padded, threads, {}, {}, 0};
     for (int r = 0; r < a.rows; ++r) {
         const Storage* const row = static_cast<const Storage*>(a.x) + static_cast<int64_t>(r) * a.in;
         float* const to = job.x.data() + static_cast<int64_t>(r) * padded;
         for (int i = 0; i < a.in; ++i) to[Kind::place(i)] = Kind::load(row[i]);
     }
     if (static_cast<int64_t>(a.outs) * a.in < kLeastWork) job.threads = 1;
-    run_together(job.threads, part<Kind>, &job);
+    if (!a.turned) return run_together(job.threads, part<Kind>, &job);
+    job.padded_outs = whole_steps(a.outs);
+    job.sums.assign(static_cast<size_t>(a.rows) * job.padded_outs, 0.0f);
+    job.panel = job.sums;
+    run_together(job.threads, turned_part<Kind>, &job);
 }
 
 }  // namespace

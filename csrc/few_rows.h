@@ -9,8 +9,9 @@ namespace gptkern {
 
 // out[r, j] = sum_i x[r, i] * weight[j, i] + bias[j], accumulated in fp32 and rounded once.
 //
-// x (rows, in) and out (rows, outs) are dense; weight (outs, in) has rows of any stride; all are of one
-// dtype, fp32 or bf16. A row's result does not depend on the other rows, nor on the number of threads.
+// x (rows, in) and out (rows, outs) are dense; weight lies as (outs, in), or turned as (in, outs), with its
+// rows any stride apart; all are of one dtype, fp32 or bf16. A row's result does not depend on the other
+// rows, nor on the number of threads.
 struct FewRows {
     const void* x;
     const void* weight;
@@ -18,6 +19,7 @@ struct FewRows {
     void* out;
     int rows, outs, in;
     int64_t weight_stride;
+    bool turned;
     DType dtype;
 };
 

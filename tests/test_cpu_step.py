@@ -15,15 +15,19 @@ pytestmark = pytest.mark.skipif(not _C.has_few_rows, reason="this processor has 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def layer_of(outs: int, ins: int, dtype: torch.dtype, bias: bool = True) -> nn.Linear:
-    return nn.Linear(ins, outs, bias=bias).to(dtype)
+def layer_of(outs: int, ins: int, dtype: torch.dtype, bias: bool = True, turned: bool = False) -> nn.Linear:
+    layer = nn.Linear(ins, outs, bias=bias).to(dtype)
+    if turned:
+        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    return layer
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("outs", "ins"), [(1, 1), (5, 7), (129, 33), (3, 16), (64, 100), (768, 3072)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
-def test_against_float64(rows: int, outs: int, ins: int, dtype: torch.dtype) -> None:
-    layer, x = layer_of(outs, ins, dtype), torch.randn(rows, ins).to(dtype)
+@pytest.mark.parametrize("turned", [False, True])
+def test_against_float64(turned: bool, rows: int, outs: int, ins: int, dtype: torch.dtype) -> None:
+    layer, x = layer_of(outs, ins, dtype, turned=turned), torch.randn(rows, ins).to(dtype)
     with torch.inference_mode():
         found, plain = linear(x, layer), layer(x)
         exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
@@ -32,8 +36,11 @@ def test_against_float64(rows: int, outs: int, ins: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(dtype: torch.dtype) -> None:
-    layer, x = layer_of(257, 515, dtype), torch.randn(8, 515).to(dtype)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(
+    turned: bool, dtype: torch.dtype
+) -> None:
+    layer, x = layer_of(257, 515, dtype, turned=turned), torch.randn(8, 515).to(dtype)
     threads = torch.get_num_threads()
     with torch.inference_mode():
         whole = linear(x, layer)

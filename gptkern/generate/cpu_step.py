@@ -74,7 +74,9 @@ def _norm(norm: Norm, x: torch.Tensor) -> torch.Tensor:
 def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
     """``layer(x)`` for ``(rows, in)`` of few rows, on the CPU in fp32 or bf16, summed in fp32."""
     weight, bias = layer.weight, layer.bias
-    if weight.stride(1) != 1 and weight.shape[1] > 1:
+    # Weights of transformers' GPT-2 are kept the other way round, and come here as a view.
+    turned = weight.stride(1) != 1 and weight.stride(0) == 1
+    if not turned and weight.stride(1) != 1 and weight.shape[1] > 1:
         return F.linear(x, weight, bias)
     x = x.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
@@ -83,7 +85,7 @@ def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        *(x.shape[0], *weight.shape, weight.stride(0)),
+        *(x.shape[0], *weight.shape, weight.stride(1 if turned else 0), turned),
         DTYPES[x.dtype],
         torch.get_num_threads(),
     )
