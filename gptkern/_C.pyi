@@ -62,3 +62,19 @@ def uniforms(seed: int, request: int, step: int, /) -> tuple[int, int]: ...
 def weight(halvings: float, /) -> int: ...
 def cpu_path() -> str: ...
 def use_cpu_path(name: str, /) -> None: ...
+
+has_few_rows: bool
+
+def few_rows_linear(
+    x: int,
+    weight: int,
+    bias: int,
+    out: int,
+    rows: int,
+    outs: int,
+    ins: int,
+    weight_stride: int,
+    turned: bool,
+    dtype: int,
+    threads: int,
+) -> None: ...
