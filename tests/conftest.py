@@ -42,7 +42,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "ci: a slow test that CI runs all the same")
     # NumPy warns of inf and NaN arithmetic that a GPU does in silence, masked lanes included.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 

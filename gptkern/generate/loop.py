@@ -23,7 +23,7 @@ from gptkern.ops._dispatch import use_kernel
 if TYPE_CHECKING:
     from gptkern.model import GPTOutput
 
-# Laying weights out, or capturing a graph, takes as long as it saves in about ten steps.
+# Capturing a graph takes as long as it saves in about ten steps.
 LEAST_STEPS = 16
 
 # Where the next step is under way before the host looks at this one's tokens. A row that turns out to
