@@ -25,6 +25,7 @@ COMMANDS = {
     "quantize": "",
     "bench": "bench",
     "profile": "bench",
+    "tune": "",
     "inspect": "",
     "verify": "",
 }

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ ARCHS = (80, 89, 90, 100)
 _NOTES = ("measured",)
 
 Observer = Callable[["Launch"], bool]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass
@@ -146,11 +148,45 @@ def _serving(arch: int) -> int:
     return 90 if arch < 100 else 100
 
 
+def table_file(arch: int) -> Path:
+    """The file of the launch table that serves ``arch``."""
+    return Path(str(resources.files(__package__).joinpath("launch", f"sm{_serving(arch)}.toml")))
+
+
 @functools.cache
 def table(arch: int) -> dict[str, list[dict[str, Any]]]:
     """The launch table that serves ``arch``: rows by kernel."""
-    file = resources.files(__package__).joinpath("launch", f"sm{_serving(arch)}.toml")
-    return tomllib.loads(file.read_text())
+    return tomllib.loads(table_file(arch).read_text())
+
+
+_kept: list[Any] = []
+
+
+def planned(function: Function) -> Function:
+    """``functools.cache`` for what follows from the launch table, and is forgotten when a row changes."""
+    cached = functools.cache(function)
+    _kept.append(cached)
+    return cached  # type: ignore[return-value]
+
+
+def forget() -> None:
+    """Forget what followed from the launch table, and which of its rows were asked for."""
+    rows_asked.clear()
+    for cached in _kept:
+        cached.cache_clear()
+
+
+@contextmanager
+def trying(arch: int, kernel: str, index: int, row: dict[str, Any]) -> Iterator[None]:
+    """Let ``row`` stand in place of one row of the launch table that serves ``arch``: what a tuner does."""
+    rows = table(arch)[kernel]
+    before, rows[index] = rows[index], row
+    forget()
+    try:
+        yield
+    finally:
+        rows[index] = before
+        forget()
 
 
 def _applies(row: dict[str, Any], shape: dict[str, Any]) -> bool:
@@ -163,7 +199,7 @@ def _applies(row: dict[str, Any], shape: dict[str, Any]) -> bool:
     return True
 
 
-@functools.cache
+@planned
 def _row(kernel: str, arch: int, shape: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     asked = dict(shape)
     for index, row in enumerate(table(arch).get(kernel, ())):

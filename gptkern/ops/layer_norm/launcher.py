@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ def _dropout(p: float) -> tuple[int, float]:
     return threshold, _DROPOUT_STEPS / (_DROPOUT_STEPS - threshold)
 
 
-@functools.cache
+@_launch.planned
 def _plan(kernel: str, width: int, device: torch.device, arch: int) -> tuple[int, dict[str, Any]]:
     """(most programs, arguments) of ``kernel`` for rows of ``width``: never a matter of how many rows."""
     config = dict(_launch.config(kernel, device, width=width))
