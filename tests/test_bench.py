@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 import gptkern.cli
 from gptkern.bench import compare, html, inspect, plots, results, session, suites, tables
@@ -348,7 +349,8 @@ def test_the_machine_codes_changes_are_told_kernel_by_kernel(tmp_path: Path) -> 
     old = [_report(), _report(registers=80), _report(kernel="gone"), _report(op="other", kernel="elsewhere")]
     path = tmp_path / "baseline.json"
     inspect.save(old, path)
-    assert inspect.load(path) == old
+    assert inspect.load(path) == (old, triton.__version__)
+    assert len(path.read_text().splitlines()) == len(old) + 2
     assert inspect.diff(old, old) == []
     new = [_report(), _report(registers=96, local_bytes=16), _report(kernel="added")]
     assert inspect.diff(old, new) == [

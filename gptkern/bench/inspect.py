@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
+import triton
 
 from gptkern.bench import suites
 from gptkern.bench.tables import seconds_text
@@ -52,20 +54,23 @@ def index(reports: Iterable[Report]) -> dict[Key, Report]:
 
 
 def save(reports: Iterable[Report], path: Path) -> None:
-    """Write a baseline."""
-    rows = [dataclasses.asdict(report) for report in index(reports).values()]
-    path.write_text(json.dumps(rows, indent=0) + "\n")
+    """Write a baseline, a line for each kernel, so that changes show in a line-by-line comparison."""
+    rows = ",\n".join(json.dumps(dataclasses.asdict(report)) for report in index(reports).values())
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(f'{{"triton": "{triton.__version__}", "reports": [\n{rows}\n]}}\n')
+    os.replace(partial, path)
 
 
-def load(path: Path) -> list[Report]:
-    """Read a baseline.
+def load(path: Path) -> tuple[list[Report], str]:
+    """(the reports of a baseline, the version of Triton that compiled them).
 
     Raises:
         ValueError: The file is no such baseline.
     """
     try:
-        rows = json.loads(path.read_text())
-        return [Report(**{**row, "problems": tuple(row["problems"])}) for row in rows]
+        data = json.loads(path.read_text())
+        reports = [Report(**{**row, "problems": tuple(row["problems"])}) for row in data["reports"]]
+        return reports, data["triton"]
     except (OSError, KeyError, TypeError, ValueError) as failure:
         raise ValueError(f"{path}: not a report of gptkern inspect: {failure}") from failure
 
@@ -96,8 +101,12 @@ def _changes(old: Report, new: Report) -> str:
     return ", ".join(f"{field} {before!r} -> {after!r}" for field, before, after in pairs if before != after)
 
 
-def compiled(ops: Sequence[str], archs: tuple[int, ...], most: int | None = None) -> list[Report]:
+def compiled(
+    ops: Sequence[str], archs: tuple[int, ...], most: int | None = None, per: str = "binary"
+) -> list[Report]:
     """Compile these ops, or all, for these architectures; ``most`` kernels of each op.
+
+    ``per`` says of what there is one report: ``binary``, ``row`` (of the launch table, by dtype), ``kernel``.
 
     Raises:
         ValueError: There is no such op or architecture.
@@ -109,7 +118,7 @@ def compiled(ops: Sequence[str], archs: tuple[int, ...], most: int | None = None
     for arch in archs:
         if arch not in _launch.ARCHS:
             raise ValueError(f"inspect: no launch table serves sm_{arch}; there are {_launch.ARCHS}")
-    return [report for op in ops or known for report in islice(_aot.reports(op, archs), most)]
+    return [report for op in ops or known for report in islice(_aot.reports(op, archs, per), most)]
 
 
 def table(archs: tuple[int, ...], most: int | None = None) -> str:

@@ -75,19 +75,14 @@ def places(ops: Iterable[str], arch: int) -> list[Place]:
 
 
 def neighbours(row: Row) -> Iterator[Row]:
-    """Every configuration that differs in one thing: half or twice a size, one stage, a switch."""
+    """Every configuration that differs in one thing: half or twice a size, one stage more or less."""
     for name, value in row.items():
-        if name.startswith("max") or isinstance(value, str):
+        # Conditions stay, and so do switches: whether TMA may be used, say, is no matter of time alone.
+        if name.startswith("max") or isinstance(value, (str, bool)):
             continue
-        others: tuple[Any, ...]
-        if isinstance(value, bool):
-            others = (not value,)
-        elif name == "num_stages":
-            others = (value - 1, value + 1)
-        else:
-            others = (value // 2, value * 2)
+        others = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
         for other in others:
-            if 1 <= other <= _MOST.get(name, math.inf) or isinstance(value, bool):
+            if 1 <= other <= _MOST.get(name, math.inf):
                 yield {**row, name: other}
 
 

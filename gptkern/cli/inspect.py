@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Per(Enum):
+    """Of what there is one report."""
+
+    BINARY = "binary"
+    ROW = "row"
+    KERNEL = "kernel"
 
 
 def inspect(
@@ -15,6 +24,9 @@ def inspect(
     arch: Annotated[
         list[int] | None, typer.Option(help="Compute capability: 80, 89, 90 or 100; repeatable.")
     ] = None,
+    per: Annotated[
+        Per, typer.Option(help="One report of every different binary, launch row or kernel.")
+    ] = Per.BINARY,
     diff: Annotated[Path | None, typer.Option(help="Only what differs from this report.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     floor: Annotated[
@@ -25,22 +37,31 @@ def inspect(
 
     For each kernel and launch configuration: registers, local memory (spills), shared memory, blocks a
     multiprocessor holds, the matrix instruction, the widest load, the code's size. Exits with 1 where a
-    kernel spills, does not fit, or misses its matrix instruction.
+    kernel spills, does not fit, or misses its matrix instruction, and where --diff finds a difference.
 
     Examples:
 
     - `gptkern inspect flash_attention --arch 90`
 
     - `gptkern inspect --save before.json`, change a kernel, `gptkern inspect --diff before.json`
+
+    - `gptkern inspect --per row --arch 80 --arch 90 --arch 100 --diff benchmarks/machine_code.json`
+      compares a checkout with the baseline that it carries
     """
+    import triton
+
     from gptkern.bench import inspect as report
     from gptkern.ops import _aot, _launch
 
     archs = tuple(arch or _launch.ARCHS)
-    found = report.compiled(ops or [], archs)
-    if diff is not None:
-        lines = report.diff(report.load(diff), found)
+    before = None if diff is None else report.load(diff)
+    found = report.compiled(ops or [], archs, per=per.value)
+    lines: list[str] = []
+    if before is not None:
+        lines = report.diff(before[0], found)
         print("\n".join(lines) or "the machine code is the same")
+        if lines and before[1] != triton.__version__:
+            print(f"{diff} was compiled by triton {before[1]}, this is {triton.__version__}")
     else:
         print(_aot.as_table(found))
     if floor:
@@ -49,4 +70,4 @@ def inspect(
             print("\n".join(report.floors(ops or [], each)))
     if save is not None:
         report.save(found, save)
-    return int(any(item.problems for item in found))
+    return int(bool(lines) or any(item.problems for item in found))

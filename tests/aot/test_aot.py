@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
+from gptkern.bench import inspect as baseline
 from gptkern.ops import _aot, _launch, _samples
 
 ROOT = Path(__file__).resolve().parents[2]
+BASELINE = ROOT / "benchmarks" / "machine_code.json"
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,8 +44,17 @@ def test_kernels_compile(op: str, second: int) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("op", _samples.ops())
 def test_launch_rows_compile(op: str) -> None:
-    """Every launch row once."""
-    _compile(op, (80, 90, 100), "row")
+    """Every launch row once, to the machine code that the committed baseline describes."""
+    inspect = "from gptkern.cli import main; main()"
+    archs = [word for arch in (80, 90, 100) for word in ("--arch", str(arch))]
+    _, version = baseline.load(BASELINE)
+    compared = ["--diff", str(BASELINE)] if version == triton.__version__ else []
+    command = [sys.executable, "-c", inspect, "inspect", op, "--per", "row", *archs, *compared]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, (
+        f"{done.stdout}\n{done.stderr[-4000:]}\n"
+        f"Where the change is meant: gptkern inspect --per row {' '.join(archs)} --save {BASELINE.name}"
+    )
 
 
 @pytest.mark.slow
