@@ -4,9 +4,10 @@
 #   benchmarks/gpu_session.sh OUT             # all stages, results in the folder OUT
 #   benchmarks/gpu_session.sh OUT build test  # these stages alone
 #
-# Stages: build test sanitize quick bench-SUITE (one for each suite of gptkern bench) token ncu. Needs no
-# network: the packages that are there are used (torch 2.11 with triton 3.6 is enough; tests want pytest
-# and hypothesis). A stage that fails does not stop the next.
+# Stages: build test sanitize quick bench-SUITE (one for each suite of gptkern bench) drop-in token ncu
+# tune-OP (one for each op with rows in the launch table). Needs no network: the packages that are there are
+# used (torch 2.11 with triton 3.6 is enough; tests want pytest and hypothesis). A stage that fails does not
+# stop the next. Tuning goes on, in OUT/launch.toml, where the time of an earlier stage ended.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?usage: benchmarks/gpu_session.sh OUT [STAGE ...]}")
@@ -14,9 +15,10 @@ shift
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 suites="layer_norm rms_norm flash_attention linear gelu_mlp linear_cross_entropy decode_attention
     sample prefill decode_step generate train_step"
+tuned="decode_linear decode_attention flash_attention linear gelu_mlp linear_cross_entropy layer_norm rms_norm"
 stages=("$@")
 # shellcheck disable=SC2086  # words are wanted
-[ ${#stages[@]} -gt 0 ] || stages=(build test sanitize quick $(printf 'bench-%s ' $suites) token ncu)
+[ ${#stages[@]} -gt 0 ] || stages=(build test sanitize quick $(printf 'bench-%s ' $suites) drop-in token ncu $(printf 'tune-%s ' $tuned))
 mkdir -p "$out"
 
 seconds=530
@@ -38,6 +40,13 @@ sanitize() {
     done
 }
 bench() { limited python3 -m gptkern bench "$1" --out "$out/$1"; }
+# generate of transformers before and after gptkern.accelerate
+drop_in() {
+    limited python3 -m pytest -o addopts= -p no:cacheprovider -q -s benchmarks/bench_transformers.py \
+        --benchmark-json "$out/drop_in.json"
+}
+# Ended by its limit, it has written what it found, and the next one goes on.
+tune() { limited python3 -m gptkern tune "$1" --table "$out/launch.toml" || [ $? -eq 124 ]; }
 token() { limited python3 -m gptkern profile "ROMEO:" --dtype bfloat16 --trace "$out/token.json"; }
 # The kernels by name, so that PyTorch's own in the ceilings and the peers are passed over.
 ncu_figures() {
@@ -61,6 +70,8 @@ for stage in "${stages[@]}"; do
         sanitize) sanitize ;;
         quick) limited python3 -m gptkern bench --quick --out "$out/quick" ;;
         bench-*) bench "${stage#bench-}" ;;
+        drop-in) drop_in ;;
+        tune-*) tune "${stage#tune-}" ;;
         token) token ;;
         ncu) ncu_figures ;;
         *) echo "unknown stage $stage" >&2; exit 2 ;;
