@@ -127,11 +127,12 @@ def stepper(model: GPT, cache: KVCache, *, rows: int, steps: int) -> Callable[[t
     """What takes the cache's sequences one token on: ``(rows,)`` tokens to ``(rows, vocab_size)`` logits."""
     # A layer that somebody put in another's place computes what nobody here can know.
     ours = all(type(m) in _KNOWN for m in (*model.transformer.modules(), model.lm_head))
-    if ours and steps >= LEAST_STEPS and not torch.is_autocast_enabled(model.device.type):
-        if use_kernel(model.lm_head.weight):
+    if ours and not torch.is_autocast_enabled(model.device.type):
+        if not use_kernel(model.lm_head.weight):
+            if pays(model, rows):
+                return CpuStep(model, cache)
+        elif steps >= LEAST_STEPS:
             return DecodeStep(model, cache)
-        if pays(model, rows):
-            return CpuStep(model, cache)
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
         output: GPTOutput = model(tokens[:, None], cache=cache)

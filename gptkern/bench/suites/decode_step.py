@@ -1,4 +1,4 @@
-"""One decode step: a token of every sequence through the model and its cache, the logits out."""
+"""One decode step as ``generate`` takes it: a token of every sequence through model and cache, logits out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptkern.bench.suites import _models as models
 from gptkern.bench.suites import _providers as shared
 from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
-from gptkern.decode import DecodeStep
+from gptkern.generate.loop import stepper
 
 # (model, batch, context)
 GPU = [
@@ -78,7 +78,8 @@ def _problem(
     @once
     def made() -> Step:
         kept = filled(config, batch, context, dtype, device)
-        return _growing(DecodeStep(models.ours(config, dtype, device), kept), kept, context)
+        step = stepper(models.ours(config, dtype, device), kept, rows=batch, steps=ROOM)
+        return _growing(step, kept, context)
 
     @once
     def eager() -> Step:

@@ -14,7 +14,7 @@ from gptkern.config import GPTConfig
 PROMPT = 32
 # (model, batch, new tokens)
 GPU = [(models.GPT2, 1, 128), (models.GPT2, 8, 128), (models.LARGE, 1, 128), (models.GPT2, 64, 128)]
-CPU = [(models.SMALL, 1, 32), (models.GPT2, 1, 8), (models.GPT2, 1, 32), (models.GPT2, 8, 32)]
+CPU = [(models.SMALL, 1, 32), (models.GPT2, 1, 16), (models.GPT2, 1, 64), (models.GPT2, 8, 32)]
 
 
 def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
