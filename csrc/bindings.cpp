@@ -1,10 +1,12 @@
 // gptkern._C: raw pointers, sizes and a stream handle, no torch. gptkern.ops.sample checks what it passes.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <utility>
 
 #include "cuda_path.h"
+#include "decoder.h"
 #include "few_rows.h"
 #include "isa.h"
 
@@ -112,6 +114,14 @@ void few_rows(Address x, Address weight, Address bias, Address out, int rows, in
                     threads);
 }
 
+void decode(Decoder& decoder, Address k, Address v, int64_t block_stride, int64_t page_stride, int64_t slot_stride,
+            int page_size, Address table, int64_t table_stride, Address lengths, Address tokens, int rows,
+            Address logits, int threads) {
+    const CpuCache cache{at<void>(k),  at<void>(v), block_stride, page_stride, slot_stride, page_size,
+                         at<const int32_t>(table), table_stride, at<const int32_t>(lengths)};
+    decoder.step(cache, at<const int64_t>(tokens), rows, at<void>(logits), threads);
+}
+
 std::pair<uint64_t, uint64_t> uniforms(int64_t seed, int64_t request, int64_t step) {
     std::pair<uint64_t, uint64_t> u;
     cpu->uniforms(seed, request, step, &u.first, &u.second);
@@ -124,7 +134,7 @@ std::pair<uint64_t, uint64_t> uniforms(int64_t seed, int64_t request, int64_t st
 PYBIND11_MODULE(_C, module) {
     using namespace gptkern;
     const auto free_threads = py::call_guard<py::gil_scoped_release>();
-    module.doc() = "gptkern's sampler (gptkern.ops.sample) and CPU linear layers of few rows (gptkern.generate.cpu_step).";
+    module.doc() = "gptkern's sampler (gptkern.ops.sample) and the CPU's decode step (gptkern.generate.cpu_step).";
     module.attr("has_cuda") = kHasCuda;
     module.attr("cuda_archs") = kCudaArchs;
     module.attr("max_vocab") = kMaxVocab;
@@ -133,6 +143,12 @@ PYBIND11_MODULE(_C, module) {
     module.def("workspace_bytes", &cuda_workspace_bytes, "Bytes that the CUDA path needs for (rows, vocab).");
     module.attr("has_few_rows") = few_rows_supported();
     module.def("few_rows_linear", &few_rows, free_threads, "A linear layer of few rows: csrc/few_rows.h.");
+    module.attr("has_decoder") = decoder_supported();
+    py::class_<Decoder>(module, "Decoder", "A model for the CPU's decode step: csrc/decoder.h.")
+        .def(py::init<int, int, int, int, int, int, bool, float, const std::vector<std::vector<int64_t>>&,
+                      const std::vector<float>&, const std::vector<int64_t>&, const std::vector<int64_t>&,
+                      const std::vector<int64_t>&>())
+        .def("step", &decode, free_threads, "One token of every sequence: csrc/decode_cpu.h.");
     module.def("uniforms", &uniforms, "The two 64-bit uniforms of (seed, request, step).");
     module.def("weight", [](double halvings) { return cpu->weight(halvings); });
     module.def("cpu_path", [] { return cpu->name; });

@@ -1,97 +1,128 @@
-"""One token of every sequence on the CPU, its linear layers by the extension.
+"""One token of every sequence on the CPU, by the extension: all layers in one call.
 
-A product of few rows is bound by how fast the weights stream from memory, and PyTorch's linear layers
-stream them at a third of what the memory gives. ``csrc/few_rows.cpp`` reads each weight once, where it
-lies.
+A step of few rows is bound by how fast the weights stream from memory. PyTorch's operators stream them
+at a third to two thirds of what the memory gives, and spend as long again between them.
+``csrc/decode_cpu.cpp`` reads each weight once, where it lies, and its threads stay together from the
+embeddings to the logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from gptkern.model import GPT, Block, Norm
-from gptkern.ops.layer_norm import reference
-from gptkern.ops.linear.reference import ACTIVATIONS
 from gptkern.ops.sample._native import _C, DTYPES
 
 if TYPE_CHECKING:
     from gptkern.cache import KVCache
 
 # More rows are bound by arithmetic, of which PyTorch's products do more a second.
-MOST_ROWS = 8
-# Of weights kept as (in, outs), whose sums go through memory: fewer pay.
-MOST_TURNED_ROWS = 4
+MOST_ROWS = 16
+# csrc/decode_cpu.h
+_ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "relu": 2, "silu": 3}
+_SERVED = (torch.float32, torch.bfloat16)
 
 
-def pays(model: GPT, rows: int) -> bool:
+def pays(model: GPT, cache: KVCache, rows: int) -> bool:
     """Whether a ``CpuStep`` can take this model's place, and is faster."""
-    weight = model.lm_head.weight
-    served = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-    first = next(iter(model.transformer.h))
-    assert isinstance(first, Block)
-    most = MOST_ROWS if first.attn.c_attn.weight.stride(1) == 1 else MOST_TURNED_ROWS
-    return served and rows <= most and _C is not None and bool(_C.has_few_rows)
+    parameters = list(model.parameters())
+    same = {(p.dtype, p.device.type) for p in parameters} == {(cache.dtype, "cpu")}
+    dense = all(p.dim() == 1 or 1 in p.stride() for p in parameters)
+    built = _C is not None and bool(_C.has_decoder)
+    return built and same and dense and cache.dtype in _SERVED and rows <= MOST_ROWS
 
 
 class CpuStep:
-    """``model(tokens[:, None], cache=cache).logits[:, -1]``, faster. Made and used in inference mode.
+    """``model(tokens[:, None], cache=cache).logits[:, -1]``, faster.
+
+    A row's logits are bitwise the same whatever else is in the batch, and with any number of threads.
 
     Args:
-        model: In evaluation mode; ``pays`` has said yes.
+        model: In evaluation mode; ``pays`` has said yes. Its parameters may change, but must stay in
+            their places.
         cache: Holds the prompts; every call takes each of its sequences one token on.
     """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
-        self._transformer, self._cache, self._config = model.transformer, cache, model.config
-        self._head = model.lm_head
-        self._scales = [model.config.attention_scale(layer) for layer in range(model.config.n_layer)]
+        config, transformer = model.config, model.transformer
+        self._model, self._cache = model, cache
+        blocks = list(transformer.h)
+        self._decoder = _C.Decoder(
+            DTYPES[cache.dtype],
+            config.n_embd,
+            config.n_head,
+            config.inner_dim,
+            config.vocab_size,
+            _ACTIVATIONS[config.activation],
+            config.post_norm,
+            config.layer_norm_epsilon,
+            [list(_block(block)) for block in blocks],
+            [config.attention_scale(layer) for layer in range(len(blocks))],
+            [n for e in (transformer.wte, transformer.wpe) for n in (e.weight.data_ptr(), e.weight.stride(0))],
+            [0, 0] if transformer.ln_f is None else list(_norm(transformer.ln_f)),
+            list(_linear(model.lm_head)),
+        )
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits ``(rows, vocab_size)`` after ``tokens`` ``(rows,)`` int64."""
-        transformer, heads = self._transformer, self._config.n_head
-        step = self._cache.extend([1] * tokens.shape[0])
-        x = F.embedding(tokens, transformer.wte.weight) + F.embedding(step.positions, transformer.wpe.weight)
-        post_norm = self._config.post_norm
-        for index, (block, scale) in enumerate(zip(transformer.h, self._scales, strict=True)):
-            assert isinstance(block, Block)
-            attn, mlp = block.attn, block.mlp
-            h = x if post_norm else _norm(block.ln_1, x)
-            q, k, v = linear(h, attn.c_attn).view(x.shape[0], 3, heads, -1).unbind(1)
-            x = x + linear(step.attention(index, q, k, v, scale=scale).flatten(1), attn.c_proj)
-            if post_norm:
-                x = _norm(block.ln_1, x)
-            h = x if post_norm else _norm(block.ln_2, x)
-            x = x + linear(ACTIVATIONS[mlp.activation](linear(h, mlp.c_fc)), mlp.c_proj)
-            if post_norm:
-                x = _norm(block.ln_2, x)
+        cache, rows = self._cache, tokens.shape[0]
+        step = cache.extend([1] * rows)
+        self._check(tokens, max(step.lengths))
+        tokens = tokens.contiguous()
+        logits = torch.empty(rows, self._model.config.vocab_size, dtype=cache.dtype)
+        self._decoder.step(
+            cache.k.data_ptr(),
+            cache.v.data_ptr(),
+            *cache.k.stride()[:3],
+            cache.page_size,
+            cache.page_table.data_ptr(),
+            cache.page_table.stride(0),
+            cache.seq_lens.data_ptr(),
+            tokens.data_ptr(),
+            rows,
+            logits.data_ptr(),
+            torch.get_num_threads(),
+        )
         step.commit()
-        return linear(x if transformer.ln_f is None else _norm(transformer.ln_f, x), self._head)
+        return logits
+
+    def _check(self, tokens: torch.Tensor, longest: int) -> None:
+        config = self._model.config
+        if longest >= config.n_positions:
+            raise ValueError(
+                f"GPT: a sequence has {longest} tokens, the model's whole context of {config.n_positions}"
+            )
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
+            raise ValueError(
+                f"GPT: tokens are {tokens.tolist()}; 0 <= token < {config.vocab_size} is needed"
+            )
 
 
-def _norm(norm: Norm, x: torch.Tensor) -> torch.Tensor:
-    return reference.layer_norm(x, norm.weight, norm.bias, norm.eps)
+def _block(block: nn.Module) -> Iterator[int]:
+    """csrc/decoder.h"""
+    assert isinstance(block, Block)
+    for norm in (block.ln_1, block.ln_2):
+        yield from _norm(norm)
+    for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+        yield from _linear(layer)
 
 
-def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    """``layer(x)`` for ``(rows, in)`` of few rows, on the CPU in fp32 or bf16, summed in fp32."""
+def _norm(norm: Norm) -> tuple[int, int]:
+    return norm.weight.data_ptr(), 0 if norm.bias is None else norm.bias.data_ptr()
+
+
+def _linear(layer: nn.Linear) -> tuple[int, ...]:
     weight, bias = layer.weight, layer.bias
     # Weights of transformers' GPT-2 are kept the other way round, and come here as a view.
-    turned = weight.stride(1) != 1 and weight.stride(0) == 1
-    if not turned and weight.stride(1) != 1 and weight.shape[1] > 1:
-        return F.linear(x, weight, bias)
-    x = x.contiguous()
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    _C.few_rows_linear(
-        x.data_ptr(),
+    turned = weight.stride(1) != 1
+    return (
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        *(x.shape[0], *weight.shape, weight.stride(1 if turned else 0), turned),
-        DTYPES[x.dtype],
-        torch.get_num_threads(),
+        *weight.shape,
+        weight.stride(0 if not turned else 1),
+        int(turned),
     )
-    return out

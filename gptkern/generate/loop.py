@@ -129,7 +129,7 @@ def stepper(model: GPT, cache: KVCache, *, rows: int, steps: int) -> Callable[[t
     ours = all(type(m) in _KNOWN for m in (*model.transformer.modules(), model.lm_head))
     if ours and not torch.is_autocast_enabled(model.device.type):
         if not use_kernel(model.lm_head.weight):
-            if pays(model, rows):
+            if pays(model, cache, rows):
                 return CpuStep(model, cache)
         elif steps >= LEAST_STEPS:
             return DecodeStep(model, cache)

@@ -1,0 +1,342 @@
+// Compiled once for every instruction set that is worth it. Of the standard library it uses only what
+// leaves no shared inline code behind.
+#include <sched.h>
+
+#include <atomic>
+#include <cmath>
+
+#include "row_product.h"  // first: its inline namespace is the one that decode_cpu.h names
+#include "decode_cpu.h"
+#include "threads.h"
+
+namespace gptkern {
+inline namespace GPTKERN_ISA {
+namespace {
+
+constexpr float kRootTwoOverPi = 0.7978845608028654f, kRootHalf = 0.7071067811865476f;
+
+struct alignas(64) Barrier {
+    std::atomic<int> arrived{0}, phase{0};
+    int threads = 1;
+
+    void wait() {
+        if (threads == 1) return;
+        const int now = phase.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+            arrived.store(0, std::memory_order_relaxed);
+            phase.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int spin = 0; phase.load(std::memory_order_acquire) == now; ++spin) {
+            if (spin > 1000) sched_yield();  // there may be fewer cores than threads
+        }
+    }
+};
+
+int64_t padded(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
+
+// Where everything lies in a call's memory, in floats. What one thread alone writes is kept per thread.
+struct Places {
+    int64_t x, qkv, attended, inner;           // (rows, their width): shared
+    int64_t input, raw, scores, sums, shared;  // per thread, from the end of the shared part
+    int64_t per_thread;
+
+    Places(const CpuModel& m, int rows, int longest, int threads) {
+        int64_t end = 0;
+        const auto take = [&end](int64_t floats) {
+            const int64_t at = end;
+            end += padded(floats);
+            return at;
+        };
+        const int widest = m.width > m.inner ? m.width : m.inner;
+        x = take(static_cast<int64_t>(rows) * m.width);
+        qkv = take(3LL * rows * m.width);
+        attended = take(static_cast<int64_t>(rows) * m.width);
+        inner = take(static_cast<int64_t>(rows) * m.inner);
+        shared = end;
+        end = 0;
+        input = take(static_cast<int64_t>(rows) * widest);
+        raw = take(static_cast<int64_t>(rows) * padded(m.inner));
+        scores = take(static_cast<int64_t>(m.heads) * (longest + 2 * m.head_dim));
+        int outs = 3 * m.width > m.inner ? 3 * m.width : m.inner;
+        if (m.head.turned && m.vocab > outs) outs = m.vocab;
+        sums = take(2LL * rows * padded(outs / threads + 2 * kStep));
+        per_thread = end;
+    }
+
+    size_t floats(int threads) const { return static_cast<size_t>(shared + threads * per_thread); }
+};
+
+Vec activated(Vec x, Activation activation) {
+    if (activation == Activation::kRelu) return larger(zeros(), x);
+    if (activation == Activation::kSilu) return div(x, add(all(1.0f), exponential(sub(zeros(), x))));
+    // x times the logistic function of 2u is x / 2 (1 + tanh u), without cancellation.
+    const Vec u = mul(all(kRootTwoOverPi), fma(mul(mul(x, x), x), all(0.044715f), x));
+    return div(x, add(all(1.0f), exponential(mul(all(-2.0f), u))));
+}
+
+void activate(float* values, int64_t n, Activation activation) {
+    if (activation == Activation::kGelu) {
+        for (int64_t i = 0; i < n; ++i) values[i] = 0.5f * values[i] * (1.0f + erff(values[i] * kRootHalf));
+        return;
+    }
+    for (int64_t i = 0; i < n; i += kLanes) store(values + i, activated(load(values + i), activation));
+}
+
+template <class Kind>
+class Member {
+    using Storage = typename Kind::Storage;
+
+public:
+    Member(const CpuDecode& call, const Places& places, Barrier& barrier, int rank)
+        : call_(call), m_(*call.model), places_(places), barrier_(barrier), rank_(rank), threads_(barrier.threads),
+          x_(call.memory + places.x), own_(call.memory + places.shared + rank * places.per_thread) {}
+
+    void run() {
+        embed();
+        for (int b = 0; b < m_.blocks; ++b) {
+            const CpuBlock& block = m_.block[b];
+            const bool first = b == 0;
+            take_input(m_.post_norm ? (first ? CpuNorm{} : m_.block[b - 1].norm2) : block.norm1);
+            linear(block.qkv, inputs(), [&](int r, int out, float value) { qkv(r)[out] = value; });
+            barrier_.wait();
+            attend(block, b);
+            barrier_.wait();
+            branch(block.projection, {call_.memory + places_.attended, m_.width, call_.rows});
+            take_input(m_.post_norm ? block.norm1 : block.norm2);
+            expand(block.fc);
+            barrier_.wait();
+            branch(block.out, {call_.memory + places_.inner, m_.inner, call_.rows});
+        }
+        take_input(m_.post_norm ? m_.block[m_.blocks - 1].norm2 : m_.final_norm);
+        auto* const logits = static_cast<Storage*>(call_.logits);
+        linear(m_.head, inputs(), [&](int r, int out, float value) {
+            logits[static_cast<int64_t>(r) * m_.vocab + out] = Kind::store(value);
+        });
+    }
+
+private:
+    const CpuDecode& call_;
+    const CpuModel& m_;
+    const Places& places_;
+    Barrier& barrier_;
+    const int rank_, threads_;
+    float *const x_, *const own_;
+
+    float* x(int row) { return x_ + static_cast<int64_t>(row) * m_.width; }
+    float* qkv(int row) { return call_.memory + places_.qkv + 3LL * row * m_.width; }
+    float* input(int row) { return own_ + places_.input + static_cast<int64_t>(row) * m_.width; }
+    Rows inputs() { return {own_ + places_.input, m_.width, call_.rows}; }
+
+    // This thread's share of n things, in whole units.
+    int share(int n, int unit, int rank) const {
+        const int units = (n + unit - 1) / unit;
+        const int at = static_cast<int>(static_cast<int64_t>(units) * rank / threads_) * unit;
+        return at < n ? at : n;
+    }
+
+    void embed() {
+        for (int r = rank_; r < call_.rows; r += threads_) {
+            const Storage* token = static_cast<const Storage*>(m_.tokens) + call_.tokens[r] * m_.token_stride;
+            const Storage* place =
+                static_cast<const Storage*>(m_.positions) + call_.cache.lengths[r] * m_.position_stride;
+            for (int i = 0; i < m_.width; ++i) x(r)[i] = Kind::load(token[i]) + Kind::load(place[i]);
+        }
+        barrier_.wait();
+    }
+
+    // norm(x) of all rows, by every thread for itself: it costs less than waiting for each other.
+    void take_input(const CpuNorm& norm) {
+        const auto *const weight = static_cast<const Storage*>(norm.weight),
+                   *const bias = static_cast<const Storage*>(norm.bias);
+        for (int r = 0; r < call_.rows; ++r) {
+            const float* const from = x(r);
+            float* const to = input(r);
+            float mean = 0.0f, rstd = 1.0f;
+            if (weight != nullptr) moments(from, norm.eps, mean, rstd);
+            for (int i = 0; i < m_.width; ++i) {
+                float value = from[i];
+                if (weight != nullptr) value = (value - mean) * rstd * Kind::load(weight[i]);
+                if (bias != nullptr) value += Kind::load(bias[i]);
+                to[Kind::place(i, m_.width)] = value;
+            }
+        }
+    }
+
+    void moments(const float* from, float eps, float& mean, float& rstd) const {
+        double total = 0.0, squares = 0.0;
+        for (int i = 0; i < m_.width; ++i) total += from[i];
+        mean = static_cast<float>(total / m_.width);
+        for (int i = 0; i < m_.width; ++i) {
+            const double centred = static_cast<double>(from[i]) - mean;
+            squares += centred * centred;
+        }
+        rstd = static_cast<float>(1.0 / std::sqrt(squares / m_.width + eps));
+    }
+
+    // give(row, out, value) of this thread's outputs of a layer.
+    template <class Give>
+    void linear(const CpuLinear& layer, const Rows& from, const Give& give) {
+        const int first = share(layer.outs, kStep, rank_), last = share(layer.outs, kStep, rank_ + 1);
+        const Weights<Kind> weights{static_cast<const Storage*>(layer.weight), layer.stride, layer.in};
+        const auto* const bias = static_cast<const Storage*>(layer.bias);
+        const auto biased = [&](int r, int out, float value) {
+            give(r, out, bias == nullptr ? value : value + Kind::load(bias[out]));
+        };
+        if (layer.turned) {
+            turned_product(weights, from, first, last, own_ + places_.sums, biased);
+        } else {
+            product(weights, from, first, last, biased);
+        }
+    }
+
+    // The end of a branch: its output added to what it began from.
+    void branch(const CpuLinear& layer, const Rows& from) {
+        linear(layer, from, [&](int r, int out, float value) {
+            const float begun = m_.post_norm ? input(r)[Kind::place(out, m_.width)] : x(r)[out];
+            x(r)[out] = begun + value;
+        });
+        barrier_.wait();
+    }
+
+    void expand(const CpuLinear& fc) {
+        const int first = share(fc.outs, kStep, rank_), last = share(fc.outs, kStep, rank_ + 1);
+        const int64_t stride = padded(last - first);
+        float* const raw = own_ + places_.raw;
+        linear(fc, inputs(), [&](int r, int out, float value) { raw[r * stride + out - first] = value; });
+        for (int r = 0; r < call_.rows; ++r) {
+            float* const values = raw + r * stride;
+            for (int64_t i = last - first; i < stride; ++i) values[i] = 0.0f;
+            activate(values, stride, m_.activation);
+            float* const to = call_.memory + places_.inner + static_cast<int64_t>(r) * m_.inner;
+            for (int out = first; out < last; ++out) to[Kind::place(out, m_.inner)] = values[out - first];
+        }
+    }
+
+    // Attention of this thread's heads: a contiguous run of (row, head) pairs.
+    void attend(const CpuBlock& block, int layer) {
+        const int units = call_.rows * m_.heads, first = share(units, 1, rank_), last = share(units, 1, rank_ + 1);
+        for (int unit = first; unit < last;) {
+            const int row = unit / m_.heads, head = unit % m_.heads;
+            const int heads = last - unit < m_.heads - head ? last - unit : m_.heads - head;
+            attend_row(block, layer, row, head, heads);
+            unit += heads;
+        }
+    }
+
+    int64_t slot(int row, int token) const {
+        const CpuCache& cache = call_.cache;
+        const int page = cache.table[row * cache.table_stride + token / cache.page_size];
+        return page * cache.page_stride + token % cache.page_size * cache.slot_stride;
+    }
+
+    void attend_row(const CpuBlock& block, int layer, int row, int head, int heads) {
+        const CpuCache& cache = call_.cache;
+        const int dim = m_.head_dim, length = cache.lengths[row] + 1, offset = head * dim;
+        auto* const keys = static_cast<Storage*>(cache.k) + layer * cache.block_stride + offset;
+        auto* const values = static_cast<Storage*>(cache.v) + layer * cache.block_stride + offset;
+        float *const scores = own_ + places_.scores, *const queries = scores + static_cast<int64_t>(heads) * length;
+        float* const sums = queries + heads * dim;
+        const int64_t newest = slot(row, length - 1);
+        for (int i = 0; i < heads * dim; ++i) {
+            keys[newest + i] = Kind::store(qkv(row)[m_.width + offset + i]);
+            values[newest + i] = Kind::store(qkv(row)[2 * m_.width + offset + i]);
+            queries[i / dim * dim + Kind::place(i % dim, dim)] = qkv(row)[offset + i] * block.scale;
+            sums[i] = 0.0f;
+        }
+        for (int t = 0; t < length; ++t) {
+            const Storage* const key = keys + slot(row, t);
+            for (int h = 0; h < heads; ++h) scores[h * length + t] = dot(key + h * dim, queries + h * dim);
+        }
+        for (int h = 0; h < heads; ++h) soften(scores + static_cast<int64_t>(h) * length, length);
+        for (int t = 0; t < length; ++t) {
+            const Storage* const value = values + slot(row, t);
+            for (int h = 0; h < heads; ++h) add_times(value + h * dim, scores[h * length + t], sums + h * dim);
+        }
+        float* const to = call_.memory + places_.attended + static_cast<int64_t>(row) * m_.width;
+        for (int i = 0; i < heads * dim; ++i) {
+            to[Kind::place(offset + i, m_.width)] = sums[i / dim * dim + Kind::place(i % dim, dim)];
+        }
+    }
+
+    float dot(const Storage* key, const float* query) const {
+        const int dim = m_.head_dim, whole = dim / kStep * kStep;
+        Vec total = zeros();
+        for (int i = 0; i < whole; i += kStep) {
+            Vec a, b;
+            Kind::pair(key + i, a, b);
+            total = fma(b, load(query + i + kLanes), fma(a, load(query + i), total));
+        }
+        float value = sum(total);
+        for (int i = whole; i < dim; ++i) value = __builtin_fmaf(Kind::load(key[i]), query[i], value);
+        return value;
+    }
+
+    void add_times(const Storage* value, float weight, float* sums) const {
+        const int dim = m_.head_dim, whole = dim / kStep * kStep;
+        const Vec all_weight = all(weight);
+        for (int i = 0; i < whole; i += kStep) {
+            Vec a, b;
+            Kind::pair(value + i, a, b);
+            store(sums + i, fma(a, all_weight, load(sums + i)));
+            store(sums + i + kLanes, fma(b, all_weight, load(sums + i + kLanes)));
+        }
+        for (int i = whole; i < dim; ++i) sums[i] = __builtin_fmaf(Kind::load(value[i]), weight, sums[i]);
+    }
+
+    // Softmax in place.
+    static void soften(float* scores, int n) {
+        float largest = scores[0];
+        for (int i = 1; i < n; ++i) largest = scores[i] > largest ? scores[i] : largest;
+        const int whole = n / kLanes * kLanes;
+        double total = 0.0;
+        for (int i = 0; i < whole; i += kLanes) {
+            const Vec weights = exponential(sub(load(scores + i), all(largest)));
+            store(scores + i, weights);
+            total += sum(weights);
+        }
+        if (whole < n) {
+            float rest[kLanes] = {};
+            for (int i = whole; i < n; ++i) rest[i - whole] = scores[i] - largest;
+            store(rest, exponential(load(rest)));
+            for (int i = whole; i < n; ++i) total += scores[i] = rest[i - whole];
+        }
+        const float inverse = static_cast<float>(1.0 / total);
+        for (int i = 0; i < n; ++i) scores[i] *= inverse;
+    }
+};
+
+struct Team {
+    const CpuDecode* call;
+    const Places* places;
+    Barrier barrier;
+};
+
+template <class Kind>
+void work(void* context, int rank) {
+    Team& team = *static_cast<Team*>(context);
+    Member<Kind>(*team.call, *team.places, team.barrier, rank).run();
+}
+
+size_t floats(const CpuModel& model, int rows, int longest, int threads) {
+    return Places(model, rows, longest, threads).floats(threads);
+}
+
+void run(const CpuDecode& call, int threads) {
+    const Call held;
+    const Places places(*call.model, call.rows, call.longest, threads);
+    Team team{&call, &places, {}};
+    team.barrier.threads = threads;
+    run_together(threads, call.model->dtype == DType::kFloat32 ? work<Fp32> : work<Bf16>, &team);
+}
+
+#define GPTKERN_NAME_(isa) #isa
+#define GPTKERN_NAME(isa) GPTKERN_NAME_(isa)
+constexpr CpuDecodePath kPath{GPTKERN_NAME(GPTKERN_ISA), floats, run};
+
+}  // namespace
+
+const CpuDecodePath& decode_path() { return kPath; }
+
+}  // namespace GPTKERN_ISA
+}  // namespace gptkern
