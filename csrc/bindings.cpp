@@ -7,7 +7,6 @@
 
 #include "cuda_path.h"
 #include "decoder.h"
-#include "few_rows.h"
 #include "isa.h"
 
 namespace py = pybind11;
@@ -107,13 +106,6 @@ int top_k(bool on_cuda, Address stream, Address workspace, int threads, int dtyp
     return -1;
 }
 
-void few_rows(Address x, Address weight, Address bias, Address out, int rows, int outs, int in,
-              int64_t weight_stride, bool turned, int dtype, int threads) {
-    few_rows_linear({at<const void>(x), at<const void>(weight), at<const void>(bias), at<void>(out), rows, outs, in,
-                     weight_stride, turned, static_cast<DType>(dtype)},
-                    threads);
-}
-
 void decode(Decoder& decoder, Address k, Address v, int64_t block_stride, int64_t page_stride, int64_t slot_stride,
             int page_size, Address table, int64_t table_stride, Address lengths, Address tokens, int rows,
             Address logits, int threads) {
@@ -141,14 +133,14 @@ PYBIND11_MODULE(_C, module) {
     module.def("sample", &sample, free_threads);
     module.def("top_k", &top_k, free_threads);
     module.def("workspace_bytes", &cuda_workspace_bytes, "Bytes that the CUDA path needs for (rows, vocab).");
-    module.attr("has_few_rows") = few_rows_supported();
-    module.def("few_rows_linear", &few_rows, free_threads, "A linear layer of few rows: csrc/few_rows.h.");
     module.attr("has_decoder") = decoder_supported();
     py::class_<Decoder>(module, "Decoder", "A model for the CPU's decode step: csrc/decoder.h.")
         .def(py::init<int, int, int, int, int, int, bool, float, const std::vector<std::vector<int64_t>>&,
                       const std::vector<float>&, const std::vector<int64_t>&, const std::vector<int64_t>&,
                       const std::vector<int64_t>&>())
         .def("step", &decode, free_threads, "One token of every sequence: csrc/decode_cpu.h.");
+    module.def("decode_path", [] { return cpu_decode_path()->name; });
+    module.def("use_decode_path", &use_cpu_decode_path, "Chooses it by name, for tests that compare them.");
     module.def("uniforms", &uniforms, "The two 64-bit uniforms of (seed, request, step).");
     module.def("weight", [](double halvings) { return cpu->weight(halvings); });
     module.def("cpu_path", [] { return cpu->name; });

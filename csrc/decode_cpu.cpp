@@ -37,7 +37,7 @@ int64_t padded(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
 
 // Where everything lies in a call's memory, in floats. What one thread alone writes is kept per thread.
 struct Places {
-    int64_t x, qkv, attended, inner;           // (rows, their width): shared
+    int64_t x, qkv, attended, inner;           // rows of their width: shared
     int64_t input, raw, scores, sums, shared;  // per thread, from the end of the shared part
     int64_t per_thread;
 
@@ -48,15 +48,14 @@ struct Places {
             end += padded(floats);
             return at;
         };
-        const int widest = m.width > m.inner ? m.width : m.inner;
         x = take(static_cast<int64_t>(rows) * m.width);
         qkv = take(3LL * rows * m.width);
-        attended = take(static_cast<int64_t>(rows) * m.width);
-        inner = take(static_cast<int64_t>(rows) * m.inner);
+        attended = take(rows * padded(m.width));
+        inner = take(rows * padded(m.inner));
         shared = end;
         end = 0;
-        input = take(static_cast<int64_t>(rows) * widest);
-        raw = take(static_cast<int64_t>(rows) * padded(m.inner));
+        input = take(rows * padded(m.width));
+        raw = take(rows * padded(m.inner));
         scores = take(static_cast<int64_t>(m.heads) * (longest + 2 * m.head_dim));
         int outs = 3 * m.width > m.inner ? 3 * m.width : m.inner;
         if (m.head.turned && m.vocab > outs) outs = m.vocab;
@@ -98,19 +97,22 @@ public:
             const CpuBlock& block = m_.block[b];
             const bool first = b == 0;
             take_input(m_.post_norm ? (first ? CpuNorm{} : m_.block[b - 1].norm2) : block.norm1);
-            linear(block.qkv, inputs(), [&](int r, int out, float value) { qkv(r)[out] = value; });
+            linear(block.qkv, input(), [&](int r, int out, float value) { qkv(r)[out] = value; });
             barrier_.wait();
-            attend(block, b);
+            for_units([&](int row, int head, int heads) { keep(b, row, head, heads); });
+            // Rows may be of one sequence, each attending to what those before it keep.
             barrier_.wait();
-            branch(block.projection, {call_.memory + places_.attended, m_.width, call_.rows});
+            for_units([&](int row, int head, int heads) { attend(block, b, row, head, heads); });
+            barrier_.wait();
+            branch(block.projection, attended());
             take_input(m_.post_norm ? block.norm1 : block.norm2);
             expand(block.fc);
             barrier_.wait();
-            branch(block.out, {call_.memory + places_.inner, m_.inner, call_.rows});
+            branch(block.out, inner());
         }
         take_input(m_.post_norm ? m_.block[m_.blocks - 1].norm2 : m_.final_norm);
         auto* const logits = static_cast<Storage*>(call_.logits);
-        linear(m_.head, inputs(), [&](int r, int out, float value) {
+        linear(m_.head, input(), [&](int r, int out, float value) {
             logits[static_cast<int64_t>(r) * m_.vocab + out] = Kind::store(value);
         });
     }
@@ -125,8 +127,9 @@ private:
 
     float* x(int row) { return x_ + static_cast<int64_t>(row) * m_.width; }
     float* qkv(int row) { return call_.memory + places_.qkv + 3LL * row * m_.width; }
-    float* input(int row) { return own_ + places_.input + static_cast<int64_t>(row) * m_.width; }
-    Rows inputs() { return {own_ + places_.input, m_.width, call_.rows}; }
+    Rows input() { return {own_ + places_.input, call_.rows}; }
+    Rows attended() { return {call_.memory + places_.attended, call_.rows}; }
+    Rows inner() { return {call_.memory + places_.inner, call_.rows}; }
 
     // This thread's share of n things, in whole units.
     int share(int n, int unit, int rank) const {
@@ -151,14 +154,13 @@ private:
                    *const bias = static_cast<const Storage*>(norm.bias);
         for (int r = 0; r < call_.rows; ++r) {
             const float* const from = x(r);
-            float* const to = input(r);
             float mean = 0.0f, rstd = 1.0f;
             if (weight != nullptr) moments(from, norm.eps, mean, rstd);
             for (int i = 0; i < m_.width; ++i) {
                 float value = from[i];
                 if (weight != nullptr) value = (value - mean) * rstd * Kind::load(weight[i]);
                 if (bias != nullptr) value += Kind::load(bias[i]);
-                to[Kind::place(i, m_.width)] = value;
+                input().value(r, Kind::place(i, m_.width)) = value;
             }
         }
     }
@@ -193,7 +195,7 @@ private:
     // The end of a branch: its output added to what it began from.
     void branch(const CpuLinear& layer, const Rows& from) {
         linear(layer, from, [&](int r, int out, float value) {
-            const float begun = m_.post_norm ? input(r)[Kind::place(out, m_.width)] : x(r)[out];
+            const float begun = m_.post_norm ? input().value(r, Kind::place(out, m_.width)) : x(r)[out];
             x(r)[out] = begun + value;
         });
         barrier_.wait();
@@ -203,23 +205,25 @@ private:
         const int first = share(fc.outs, kStep, rank_), last = share(fc.outs, kStep, rank_ + 1);
         const int64_t stride = padded(last - first);
         float* const raw = own_ + places_.raw;
-        linear(fc, inputs(), [&](int r, int out, float value) { raw[r * stride + out - first] = value; });
+        linear(fc, input(), [&](int r, int out, float value) { raw[r * stride + out - first] = value; });
         for (int r = 0; r < call_.rows; ++r) {
             float* const values = raw + r * stride;
             for (int64_t i = last - first; i < stride; ++i) values[i] = 0.0f;
             activate(values, stride, m_.activation);
-            float* const to = call_.memory + places_.inner + static_cast<int64_t>(r) * m_.inner;
-            for (int out = first; out < last; ++out) to[Kind::place(out, m_.inner)] = values[out - first];
+            for (int out = first; out < last; ++out) {
+                inner().value(r, Kind::place(out, m_.inner)) = values[out - first];
+            }
         }
     }
 
-    // Attention of this thread's heads: a contiguous run of (row, head) pairs.
-    void attend(const CpuBlock& block, int layer) {
-        const int units = call_.rows * m_.heads, first = share(units, 1, rank_), last = share(units, 1, rank_ + 1);
-        for (int unit = first; unit < last;) {
-            const int row = unit / m_.heads, head = unit % m_.heads;
+    // use(row, head, heads) of this thread's heads: a contiguous run of (row, head) pairs, a row at a time.
+    template <class Use>
+    void for_units(const Use& use) const {
+        const int units = call_.rows * m_.heads, last = share(units, 1, rank_ + 1);
+        for (int unit = share(units, 1, rank_); unit < last;) {
+            const int head = unit % m_.heads;
             const int heads = last - unit < m_.heads - head ? last - unit : m_.heads - head;
-            attend_row(block, layer, row, head, heads);
+            use(unit / m_.heads, head, heads);
             unit += heads;
         }
     }
@@ -230,17 +234,28 @@ private:
         return page * cache.page_stride + token % cache.page_size * cache.slot_stride;
     }
 
-    void attend_row(const CpuBlock& block, int layer, int row, int head, int heads) {
-        const CpuCache& cache = call_.cache;
-        const int dim = m_.head_dim, length = cache.lengths[row] + 1, offset = head * dim;
-        auto* const keys = static_cast<Storage*>(cache.k) + layer * cache.block_stride + offset;
-        auto* const values = static_cast<Storage*>(cache.v) + layer * cache.block_stride + offset;
+    Storage* cached(void* cache, int layer, int head) const {
+        return static_cast<Storage*>(cache) + layer * call_.cache.block_stride + head * m_.head_dim;
+    }
+
+    void keep(int layer, int row, int head, int heads) {
+        const int offset = head * m_.head_dim;
+        const int64_t newest = slot(row, call_.cache.lengths[row]);
+        Storage* const key = cached(call_.cache.k, layer, head) + newest;
+        Storage* const value = cached(call_.cache.v, layer, head) + newest;
+        for (int i = 0; i < heads * m_.head_dim; ++i) {
+            key[i] = Kind::store(qkv(row)[m_.width + offset + i]);
+            value[i] = Kind::store(qkv(row)[2 * m_.width + offset + i]);
+        }
+    }
+
+    void attend(const CpuBlock& block, int layer, int row, int head, int heads) {
+        const int dim = m_.head_dim, length = call_.cache.lengths[row] + 1, offset = head * dim;
+        const Storage* const keys = cached(call_.cache.k, layer, head);
+        const Storage* const values = cached(call_.cache.v, layer, head);
         float *const scores = own_ + places_.scores, *const queries = scores + static_cast<int64_t>(heads) * length;
         float* const sums = queries + heads * dim;
-        const int64_t newest = slot(row, length - 1);
         for (int i = 0; i < heads * dim; ++i) {
-            keys[newest + i] = Kind::store(qkv(row)[m_.width + offset + i]);
-            values[newest + i] = Kind::store(qkv(row)[2 * m_.width + offset + i]);
             queries[i / dim * dim + Kind::place(i % dim, dim)] = qkv(row)[offset + i] * block.scale;
             sums[i] = 0.0f;
         }
@@ -253,9 +268,9 @@ private:
             const Storage* const value = values + slot(row, t);
             for (int h = 0; h < heads; ++h) add_times(value + h * dim, scores[h * length + t], sums + h * dim);
         }
-        float* const to = call_.memory + places_.attended + static_cast<int64_t>(row) * m_.width;
         for (int i = 0; i < heads * dim; ++i) {
-            to[Kind::place(offset + i, m_.width)] = sums[i / dim * dim + Kind::place(i % dim, dim)];
+            const float value = sums[i / dim * dim + Kind::place(i % dim, dim)];
+            attended().value(row, Kind::place(offset + i, m_.width)) = value;
         }
     }
 

@@ -80,7 +80,4 @@ const CpuDecodePath& decode_path();
 }
 #endif
 
-// The best path of this processor, or null.
-const CpuDecodePath* cpu_decode_path();
-
 }  // namespace gptkern

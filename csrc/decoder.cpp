@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <new>
 #include <stdexcept>
 
 namespace gptkern {
@@ -21,17 +22,33 @@ CpuLinear linear_of(const int64_t* numbers) {
             numbers[5] != 0};
 }
 
+const CpuDecodePath* const* paths() {
+    static const CpuDecodePath* found[3] = {};
+#ifdef GPTKERN_X86
+    const CpuDecodePath** next = found;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        *next++ = &avx512::decode_path();
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) *next++ = &avx2::decode_path();
+#endif
+    return found;
+}
+
+const CpuDecodePath* chosen = paths()[0];
+
 }  // namespace
 
-const CpuDecodePath* cpu_decode_path() {
-#ifdef GPTKERN_X86
-    static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (has_avx512) return &avx512::decode_path();
-    if (has_avx2) return &avx2::decode_path();
-#endif
-    return nullptr;
+const CpuDecodePath* cpu_decode_path() { return chosen; }
+
+void use_cpu_decode_path(const std::string& name) {
+    for (const CpuDecodePath* const* path = paths(); *path != nullptr; ++path) {
+        if (name == (*path)->name) {
+            chosen = *path;
+            return;
+        }
+    }
+    throw std::invalid_argument("use_decode_path: " + name + " is not available here");
 }
 
 bool decoder_supported() { return cpu_decode_path() != nullptr; }
@@ -75,8 +92,16 @@ void Decoder::step(const CpuCache& cache, const int64_t* tokens, int rows, void*
     const CpuDecodePath& path = *cpu_decode_path();
     const int longest = *std::max_element(cache.lengths, cache.lengths + rows) + 1;
     const size_t needed = path.floats(model_, rows, longest, threads);
-    if (memory_.size() < needed) memory_.resize(needed + needed / 4);
-    path.run({&model_, cache, tokens, rows, longest, logits, memory_.data()}, threads);
+    if (floats_ < needed) {
+        // Room for longer sequences too. Aligned, so that no vector crosses a cache line.
+        floats_ = (needed + needed / 4 + 15) / 16 * 16;
+        memory_.reset(static_cast<float*>(std::aligned_alloc(64, floats_ * sizeof(float))));
+        if (memory_ == nullptr) {
+            floats_ = 0;
+            throw std::bad_alloc();
+        }
+    }
+    path.run({&model_, cache, tokens, rows, longest, logits, memory_.get()}, threads);
 }
 
 }  // namespace gptkern

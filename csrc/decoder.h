@@ -1,6 +1,9 @@
 // A model as the CPU's decode step takes it, with the memory that its calls need.
 #pragma once
 
+#include <cstdlib>
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "decode_cpu.h"
@@ -23,9 +26,17 @@ public:
 private:
     std::vector<CpuBlock> blocks_;
     CpuModel model_;
-    std::vector<float> memory_;
+    struct Free {
+        void operator()(float* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<float, Free> memory_;
+    size_t floats_ = 0;
 };
 
+// The best path of this processor, or null; another one after use_cpu_decode_path, which throws where there
+// is none of that name.
+const CpuDecodePath* cpu_decode_path();
+void use_cpu_decode_path(const std::string& name);
 bool decoder_supported();
 
 }  // namespace gptkern

@@ -8,16 +8,19 @@
 namespace gptkern {
 inline namespace GPTKERN_ISA {
 
-// Rows that one pass over the weights takes: what the registers hold of their sums.
-constexpr int kMostRows = kLanes == 16 ? 8 : 4;
+constexpr int kOuts = 4;  // outputs whose weights are read side by side: so many streams a core's prefetchers follow
+constexpr int kRows = kLanes == 16 ? 4 : 2;  // rows that are summed at once: what the registers hold of their sums
 constexpr int kTurnedRows = 8;  // rows of turned weights that one pass over the outputs takes
 constexpr int kPanel = 96;      // rows that are summed before they are added to the rest: smaller errors
 
-// Widened rows in ``place`` order, ``stride`` apart.
+// Widened rows, of each value ``Kind::place``, and of the same kStep values of all rows one after another: so
+// that the addresses of a pass are one pointer and constants.
 struct Rows {
-    const float* at;
-    int64_t stride;
+    float* at;
     int count;
+
+    GPTKERN_HD int64_t step(int i) const { return static_cast<int64_t>(i / kStep) * count * kStep; }
+    GPTKERN_HD float& value(int row, int i) const { return at[step(i) + row * kStep + i % kStep]; }
 };
 
 template <class Kind>
@@ -27,67 +30,61 @@ struct Weights {
     int in;
 };
 
-// The sums of J outputs and R rows; ``from`` are the outputs' weights.
-template <class Kind, int J, int R>
+// give(r, j, value) of R rows of x from ``row`` on and of the kOuts outputs whose weights begin at ``from``.
+template <class Kind, int R, class Give>
 GPTKERN_HD void dots(const Weights<Kind>& w, const typename Kind::Storage* const* from, const Rows& x, int row,
-                     float (*sums)[kMostRows]) {
-    Vec total[J][R];
-    for (int j = 0; j < J; ++j) {
+                     const Give& give) {
+    Vec total[kOuts][R];
+    for (int j = 0; j < kOuts; ++j) {
         for (int r = 0; r < R; ++r) total[j][r] = zeros();
     }
-    const float* const rows = x.at + row * x.stride;
     const int whole = w.in / kStep * kStep;
-    for (int i = 0; i < whole; i += kStep) {
-        Vec first[J], second[J];
-        for (int j = 0; j < J; ++j) Kind::pair(from[j] + i, first[j], second[j]);
+    const float* values = x.at + row * kStep;
+    for (int i = 0; i < whole; i += kStep, values += x.count * kStep) {
+        Vec first[kOuts], second[kOuts];
+        for (int j = 0; j < kOuts; ++j) {
+            // The next output's, while this one's are at work; past the end it is asked for in vain.
+            _mm_prefetch(reinterpret_cast<const char*>(from[j] + w.stride + i), _MM_HINT_T1);
+            Kind::pair(from[j] + i, first[j], second[j]);
+        }
         for (int r = 0; r < R; ++r) {
-            const Vec a = load(rows + r * x.stride + i), b = load(rows + r * x.stride + i + kLanes);
-            for (int j = 0; j < J; ++j) total[j][r] = fma(second[j], b, fma(first[j], a, total[j][r]));
+            const Vec a = load(values + r * kStep), b = load(values + r * kStep + kLanes);
+            for (int j = 0; j < kOuts; ++j) total[j][r] = fma(second[j], b, fma(first[j], a, total[j][r]));
         }
     }
-    for (int j = 0; j < J; ++j) {
+    for (int j = 0; j < kOuts; ++j) {
         for (int r = 0; r < R; ++r) {
             float value = sum(total[j][r]);
             for (int i = whole; i < w.in; ++i) {
-                value = __builtin_fmaf(Kind::load(from[j][i]), rows[r * x.stride + i], value);
+                value = __builtin_fmaf(Kind::load(from[j][i]), x.value(row + r, i), value);
             }
-            sums[j][r] = value;
+            give(row + r, j, value);
         }
     }
 }
 
-// Outputs first to last, J runs of neighbours side by side: so many long streams are what the prefetchers
-// of a core follow best.
-template <class Kind, int J, int R, class Give>
-GPTKERN_HD void streams(const Weights<Kind>& w, const Rows& x, int row, int first, int last, const Give& give) {
-    const int run = (last - first + J - 1) / J;
+// give(row, out, value) of every row and of outputs first to last, which are read as kOuts long runs.
+template <class Kind, class Give>
+void product(const Weights<Kind>& w, const Rows& x, int first, int last, const Give& give) {
+    const int run = (last - first + kOuts - 1) / kOuts;
     for (int t = 0; t < run; ++t) {
-        const typename Kind::Storage* from[J];
-        for (int j = 0; j < J; ++j) {
+        const typename Kind::Storage* from[kOuts];
+        for (int j = 0; j < kOuts; ++j) {
             const int out = first + j * run + t;
             from[j] = w.at + (out < last ? out : last - 1) * w.stride;
         }
-        float sums[J][kMostRows];
-        dots<Kind, J, R>(w, from, x, row, sums);
-        for (int j = 0; j < J; ++j) {
+        const auto placed = [&](int row, int j, float value) {
             const int out = first + j * run + t;
-            if (out >= last) continue;
-            for (int r = 0; r < R; ++r) give(row + r, out, sums[j][r]);
+            if (out < last) give(row, out, value);
+        };
+        int row = 0;
+        for (; row + kRows <= x.count; row += kRows) dots<Kind, kRows>(w, from, x, row, placed);
+        if (kRows > 2 && row + 2 <= x.count) {
+            dots<Kind, 2>(w, from, x, row, placed);
+            row += 2;
         }
+        if (row < x.count) dots<Kind, 1>(w, from, x, row, placed);
     }
-}
-
-// give(row, out, value) of every row and of outputs first to last.
-template <class Kind, class Give>
-void product(const Weights<Kind>& w, const Rows& x, int first, int last, const Give& give) {
-    if (first >= last) return;
-    int row = 0;
-    if constexpr (kMostRows == 8) {
-        for (; row + 8 <= x.count; row += 8) streams<Kind, 2, 8>(w, x, row, first, last, give);
-    }
-    for (; row + 4 <= x.count; row += 4) streams<Kind, kLanes == 16 ? 4 : 2, 4>(w, x, row, first, last, give);
-    for (; row + 2 <= x.count; row += 2) streams<Kind, 4, 2>(w, x, row, first, last, give);
-    for (; row < x.count; ++row) streams<Kind, 4, 1>(w, x, row, first, last, give);
 }
 
 // Adds the share of S weight rows from i on to sums ``into`` (rows, outs), outputs first to last, whole steps.
@@ -96,19 +93,20 @@ GPTKERN_HD void add_turned(const Weights<Kind>& w, const Rows& x, int i, int fir
                            int64_t stride) {
     for (int out = first; out < last; out += kStep) {
         Vec low[S], high[S];
+        const float* values[S];
         for (int s = 0; s < S; ++s) {
+            values[s] = &x.value(0, Kind::place(i + s, w.in));
             const auto* const from = w.at + (i + s) * w.stride + out;
             // The rows after these, while these are at work; past the end it is asked for in vain.
             _mm_prefetch(reinterpret_cast<const char*>(from + S * w.stride), _MM_HINT_T0);
             Kind::pair(from, low[s], high[s]);
         }
         for (int r = 0; r < x.count; ++r) {
-            const float* const values = x.at + r * x.stride;
             float* const sums = into + r * stride + (out - first);
             // Summed apart first: fewer additions to the long sum, and smaller errors.
             Vec a = zeros(), b = zeros();
             for (int s = 0; s < S; ++s) {
-                const Vec value = all(values[Kind::place(i + s, w.in)]);
+                const Vec value = all(values[s][r * kStep]);
                 a = fma(value, low[s], a);
                 b = fma(value, high[s], b);
             }
@@ -142,7 +140,8 @@ void turned_product(const Weights<Kind>& w, const Rows& x, int first, int last, 
         for (int out = first + whole; out < last; ++out) {
             double value = 0.0;
             for (int i = 0; i < w.in; ++i) {
-                value += static_cast<double>(x.at[r * x.stride + Kind::place(i, w.in)]) * Kind::load(w.at[i * w.stride + out]);
+                const float factor = x.value(r, Kind::place(i, w.in));
+                value += static_cast<double>(factor) * Kind::load(w.at[i * w.stride + out]);
             }
             give(r, out, static_cast<float>(value));
         }

@@ -63,18 +63,43 @@ def weight(halvings: float, /) -> int: ...
 def cpu_path() -> str: ...
 def use_cpu_path(name: str, /) -> None: ...
 
-has_few_rows: bool
+has_decoder: bool
 
-def few_rows_linear(
-    x: int,
-    weight: int,
-    bias: int,
-    out: int,
-    rows: int,
-    outs: int,
-    ins: int,
-    weight_stride: int,
-    turned: bool,
-    dtype: int,
-    threads: int,
-) -> None: ...
+def decode_path() -> str: ...
+def use_decode_path(name: str, /) -> None: ...
+
+class Decoder:
+    def __init__(
+        self,
+        dtype: int,
+        width: int,
+        heads: int,
+        inner: int,
+        vocab: int,
+        activation: int,
+        post_norm: bool,
+        eps: float,
+        blocks: list[list[int]],
+        scales: list[float],
+        embeddings: list[int],
+        final_norm: list[int],
+        head: list[int],
+        /,
+    ) -> None: ...
+    def step(
+        self,
+        k: int,
+        v: int,
+        block_stride: int,
+        page_stride: int,
+        slot_stride: int,
+        page_size: int,
+        table: int,
+        table_stride: int,
+        lengths: int,
+        tokens: int,
+        rows: int,
+        logits: int,
+        threads: int,
+        /,
+    ) -> None: ...

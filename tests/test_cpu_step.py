@@ -1,66 +1,222 @@
-"""The extension's linear layers of few rows: against float64, and the same row alone and among others."""
+"""The CPU's decode step, of both instruction sets: against float64, and bitwise the same in any company."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from gptkern.generate.cpu_step import linear
+from gptkern.cache import KVCache
+from gptkern.config import GPTConfig
+from gptkern.generate import cpu_step
+from gptkern.generate.cpu_step import CpuStep, pays
+from gptkern.model import GPT
 from gptkern.ops.sample._native import _C
+from gptkern.testing import assert_accurate
 
-pytestmark = pytest.mark.skipif(not _C.has_few_rows, reason="this processor has no AVX2")
+pytestmark = pytest.mark.skipif(not _C.has_decoder, reason="this processor has no AVX2")
 
 DTYPES = [torch.float32, torch.bfloat16]
+PLAIN = GPTConfig(
+    n_layer=2,
+    n_head=3,
+    n_embd=96,
+    vocab_size=130,
+    n_positions=64,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    bos_token_id=None,
+    eos_token_id=None,
+    initializer_range=0.2,
+)
+# No width of these is a multiple of what a pass over the weights takes.
+ODD = PLAIN.replace(n_head=5, n_embd=60, n_inner=77, vocab_size=51)
+CONFIGS = {
+    "plain": PLAIN,
+    "odd": ODD,
+    "no bias, erf": ODD.replace(bias=False, activation_function="gelu"),
+    "relu, untied": PLAIN.replace(activation_function="relu", tie_word_embeddings=False),
+    "silu, scales": ODD.replace(activation_function="silu", scale_attn_by_inverse_layer_idx=True),
+    "wide heads": PLAIN.replace(n_head=1, n_inner=500),
+    "post-norm": PLAIN.replace(model_type="openai-gpt"),
+}
 
 
-def layer_of(outs: int, ins: int, dtype: torch.dtype, bias: bool = True, turned: bool = False) -> nn.Linear:
-    layer = nn.Linear(ins, outs, bias=bias).to(dtype)
+@pytest.fixture(params=["avx2", "avx512"])
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each instruction set that the processor has."""
+    best = _C.decode_path()
+    try:
+        _C.use_decode_path(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield
+    _C.use_decode_path(best)
+
+
+def _turn(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+
+
+def _model(config: GPTConfig, dtype: torch.dtype, turned: bool) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(config).to(dtype).eval()
+    for name, value in model.named_parameters():
+        if name.endswith("bias") or "ln_" in name:
+            nn.init.normal_(value, 0.5, 0.3)
     if turned:
-        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
-    return layer
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and layer is not model.lm_head:
+                _turn(layer)
+    return model
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("outs", "ins"), [(1, 1), (5, 7), (129, 33), (3, 16), (64, 100), (768, 3072)])
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])
-@pytest.mark.parametrize("turned", [False, True])
-def test_against_float64(turned: bool, rows: int, outs: int, ins: int, dtype: torch.dtype) -> None:
-    layer, x = layer_of(outs, ins, dtype, turned=turned), torch.randn(rows, ins).to(dtype)
+def _filled(model: GPT, rows: int, page_size: int | None) -> KVCache:
+    """Sequences of 7, 6, ... tokens with random keys and values, a row's the same however many there are."""
+    config = model.config
+    cache = KVCache.for_config(config, max_seqs=rows, max_len=40, page_size=page_size, dtype=model.dtype)
+    cache.allocate(rows)
+    step = cache.extend([7 - row % 7 for row in range(rows)])
+    shape = (7, config.n_layer, config.n_head, config.head_dim)
+    for number, kept in enumerate((cache.k, cache.v)):
+        rows_of = [
+            torch.randn(shape, generator=torch.Generator().manual_seed(2 * row + number))[:length]
+            for row, length in enumerate(step.new_lengths)
+        ]
+        kept.flatten(1, 2)[:, step.slots] = torch.cat(rows_of).transpose(0, 1).bfloat16().to(kept.dtype)
+    step.commit()
+    return cache
+
+
+def _tokens(rows: int, step: int, config: GPTConfig) -> torch.Tensor:
+    return torch.randint(config.vocab_size, (rows,), generator=torch.Generator().manual_seed(100 + step))
+
+
+def _stepped(model: GPT, rows: int, steps: int, page_size: int | None = None, fast: bool = True) -> Any:
+    """(logits after so many steps, the cache)."""
     with torch.inference_mode():
-        found, plain = linear(x, layer), layer(x)
-        exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
-    ulp = torch.finfo(dtype).eps * exact.abs().max()
-    assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max() + ulp
+        cache = _filled(model, rows, page_size)
+        assert not fast or pays(model, cache, rows)
+        step = CpuStep(model, cache) if fast else lambda t: model(t[:, None], cache=cache).logits[:, -1]
+        for number in range(steps):
+            logits = step(_tokens(rows, number, model.config))
+    return logits, cache
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize(("name", "rows", "page_size"), [*((n, 3, 4) for n in CONFIGS), ("plain", 1, None)])
+def test_against_float64(
+    name: str, rows: int, page_size: int | None, turned: bool, dtype: torch.dtype
+) -> None:
+    model = _model(CONFIGS[name], dtype, turned)
+    exact = GPT(CONFIGS[name]).double().eval()
+    exact.load_state_dict(model.state_dict())
+    found, cache = _stepped(model, rows, 6, page_size)
+    plain, _ = _stepped(model, rows, 6, page_size, fast=False)
+    truth, true_cache = _stepped(exact, rows, 6, page_size, fast=False)
+    assert_accurate(found, plain, truth)
+    assert cache.lengths == true_cache.lengths and cache.seq_lens.tolist() == true_cache.seq_lens.tolist()
+    for kept, right in ((cache.k, true_cache.k), (cache.v, true_cache.v)):
+        torch.testing.assert_close(
+            kept.double(), right, rtol=2e-2, atol=5e-2 if dtype != torch.float32 else 1e-4
+        )
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
 def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(
     turned: bool, dtype: torch.dtype
 ) -> None:
-    layer, x = layer_of(257, 515, dtype, turned=turned), torch.randn(8, 515).to(dtype)
+    model = _model(PLAIN.replace(vocab_size=515), dtype, turned)
+    whole, _ = _stepped(model, 13, 3, 4)
     threads = torch.get_num_threads()
-    with torch.inference_mode():
-        whole = linear(x, layer)
-        try:
-            for number in (1, 2, 3):
-                torch.set_num_threads(number)
-                for rows in range(1, 9):
-                    assert torch.equal(linear(x[:rows], layer), whole[:rows])
-        finally:
-            torch.set_num_threads(threads)
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            for rows in (1, 2, 3, 4, 7, 13):
+                found, _ = _stepped(model, rows, 3, None)
+                assert torch.equal(found, whole[:rows]), (number, rows)
+    finally:
+        torch.set_num_threads(threads)
 
 
-def test_no_bias_strided_weights_and_nan_in_its_row() -> None:
-    wide = torch.randn(40, 64)
-    layer = layer_of(20, 30, torch.float32, bias=False)
-    layer.weight = nn.Parameter(wide[::2, 5:35])
-    x = torch.randn(4, 30)
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_may_be_consecutive_tokens_of_one_sequence(dtype: torch.dtype) -> None:
+    model = _model(PLAIN, dtype, False)
     with torch.inference_mode():
-        torch.testing.assert_close(linear(x, layer), x @ layer.weight.T, rtol=1e-5, atol=1e-5)
-        x[1, 3] = torch.nan
-        found = linear(x, layer)
-    assert found[1].isnan().all()
-    assert not found[[0, 2, 3]].isnan().any()
+        one, many = (_filled(model, 2, 4) for _ in range(2))
+        fed = [_tokens(2, number, PLAIN) for number in range(5)]
+        step = CpuStep(model, one)
+        expected = torch.stack([step(tokens) for tokens in fed], 1)
+        many.reserve([5, 5])
+        lengths = (many.seq_lens[:2, None] + torch.arange(5)).flatten().int()
+        table = many.page_table[:2].repeat_interleave(5, 0)
+        found = CpuStep(model, many).logits(torch.stack(fed, 1).flatten(), table, lengths)
+    assert torch.equal(found.unflatten(0, (2, 5)), expected)
+    assert many.lengths == [7, 6]
+
+
+@pytest.mark.usefixtures("path")
+def test_nan_stays_in_its_row() -> None:
+    model = _model(PLAIN, torch.float32, True)
+    with torch.inference_mode():
+        clean, _ = _stepped(model, 4, 1, 8)
+        cache = _filled(model, 4, 8)
+        cache.k[:, cache.page_table[2, 0].long(), 0] = torch.nan
+        found = CpuStep(model, cache)(_tokens(4, 0, PLAIN))
+    assert found[2].isnan().all()
+    assert torch.equal(found[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+def test_weights_that_change_in_place_are_what_the_next_step_reads() -> None:
+    model = _model(PLAIN, torch.float32, False)
+    with torch.inference_mode():
+        cache = _filled(model, 2, None)
+        step = CpuStep(model, cache)
+        before = step(_tokens(2, 0, PLAIN))
+        for sequence, length in zip(cache.sequences, [7, 6], strict=True):
+            cache.truncate(sequence, length)
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+        after = step(_tokens(2, 0, PLAIN))
+    assert not torch.equal(before, after)
+
+
+def test_what_cannot_be_done_changes_nothing() -> None:
+    model = _model(PLAIN.replace(n_positions=9), torch.float32, False)
+    with torch.inference_mode():
+        cache = _filled(model, 1, None)
+        step = CpuStep(model, cache)
+        for tokens in ([130], [-1]):
+            with pytest.raises(ValueError, match=rf"tokens are \[{tokens[0]}\]; 0 <= token < 130 is needed"):
+                step(torch.tensor(tokens))
+        assert cache.lengths == [7]
+        step(torch.tensor([1]))
+        step(torch.tensor([1]))
+        with pytest.raises(ValueError, match="a sequence has 9 tokens, the model's whole context of 9"):
+            step(torch.tensor([1]))
+    assert cache.lengths == [9]
+
+
+def test_what_it_does_not_serve_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(PLAIN, torch.float32, False)
+    cache = KVCache.for_config(PLAIN, max_seqs=1, max_len=8)
+    assert pays(model, cache, cpu_step.MOST_ROWS)
+    assert not pays(model, cache, cpu_step.MOST_ROWS + 1)
+    assert not pays(model.half(), KVCache.for_config(PLAIN, max_seqs=1, max_len=8, dtype=torch.float16), 1)
+    assert not pays(model.bfloat16(), cache, 1)
+    model = model.float()
+    model.transformer.ln_f.bfloat16()
+    assert not pays(model, cache, 1)
+    model.float().lm_head.weight = nn.Parameter(torch.randn(260, 192)[::2, ::2])
+    assert not pays(model, cache, 1)
+    monkeypatch.setattr(cpu_step, "_C", None)
+    assert not pays(_model(PLAIN, torch.float32, False), cache, 1)

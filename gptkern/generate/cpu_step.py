@@ -62,32 +62,48 @@ class CpuStep:
             config.layer_norm_epsilon,
             [list(_block(block)) for block in blocks],
             [config.attention_scale(layer) for layer in range(len(blocks))],
-            [n for e in (transformer.wte, transformer.wpe) for n in (e.weight.data_ptr(), e.weight.stride(0))],
+            [
+                n
+                for e in (transformer.wte, transformer.wpe)
+                for n in (e.weight.data_ptr(), e.weight.stride(0))
+            ],
             [0, 0] if transformer.ln_f is None else list(_norm(transformer.ln_f)),
             list(_linear(model.lm_head)),
         )
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits ``(rows, vocab_size)`` after ``tokens`` ``(rows,)`` int64."""
-        cache, rows = self._cache, tokens.shape[0]
-        step = cache.extend([1] * rows)
+        step = self._cache.extend([1] * tokens.shape[0])
         self._check(tokens, max(step.lengths))
-        tokens = tokens.contiguous()
+        logits = self.logits(tokens, self._cache.page_table, self._cache.seq_lens)
+        step.commit()
+        return logits
+
+    def logits(self, tokens: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """The same with places of one's own: keys and values are written, the cache's lengths stay.
+
+        Rows may be consecutive tokens of one sequence: each attends to those before it.
+
+        Args:
+            tokens: ``(rows,)`` int64.
+            page_table: ``(rows or more, pages)`` int32, rows contiguous.
+            lengths: ``(rows or more,)`` int32: what each row's sequence holds before its token.
+        """
+        cache, rows, tokens = self._cache, tokens.shape[0], tokens.contiguous()
         logits = torch.empty(rows, self._model.config.vocab_size, dtype=cache.dtype)
         self._decoder.step(
             cache.k.data_ptr(),
             cache.v.data_ptr(),
             *cache.k.stride()[:3],
             cache.page_size,
-            cache.page_table.data_ptr(),
-            cache.page_table.stride(0),
-            cache.seq_lens.data_ptr(),
+            page_table.data_ptr(),
+            page_table.stride(0),
+            lengths.data_ptr(),
             tokens.data_ptr(),
             rows,
             logits.data_ptr(),
             torch.get_num_threads(),
         )
-        step.commit()
         return logits
 
     def _check(self, tokens: torch.Tensor, longest: int) -> None:
@@ -97,9 +113,7 @@ class CpuStep:
                 f"GPT: a sequence has {longest} tokens, the model's whole context of {config.n_positions}"
             )
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
-            raise ValueError(
-                f"GPT: tokens are {tokens.tolist()}; 0 <= token < {config.vocab_size} is needed"
-            )
+            raise ValueError(f"GPT: tokens are {tokens.tolist()}; 0 <= token < {config.vocab_size} is needed")
 
 
 def _block(block: nn.Module) -> Iterator[int]:
