@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import subprocess
@@ -34,6 +35,34 @@ def test_random_rows_under_sanitizers(fuzzer: Path, rows: int, threads: int) -> 
     done = subprocess.run([fuzzer, str(rows), str(threads)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{rows} rows" in done.stdout
+
+
+_ISAS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-maybe-uninitialized"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="no g++ for x86-64")
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_random_models_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
+    checks = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-DGPTKERN_X86"]
+    command = ["g++", *flags, *checks, f"-I{CSRC}"]
+    objects = []
+    for name, options in _ISAS.items():
+        objects.append(str(tmp_path / f"{name}.o"))
+        isa = [*options, f"-DGPTKERN_ISA={name}", "-c", str(CSRC / "decode_cpu.cpp")]
+        subprocess.run([*command, *isa, "-o", objects[-1]], check=True)
+    binary = tmp_path / "fuzz_decode"
+    sources = [HERE / "fuzz_decode.cpp", CSRC / "decoder.cpp", CSRC / "threads.cpp"]
+    subprocess.run([*command, *map(str, sources), *objects, "-pthread", "-o", str(binary)], check=True)
+    done = subprocess.run([binary, "300", "3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "300 models" in done.stdout
 
 
 @pytest.mark.slow

@@ -1,0 +1,143 @@
+// Random models through the CPU's decode step, with one thread and with several: the same bits, and nothing
+// for the sanitizers to find. usage: fuzz_decode MODELS THREADS
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "decoder.h"
+
+namespace gptkern {
+namespace {
+
+std::mt19937 draw(0);
+
+int between(int low, int high) { return std::uniform_int_distribution<int>(low, high)(draw); }
+
+// Numbers of either dtype, exactly as many as are asked for, so that a read beyond them is found.
+class Numbers {
+public:
+    Numbers(DType dtype, size_t count) : bytes_(count * (dtype == DType::kFloat32 ? 4 : 2)), at_(new char[bytes_]) {
+        std::uniform_real_distribution<float> value(-0.5f, 0.5f);
+        for (size_t i = 0; i < count; ++i) {
+            const float number = value(draw);
+            if (dtype == DType::kFloat32) {
+                std::memcpy(at_.get() + 4 * i, &number, 4);
+            } else {
+                std::memcpy(at_.get() + 2 * i, reinterpret_cast<const char*>(&number) + 2, 2);
+            }
+        }
+    }
+
+    int64_t address() const { return reinterpret_cast<int64_t>(at_.get()); }
+    void* get() const { return at_.get(); }
+    bool same(const Numbers& other) const { return std::memcmp(at_.get(), other.at_.get(), bytes_) == 0; }
+    void take(const Numbers& other) { std::memcpy(at_.get(), other.at_.get(), bytes_); }
+
+private:
+    size_t bytes_;
+    std::unique_ptr<char[]> at_;
+};
+
+struct Shape {
+    DType dtype = between(0, 1) ? DType::kBFloat16 : DType::kFloat32;
+    int heads = between(1, 5), width = heads * between(1, 70), inner = between(1, 200), vocab = between(1, 300);
+    int blocks = between(1, 2), rows = between(1, 9), page_size = between(1, 9), pages = between(1, 4);
+};
+
+class Random {
+public:
+    explicit Random(const Shape& s) : s_(s) {}
+
+    std::vector<int64_t> linear(int outs, int in) {
+        const bool turned = between(0, 1);
+        const int64_t stride = (turned ? outs : in) + between(0, 3);
+        const size_t count = static_cast<size_t>(stride) * ((turned ? in : outs) - 1) + (turned ? outs : in);
+        return {numbers(count), between(0, 1) ? numbers(outs) : 0, outs, in, stride, turned};
+    }
+
+    std::vector<int64_t> norm() { return {numbers(s_.width), between(0, 1) ? numbers(s_.width) : 0}; }
+
+    int64_t numbers(size_t count) {
+        kept_.push_back(std::make_unique<Numbers>(s_.dtype, count));
+        return kept_.back()->address();
+    }
+
+private:
+    Shape s_;
+    std::vector<std::unique_ptr<Numbers>> kept_;
+};
+
+bool check(int threads) {
+    const Shape s;
+    Random random(s);
+    const bool post_norm = between(0, 1);
+    std::vector<std::vector<int64_t>> blocks(s.blocks);
+    for (auto& block : blocks) {
+        const auto append = [&block](const std::vector<int64_t>& more) {
+            block.insert(block.end(), more.begin(), more.end());
+        };
+        append(random.norm());
+        append(random.norm());
+        append(random.linear(3 * s.width, s.width));
+        append(random.linear(s.width, s.width));
+        append(random.linear(s.inner, s.width));
+        append(random.linear(s.width, s.inner));
+    }
+    const int capacity = s.page_size * s.pages;
+    Decoder decoder(static_cast<int>(s.dtype), s.width, s.heads, s.inner, s.vocab, between(0, 3), post_norm, 1e-5f,
+                    blocks, std::vector<float>(s.blocks, 0.1f),
+                    {random.numbers(static_cast<size_t>(s.vocab) * s.width), s.width,
+                     random.numbers(static_cast<size_t>(capacity) * s.width), s.width},
+                    post_norm ? std::vector<int64_t>{0, 0} : random.norm(), random.linear(s.vocab, s.width));
+    const size_t slots = static_cast<size_t>(s.rows) * capacity;
+    const size_t cached = s.blocks * slots * s.width;
+    const Numbers k(s.dtype, cached), v(s.dtype, cached);
+    std::vector<int32_t> table(s.rows * s.pages), lengths(s.rows);
+    std::vector<int64_t> tokens(s.rows);
+    // Each row a sequence of its own, or all of them consecutive tokens of one.
+    const bool one = s.rows <= capacity && between(0, 1);
+    for (int i = 0; i < s.rows * s.pages; ++i) table[i] = one ? i % s.pages : i;
+    const int first = one ? between(0, capacity - s.rows) : 0;
+    for (int r = 0; r < s.rows; ++r) {
+        lengths[r] = one ? first + r : between(0, capacity - 1);
+        tokens[r] = between(0, s.vocab - 1);
+    }
+    std::unique_ptr<Numbers> results[2], keys[2];
+    for (int which = 0; which < 2; ++which) {
+        keys[which] = std::make_unique<Numbers>(s.dtype, cached);
+        keys[which]->take(k);
+        Numbers values(s.dtype, cached);
+        values.take(v);
+        results[which] = std::make_unique<Numbers>(s.dtype, static_cast<size_t>(s.rows) * s.vocab);
+        const int64_t slot = s.width, page = slot * s.page_size;
+        const CpuCache cache{keys[which]->get(), values.get(), static_cast<int64_t>(slots) * s.width, page, slot,
+                             s.page_size, table.data(), s.pages, lengths.data()};
+        decoder.step(cache, tokens.data(), s.rows, results[which]->get(), which ? threads : 1);
+    }
+    return results[0]->same(*results[1]) && keys[0]->same(*keys[1]);
+}
+
+}  // namespace
+}  // namespace gptkern
+
+int main(int, char** arguments) {
+    const int models = std::atoi(arguments[1]), threads = std::atoi(arguments[2]);
+    for (const char* path : {"avx2", "avx512"}) {
+        try {
+            gptkern::use_cpu_decode_path(path);
+        } catch (const std::exception&) {
+            continue;
+        }
+        for (int i = 0; i < models; ++i) {
+            if (!gptkern::check(threads)) {
+                std::printf("%s: model %d differs with %d threads\n", path, i, threads);
+                return 1;
+            }
+        }
+        std::printf("%s: %d models\n", path, models);
+    }
+    return 0;
+}
