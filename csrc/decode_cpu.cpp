@@ -37,7 +37,7 @@ int64_t padded(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
 
 // Where everything lies in a call's memory, in floats. What one thread alone writes is kept per thread.
 struct Places {
-    int64_t x, qkv, attended, inner;           // rows of their width: shared
+    int64_t x, qkv, attended, inner;           // rows of their width: shared; all but qkv in ``place`` order
     int64_t input, raw, scores, sums, shared;  // per thread, from the end of the shared part
     int64_t per_thread;
 
@@ -143,37 +143,59 @@ private:
             const Storage* token = static_cast<const Storage*>(m_.tokens) + call_.tokens[r] * m_.token_stride;
             const Storage* place =
                 static_cast<const Storage*>(m_.positions) + call_.cache.lengths[r] * m_.position_stride;
-            for (int i = 0; i < m_.width; ++i) x(r)[i] = Kind::load(token[i]) + Kind::load(place[i]);
+            for (int i = 0; i < m_.width; ++i) {
+                x(r)[Kind::place(i, m_.width)] = Kind::load(token[i]) + Kind::load(place[i]);
+            }
         }
         barrier_.wait();
     }
 
     // norm(x) of all rows, by every thread for itself: it costs less than waiting for each other.
     void take_input(const CpuNorm& norm) {
-        const auto *const weight = static_cast<const Storage*>(norm.weight),
-                   *const bias = static_cast<const Storage*>(norm.bias);
         for (int r = 0; r < call_.rows; ++r) {
-            const float* const from = x(r);
             float mean = 0.0f, rstd = 1.0f;
-            if (weight != nullptr) moments(from, norm.eps, mean, rstd);
-            for (int i = 0; i < m_.width; ++i) {
-                float value = from[i];
-                if (weight != nullptr) value = (value - mean) * rstd * Kind::load(weight[i]);
-                if (bias != nullptr) value += Kind::load(bias[i]);
-                input().value(r, Kind::place(i, m_.width)) = value;
+            if (norm.weight != nullptr) moments(x(r), norm.eps, mean, rstd);
+            const int whole = m_.width / kStep * kStep;
+            for (int i = 0; i < whole; i += kStep) {
+                Vec a = load(x(r) + i), b = load(x(r) + i + kLanes), c, d;
+                if (norm.weight != nullptr) {
+                    Kind::pair(static_cast<const Storage*>(norm.weight) + i, c, d);
+                    a = mul(mul(sub(a, all(mean)), all(rstd)), c);
+                    b = mul(mul(sub(b, all(mean)), all(rstd)), d);
+                }
+                if (norm.bias != nullptr) {
+                    Kind::pair(static_cast<const Storage*>(norm.bias) + i, c, d);
+                    a = add(a, c);
+                    b = add(b, d);
+                }
+                store(&input().value(r, i), a);
+                store(&input().value(r, i + kLanes), b);
+            }
+            for (int i = whole; i < m_.width; ++i) {
+                float value = x(r)[i];
+                if (norm.weight != nullptr) value = (value - mean) * rstd * element(norm.weight, i);
+                if (norm.bias != nullptr) value += element(norm.bias, i);
+                input().value(r, i) = value;
             }
         }
     }
 
-    void moments(const float* from, float eps, float& mean, float& rstd) const {
-        double total = 0.0, squares = 0.0;
-        for (int i = 0; i < m_.width; ++i) total += from[i];
-        mean = static_cast<float>(total / m_.width);
-        for (int i = 0; i < m_.width; ++i) {
-            const double centred = static_cast<double>(from[i]) - mean;
-            squares += centred * centred;
+    static float element(const void* of, int i) { return Kind::load(static_cast<const Storage*>(of)[i]); }
+
+    // Of all values, then of their distances from the mean.
+    void moments(const float* values, float eps, float& mean, float& rstd) const {
+        const int n = m_.width, whole = n / kLanes * kLanes;
+        Vec total = zeros(), squares = zeros();
+        for (int i = 0; i < whole; i += kLanes) total = add(total, load(values + i));
+        float rest = 0.0f, rest_squares = 0.0f;
+        for (int i = whole; i < n; ++i) rest += values[i];
+        mean = (sum(total) + rest) / static_cast<float>(n);
+        for (int i = 0; i < whole; i += kLanes) {
+            const Vec centred = sub(load(values + i), all(mean));
+            squares = fma(centred, centred, squares);
         }
-        rstd = static_cast<float>(1.0 / std::sqrt(squares / m_.width + eps));
+        for (int i = whole; i < n; ++i) rest_squares += (values[i] - mean) * (values[i] - mean);
+        rstd = 1.0f / std::sqrt((sum(squares) + rest_squares) / static_cast<float>(n) + eps);
     }
 
     // give(row, out, value) of this thread's outputs of a layer.
@@ -195,8 +217,8 @@ private:
     // The end of a branch: its output added to what it began from.
     void branch(const CpuLinear& layer, const Rows& from) {
         linear(layer, from, [&](int r, int out, float value) {
-            const float begun = m_.post_norm ? input().value(r, Kind::place(out, m_.width)) : x(r)[out];
-            x(r)[out] = begun + value;
+            const int at = Kind::place(out, m_.width);
+            x(r)[at] = (m_.post_norm ? input().value(r, at) : x(r)[at]) + value;
         });
         barrier_.wait();
     }
@@ -234,6 +256,17 @@ private:
         return page * cache.page_stride + token % cache.page_size * cache.slot_stride;
     }
 
+    // use(token, where its keys and values lie) of a row's tokens.
+    template <class Use>
+    void for_tokens(int row, int length, const Use& use) const {
+        const CpuCache& cache = call_.cache;
+        for (int t = 0; t < length;) {
+            int64_t at = slot(row, t);
+            const int end = length - t < cache.page_size ? length : t + cache.page_size;
+            for (; t < end; ++t, at += cache.slot_stride) use(t, at);
+        }
+    }
+
     Storage* cached(void* cache, int layer, int head) const {
         return static_cast<Storage*>(cache) + layer * call_.cache.block_stride + head * m_.head_dim;
     }
@@ -259,15 +292,13 @@ private:
             queries[i / dim * dim + Kind::place(i % dim, dim)] = qkv(row)[offset + i] * block.scale;
             sums[i] = 0.0f;
         }
-        for (int t = 0; t < length; ++t) {
-            const Storage* const key = keys + slot(row, t);
-            for (int h = 0; h < heads; ++h) scores[h * length + t] = dot(key + h * dim, queries + h * dim);
-        }
+        for_tokens(row, length, [&](int t, int64_t at) {
+            for (int h = 0; h < heads; ++h) scores[h * length + t] = dot(keys + at + h * dim, queries + h * dim);
+        });
         for (int h = 0; h < heads; ++h) soften(scores + static_cast<int64_t>(h) * length, length);
-        for (int t = 0; t < length; ++t) {
-            const Storage* const value = values + slot(row, t);
-            for (int h = 0; h < heads; ++h) add_times(value + h * dim, scores[h * length + t], sums + h * dim);
-        }
+        for_tokens(row, length, [&](int t, int64_t at) {
+            for (int h = 0; h < heads; ++h) add_times(values + at + h * dim, scores[h * length + t], sums + h * dim);
+        });
         for (int i = 0; i < heads * dim; ++i) {
             const float value = sums[i / dim * dim + Kind::place(i % dim, dim)];
             attended().value(row, Kind::place(offset + i, m_.width)) = value;

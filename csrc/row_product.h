@@ -11,7 +11,7 @@ inline namespace GPTKERN_ISA {
 constexpr int kOuts = 4;  // outputs whose weights are read side by side: so many streams a core's prefetchers follow
 constexpr int kRows = kLanes == 16 ? 4 : 2;  // rows that are summed at once: what the registers hold of their sums
 constexpr int kTurnedRows = 8;  // rows of turned weights that one pass over the outputs takes
-constexpr int kPanel = 96;      // rows that are summed before they are added to the rest: smaller errors
+constexpr int kPanel = 192;     // rows that are summed before they are added to the rest: smaller errors
 
 // Widened rows, of each value ``Kind::place``, and of the same kStep values of all rows one after another: so
 // that the addresses of a pass are one pointer and constants.
