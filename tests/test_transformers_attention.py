@@ -233,17 +233,23 @@ def test_the_kernels_compute_it(kind: str) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_continuous_batching_runs_on_it() -> None:
-    model = _model("llama")
+@pytest.mark.filterwarnings("ignore:The `paged.` prefix is no longer needed:FutureWarning")
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_continuous_batching_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    kernel = attention.ops.flash_attention_varlen
+    monkeypatch.setattr(
+        attention.ops,
+        "flash_attention_varlen",
+        lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs),
+    )
+    model = _model(name)
     model.set_attn_implementation("paged|gptkern")
-    if model.config._attn_implementation != "paged|gptkern":
-        pytest.skip(
-            f"transformers {transformers.__version__} takes no outside function in continuous batching"
-        )
+    assert model.config._attn_implementation in ("paged|gptkern", "gptkern")
     prompts = [_ids(1, n)[0].tolist() for n in (5, 9, 3)]
     config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
     expected = []
-    eager = _model("llama")
+    eager = _model(name)
     for prompt in prompts:
         expected.append(
             eager.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :]
@@ -252,3 +258,4 @@ def test_continuous_batching_runs_on_it() -> None:
     by_prompt = {tuple(out.prompt_ids): out.generated_tokens for out in found.values()}
     for prompt, tokens in zip(prompts, expected, strict=True):
         assert by_prompt[tuple(prompt)] == tokens.tolist()
+    assert calls

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -23,6 +25,30 @@ def register() -> None:
     AttentionInterface.register(PAGED, paged_attention_forward)
     # Packed sequences are told apart by their cumulative lengths.
     AttentionMaskInterface.register(PAGED, lambda *args, **kwargs: None)
+    _admit_to_continuous_batching()
+
+
+def _admit_to_continuous_batching() -> None:
+    """Let continuous batching take models whose attention is gptkern's.
+
+    Up to transformers 5.22 it took every registered name that began with "paged|". Since then that prefix is
+    cut off, and its gate knows the library's own functions alone.
+    """
+    try:
+        from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+    except ImportError:
+        return
+    gate = getattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn", None)
+    if gate is None or hasattr(gate, "_gptkern_admits"):
+        return
+
+    @functools.wraps(gate)
+    def admitting(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.config._attn_implementation != NAME:
+            return gate(self, model, *args, **kwargs)
+
+    admitting._gptkern_admits = True  # type: ignore[attr-defined]
+    ContinuousBatchingManager.switch_to_cb_friendly_attn = admitting
 
 
 def attention_forward(
@@ -36,6 +62,7 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention as ``AttentionInterface`` asks for it.
@@ -45,6 +72,7 @@ def attention_forward(
         key, value: ``(batch, kv_heads, keys, head_dim)``, a static cache's unused ones included.
         attention_mask: As ``gptkern_mask`` makes it, or any 4-dimensional mask.
         scaling: The complete factor on the scores.
+        cache, cu_seq_lens_q: Of packed sequences; see ``paged_attention_forward``.
 
     Returns:
         ``(batch, queries, heads, head_dim)``, and the weights where attentions are to be returned.
@@ -52,6 +80,9 @@ def attention_forward(
     Raises:
         ValueError: Attention sinks or a position bias, which are not supported.
     """
+    if cache is not None or kwargs.get("cu_seq_lens_q") is not None:
+        told: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sliding_window": sliding_window}
+        return paged_attention_forward(module, query, key, value, attention_mask, cache, **told, **kwargs)
     for name in ("s_aux", "position_bias", "sinks"):
         if kwargs.get(name) is not None:
             raise ValueError(f"gptkern attention: {name} was given; choose attn_implementation='eager'")
@@ -222,48 +253,70 @@ def paged_attention_forward(
     cache: Any = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | dict[str, torch.Tensor] | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | dict[str, int] | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of transformers' continuous batching: packed queries over a paged cache of the library's.
 
     Args:
         query: ``(1, heads, tokens, head_dim)``: the new tokens of all requests, end to end.
+        key, value: Of the new tokens where there is a cache, else of all.
         cache: The library's; told of the new keys and values, it gives those of all requests, end to end.
+            From transformers 5.24 on the models tell it themselves.
         cu_seq_lens_q, cu_seq_lens_k: Where each request begins; of keys, one for each kind of layer.
+        scaling: The complete factor on the scores; the module's own when None.
 
     Raises:
-        ValueError: Called without the cache that continuous batching prepares.
+        ValueError: Called without what continuous batching prepares.
     """
-    if cache is None or cu_seq_lens_q is None or cu_seq_lens_k is None:
+    if cu_seq_lens_q is None or cu_seq_lens_k is None:
         raise ValueError(
-            f"gptkern attention: {PAGED!r} was called without a paged cache; it serves generate_batch, "
+            f"gptkern attention: {PAGED!r} was called without packed sequences; it serves generate_batch, "
             f"and attn_implementation={NAME!r} every other call"
         )
-    window = getattr(module, "sliding_window", None) or None
+    window = sliding_window or getattr(module, "sliding_window", None) or None
     kind = "full_attention" if window is None else "sliding_attention"
     if isinstance(cu_seq_lens_k, dict):
         cu_seq_lens_k = cu_seq_lens_k[kind]
-    if isinstance(max_seqlen_k, dict):
-        max_seqlen_k = max_seqlen_k[kind]
-    keys, values = cache.update(
-        key_states=key,
-        value_states=value,
-        layer_idx=module.layer_idx,
-        read_index=kwargs["read_index"],
-        write_index=kwargs["write_index"],
-    )
+    longest_q, longest_k = (_longest(kwargs, side, kind) for side in "qk")
+    if cache is None:
+        keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    else:
+        keys, values = _all_of(cache, module, key, value, {**kwargs, "cu_seq_lens_k": {kind: cu_seq_lens_k}})
     out = ops.flash_attention_varlen(
         query[0].transpose(0, 1),
         keys,
         values,
         cu_seq_lens_q.to(torch.int32),
         cu_seq_lens_k.to(torch.int32),
-        int(max_seqlen_q or query.shape[2]),
-        int(max_seqlen_k or keys.shape[0]),
-        scale=getattr(module, "scaling", None),
+        longest_q or query.shape[2],
+        longest_k or keys.shape[0],
+        scale=getattr(module, "scaling", None) if scaling is None else scaling,
         window=window,
+        softcap=softcap,
     )
     assert isinstance(out, torch.Tensor)
     return out[None], None
+
+
+def _longest(kwargs: dict[str, Any], side: str, kind: str) -> int:
+    """The longest sequence of queries or keys, under either of the library's names; 0: not told."""
+    found = kwargs.get(f"max_length_{side}", kwargs.get(f"max_seqlen_{side}"))
+    return int((found[kind] if isinstance(found, dict) else found) or 0)
+
+
+def _all_of(
+    cache: Any, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of all requests, ``(tokens, kv_heads, head_dim)``, the new ones kept."""
+    told = {"key_states": key, "value_states": value, "layer_idx": module.layer_idx}
+    if "kwargs" not in inspect.signature(cache.update).parameters:  # up to transformers 5.22
+        found: tuple[torch.Tensor, torch.Tensor] = cache.update(
+            **told, read_index=kwargs["read_index"], write_index=kwargs["write_index"]
+        )
+        return found
+    kwargs.setdefault("max_length_k", dict.fromkeys(kwargs["cu_seq_lens_k"], 0))
+    keys, values = cache.update(**told, kwargs=kwargs)
+    return keys[0].transpose(0, 1), values[0].transpose(0, 1)
