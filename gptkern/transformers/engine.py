@@ -1,7 +1,7 @@
 """``generate`` on gptkern's engine: transformers' loop around gptkern's prefill, paged cache and decode step.
 
 The library's loop is kept, so that every processor, stopping criterion, streamer and field of the result
-is its own; what it calls the model for is answered here. ``EngineCache`` travels as ``past_key_values``.
+is its own; what it calls the model for is answered here. ``EngineCache`` travels in the cache's place.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
 from gptkern.generate.loop import stepper
 from gptkern.model import GPT, GPTOutput
-from gptkern.transformers.modules import LayerNorm, activation_of, untouched
+from gptkern.transformers.modules import CACHE, LayerNorm, activation_of, untouched
 
-# What ``_sample`` may be given beside the cache; anything else is an input that the engine does not know.
-_KNOWN_INPUTS = {"attention_mask", "use_cache", "past_key_values", "logits_to_keep", "position_ids"}
+# What ``_sample`` may be given beside it; anything else is an input that the engine does not know.
+_KNOWN_INPUTS = {"attention_mask", "use_cache", CACHE, "logits_to_keep", "position_ids"}
 _GPT1_NAMES = {"wte": "tokens_embed", "wpe": "positions_embed"}
 _views: WeakKeyDictionary[nn.Module, GPT] = WeakKeyDictionary()
 
@@ -134,9 +134,9 @@ def refused_call(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[
         return "autocast is on"
     if model.training and any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
         return "the model is in training mode, with dropout"
-    past = kwargs.get("past_key_values")
+    past = kwargs.get(CACHE)
     if past is not None and not _readable(past):
-        return f"past_key_values is a {type(past).__name__} that is offloaded, windowed or filled already"
+        return f"{CACHE} is a {type(past).__name__} that is offloaded, windowed or filled already"
     limit = model.config.n_positions
     if config.max_length is None or config.max_length > limit:
         return f"max_length passes the model's context of {limit}"
@@ -206,6 +206,11 @@ class EngineCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens a row has seen, padding included."""
         return self._seen
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of each layer, whether it keeps a state instead of keys and values (from transformers 5.24 on)."""
+        return [False] * self._gpt.config.n_layer
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i takes what row ``beam_idx[i]``, a beam of the same prompt, holds."""

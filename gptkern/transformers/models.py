@@ -15,7 +15,7 @@ from gptkern.ops import linear_cross_entropy
 from gptkern.ops._dispatch import use_kernel
 from gptkern.transformers._routes import fallback
 from gptkern.transformers.engine import EngineCache, refused_call, refused_config, refused_model
-from gptkern.transformers.modules import untouched
+from gptkern.transformers.modules import CACHE, untouched
 
 
 class LanguageModel:
@@ -60,11 +60,11 @@ def _on_engine(model: Any, name: str, loop: Any, input_ids: torch.Tensor, kwargs
     if reason is not None:
         fallback("generate", reason)
         return loop(input_ids, **kwargs)
-    past, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+    past, mask = inputs.get(CACHE), inputs.get("attention_mask")
     engine = EngineCache(model, input_ids.shape[0], config.max_length, past, mask)
-    output = loop(input_ids, **kwargs | {"past_key_values": engine})
+    output = loop(input_ids, **kwargs | {CACHE: engine})
     if config.return_dict_in_generate:
-        output.past_key_values = engine.hand_back()
+        output[CACHE] = engine.hand_back()
     elif getattr(past, "_is_user_defined", False):
         engine.hand_back()
     return output
@@ -107,11 +107,10 @@ def _forward_with_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _forward_of(cls: Any) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if isinstance(cache, EngineCache):
-            return CausalLMOutputWithCrossAttentions(
-                logits=cache.run(kwargs["input_ids"]), past_key_values=cache
-            )
+            logits = cache.run(kwargs["input_ids"])
+            return CausalLMOutputWithCrossAttentions(logits=logits, **{CACHE: cache})
         if _fused_loss(self, args, kwargs):
             return _forward_with_loss(self, args, kwargs)
         return cls.forward(self, *args, **kwargs)

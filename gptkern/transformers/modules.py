@@ -8,6 +8,7 @@ one, that part runs the library's own code.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from gptkern import ops
 from gptkern.config import ACTIVATIONS
 from gptkern.transformers.attention import attention_forward
 
+# Up to transformers 5.23 the cache is called past_key_values, since then cache: as argument and as output.
+_RENAMED = "cache" in inspect.signature(gpt2.GPT2LMHeadModel.forward).parameters
+CACHE = "cache" if _RENAMED else "past_key_values"
 # the activations of transformers' OpenAIGPTModel: its "gelu" is the tanh form
 GPT1_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 
@@ -82,17 +86,18 @@ class GPT2Block(gpt2.GPT2Block):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> torch.Tensor:
+        cache = kwargs.pop("past_key_values", cache)
         if encoder_hidden_states is not None or not self._fused(hidden_states):
             out: torch.Tensor = super().forward(
                 hidden_states,
-                past_key_values,
+                cache,
                 attention_mask,
                 encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
@@ -102,9 +107,9 @@ class GPT2Block(gpt2.GPT2Block):
             return out
         attended, _ = self.attn(
             _norm(self.ln_1, hidden_states),
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
         normed, residual = ops.add_layer_norm(
