@@ -59,7 +59,7 @@ struct Places {
         scores = take(static_cast<int64_t>(m.heads) * (longest + 2 * m.head_dim));
         int outs = 3 * m.width > m.inner ? 3 * m.width : m.inner;
         if (m.head.turned && m.vocab > outs) outs = m.vocab;
-        sums = take(2LL * rows * padded(outs / threads + 2 * kStep));
+        sums = take(2LL * rows * padded(outs / threads + 2 * kStep) + rows * kTurnedRows);
         per_thread = end;
     }
 

@@ -87,28 +87,26 @@ void product(const Weights<Kind>& w, const Rows& x, int first, int last, const G
     }
 }
 
-// Adds the share of S weight rows from i on to sums ``into`` (rows, outs), outputs first to last, whole steps.
+// Adds the share of S weight rows from i on to sums of outputs first to last, whole steps, which lie as Rows do.
+// ``factors`` (rows, S) are what x has for these weight rows.
 template <class Kind, int S>
-GPTKERN_HD void add_turned(const Weights<Kind>& w, const Rows& x, int i, int first, int last, float* into,
-                           int64_t stride) {
+GPTKERN_HD void add_turned(const Weights<Kind>& w, const float* factors, int rows, int i, int first, int last,
+                           float* sums) {
     for (int out = first; out < last; out += kStep) {
         Vec low[S], high[S];
-        const float* values[S];
         for (int s = 0; s < S; ++s) {
-            values[s] = &x.value(0, Kind::place(i + s, w.in));
             const auto* const from = w.at + (i + s) * w.stride + out;
             // The rows after these, while these are at work; past the end it is asked for in vain.
-            _mm_prefetch(reinterpret_cast<const char*>(from + S * w.stride), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(from + S * w.stride), _MM_HINT_T1);
             Kind::pair(from, low[s], high[s]);
         }
-        for (int r = 0; r < x.count; ++r) {
-            float* const sums = into + r * stride + (out - first);
+        for (int r = 0; r < rows; ++r, sums += kStep) {
             // Summed apart first: fewer additions to the long sum, and smaller errors.
             Vec a = zeros(), b = zeros();
             for (int s = 0; s < S; ++s) {
-                const Vec value = all(values[s][r * kStep]);
-                a = fma(value, low[s], a);
-                b = fma(value, high[s], b);
+                const Vec factor = all(factors[r * S + s]);
+                a = fma(factor, low[s], a);
+                b = fma(factor, high[s], b);
             }
             store(sums, add(load(sums), a));
             store(sums + kLanes, add(load(sums + kLanes), b));
@@ -116,18 +114,29 @@ GPTKERN_HD void add_turned(const Weights<Kind>& w, const Rows& x, int i, int fir
     }
 }
 
-// The same of a matrix kept as (in, outs). ``memory`` has room for two rows of last - first values a row of x.
+// The same of a matrix kept as (in, outs). ``memory`` has room for two rows of last - first values, and
+// kTurnedRows more, a row of x.
 template <class Kind, class Give>
 void turned_product(const Weights<Kind>& w, const Rows& x, int first, int last, float* memory, const Give& give) {
     const int outs = last - first, whole = outs / kStep * kStep;
     float *const panel = memory, *const sums = memory + static_cast<int64_t>(x.count) * whole;
+    float* const factors = sums + static_cast<int64_t>(x.count) * whole;
+    const auto take_factors = [&](int i, int count) {
+        for (int r = 0; r < x.count; ++r) {
+            for (int s = 0; s < count; ++s) factors[r * count + s] = x.value(r, Kind::place(i + s, w.in));
+        }
+    };
     for (int64_t i = 0; i < 2LL * x.count * whole; ++i) memory[i] = 0.0f;
     for (int i = 0; i < w.in;) {
         const int end = i + kPanel < w.in ? i + kPanel : w.in;
         for (; i + kTurnedRows <= end; i += kTurnedRows) {
-            add_turned<Kind, kTurnedRows>(w, x, i, first, first + whole, panel, whole);
+            take_factors(i, kTurnedRows);
+            add_turned<Kind, kTurnedRows>(w, factors, x.count, i, first, first + whole, panel);
         }
-        for (; i < end; ++i) add_turned<Kind, 1>(w, x, i, first, first + whole, panel, whole);
+        for (; i < end; ++i) {
+            take_factors(i, 1);
+            add_turned<Kind, 1>(w, factors, x.count, i, first, first + whole, panel);
+        }
         for (int64_t n = 0; n < static_cast<int64_t>(x.count) * whole; ++n) {
             sums[n] += panel[n];
             panel[n] = 0.0f;
@@ -135,7 +144,7 @@ void turned_product(const Weights<Kind>& w, const Rows& x, int first, int last, 
     }
     for (int r = 0; r < x.count; ++r) {
         for (int out = 0; out < whole; ++out) {
-            give(r, first + out, sums[static_cast<int64_t>(r) * whole + Kind::place(out, whole)]);
+            give(r, first + out, Rows{sums, x.count}.value(r, Kind::place(out, whole)));
         }
         for (int out = first + whole; out < last; ++out) {
             double value = 0.0;
