@@ -176,6 +176,9 @@ def _refused_mask(model: Any, mask: torch.Tensor | None, positions: torch.Tensor
 class EngineCache(Cache):
     """The cache of one ``generate`` call, and what runs the model on it.
 
+    Attributes:
+        whole_ids: ``run`` is given whole sequences and not new tokens alone, as of a model without a cache.
+
     Args:
         model: An accelerated language model that ``refused_model`` has no reason against.
         rows: Sequences in the batch.
@@ -189,7 +192,7 @@ class EngineCache(Cache):
     ) -> None:
         super().__init__(layers=[])
         self._gpt = view(model)
-        self._whole_ids = model.config.model_type == "openai-gpt"
+        self.whole_ids = model.config.model_type == "openai-gpt"
         self._max_len = max_len
         self._seen = 0
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()
@@ -199,13 +202,18 @@ class EngineCache(Cache):
         )
         self._kv.allocate(rows)
         self._past = past
-        self._taken = 0 if past is None or self._whole_ids else int(past.get_seq_length())
+        self._taken = 0 if past is None or self.whole_ids else int(past.get_seq_length())
         if self._taken:
             self._take(past)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens a row has seen, padding included."""
         return self._seen
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits of a row."""
+        return self._gpt.config.vocab_size
 
     @property
     def is_linear(self) -> list[bool]:
@@ -219,7 +227,7 @@ class EngineCache(Cache):
 
     def run(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits after the last of ``input_ids``, ``(rows, 1, vocab_size)``."""
-        if self._whole_ids:
+        if self.whole_ids:
             input_ids = input_ids[:, self._seen :]
         input_ids = input_ids.to(self._gpt.device)
         with torch.inference_mode():
@@ -237,7 +245,7 @@ class EngineCache(Cache):
     def hand_back(self) -> Cache | None:
         """The library's cache, with what was computed since; padding is zeros."""
         past, rows = self._past, len(self._kv.sequences)
-        if past is None or self._whole_ids:
+        if past is None or self.whole_ids:
             return past
         kept = torch.ones(rows, self._seen, dtype=torch.bool, device=self._kv.device)
         if self._mask is not None:

@@ -15,6 +15,7 @@ from gptkern.ops import linear_cross_entropy
 from gptkern.ops._dispatch import use_kernel
 from gptkern.transformers._routes import fallback
 from gptkern.transformers.engine import EngineCache, refused_call, refused_config, refused_model
+from gptkern.transformers.loop import result, run, sampler_options
 from gptkern.transformers.modules import CACHE, untouched
 
 
@@ -22,6 +23,7 @@ class LanguageModel:
     """What an accelerated language model has before the library's class in its bases."""
 
     _gptkern_generation = "auto"
+    _gptkern_rng = "torch"
     _gptkern_library_class: Any
 
     @classmethod
@@ -47,7 +49,7 @@ _LOOP_ARGUMENTS = {
 
 
 def _on_engine(model: Any, name: str, loop: Any, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> Any:
-    """Run the library's loop, its calls of the model answered by the engine where it can."""
+    """Run the engine's loop, or the library's, its calls of the model answered by the engine where it can."""
     config = kwargs["generation_config"]
     inputs = {key: value for key, value in kwargs.items() if key not in _LOOP_ARGUMENTS}
     reason = (
@@ -62,7 +64,15 @@ def _on_engine(model: Any, name: str, loop: Any, input_ids: torch.Tensor, kwargs
         return loop(input_ids, **kwargs)
     past, mask = inputs.get(CACHE), inputs.get("attention_mask")
     engine = EngineCache(model, input_ids.shape[0], config.max_length, past, mask)
-    output = loop(input_ids, **kwargs | {CACHE: engine})
+    options = None
+    if name == "_sample" and (model._gptkern_rng == "philox" or not config.do_sample):
+        processors = kwargs["logits_processor"]
+        options = sampler_options(processors, config, input_ids.shape[1], engine.vocab_size)
+    if options is None:
+        output = loop(input_ids, **kwargs | {CACHE: engine})
+    else:
+        criteria, streamer = kwargs["stopping_criteria"], kwargs.get("streamer")
+        output = result(run(engine, input_ids, mask, options, criteria, config, streamer), config)
     if config.return_dict_in_generate:
         output[CACHE] = engine.hand_back()
     elif getattr(past, "_is_user_defined", False):

@@ -28,9 +28,10 @@ SUPPORTED = (
 )
 MAX_HEAD_DIM = 256
 Generation = Literal["auto", "library"]
+Rng = Literal["torch", "philox"]
 
 
-def accelerate(model: Any, *, generation: Generation = "auto") -> Any:
+def accelerate(model: Any, *, generation: Generation = "auto", rng: Rng = "torch") -> Any:
     """Put a loaded transformers model on gptkern's ops, in place: attention, norms, MLP, loss, ``generate``.
 
     Parameters are shared, not copied; their names and the state dict stay. It either completes or leaves
@@ -40,18 +41,22 @@ def accelerate(model: Any, *, generation: Generation = "auto") -> Any:
         model: One of ``SUPPORTED``, or of a subclass.
         generation: ``"auto"`` runs ``generate`` on gptkern's engine where the call is one it takes, and
             on the library's loop, saying so once, where not; ``"library"`` keeps the library's loop.
+        rng: How ``generate`` samples. ``"torch"`` draws what the library draws from torch's generator: the
+            same tokens as before, by its own processors. ``"philox"`` draws the same distribution with
+            gptkern's sampler, faster, from a seed taken from torch's generator. Greedy search takes the
+            sampler with either.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: A model of another class.
-        ValueError: A head dimension, activation or ``generation`` that is not supported.
+        ValueError: A head dimension, activation, ``generation`` or ``rng`` that is not supported.
     """
-    _check(model, generation)
+    _check(model, generation, rng)
     if is_accelerated(model):
         if isinstance(model, LanguageModel):
-            model._gptkern_generation = generation
+            model._gptkern_generation, model._gptkern_rng = generation, rng
         return model
     undo: list[Callable[[], None]] = []
     try:
@@ -63,7 +68,7 @@ def accelerate(model: Any, *, generation: Generation = "auto") -> Any:
             step()
         raise
     if isinstance(model, LanguageModel):
-        model._gptkern_generation = generation
+        model._gptkern_generation, model._gptkern_rng = generation, rng
     return model
 
 
@@ -82,7 +87,8 @@ def restore(model: Any) -> Any:
             module.__dict__.pop("activation", None)
         module.__dict__.pop("padding_attends", None)
     if isinstance(model, LanguageModel):
-        model.__dict__.pop("_gptkern_generation", None)
+        for name in ("_gptkern_generation", "_gptkern_rng"):
+            model.__dict__.pop(name, None)
         model.__class__ = model._gptkern_library_class
     previous = model.__dict__.pop("_gptkern_attention", None)
     if previous is not None and model.config._attn_implementation == NAME:
@@ -135,7 +141,7 @@ def explain(model: Any, generation_config: Any = None) -> Explanation:
     Raises:
         TypeError: A model of another class.
     """
-    _check(model, "auto")
+    _check(model, "auto", "torch")
     if not is_accelerated(model):
         reason = "not accelerated: gptkern.accelerate(model)"
         return Explanation(
@@ -145,7 +151,7 @@ def explain(model: Any, generation_config: Any = None) -> Explanation:
     return Explanation([*(part(model) for part in parts), _generate_route(model, generation_config)])
 
 
-def _check(model: Any, generation: str) -> None:
+def _check(model: Any, generation: str, rng: str) -> None:
     names = {cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("transformers.")}
     if not names & set(SUPPORTED):
         raise TypeError(
@@ -153,6 +159,8 @@ def _check(model: Any, generation: str) -> None:
         )
     if generation not in ("auto", "library"):
         raise ValueError(f"accelerate: generation is {generation!r}; 'auto' or 'library' is needed")
+    if rng not in ("torch", "philox"):
+        raise ValueError(f"accelerate: rng is {rng!r}; 'torch' or 'philox' is needed")
     config = model.config
     head_dim = config.n_embd // config.n_head
     if head_dim > MAX_HEAD_DIM:
@@ -232,12 +240,20 @@ def _loss_route(model: Any) -> Route:
     return Route("loss", "kernel", "linear_cross_entropy")
 
 
+def _loop_of(model: Any, config: Any) -> str:
+    """Who chooses the tokens on the engine."""
+    ours = "prefill, paged cache and decode step; "
+    if (config.num_beams or 1) > 1:
+        return ours + "the library's beam search"
+    if config.do_sample and model._gptkern_rng == "torch":
+        return ours + "the library's loop and samplers, for its very tokens: rng='philox' is faster"
+    return ours + "gptkern's loop and sampler, where it knows every processor and no scores are returned"
+
+
 def _generate_route(model: Any, config: Any) -> Route:
     if LanguageModel not in type(model).__mro__:
         return Route("generate", "library", f"{type(model).__name__} does not generate on the engine")
     reason = refused_model(model) or refused_config(model, config or model.generation_config)
     if reason is None:
-        return Route(
-            "generate", "engine", "prefill, paged cache and decode step; the library's loop and samplers"
-        )
+        return Route("generate", "engine", _loop_of(model, config or model.generation_config))
     return Route("generate", "library" if "asked for it" in reason else "fallback", reason)

@@ -1,0 +1,133 @@
+"""``generate`` on the engine alone: gptkern's steps and sampler, with the library's criteria and streamers.
+
+It takes a call whose every logits processor is one that ``gptkern.ops.sample`` computes as the library
+does, and nothing of which asks for the scores of a step. Any other call keeps the library's loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.generation import logits_process as library
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from gptkern.ops.sample import SamplerState, SamplingParams, sample
+from gptkern.transformers.engine import EngineCache
+
+Options = dict[str, Any]
+
+
+def _minimum(length: int, processor: Any) -> Options:
+    return {"min_new_tokens": max(length, 0), "eos_token_id": processor.eos_token_id.tolist()}
+
+
+# What each of the library's processors asks of the sampler, given the width of the prompt. In the order in
+# which the sampler applies them, which is the library's.
+_OPTIONS: dict[type, Callable[[Any, int], Options]] = {
+    library.RepetitionPenaltyLogitsProcessor: lambda p, _: {
+        "repetition_penalty": p.penalty,
+        "prompt_ignore_length": getattr(p, "prompt_ignore_length", None),
+    },
+    library.MinLengthLogitsProcessor: lambda p, width: _minimum(p.min_length - width, p),
+    library.MinNewTokensLengthLogitsProcessor: lambda p, width: _minimum(
+        p.min_new_tokens + p.prompt_length_to_skip - width, p
+    ),
+    library.SuppressTokensLogitsProcessor: lambda p, _: {"banned": p.suppress_tokens.tolist()},
+    library.TemperatureLogitsWarper: lambda p, _: {"temperature": p.temperature},
+    library.TopKLogitsWarper: lambda p, _: {"top_k": p.top_k},
+    library.TopPLogitsWarper: lambda p, _: {"top_p": p.top_p},
+    library.MinPLogitsWarper: lambda p, _: {"min_p": p.min_p},
+    library.TypicalLogitsWarper: lambda p, _: {"typical_p": p.mass},
+    library.EpsilonLogitsWarper: lambda p, _: {"epsilon_cutoff": p.epsilon},
+    library.EtaLogitsWarper: lambda p, _: {"eta_cutoff": float(p.epsilon)},
+}
+
+
+def sampler_options(processors: Any, config: Any, width: int, vocab: int) -> Options | None:
+    """``SamplingParams.make``'s arguments for a call of ``generate``; None where they do not say it all.
+
+    Beside them, with a repetition penalty, ``prompt_ignore_length``: how many tokens at the beginning it
+    passes over, None, a number, or one a row.
+    """
+    if config.return_dict_in_generate and (config.output_scores or config.output_logits):
+        return None
+    kinds = [type(processor) for processor in processors]
+    order = list(_OPTIONS)
+    if not set(kinds) <= set(order) or kinds != sorted(set(kinds), key=order.index):
+        return None
+    options: Options = {} if config.do_sample else {"temperature": 0.0}
+    for processor in processors:
+        made = _OPTIONS[type(processor)](processor, width)
+        if getattr(processor, "min_tokens_to_keep", 1) != 1:
+            return None
+        # Two kinds speak of the least length.
+        if "min_new_tokens" in options and "min_new_tokens" in made:
+            made["min_new_tokens"] = max(made["min_new_tokens"], options["min_new_tokens"])
+        options |= made
+    return options | {"top_k": min(options.get("top_k", 0), vocab)}
+
+
+@torch.inference_mode()
+def run(
+    engine: EngineCache,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: Options,
+    criteria: Any,
+    config: Any,
+    streamer: Any,
+) -> torch.Tensor:
+    """``(rows, width + new)``: what the library's loop would return, with the engine's sampler.
+
+    Args:
+        input_ids: Whole sequences, or the new tokens alone where ``mask`` is longer and a cache was given.
+        criteria: Asked after every token, with the ids so far.
+    """
+    rows, width = input_ids.shape
+    device = input_ids.device
+    penalised = "repetition_penalty" in options
+    state = SamplerState.make(rows, engine.vocab_size, history=penalised, device=device)
+    if penalised:
+        ignored = options.pop("prompt_ignore_length")
+        ignored = torch.as_tensor(0 if ignored is None else ignored, device=device)
+        places = torch.arange(width, device=device)
+        state.add_prompt(input_ids, (places >= ignored.reshape(-1, 1)).expand(rows, width))
+    params = SamplingParams.make(rows, engine.vocab_size, **options, device=device)
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    pad = config._pad_token_tensor
+    ids = torch.empty(rows, max(config.max_length, width) + 1, dtype=input_ids.dtype, device=device)
+    ids[:, :width] = input_ids
+    running = torch.ones(rows, dtype=torch.bool, device=device)
+    logits = engine.run(_unseen(engine, input_ids, mask))
+    while True:
+        # float64 the library rounds too.
+        last = logits[:, -1].float() if logits.dtype == torch.float64 else logits[:, -1]
+        tokens = sample(last, params, state=state).tokens
+        if ends:
+            tokens = torch.where(running, tokens, pad)
+        ids[:, width] = tokens
+        width += 1
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        running &= ~criteria(ids[:, :width], None)
+        if not running.any():
+            break
+        logits = engine.run(ids[:, :width] if engine.whole_ids else tokens[:, None])
+    if streamer is not None:
+        streamer.end()
+    return ids[:, :width].clone()
+
+
+def _unseen(engine: EngineCache, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The prompt's tokens that a cache which was passed in does not hold."""
+    if engine.whole_ids or (mask is not None and mask.shape[1] != input_ids.shape[1]):
+        return input_ids
+    return input_ids[:, engine.get_seq_length() :]
+
+
+def result(ids: torch.Tensor, config: Any) -> Any:
+    """As the library returns it."""
+    ids = ids.clone()  # outside inference mode, so that it can be written to
+    return GenerateDecoderOnlyOutput(sequences=ids) if config.return_dict_in_generate else ids
