@@ -31,10 +31,14 @@ def pays(model: GPT, rows: int) -> bool:
     """Whether a ``CpuStep`` can take this model's place, and is faster."""
     weight = model.lm_head.weight
     served = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    return served and rows <= most_rows(model) and _C is not None and bool(_C.has_few_rows)
+
+
+def most_rows(model: GPT) -> int:
+    """The most rows for which a ``CpuStep`` is faster."""
     first = next(iter(model.transformer.h))
     assert isinstance(first, Block)
-    most = MOST_ROWS if first.attn.c_attn.weight.stride(1) == 1 else MOST_TURNED_ROWS
-    return served and rows <= most and _C is not None and bool(_C.has_few_rows)
+    return MOST_ROWS if first.attn.c_attn.weight.stride(1) == 1 else MOST_TURNED_ROWS
 
 
 class CpuStep:
