@@ -69,11 +69,16 @@ class CpuStep:
             if post_norm:
                 x = _norm(block.ln_1, x)
             h = x if post_norm else _norm(block.ln_2, x)
-            x = x + linear(ACTIVATIONS[mlp.activation](linear(h, mlp.c_fc)), mlp.c_proj)
+            x = x + linear(_activated(linear(h, mlp.c_fc), mlp.activation), mlp.c_proj)
             if post_norm:
                 x = _norm(block.ln_2, x)
         step.commit()
         return linear(x if transformer.ln_f is None else _norm(transformer.ln_f, x), self._head)
+
+
+def _activated(x: torch.Tensor, name: str) -> torch.Tensor:
+    # PyTorch rounds otherwise what its vectors leave over: row by row, each one's rest is its own.
+    return torch.cat([ACTIVATIONS[name](row) for row in x.split(1)])
 
 
 def _norm(norm: Norm, x: torch.Tensor) -> torch.Tensor:

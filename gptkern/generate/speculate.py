@@ -72,7 +72,8 @@ def speculative_steps(
                 if place in over:
                     cache.free(sequence)
             picker.keep(kept)
-            rows, lookups, drawn = ([x[place] for place in kept] for x in (rows, lookups, drawn))
+            rows, drawn = [rows[place] for place in kept], [drawn[place] for place in kept]
+            lookups = [lookups[place] for place in kept]
         drafts = _drafts(lookups, [settings.max_new - made[row] - 1 for row in rows], settings, verify.most)
         logits = verify([[tokens[-1], *draft] for tokens, draft in zip(drawn, drafts, strict=True)])
 
