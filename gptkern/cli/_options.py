@@ -92,6 +92,14 @@ FrequencyPenalty = Annotated[
         help="Above 0 discourages tokens by how often they were written.", rich_help_panel=_SAMPLING
     ),
 ]
+Speculate = Annotated[
+    int | None,
+    typer.Option(
+        "--speculate",
+        min=1,
+        help="Draft up to so many tokens a pass from earlier text; the same tokens, sooner where it repeats.",
+    ),
+]
 NoRepeatNgram = Annotated[
     int,
     typer.Option(

@@ -60,6 +60,7 @@ def chat(
     frequency_penalty: o.FrequencyPenalty = 0.0,
     no_repeat_ngram_size: o.NoRepeatNgram = 0,
     seed: o.Seed = None,
+    speculate: o.Speculate = None,
     dtype: o.Dtype = None,
     device: o.Device = None,
 ) -> None:
@@ -91,6 +92,8 @@ def chat(
         seed=seed,
         stop=[f"\\n{you}:", f"\\n{bot}:"],
     )
+    if speculate is not None:
+        options["speculate"] = speculate
     gpt = o.load(model, device, dtype)
     transcript = Transcript(o.unescape(system), you, bot)
     interactive = sys.stdin.isatty()

@@ -49,6 +49,7 @@ def generate(
         ),
     ] = 1,
     seed: o.Seed = None,
+    speculate: o.Speculate = None,
     stop: o.Stop = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     json_: Annotated[
@@ -95,6 +96,7 @@ def generate(
         "max_new_tokens": o.fitting(gpt, text, max_new_tokens, DEFAULT_NEW_TOKENS),
         "min_new_tokens": min_new_tokens or 0,
         "num_beams": num_beams,
+        "speculate": speculate,
         "num_return_sequences": num_samples,
     }
     begin = time.perf_counter()

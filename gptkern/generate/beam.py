@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptkern.cache import KVCache
-from gptkern.generate.loop import FinishReason, evaluating, prefill, stepper
+from gptkern.generate.loop import evaluating, prefill, stepper
 from gptkern.generate.options import Settings
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.rules import RowRules, Rules
+from gptkern.generate.step import FinishReason
 from gptkern.generate.stopping import RowText
 
 if TYPE_CHECKING:

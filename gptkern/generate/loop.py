@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,7 +15,10 @@ from gptkern.generate.cpu_step import CpuStep, pays
 from gptkern.generate.options import Settings
 from gptkern.generate.pick import Picker
 from gptkern.generate.prompt import Prompts
+from gptkern.generate.speculate import speculative_steps
+from gptkern.generate.step import Step, finish
 from gptkern.generate.stopping import RowText
+from gptkern.generate.verify import verifier
 from gptkern.model import GPT, MLP, Attention, Block, Norm, Transformer
 from gptkern.ops._dispatch import use_kernel
 
@@ -31,25 +33,6 @@ LEAST_STEPS = 16
 AHEAD_ON = ("cuda",)
 
 _KNOWN = {Transformer, nn.Embedding, nn.ModuleList, Block, Norm, Attention, MLP, nn.Linear}
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One new token of every row that was running.
-
-    Attributes:
-        rows: Which rows, of ``batch * num_return_sequences``.
-        tokens: Their tokens.
-        logprobs: The model's log-probabilities of those, where asked for.
-        finished: Why each row ends with this token; None where it goes on.
-    """
-
-    rows: list[int]
-    tokens: list[int]
-    logprobs: list[float] | None
-    finished: list[FinishReason | None]
 
 
 @torch.inference_mode()
@@ -90,6 +73,11 @@ def steps(
             device=model.device,
         )
         step = stepper(model, cache, rows=len(rows), steps=settings.max_new - 1)
+        if settings.speculate and not picker.ruled:
+            verify = verifier(model, cache, step, settings.speculate)
+            if verify is not None:
+                yield from speculative_steps(logits, verify, picker, cache, prompts, settings, rows, texts)
+                return
         ahead = model.device.type in AHEAD_ON
         for index in range(settings.max_new):
             picked = picker(logits)
@@ -98,7 +86,7 @@ def steps(
                 logits = step(picked.tokens)
             tokens = picked.tokens.tolist()
             picker.push(tokens)
-            finished = [_finished(t, row, settings, texts, last) for t, row in zip(tokens, rows, strict=True)]
+            finished = [finish(t, row, settings, texts, last) for t, row in zip(tokens, rows, strict=True)]
             yield Step(rows, tokens, None if picked.logprobs is None else picked.logprobs.tolist(), finished)
             kept = [i for i, reason in enumerate(finished) if reason is None]
             if not kept:
@@ -168,15 +156,3 @@ def _drop(cache: KVCache, kept: Sequence[int]) -> None:
     for index, sequence in enumerate(cache.sequences):
         if index not in kept:
             cache.free(sequence)
-
-
-def _finished(
-    token: int, row: int, settings: Settings, texts: Sequence[RowText] | None, last: bool
-) -> FinishReason | None:
-    if token in settings.eos:
-        return "stop"
-    if texts is not None:
-        texts[row].push(token)
-        if texts[row].stopped:
-            return "stop"
-    return "length" if last else None

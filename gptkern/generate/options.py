@@ -54,6 +54,13 @@ class GenerateOptions(TypedDict, total=False):
         eos_token_id: The end-of-text token or tokens; the model's own by default, None for none.
         pad_token_id: Fills sequences that ended before the others; the first end-of-text token by default.
         stop_strings: Text that ends generation when the new tokens complete it.
+        speculate: Most tokens a pass that prompt lookup drafts: what followed the latest tokens when they
+            last came in the row. Each position is drawn as it would be without, and drafts hold while
+            they equal the draws: every token and seed gives what it gives without. Default: none. Drafts
+            are made where a row's arithmetic does not depend on its neighbours: with kernels on a GPU,
+            and on the CPU for up to 8 rows, drafted ones included (4 of a checkpoint's turned weights),
+            from 17 new tokens on; not with ``no_repeat_ngram_size`` or bad words and biased sequences of
+            several tokens. Other calls take plain steps. Not with ``num_beams``.
         seed: Draws depend on this seed, the row and the step alone. By default drawn from PyTorch's
             global generator.
     """
@@ -85,6 +92,7 @@ class GenerateOptions(TypedDict, total=False):
     eos_token_id: int | Sequence[int] | None
     pad_token_id: int | None
     stop_strings: str | Sequence[str] | None
+    speculate: int | None
     seed: int | None
 
 
@@ -100,6 +108,7 @@ class Settings:
         min_p: 0 keeps all.
         stop_strings, bad_words_ids, suppress_tokens: Empty for none.
         sequence_bias: ``logit_bias`` included.
+        speculate: 0 drafts nothing.
         The others are those of ``GenerateOptions``.
     """
 
@@ -127,6 +136,7 @@ class Settings:
     eos: tuple[int, ...]
     pad: int | None
     stop_strings: tuple[str, ...]
+    speculate: int
     seed: int | None
 
 
@@ -149,6 +159,11 @@ def settle(options: Mapping[str, Any], config: GPTConfig, *, width: int, longest
     sampling = given.get("do_sample", False)
     _check_modes(given, beams, returned, sampling)
     eos = _eos(options, config)
+    if given.get("speculate", 0) >= config.n_positions:
+        raise ValueError(
+            f"generate: speculate is {given['speculate']}; "
+            f"less than the model's context of {config.n_positions} is needed"
+        )
     max_new = _max_new(given, config.n_positions, width, longest)
     return Settings(
         max_new=max_new,
@@ -175,6 +190,7 @@ def settle(options: Mapping[str, Any], config: GPTConfig, *, width: int, longest
         eos=eos,
         pad=given.get("pad_token_id", eos[0] if eos else None),
         stop_strings=_stop_strings(given),
+        speculate=given.get("speculate", 0),
         seed=given.get("seed"),
     )
 
@@ -197,6 +213,7 @@ _WHOLE = {
     "num_return_sequences": 1,
     "num_beams": 1,
     "pad_token_id": 0,
+    "speculate": 1,
     "seed": 0,
 }
 _SAMPLING_ALONE = {
@@ -257,6 +274,8 @@ def _check_modes(given: Mapping[str, Any], beams: int, returned: int, sampling: 
         )
     if beams > 1 and sampling:
         raise ValueError(f"generate: num_beams is {beams} with do_sample=True; beam search does not sample")
+    if beams > 1 and "speculate" in given:
+        raise ValueError(f"generate: speculate with num_beams {beams}; beam search does not speculate")
     if not sampling:
         idle = [name for name, default in _SAMPLING_ALONE.items() if given.get(name, default) != default]
         if idle:

@@ -82,12 +82,43 @@ class Picker:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone, in this order."""
-        chosen, params, state = list(rows), self._params, self._state
+        self._params, self._state = self._chosen(list(rows))
+        if self._rules:
+            self._rules = [self._rules[row] for row in rows]
+
+    @property
+    def ruled(self) -> bool:
+        """Whether the host has to see each token before the next can be chosen."""
+        return bool(self._rules)
+
+    def verify(self, logits: torch.Tensor, drafts: Sequence[Sequence[int]]) -> Sampled:
+        """What plain steps would draw before, and after each of, every row's drafted tokens.
+
+        Args:
+            logits: ``(rows and drafted tokens, vocab_size)``: a row's first, then those after its drafts.
+        """
+        owners = [row for row, draft in enumerate(drafts) for _ in range(len(draft) + 1)]
+        params, state = self._chosen(owners)
+        ahead = [index for draft in drafts for index in range(len(draft) + 1)]
+        state.counters[:, 2] += torch.tensor(ahead, device=self._device)
+        if state.counts is not None:
+            heads = [draft[:index] for draft in drafts for index in range(len(draft) + 1)]
+            _count(state.counts, heads)
+        return sample(logits, params, state=replace(state, workspace=None))
+
+    def advance(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Count what came of ``verify``, each row's tokens."""
+        self._state.counters[:, 2] += torch.tensor([len(row) for row in tokens], device=self._device)
+        if self._state.counts is not None:
+            _count(self._state.counts, tokens)
+
+    def _chosen(self, chosen: list[int]) -> tuple[SamplingParams, SamplerState]:
+        params, state = self._params, self._state
 
         def kept(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor[chosen]
 
-        self._params = replace(
+        params = replace(
             params,
             values=params.values[chosen],
             bias_ids=kept(params.bias_ids),
@@ -95,9 +126,7 @@ class Picker:
             banned_ids=kept(params.banned_ids),
             eos_ids=kept(params.eos_ids),
         )
-        self._state = replace(state, counters=state.counters[chosen], counts=kept(state.counts))
-        if self._rules:
-            self._rules = [self._rules[row] for row in chosen]
+        return params, replace(state, counters=state.counters[chosen], counts=kept(state.counts))
 
     def _follow_rules(self) -> None:
         banned = [sorted(row.banned()) for row in self._rules]
@@ -118,6 +147,14 @@ class Picker:
             return None
         filled = [[*row, *[filling] * (width - len(row))] for row in rows]
         return torch.tensor(filled, dtype=dtype, device=self._device)
+
+
+def _count(counts: torch.Tensor, tokens: Sequence[Sequence[int]]) -> None:
+    rows = [row for row, ids in enumerate(tokens) for _ in ids]
+    ids = [token for ids in tokens for token in ids]
+    ones = torch.ones(len(ids), dtype=counts.dtype, device=counts.device)
+    where = (torch.tensor(rows, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64))
+    counts.index_put_(tuple(t.to(counts.device) for t in where), ones, accumulate=True)
 
 
 def _check_some_left(banned: int, vocab_size: int) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from gptkern.generate.beam import beam_search
-from gptkern.generate.loop import FinishReason, Step, steps
+from gptkern.generate.loop import steps
 from gptkern.generate.options import GenerateOptions, Settings, settle
 from gptkern.generate.prompt import Prompts, prompts
+from gptkern.generate.step import FinishReason, Step
 from gptkern.generate.stopping import RowText
 
 if TYPE_CHECKING:
@@ -41,12 +42,16 @@ class GenerateOutput:
             of each new token, before any processing; 0 past a sequence's end.
         sequences_scores: ``(sequences,)`` fp32, beam search alone: sum of log-probabilities divided by
             the length to the power of ``length_penalty``.
+        draft_tokens, accepted_tokens: With ``speculate``, how many tokens were drafted, and how many of
+            those held, all rows together.
     """
 
     sequences: torch.Tensor
     finish_reasons: list[FinishReason]
     logprobs: torch.Tensor | None = None
     sequences_scores: torch.Tensor | None = None
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 def generate(
@@ -132,6 +137,7 @@ def _sample(
     rows: list[list[int]] = [[] for _ in range(count)]
     logprobs: list[list[float]] = [[] for _ in range(count)]
     reasons: list[FinishReason] = ["length"] * count
+    drafted = accepted = 0
     if streamer is not None:
         streamer.put(prompt.ids.repeat_interleave(settings.num_return_sequences, 0).cpu())
     for step in steps(model, prompt, settings, texts=texts, logprobs=output_logprobs):
@@ -140,13 +146,15 @@ def _sample(
             reasons[row] = step.finished[index] or "length"
             if step.logprobs is not None:
                 logprobs[row].append(step.logprobs[index])
+        drafted, accepted = drafted + step.drafted, accepted + step.accepted
         if streamer is not None:
             streamer.put(_streamed(step, count, settings.pad))
     if streamer is not None:
         streamer.end()
     new = max(map(len, rows))
     scored = torch.tensor([r + [0.0] * (new - len(r)) for r in logprobs]) if output_logprobs else None
-    return GenerateOutput(_sequences(prompt, settings, rows), reasons, scored)
+    sequences = _sequences(prompt, settings, rows)
+    return GenerateOutput(sequences, reasons, scored, draft_tokens=drafted, accepted_tokens=accepted)
 
 
 def _streamed(step: Step, count: int, pad: int | None) -> torch.Tensor:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptkern.generate.beam import beam_search
-from gptkern.generate.loop import FinishReason, steps
+from gptkern.generate.loop import steps
 from gptkern.generate.options import GenerateOptions, Settings
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.run import needed_tokenizer, prepare, row_texts
+from gptkern.generate.step import FinishReason
 from gptkern.generate.stopping import RowText
 
 if TYPE_CHECKING:

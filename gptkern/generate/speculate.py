@@ -1,0 +1,126 @@
+"""The loop with drafts: several tokens a pass where a row repeats itself, and the same tokens as without.
+
+A pass computes the logits after every drafted token, and the sampler draws at each of them what plain steps
+would draw there: a draw depends on seed, row and step alone. A draft holds while it equals the draws.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from gptkern.generate.lookup import Lookup
+from gptkern.generate.step import FinishReason, Step, finish
+
+if TYPE_CHECKING:
+    from gptkern.cache import KVCache
+    from gptkern.generate.options import Settings
+    from gptkern.generate.pick import Picker
+    from gptkern.generate.prompt import Prompts
+    from gptkern.generate.stopping import RowText
+    from gptkern.generate.verify import Verify
+
+T = TypeVar("T")
+Token = tuple[int, float | None, FinishReason | None]
+
+
+def speculative_steps(
+    logits: torch.Tensor,
+    verify: Verify,
+    picker: Picker,
+    cache: KVCache,
+    prompts: Prompts,
+    settings: Settings,
+    rows: list[int],
+    texts: Sequence[RowText] | None,
+) -> Iterator[Step]:
+    """The steps that ``loop.steps`` would make from ``logits`` ``(rows, vocab_size)`` on, in fewer passes."""
+    lookups = [Lookup(prompts.rows[row // settings.num_return_sequences]) for row in rows]
+    line, made = _Line(rows), dict.fromkeys(rows, 0)
+    drafts: list[list[int]] = [[] for _ in rows]
+    first = True
+    while True:
+        picked = picker.verify(logits, drafts)
+        drawn = _accepted(picked.tokens.tolist(), drafts)
+        scores = None if picked.logprobs is None else _per_row(picked.logprobs.tolist(), drafts)
+        picker.advance(drawn)
+        if not first:
+            verify.keep([len(tokens) for tokens in drawn])
+        first = False
+        line.drafted += sum(map(len, drafts))
+        line.accepted += sum(len(tokens) - 1 for tokens in drawn)
+        over: set[int] = set()
+        for ahead in range(max(map(len, drawn))):
+            for place, (row, tokens) in enumerate(zip(rows, drawn, strict=True)):
+                if place in over or ahead >= len(tokens):
+                    continue
+                made[row] += 1
+                reason = finish(tokens[ahead], row, settings, texts, made[row] == settings.max_new)
+                if reason is not None:
+                    over.add(place)
+                lookups[place].push(tokens[ahead])
+                line.push(row, (tokens[ahead], None if scores is None else scores[place][ahead], reason))
+            yield from line.ready()
+        if over:
+            kept = [place for place in range(len(rows)) if place not in over]
+            if not kept:
+                return
+            for place, sequence in enumerate(cache.sequences):
+                if place in over:
+                    cache.free(sequence)
+            picker.keep(kept)
+            rows, drawn = [rows[place] for place in kept], [drawn[place] for place in kept]
+            lookups = [lookups[place] for place in kept]
+        drafts = _drafts(lookups, [settings.max_new - made[row] - 1 for row in rows], settings, verify.most)
+        logits = verify([[tokens[-1], *draft] for tokens, draft in zip(drawn, drafts, strict=True)])
+
+
+def _drafts(lookups: Sequence[Lookup], room: Sequence[int], settings: Settings, most: int) -> list[list[int]]:
+    """Each row's draft; rows that have one share alike what the pass has room for."""
+    wanted = [lookup.draft(min(settings.speculate, left)) for lookup, left in zip(lookups, room, strict=True)]
+    share = (most - len(lookups)) // max(sum(map(bool, wanted)), 1)
+    return [draft[:share] for draft in wanted]
+
+
+def _accepted(tokens: list[int], drafts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Of each row's draws those whose every draft before was drawn too."""
+    accepted = []
+    for drawn, draft in zip(_per_row(tokens, drafts), drafts, strict=True):
+        held = 0
+        while held < len(draft) and drawn[held] == draft[held]:
+            held += 1
+        accepted.append(drawn[: held + 1])
+    return accepted
+
+
+def _per_row(values: list[T], drafts: Sequence[Sequence[int]]) -> list[list[T]]:
+    left = iter(values)
+    return [[next(left) for _ in range(len(draft) + 1)] for draft in drafts]
+
+
+class _Line:
+    """Rows' tokens, waiting until every running row has its next one."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self._waiting: dict[int, deque[Token]] = {row: deque() for row in rows}
+        self.drafted = self.accepted = 0
+
+    def push(self, row: int, token: Token) -> None:
+        """Take a row's next token."""
+        self._waiting[row].append(token)
+
+    def ready(self) -> Iterator[Step]:
+        """The steps that are whole."""
+        while self._waiting and all(self._waiting.values()):
+            rows = list(self._waiting)
+            tokens, logprobs, reasons = zip(*(w.popleft() for w in self._waiting.values()), strict=True)
+            scores = None if logprobs[0] is None else list(logprobs)
+            step = Step(rows, list(tokens), scores, list(reasons), self.drafted, self.accepted)
+            self.drafted = self.accepted = 0
+            for row, reason in zip(rows, reasons, strict=True):
+                if reason is not None:
+                    del self._waiting[row]
+            yield step
