@@ -64,7 +64,7 @@ def places(ops: Iterable[str], arch: int) -> list[Place]:
     found: dict[tuple[str, int], list[Case]] = {}
     for op in ops:
         for sample in _samples.samples(op):
-            for dtype in sample.dtypes:
+            for dtype in sample.dtypes if sample.archs is None or arch in sample.archs else ():
                 _launch.forget()
                 _aot.record_sample(sample, dtype, arch)
                 for _, kernel, index in sorted(_launch.rows_asked):

@@ -277,6 +277,10 @@ def _kind(launch: _launch.Launch, dtype: torch.dtype, arch: int, per: str) -> tu
     return (launch.name, dtype, *sorted(item for item in launch.kwargs.items() if item[0] in said))
 
 
+def _served(op: str, arch: int) -> list[_samples.Sample]:
+    return [sample for sample in _samples.samples(op) if sample.archs is None or arch in sample.archs]
+
+
 def reports(op: str, archs: tuple[int, ...] = _launch.ARCHS, per: str = "binary") -> Iterator[Report]:
     """Reports of what the samples of ``op`` compile to.
 
@@ -285,7 +289,7 @@ def reports(op: str, archs: tuple[int, ...] = _launch.ARCHS, per: str = "binary"
     """
     for arch in archs:
         seen = set()
-        for sample in _samples.samples(op):
+        for sample in _served(op, arch):
             for dtype in sample.dtypes:
                 for launch in record_sample(sample, dtype, arch):
                     if per == "binary":
@@ -300,7 +304,7 @@ def reports(op: str, archs: tuple[int, ...] = _launch.ARCHS, per: str = "binary"
 def rows_without_sample(arch: int) -> list[str]:
     """Rows of the launch table of ``arch`` that no op's samples ask for, and so nothing compiles."""
     for op in _samples.ops():
-        for sample in _samples.samples(op):
+        for sample in _served(op, arch):
             for dtype in sample.dtypes:
                 record_sample(sample, dtype, arch)
     return [

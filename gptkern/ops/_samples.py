@@ -56,6 +56,7 @@ class Sample:
         dtypes: the dtypes in which it is compiled ahead of time; one is enough for most samples.
         mma_sync: names of kernels whose tile is too narrow for ``wgmma`` on sm_90 by design (decode,
             where one sequence is one row): ``mma.sync`` is accepted from them.
+        archs: the architectures it is compiled for, where not all of them serve it.
         serialised: names of kernels in which ptxas cannot overlap ``wgmma`` instructions and which are
             accepted so; the sample says why.
     """
@@ -66,6 +67,7 @@ class Sample:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     mma_sync: frozenset[str] = frozenset()
     serialised: frozenset[str] = frozenset()
+    archs: tuple[int, ...] | None = None
 
 
 def tensor(

@@ -46,37 +46,88 @@ def row_moments(
 
 
 @triton.jit
+def load_rows(
+    x_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, rows, row_mask, columns, mean, rstd, store_normed,
+    K: tl.constexpr,
+):  # fmt: skip
+    """``(BLOCK_R, columns)`` of x, or of its norm."""
+    inside = columns < K
+    at = rows[:, None] + columns[None, :]
+    mask = row_mask[:, None] & inside[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0)
+    if norm_weight_ptr is not None:
+        scale = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * scale[None, :]
+        if norm_bias_ptr is not None:
+            shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            normed += shift[None, :]
+        x = normed.to(x_ptr.dtype.element_ty)
+        if normed_ptr is not None:
+            tl.store(normed_ptr + at, x, mask=mask & store_normed)
+    return x
+
+
+@triton.jit
 def product(
     x_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, rows, row_mask, outputs, k_begin, k_end,
     mean, rstd, stride_weight,
     N: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     store_normed,
 ):  # fmt: skip
-    """fp32 ``(BLOCK_N, BLOCK_R)``: weight norm(x)^T over columns k_begin to k_end."""
+    """fp32 ``(BLOCK_N, BLOCK_R)``: weight norm(x)^T over columns k_begin to k_end.
+
+    Weights of fewer bits than x's are widened as they are: whoever calls scales the sums.
+    """
     acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     # int64: a head of 128k outputs and 16k columns passes 2^31.
     weight_rows = outputs.to(tl.int64) * stride_weight
     for start in tl.range(k_begin, k_end, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        inside = columns < K
-        weight = tl.load(
-            weight_ptr + weight_rows[:, None] + columns[None, :],
-            mask=(outputs < N)[:, None] & inside[None, :],
-            other=0.0,
+        mask = (outputs < N)[:, None] & (columns < K)[None, :]
+        weight = tl.load(weight_ptr + weight_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+        x = load_rows(
+            x_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, rows, row_mask, columns, mean, rstd,
+            store_normed, K,
+        )  # fmt: skip
+        acc = tl.dot(weight.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def product_int4(
+    x_ptr, weight_ptr, scale_ptr, zero_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, rows, row_mask,
+    outputs, k_begin, k_end, mean, rstd,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    store_normed,
+):  # fmt: skip
+    """The same of weights of four bits, a group of columns at a time; a byte holds one of each half of it."""
+    acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    HALF: tl.constexpr = GROUP // 2
+    weight_rows = outputs.to(tl.int64) * (K // 2)
+    scale_rows = outputs.to(tl.int64) * (K // GROUP)
+    for start in tl.range(k_begin, k_end, GROUP):
+        places = start // 2 + tl.arange(0, HALF)
+        packed = tl.load(
+            weight_ptr + weight_rows[:, None] + places[None, :], mask=(outputs < N)[:, None], other=0
         )
-        at = rows[:, None] + columns[None, :]
-        mask = row_mask[:, None] & inside[None, :]
-        x = tl.load(x_ptr + at, mask=mask, other=0.0)
-        if norm_weight_ptr is not None:
-            scale = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-            normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * scale[None, :]
-            if norm_bias_ptr is not None:
-                shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-                normed += shift[None, :]
-            x = normed.to(x_ptr.dtype.element_ty)
-            if normed_ptr is not None:
-                tl.store(normed_ptr + at, x, mask=mask & store_normed)
-        acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
+        scale = tl.load(scale_ptr + scale_rows + start // GROUP, mask=outputs < N, other=0.0)
+        zero = tl.full([BLOCK_N], 8, tl.float32)
+        if zero_ptr is not None:
+            zero = tl.load(zero_ptr + scale_rows + start // GROUP, mask=outputs < N, other=0).to(tl.float32)
+        columns = start + tl.arange(0, HALF)
+        low = load_rows(
+            x_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, rows, row_mask, columns, mean, rstd,
+            store_normed, K,
+        )  # fmt: skip
+        high = load_rows(
+            x_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, rows, row_mask, columns + HALF, mean, rstd,
+            store_normed, K,
+        )  # fmt: skip
+        first = ((packed & 15).to(tl.float32) - zero[:, None]).to(low.dtype)
+        second = ((packed >> 4).to(tl.float32) - zero[:, None]).to(low.dtype)
+        part = tl.dot(first, tl.trans(low), input_precision="ieee")
+        part = tl.dot(second, tl.trans(high), part, input_precision="ieee")
+        acc += part * scale[:, None]
     return acc
 
 
@@ -105,7 +156,7 @@ def sum_splits(
 @triton.jit(do_not_specialize=["row_count"])
 def decode_linear_kernel(
     x_ptr,  # (rows, K), contiguous
-    weight_ptr,  # (N, K)
+    weight_ptr,  # (N, K); with GROUP (N, K / 2), two weights a byte
     bias_ptr,  # (N,) or None
     norm_weight_ptr,  # (K,), or None: x is taken as it is
     norm_bias_ptr,  # (K,) or None
@@ -117,10 +168,12 @@ def decode_linear_kernel(
     slots_ptr,  # (rows,) int64, or None
     partial_ptr,  # (row blocks, tiles, SPLIT_K, BLOCK_N, BLOCK_R) fp32, scratch
     counter_ptr,  # (row blocks * tiles,) int32, zero before and after
+    scale_ptr,  # (N,), with GROUP (N, K / GROUP), fp32: of weights in fewer bits; or None
+    zero_ptr,  # (N, K / GROUP) uint8, or None
     row_count, eps, page_size, stride_weight, stride_kp, stride_ks, stride_vp, stride_vs,
     N: tl.constexpr, K: tl.constexpr, KV_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPLIT_K: tl.constexpr, PDL: tl.constexpr,
+    SPLIT_K: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, row_block = tl.program_id(0), tl.program_id(2)
     SPAN: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
@@ -129,10 +182,11 @@ def decode_linear_kernel(
     outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if PDL:
         LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-        for start in range(k_begin, k_end, 16 * LINE):
+        PACKED: tl.constexpr = 2 if GROUP else 1
+        for start in range(k_begin // PACKED, k_end // PACKED, 16 * LINE):
             lines = start + tl.arange(0, 16) * LINE
             at = weight_ptr + outputs.to(tl.int64)[:, None] * stride_weight + lines[None, :]
-            prefetch(at, (outputs < N)[:, None] & (lines < k_end)[None, :], PDL)
+            prefetch(at, (outputs < N)[:, None] & (lines < k_end // PACKED)[None, :], PDL)
     wait(PDL)
 
     numbers = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -141,14 +195,22 @@ def decode_linear_kernel(
         mean, rstd = row_moments(x_ptr, numbers * K, row_mask, eps, K, BLOCK_R, BLOCK_S)
     else:
         mean, rstd = eps, eps
-    acc = product(
-        x_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, numbers * K, row_mask, outputs,
-        k_begin, k_end, mean, rstd, stride_weight, N, K, BLOCK_R, BLOCK_N, BLOCK_K, tile == 0,
-    )  # fmt: skip
+    if GROUP:
+        acc = product_int4(
+            x_ptr, weight_ptr, scale_ptr, zero_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, numbers * K,
+            row_mask, outputs, k_begin, k_end, mean, rstd, N, K, BLOCK_R, BLOCK_N, GROUP, tile == 0,
+        )  # fmt: skip
+    else:
+        acc = product(
+            x_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, numbers * K, row_mask, outputs,
+            k_begin, k_end, mean, rstd, stride_weight, N, K, BLOCK_R, BLOCK_N, BLOCK_K, tile == 0,
+        )  # fmt: skip
     place = row_block * tl.num_programs(0) + tile
     partial_ptr += place.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_R)
     acc, last = sum_splits(acc, partial_ptr, counter_ptr + place, BLOCK_N, BLOCK_R, SPLIT_K)
     if last:
+        if scale_ptr is not None and not GROUP:
+            acc *= tl.load(scale_ptr + outputs, mask=outputs < N, other=0.0)[:, None]
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[:, None]
         acc = activate(acc, ACTIVATION)

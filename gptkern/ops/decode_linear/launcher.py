@@ -10,6 +10,7 @@ import triton
 from gptkern.ops import _launch, _pdl
 from gptkern.ops._counters import counters
 from gptkern.ops.decode_linear import kernels
+from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_linear.reference import Norm
 
 _LEAST_ROWS, _MOST_ROWS = 16, 64
@@ -19,7 +20,7 @@ _MOMENT_COLUMNS = 128
 
 def decode_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     bias: torch.Tensor | None,
     norm: Norm | None,
     activation: str,
@@ -38,6 +39,13 @@ def decode_linear(
             "decode_linear", device, dtype="fp32" if x.dtype == torch.float32 else "half", n=outputs, k=width
         )
     )
+    scales = zeros = None
+    group = 0
+    if isinstance(weight, QuantizedWeight):
+        scales, zeros = weight.scales, weight.zeros
+        if weight.format == "int4":
+            group = config["BLOCK_K"] = weight.group_size
+        weight = weight.values.view(torch.float8_e4m3fn) if weight.format == "fp8" else weight.values
     block_n = config["BLOCK_N"]
     split_k = config["SPLIT_K"] = min(config["SPLIT_K"], triton.cdiv(width, config["BLOCK_K"]))
     block_r = min(max(_LEAST_ROWS, triton.next_power_of_2(rows)), _MOST_ROWS)
@@ -56,9 +64,9 @@ def decode_linear(
         _launch.launch(
             kernels.decode_linear_kernel, (tiles, split_k, row_blocks),
             x, weight, bias, norm_weight, norm_bias, residual, out, normed_out, k_cache, v_cache, slots,
-            out if partial is None else partial, out if counter is None else counter,
+            out if partial is None else partial, out if counter is None else counter, scales, zeros,
             rows, eps, strides[0], weight.stride(0), *strides[1:],
             N=outputs, K=width, KV_WIDTH=kv_width, ACTIVATION=activation,
-            BLOCK_R=block_r, BLOCK_S=_MOMENT_COLUMNS, **_pdl.options(device), **config,
+            BLOCK_R=block_r, BLOCK_S=_MOMENT_COLUMNS, GROUP=group, **_pdl.options(device), **config,
         )  # fmt: skip
     return out

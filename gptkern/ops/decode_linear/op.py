@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from gptkern.ops import _checks
+from gptkern.ops import _checks, _launch
 from gptkern.ops._dispatch import needs_grad, use_kernel
 from gptkern.ops.decode_linear import launcher, reference
+from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_linear.reference import Norm
 from gptkern.ops.linear.reference import ACTIVATIONS
 
 
 def decode_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     bias: torch.Tensor | None = None,
     *,
     norm: Norm | None = None,
@@ -28,7 +31,8 @@ def decode_linear(
     Args:
         x: ``(rows, width)``, contiguous; fp32, fp16 or bf16 (float64 on a CPU). Meant for up to 64
             rows: weights are read once for every 64.
-        weight: ``(outputs, width)`` of x's dtype, rows contiguous.
+        weight: ``(outputs, width)`` of x's dtype, rows contiguous; or a ``QuantizedWeight``, which is not
+            served under ``torch.compile``.
         bias: ``(outputs,)`` or None.
         norm: ``(weight, bias or None, eps)`` of a layer norm of x, or None.
         activation: ``gelu_tanh``, ``gelu``, ``relu``, ``silu`` or ``none``.
@@ -50,7 +54,7 @@ def decode_linear(
         _checks.tensor(op, "residual", residual)
         _checks.shape(op, "residual", residual, (x.shape[0], weight.shape[0]), "rows and outputs")
         _check_like(op, "residual", residual, x)
-    compiling = torch.compiler.is_compiling()
+    compiling = _compiling(op, weight)
     if not (compiling or use_kernel(x)):
         return reference.decode_linear(x, weight, bias, norm, activation, residual, normed_out)
     _check_no_grad(op, x, weight, bias, residual, norm)
@@ -64,7 +68,7 @@ def decode_linear(
 
 def decode_qkv(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     bias: torch.Tensor | None,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -106,7 +110,7 @@ def decode_qkv(
     _checks.dtype(op, "slots", slots, (torch.int64,))
     _checks.shape(op, "slots", slots, x.shape[:1], "one per row")
     _checks.same_device(op, x=x, k_cache=k_cache, v_cache=v_cache, slots=slots)
-    compiling = torch.compiler.is_compiling()
+    compiling = _compiling(op, weight)
     if not (compiling or use_kernel(x)):
         return reference.decode_qkv(x, weight, bias, norm, k_cache, v_cache, slots, normed_out)
     _check_no_grad(op, x, weight, bias, None, norm)
@@ -121,7 +125,7 @@ def decode_qkv(
 def _check(
     op: str,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     bias: torch.Tensor | None,
     norm: Norm | None,
     normed_out: torch.Tensor | None,
@@ -129,15 +133,25 @@ def _check(
     _checks.tensor(op, "x", x, dim=2)
     _checks.dtype(op, "x", x, _checks.KERNEL_FLOATS if use_kernel(x) else _checks.FLOATS)
     _check_like(op, "x", x, x)
-    _checks.tensor(op, "weight", weight, dim=2)
     width = x.shape[1]
+    given: dict[str, torch.Tensor | None] = {"bias": bias}
+    if isinstance(weight, QuantizedWeight):
+        _checks.same_device(op, x=x, weight=weight.values, scales=weight.scales, zeros=weight.zeros)
+        if weight.format == "fp8" and x.device.type != "cpu" and _launch.arch(x.device) < 89:
+            raise ValueError(f"{op}: weight is fp8; that needs compute capability 8.9 or newer")
+    else:
+        _checks.tensor(op, "weight", weight, dim=2)
+        _checks.last_dim_contiguous(op, "weight", weight)
+        given["weight"] = weight
     if weight.shape[1] != width:
         raise ValueError(f"{op}: weight has {weight.shape[1]} columns, x {width}: they must be equal")
-    _checks.last_dim_contiguous(op, "weight", weight)
-    given = {"weight": weight, "bias": bias}
     if norm is not None:
         given |= {"norm weight": norm[0], "norm bias": norm[1]}
-    shapes = {"bias": weight.shape[:1], "norm weight": (width,), "norm bias": (width,)}
+    shapes: dict[str, Sequence[int]] = {
+        "bias": weight.shape[:1],
+        "norm weight": (width,),
+        "norm bias": (width,),
+    }
     for name, value in given.items():
         if value is None:
             continue
@@ -152,6 +166,15 @@ def _check(
         _check_like(op, "normed_out", normed_out, x)
 
 
+def _compiling(op: str, weight: torch.Tensor | QuantizedWeight) -> bool:
+    compiling = torch.compiler.is_compiling()
+    if compiling and isinstance(weight, QuantizedWeight):
+        raise ValueError(
+            f"{op}: weight is a QuantizedWeight; torch.compile takes tensors: give .dequantize()"
+        )
+    return compiling
+
+
 def _check_like(op: str, name: str, value: torch.Tensor, x: torch.Tensor) -> None:
     if value.dtype != x.dtype or value.device != x.device:
         raise TypeError(
@@ -164,12 +187,13 @@ def _check_like(op: str, name: str, value: torch.Tensor, x: torch.Tensor) -> Non
 def _check_no_grad(
     op: str,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     norm: Norm | None,
 ) -> None:
-    if needs_grad(x, weight, bias, residual, *(norm or _NO_NORM)[:2]):
+    plain = None if isinstance(weight, QuantizedWeight) else weight
+    if needs_grad(x, plain, bias, residual, *(norm or _NO_NORM)[:2]):
         raise ValueError(f"{op}: an argument requires grad; it is forward only: use torch.no_grad()")
 
 

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.linear.reference import ACTIVATIONS
 
 Norm = tuple[torch.Tensor, torch.Tensor | None, float]
@@ -17,7 +18,7 @@ def normed(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
 
 def decode_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     bias: torch.Tensor | None,
     norm: Norm | None,
     activation: str,
@@ -27,6 +28,8 @@ def decode_linear(
     x = normed(x, norm)
     if normed_out is not None:
         normed_out.copy_(x)
+    if isinstance(weight, QuantizedWeight):
+        weight = weight.dequantize(x.dtype)
     out = F.linear(x, weight, bias)
     if activation != "none":
         out = ACTIVATIONS[activation](out)
@@ -35,7 +38,7 @@ def decode_linear(
 
 def decode_qkv(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     bias: torch.Tensor | None,
     norm: Norm | None,
     k_cache: torch.Tensor,

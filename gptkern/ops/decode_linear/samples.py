@@ -7,14 +7,26 @@ from typing import Any
 import torch
 
 from gptkern.ops._samples import Call, Make, Sample, tensor
+from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_linear.op import decode_linear, decode_qkv
+
+# Format, group size, whether with zero points.
+Packed = tuple[str, int, bool] | None
 
 # Rows are the narrow side, and narrow layers' tiles of 16 outputs are below wgmma's 64.
 _N = frozenset({"decode_linear_kernel"})
 _FP32 = (torch.float32,)
 
 
-def _linear(rows: int, width: int, outputs: int, *, norm: bool = True, activation: str = "none") -> Make:
+def _linear(
+    rows: int,
+    width: int,
+    outputs: int,
+    *,
+    norm: bool = True,
+    activation: str = "none",
+    weights: Packed = None,
+) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> Call:
         def value(*shape: int) -> torch.Tensor:
             return tensor(*shape, device=device, dtype=dtype, requires_grad=False, scale=0.3)
@@ -24,9 +36,22 @@ def _linear(rows: int, width: int, outputs: int, *, norm: bool = True, activatio
             options["norm"] = (value(width), value(width), 1e-5)
         else:
             options["residual"] = value(rows, outputs)
-        return Call((value(rows, width), value(outputs, width), value(outputs)), options)
+        weight = value(outputs, width) if weights is None else _packed(outputs, width, device, *weights)
+        return Call((value(rows, width), weight, value(outputs)), options)
 
     return make
+
+
+def _packed(
+    outputs: int, width: int, device: torch.device, format: str, group_size: int, zero_point: bool
+) -> QuantizedWeight:
+    """A matrix in fewer bits; what its values are, nobody asks here."""
+    groups, packed = (width // group_size, 2) if format == "int4" else (1, 1)
+    dtype = torch.int8 if format == "int8" else torch.uint8
+    values = torch.zeros(outputs, width // packed, dtype=dtype, device=device)
+    scales = torch.ones((outputs, groups) if format == "int4" else (outputs,), device=device)
+    zeros = torch.full_like(scales, 8, dtype=torch.uint8) if zero_point else None
+    return QuantizedWeight(format, values, scales, zeros)
 
 
 def _qkv(rows: int, width: int, heads: int, *, post_norm: bool = False) -> Make:
@@ -63,6 +88,44 @@ SAMPLES = [
     Sample("1.5B proj, 64 rows", decode_linear, _linear(64, 6400, 1600, norm=False), mma_sync=_N),
     Sample("124M out, fp32", decode_linear, _linear(1, 768, 768, norm=False), dtypes=_FP32),
     Sample("124M fc, fp32, 64 rows", decode_linear, _linear(64, 768, 3072), dtypes=_FP32),
+]
+# Group sizes that divide the widths; fp8 is converted from sm_89 on.
+_FORMATS: dict[str, tuple[str, int, bool]] = {
+    "int8": ("int8", 0, False),
+    "fp8": ("fp8", 0, False),
+    "int4, groups of 64": ("int4", 64, False),
+    "int4, groups of 64, zeros": ("int4", 64, True),
+}
+SAMPLES += [
+    Sample(
+        f"{size} {name}, {format}",
+        decode_linear,
+        _linear(rows, *shape, norm=norm, weights=packed),
+        mma_sync=_N,
+        archs=(89, 90, 100) if packed[0] == "fp8" else None,
+    )
+    for size, (width, _) in _SIZES.items()
+    for name, rows, shape, norm in (
+        ("out", 1, (width, width), False),
+        ("fc", 1, (width, 4 * width), True),
+        ("proj", 1, (4 * width, width), False),
+        ("head", 1, (width, 50257), True),
+        ("fc, 64 rows", 64, (width, 4 * width), True),
+    )
+    for format, packed in _FORMATS.items()
+] + [
+    Sample(
+        "124M fc, int4, groups of 128",
+        decode_linear,
+        _linear(1, 768, 3072, weights=("int4", 128, True)),
+        mma_sync=_N,
+    ),
+    Sample(
+        "124M fc, int4, groups of 32",
+        decode_linear,
+        _linear(1, 768, 3072, weights=("int4", 32, True)),
+        mma_sync=_N,
+    ),
 ]
 CHECKS = [
     Sample("norm, 3 x 40 to 20", decode_linear, _linear(3, 40, 20)),

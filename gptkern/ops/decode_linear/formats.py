@@ -1,0 +1,140 @@
+"""Weights of a linear layer in fewer bits: what they are, how they are made, and how they lie.
+
+``int8`` and ``fp8`` (e4m3) have a scale for each output; ``int4`` has one for each group of inputs, and
+with ``zero_point`` a zero too. A weight is (value - zero) * scale. Values are exact in fp32, fp16 and bf16,
+so that products take them as they are and scale the sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FORMATS = ("int8", "fp8", "int4")
+GROUP_SIZES = (128, 64, 32)
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
+# Shares of a group's range that are tried as its scale: clipping the ends can lose less than coarse steps.
+_CLIPS = tuple(1.0 - 0.03 * step for step in range(10))
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A matrix ``(outputs, inputs)``.
+
+    Attributes:
+        format: One of ``FORMATS``.
+        values: ``(outputs, inputs)`` int8, or uint8 that holds e4m3; of int4 ``(outputs, inputs / 2)``
+            uint8, where byte j of a group of G holds input j in its low half and j + G / 2 in its high one.
+        scales: fp32, ``(outputs,)``, of int4 ``(outputs, groups)``.
+        zeros: uint8, like ``scales``, of int4 with a zero point; None: 8 everywhere.
+    """
+
+    format: str
+    values: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        outputs, width = self.values.shape
+        return outputs, 2 * width if self.format == "int4" else width
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.shape[1] // self.scales.shape[1] if self.format == "int4" else self.shape[1]
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix, its products in fp32 (float64 for that dtype) and rounded once."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        scales = self.scales.to(wide)
+        if self.format != "int4":
+            values = self.values.view(torch.float8_e4m3fn) if self.format == "fp8" else self.values
+            return (values.to(wide) * scales[:, None]).to(dtype)
+        values = unpack(self.values, self.group_size).unflatten(1, (*scales.shape[1:], -1)).to(wide)
+        zeros = 8 if self.zeros is None else self.zeros.to(wide)[..., None]
+        matrix: torch.Tensor = ((values - zeros) * scales[..., None]).flatten(1).to(dtype)
+        return matrix
+
+
+def quantize(
+    weight: torch.Tensor, format: str, *, group_size: int = GROUP_SIZES[0], zero_point: bool = False
+) -> QuantizedWeight:
+    """A matrix ``(outputs, inputs)`` in fewer bits.
+
+    Args:
+        group_size, zero_point: Of int4 alone.
+
+    Raises:
+        ValueError: An unknown format, or groups that do not divide the inputs.
+    """
+    check_format("quantize", format, group_size, [weight.shape[1]])
+    weight = weight.detach().float()
+    if format == "int4":
+        return _int4(weight.unflatten(1, (-1, group_size)), zero_point)
+    largest = _LARGEST[format]
+    scales = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / largest
+    scaled = weight / scales[:, None]
+    if format == "fp8":
+        values = scaled.clamp(-largest, largest).to(torch.float8_e4m3fn).view(torch.uint8)
+    else:
+        values = scaled.round().clamp(-largest, largest).to(torch.int8)
+    return QuantizedWeight(format, values, scales)
+
+
+def check_format(op: str, format: str, group_size: int, widths: list[int]) -> None:
+    """Raise for a format that is none, or groups that do not divide a width."""
+    if format not in FORMATS:
+        raise ValueError(f"{op}: weights is {format!r}; accepted are {', '.join(FORMATS)}")
+    if format != "int4":
+        return
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"{op}: group_size is {group_size}; accepted are {', '.join(map(str, GROUP_SIZES))}")
+    for width in widths:
+        if width % group_size:
+            able = [str(size) for size in GROUP_SIZES if not any(w % size for w in widths)]
+            hint = f"group_size={' or '.join(able)} does" if able else "no group size does"
+            raise ValueError(f"{op}: groups of {group_size} do not divide a width of {width}; {hint}")
+
+
+def _int4(groups: torch.Tensor, zero_point: bool) -> QuantizedWeight:
+    """Of ``(outputs, groups, inputs of a group)``: each group by the clipping of least squared error."""
+    low, high = groups.amin(2), groups.amax(2)
+    best: tuple[torch.Tensor, ...] = ()
+    for clip in _CLIPS:
+        if zero_point:
+            scales = ((high - low) * clip / 15).clamp_min(torch.finfo(torch.float32).tiny)
+            zeros = (-low * clip / scales).round().clamp(0, 15)
+        else:
+            scales = (torch.maximum(-low / 8, high / 7) * clip).clamp_min(torch.finfo(torch.float32).tiny)
+            zeros = torch.full_like(scales, 8)
+        values = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 15)
+        error = (((values - zeros[..., None]) * scales[..., None] - groups) ** 2).sum(2)
+        found: tuple[torch.Tensor, ...] = (error, values, scales, zeros)
+        if best:
+            better = error < best[0]
+            found = tuple(
+                torch.where(better.reshape(better.shape + (1,) * (new.dim() - 2)), new, old)
+                for new, old in zip(found, best, strict=True)
+            )
+        best = found
+    _, values, scales, zeros = best
+    packed = pack(values.to(torch.uint8).flatten(1), groups.shape[2])
+    return QuantizedWeight("int4", packed, scales, zeros.to(torch.uint8) if zero_point else None)
+
+
+def pack(values: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Numbers 0 to 15, ``(rows, width)`` uint8, two in a byte; a last group is filled up to be whole."""
+    rows, width = values.shape
+    filled = torch.nn.functional.pad(values, (0, -width % group_size))
+    halves = filled.reshape(rows, -1, 2, group_size // 2)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1).contiguous()
+
+
+def unpack(packed: torch.Tensor, group_size: int, width: int | None = None) -> torch.Tensor:
+    """What ``pack`` was given; ``width``: of its rows, where the last group was not whole."""
+    halves = packed.unflatten(1, (-1, group_size // 2))
+    values = torch.stack([halves & 15, halves >> 4], 2).flatten(1)
+    return values if width is None else values[:, :width]

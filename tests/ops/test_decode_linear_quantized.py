@@ -1,0 +1,161 @@
+"""Linear layers of weights in fewer bits: the formats, and the kernel against the dequantised matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gptkern.ops.decode_linear import QuantizedWeight, decode_linear, decode_qkv, quantize
+from gptkern.ops.decode_linear.formats import FORMATS, GROUP_SIZES, pack, unpack
+from gptkern.testing import assert_accurate
+
+KINDS: list[dict[str, Any]] = [
+    {"format": "int8"},
+    {"format": "fp8"},
+    *({"format": "int4", "group_size": size, "zero_point": size == 64} for size in GROUP_SIZES),
+    {"format": "int4", "group_size": 32, "zero_point": True},
+]
+
+
+def kind_of(options: dict[str, Any]) -> str:
+    return " ".join(map(str, options.values()))
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_packing_is_undone_for_every_width(group_size: int) -> None:
+    for width in range(1, 2 * group_size + 1):
+        values = torch.randint(16, (3, width), dtype=torch.uint8)
+        packed = pack(values, group_size)
+        assert packed.shape == (3, -(-width // group_size) * group_size // 2)
+        assert torch.equal(unpack(packed, group_size, width), values)
+
+
+def test_a_byte_holds_one_of_each_half_of_its_group() -> None:
+    packed = pack(torch.arange(64, dtype=torch.uint8)[None] % 16, 32)
+    assert packed[0, 0] == 0 | 0 << 4 and packed[0, 3] == 3 | 3 << 4
+    assert packed[0, 17] == (33 % 16) | (49 % 16) << 4
+
+
+@pytest.mark.parametrize("options", KINDS, ids=kind_of)
+def test_quantising_is_as_near_as_its_steps_allow(options: dict[str, Any]) -> None:
+    weight = drawn(9, 256)
+    made = quantize(weight, **options)
+    assert made.shape == (9, 256)
+    error = (made.dequantize(torch.float64) - weight).abs()
+    if options["format"] == "int8":
+        assert (error <= 0.5001 * made.scales[:, None]).all()
+    elif options["format"] == "fp8":
+        # Half a step of 3 bits of mantissa, or of the smallest numbers.
+        assert (error <= weight.abs() * 2**-4 + made.scales[:, None] * 2**-10).all()
+    else:
+        size = options["group_size"]
+        assert made.group_size == size
+        plain = weight.unflatten(1, (-1, size))
+        steps = (plain.amax(2) - plain.amin(2)) / 15
+        assert (error.unflatten(1, (-1, size)).square().mean(2) < steps.square() / 6).all()
+    again = quantize(made.dequantize(torch.float32), **options)
+    assert (again.dequantize(torch.float64) - made.dequantize(torch.float64)).abs().max() < error.max()
+
+
+def test_zero_rows_and_outliers_stay_finite() -> None:
+    weight = torch.zeros(3, 64)
+    weight[1, 5] = 1e30
+    weight[2] = 1e-30
+    for name in FORMATS:
+        found = quantize(weight, name, group_size=32).dequantize(torch.float32)
+        assert found.isfinite().all() and not found[0].any()
+        assert found[1, 5] == pytest.approx(1e30, rel=0.3)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", KINDS, ids=kind_of)
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_the_kernel_against_the_dequantised_matrix(
+    rows: int, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    outputs, width = 37, 256
+    weight = quantize(drawn(outputs, width) * 0.1, **options)
+    x, bias = drawn(rows, width, dtype=dtype), drawn(outputs, dtype=dtype)
+    norm = (drawn(width, dtype=dtype), drawn(width, dtype=dtype), 1e-5)
+    kept = torch.empty_like(x)
+    found = decode_linear(x, weight, bias, norm=norm, activation="gelu_tanh", normed_out=kept)
+
+    def expected(kind: torch.dtype) -> torch.Tensor:
+        normed = F.layer_norm(x.to(kind), (width,), norm[0].to(kind), norm[1].to(kind), 1e-5)
+        if kind == torch.float64:
+            # As every launch does, its input is rounded.
+            normed = kept.double()
+        return F.gelu(F.linear(normed, weight.dequantize(kind), bias.to(kind)), approximate="tanh")
+
+    assert_accurate(found, expected(dtype), expected(torch.float64))
+    residual = drawn(rows, outputs, dtype=dtype)
+    found = decode_linear(x, weight, residual=residual)
+    exact = residual.double() + x.double() @ weight.dequantize(torch.float64).T
+    assert_accurate(found, residual + F.linear(x, weight.dequantize(dtype)), exact)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("options", KINDS, ids=kind_of)
+def test_a_row_is_bitwise_the_same_alone_and_among_others(options: dict[str, Any]) -> None:
+    weight, x = quantize(drawn(70, 768), **options), drawn(20, 768)
+    whole = decode_linear(x, weight)
+    for row in (0, 7, 19):
+        assert torch.equal(decode_linear(x[row : row + 1], weight)[0], whole[row])
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("options", KINDS, ids=kind_of)
+def test_queries_keys_and_values_reach_their_places(options: dict[str, Any]) -> None:
+    weight, x = quantize(drawn(3 * 128, 128), **options), drawn(4, 128)
+    caches = [torch.zeros(2, 8, 2, 64) for _ in range(2)]
+    slots = torch.tensor([3, -1, 9, 15])
+    q = decode_qkv(x, weight, None, *caches, slots)
+    expected = decode_linear(x, weight)
+    assert torch.equal(q, expected[:, :128])
+    for cache, part in zip(caches, expected[:, 128:].split(128, 1), strict=True):
+        flat = cache.view(16, 128)
+        assert torch.equal(flat[[3, 9, 15]], part[[0, 2, 3]])
+        assert not flat[[0, 1, 2, 4, 8, 14]].any()
+
+
+def test_the_reference_is_the_product_with_the_dequantised_matrix() -> None:
+    weight, x = quantize(drawn(5, 64), "int8"), drawn(2, 64)
+    assert torch.equal(decode_linear(x, weight), F.linear(x, weight.dequantize(torch.float32)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "int2"}, "weights is 'int2'; accepted are int8, fp8, int4"),
+        ({"format": "int4", "group_size": 48}, "group_size is 48; accepted are 128, 64, 32"),
+        (
+            {"format": "int4", "group_size": 128},
+            "groups of 128 do not divide a width of 96; group_size=32 does",
+        ),
+    ],
+)
+def test_bad_formats(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize(drawn(4, 96), **options)
+    with pytest.raises(ValueError, match="do not divide a width of 90; no group size does"):
+        quantize(drawn(4, 90), "int4")
+
+
+def test_bad_arguments() -> None:
+    weight = quantize(drawn(4, 96), "int8")
+    with pytest.raises(ValueError, match="weight has 96 columns, x 64"):
+        decode_linear(drawn(1, 64), weight)
+    elsewhere = QuantizedWeight("int8", weight.values, weight.scales.to("meta"))
+    with pytest.raises(ValueError, match="different devices"):
+        decode_linear(drawn(1, 96), elsewhere)
+    compiled = torch.compile(lambda x: decode_linear(x, weight), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"torch\.compile takes tensors"):
+        compiled(drawn(1, 96))
