@@ -12,12 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from gptkern.model import GPT, Block, Norm
 from gptkern.ops.decode_attention import decode_attention
 from gptkern.ops.decode_embed import decode_embed
-from gptkern.ops.decode_linear import decode_linear, decode_qkv
+from gptkern.ops.decode_linear import QuantizedWeight, decode_linear, decode_qkv
 from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, sample
+from gptkern.quantize import QuantizedLinear
 
 if TYPE_CHECKING:
     from gptkern.cache import KVCache
@@ -74,7 +76,8 @@ class DecodeStep:
         self.cache = cache
         self.params = params
         self.state = state
-        self._parameters = list(model.parameters())
+        # Packed weights are buffers.
+        self._parameters = [*model.parameters(), *model.buffers()]
         with torch.inference_mode(False):
             self._tokens = torch.zeros(cache.max_seqs, dtype=torch.int64, device=cache.device)
             self._live = torch.zeros(1, dtype=torch.int32, device=cache.device)
@@ -130,7 +133,7 @@ class DecodeStep:
             assert isinstance(block, Block)
             x, norm = self._block(block, x, norm, slots, page_table, seq_lens)
         norm = norm if transformer.ln_f is None else transformer.ln_f
-        logits = decode_linear(x, self.model.lm_head.weight, norm=_norm(norm))
+        logits = decode_linear(x, _matrix(self.model.lm_head), norm=_norm(norm))
         if self.params is None or self.state is None:
             return logits
         # The graph's rows are a bucket; the sampler's are the batch.
@@ -157,7 +160,7 @@ class DecodeStep:
         kept = torch.empty_like(x) if block.post_norm and pending is not None else None
         q = decode_qkv(
             x,
-            attn.c_attn.weight,
+            _matrix(attn.c_attn),
             attn.c_attn.bias,
             k_cache,
             v_cache,
@@ -171,18 +174,18 @@ class DecodeStep:
             heads, k_cache, v_cache, page_table, seq_lens, scale=attn.scale, prefetch=True
         )
         residual = x if kept is None else kept
-        x = decode_linear(attended.flatten(1), attn.c_proj.weight, attn.c_proj.bias, residual=residual)
+        x = decode_linear(attended.flatten(1), _matrix(attn.c_proj), attn.c_proj.bias, residual=residual)
         kept = torch.empty_like(x) if block.post_norm else None
         inner = decode_linear(
             x,
-            mlp.c_fc.weight,
+            _matrix(mlp.c_fc),
             mlp.c_fc.bias,
             norm=_norm(block.ln_1 if block.post_norm else block.ln_2),
             activation=mlp.activation,
             normed_out=kept,
         )
         residual = x if kept is None else kept
-        x = decode_linear(inner, mlp.c_proj.weight, mlp.c_proj.bias, residual=residual)
+        x = decode_linear(inner, _matrix(mlp.c_proj), mlp.c_proj.bias, residual=residual)
         return x, block.ln_2 if block.post_norm else None
 
     def _check(self, tokens: torch.Tensor | None, batch: int) -> None:
@@ -203,6 +206,10 @@ class DecodeStep:
                 f"DecodeStep: a sequence has {longest} tokens, "
                 f"the model's whole context of {self.model.config.n_positions}"
             )
+
+
+def _matrix(layer: nn.Linear | QuantizedLinear) -> torch.Tensor | QuantizedWeight:
+    return layer.quantized if isinstance(layer, QuantizedLinear) else layer.weight
 
 
 def _norm(norm: Norm | None) -> tuple[torch.Tensor, torch.Tensor | None, float] | None:

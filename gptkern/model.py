@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from gptkern import ops
 from gptkern.attend import Attend, DenseAttend, PackedAttend
-from gptkern.checkpoint.load import check_vocabulary, load, open_checkpoint
+from gptkern.checkpoint.load import check_quantization, check_vocabulary, load, open_checkpoint
 from gptkern.checkpoint.locate import EMBEDDED, locate
 from gptkern.checkpoint.save import save
 from gptkern.config import GPTConfig
+from gptkern.quantize import Quantization, quantize_model
 from gptkern.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -171,12 +172,14 @@ class GPT(nn.Module):
     Attributes:
         config: Its shape and switches.
         tokenizer: The one found beside the checkpoint, or None; assign one to use and save it.
+        quantization: How the linear layers' weights are kept; None: as they were trained.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.tokenizer: Tokenizer | None = None
+        self.quantization: Quantization | None = None
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -193,6 +196,9 @@ class GPT(nn.Module):
         revision: str | None = None,
         local_files_only: bool = False,
         check_finite: bool = False,
+        weights: str | None = None,
+        group_size: int | None = None,
+        zero_point: bool | None = None,
     ) -> Self:
         """Read a checkpoint, in evaluation mode; its tokenizer, where there is one, comes along.
 
@@ -204,17 +210,30 @@ class GPT(nn.Module):
             revision: Branch, tag or commit of a hub id.
             local_files_only: Take a hub id from the cache only, as HF_HUB_OFFLINE=1 does.
             check_finite: Refuse weights that are NaN or infinite.
+            weights: ``"int8"``, ``"fp8"`` or ``"int4"`` keeps the linear layers so; None as the checkpoint
+                has them. One that ``gptkern quantize`` wrote is quantised already.
+            group_size, zero_point: Of int4: inputs that share a scale (128, 64 or 32; the largest that
+                divides the widths when None), and whether they share a zero (they do unless False).
 
         Raises:
             CheckpointError: Nothing there, damaged, of another architecture or shape; the message names
                 file, tensor, expected and found.
+            ValueError: ``weights`` that this model or device cannot take, before any weight is read.
         """
         path = locate(path_or_hub_id, revision=revision, local_files_only=local_files_only)
         contents = open_checkpoint(path)
         tokenizer = Tokenizer.find(path) if path.is_dir() else None
         if tokenizer is not None:
             check_vocabulary(path, contents.config, tokenizer.vocab_size)
+        wanted = None
+        if weights is not None:
+            wanted = Quantization.make(contents.config, weights, group_size, zero_point)
+        elif group_size is not None or zero_point is not None:
+            raise ValueError("GPT: group_size and zero_point need weights='int4'")
+        check_quantization(contents, wanted, device)
         model = load(cls, contents, dtype=dtype, device=device, check_finite=check_finite)
+        if wanted is not None:
+            quantize_model(model, wanted)
         model.tokenizer = tokenizer
         return model
 
@@ -235,7 +254,14 @@ class GPT(nn.Module):
         tokenizer = self.tokenizer or (Tokenizer.find(folder) if folder.is_dir() else None)
         if tokenizer is not None:
             check_vocabulary(folder, self.config, tokenizer.vocab_size)
-        save(self, self.config, folder, self.tokenizer, max_shard_size=max_shard_size)
+        save(
+            self,
+            self.config,
+            folder,
+            self.tokenizer,
+            max_shard_size=max_shard_size,
+            quantization=self.quantization,
+        )
 
     def generate(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any

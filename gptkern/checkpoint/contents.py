@@ -9,6 +9,7 @@ from pathlib import Path
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import GPTConfig
+from gptkern.quantize import Quantization
 
 # matrices that OpenAI's GPTs and transformers' Conv1D keep as (in, out)
 BLOCK_MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -28,12 +29,14 @@ class Contents:
         config: The model's shape.
         tensors: By the model's parameter names.
         transposed: Block matrices are ``(in, out)`` and have to be turned.
+        quantization: How the linear layers' weights are kept, or None.
     """
 
     source: Path
     config: GPTConfig
     tensors: dict[str, StoredTensor]
     transposed: bool
+    quantization: Quantization | None = None
 
     def turned(self, name: str) -> bool:
         """Whether the tensor of that name is stored transposed."""

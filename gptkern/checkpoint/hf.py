@@ -10,6 +10,7 @@ from gptkern.checkpoint.contents import Contents, by_parameter_name
 from gptkern.checkpoint.errors import CheckpointError, some
 from gptkern.checkpoint.storage import StoredTensor, read_pickle, read_safetensors, state_dict_tensors
 from gptkern.config import GPTConfig
+from gptkern.quantize import Quantization
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -23,11 +24,12 @@ WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)
 def open_folder(folder: Path) -> Contents:
     """Open a folder that transformers' ``save_pretrained`` or ours wrote."""
     config = read_config(folder / CONFIG)
+    quantization = _read_quantization(folder / CONFIG, config)
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(f"{folder}: no weights here; one of {', '.join(WEIGHTS)} is needed")
     tensors = _read_shards(found) if found.suffix == ".json" else _read_weights(found)
-    return Contents(folder, config, by_parameter_name(tensors), transposed=True)
+    return Contents(folder, config, by_parameter_name(tensors), True, quantization)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -49,6 +51,14 @@ def read_config(path: Path) -> GPTConfig:
         return GPTConfig.from_dict(read_json(path))
     except CheckpointError:
         raise
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_quantization(path: Path, config: GPTConfig) -> Quantization | None:
+    data = read_json(path).get("quantization_config")
+    try:
+        return None if data is None else Quantization.from_dict(data, config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -16,6 +16,7 @@ from gptkern.checkpoint.contents import Contents
 from gptkern.checkpoint.errors import CheckpointError, some
 from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import GPTConfig
+from gptkern.quantize import Quantization, QuantizedLinear, empty_layers
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LAYER = re.compile(r"^transformer\.h\.(\d+)\.")
@@ -83,27 +84,57 @@ def load(
     _check_layers(contents)
     with torch.device("meta"), _NoInitialValues():
         model = model_class(contents.config)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if contents.quantization is not None:
+            empty_layers(model, contents.quantization)
+    packed = {name: buffer for name, buffer in model.named_buffers() if not name.endswith("._like")}
+    expected = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *packed.items()]}
     tensors = _without_redundant(contents, expected)
     _check_names(contents, expected, tensors)
     for name, shape in expected.items():
-        _check_tensor(contents, tensors[name], shape, contents.turned(name))
-    dtype = dtype or _common_dtype(tensors)
+        _check_tensor(contents, tensors[name], shape, contents.turned(name), packed.get(name))
+    dtype = dtype or _common_dtype({name: tensors[name] for name in expected if name not in packed})
     device = torch.get_default_device() if device is None else torch.device(device)
     for name in expected:
         stored = tensors[name]
         source = stored.data.t() if contents.turned(name) else stored.data
-        parameter = nn.Parameter(torch.empty(source.shape, dtype=dtype, device=device))
-        with torch.no_grad():
-            parameter.copy_(source)
+        kept = packed[name].dtype if name in packed else dtype
+        tensor = torch.empty(source.shape, dtype=kept, device=device)
+        tensor.copy_(source)
         stored.release()
-        if check_finite:
-            _check_finite(stored, parameter)
+        if check_finite and kept.is_floating_point:
+            _check_finite(stored, tensor)
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, parameter)
-    if contents.config.tie_word_embeddings:
+        setattr(model.get_submodule(owner), leaf, tensor if name in packed else nn.Parameter(tensor))
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.compute_in(dtype, device)
+    if contents.config.tie_word_embeddings and contents.quantization is None:
         model.get_submodule("lm_head").weight = model.get_parameter(_EMBEDDING)
     return model.eval()
+
+
+def check_quantization(
+    contents: Contents, wanted: Quantization | None, device: torch.device | str | None
+) -> None:
+    """Whether a checkpoint can be had in these bits on this device, before its weights are read.
+
+    Raises:
+        ValueError: It is in fewer bits already; fp8 on a GPU that has none.
+    """
+    found = contents.quantization
+    if wanted is not None and found is not None:
+        raise ValueError(
+            f"{contents.source}: weights is {wanted.format!r}, the checkpoint is {found.format} already: "
+            "leave weights out, or quantise the original"
+        )
+    kept, where = wanted or found, torch.device(device or torch.get_default_device())
+    if kept is not None and kept.format == "fp8" and where.type == "cuda":
+        capability = torch.cuda.get_device_capability(where)
+        if capability < (8, 9):
+            raise ValueError(
+                f"{contents.source}: weights is 'fp8'; this GPU has compute capability "
+                f"{capability[0]}.{capability[1]}, 8.9 or newer is needed: take 'int8'"
+            )
 
 
 def check_vocabulary(source: Path, config: GPTConfig, tokenizer_size: int) -> None:
@@ -166,13 +197,20 @@ def _check_names(
         raise CheckpointError(f"{contents.source}: {len(expected)} tensors expected; {'; '.join(problems)}")
 
 
-def _check_tensor(contents: Contents, stored: StoredTensor, shape: tuple[int, ...], turned: bool) -> None:
+def _check_tensor(
+    contents: Contents,
+    stored: StoredTensor,
+    shape: tuple[int, ...],
+    turned: bool,
+    packed: torch.Tensor | None,
+) -> None:
     expected = tuple(reversed(shape)) if turned else shape
     found = tuple(stored.data.shape)
     if found != expected:
         raise CheckpointError(f"{stored.file}: {stored.name}: shape {expected} expected, {found} found")
-    if stored.data.dtype not in _FLOATS:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+    dtypes = _FLOATS if packed is None else (packed.dtype,)
+    if stored.data.dtype not in dtypes:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         found_dtype = str(stored.data.dtype).removeprefix("torch.")
         raise CheckpointError(f"{stored.file}: {stored.name}: dtype {accepted} expected, {found_dtype} found")
 

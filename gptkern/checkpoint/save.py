@@ -16,6 +16,7 @@ from gptkern.checkpoint.hf import CONFIG, SAFETENSORS, SAFETENSORS_INDEX
 from gptkern.checkpoint.replace import replacing
 from gptkern.checkpoint.storage import write_safetensors
 from gptkern.config import GPTConfig
+from gptkern.quantize import Quantization
 
 if TYPE_CHECKING:
     from gptkern.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ def save(
     tokenizer: Tokenizer | None,
     *,
     max_shard_size: int | str,
+    quantization: Quantization | None = None,
 ) -> None:
     """Write config.json, the weights as safetensors and, where there is one, the tokenizer.
 
@@ -44,7 +46,8 @@ def save(
     shards = _sharded(_entries(model, config), _bytes(max_shard_size))
     replaced = {CONFIG, SAFETENSORS, SAFETENSORS_INDEX, *(tokenizer.files if tokenizer else ())}
     with replacing(folder, lambda name: name in replaced or _SHARD.fullmatch(name) is not None) as staging:
-        _write_json(staging / CONFIG, config.to_dict() | {"dtype": _dtype_name(shards)})
+        told = {} if quantization is None else {"quantization_config": quantization.to_dict()}
+        _write_json(staging / CONFIG, config.to_dict() | {"dtype": _dtype_name(model)} | told)
         if tokenizer is not None:
             tokenizer.save(staging)
         if len(shards) == 1:
@@ -64,14 +67,15 @@ def save(
 def _entries(model: nn.Module, config: GPTConfig) -> list[Entry]:
     """The tensors under transformers' names, a tied head once, and whether to turn each to (in, out)."""
     entries: list[Entry] = []
-    for name, parameter in model.named_parameters():
+    packed = [(name, buffer) for name, buffer in model.named_buffers() if not name.endswith("._like")]
+    for name, parameter in [*model.named_parameters(), *packed]:
         theirs = name
         if config.post_norm:
             for ours, gpt1 in GPT1_NAMES.items():
                 theirs = theirs.replace(f"transformer.{ours}.", f"transformer.{gpt1}.")
         entries.append((theirs, parameter, name.endswith(BLOCK_MATRICES)))
         # transformers has no GPT without biases: zeros mean the same
-        if not config.bias and (".h." in name or ".ln_f." in name):
+        if not config.bias and name.endswith(".weight") and (".h." in name or ".ln_f." in name):
             zeros = torch.zeros(parameter.shape[0], dtype=parameter.dtype)
             entries.append((theirs.removesuffix("weight") + "bias", zeros, False))
     return entries
@@ -94,8 +98,8 @@ def _size(entry: Entry) -> int:
     return entry[1].numel() * entry[1].element_size()
 
 
-def _dtype_name(shards: list[list[Entry]]) -> str:
-    return str(shards[0][0][1].dtype).removeprefix("torch.")
+def _dtype_name(model: nn.Module) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _bytes(size: int | str) -> int:

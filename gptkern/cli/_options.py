@@ -36,6 +36,19 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU where there is one.")
 ]
 Dtype = Annotated[DType | None, typer.Option(help="Of the weights; by default the checkpoint's.")]
+
+
+class Format(StrEnum):
+    """What linear layers' weights are kept in."""
+
+    int8 = "int8"
+    fp8 = "fp8"
+    int4 = "int4"
+
+
+Weights = Annotated[
+    Format | None, typer.Option(help="Keep the linear layers' weights in so few bits; fp8 needs an Ada GPU.")
+]
 MaxNewTokens = Annotated[
     int | None,
     typer.Option(
@@ -128,14 +141,17 @@ Seed = Annotated[
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
 
 
-def load(model: str, device: str | None, dtype: DType | None) -> GPT:
+def load(model: str, device: str | None, dtype: DType | None, weights: Format | None = None) -> GPT:
     """The model, on its device."""
     import torch
 
     from gptkern.model import GPT
 
     on = chosen_device(device)
-    return GPT.from_pretrained(model, device=on, dtype=None if dtype is None else getattr(torch, dtype.value))
+    kind = None if dtype is None else getattr(torch, dtype.value)
+    return GPT.from_pretrained(
+        model, device=on, dtype=kind, weights=None if weights is None else weights.value
+    )
 
 
 def chosen_device(name: str | None) -> str:

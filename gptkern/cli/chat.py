@@ -62,6 +62,7 @@ def chat(
     seed: o.Seed = None,
     speculate: o.Speculate = None,
     dtype: o.Dtype = None,
+    weights: o.Weights = None,
     device: o.Device = None,
 ) -> None:
     """Talk with a model; the conversation is kept.
@@ -94,7 +95,7 @@ def chat(
     )
     if speculate is not None:
         options["speculate"] = speculate
-    gpt = o.load(model, device, dtype)
+    gpt = o.load(model, device, dtype, weights)
     transcript = Transcript(o.unescape(system), you, bot)
     interactive = sys.stdin.isatty()
     if interactive:

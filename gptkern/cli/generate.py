@@ -56,6 +56,7 @@ def generate(
         bool, typer.Option("--json", help="One JSON object a continuation, when all are made.")
     ] = False,
     dtype: o.Dtype = None,
+    weights: o.Weights = None,
     device: o.Device = None,
 ) -> None:
     """Continue a text, printing it as it is made.
@@ -91,7 +92,7 @@ def generate(
         stop=stop,
     )
     text = _prompt(prompt, file)
-    gpt = o.load(model, device, dtype)
+    gpt = o.load(model, device, dtype, weights)
     options |= {
         "max_new_tokens": o.fitting(gpt, text, max_new_tokens, DEFAULT_NEW_TOKENS),
         "min_new_tokens": min_new_tokens or 0,

@@ -23,6 +23,7 @@ def profile(
     rows: Annotated[int, typer.Option(min=1, help="Operators to list.")] = 12,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     dtype: o.Dtype = None,
+    weights: o.Weights = None,
     device: o.Device = None,
 ) -> None:
     """Print where the time of one generated token goes.
@@ -42,7 +43,7 @@ def profile(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    gpt = o.load(model, device, dtype)
+    gpt = o.load(model, device, dtype, weights)
     ids = o.tokenizer_of(gpt).encode(prompt)
     if not ids:
         raise typer.BadParameter("the prompt is empty")

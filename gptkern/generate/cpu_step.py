@@ -33,7 +33,14 @@ def pays(model: GPT, cache: KVCache, rows: int) -> bool:
     same = {(p.dtype, p.device.type) for p in parameters} == {(cache.dtype, "cpu")}
     dense = all(p.dim() == 1 or 1 in p.stride() for p in parameters)
     built = _C is not None and bool(_C.has_decoder)
-    return built and same and dense and cache.dtype in _SERVED and rows <= MOST_ROWS
+    return (
+        built
+        and model.quantization is None
+        and same
+        and dense
+        and cache.dtype in _SERVED
+        and rows <= MOST_ROWS
+    )
 
 
 class CpuStep:

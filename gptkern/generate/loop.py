@@ -21,6 +21,7 @@ from gptkern.generate.stopping import RowText
 from gptkern.generate.verify import verifier
 from gptkern.model import GPT, MLP, Attention, Block, Norm, Transformer
 from gptkern.ops._dispatch import use_kernel
+from gptkern.quantize import QuantizedLinear
 
 if TYPE_CHECKING:
     from gptkern.model import GPTOutput
@@ -32,7 +33,7 @@ LEAST_STEPS = 16
 # have finished has then computed one token too many, which nobody sees.
 AHEAD_ON = ("cuda",)
 
-_KNOWN = {Transformer, nn.Embedding, nn.ModuleList, Block, Norm, Attention, MLP, nn.Linear}
+_KNOWN = {Transformer, nn.Embedding, nn.ModuleList, Block, Norm, Attention, MLP, nn.Linear, QuantizedLinear}
 
 
 @torch.inference_mode()
@@ -116,7 +117,7 @@ def stepper(model: GPT, cache: KVCache, *, rows: int, steps: int) -> Callable[[t
     # A layer that somebody put in another's place computes what nobody here can know.
     ours = all(type(m) in _KNOWN for m in (*model.transformer.modules(), model.lm_head))
     if ours and not torch.is_autocast_enabled(model.device.type):
-        if not use_kernel(model.lm_head.weight):
+        if not use_kernel(model.transformer.wte.weight):
             if pays(model, cache, rows):
                 return CpuStep(model, cache)
         elif steps >= LEAST_STEPS:

@@ -34,11 +34,10 @@ def decode_linear(
     k_cache, v_cache, slots = (None, None, None) if cache is None else cache
     kv_width = 0 if k_cache is None else k_cache.shape[2] * k_cache.shape[3]
     device = x.device
-    config = dict(
-        _launch.config(
-            "decode_linear", device, dtype="fp32" if x.dtype == torch.float32 else "half", n=outputs, k=width
-        )
-    )
+    kind = "fp32" if x.dtype == torch.float32 else "half"
+    if isinstance(weight, QuantizedWeight):
+        kind = "int4" if weight.format == "int4" else "byte"
+    config = dict(_launch.config("decode_linear", device, dtype=kind, n=outputs, k=width))
     scales = zeros = None
     group = 0
     if isinstance(weight, QuantizedWeight):

@@ -115,6 +115,12 @@ SAMPLES += [
     for format, packed in _FORMATS.items()
 ] + [
     Sample(
+        "124M proj, int8, fp32", decode_linear, _linear(1, 3072, 768, weights=_FORMATS["int8"]), dtypes=_FP32
+    ),
+    Sample(
+        "124M fc, int4, fp32", decode_linear, _linear(1, 768, 3072, weights=("int4", 128, True)), dtypes=_FP32
+    ),
+    Sample(
         "124M fc, int4, groups of 128",
         decode_linear,
         _linear(1, 768, 3072, weights=("int4", 128, True)),

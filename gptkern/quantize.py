@@ -1,0 +1,172 @@
+"""A model's linear layers in fewer bits: those of a decode step, the head among them.
+
+The embeddings stay as they are: a step reads one row of them for each token. Prefill multiplies with
+matrices that are dequantised a layer at a time; the decode step's kernels read the packed ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gptkern.config import GPTConfig
+from gptkern.ops.decode_linear.formats import GROUP_SIZES, QuantizedWeight, check_format, quantize
+
+METHOD = "gptkern"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a model's weights are kept.
+
+    Attributes:
+        format: ``int8``, ``fp8`` or ``int4``.
+        group_size, zero_point: Of int4: inputs that share a scale, and whether they share a zero.
+    """
+
+    format: str
+    group_size: int
+    zero_point: bool
+
+    @classmethod
+    def make(
+        cls, config: GPTConfig, format: str, group_size: int | None = None, zero_point: bool | None = None
+    ) -> Self:
+        """For a model of this shape; ``None`` takes the largest groups that divide its widths, and zeros.
+
+        Raises:
+            ValueError: An unknown format; groups that do not divide a width, or none that does.
+        """
+        widths = [config.n_embd, config.inner_dim]
+        if format != "int4" and (group_size is not None or zero_point is not None):
+            raise ValueError(f"quantize: group_size and zero_point are of int4 alone, weights is {format!r}")
+        dividing = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
+        size = group_size or (dividing or GROUP_SIZES)[0]
+        check_format("quantize", format, size, widths)
+        return cls(format, size, format == "int4" and zero_point is not False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` says as ``quantization_config``."""
+        fields: dict[str, Any] = {"quant_method": METHOD, "format": self.format}
+        if self.format == "int4":
+            fields |= {"group_size": self.group_size, "zero_point": self.zero_point}
+        return fields
+
+    @classmethod
+    def from_dict(cls, data: Any, config: GPTConfig) -> Self:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            ValueError: Another method's, or not as this one writes it.
+        """
+        if not isinstance(data, dict) or data.get("quant_method") != METHOD:
+            method = data.get("quant_method") if isinstance(data, dict) else data
+            raise ValueError(f"quantization_config: quant_method is {method!r}; {METHOD!r} is supported")
+        return cls.make(config, str(data.get("format")), data.get("group_size"), data.get("zero_point"))
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer of fewer bits.
+
+    Buffers ``values``, ``scales`` and ``zeros`` are those of ``QuantizedWeight``; moving the model to another
+    dtype leaves them alone, and changes what ``weight`` is dequantised to.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    _like: torch.Tensor
+
+    def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.format = weight.format
+        self.register_buffer("values", weight.values)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("zeros", weight.zeros)
+        self.register_buffer(
+            "_like", torch.empty(0, dtype=dtype, device=weight.scales.device), persistent=False
+        )
+        self.bias = bias
+
+    def compute_in(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Say what ``weight`` is to be, where layers were made empty."""
+        self._like = torch.empty(0, dtype=dtype, device=device)
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The matrix as the decode step's kernels take it."""
+        return QuantizedWeight(self.format, self.values, self.scales, self.zeros)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantised matrix, made anew."""
+        return self.quantized.dequantize(self._like.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            # A cast to half precision is meant for what is computed, not for the scales.
+            self.scales = scales.to(self.scales.device)
+        return self
+
+    def extra_repr(self) -> str:
+        outputs, inputs = self.quantized.shape
+        return f"{inputs}, {outputs}, {self.format}"
+
+
+def quantize_model(model: Any, quantization: Quantization) -> None:
+    """Put every linear layer of a ``GPT`` into fewer bits, in place, one at a time.
+
+    Raises:
+        ValueError: The model is quantised already.
+    """
+    if model.quantization is not None:
+        raise ValueError(f"quantize: the model's weights are {model.quantization.format} already")
+    options: dict[str, Any] = {}
+    if quantization.format == "int4":
+        options = {"group_size": quantization.group_size, "zero_point": quantization.zero_point}
+    for owner, name, layer in linear_layers(model):
+        weight = quantize(layer.weight, quantization.format, **options)
+        setattr(owner, name, QuantizedLinear(weight, layer.bias, layer.weight.dtype))
+    model.quantization = quantization
+
+
+def empty_layers(model: Any, quantization: Quantization) -> None:
+    """The same of a model on the meta device, whose weights a checkpoint is to bring."""
+    for owner, name, layer in linear_layers(model):
+        outputs, inputs = layer.weight.shape
+        packed = quantization.format == "int4"
+        values = torch.empty(
+            outputs,
+            inputs // 2 if packed else inputs,
+            dtype=torch.int8 if quantization.format == "int8" else torch.uint8,
+            device="meta",
+        )
+        groups = (inputs // quantization.group_size,) if packed else ()
+        scales = torch.empty(outputs, *groups, device="meta")
+        zeros = torch.empty_like(scales, dtype=torch.uint8) if quantization.zero_point else None
+        weight = QuantizedWeight(quantization.format, values, scales, zeros)
+        setattr(owner, name, QuantizedLinear(weight, layer.bias, layer.weight.dtype))
+    model.quantization = quantization
+
+
+def linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """(owner, name, layer) of what a decode step multiplies with."""
+    for block in model.transformer.h:
+        for owner, name in (
+            (block.attn, "c_attn"),
+            (block.attn, "c_proj"),
+            (block.mlp, "c_fc"),
+            (block.mlp, "c_proj"),
+        ):
+            yield owner, name, getattr(owner, name)
+    yield model, "lm_head", model.lm_head

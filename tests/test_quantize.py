@@ -1,0 +1,188 @@
+"""Models of fewer bits: loading, saving, stepping, and what it costs in perplexity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptkern import cli, ops
+from gptkern.cache import KVCache
+from gptkern.checkpoint.errors import CheckpointError
+from gptkern.config import GPTConfig
+from gptkern.decode import DecodeStep
+from gptkern.model import GPT
+from gptkern.quantize import QuantizedLinear
+from gptkern.testing import assert_accurate
+
+CONFIG = GPTConfig(
+    n_layer=2,
+    n_head=2,
+    n_embd=64,
+    vocab_size=97,
+    n_positions=64,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    bos_token_id=None,
+    eos_token_id=None,
+    initializer_range=0.2,
+)
+KINDS: list[dict[str, Any]] = [
+    {"weights": "int8"},
+    {"weights": "fp8"},
+    {"weights": "int4"},
+    {"weights": "int4", "group_size": 32, "zero_point": False},
+]
+
+
+def kind_of(options: dict[str, Any]) -> str:
+    return " ".join(map(str, options.values()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    GPT(CONFIG).save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def same(a: GPT, b: GPT) -> None:
+    first, second = ({**m.state_dict()} for m in (a, b))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype and torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("options", KINDS, ids=kind_of)
+@pytest.mark.parametrize("model_type", ["gpt2", "openai-gpt"])
+def test_what_is_saved_is_what_is_loaded(model_type: str, options: dict[str, Any], tmp_path: Path) -> None:
+    GPT(CONFIG.replace(model_type=model_type)).save_pretrained(tmp_path / "plain")
+    made = GPT.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16, **options)
+    assert sum(isinstance(m, QuantizedLinear) for m in made.modules()) == 4 * CONFIG.n_layer + 1
+    assert made.dtype == torch.bfloat16 and made.transformer.wte.weight.dtype == torch.bfloat16
+    made.save_pretrained(tmp_path / "small", max_shard_size=20_000)
+    assert len(list((tmp_path / "small").glob("model-*.safetensors"))) > 1
+    again = GPT.from_pretrained(tmp_path / "small", check_finite=True)
+    assert again.quantization == made.quantization and again.dtype == torch.bfloat16
+    same(made, again)
+    ids = torch.arange(9)[None]
+    assert torch.equal(made(ids).logits, again(ids).logits)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "gptkern"
+    assert config["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("options", KINDS, ids=kind_of)
+def test_casts_and_moves_leave_the_packed_weights_alone(options: dict[str, Any], folder: Path) -> None:
+    made = GPT.from_pretrained(folder, **options)
+    before = {name: value.clone() for name, value in made.named_buffers() if not name.endswith("_like")}
+    expected = made(torch.arange(9)[None]).logits
+    for kind in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
+        made.to(kind)
+        assert made.lm_head.weight.dtype == made.dtype == kind
+        for name, value in before.items():
+            assert torch.equal(dict(made.named_buffers())[name], value), (kind, name)
+    # The embeddings have been through half precision.
+    torch.testing.assert_close(made(torch.arange(9)[None]).logits, expected, atol=0.3, rtol=0.1)
+    assert made.to("meta").lm_head.weight.device.type == "meta"
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", KINDS, ids=kind_of)
+def test_the_decode_step_reads_the_packed_weights(
+    options: dict[str, Any], dtype: torch.dtype, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = GPT.from_pretrained(folder, dtype=dtype, **options)
+    ids = torch.randint(97, (2, 6), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        cache = KVCache.for_config(CONFIG, max_seqs=2, max_len=16, page_size=4, dtype=dtype)
+        made(ids[:, :5], cache=cache)
+        step = DecodeStep(made, cache)
+        assert any(t is made.lm_head.values for t in step._parameters)
+        with monkeypatch.context() as patched:
+            patched.setattr(QuantizedLinear, "weight", property(lambda self: pytest.fail("dequantised")))
+            found = step(ids[:, 5])
+        with ops.backend("reference"):
+            plain = made(ids).logits[:, -1]
+            exact = made.double()(ids).logits[:, -1]
+    assert_accurate(found, plain, exact)
+
+
+def test_generating_goes_by_the_models_own_way_on_a_cpu(folder: Path) -> None:
+    with ops.backend("reference"):
+        made = GPT.from_pretrained(folder, weights="int8")
+        ids = torch.arange(5)[None]
+        found = made.generate(ids, max_new_tokens=6)
+        for place in range(5, 11):
+            assert found[0, place] == made(found[:, :place]).logits[0, -1].argmax()
+
+
+def test_bad_input_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({"weights": "int3"}, "weights is 'int3'; accepted are int8, fp8, int4"),
+        (
+            {"weights": "int4", "group_size": 128},
+            "groups of 128 do not divide a width of 64; group_size=64 or 32",
+        ),
+        ({"weights": "int8", "group_size": 32}, "group_size and zero_point are of int4 alone"),
+        ({"group_size": 32}, "group_size and zero_point need weights='int4'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(folder, **options)
+    GPT.from_pretrained(folder, weights="int8").save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="weights is 'fp8', the checkpoint is int8 already"):
+        GPT.from_pretrained(tmp_path / "small", weights="fp8")
+    config = tmp_path / "small" / "config.json"
+    for changed in ({"quant_method": "awq"}, {"quant_method": "gptkern", "format": "int2"}, 3):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": changed}))
+        with pytest.raises(CheckpointError, match=r"config\.json: "):
+            GPT.from_pretrained(tmp_path / "small")
+
+
+def test_fp8_needs_a_gpu_that_has_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ValueError, match=r"compute capability 8\.6, 8\.9 or newer is needed: take 'int8'"):
+        GPT.from_pretrained(folder, weights="fp8", device="cuda")
+
+
+def test_the_command_writes_and_tells(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("ROMEO:\nBut soft, what light through yonder window breaks?\n" * 20)
+    out = tmp_path / "small"
+    command = ["quantize", "embedded", "--weights", "int8", "--out", str(out), "--text", str(text)]
+    assert cli.run(command) == 0
+    printed = capsys.readouterr().out
+    size = sum(p.numel() * p.element_size() for p in GPT.from_pretrained().parameters())
+    assert f"MB, {size / 1e6:.4g} MB before" in printed and "perplexity" in printed and "%)" in printed
+    assert GPT.from_pretrained(out).tokenizer is not None
+    assert cli.run(["generate", "ROMEO:", "--model", str(out), "-n", "8", "--seed", "1"]) == 0
+    assert cli.run(["generate", "ROMEO:", "--weights", "int4", "-n", "8", "--seed", "1"]) == 0
+    capsys.readouterr()
+    assert cli.run(["quantize", str(folder), "--weights", "int8", "--out", str(folder)]) == 1
+    assert "the original would be lost" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.timeout(600)
+def test_perplexity_hardly_changes(shared_data: Path) -> None:
+    text = (shared_data / "tinyshakespeare.txt").read_text()
+    held_out = text[len(text) * 9 // 10 :]
+
+    def perplexity(**options: Any) -> float:
+        model = GPT.from_pretrained(dtype=torch.bfloat16, **options)
+        return model.score(held_out, stride=256)[0].perplexity
+
+    with ops.backend("reference"):
+        plain = perplexity()
+        changes = {kind_of(options): perplexity(**options) / plain - 1 for options in KINDS}
+    print(plain, changes)
+    assert abs(changes["int8"]) < 0.005 and abs(changes["fp8"]) < 0.005
+    assert abs(changes["int4"]) < 0.03 and abs(changes["int4 32 False"]) < 0.03
