@@ -126,7 +126,7 @@ def test_named_ops_and_methods_exist() -> None:
 
 
 def test_named_options_exist() -> None:
-    (row,) = [row for row in rows("## Generate") if row.startswith("| `model.generate(")]
+    (row,) = [row for row in rows("## Generate") if row.startswith("| `model.generate(ids, ...)")]
     named = re.findall(r"`(\w+)`", row.split("|")[2])
     accepted = {*GenerateOptions.__annotations__, "streamer", "attention_mask"}
     assert len(named) >= 8
