@@ -57,10 +57,10 @@ class GenerateOptions(TypedDict, total=False):
         speculate: Most tokens a pass that prompt lookup drafts: what followed the latest tokens when they
             last came in the row. Each position is drawn as it would be without, and drafts hold while
             they equal the draws: every token and seed gives what it gives without. Default: none. Drafts
-            are made where a row's arithmetic does not depend on its neighbours: with kernels on a GPU,
-            and on the CPU for up to 8 rows, drafted ones included (4 of a checkpoint's turned weights),
-            from 17 new tokens on; not with ``no_repeat_ngram_size`` or bad words and biased sequences of
-            several tokens. Other calls take plain steps. Not with ``num_beams``.
+            are made where a row's arithmetic does not depend on its neighbours: with kernels on a GPU
+            from 17 new tokens on, and on the CPU for up to 16 rows, drafted ones included; not with
+            ``no_repeat_ngram_size`` or bad words and biased sequences of several tokens. Other calls take
+            plain steps. Not with ``num_beams``.
         seed: Draws depend on this seed, the row and the step alone. By default drawn from PyTorch's
             global generator.
     """
