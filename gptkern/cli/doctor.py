@@ -106,6 +106,10 @@ def _extension() -> Iterator[Finding]:
         )
         return
     yield Finding("sampler on CPU", "ok", f"C++, {_C.cpu_path()}")
+    if _C.has_decoder:
+        yield Finding("decode step on CPU", "ok", f"C++, {_C.decode_path()}, fp32 and bf16")
+    else:
+        yield Finding("decode step on CPU", "fallback", "PyTorch's operators: this processor has no AVX2")
     if _C.has_cuda:
         yield Finding("sampler on CUDA", "ok", f"CUDA C++ for {_C.cuda_archs}")
     else:
