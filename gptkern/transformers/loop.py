@@ -69,7 +69,7 @@ def sampler_options(processors: Any, config: Any, width: int, vocab: int) -> Opt
     return options | {"top_k": min(options.get("top_k", 0), vocab)}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run(
     engine: EngineCache,
     input_ids: torch.Tensor,
@@ -129,5 +129,4 @@ def _unseen(engine: EngineCache, input_ids: torch.Tensor, mask: torch.Tensor | N
 
 def result(ids: torch.Tensor, config: Any) -> Any:
     """As the library returns it."""
-    ids = ids.clone()  # outside inference mode, so that it can be written to
     return GenerateDecoderOnlyOutput(sequences=ids) if config.return_dict_in_generate else ids
