@@ -18,10 +18,40 @@ import torch
 
 from gptkern.cache_step import CacheStep, pack_table
 from gptkern.config import GPTConfig
+from gptkern.ops.decode_attention.reference import FP8, Scales
 
 
 class CacheFullError(RuntimeError):
     """The cache has no room for what was asked; it is as it was before the call."""
+
+
+def _scales_of(
+    dtype: torch.dtype,
+    device: torch.device | str,
+    shape: tuple[int, int],
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> Scales:
+    """The scales of an fp8 cache, checked, before any memory is spent."""
+    given = {"k_scale": k_scale, "v_scale": v_scale}
+    if dtype != FP8:
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"KVCache: {name} is given, but dtype is {dtype}; scales are of {FP8}")
+        return None
+    where = torch.device(device)
+    if where.type == "cuda" and torch.cuda.get_device_capability(where) < (8, 9):
+        raise ValueError(f"KVCache: dtype is {dtype}; that needs compute capability 8.9 or newer")
+    found = []
+    for name, value in given.items():
+        if value is None:
+            value = torch.ones(shape)
+        if tuple(value.shape) != shape or not bool((value.isfinite() & (value > 0)).all()):
+            raise ValueError(
+                f"KVCache: {name} has shape {tuple(value.shape)}; {shape}, of numbers above 0, is needed"
+            )
+        found.append(value.to(device=where, dtype=torch.float32))
+    return found[0], found[1]
 
 
 @dataclass
@@ -40,7 +70,9 @@ class KVCache:
         num_pages, page_size: Pages in the pool, and tokens a page holds.
         max_seqs: Most sequences alive at once.
         max_pages_per_seq: Longest sequence, in pages.
-        dtype, device: Of keys and values.
+        dtype, device: Of keys and values; ``torch.float8_e4m3fn`` keeps them in a byte each.
+        k_scale, v_scale: Of an fp8 cache, ``(n_layer, n_kv_head)`` fp32: what its numbers are multiplied by;
+            1 when None. ``gptkern.quantize.kv_scales`` finds them.
 
     Attributes:
         k, v: ``(n_layer, num_pages, page_size, n_kv_head, head_dim)``.
@@ -67,6 +99,8 @@ class KVCache:
         max_pages_per_seq: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
     ) -> None:
         sizes = {
             "n_layer": n_layer,
@@ -80,6 +114,7 @@ class KVCache:
         for name, value in sizes.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"KVCache: {name} is {value!r}; a positive integer is needed")
+        self._scales = _scales_of(dtype, device, (n_layer, n_kv_head), k_scale, v_scale)
         self.page_size = page_size
         self.max_seqs = max_seqs
         self.max_pages_per_seq = max_pages_per_seq
@@ -108,6 +143,8 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         memory_bytes: int | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
     ) -> KVCache:
         """A cache for a model.
 
@@ -147,7 +184,13 @@ class KVCache:
             max_pages_per_seq=pages_per_seq,
             dtype=dtype,
             device=device,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
+
+    def scales(self, layer: int) -> Scales:
+        """A layer's (k_scale, v_scale) of an fp8 cache, ``(n_kv_head,)`` each; None of any other."""
+        return None if self._scales is None else (self._scales[0][layer], self._scales[1][layer])
 
     @property
     def dtype(self) -> torch.dtype:

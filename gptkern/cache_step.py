@@ -119,21 +119,33 @@ class CacheStep:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
         kernels = use_kernel(k_cache)
         append = ops.append_kv if kernels else reference.append_kv
-        append(k, v, k_cache, v_cache, self.slots)
+        scales = self.cache.scales(layer)
+        append(k, v, k_cache, v_cache, self.slots, scales=scales)
         if self._fresh and not self._decoding:
             cu, longest = self.cu_seqlens_q, self.max_seqlen_q
             return _varlen(q, k, v, cu, cu, longest, longest, scale)
-        dtype, q = q.dtype, q.to(k_cache.dtype)
+        dtype = q.dtype
+        if scales is None:
+            q = q.to(k_cache.dtype)
         if not kernels:
-            out = self._attend_rows(q, k_cache, v_cache, scale)
+            out = self._attend_rows(q, k_cache, v_cache, scale, scales)
         elif self._decoding:
-            out = ops.decode_attention(q, k_cache, v_cache, self.page_table, self.seq_lens_k, scale=scale)
+            out = ops.decode_attention(
+                q, k_cache, v_cache, self.page_table, self.seq_lens_k, scale=scale, scales=scales
+            )
         else:
-            slots = self._slots_k
+            k_all, v_all = (
+                reference.rows(cache.flatten(0, 1), self._slots_k) for cache in (k_cache, v_cache)
+            )
+            if scales is not None:
+                k_all, v_all = (
+                    reference.from_fp8(kept, of, dtype)
+                    for kept, of in zip((k_all, v_all), scales, strict=True)
+                )
             out = _varlen(
                 q,
-                k_cache.flatten(0, 1)[slots],
-                v_cache.flatten(0, 1)[slots],
+                k_all,
+                v_all,
                 self.cu_seqlens_q,
                 self._cu_seqlens_k,
                 self.max_seqlen_q,
@@ -155,11 +167,20 @@ class CacheStep:
         cache._upload_lengths()
 
     def _attend_rows(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        scales: reference.Scales,
     ) -> torch.Tensor:
         out = torch.empty_like(q)
         for tokens, pages, length in self._rows:
             k, v = (reference.sequence(cache, pages, length) for cache in (k_cache, v_cache))
+            if scales is not None:
+                k, v = (
+                    reference.from_fp8(kept, of, q.dtype) for kept, of in zip((k, v), scales, strict=True)
+                )
             if self._decoding:
                 out[tokens] = reference.attend(q[tokens][0].contiguous(), k, v, scale)
             else:

@@ -16,6 +16,7 @@ from torch import nn
 
 from gptkern.model import GPT, Block, Norm
 from gptkern.ops.decode_attention import decode_attention
+from gptkern.ops.decode_attention.reference import FP8
 from gptkern.ops.decode_embed import decode_embed
 from gptkern.ops.decode_linear import QuantizedWeight, decode_linear, decode_qkv
 from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, sample
@@ -43,7 +44,7 @@ class DecodeStep:
     stalls it.
 
     Args:
-        model: Of one dtype, that of the cache. Dropout never applies.
+        model: Of one dtype, that of the cache unless it is fp8. Dropout never applies.
         cache: Its live sequences, in order, are the batch. Prompts are prefilled through the model.
         params, state: How tokens are chosen, one row a sequence; without them a step gives logits.
 
@@ -67,7 +68,7 @@ class DecodeStep:
                 f"DecodeStep: the cache has {layers} layers of {heads} x {head_dim}, "
                 f"the model {config.n_layer} of {config.n_head} x {config.head_dim}"
             )
-        if cache.dtype != model.dtype or cache.device != model.device:
+        if cache.dtype not in (model.dtype, FP8) or cache.device != model.device:
             raise ValueError(
                 f"DecodeStep: the cache is {cache.dtype} on {cache.device}, "
                 f"the model {model.dtype} on {model.device}: they must agree"
@@ -167,11 +168,19 @@ class DecodeStep:
             slots,
             norm=_norm(pending if block.post_norm else block.ln_1),
             normed_out=kept,
+            scales=self.cache.scales(layer),
         )
         heads = q.unflatten(1, (attn.n_head, attn.head_dim))
         # The kernel before it is the one above, which writes neither the table nor the lengths.
         attended = decode_attention(
-            heads, k_cache, v_cache, page_table, seq_lens, scale=attn.scale, prefetch=True
+            heads,
+            k_cache,
+            v_cache,
+            page_table,
+            seq_lens,
+            scale=attn.scale,
+            prefetch=True,
+            scales=self.cache.scales(layer),
         )
         residual = x if kept is None else kept
         x = decode_linear(attended.flatten(1), _matrix(attn.c_proj), attn.c_proj.bias, residual=residual)

@@ -173,6 +173,8 @@ class GPT(nn.Module):
         config: Its shape and switches.
         tokenizer: The one found beside the checkpoint, or None; assign one to use and save it.
         quantization: How the linear layers' weights are kept; None: as they were trained.
+        kv_scales: Of an fp8 cache, of keys and of values ``(n_layer, n_head)``; None: 1. They are not saved.
+            ``gptkern.quantize.kv_scales`` finds them.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -180,6 +182,7 @@ class GPT(nn.Module):
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.quantization: Quantization | None = None
+        self.kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -354,6 +357,13 @@ class GPT(nn.Module):
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
         return self.transformer.wte.weight.dtype
+
+    def cache_options(self, kv_cache_dtype: str = "auto") -> dict[str, Any]:
+        """``KVCache.for_config``'s dtype and scales for this model."""
+        if kv_cache_dtype == "auto":
+            return {"dtype": self.dtype}
+        k_scale, v_scale = self.kv_scales or (None, None)
+        return {"dtype": torch.float8_e4m3fn, "k_scale": k_scale, "v_scale": v_scale}
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
 from gptkern.ops.decode_linear.formats import GROUP_SIZES, QuantizedWeight, check_format, quantize
 
 METHOD = "gptkern"
+_E4M3_END = 448.0
 
 
 @dataclass(frozen=True)
@@ -170,3 +172,22 @@ def linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
         ):
             yield owner, name, getattr(owner, name)
     yield model, "lm_head", model.lm_head
+
+
+@torch.no_grad()
+def kv_scales(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of an fp8 cache, ``(n_layer, n_head)`` for keys and for values: set ``model.kv_scales`` to them.
+
+    Each head's largest number over ``ids`` is put at half of what e4m3 holds; what other texts bring beyond
+    its end is kept as that.
+
+    Args:
+        ids: ``(batch, seq)``: texts such as the model is to continue.
+    """
+    config = model.config
+    cache = KVCache.for_config(
+        config, max_seqs=ids.shape[0], max_len=ids.shape[1], dtype=model.dtype, device=model.device
+    )
+    model(ids.to(model.device), cache=cache, logits_to_keep=1)
+    largest = [kept.float().abs().amax(dim=(1, 2, 4)).clamp_min(1e-6) for kept in (cache.k, cache.v)]
+    return 2 * largest[0] / _E4M3_END, 2 * largest[1] / _E4M3_END

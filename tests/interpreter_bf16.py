@@ -1,9 +1,10 @@
-"""bfloat16 by value in Triton's interpreter.
+"""bfloat16 and e4m3 by value in Triton's interpreter.
 
 The interpreter (seen in triton 3.6.0 and 3.8.0) keeps bf16 as raw 16-bit patterns and lets NumPy
 add, compare and multiply those patterns; its cast from fp32 truncates where hardware rounds to
 nearest even. ``install`` wraps its builder: a bf16 operand is widened to fp32, the operation is
-done there, and a bf16 result is rounded to nearest even, as the hardware does.
+done there, and a bf16 result is rounded to nearest even, as the hardware does. Its casts to and from
+e4m3 lose the carry of a rounding, and NaN; here PyTorch does them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
@@ -97,10 +99,28 @@ def _by_value(original: Callable[..., Any], *, rounds: bool) -> Callable[..., An
     return operation
 
 
+def _is_e4m3(dtype: Any) -> bool:
+    return bool(dtype.scalar == tl.float8e4nv)
+
+
+def _from_e4m3(handle: TensorHandle) -> TensorHandle:
+    wide = torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.float8_e4m3fn).float()
+    return TensorHandle(wide.numpy().reshape(handle.data.shape), tl.float32)
+
+
+def _to_e4m3(handle: TensorHandle) -> TensorHandle:
+    kept = torch.from_numpy(np.ascontiguousarray(handle.data, dtype=np.float32)).to(torch.float8_e4m3fn)
+    return TensorHandle(kept.view(torch.uint8).numpy().reshape(handle.data.shape), tl.float8e4nv)
+
+
 def _cast(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
         src = _widened(src)
+        if _is_e4m3(src.dtype) and not _is_e4m3(dst_type):
+            src = _from_e4m3(src)
+        if _is_e4m3(dst_type) and src.dtype.scalar == tl.float32:
+            return _to_e4m3(src)
         if dst_type.scalar != tl.bfloat16:
             return original(self, src, dst_type)
         return _narrowed(original(self, src, tl.float32))
@@ -114,6 +134,11 @@ def _float_cast(original: Callable[..., Any]) -> Callable[..., Any]:
         if dst_type.scalar == tl.bfloat16 and src.dtype.scalar == tl.float32:
             nearest = rounding_mode == interpreter._ir.ROUNDING_MODE.RTNE
             return TensorHandle((round_to_bf16 if nearest else _truncate_to_bf16)(src.data), tl.bfloat16)
+        if _is_e4m3(dst_type) and src.dtype.scalar == tl.float32:
+            return _to_e4m3(src)
+        if _is_e4m3(src.dtype) and not _is_e4m3(dst_type):
+            wide = _from_e4m3(src)
+            return wide if dst_type.scalar == tl.float32 else self.cast_impl(wide, dst_type)
         return original(self, src, dst_type, rounding_mode)
 
     return create_fp_to_fp

@@ -172,3 +172,26 @@ def test_kernels_are_chosen_by_the_marker() -> None:
     assert _dispatch.use_kernel(x)
     with gptkern.backend("reference"):
         assert not _dispatch.use_kernel(x)
+
+
+@triton.jit
+def _through_e4m3(x_ptr, kept_ptr, back_ptr, N: tl.constexpr):
+    places = tl.arange(0, N)
+    kept = tl.load(x_ptr + places).to(tl.float8e4nv)
+    tl.store(kept_ptr + places, kept)
+    tl.store(back_ptr + places, kept.to(back_ptr.dtype.element_ty))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_e4m3_is_rounded_and_widened_by_value(dtype: torch.dtype) -> None:
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    finite = numbers[numbers.isfinite()].sort().values
+    x = torch.cat([finite, (finite[1:] + finite[:-1]) / 2, torch.tensor([float("nan"), 1e-9, 0.001])])
+    x = torch.nn.functional.pad(x, (0, 512 - len(x)))
+    kept, back = torch.zeros(512, dtype=torch.float8_e4m3fn), torch.zeros(512, dtype=dtype)
+    _through_e4m3[(1,)](x, kept, back, N=512)
+    expected = x.to(torch.float8_e4m3fn)
+    assert torch.equal(kept.float().nan_to_num(9.0), expected.float().nan_to_num(9.0))
+    assert torch.equal(back.nan_to_num(9.0), expected.to(dtype).nan_to_num(9.0))
+    assert back.isnan().equal(x.isnan())

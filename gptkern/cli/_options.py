@@ -49,6 +49,18 @@ class Format(StrEnum):
 Weights = Annotated[
     Format | None, typer.Option(help="Keep the linear layers' weights in so few bits; fp8 needs an Ada GPU.")
 ]
+
+
+class CacheDType(StrEnum):
+    """What keys and values are kept in."""
+
+    auto = "auto"
+    fp8 = "fp8"
+
+
+KvCacheDtype = Annotated[
+    CacheDType, typer.Option(help="Of keys and values: fp8 takes a byte each, half of bf16.")
+]
 MaxNewTokens = Annotated[
     int | None,
     typer.Option(

@@ -61,6 +61,7 @@ def chat(
     no_repeat_ngram_size: o.NoRepeatNgram = 0,
     seed: o.Seed = None,
     speculate: o.Speculate = None,
+    kv_cache_dtype: o.KvCacheDtype = o.CacheDType.auto,
     dtype: o.Dtype = None,
     weights: o.Weights = None,
     device: o.Device = None,
@@ -93,6 +94,7 @@ def chat(
         seed=seed,
         stop=[f"\\n{you}:", f"\\n{bot}:"],
     )
+    options["kv_cache_dtype"] = kv_cache_dtype.value
     if speculate is not None:
         options["speculate"] = speculate
     gpt = o.load(model, device, dtype, weights)

@@ -50,6 +50,7 @@ def generate(
     ] = 1,
     seed: o.Seed = None,
     speculate: o.Speculate = None,
+    kv_cache_dtype: o.KvCacheDtype = o.CacheDType.auto,
     stop: o.Stop = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     json_: Annotated[
@@ -98,6 +99,7 @@ def generate(
         "min_new_tokens": min_new_tokens or 0,
         "num_beams": num_beams,
         "speculate": speculate,
+        "kv_cache_dtype": kv_cache_dtype.value,
         "num_return_sequences": num_samples,
     }
     begin = time.perf_counter()

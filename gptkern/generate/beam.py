@@ -58,7 +58,7 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
             model.config,
             max_seqs=len(searches) * settings.num_beams,
             max_len=prompts.longest + settings.max_new,
-            dtype=model.dtype,
+            **model.cache_options(settings.kv_cache_dtype),
             device=model.device,
         )
         logits = prefill(model, prompts, cache)

@@ -59,7 +59,7 @@ def steps(
             model.config,
             max_seqs=len(prompts.rows) * copies,
             max_len=prompts.longest + settings.max_new,
-            dtype=model.dtype,
+            **model.cache_options(settings.kv_cache_dtype),
             device=model.device,
         )
         logits = prefill(model, prompts, cache)

@@ -61,6 +61,8 @@ class GenerateOptions(TypedDict, total=False):
             from 17 new tokens on, and on the CPU for up to 16 rows, drafted ones included; not with
             ``no_repeat_ngram_size`` or bad words and biased sequences of several tokens. Other calls take
             plain steps. Not with ``num_beams``.
+        kv_cache_dtype: ``"auto"`` keeps keys and values in the model's dtype, ``"fp8"`` in a byte each
+            (e4m3; on GPUs from compute capability 8.9 on), by the model's ``kv_scales``.
         seed: Draws depend on this seed, the row and the step alone. By default drawn from PyTorch's
             global generator.
     """
@@ -93,6 +95,7 @@ class GenerateOptions(TypedDict, total=False):
     pad_token_id: int | None
     stop_strings: str | Sequence[str] | None
     speculate: int | None
+    kv_cache_dtype: Literal["auto", "fp8"]
     seed: int | None
 
 
@@ -137,6 +140,7 @@ class Settings:
     pad: int | None
     stop_strings: tuple[str, ...]
     speculate: int
+    kv_cache_dtype: Literal["auto", "fp8"]
     seed: int | None
 
 
@@ -191,6 +195,7 @@ def settle(options: Mapping[str, Any], config: GPTConfig, *, width: int, longest
         pad=given.get("pad_token_id", eos[0] if eos else None),
         stop_strings=_stop_strings(given),
         speculate=given.get("speculate", 0),
+        kv_cache_dtype=given.get("kv_cache_dtype", "auto"),
         seed=given.get("seed"),
     )
 
@@ -237,6 +242,10 @@ def _check_types(given: Mapping[str, Any]) -> None:
             raise TypeError(f"generate: {name} is {value!r}; a number is needed")
     if not isinstance(given.get("do_sample", False), bool):
         raise TypeError(f"generate: do_sample is {given['do_sample']!r}; True or False is needed")
+    if given.get("kv_cache_dtype", "auto") not in ("auto", "fp8"):
+        raise ValueError(
+            f"generate: kv_cache_dtype is {given['kv_cache_dtype']!r}; 'auto' or 'fp8' is needed"
+        )
     if given.get("early_stopping", False) not in (True, False, "never"):
         raise ValueError(
             f"generate: early_stopping is {given['early_stopping']!r}; True, False or 'never' is needed"

@@ -69,6 +69,7 @@ class _Rows:
         self._cache = cache
         self.max_seqs, self.page_size = most, cache.page_size
         self.k, self.v, self.dtype, self.device = cache.k, cache.v, cache.dtype, cache.device
+        self.scales = cache.scales
         self.lengths: list[int] = []
         self.sequences: list[int] = []
         with torch.inference_mode(False):

@@ -142,3 +142,11 @@ def dropout_keep(seed, stream, first_row, first_col, dropout_p, ROWS: tl.constex
     bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(ROWS, COLS)
     # The upper 24 bits are exact in fp32.
     return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08 >= dropout_p
+
+
+@triton.jit
+def to_e4m3(x, scale):
+    """``x / scale`` in e4m3, the largest number where it is beyond it; NaN stays."""
+    x = x.to(tl.float32) / scale
+    x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
+    return x.to(tl.float8e4nv)

@@ -17,7 +17,7 @@ partial result per split and head and 4 * head_dim more are written and read onc
 import triton
 import triton.language as tl
 
-from gptkern.ops._device import online_softmax
+from gptkern.ops._device import online_softmax, to_e4m3
 from gptkern.ops._pdl import prefetch, wait
 
 
@@ -98,6 +98,8 @@ def attend_split(
         v_rows = pages * stride_vp + offsets * stride_vs
         k = tl.load(k_ptr + k_rows[:, None] + dims[None, :], mask=mask, other=0.0)
         v = tl.load(v_ptr + v_rows[:, None] + dims[None, :], mask=mask, other=0.0)
+        # A cache of fewer bits is exact in q's dtype; its scales are the caller's.
+        k, v = k.to(q.dtype), v.to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         scores = tl.where(valid[None, :], scores, float("-inf"))
         weights, row_max, row_sum, rescale = online_softmax(scores, row_max, row_sum, 1.0)
@@ -117,6 +119,8 @@ def decode_attention_kernel(
     acc_ptr,  # (batch, heads, max_splits, head_dim) fp32, scratch
     stats_ptr,  # (batch, heads, max_splits, 2) fp32, scratch: maximum and sum
     counter_ptr,  # (batch * kv_heads * head blocks,) int32, zero before and after
+    k_scale_ptr,  # (kv_heads,) fp32, or None: what keys and values of the cache are multiplied by
+    v_scale_ptr,
     scale_log2, window, page_size, max_splits,
     stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -150,6 +154,10 @@ def decode_attention_kernel(
     if PREFETCH:
         wait(PDL)
 
+    v_scale = 1.0
+    if k_scale_ptr is not None:
+        scale_log2 *= tl.load(k_scale_ptr + kv_head)
+        v_scale = tl.load(v_scale_ptr + kv_head)
     heads = head_block * BLOCK_H + tl.arange(0, BLOCK_H)
     dims = tl.arange(0, BLOCK_D)
     mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
@@ -167,6 +175,8 @@ def decode_attention_kernel(
             stride_kp, stride_ks, stride_vp, stride_vs,
             HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, IN_PAGE,
         )  # fmt: skip
+        if k_scale_ptr is not None:
+            acc *= v_scale
         if last - first == 1:
             tl.store(out_at, (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
         else:
@@ -202,6 +212,8 @@ def append_kv_kernel(
     k_cache_ptr,  # (pages, page_size, kv_heads, head_dim)
     v_cache_ptr,
     slots_ptr,  # (tokens,) int64, -1: nothing
+    k_scale_ptr,  # (kv_heads,) fp32, or None: what the cache is multiplied by
+    v_scale_ptr,
     page_size,
     stride_kt, stride_kh, stride_vt, stride_vh,
     stride_kp, stride_ks, stride_kch, stride_vp, stride_vs, stride_vch,
@@ -218,5 +230,8 @@ def append_kv_kernel(
     v = tl.load(v_ptr + token * stride_vt + heads * stride_vh + dims, mask=mask, other=0.0)
     k_at = k_cache_ptr + page * stride_kp + offset * stride_ks + heads * stride_kch + dims
     v_at = v_cache_ptr + page * stride_vp + offset * stride_vs + heads * stride_vch + dims
+    if k_scale_ptr is not None:
+        k = to_e4m3(k, tl.load(k_scale_ptr + heads, mask=heads < KV_HEADS, other=1.0))
+        v = to_e4m3(v, tl.load(v_scale_ptr + heads, mask=heads < KV_HEADS, other=1.0))
     tl.store(k_at, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
     tl.store(v_at, v.to(v_cache_ptr.dtype.element_ty), mask=mask)

@@ -8,6 +8,7 @@ import triton
 from gptkern.ops import _launch, _pdl
 from gptkern.ops._counters import counters
 from gptkern.ops.decode_attention import kernels
+from gptkern.ops.decode_attention.reference import Scales
 
 _LOG2E = 1.4426950408889634
 # Query heads that share keys and are taken together: the matrix unit's narrow side, and the most that
@@ -29,6 +30,7 @@ def attend(
     window: int | None,
     starts: torch.Tensor | None,
     prefetch: bool = False,
+    scales: Scales = None,
 ) -> torch.Tensor:
     """Decode attention by the kernel."""
     batch, heads, head_dim = q.shape
@@ -55,7 +57,7 @@ def attend(
         _launch.launch(
             kernels.decode_attention_kernel, (rows, programs, head_blocks),
             q, k_cache, v_cache, out, page_table, seq_lens, starts, acc, stats,
-            counters(q.device, rows * head_blocks),
+            counters(q.device, rows * head_blocks), *(scales or (None, None)),
             scale * _LOG2E, _UNLIMITED if window is None else window, page_size, max_splits,
             *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], page_table.stride(0),
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_H=block_h,
@@ -66,7 +68,12 @@ def attend(
 
 
 def append(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    scales: Scales = None,
 ) -> None:
     """Write keys and values into the cache by the kernel."""
     tokens, kv_heads, head_dim = k.shape
@@ -75,7 +82,7 @@ def append(
     with _launch.on_device(k):
         _launch.launch(
             kernels.append_kv_kernel, (tokens, triton.cdiv(kv_heads, block_h)),
-            k, v, k_cache, v_cache, slots, k_cache.shape[1],
+            k, v, k_cache, v_cache, slots, *(scales or (None, None)), k_cache.shape[1],
             *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
             KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip

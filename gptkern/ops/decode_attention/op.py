@@ -6,9 +6,10 @@ import math
 
 import torch
 
-from gptkern.ops import _checks
+from gptkern.ops import _checks, _launch
 from gptkern.ops._dispatch import needs_grad, use_kernel
 from gptkern.ops.decode_attention import launcher, reference
+from gptkern.ops.decode_attention.reference import Scales
 
 MAX_HEAD_DIM = 256
 
@@ -23,6 +24,7 @@ def decode_attention(
     scale: float | None = None,
     window: int | None = None,
     prefetch: bool = False,
+    scales: Scales = None,
 ) -> torch.Tensor:
     """Attention of the newest token of each sequence over that sequence's pages (Flash-Decoding, 2023).
 
@@ -41,6 +43,8 @@ def decode_attention(
         window: Attend to the newest ``window`` tokens only.
         prefetch: On sm_90 and newer, begin to fetch pages while the kernel before this one in the
             stream still runs. That kernel must not write ``page_table`` or ``seq_lens``.
+        scales: Of an fp8 (e4m3) cache, of keys and of values: ``(kv_heads,)`` fp32, what the cache is
+            multiplied by. Not under ``torch.compile``.
 
     Returns:
         ``(batch, heads, head_dim)``, contiguous, in q's dtype.
@@ -49,12 +53,18 @@ def decode_attention(
         TypeError, ValueError: an argument is not as described here, or q requires grad on a GPU.
     """
     return attend(
-        "decode_attention", q, k_cache, v_cache, page_table, seq_lens, scale, window, None, prefetch
+        "decode_attention", q, k_cache, v_cache, page_table, seq_lens, scale, window, None, prefetch, scales
     )
 
 
 def append_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    scales: Scales = None,
 ) -> None:
     """Write new keys and values into the cache, in place.
 
@@ -64,12 +74,13 @@ def append_kv(
         k_cache, v_cache: ``(pages, page_size, kv_heads, head_dim)``.
         slots: ``(tokens,)`` int64, ``page * page_size + offset`` of each token; -1 writes nothing. No
             two tokens may have one slot.
+        scales: Of an fp8 cache, as of ``decode_attention``; what is beyond its range is kept as its largest.
 
     Raises:
         TypeError, ValueError: an argument is not as described here.
     """
     op = "append_kv"
-    _check_cache(op, k_cache, v_cache)
+    check_cache(op, k_cache, v_cache, scales)
     for name, value in (("k", k), ("v", v)):
         _checks.tensor(op, name, value, dim=3)
         _checks.dtype(op, name, value)
@@ -82,7 +93,8 @@ def append_kv(
     if torch.compiler.is_compiling():
         torch.ops.gptkern.append_kv(k, v, k_cache, v_cache, slots)
     else:
-        _append(k.detach(), v.detach(), k_cache, v_cache, slots)
+        run = launcher.append if use_kernel(k) else reference.append_kv
+        run(k.detach(), v.detach(), k_cache, v_cache, slots, scales)
 
 
 def attend(
@@ -96,9 +108,10 @@ def attend(
     window: int | None,
     starts: torch.Tensor | None,
     prefetch: bool = False,
+    scales: Scales = None,
 ) -> torch.Tensor:
     """``decode_attention`` under the name ``op``, from token ``starts[i]`` of each sequence on."""
-    _check(op, q, k_cache, v_cache, page_table, seq_lens, starts)
+    _check(op, q, k_cache, v_cache, page_table, seq_lens, starts, scales)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale is {scale}; a finite number is needed")
@@ -112,8 +125,10 @@ def attend(
     if use_kernel(q) and needs_grad(q):
         raise ValueError(f"{op}: q requires grad; decode attention is forward only: use torch.no_grad()")
     if not use_kernel(q):
-        return reference.decode_attention(q, k_cache, v_cache, page_table, seq_lens, scale, window, starts)
-    return launcher.attend(q, k_cache, v_cache, page_table, seq_lens, scale, window, starts, prefetch)
+        return reference.decode_attention(
+            q, k_cache, v_cache, page_table, seq_lens, scale, window, starts, scales
+        )
+    return launcher.attend(q, k_cache, v_cache, page_table, seq_lens, scale, window, starts, prefetch, scales)
 
 
 def _attend(
@@ -137,10 +152,12 @@ def _append(
     run(k, v, k_cache, v_cache, slots)
 
 
-def _check_cache(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+def check_cache(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor, scales: Scales) -> None:
+    """Raise for a cache that no op takes, or scales that do not fit it."""
     for name, value in (("k_cache", k_cache), ("v_cache", v_cache)):
         _checks.tensor(op, name, value, dim=4)
-        _checks.dtype(op, name, value, _checks.KERNEL_FLOATS if use_kernel(value) else _checks.FLOATS)
+        floats = _checks.KERNEL_FLOATS if use_kernel(value) else _checks.FLOATS
+        _checks.dtype(op, name, value, floats if scales is None else (reference.FP8,))
         _checks.last_dim_contiguous(op, name, value)
     _checks.shape(op, "v_cache", v_cache, k_cache.shape, "the shape of k_cache")
     if v_cache.dtype != k_cache.dtype:
@@ -149,6 +166,21 @@ def _check_cache(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         raise ValueError(
             f"{op}: k_cache has head dimension {k_cache.shape[3]}; 1 to {MAX_HEAD_DIM} are accepted"
         )
+    _check_scales(op, k_cache, scales)
+
+
+def _check_scales(op: str, k_cache: torch.Tensor, scales: Scales) -> None:
+    if scales is None:
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{op}: the cache is fp8; torch.compile takes it in 16 or 32 bits")
+    if k_cache.device.type != "cpu" and _launch.arch(k_cache.device) < 89:
+        raise ValueError(f"{op}: the cache is fp8; that needs compute capability 8.9 or newer")
+    for name, value in zip(("k_scale", "v_scale"), scales, strict=True):
+        _checks.tensor(op, name, value, dim=1)
+        _checks.dtype(op, name, value, (torch.float32,))
+        _checks.shape(op, name, value, k_cache.shape[2:3], "one per head of the cache")
+    _checks.same_device(op, k_cache=k_cache, k_scale=scales[0], v_scale=scales[1])
 
 
 def _check(
@@ -159,10 +191,13 @@ def _check(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     starts: torch.Tensor | None,
+    scales: Scales,
 ) -> None:
     _checks.tensor(op, "q", q, dim=3)
-    _check_cache(op, k_cache, v_cache)
-    if q.dtype != k_cache.dtype:
+    check_cache(op, k_cache, v_cache, scales)
+    if scales is not None:
+        _checks.dtype(op, "q", q, _checks.KERNEL_FLOATS if use_kernel(q) else _checks.FLOATS)
+    elif q.dtype != k_cache.dtype:
         raise TypeError(f"{op}: q is {q.dtype}, the cache {k_cache.dtype}: one dtype is needed")
     _checks.last_dim_contiguous(op, "q", q)
     batch, heads, head_dim = q.shape

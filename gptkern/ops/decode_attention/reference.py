@@ -2,12 +2,35 @@
 
 import torch
 
+FP8 = torch.float8_e4m3fn
+_LARGEST = 448.0
+# Of keys and of values, (kv_heads,) fp32: what an fp8 cache is multiplied by. None: the cache is not fp8.
+Scales = tuple[torch.Tensor, torch.Tensor] | None
+
+
+def to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``(..., kv_heads, head_dim)`` in e4m3; beyond its range the largest number, NaN stays NaN."""
+    return (x.float() / scale[:, None]).clamp(-_LARGEST, _LARGEST).to(FP8)
+
+
+def from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What ``to_fp8`` kept, rounded to ``dtype``."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (x.to(wide) * scale[:, None].to(wide)).to(dtype)
+
+
+def rows(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """``cache[places]``, of fp8 as well, which PyTorch does not index on every device."""
+    if cache.dtype != FP8:
+        return cache[places]
+    return cache.view(torch.uint8)[places].view(FP8)
+
 
 def sequence(cache: torch.Tensor, pages: torch.Tensor | int, length: int) -> torch.Tensor:
     """The first ``length`` rows of a sequence, ``(length, kv_heads, head_dim)``; one page gives a view."""
     if isinstance(pages, int):
         return cache[pages, :length]
-    return cache[pages].flatten(0, 1)[:length]
+    return rows(cache, pages).flatten(0, 1)[:length]
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -29,6 +52,7 @@ def decode_attention(
     scale: float | None = None,
     window: int | None = None,
     starts: torch.Tensor | None = None,
+    scales: Scales = None,
 ) -> torch.Tensor:
     page_size = k_cache.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -38,15 +62,29 @@ def decode_attention(
         pages = page_table[row, : -(-length // page_size)].long()
         begin = begins[row] if window is None else max(begins[row], length - window)
         k, v = (sequence(cache, pages, length)[begin:] for cache in (k_cache, v_cache))
+        if scales is not None:
+            wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+            k, v = (from_fp8(kept, of, wide) for kept, of in zip((k, v), scales, strict=True))
+            out[row] = attend(q[row].contiguous().to(wide), k, v, scale)
+            continue
         out[row] = attend(q[row].contiguous(), k, v, scale)
     return out
 
 
 def append_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    scales: Scales = None,
 ) -> None:
     if bool((slots < 0).any()):
         kept = slots >= 0
         k, v, slots = k[kept], v[kept], slots[kept]
+    if scales is not None:
+        # As bytes: PyTorch does not write fp8 by index on every device.
+        k, v = (to_fp8(new, of).view(torch.uint8) for new, of in zip((k, v), scales, strict=True))
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     k_cache.flatten(0, 1).index_copy_(0, slots, k.to(k_cache.dtype))
     v_cache.flatten(0, 1).index_copy_(0, slots, v.to(v_cache.dtype))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gptkern.ops._samples import Call, Make, Sample, tensor
 from gptkern.ops.decode_attention.op import append_kv, decode_attention
+from gptkern.ops.decode_attention.reference import FP8
 
 # One query, or a few that share keys, are rows: fewer than wgmma's 64.
 _N = frozenset({"decode_attention_kernel"})
@@ -13,7 +16,15 @@ _HALF, _FP32 = (torch.bfloat16,), (torch.float32,)
 
 
 def _attend(
-    batch: int, heads: int, kv_heads: int, dim: int, pages: int, page_size: int, *, prefetch: bool = False
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    pages: int,
+    page_size: int,
+    *,
+    prefetch: bool = False,
+    fp8: bool = False,
 ) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> Call:
         q = tensor(batch, heads, dim, device=device, dtype=dtype, requires_grad=False)
@@ -23,18 +34,30 @@ def _attend(
         )
         table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
         lens = torch.arange(batch, dtype=torch.int32, device=device) % (pages * page_size) + 1
-        return Call((q, k, v, table, lens), {"prefetch": prefetch})
+        options: dict[str, Any] = {"prefetch": prefetch}
+        if fp8:
+            k, v = k.to(FP8), v.to(FP8)
+            options["scales"] = _scales(kv_heads, device)
+        return Call((q, k, v, table, lens), options)
 
     return make
 
 
-def _append(tokens: int, heads: int, dim: int) -> Make:
+def _scales(kv_heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(kv_heads, device=device), torch.ones(kv_heads, device=device)
+
+
+def _append(tokens: int, heads: int, dim: int, fp8: bool = False) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> Call:
         k, v, k_cache, v_cache = (
             tensor(*lead, heads, dim, device=device, dtype=dtype, requires_grad=False)
             for lead in ((tokens,), (tokens,), (tokens, 16), (tokens, 16))
         )
-        return Call((k, v, k_cache, v_cache, torch.arange(tokens, device=device) * 3))
+        options: dict[str, Any] = {}
+        if fp8:
+            k_cache, v_cache = k_cache.to(FP8), v_cache.to(FP8)
+            options["scales"] = _scales(heads, device)
+        return Call((k, v, k_cache, v_cache, torch.arange(tokens, device=device) * 3), options)
 
     return make
 
@@ -57,6 +80,27 @@ SAMPLES = [
     Sample("fp32, head dim 256", decode_attention, _attend(1, 8, 1, 256, 16, 256), dtypes=_FP32),
     Sample("fp32, head dim 256, context 16k", decode_attention, _attend(1, 8, 1, 256, 64, 256), dtypes=_FP32),
     Sample("append 124M", append_kv, _append(64, 12, 64)),
+]
+# e4m3 is converted from sm_89 on.
+_E4M3 = (89, 90, 100)
+SAMPLES += [
+    Sample(
+        f"{size} step, fp8",
+        decode_attention,
+        _attend(1, heads, heads, 64, 1, 1024, prefetch=True, fp8=True),
+        mma_sync=_N,
+        archs=_E4M3,
+    )
+    for size, heads in (("124M", 12), ("1.5B", 25))
+] + [
+    Sample(
+        "8 heads a key, context 16k, fp8",
+        decode_attention,
+        _attend(8, 32, 4, 128, 64, 256, fp8=True),
+        mma_sync=_N,
+        archs=_E4M3,
+    ),
+    Sample("append 124M, fp8", append_kv, _append(64, 12, 64, fp8=True), archs=_E4M3),
 ]
 CHECKS = [
     Sample("5 sequences over 3 pages of 16", decode_attention, _attend(5, 4, 2, 20, 3, 16)),

@@ -17,7 +17,7 @@ With programmatic dependent launch a program asks for all its weights before it 
 import triton
 import triton.language as tl
 
-from gptkern.ops._device import activate
+from gptkern.ops._device import activate, to_e4m3
 from gptkern.ops._pdl import prefetch, wait
 
 
@@ -170,10 +170,12 @@ def decode_linear_kernel(
     counter_ptr,  # (row blocks * tiles,) int32, zero before and after
     scale_ptr,  # (N,), with GROUP (N, K / GROUP), fp32: of weights in fewer bits; or None
     zero_ptr,  # (N, K / GROUP) uint8, or None
+    k_scale_ptr,  # (KV_WIDTH / HEAD_DIM,) fp32: of an fp8 cache; or None
+    v_scale_ptr,
     row_count, eps, page_size, stride_weight, stride_kp, stride_ks, stride_vp, stride_vs,
     N: tl.constexpr, K: tl.constexpr, KV_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPLIT_K: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr,
+    SPLIT_K: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     tile, row_block = tl.program_id(0), tl.program_id(2)
     SPAN: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
@@ -229,7 +231,15 @@ def decode_linear_kernel(
             column = (outputs - WIDTH)[:, None]
             mask = mask & (slots >= 0)[None, :] & (column >= 0)
             k_at = (pages * stride_kp + offsets * stride_ks)[None, :] + column
-            tl.store(k_cache_ptr + k_at, result, mask=mask & (column < KV_WIDTH))
+            k_mask, k = mask & (column < KV_WIDTH), result
+            if k_scale_ptr is not None:
+                head = tl.minimum(tl.maximum(column, 0), KV_WIDTH - 1) // HEAD_DIM
+                k = to_e4m3(result, tl.load(k_scale_ptr + head))
+            tl.store(k_cache_ptr + k_at, k, mask=k_mask)
             column -= KV_WIDTH
             v_at = (pages * stride_vp + offsets * stride_vs)[None, :] + column
-            tl.store(v_cache_ptr + v_at, result, mask=mask & (column >= 0))
+            v_mask, v = mask & (column >= 0), result
+            if k_scale_ptr is not None:
+                head = tl.minimum(tl.maximum(column, 0), KV_WIDTH - 1) // HEAD_DIM
+                v = to_e4m3(result, tl.load(v_scale_ptr + head))
+            tl.store(v_cache_ptr + v_at, v, mask=v_mask)

@@ -9,6 +9,7 @@ import triton
 
 from gptkern.ops import _launch, _pdl
 from gptkern.ops._counters import counters
+from gptkern.ops.decode_attention.reference import Scales
 from gptkern.ops.decode_linear import kernels
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_linear.reference import Norm
@@ -27,6 +28,7 @@ def decode_linear(
     residual: torch.Tensor | None,
     normed_out: torch.Tensor | None,
     cache: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    cache_scales: Scales = None,
 ) -> torch.Tensor:
     """The layer by the kernel; ``cache`` is (k_cache, v_cache, slots) of queries, keys and values."""
     rows, width = x.shape
@@ -64,8 +66,10 @@ def decode_linear(
             kernels.decode_linear_kernel, (tiles, split_k, row_blocks),
             x, weight, bias, norm_weight, norm_bias, residual, out, normed_out, k_cache, v_cache, slots,
             out if partial is None else partial, out if counter is None else counter, scales, zeros,
+            *(cache_scales or (None, None)),
             rows, eps, strides[0], weight.stride(0), *strides[1:],
             N=outputs, K=width, KV_WIDTH=kv_width, ACTIVATION=activation,
-            BLOCK_R=block_r, BLOCK_S=_MOMENT_COLUMNS, GROUP=group, **_pdl.options(device), **config,
+            BLOCK_R=block_r, BLOCK_S=_MOMENT_COLUMNS, GROUP=group,
+            HEAD_DIM=1 if k_cache is None else k_cache.shape[3], **_pdl.options(device), **config,
         )  # fmt: skip
     return out

@@ -8,6 +8,8 @@ import torch
 
 from gptkern.ops import _checks, _launch
 from gptkern.ops._dispatch import needs_grad, use_kernel
+from gptkern.ops.decode_attention.op import check_cache
+from gptkern.ops.decode_attention.reference import Scales
 from gptkern.ops.decode_linear import launcher, reference
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_linear.reference import Norm
@@ -76,6 +78,7 @@ def decode_qkv(
     *,
     norm: Norm | None = None,
     normed_out: torch.Tensor | None = None,
+    scales: Scales = None,
 ) -> torch.Tensor:
     """``decode_linear`` whose outputs are queries, keys and values, the latter written into the cache.
 
@@ -85,6 +88,7 @@ def decode_qkv(
         k_cache, v_cache: ``(pages, page_size, kv_heads, head_dim)`` of x's dtype, changed in place; the
             last two dimensions contiguous.
         slots: ``(rows,)`` int64, ``page * page_size + offset`` of each row; -1 writes nothing.
+        scales: Of an fp8 cache, as of ``decode_attention``.
 
     Returns:
         The queries, ``(rows, outputs - 2 * kv_heads * head_dim)``.
@@ -94,13 +98,14 @@ def decode_qkv(
     """
     op = "decode_qkv"
     _check(op, x, weight, bias, norm, normed_out)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _checks.tensor(op, name, cache, dim=4)
-        _checks.shape(op, name, cache, k_cache.shape, "the shape of k_cache")
-        if cache.dtype != x.dtype:
-            raise TypeError(f"{op}: {name} is {cache.dtype}, x {x.dtype}: one dtype is needed")
-        if cache.stride()[2:] != (cache.shape[3], 1):
-            raise ValueError(f"{op}: {name} has strides {cache.stride()}; a token's heads must be contiguous")
+    for name, kept in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _checks.tensor(op, name, kept, dim=4)
+        _checks.shape(op, name, kept, k_cache.shape, "the shape of k_cache")
+        if scales is None and kept.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} is {kept.dtype}, x {x.dtype}: one dtype is needed")
+        if kept.stride()[2:] != (kept.shape[3], 1):
+            raise ValueError(f"{op}: {name} has strides {kept.stride()}; a token's heads must be contiguous")
+    check_cache(op, k_cache, v_cache, scales)
     width = k_cache.shape[2] * k_cache.shape[3]
     if weight.shape[0] <= 2 * width:
         raise ValueError(
@@ -112,14 +117,15 @@ def decode_qkv(
     _checks.same_device(op, x=x, k_cache=k_cache, v_cache=v_cache, slots=slots)
     compiling = _compiling(op, weight)
     if not (compiling or use_kernel(x)):
-        return reference.decode_qkv(x, weight, bias, norm, k_cache, v_cache, slots, normed_out)
+        return reference.decode_qkv(x, weight, bias, norm, k_cache, v_cache, slots, normed_out, scales)
     _check_no_grad(op, x, weight, bias, None, norm)
     if compiling:
         out: torch.Tensor = torch.ops.gptkern.decode_qkv(
             x, weight, bias, *(norm or _NO_NORM), k_cache, v_cache, slots, normed_out
         )
         return out
-    return launcher.decode_linear(x, weight, bias, norm, "none", None, normed_out, (k_cache, v_cache, slots))
+    cache = (k_cache, v_cache, slots)
+    return launcher.decode_linear(x, weight, bias, norm, "none", None, normed_out, cache, scales)
 
 
 def _check(

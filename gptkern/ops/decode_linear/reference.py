@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from gptkern.ops.decode_attention.reference import Scales, append_kv
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.linear.reference import ACTIVATIONS
 
@@ -45,12 +46,12 @@ def decode_qkv(
     v_cache: torch.Tensor,
     slots: torch.Tensor,
     normed_out: torch.Tensor | None,
+    scales: Scales = None,
 ) -> torch.Tensor:
     qkv = decode_linear(x, weight, bias, norm, "none", None, normed_out)
     width = k_cache.shape[2] * k_cache.shape[3]
     q, k, v = qkv.split((qkv.shape[1] - 2 * width, width, width), dim=1)
-    kept = slots >= 0
-    for new, cache in ((k, k_cache), (v, v_cache)):
-        cache.flatten(0, 1)[slots[kept]] = new[kept].unflatten(1, cache.shape[2:])
+    heads = k_cache.shape[2:]
+    append_kv(k.unflatten(1, heads), v.unflatten(1, heads), k_cache, v_cache, slots, scales)
     out: torch.Tensor = q
     return out

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gptkern.ops._samples import Call, Make, Sample, tensor
+from gptkern.ops.decode_attention.reference import FP8
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_linear.op import decode_linear, decode_qkv
 
@@ -54,7 +55,7 @@ def _packed(
     return QuantizedWeight(format, values, scales, zeros)
 
 
-def _qkv(rows: int, width: int, heads: int, *, post_norm: bool = False) -> Make:
+def _qkv(rows: int, width: int, heads: int, *, post_norm: bool = False, fp8: bool = False) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> Call:
         def value(*shape: int) -> torch.Tensor:
             return tensor(*shape, device=device, dtype=dtype, requires_grad=False, scale=0.3)
@@ -64,6 +65,9 @@ def _qkv(rows: int, width: int, heads: int, *, post_norm: bool = False) -> Make:
             options["normed_out"] = value(rows, width)
         caches = [value(rows, 16, heads, width // heads) for _ in range(2)]
         slots = torch.arange(rows, device=device) * 5
+        if fp8:
+            caches = [cache.to(FP8) for cache in caches]
+            options["scales"] = (torch.ones(heads, device=device), torch.ones(heads, device=device))
         return Call((value(rows, width), value(3 * width, width), value(3 * width), *caches, slots), options)
 
     return make
@@ -132,6 +136,16 @@ SAMPLES += [
         _linear(1, 768, 3072, weights=("int4", 32, True)),
         mma_sync=_N,
     ),
+]
+SAMPLES += [
+    Sample(
+        f"{size} qkv, fp8 cache",
+        decode_qkv,
+        _qkv(1, width, heads, fp8=True),
+        mma_sync=_N,
+        archs=(89, 90, 100),
+    )
+    for size, (width, heads) in _SIZES.items()
 ]
 CHECKS = [
     Sample("norm, 3 x 40 to 20", decode_linear, _linear(3, 40, 20)),
