@@ -9,7 +9,7 @@ import pytest
 import torch
 from generate_support import pair, prompts
 
-from gptkern import ops
+from gptkern import cli, ops
 from gptkern.cache import KVCache
 from gptkern.decode import DecodeStep
 from gptkern.model import GPT
@@ -141,6 +141,12 @@ def test_pages_that_are_shared_are_copied() -> None:
         assert torch.equal(cache.k.view(torch.uint8)[:, pages[row][1], :2], before[:, shared, :2])
     cache.truncate(copy, 3)
     assert cache.lengths == [7, 3]
+
+
+def test_the_command_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with ops.backend("reference"):
+        assert cli.run(["generate", "ROMEO:", "--kv-cache-dtype", "fp8", "-n", "8", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.strip()
 
 
 def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
