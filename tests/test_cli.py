@@ -124,7 +124,7 @@ def test_every_sampling_option_arrives(run: Any, folder: str, monkeypatch: pytes
     given = "-n 3 --min-new-tokens 2 -t 0.5 --top-k 3 --top-p 0.4 --min-p 0.1 --typical-p 0.6"
     rest = r"--repetition-penalty 1.5 --seed 9 --stop \n --stop END"
     more = "--presence-penalty 0.2 --frequency-penalty -0.3 --no-repeat-ngram-size 4"
-    more += " --epsilon-cutoff 0.01 --eta-cutoff 0.02"
+    more += " --epsilon-cutoff 0.01 --eta-cutoff 0.02 --speculate 2 --kv-cache-dtype fp8"
     assert run("generate", "a", "-m", folder, *given.split(), *rest.split(), *more.split()).code == 1
     assert seen == {
         "max_new_tokens": 3,
@@ -145,6 +145,8 @@ def test_every_sampling_option_arrives(run: Any, folder: str, monkeypatch: pytes
         "stop_strings": ["\n", "END"],
         "num_beams": 1,
         "num_return_sequences": 1,
+        "speculate": 2,
+        "kv_cache_dtype": "fp8",
     }
 
 

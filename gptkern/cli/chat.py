@@ -94,8 +94,7 @@ def chat(
         seed=seed,
         stop=[f"\\n{you}:", f"\\n{bot}:"],
     )
-    if kv_cache_dtype is not o.CacheDType.auto:
-        options["kv_cache_dtype"] = kv_cache_dtype.value
+    options["kv_cache_dtype"] = kv_cache_dtype.value
     if speculate is not None:
         options["speculate"] = speculate
     gpt = o.load(model, device, dtype, weights)

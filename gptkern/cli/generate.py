@@ -99,7 +99,7 @@ def generate(
         "min_new_tokens": min_new_tokens or 0,
         "num_beams": num_beams,
         "speculate": speculate,
-        "kv_cache_dtype": None if kv_cache_dtype is o.CacheDType.auto else kv_cache_dtype.value,
+        "kv_cache_dtype": kv_cache_dtype.value,
         "num_return_sequences": num_samples,
     }
     begin = time.perf_counter()
