@@ -173,8 +173,8 @@ class GPT(nn.Module):
         config: Its shape and switches.
         tokenizer: The one found beside the checkpoint, or None; assign one to use and save it.
         quantization: How the linear layers' weights are kept; None: as they were trained.
-        kv_scales: Of an fp8 cache, of keys and of values ``(n_layer, n_head)``; None: 1. They are not saved.
-            ``gptkern.quantize.kv_scales`` finds them.
+        kv_scales: Of an fp8 cache, of keys and of values ``(n_layer, n_head)``; None: 1. Saved and
+            loaded with the weights. ``gptkern.quantize.kv_scales`` finds them.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -237,6 +237,9 @@ class GPT(nn.Module):
         model = load(cls, contents, dtype=dtype, device=device, check_finite=check_finite)
         if wanted is not None:
             quantize_model(model, wanted)
+        if contents.kv_scales is not None:
+            k_scale, v_scale = (scale.to(model.device) for scale in contents.kv_scales)
+            model.kv_scales = (k_scale, v_scale)
         model.tokenizer = tokenizer
         return model
 
@@ -264,6 +267,7 @@ class GPT(nn.Module):
             self.tokenizer,
             max_shard_size=max_shard_size,
             quantization=self.quantization,
+            kv_scales=self.kv_scales,
         )
 
     def generate(

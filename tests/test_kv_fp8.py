@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from generate_support import pair, prompts
 
 from gptkern import cli, ops
 from gptkern.cache import KVCache
+from gptkern.checkpoint.errors import CheckpointError
 from gptkern.decode import DecodeStep
 from gptkern.model import GPT
 from gptkern.ops import append_kv, decode_attention
@@ -104,6 +106,35 @@ def test_generating_and_forking_with_it(name: str) -> None:
             gpt.kv_scales = None
     assert torch.equal(found, again) and torch.equal(found[:2], alone)
     assert beams.shape == (1, 27)
+
+
+def test_a_checkpoint_keeps_the_scales(tmp_path: Path) -> None:
+    gpt = GPT(pair("gpt-1")[1].config).to(torch.bfloat16)
+    gpt.save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).kv_scales is None
+    with ops.backend("reference"):
+        gpt.kv_scales = kv_scales(gpt, prompts(2, 20))
+    gpt.save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path).kv_scales
+    assert loaded is not None
+    for found, expected in zip(loaded, gpt.kv_scales, strict=True):
+        assert torch.equal(found, expected) and found.dtype == torch.float32
+    assert not torch.equal(*loaded)
+
+
+@pytest.mark.parametrize("scales", [3, {"k": [[1.0]]}, "one head too few", float("nan"), 0.0, -1.0, "many"])
+def test_a_checkpoints_scales_that_do_not_fit_are_named(tmp_path: Path, scales: Any) -> None:
+    gpt = GPT(pair("gpt-1")[1].config)
+    layers, heads = gpt.config.n_layer, gpt.config.n_head
+    gpt.save_pretrained(tmp_path)
+    if scales == "one head too few":
+        scales = {name: [[1.0] * (heads - 1)] * layers for name in "kv"}
+    elif isinstance(scales, float | str):
+        scales = {"k": [[1.0] * heads] * layers, "v": [[scales] * heads] * layers}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"kv_scales": scales}))
+    with pytest.raises(CheckpointError, match=r"config\.json: kv_scales: .*positive numbers"):
+        GPT.from_pretrained(tmp_path)
 
 
 @pytest.mark.kernels

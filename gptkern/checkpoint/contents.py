@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import GPTConfig
@@ -30,6 +32,7 @@ class Contents:
         tensors: By the model's parameter names.
         transposed: Block matrices are ``(in, out)`` and have to be turned.
         quantization: How the linear layers' weights are kept, or None.
+        kv_scales: Of an fp8 cache, of keys and of values ``(n_layer, n_head)`` fp32, or None.
     """
 
     source: Path
@@ -37,6 +40,7 @@ class Contents:
     tensors: dict[str, StoredTensor]
     transposed: bool
     quantization: Quantization | None = None
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def turned(self, name: str) -> bool:
         """Whether the tensor of that name is stored transposed."""

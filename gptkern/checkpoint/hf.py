@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gptkern.checkpoint.contents import Contents, by_parameter_name
 from gptkern.checkpoint.errors import CheckpointError, some
 from gptkern.checkpoint.storage import StoredTensor, read_pickle, read_safetensors, state_dict_tensors
@@ -13,6 +15,7 @@ from gptkern.config import GPTConfig
 from gptkern.quantize import Quantization
 
 CONFIG = "config.json"
+KV_SCALES = "kv_scales"
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
@@ -25,11 +28,12 @@ def open_folder(folder: Path) -> Contents:
     """Open a folder that transformers' ``save_pretrained`` or ours wrote."""
     config = read_config(folder / CONFIG)
     quantization = _read_quantization(folder / CONFIG, config)
+    kv_scales = _read_kv_scales(folder / CONFIG, config)
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(f"{folder}: no weights here; one of {', '.join(WEIGHTS)} is needed")
     tensors = _read_shards(found) if found.suffix == ".json" else _read_weights(found)
-    return Contents(folder, config, by_parameter_name(tensors), True, quantization)
+    return Contents(folder, config, by_parameter_name(tensors), True, quantization, kv_scales)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,6 +65,24 @@ def _read_quantization(path: Path, config: GPTConfig) -> Quantization | None:
         return None if data is None else Quantization.from_dict(data, config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_kv_scales(path: Path, config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor] | None:
+    data = read_json(path).get(KV_SCALES)
+    if data is None:
+        return None
+    shape = (config.n_layer, config.n_head)
+    try:
+        k_scale, v_scale = (torch.tensor(data[name], dtype=torch.float32) for name in ("k", "v"))
+        good = all(s.shape == shape and bool((s.isfinite() & (s > 0)).all()) for s in (k_scale, v_scale))
+    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError):
+        good = False
+    if not good:
+        raise CheckpointError(
+            f"{path}: {KV_SCALES}: an object of k and v, each {shape[0]} lists of {shape[1]} "
+            "positive numbers, is needed"
+        )
+    return k_scale, v_scale
 
 
 def shard_names(index: Path) -> list[str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from gptkern.checkpoint.contents import BLOCK_MATRICES, GPT1_NAMES
 from gptkern.checkpoint.errors import CheckpointError
-from gptkern.checkpoint.hf import CONFIG, SAFETENSORS, SAFETENSORS_INDEX
+from gptkern.checkpoint.hf import CONFIG, KV_SCALES, SAFETENSORS, SAFETENSORS_INDEX
 from gptkern.checkpoint.replace import replacing
 from gptkern.checkpoint.storage import write_safetensors
 from gptkern.config import GPTConfig
@@ -35,6 +35,7 @@ def save(
     *,
     max_shard_size: int | str,
     quantization: Quantization | None = None,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Write config.json, the weights as safetensors and, where there is one, the tokenizer.
 
@@ -46,7 +47,14 @@ def save(
     shards = _sharded(_entries(model, config), _bytes(max_shard_size))
     replaced = {CONFIG, SAFETENSORS, SAFETENSORS_INDEX, *(tokenizer.files if tokenizer else ())}
     with replacing(folder, lambda name: name in replaced or _SHARD.fullmatch(name) is not None) as staging:
-        told = {} if quantization is None else {"quantization_config": quantization.to_dict()}
+        told: dict[str, object] = {}
+        if quantization is not None:
+            told["quantization_config"] = quantization.to_dict()
+        if kv_scales is not None:
+            # A number for each head of each layer: as decimals they are read back to the bit.
+            told[KV_SCALES] = {
+                name: scale.tolist() for name, scale in zip(("k", "v"), kv_scales, strict=True)
+            }
         _write_json(staging / CONFIG, config.to_dict() | {"dtype": _dtype_name(model)} | told)
         if tokenizer is not None:
             tokenizer.save(staging)
