@@ -137,11 +137,7 @@ class CacheStep:
             k_all, v_all = (
                 reference.rows(cache.flatten(0, 1), self._slots_k) for cache in (k_cache, v_cache)
             )
-            if scales is not None:
-                k_all, v_all = (
-                    reference.from_fp8(kept, of, dtype)
-                    for kept, of in zip((k_all, v_all), scales, strict=True)
-                )
+            k_all, v_all = reference.widened(k_all, v_all, scales, dtype)
             out = _varlen(
                 q,
                 k_all,
@@ -177,10 +173,7 @@ class CacheStep:
         out = torch.empty_like(q)
         for tokens, pages, length in self._rows:
             k, v = (reference.sequence(cache, pages, length) for cache in (k_cache, v_cache))
-            if scales is not None:
-                k, v = (
-                    reference.from_fp8(kept, of, q.dtype) for kept, of in zip((k, v), scales, strict=True)
-                )
+            k, v = reference.widened(k, v, scales, q.dtype)
             if self._decoding:
                 out[tokens] = reference.attend(q[tokens][0].contiguous(), k, v, scale)
             else:

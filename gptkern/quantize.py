@@ -16,10 +16,10 @@ from torch import nn
 
 from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
+from gptkern.ops.decode_attention.reference import LARGEST
 from gptkern.ops.decode_linear.formats import GROUP_SIZES, QuantizedWeight, check_format, quantize
 
 METHOD = "gptkern"
-_E4M3_END = 448.0
 
 
 @dataclass(frozen=True)
@@ -190,4 +190,4 @@ def kv_scales(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     )
     model(ids.to(model.device), cache=cache, logits_to_keep=1)
     largest = [kept.float().abs().amax(dim=(1, 2, 4)).clamp_min(1e-6) for kept in (cache.k, cache.v)]
-    return 2 * largest[0] / _E4M3_END, 2 * largest[1] / _E4M3_END
+    return 2 * largest[0] / LARGEST, 2 * largest[1] / LARGEST

@@ -27,8 +27,9 @@ WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)
 def open_folder(folder: Path) -> Contents:
     """Open a folder that transformers' ``save_pretrained`` or ours wrote."""
     config = read_config(folder / CONFIG)
-    quantization = _read_quantization(folder / CONFIG, config)
-    kv_scales = _read_kv_scales(folder / CONFIG, config)
+    extras = read_json(folder / CONFIG)
+    quantization = _read_quantization(folder / CONFIG, extras.get("quantization_config"), config)
+    kv_scales = _read_kv_scales(folder / CONFIG, extras.get(KV_SCALES), config)
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(f"{folder}: no weights here; one of {', '.join(WEIGHTS)} is needed")
@@ -59,16 +60,14 @@ def read_config(path: Path) -> GPTConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read_quantization(path: Path, config: GPTConfig) -> Quantization | None:
-    data = read_json(path).get("quantization_config")
+def _read_quantization(path: Path, data: Any, config: GPTConfig) -> Quantization | None:
     try:
         return None if data is None else Quantization.from_dict(data, config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read_kv_scales(path: Path, config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor] | None:
-    data = read_json(path).get(KV_SCALES)
+def _read_kv_scales(path: Path, data: Any, config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor] | None:
     if data is None:
         return None
     shape = (config.n_layer, config.n_head)

@@ -3,20 +3,27 @@
 import torch
 
 FP8 = torch.float8_e4m3fn
-_LARGEST = 448.0
+LARGEST = torch.finfo(FP8).max
 # Of keys and of values, (kv_heads,) fp32: what an fp8 cache is multiplied by. None: the cache is not fp8.
 Scales = tuple[torch.Tensor, torch.Tensor] | None
 
 
 def to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``(..., kv_heads, head_dim)`` in e4m3; beyond its range the largest number, NaN stays NaN."""
-    return (x.float() / scale[:, None]).clamp(-_LARGEST, _LARGEST).to(FP8)
+    return (x.float() / scale[:, None]).clamp(-LARGEST, LARGEST).to(FP8)
 
 
 def from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What ``to_fp8`` kept, rounded to ``dtype``."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return (x.to(wide) * scale[:, None].to(wide)).to(dtype)
+
+
+def widened(
+    k: torch.Tensor, v: torch.Tensor, scales: Scales, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values in ``dtype`` where they are of an fp8 cache; of any other as they are."""
+    return (k, v) if scales is None else (from_fp8(k, scales[0], dtype), from_fp8(v, scales[1], dtype))
 
 
 def rows(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -64,7 +71,7 @@ def decode_attention(
         k, v = (sequence(cache, pages, length)[begin:] for cache in (k_cache, v_cache))
         if scales is not None:
             wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-            k, v = (from_fp8(kept, of, wide) for kept, of in zip((k, v), scales, strict=True))
+            k, v = widened(k, v, scales, wide)
             out[row] = attend(q[row].contiguous().to(wide), k, v, scale)
             continue
         out[row] = attend(q[row].contiguous(), k, v, scale)
