@@ -1,4 +1,4 @@
-"""The interpreter that stands in for a GPU computes bf16 by value, and only where it is wanted."""
+"""The interpreter that stands in for a GPU: bf16 by value, sums alike everywhere, and only where wanted."""
 
 from __future__ import annotations
 
@@ -160,6 +160,25 @@ def test_dot_accumulates_in_fp32() -> None:
     out = torch.empty(32, 32)
     _dot_kernel[(1,)](a, b, out, SIZE=32)
     torch.testing.assert_close(out, a.float() @ b.float(), rtol=1e-6, atol=1e-5)
+
+
+@triton.jit
+def _rows_dot_kernel(a_ptr, b_ptr, out_ptr, stride_b, stride_bt, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    rows, i = tl.arange(0, ROWS), tl.arange(0, SIZE)
+    a = tl.load(a_ptr + rows[:, None] * SIZE + i[None, :])
+    b = tl.load(b_ptr + i[:, None] * stride_b + i[None, :] * stride_bt)
+    tl.store(out_ptr + rows[:, None] * SIZE + i[None, :], tl.dot(a, b, input_precision="ieee"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_dot_does_not_depend_on_rows_or_layout(dtype: torch.dtype) -> None:
+    a, b = torch.randn(64, 128).to(dtype), torch.randn(128, 128).to(dtype)
+    expected = (a.double() @ b.double()).float()
+    for rows in (16, 32, 64):
+        for matrix in (b, b.T.contiguous().T):
+            out = torch.empty(rows, 128)
+            _rows_dot_kernel[(1,)](a, matrix, out, *matrix.stride(), ROWS=rows, SIZE=128)
+            assert torch.equal(out, expected[:rows])
 
 
 def test_subprocesses_do_not_inherit_the_interpreter() -> None:
