@@ -107,53 +107,52 @@ def attend_split(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["max_splits", "window"])
-def decode_attention_kernel(
-    q_ptr,  # (batch, heads, head_dim)
-    k_ptr,  # (pages, page_size, kv_heads, head_dim)
-    v_ptr,  # (pages, page_size, kv_heads, head_dim)
-    out_ptr,  # (batch, heads, head_dim)
-    table_ptr,  # (batch, max_pages) int32
-    lens_ptr,  # (batch,) int32
-    starts_ptr,  # (batch,) int32, or None: the first token attended
-    acc_ptr,  # (batch, heads, max_splits, head_dim) fp32, scratch
-    stats_ptr,  # (batch, heads, max_splits, 2) fp32, scratch: maximum and sum
-    counter_ptr,  # (batch * kv_heads * head blocks,) int32, zero before and after
-    k_scale_ptr,  # (kv_heads,) fp32, or None: what keys and values of the cache are multiplied by
-    v_scale_ptr,
-    scale_log2, window, page_size, max_splits,
-    stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    IN_PAGE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if not PREFETCH:
-        wait(PDL)
-    row = tl.program_id(0) // KV_HEADS
-    kv_head = tl.program_id(0) % KV_HEADS
-    program, programs = tl.program_id(1), tl.num_programs(1)
-    head_block = tl.program_id(2)
+@triton.jit
+def attended_tokens(lens_ptr, starts_ptr, row, window):
+    """(first token, end) of what a sequence's query attends to."""
     end = tl.load(lens_ptr + row)
     begin = tl.maximum(end - window, 0)
     if starts_ptr is not None:
         begin = tl.maximum(begin, tl.load(starts_ptr + row))
+    return begin, end
+
+
+@triton.jit
+def prefetch_split(
+    k_ptr, v_ptr, table_ptr, row, kv_head, split, begin, end, page_size,
+    stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, COMPILED: tl.constexpr,
+):  # fmt: skip
+    """Ask for a split's keys and values to be brought into L2."""
+    table_ptr += row.to(tl.int64) * stride_tb
+    k_ptr += kv_head * stride_kh.to(tl.int64)
+    v_ptr += kv_head * stride_vh.to(tl.int64)
+    LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth
+    lines = tl.arange(0, BLOCK_D // LINE if BLOCK_D > LINE else 1) * LINE
+    tokens = split * SPLIT + tl.arange(0, SPLIT)
+    valid = (tokens >= begin) & (tokens < end)
+    wanted = valid[:, None] & (lines < HEAD_DIM)[None, :]
+    pages, offsets = cache_pages(table_ptr, 0, tokens, valid, page_size, False)
+    prefetch(k_ptr + (pages * stride_kp + offsets * stride_ks)[:, None] + lines[None, :], wanted, COMPILED)
+    prefetch(v_ptr + (pages * stride_vp + offsets * stride_vs)[:, None] + lines[None, :], wanted, COMPILED)
+
+
+@triton.jit
+def attend_sequence(
+    q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, acc_ptr, stats_ptr, counter_ptr, k_scale_ptr, v_scale_ptr,
+    scale_log2, page_size, max_splits, begin, end,
+    stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
+    row, kv_head, program, programs, head_block, head_blocks,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    IN_PAGE: tl.constexpr,
+):  # fmt: skip
+    """One program's splits of one sequence's head; the last to come of its programs stores the output."""
     first = begin // SPLIT
     last = tl.maximum((end + SPLIT - 1) // SPLIT, first)
     table_ptr += row.to(tl.int64) * stride_tb
     k_ptr += kv_head * stride_kh.to(tl.int64)
     v_ptr += kv_head * stride_vh.to(tl.int64)
-    if PREFETCH and PDL:
-        LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth
-        lines = tl.arange(0, BLOCK_D // LINE if BLOCK_D > LINE else 1) * LINE
-        tokens = (first + program) * SPLIT + tl.arange(0, SPLIT)
-        valid = (tokens >= begin) & (tokens < end)
-        wanted = valid[:, None] & (lines < HEAD_DIM)[None, :]
-        pages, offsets = cache_pages(table_ptr, 0, tokens, valid, page_size, False)
-        prefetch(k_ptr + (pages * stride_kp + offsets * stride_ks)[:, None] + lines[None, :], wanted, PDL)
-        prefetch(v_ptr + (pages * stride_vp + offsets * stride_vs)[:, None] + lines[None, :], wanted, PDL)
-    if PREFETCH:
-        wait(PDL)
-
     v_scale = 1.0
     if k_scale_ptr is not None:
         scale_log2 *= tl.load(k_scale_ptr + kv_head)
@@ -191,7 +190,7 @@ def decode_attention_kernel(
         if program == 0:
             tl.store(out_at, tl.zeros([BLOCK_H, BLOCK_D], out_ptr.dtype.element_ty), mask=mask)
     elif (last - first > 1) & (first + program < last):
-        counter_ptr += tl.program_id(0) * tl.num_programs(2) + head_block
+        counter_ptr += (row * KV_HEADS + kv_head) * head_blocks + head_block
         # Every thread's stores come before the one thread's release.
         tl.debug_barrier()
         arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
@@ -203,6 +202,49 @@ def decode_attention_kernel(
                     acc_ptr + place * max_splits * HEAD_DIM, stats_ptr + place * max_splits * 2,
                     out_ptr + place * HEAD_DIM, first, last, HEAD_DIM, BLOCK_D, 16,
                 )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["max_splits", "window"])
+def decode_attention_kernel(
+    q_ptr,  # (batch, heads, head_dim)
+    k_ptr,  # (pages, page_size, kv_heads, head_dim)
+    v_ptr,  # (pages, page_size, kv_heads, head_dim)
+    out_ptr,  # (batch, heads, head_dim)
+    table_ptr,  # (batch, max_pages) int32
+    lens_ptr,  # (batch,) int32
+    starts_ptr,  # (batch,) int32, or None: the first token attended
+    acc_ptr,  # (batch, heads, max_splits, head_dim) fp32, scratch
+    stats_ptr,  # (batch, heads, max_splits, 2) fp32, scratch: maximum and sum
+    counter_ptr,  # (batch * kv_heads * head blocks,) int32, zero before and after
+    k_scale_ptr,  # (kv_heads,) fp32, or None: what keys and values of the cache are multiplied by
+    v_scale_ptr,
+    scale_log2, window, page_size, max_splits,
+    stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    IN_PAGE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if not PREFETCH:
+        wait(PDL)
+    row = tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
+    program, programs = tl.program_id(1), tl.num_programs(1)
+    begin, end = attended_tokens(lens_ptr, starts_ptr, row, window)
+    if PREFETCH and PDL:
+        prefetch_split(
+            k_ptr, v_ptr, table_ptr, row, kv_head, begin // SPLIT + program, begin, end, page_size,
+            stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
+            HEAD_DIM, BLOCK_D, SPLIT, PDL,
+        )  # fmt: skip
+    if PREFETCH:
+        wait(PDL)
+    attend_sequence(
+        q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, acc_ptr, stats_ptr, counter_ptr, k_scale_ptr, v_scale_ptr,
+        scale_log2, page_size, max_splits, begin, end,
+        stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
+        row, kv_head, program, programs, tl.program_id(2), tl.num_programs(2),
+        KV_HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT, IN_PAGE,
+    )  # fmt: skip
 
 
 @triton.jit

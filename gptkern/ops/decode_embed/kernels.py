@@ -10,20 +10,11 @@ from gptkern.ops._pdl import wait
 
 
 @triton.jit
-def decode_embed_kernel(
-    tokens_ptr,  # (rows,) int64
-    live_ptr,  # (1,) int32: rows from here on are padding
-    token_weight_ptr,  # (vocabulary, WIDTH)
-    position_weight_ptr,  # (positions, WIDTH)
-    table_ptr,  # (rows, max_pages) int32
-    lens_ptr,  # (rows,) int32, advanced
-    x_ptr,  # (rows, WIDTH)
-    slots_ptr,  # (rows,) int64
-    page_size, stride_token, stride_position, stride_tb,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+def embed_row(
+    tokens_ptr, live_ptr, token_weight_ptr, position_weight_ptr, table_ptr, lens_ptr, x_ptr, slots_ptr,
+    page_size, stride_token, stride_position, stride_tb, row, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    wait(PDL)
-    row = tl.program_id(0)
+    """One row: its embedding, its token's slot, and its sequence's new length."""
     alive = row < tl.load(live_ptr)
     token = tl.load(tokens_ptr + row, mask=alive, other=0)
     place = tl.load(lens_ptr + row, mask=alive, other=0).to(tl.int64)
@@ -39,3 +30,23 @@ def decode_embed_kernel(
         b = tl.load(position_weight_ptr + place * stride_position + columns, mask=mask, other=0.0)
         x = (a.to(tl.float32) + b.to(tl.float32)).to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + row * WIDTH + columns, x, mask=columns < WIDTH)
+
+
+@triton.jit
+def decode_embed_kernel(
+    tokens_ptr,  # (rows,) int64
+    live_ptr,  # (1,) int32: rows from here on are padding
+    token_weight_ptr,  # (vocabulary, WIDTH)
+    position_weight_ptr,  # (positions, WIDTH)
+    table_ptr,  # (rows, max_pages) int32
+    lens_ptr,  # (rows,) int32, advanced
+    x_ptr,  # (rows, WIDTH)
+    slots_ptr,  # (rows,) int64
+    page_size, stride_token, stride_position, stride_tb,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait(PDL)
+    embed_row(
+        tokens_ptr, live_ptr, token_weight_ptr, position_weight_ptr, table_ptr, lens_ptr, x_ptr, slots_ptr,
+        page_size, stride_token, stride_position, stride_tb, tl.program_id(0), WIDTH, BLOCK,
+    )  # fmt: skip

@@ -133,24 +133,128 @@ def product_int4(
 
 @triton.jit
 def sum_splits(
-    acc, partial_ptr, counter_ptr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr
-):
+    acc, partial_ptr, counter_ptr, split,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
     """(sum of all splits, whether this program is the tile's last one and has it)."""
     if SPLIT_K == 1:
         last = True
     else:
         places = tl.arange(0, BLOCK_N)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-        tl.store(partial_ptr + tl.program_id(1) * (BLOCK_N * BLOCK_R) + places, acc)
+        tl.store(partial_ptr + split * (BLOCK_N * BLOCK_R) + places, acc)
         # Every thread's stores come before the one thread's release.
         tl.debug_barrier()
         last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == SPLIT_K - 1
         if last:
             tl.store(counter_ptr, 0)
             acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-            for split in range(SPLIT_K):
+            for part in range(SPLIT_K):
                 # .cg: other programs wrote these, so a line in this multiprocessor's L1 would be stale.
-                acc += tl.load(partial_ptr + split * (BLOCK_N * BLOCK_R) + places, cache_modifier=".cg")
+                acc += tl.load(partial_ptr + part * (BLOCK_N * BLOCK_R) + places, cache_modifier=".cg")
     return acc, last
+
+
+@triton.jit
+def split_columns(split, K: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """(first column, end) of one of SPLIT_K ranges of whole blocks."""
+    SPAN: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
+    return split * SPAN, tl.minimum(split * SPAN + SPAN, K)
+
+
+@triton.jit
+def prefetch_weights(
+    weight_ptr, stride_weight, tile, split,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    GROUP: tl.constexpr, COMPILED: tl.constexpr,
+):  # fmt: skip
+    """Ask for the weights of a tile's split to be brought into L2."""
+    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    PACKED: tl.constexpr = 2 if GROUP else 1
+    k_begin, k_end = split_columns(split, K, BLOCK_K, SPLIT_K)
+    outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    for start in range(k_begin // PACKED, k_end // PACKED, 16 * LINE):
+        lines = start + tl.arange(0, 16) * LINE
+        at = weight_ptr + outputs.to(tl.int64)[:, None] * stride_weight + lines[None, :]
+        prefetch(at, (outputs < N)[:, None] & (lines < k_end // PACKED)[None, :], COMPILED)
+
+
+@triton.jit
+def store_kv(
+    result, k_cache_ptr, v_cache_ptr, slots, column, mask, k_scale_ptr, v_scale_ptr, page_size,
+    stride_kp, stride_ks, stride_vp, stride_vs,
+    KV_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Write what of ``result`` (outputs, rows) is keys or values to the rows' slots; column 0 is key 0."""
+    pages, offsets = slots // page_size, slots % page_size
+    mask = mask & (slots >= 0)[None, :] & (column >= 0)
+    k_at = (pages * stride_kp + offsets * stride_ks)[None, :] + column
+    k_mask, k = mask & (column < KV_WIDTH), result
+    if k_scale_ptr is not None:
+        head = tl.minimum(tl.maximum(column, 0), KV_WIDTH - 1) // HEAD_DIM
+        k = to_e4m3(result, tl.load(k_scale_ptr + head))
+    tl.store(k_cache_ptr + k_at, k, mask=k_mask)
+    column -= KV_WIDTH
+    v_at = (pages * stride_vp + offsets * stride_vs)[None, :] + column
+    v_mask, v = mask & (column >= 0), result
+    if k_scale_ptr is not None:
+        head = tl.minimum(tl.maximum(column, 0), KV_WIDTH - 1) // HEAD_DIM
+        v = to_e4m3(result, tl.load(v_scale_ptr + head))
+    tl.store(v_cache_ptr + v_at, v, mask=v_mask)
+
+
+@triton.jit
+def linear_tile(
+    x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, normed_ptr,
+    k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr, counter_ptr, scale_ptr, zero_ptr, k_scale_ptr,
+    v_scale_ptr, row_count, eps, page_size, stride_weight, stride_kp, stride_ks, stride_vp, stride_vs,
+    tile, tiles, split, row_block,
+    N: tl.constexpr, K: tl.constexpr, KV_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    SPLIT_K: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """One split of one tile of a layer; the last to come of a tile's splits stores its outputs."""
+    k_begin, k_end = split_columns(split, K, BLOCK_K, SPLIT_K)
+    outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    numbers = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_mask = numbers < row_count
+    if norm_weight_ptr is not None:
+        mean, rstd = row_moments(x_ptr, numbers * K, row_mask, eps, K, BLOCK_R, BLOCK_S)
+    else:
+        mean, rstd = eps, eps
+    if GROUP:
+        acc = product_int4(
+            x_ptr, weight_ptr, scale_ptr, zero_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, numbers * K,
+            row_mask, outputs, k_begin, k_end, mean, rstd, N, K, BLOCK_R, BLOCK_N, GROUP, tile == 0,
+        )  # fmt: skip
+    else:
+        acc = product(
+            x_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, numbers * K, row_mask, outputs,
+            k_begin, k_end, mean, rstd, stride_weight, N, K, BLOCK_R, BLOCK_N, BLOCK_K, tile == 0,
+        )  # fmt: skip
+    place = row_block * tiles + tile
+    partial_ptr += place.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_R)
+    acc, last = sum_splits(acc, partial_ptr, counter_ptr + place, split, BLOCK_N, BLOCK_R, SPLIT_K)
+    if last:
+        if scale_ptr is not None and not GROUP:
+            acc *= tl.load(scale_ptr + outputs, mask=outputs < N, other=0.0)[:, None]
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[:, None]
+        acc = activate(acc, ACTIVATION)
+        mask = (outputs < N)[:, None] & row_mask[None, :]
+        if residual_ptr is not None:
+            at = numbers[None, :] * N + outputs[:, None]
+            acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        result = acc.to(out_ptr.dtype.element_ty)
+        WIDTH: tl.constexpr = N - 2 * KV_WIDTH
+        # int64: rows times a vocabulary passes 2^31 beyond 16k rows.
+        at = numbers.to(tl.int64)[None, :] * WIDTH + outputs[:, None]
+        tl.store(out_ptr + at, result, mask=mask & (outputs < WIDTH)[:, None])
+        if k_cache_ptr is not None:
+            slots = tl.load(slots_ptr + numbers, mask=row_mask, other=-1)
+            store_kv(
+                result, k_cache_ptr, v_cache_ptr, slots, (outputs - WIDTH)[:, None], mask, k_scale_ptr,
+                v_scale_ptr, page_size, stride_kp, stride_ks, stride_vp, stride_vs, KV_WIDTH, HEAD_DIM,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -177,69 +281,16 @@ def decode_linear_kernel(
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     SPLIT_K: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    tile, row_block = tl.program_id(0), tl.program_id(2)
-    SPAN: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
-    k_begin = tl.program_id(1) * SPAN
-    k_end = tl.minimum(k_begin + SPAN, K)
-    outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, split, row_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
-        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-        PACKED: tl.constexpr = 2 if GROUP else 1
-        for start in range(k_begin // PACKED, k_end // PACKED, 16 * LINE):
-            lines = start + tl.arange(0, 16) * LINE
-            at = weight_ptr + outputs.to(tl.int64)[:, None] * stride_weight + lines[None, :]
-            prefetch(at, (outputs < N)[:, None] & (lines < k_end // PACKED)[None, :], PDL)
+        prefetch_weights(
+            weight_ptr, stride_weight, tile, split, N, K, BLOCK_N, BLOCK_K, SPLIT_K, GROUP, PDL
+        )  # fmt: skip
     wait(PDL)
-
-    numbers = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_mask = numbers < row_count
-    if norm_weight_ptr is not None:
-        mean, rstd = row_moments(x_ptr, numbers * K, row_mask, eps, K, BLOCK_R, BLOCK_S)
-    else:
-        mean, rstd = eps, eps
-    if GROUP:
-        acc = product_int4(
-            x_ptr, weight_ptr, scale_ptr, zero_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, numbers * K,
-            row_mask, outputs, k_begin, k_end, mean, rstd, N, K, BLOCK_R, BLOCK_N, GROUP, tile == 0,
-        )  # fmt: skip
-    else:
-        acc = product(
-            x_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, numbers * K, row_mask, outputs,
-            k_begin, k_end, mean, rstd, stride_weight, N, K, BLOCK_R, BLOCK_N, BLOCK_K, tile == 0,
-        )  # fmt: skip
-    place = row_block * tl.num_programs(0) + tile
-    partial_ptr += place.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_R)
-    acc, last = sum_splits(acc, partial_ptr, counter_ptr + place, BLOCK_N, BLOCK_R, SPLIT_K)
-    if last:
-        if scale_ptr is not None and not GROUP:
-            acc *= tl.load(scale_ptr + outputs, mask=outputs < N, other=0.0)[:, None]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[:, None]
-        acc = activate(acc, ACTIVATION)
-        mask = (outputs < N)[:, None] & row_mask[None, :]
-        if residual_ptr is not None:
-            at = numbers[None, :] * N + outputs[:, None]
-            acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        result = acc.to(out_ptr.dtype.element_ty)
-        WIDTH: tl.constexpr = N - 2 * KV_WIDTH
-        # int64: rows times a vocabulary passes 2^31 beyond 16k rows.
-        at = numbers.to(tl.int64)[None, :] * WIDTH + outputs[:, None]
-        tl.store(out_ptr + at, result, mask=mask & (outputs < WIDTH)[:, None])
-        if k_cache_ptr is not None:
-            slots = tl.load(slots_ptr + numbers, mask=row_mask, other=-1)
-            pages, offsets = slots // page_size, slots % page_size
-            column = (outputs - WIDTH)[:, None]
-            mask = mask & (slots >= 0)[None, :] & (column >= 0)
-            k_at = (pages * stride_kp + offsets * stride_ks)[None, :] + column
-            k_mask, k = mask & (column < KV_WIDTH), result
-            if k_scale_ptr is not None:
-                head = tl.minimum(tl.maximum(column, 0), KV_WIDTH - 1) // HEAD_DIM
-                k = to_e4m3(result, tl.load(k_scale_ptr + head))
-            tl.store(k_cache_ptr + k_at, k, mask=k_mask)
-            column -= KV_WIDTH
-            v_at = (pages * stride_vp + offsets * stride_vs)[None, :] + column
-            v_mask, v = mask & (column >= 0), result
-            if k_scale_ptr is not None:
-                head = tl.minimum(tl.maximum(column, 0), KV_WIDTH - 1) // HEAD_DIM
-                v = to_e4m3(result, tl.load(v_scale_ptr + head))
-            tl.store(v_cache_ptr + v_at, v, mask=v_mask)
+    linear_tile(
+        x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, normed_ptr,
+        k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr, counter_ptr, scale_ptr, zero_ptr, k_scale_ptr,
+        v_scale_ptr, row_count, eps, page_size, stride_weight, stride_kp, stride_ks, stride_vp, stride_vs,
+        tile, tl.num_programs(0), split, row_block,
+        N, K, KV_WIDTH, ACTIVATION, BLOCK_R, BLOCK_N, BLOCK_K, BLOCK_S, SPLIT_K, GROUP, HEAD_DIM,
+    )  # fmt: skip

@@ -14,9 +14,32 @@ from gptkern.ops.decode_linear import kernels
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_linear.reference import Norm
 
-_LEAST_ROWS, _MOST_ROWS = 16, 64
+LEAST_ROWS, _MOST_ROWS = 16, 64
 # Columns of x whose moments are taken at once: as many as registers hold of 64 rows.
-_MOMENT_COLUMNS = 128
+MOMENT_COLUMNS = 128
+
+
+def tiling(
+    weight: torch.Tensor | QuantizedWeight, dtype: torch.dtype, device: torch.device
+) -> dict[str, int]:
+    """How a layer is cut: its launch row, no more splits than there are blocks, and int4's GROUP or 0."""
+    outputs, width = weight.shape
+    kind = "fp32" if dtype == torch.float32 else "half"
+    if isinstance(weight, QuantizedWeight):
+        kind = "int4" if weight.format == "int4" else "byte"
+    config = dict(_launch.config("decode_linear", device, dtype=kind, n=outputs, k=width))
+    config["GROUP"] = 0
+    if kind == "int4" and isinstance(weight, QuantizedWeight):
+        config["GROUP"] = config["BLOCK_K"] = weight.group_size
+    config["SPLIT_K"] = min(config["SPLIT_K"], triton.cdiv(width, config["BLOCK_K"]))
+    return config
+
+
+def packed_values(weight: torch.Tensor | QuantizedWeight) -> torch.Tensor:
+    """A weight's numbers in the dtype that kernels read them in."""
+    if not isinstance(weight, QuantizedWeight):
+        return weight
+    return weight.values.view(torch.float8_e4m3fn) if weight.format == "fp8" else weight.values
 
 
 def decode_linear(
@@ -36,20 +59,13 @@ def decode_linear(
     k_cache, v_cache, slots = (None, None, None) if cache is None else cache
     kv_width = 0 if k_cache is None else k_cache.shape[2] * k_cache.shape[3]
     device = x.device
-    kind = "fp32" if x.dtype == torch.float32 else "half"
-    if isinstance(weight, QuantizedWeight):
-        kind = "int4" if weight.format == "int4" else "byte"
-    config = dict(_launch.config("decode_linear", device, dtype=kind, n=outputs, k=width))
+    config = tiling(weight, x.dtype, device)
     scales = zeros = None
-    group = 0
     if isinstance(weight, QuantizedWeight):
         scales, zeros = weight.scales, weight.zeros
-        if weight.format == "int4":
-            group = config["BLOCK_K"] = weight.group_size
-        weight = weight.values.view(torch.float8_e4m3fn) if weight.format == "fp8" else weight.values
-    block_n = config["BLOCK_N"]
-    split_k = config["SPLIT_K"] = min(config["SPLIT_K"], triton.cdiv(width, config["BLOCK_K"]))
-    block_r = min(max(_LEAST_ROWS, triton.next_power_of_2(rows)), _MOST_ROWS)
+    weight = packed_values(weight)
+    block_n, split_k = config["BLOCK_N"], config["SPLIT_K"]
+    block_r = min(max(LEAST_ROWS, triton.next_power_of_2(rows)), _MOST_ROWS)
     tiles, row_blocks = triton.cdiv(outputs, block_n), triton.cdiv(rows, block_r)
     out = torch.empty((rows, outputs - 2 * kv_width), dtype=x.dtype, device=device)
     partial = counter = None
@@ -69,7 +85,7 @@ def decode_linear(
             *(cache_scales or (None, None)),
             rows, eps, strides[0], weight.stride(0), *strides[1:],
             N=outputs, K=width, KV_WIDTH=kv_width, ACTIVATION=activation,
-            BLOCK_R=block_r, BLOCK_S=_MOMENT_COLUMNS, GROUP=group,
+            BLOCK_R=block_r, BLOCK_S=MOMENT_COLUMNS,
             HEAD_DIM=1 if k_cache is None else k_cache.shape[3], **_pdl.options(device), **config,
         )  # fmt: skip
     return out
