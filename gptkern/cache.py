@@ -193,6 +193,11 @@ class KVCache:
         return None if self._scales is None else (self._scales[0][layer], self._scales[1][layer])
 
     @property
+    def all_scales(self) -> Scales:
+        """The same of all layers, ``(n_layer, n_kv_head)`` each."""
+        return self._scales
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of keys and values."""
         return self.k.dtype

@@ -125,8 +125,8 @@ def prefetch_split(
 ):  # fmt: skip
     """Ask for a split's keys and values to be brought into L2."""
     table_ptr += row.to(tl.int64) * stride_tb
-    k_ptr += kv_head * stride_kh.to(tl.int64)
-    v_ptr += kv_head * stride_vh.to(tl.int64)
+    k_ptr += kv_head.to(tl.int64) * stride_kh
+    v_ptr += kv_head.to(tl.int64) * stride_vh
     LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth
     lines = tl.arange(0, BLOCK_D // LINE if BLOCK_D > LINE else 1) * LINE
     tokens = split * SPLIT + tl.arange(0, SPLIT)
@@ -151,8 +151,8 @@ def attend_sequence(
     first = begin // SPLIT
     last = tl.maximum((end + SPLIT - 1) // SPLIT, first)
     table_ptr += row.to(tl.int64) * stride_tb
-    k_ptr += kv_head * stride_kh.to(tl.int64)
-    v_ptr += kv_head * stride_vh.to(tl.int64)
+    k_ptr += kv_head.to(tl.int64) * stride_kh
+    v_ptr += kv_head.to(tl.int64) * stride_vh
     v_scale = 1.0
     if k_scale_ptr is not None:
         scale_log2 *= tl.load(k_scale_ptr + kv_head)

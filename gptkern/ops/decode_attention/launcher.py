@@ -10,10 +10,10 @@ from gptkern.ops._counters import counters
 from gptkern.ops.decode_attention import kernels
 from gptkern.ops.decode_attention.reference import Scales
 
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
 # Query heads that share keys and are taken together: the matrix unit's narrow side, and the most that
 # registers hold beside their accumulators.
-_LEAST_HEADS, _MOST_HEADS = 16, 64
+LEAST_HEADS, _MOST_HEADS = 16, 64
 _PROGRAMS_PER_SM = 8
 _COPY_ELEMENTS = 2048
 # Longer than any sequence: no window.
@@ -44,7 +44,7 @@ def attend(
         head_dim=head_dim,
         capacity=capacity,
     )
-    block_h = min(max(_LEAST_HEADS, triton.next_power_of_2(group)), _MOST_HEADS)
+    block_h = min(max(LEAST_HEADS, triton.next_power_of_2(group)), _MOST_HEADS)
     head_blocks = triton.cdiv(group, block_h)
     max_splits = triton.cdiv(capacity, config["SPLIT"])
     out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -58,7 +58,7 @@ def attend(
             kernels.decode_attention_kernel, (rows, programs, head_blocks),
             q, k_cache, v_cache, out, page_table, seq_lens, starts, acc, stats,
             counters(q.device, rows * head_blocks), *(scales or (None, None)),
-            scale * _LOG2E, _UNLIMITED if window is None else window, page_size, max_splits,
+            scale * LOG2E, _UNLIMITED if window is None else window, page_size, max_splits,
             *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], page_table.stride(0),
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_H=block_h,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),

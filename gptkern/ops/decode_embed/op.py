@@ -9,7 +9,7 @@ from gptkern.ops import _checks, _launch, _pdl
 from gptkern.ops._dispatch import needs_grad, use_kernel
 from gptkern.ops.decode_embed import kernels, reference
 
-_COLUMNS = 1024
+EMBED_COLUMNS = 1024
 
 
 def decode_embed(
@@ -94,7 +94,7 @@ def _launch_kernel(
             kernels.decode_embed_kernel, (rows,),
             tokens, live, token_weight, position_weight, page_table, seq_lens, x, slots,
             page_size, token_weight.stride(0), position_weight.stride(0), page_table.stride(0),
-            WIDTH=width, BLOCK=min(triton.next_power_of_2(width), _COLUMNS), num_warps=4,
+            WIDTH=width, BLOCK=min(triton.next_power_of_2(width), EMBED_COLUMNS), num_warps=4,
             **_pdl.options(tokens.device),
         )  # fmt: skip
     return x, slots
