@@ -37,13 +37,13 @@ def _linear(
             options["norm"] = (value(width), value(width), 1e-5)
         else:
             options["residual"] = value(rows, outputs)
-        weight = value(outputs, width) if weights is None else _packed(outputs, width, device, *weights)
+        weight = value(outputs, width) if weights is None else packed_matrix(outputs, width, device, *weights)
         return Call((value(rows, width), weight, value(outputs)), options)
 
     return make
 
 
-def _packed(
+def packed_matrix(
     outputs: int, width: int, device: torch.device, format: str, group_size: int, zero_point: bool
 ) -> QuantizedWeight:
     """A matrix in fewer bits; what its values are, nobody asks here."""

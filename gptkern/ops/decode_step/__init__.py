@@ -1,4 +1,4 @@
-from gptkern.ops.decode_step.launcher import MOST_ROWS, persistent_step
+from gptkern.ops.decode_step.op import MOST_ROWS, persistent_step
 from gptkern.ops.decode_step.weights import LayerWeights, Linear, NormWeights, StepWeights
 
 __all__ = ["MOST_ROWS", "LayerWeights", "Linear", "NormWeights", "StepWeights", "persistent_step"]

@@ -37,12 +37,10 @@ ROWS = tl.constexpr(16)
 
 
 @triton.jit
-def address(table_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, GIVEN: tl.constexpr):
-    """The pointer in a column of the table, or None; the host has seen that it is a multiple of 16."""
-    if GIVEN:
-        return tl.multiple_of(tl.load(table_ptr + COLUMN), 16).to(tl.pointer_type(DTYPE))
-    else:
-        return None
+def address(table_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
+    """The pointer in a column of the table; the host has seen that it is a multiple of 16."""
+    # Said of the pointer: of the number that it is made of, the compiler forgets it.
+    return tl.multiple_of(tl.load(table_ptr + COLUMN).to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
@@ -73,7 +71,9 @@ def await_arrivals(counter_ptr, count, COMPILED: tl.constexpr):
 @triton.jit
 def leave(counter_ptr, finished_ptr, programs, COMPILED: tl.constexpr):
     """The last program to leave sets both counters back to zero: nobody waits any more."""
-    if COMPILED:  # noqa: SIM102  (a compile-time choice and one at run time)
+    if COMPILED:
+        # A program without an item in the last phase has met no barrier of its own since it waited.
+        tl.debug_barrier()
         if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == programs - 1:
             tl.store(counter_ptr, 0)
             tl.store(finished_ptr, 0)
@@ -90,7 +90,7 @@ def prefetch_matrix(
         if program < TILES * CUT[4]:
             stride: tl.constexpr = CUT[1] // 2 if CUT[5] else CUT[1]
             prefetch_weights(
-                address(table_ptr, MATRICES + 4 * MATRIX, WEIGHT, True), stride,
+                address(table_ptr, MATRICES + 4 * MATRIX, WEIGHT), stride,
                 program % TILES, program // TILES, N, CUT[1], CUT[2], CUT[3], CUT[4], CUT[5], COMPILED,
             )  # fmt: skip
 
@@ -107,15 +107,15 @@ def linear_phase(
     """One linear layer, every item of it that is this program's."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     AT: tl.constexpr = MATRICES + 4 * MATRIX
-    weight_ptr = address(table_ptr, AT, WEIGHT, True)
-    bias_ptr = address(table_ptr, AT + 1, DTYPE, BIAS)
-    scale_ptr = address(table_ptr, AT + 2, tl.float32, SCALED)
-    zero_ptr = address(table_ptr, AT + 3, tl.uint8, ZEROS)
-    norm_weight_ptr = address(table_ptr, NORM, DTYPE, NORM >= 0)
-    norm_bias_ptr = address(table_ptr, NORM + 1, DTYPE, (NORM >= 0) & NORM_BIAS)
+    weight_ptr = address(table_ptr, AT, WEIGHT)
+    bias_ptr = address(table_ptr, AT + 1, DTYPE) if BIAS else None
+    scale_ptr = address(table_ptr, AT + 2, tl.float32) if SCALED else None
+    zero_ptr = address(table_ptr, AT + 3, tl.uint8) if ZEROS else None
+    norm_weight_ptr = address(table_ptr, NORM, DTYPE) if NORM >= 0 else None
+    norm_bias_ptr = address(table_ptr, NORM + 1, DTYPE) if NORM >= 0 and NORM_BIAS else None
     TILES: tl.constexpr = (CUT[0] + CUT[2] - 1) // CUT[2]
     STRIDE: tl.constexpr = CUT[1] // 2 if CUT[5] else CUT[1]
-    for item in range(program, TILES * CUT[4], programs):
+    for item in tl.range(program, TILES * CUT[4], programs, disable_licm=True):
         linear_tile(
             x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, None,
             k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr, counter_ptr, scale_ptr, zero_ptr, k_scale_ptr,
@@ -163,7 +163,7 @@ def persistent_step_kernel(
     IN_PAGE: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
-    for phase in range(first_phase, end_phase):
+    for phase in tl.range(first_phase, end_phase, disable_licm=True):
         # Embeddings count as the last phase of layer -1, so that layer 0 comes next.
         layer = (phase + PHASES_PER_LAYER - 1) // PHASES_PER_LAYER - 1
         kind = (phase + PHASES_PER_LAYER - 1) % PHASES_PER_LAYER
@@ -194,7 +194,7 @@ def persistent_step_kernel(
             )  # fmt: skip
         elif kind == 1:
             scale_log2 = tl.load(attention_scales_ptr + layer)
-            for item in range(program, row_count * HEADS * programs_per_head, programs):
+            for item in tl.range(program, row_count * HEADS * programs_per_head, programs, disable_licm=True):
                 sequence = item // programs_per_head
                 row, head = sequence // HEADS, sequence % HEADS
                 begin, end = attended_tokens(lens_ptr, None, row, 2147483647)

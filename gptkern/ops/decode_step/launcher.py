@@ -19,10 +19,8 @@ from gptkern.ops.decode_linear.launcher import MOMENT_COLUMNS, packed_values, ti
 from gptkern.ops.decode_step import kernels
 from gptkern.ops.decode_step.weights import Linear, StepWeights
 
-# More sequences than this, and the weights are no longer most of what a step reads.
-MOST_ROWS = 8
+# Counters of the barrier, in front of those of tiles and heads.
 _BARRIER = 64
-
 _LINEARS = ("QKV", "OUT", "FC", "PROJ", "HEAD")
 _TYPES = {
     torch.float32: tl.float32,
@@ -32,101 +30,6 @@ _TYPES = {
     torch.uint8: tl.uint8,
     torch.float8_e4m3fn: tl.float8e4nv,
 }
-
-
-def persistent_step(
-    weights: StepWeights,
-    tokens: torch.Tensor,
-    live: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scales: Scales = None,
-) -> torch.Tensor:
-    """Append one token to each sequence and give the logits, in one launch.
-
-    The same bits as ``decode_embed``, then of each layer ``decode_qkv``, ``decode_attention`` and three of
-    ``decode_linear``, then ``decode_linear`` of the head.
-
-    Args:
-        weights: The model's. Their addresses are read once, their values at every call.
-        tokens: ``(rows,)`` int64, at most ``MOST_ROWS``.
-        live: ``(1,)`` int32: rows from here on are padding.
-        k_cache, v_cache: ``(layers, pages, page_size, heads, head_dim)`` of the weights' dtype, or e4m3 with
-            ``scales``.
-        page_table: ``(rows, max_pages)`` int32, with a page for each live sequence's new token.
-        seq_lens: ``(rows,)`` int32, advanced in place.
-        scales: (k_scale, v_scale) of an fp8 cache, ``(layers, heads)`` fp32.
-
-    Returns:
-        ``(rows, vocabulary)`` in the weights' dtype.
-
-    Raises:
-        ValueError: No row or more than ``MOST_ROWS``.
-    """
-    rows, width = tokens.shape[0], weights.token_weight.shape[1]
-    if not 1 <= rows <= MOST_ROWS:
-        raise ValueError(f"persistent_step: tokens has {rows} rows; 1 to {MOST_ROWS} are accepted")
-    dtype, device = weights.token_weight.dtype, tokens.device
-    layer = weights.layers[0]
-    cuts = [
-        _Cut(linear, dtype, device) for linear in (layer.qkv, layer.out, layer.fc, layer.proj, weights.head)
-    ]
-    layers, _, page_size, heads, head_dim = k_cache.shape
-    capacity = page_table.shape[1] * page_size
-    kind = "fp32" if dtype == torch.float32 else "half"
-    attention = dict(
-        _launch.config("decode_attention", device, dtype=kind, head_dim=head_dim, capacity=capacity)
-    )
-    max_splits = triton.cdiv(capacity, attention["SPLIT"])
-    config = dict(_launch.config("persistent_step", device, dtype=kind))
-    # No more programs than there is work for: a barrier waits for each.
-    most = max(*(cut.items for cut in cuts), rows * heads * max_splits)
-    programs = min(most, config.pop("PROGRAMS_PER_SM") * _launch.multiprocessors(device))
-    programs_per_head = min(max_splits, triton.cdiv(programs, rows * heads))
-
-    def scratch(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device=device)
-
-    counter = counters(device, _BARRIER + max(*(cut.tiles for cut in cuts), rows * heads))
-    logits = scratch(rows, cuts[-1].outputs)
-    arguments = (
-        tokens, live, weights.token_weight, weights.position_weight, weights.table, weights.attention_scales,
-        page_table, seq_lens, k_cache, v_cache, *(scales or (None, None)),
-        scratch(rows, of=torch.int64), *(scratch(rows, width) for _ in range(4)),
-        scratch(rows, cuts[2].outputs), scratch(max(cut.partial for cut in cuts), of=torch.float32),
-        scratch(rows, heads, max_splits, head_dim, of=torch.float32),
-        scratch(rows, heads, max_splits, 2, of=torch.float32),
-        counter[_BARRIER:], counter[:_BARRIER], logits, rows,
-    )  # fmt: skip
-    options: dict[str, Any] = {
-        "LAYERS": layers, "HEADS": heads, "HEAD_DIM": head_dim, "WIDTH": width,
-        **{f"{name}_CUT": cut.numbers for name, cut in zip(_LINEARS, cuts, strict=True)},
-        "BIAS": layer.qkv.bias is not None, "ACTIVATION": weights.activation, **_format(layer.qkv),
-        "EMBED_BLOCK": min(triton.next_power_of_2(width), EMBED_COLUMNS), "BLOCK_S": MOMENT_COLUMNS,
-        "BLOCK_H": LEAST_HEADS, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_N": attention["BLOCK_N"], "SPLIT": attention["SPLIT"],
-        "IN_PAGE": page_size % attention["BLOCK_N"] == 0, **config,
-    }  # fmt: skip
-    strides = (
-        weights.token_weight.stride(0), weights.position_weight.stride(0), page_table.stride(0),
-        *k_cache.stride()[:3], *v_cache.stride()[:3],
-    )  # fmt: skip
-    phases = layers * kernels.PHASES_PER_LAYER.value + 2
-    interpreted = INTERPRETED and device.type == "cpu"
-    if not interpreted:
-        options["launch_cooperative_grid"] = True
-    with _launch.on_device(tokens):
-        # One after another where a program cannot wait for those that come after it.
-        for first in range(phases) if interpreted else (0,):
-            _launch.launch(
-                kernels.persistent_step_kernel, (programs,),
-                *arguments, first, first + 1 if interpreted else phases,
-                weights.eps, page_size, max_splits, programs_per_head, *strides,
-                COMPILED=not interpreted, **options,
-            )  # fmt: skip
-    return logits
 
 
 class _Cut:
@@ -140,6 +43,86 @@ class _Cut:
         self.tiles: int = triton.cdiv(self.outputs, block_n)
         self.items = self.tiles * split_k
         self.partial = self.items * block_n * kernels.ROWS.value
+
+
+def launch_step(
+    weights: StepWeights,
+    tokens: torch.Tensor,
+    live: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scales: Scales,
+) -> torch.Tensor:
+    """The step by the kernel."""
+    rows, width = tokens.shape[0], weights.token_weight.shape[1]
+    dtype, device = weights.token_weight.dtype, tokens.device
+    layer = weights.layers[0]
+    linears = (layer.qkv, layer.out, layer.fc, layer.proj, weights.head)
+    cuts = [_Cut(linear, dtype, device) for linear in linears]
+    layers, _, page_size, heads, head_dim = k_cache.shape
+    attention = _attention(head_dim, page_size, page_table.shape[1] * page_size, dtype, device)
+    max_splits = triton.cdiv(page_table.shape[1] * page_size, attention["SPLIT"])
+    kind = "fp32" if dtype == torch.float32 else "half"
+    config = dict(_launch.config("persistent_step", device, dtype=kind))
+    # No more programs than there is work for: a barrier waits for each.
+    most = max(*(cut.items for cut in cuts), rows * heads * max_splits)
+    programs = min(most, config.pop("PROGRAMS_PER_SM") * _launch.multiprocessors(device))
+
+    def scratch(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device=device)
+
+    counter = counters(device, _BARRIER + max(*(cut.tiles for cut in cuts), rows * heads))
+    logits = scratch(rows, weights.head.weight.shape[0])
+    arguments = (
+        tokens, live, weights.token_weight, weights.position_weight, weights.table, weights.attention_scales,
+        page_table, seq_lens, k_cache, v_cache, *(scales or (None, None)),
+        scratch(rows, of=torch.int64), *(scratch(rows, width) for _ in range(4)),
+        scratch(rows, layer.fc.weight.shape[0]), scratch(max(cut.partial for cut in cuts), of=torch.float32),
+        scratch(rows, heads, max_splits, head_dim, of=torch.float32),
+        scratch(rows, heads, max_splits, 2, of=torch.float32),
+        counter[_BARRIER:], counter[:_BARRIER], logits, rows,
+    )  # fmt: skip
+    numbers = (
+        weights.eps, page_size, max_splits, min(max_splits, triton.cdiv(programs, rows * heads)),
+        weights.token_weight.stride(0), weights.position_weight.stride(0), page_table.stride(0),
+        *k_cache.stride()[:3], *v_cache.stride()[:3],
+    )  # fmt: skip
+    options = {
+        "LAYERS": layers, "HEADS": heads, "HEAD_DIM": head_dim, "WIDTH": width,
+        "BIAS": layer.qkv.bias is not None, "ACTIVATION": weights.activation,
+        "EMBED_BLOCK": min(triton.next_power_of_2(width), EMBED_COLUMNS), "BLOCK_S": MOMENT_COLUMNS,
+        **{f"{name}_CUT": cut.numbers for name, cut in zip(_LINEARS, cuts, strict=True)},
+        **_format(layer.qkv), **attention, **config,
+    }  # fmt: skip
+    interpreted = INTERPRETED and device.type == "cpu"
+    if not interpreted:
+        options["launch_cooperative_grid"] = True
+    phases = layers * kernels.PHASES_PER_LAYER.value + 2
+    with _launch.on_device(tokens):
+        # Interpreted programs run one after another: none can wait for those that come after it.
+        for first, end in [(p, p + 1) for p in range(phases)] if interpreted else [(0, phases)]:
+            _launch.launch(
+                kernels.persistent_step_kernel, (programs,), *arguments, first, end, *numbers,
+                COMPILED=not interpreted, **options,
+            )  # fmt: skip
+    return logits
+
+
+def _attention(
+    head_dim: int, page_size: int, capacity: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """What attention is told, but for how many warps and stages the whole kernel has."""
+    kind = "fp32" if dtype == torch.float32 else "half"
+    config = _launch.config("decode_attention", device, dtype=kind, head_dim=head_dim, capacity=capacity)
+    return {
+        "BLOCK_H": LEAST_HEADS,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_N": config["BLOCK_N"],
+        "SPLIT": config["SPLIT"],
+        "IN_PAGE": page_size % config["BLOCK_N"] == 0,
+    }
 
 
 def _format(linear: Linear) -> dict[str, Any]:
