@@ -27,7 +27,8 @@ def persistent_step(
     """Append one token to each sequence and give the logits, in one cooperative launch.
 
     The same bits as ``decode_embed``, then of each layer ``decode_qkv``, ``decode_attention`` and three times
-    ``decode_linear``, then ``decode_linear`` of the head. Forward only, and by the kernel alone.
+    ``decode_linear``, then ``decode_linear`` of the head; but for fp32 heads wider than 128 on GPUs before
+    sm_90, where attention alone has more warps and sums in another order. Forward only, by the kernel alone.
 
     Args:
         weights: The model's. Their addresses are read once, their values at every call.
@@ -51,9 +52,12 @@ def persistent_step(
     rows = tokens.shape[0] if tokens.dim() else 0
     if not 1 <= rows <= MOST_ROWS:
         raise ValueError(f"{op}: tokens has {rows} rows; 1 to {MOST_ROWS} are accepted")
-    integers = {"tokens": (tokens, (rows,), torch.int64), "live": (live, (1,), torch.int32)}
-    integers |= {"seq_lens": (seq_lens, (rows,), torch.int32)}
-    integers |= {"page_table": (page_table, (rows, page_table.shape[-1]), torch.int32)}
+    integers: dict[str, tuple[torch.Tensor, tuple[int, ...], torch.dtype]] = {
+        "tokens": (tokens, (rows,), torch.int64),
+        "live": (live, (1,), torch.int32),
+        "page_table": (page_table, (rows, page_table.shape[-1]), torch.int32),
+        "seq_lens": (seq_lens, (rows,), torch.int32),
+    }
     for name, (value, shape, dtype) in integers.items():
         _checks.shape(op, name, value, shape)
         _checks.dtype(op, name, value, (dtype,))

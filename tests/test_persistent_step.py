@@ -1,0 +1,307 @@
+"""The persistent step against the separate launches that it stands for: the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from gptkern import GPTConfig, backend
+from gptkern.cache import KVCache
+from gptkern.decode import DecodeStep
+from gptkern.model import GPT
+from gptkern.ops import _launch
+from gptkern.ops.decode_attention.reference import FP8
+from gptkern.ops.decode_step import StepWeights, persistent_step
+from gptkern.ops.sample import SamplerState, SamplingParams
+from gptkern.quantize import Quantization, quantize_model
+
+pytestmark = pytest.mark.kernels
+
+VOCABULARY = 37
+
+
+def make_model(device: torch.device, dtype: torch.dtype = torch.float32, **changes: Any) -> GPT:
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 64, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    model = GPT(GPTConfig(**{**sizes, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)  # norms and biases that matter
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def filled(
+    model: GPT, lengths: list[int], *, page_size: int = 4, max_seqs: int | None = None, fp8: bool = False
+) -> KVCache:
+    """A cache that holds random keys and values, the same ones at every call."""
+    config = model.config
+    generator = torch.Generator().manual_seed(3)
+    options: dict[str, Any] = {"dtype": model.dtype}
+    if fp8:
+        shape = (config.n_layer, config.n_head)
+        scales = [torch.rand(shape, generator=generator) * 0.02 + 0.01 for _ in range(2)]
+        options = {"dtype": FP8, "k_scale": scales[0], "v_scale": scales[1]}
+    cache = KVCache.for_config(
+        config,
+        max_seqs=max_seqs or len(lengths),
+        max_len=config.n_positions,
+        page_size=page_size,
+        device=model.device,
+        **options,
+    )
+    for kept in (cache.k, cache.v):
+        kept.copy_(torch.randn(kept.shape, generator=generator))
+    cache.allocate(len(lengths))
+    cache.reserve(lengths)
+    cache.advance(lengths)
+    cache.refresh()
+    return cache
+
+
+def compare(model: GPT, lengths: list[int], *, steps: int = 2, **options: Any) -> None:
+    """Both kinds of step on caches that are alike: logits, caches and lengths."""
+    caches = [filled(model, lengths, **options) for _ in range(2)]
+    separate = DecodeStep(model, caches[0])
+    persistent = DecodeStep(model, caches[1], persistent=True)
+    for _ in range(steps):
+        tokens = torch.randint(VOCABULARY, (len(lengths),), device=model.device)
+        expected = separate(tokens)
+        assert expected.isfinite().all()
+        assert torch.equal(persistent(tokens), expected)
+    for name in ("k", "v", "seq_lens", "page_table"):
+        a, b = (getattr(cache, name) for cache in caches)
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
+    assert caches[1].seq_lens.tolist()[: len(lengths)] == [length + steps for length in lengths]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_same_bits(device: torch.device, dtype: torch.dtype, bias: bool) -> None:
+    compare(make_model(device, dtype, bias=bias), [7, 1, 4])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_every_batch(device: torch.device, batch: int) -> None:
+    compare(make_model(device), [3 * i % 11 for i in range(batch)], steps=1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"activation_function": "relu"},
+        {"n_head": 3, "n_embd": 60, "n_layer": 1},
+        {"n_embd": 160, "n_inner": 96},  # splits of K, and an inner width of its own
+        {"tie_word_embeddings": False},
+        {"n_layer": 4},
+    ],
+    ids=str,
+)
+def test_other_models(device: torch.device, changes: dict[str, Any]) -> None:
+    compare(make_model(device, **changes), [5, 2], steps=1)
+
+
+def test_contexts_of_several_splits(device: torch.device) -> None:
+    model = make_model(device, n_positions=512, n_layer=1)
+    compare(model, [400, 1, 127, 128], page_size=16, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("format", "zero_point"),
+    [("int8", False), ("fp8", False), ("int4", False), ("int4", True)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_of_fewer_bits(
+    device: torch.device, dtype: torch.dtype, format: str, zero_point: bool
+) -> None:
+    model = make_model(device, dtype, n_embd=64, n_layer=1)
+    options = {"group_size": 32, "zero_point": zero_point} if format == "int4" else {}
+    quantize_model(model, Quantization.make(model.config, format, **options))
+    compare(model, [5, 2], steps=1)
+
+
+def test_an_fp8_cache(device: torch.device) -> None:
+    compare(make_model(device, torch.bfloat16), [5, 2], fp8=True)
+
+
+def test_bits_do_not_depend_on_how_many_programs_there_are(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(device, n_positions=512, n_layer=1)
+    tokens = torch.tensor([7, 8], device=device)
+    found = []
+    for multiprocessors in (1, 5, 132):
+        monkeypatch.setattr(_launch, "multiprocessors", lambda _, count=multiprocessors: count)
+        found.append(DecodeStep(model, filled(model, [300, 9], page_size=16), persistent=True)(tokens))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_padding_of_a_bucket_writes_nothing(device: torch.device) -> None:
+    model = make_model(device, n_layer=1)
+    caches = [filled(model, [7, 1, 4], max_seqs=4) for _ in range(2)]
+    tokens = torch.tensor([7, 8, 9], device=device)
+    expected = DecodeStep(model, caches[0])(tokens)
+    step = DecodeStep(model, caches[1], persistent=True)
+    caches[1].reserve([1, 1, 1])
+    step._tokens[:3] = tokens
+    step._live.fill_(3)
+    step._follow_weights()
+    with torch.no_grad():
+        padded = step.run(4)
+    assert torch.equal(padded[:3], expected)
+    assert padded[3].isfinite().all()
+    assert caches[1].seq_lens.tolist() == [8, 2, 5, 0]
+    assert torch.equal(caches[0].k, caches[1].k)
+    assert torch.equal(caches[0].v, caches[1].v)
+
+
+def test_tokens_are_fed_back(device: torch.device) -> None:
+    model = make_model(device, n_layer=1)
+    chosen = []
+    for persistent in (False, True):
+        params = SamplingParams.make(2, VOCABULARY, temperature=0.8, top_k=20, device=device)
+        state = SamplerState.make(2, VOCABULARY, seed=5, device=device)
+        step = DecodeStep(model, filled(model, [5, 2]), params, state, persistent=persistent)
+        first = step(torch.tensor([1, 2], device=device))
+        chosen.append(torch.stack([first, *(step() for _ in range(3))]))
+    assert torch.equal(chosen[0], chosen[1])
+
+
+def test_weights_stay_live_and_may_move(device: torch.device) -> None:
+    model = make_model(device, n_layer=1)
+    tokens = torch.tensor([7, 8], device=device)
+    step = DecodeStep(model, filled(model, [5, 2]), persistent=True)
+    other = DecodeStep(model, filled(model, [5, 2]))
+    assert torch.equal(step(tokens), other(tokens))
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    with torch.no_grad():
+        weight.mul_(2.0)
+    assert torch.equal(step(tokens), other(tokens))
+    weight.data = weight.data.clone() * 0.5
+    assert torch.equal(step(tokens), other(tokens))
+
+
+def _launches(step: DecodeStep, tokens: torch.Tensor) -> list[_launch.Launch]:
+    found: list[_launch.Launch] = []
+
+    def note(launch: _launch.Launch) -> bool:
+        found.append(launch)
+        return True
+
+    with _launch.observe(note), torch.no_grad():
+        step._follow_weights()
+        step.run(len(tokens))
+    return found
+
+
+def test_more_sequences_take_separate_launches(device: torch.device) -> None:
+    model = make_model(device, n_layer=1)
+    for batch, name in ((8, "persistent_step_kernel"), (9, "decode_embed_kernel")):
+        step = DecodeStep(model, filled(model, [2] * batch), persistent=True)
+        step.cache.reserve([1] * batch)
+        assert _launches(step, torch.zeros(batch))[0].name == name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there one launch runs all phases")
+def test_interpreted_phases_are_launched_one_by_one() -> None:
+    model = make_model(torch.device("cpu"), n_layer=2)
+    step = DecodeStep(model, filled(model, [5]), persistent=True)
+    step.cache.reserve([1])
+    launches = _launches(step, torch.zeros(1))
+    assert [launch.name for launch in launches] == ["persistent_step_kernel"] * 12
+    # Phases first and first + 1 follow 24 tensors and the number of rows.
+    assert [launch.args[25:27] for launch in launches] == [(p, p + 1) for p in range(12)]
+
+
+def test_models_that_it_does_not_take(device: torch.device) -> None:
+    model = make_model(device, model_type="openai-gpt")
+    with pytest.raises(ValueError, match="persistent takes norms before their branches; openai-gpt has"):
+        DecodeStep(model, filled(model, [3]), persistent=True)
+    model = make_model(torch.device("cpu"))
+    with backend("reference"), pytest.raises(ValueError, match="persistent needs a CUDA device"):
+        DecodeStep(model, filled(model, [3]), persistent=True)
+
+
+def _weights(model: GPT) -> StepWeights:
+    step = DecodeStep(model, filled(model, [3]), persistent=True)
+    step._follow_weights()
+    assert step._weights is not None
+    return step._weights
+
+
+def test_weights_that_do_not_agree(device: torch.device) -> None:
+    weights = _weights(make_model(device))
+    layer = weights.layers[0]
+    wide = torch.randn(64, 33, device=device)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"layers": ()}, "layers is empty"),
+        ({"layers": (layer, replace(layer, fc=replace(layer.fc, bias=None)))}, "layer 1 has 32 to 128 in"),
+        ({"norm": (weights.norm[0], None)}, "must have a bias or none"),
+        ({"head": replace(weights.head, weight=wide.half())}, "the head is torch.float16, the layers"),
+        ({"head": replace(weights.head, weight=wide[:, 1:])}, "contiguous and a multiple of 16"),
+        ({"head": replace(weights.head, weight=wide.view(-1)[1:2049].view(64, 32))}, "a multiple of 16"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            replace(weights, **changes)
+
+
+def test_bad_arguments_are_named(device: torch.device) -> None:
+    model = make_model(device)
+    weights, cache = _weights(model), filled(model, [3, 4])
+    live = torch.ones(1, dtype=torch.int32, device=device)
+    given: dict[str, Any] = {
+        "weights": weights,
+        "tokens": torch.zeros(2, dtype=torch.int64, device=device),
+        "live": live,
+        "k_cache": cache.k,
+        "v_cache": cache.v,
+        "page_table": cache.page_table,
+        "seq_lens": cache.seq_lens,
+    }
+    scales = (torch.ones(2, 2, device=device), torch.ones(2, 2, device=device))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"tokens": torch.zeros(9, dtype=torch.int64, device=device)}, "tokens has 9 rows; 1 to 8"),
+        ({"tokens": torch.zeros(2, dtype=torch.int32, device=device)}, "tokens is int32; accepted are int64"),
+        ({"seq_lens": cache.seq_lens[:1]}, r"seq_lens has shape \(1,\); \(2,\) is needed"),
+        ({"page_table": cache.page_table[:1]}, r"page_table has shape \(1, 16\); \(2, 16\) is needed"),
+        ({"k_cache": cache.k[:1]}, "k_cache has shape"),
+        ({"v_cache": cache.v.half()}, "v_cache is float16; accepted are float32"),
+        ({"k_cache": cache.k.transpose(-1, -2).contiguous().transpose(-1, -2)}, "the last two must be"),
+        ({"scales": scales}, "k_cache is float32; accepted are float8_e4m3fn"),
+    ]
+    before = cache.seq_lens.clone()
+    for changes, message in cases:
+        with pytest.raises((ValueError, TypeError), match=message):
+            persistent_step(**{**given, **changes})
+    assert torch.equal(cache.seq_lens, before)
+
+
+def test_launch_rows_agree_on_warps() -> None:
+    """How a tile's sums are laid out depends on the number of warps, of which a kernel has one."""
+    for arch in (80, 90, 100):
+        for name in ("persistent_step", "decode_linear", "decode_attention"):
+            for row in _launch.table(arch)[name]:
+                wide = arch == 80 and row.get("dtype") == "fp32" and row.get("max_head_dim") == 256
+                assert row["num_warps"] == (8 if wide else 4), (arch, name, row)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 8])
+def test_many_steps_on_a_gpu(device: torch.device, batch: int) -> None:
+    """Graphs of one cooperative launch, step after step: the same tokens, and counters left at zero."""
+    from gptkern.ops._counters import _counters
+
+    model = make_model(device, torch.bfloat16, n_positions=1024, n_embd=768, n_head=12, n_layer=4)
+    steps = [
+        DecodeStep(model, filled(model, [3] * batch, page_size=128), persistent=persistent)
+        for persistent in (False, True)
+    ]
+    for _ in range(500):
+        tokens = torch.randint(VOCABULARY, (batch,), device=device)
+        a, b = (step(tokens) for step in steps)
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert not any(counter.any() for counter in _counters.values())
