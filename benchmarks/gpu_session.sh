@@ -4,7 +4,7 @@
 #   benchmarks/gpu_session.sh OUT             # all stages, results in the folder OUT
 #   benchmarks/gpu_session.sh OUT build test  # these stages alone
 #
-# Stages: build test sanitize quick bench-SUITE (one for each suite of gptkern bench) drop-in token ncu
+# Stages: build test sanitize costs soak quick bench-SUITE (one for each suite of gptkern bench) drop-in token ncu
 # tune-OP (one for each op with rows in the launch table). Needs no network: the packages that are there are
 # used (torch 2.11 with triton 3.6 is enough; tests want pytest and hypothesis). A stage that fails does not
 # stop the next. Tuning goes on, in OUT/launch.toml, where the time of an earlier stage ended.
@@ -18,7 +18,7 @@ suites="layer_norm rms_norm flash_attention linear gelu_mlp linear_cross_entropy
 tuned="decode_linear decode_attention flash_attention linear gelu_mlp linear_cross_entropy layer_norm rms_norm"
 stages=("$@")
 # shellcheck disable=SC2086  # words are wanted
-[ ${#stages[@]} -gt 0 ] || stages=(build test sanitize quick $(printf 'bench-%s ' $suites) drop-in token ncu $(printf 'tune-%s ' $tuned))
+[ ${#stages[@]} -gt 0 ] || stages=(build test sanitize costs soak quick $(printf 'bench-%s ' $suites) drop-in token ncu $(printf 'tune-%s ' $tuned))
 mkdir -p "$out"
 
 seconds=530
@@ -40,6 +40,16 @@ sanitize() {
     done
 }
 bench() { limited python3 -m gptkern bench "$1" --out "$out/$1"; }
+# What a grid barrier, a graph node and a dependent launch cost.
+costs() {
+    limited python3 -m pytest -o addopts= -p no:cacheprovider -q -s benchmarks/bench_launch_costs.py \
+        --benchmark-json "$out/launch_costs.json"
+}
+# The persistent step must come back, 100,000 times, also when it shares the GPU.
+soak() {
+    local seconds=250
+    limited python3 benchmarks/soak_persistent.py && limited python3 benchmarks/soak_persistent.py --beside
+}
 # generate of transformers before and after gptkern.accelerate
 drop_in() {
     limited python3 -m pytest -o addopts= -p no:cacheprovider -q -s benchmarks/bench_transformers.py \
@@ -68,6 +78,8 @@ for stage in "${stages[@]}"; do
         build) build ;;
         test) test_all ;;
         sanitize) sanitize ;;
+        costs) costs ;;
+        soak) soak ;;
         quick) limited python3 -m gptkern bench --quick --out "$out/quick" ;;
         bench-*) bench "${stage#bench-}" ;;
         drop-in) drop_in ;;

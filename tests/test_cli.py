@@ -232,10 +232,17 @@ def test_doctor(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"device", "kernels", "python", "torch", "triton"} <= set(found)
     assert torch.__version__ in found["torch"]["text"]
     assert "torch" in run("doctor").out
+    assert "decode step on CUDA" not in found or torch.cuda.is_available()
     monkeypatch.setitem(doctor_command.TESTED, "torch", "1.0")
     newer = {f["subject"]: f for f in json.loads(run("doctor", "--json").out)}
     assert newer["torch"]["verdict"] == "note"
     assert "newer than 1.0" in newer["torch"]["text"]
+
+
+def test_doctor_says_which_decode_step_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {finding.subject: finding.text for finding in doctor_command._extension()}
+    assert "the persistent step (DecodeStep(persistent=True)) is off" in found["decode step on CUDA"]
 
 
 def test_strict_refuses_fallbacks(run: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,10 @@ from gptkern.cli import _options as o
 TESTED = {"torch": "2.13.0", "triton": "3.8.0", "tokenizers": "0.23.3", "safetensors": "0.8.0"}
 TESTED_OPTIONAL = {"transformers": "5.24.0"}
 TESTED_PYTHON = "3.13"
+DECODE_ON_CUDA = (
+    "one CUDA graph of five launches a layer; the persistent step (DecodeStep(persistent=True)) is off: "
+    "it has not been measured to be faster"
+)
 Verdict = Literal["ok", "note", "fallback"]
 
 
@@ -110,6 +114,8 @@ def _extension() -> Iterator[Finding]:
         yield Finding("decode step on CPU", "ok", f"C++, {_C.decode_path()}, fp32 and bf16")
     else:
         yield Finding("decode step on CPU", "fallback", "PyTorch's operators: this processor has no AVX2")
+    if torch.cuda.is_available():
+        yield Finding("decode step on CUDA", "ok", DECODE_ON_CUDA)
     if _C.has_cuda:
         yield Finding("sampler on CUDA", "ok", f"CUDA C++ for {_C.cuda_archs}")
     else:

@@ -12,7 +12,9 @@ from gptkern.bench.suites import _models as models
 from gptkern.bench.suites import _providers as shared
 from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
+from gptkern.decode import DecodeStep
 from gptkern.generate.loop import stepper
+from gptkern.ops.decode_step import MOST_ROWS
 
 # (model, batch, context)
 GPU = [
@@ -82,6 +84,12 @@ def _problem(
         return _growing(step, kept, context)
 
     @once
+    def persistent() -> Step:
+        kept = filled(config, batch, context, dtype, device)
+        step = DecodeStep(models.ours(config, dtype, device), kept, persistent=True)
+        return _growing(step, kept, context)
+
+    @once
     def eager() -> Step:
         model, kept = models.ours(config, dtype, device), filled(config, batch, context, dtype, device)
         return _growing(lambda tokens: model(tokens[:, None], cache=kept).logits[:, 0], kept, context)
@@ -98,6 +106,8 @@ def _problem(
         "gptkern": torch.inference_mode()(lambda tokens: made()(tokens)),
         "gptkern, layer by layer": torch.inference_mode()(lambda tokens: eager()(tokens)),
     }
+    if device.type == "cuda" and batch <= MOST_ROWS:
+        providers["gptkern, persistent"] = torch.inference_mode()(lambda tokens: persistent()(tokens))
     token_bytes = 2 * config.n_layer * config.n_embd * dtype.itemsize
     weights = models.weight_bytes(config, dtype)
     return Problem(

@@ -1,0 +1,99 @@
+"""What decides between one launch and many: a grid barrier, a node of a CUDA graph, a dependent launch.
+
+    pytest benchmarks/bench_launch_costs.py --benchmark-enable -n 0 -s
+
+Each is the slope between one of them and a hundred more, so that what a replay costs once is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from gptkern.ops import _launch, _pdl
+from gptkern.ops.decode_step.kernels import arrive, await_arrivals, leave
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+MORE, SAMPLES = 100, 50
+
+
+@triton.jit(do_not_specialize=["count"])
+def barriers_kernel(
+    barrier_ptr,  # (64,) int32, zero before and after
+    count,
+):
+    programs = tl.num_programs(0)
+    for index in range(count):
+        arrive(barrier_ptr, True)
+        await_arrivals(barrier_ptr, (index + 1) * programs, True)
+    leave(barrier_ptr, barrier_ptr + 32, programs, True)
+
+
+@triton.jit
+def empty_kernel(x_ptr, PDL: tl.constexpr):
+    _pdl.wait(PDL)
+
+
+def _microseconds(call: Callable[[], object]) -> float:
+    for _ in range(5):
+        call()
+    found = []
+    for _ in range(SAMPLES):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        call()
+        ended.record()
+        ended.synchronize()
+        found.append(began.elapsed_time(ended) * 1e3)
+    return median(found)
+
+
+def _report(benchmark: BenchmarkFixture, name: str, few: float, many: float) -> None:
+    cost = (many - few) / MORE
+    benchmark.extra_info["microseconds"] = cost
+    print(f"\n{name}: {cost:.2f} us ({torch.cuda.get_device_name()})")
+
+
+@pytest.mark.parametrize("per_sm", [1, 2])
+def test_a_grid_barrier(benchmark: BenchmarkFixture, per_sm: int) -> None:
+    device = torch.device("cuda")
+    barrier = torch.zeros(64, dtype=torch.int32, device=device)
+    grid = (per_sm * _launch.multiprocessors(device),)
+
+    def call(count: int) -> None:
+        barriers_kernel[grid](barrier, count, num_warps=4, launch_cooperative_grid=True)
+
+    few, many = _microseconds(lambda: call(1)), _microseconds(lambda: call(1 + MORE))
+    assert not barrier.any()
+    benchmark.pedantic(call, (1 + MORE,), rounds=1)
+    _report(benchmark, f"a barrier of {grid[0]} programs", few, many)
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_a_graph_node(benchmark: BenchmarkFixture, dependent: bool) -> None:
+    device = torch.device("cuda")
+    options = _pdl.options(device)
+    if dependent and not options["PDL"]:
+        pytest.skip("programmatic dependent launch needs sm_90")
+    options = options if dependent else {"PDL": False}
+    x = torch.zeros(1, device=device)
+    grid = (_launch.multiprocessors(device),)
+
+    def captured(count: int) -> torch.cuda.CUDAGraph:
+        empty_kernel[grid](x, num_warps=4, **options)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                empty_kernel[grid](x, num_warps=4, **options)
+        return graph
+
+    graphs = [captured(1), captured(1 + MORE)]
+    few, many = (_microseconds(graph.replay) for graph in graphs)
+    benchmark.pedantic(graphs[1].replay, rounds=1)
+    _report(benchmark, "a dependent launch in a graph" if dependent else "a graph node", few, many)
