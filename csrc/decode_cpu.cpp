@@ -202,11 +202,17 @@ private:
     template <class Give>
     void linear(const CpuLinear& layer, const Rows& from, const Give& give) {
         const int first = share(layer.outs, kStep, rank_), last = share(layer.outs, kStep, rank_ + 1);
-        const Weights<Kind> weights{static_cast<const Storage*>(layer.weight), layer.stride, layer.in};
         const auto* const bias = static_cast<const Storage*>(layer.bias);
         const auto biased = [&](int r, int out, float value) {
             give(r, out, bias == nullptr ? value : value + Kind::load(bias[out]));
         };
+        if (layer.scales != nullptr) {
+            const Weights<Int8<Kind>> bytes{static_cast<const int8_t*>(layer.weight), layer.stride, layer.in};
+            product(bytes, from, first, last,
+                    [&](int r, int out, float value) { biased(r, out, value * layer.scales[out]); });
+            return;
+        }
+        const Weights<Kind> weights{static_cast<const Storage*>(layer.weight), layer.stride, layer.in};
         if (layer.turned) {
             turned_product(weights, from, first, last, own_ + places_.sums, biased);
         } else {

@@ -16,13 +16,15 @@ struct CpuNorm {
     float eps;
 };
 
-// Weights lie as (outs, in), or turned as (in, outs), their rows ``stride`` elements apart.
+// Weights lie as (outs, in), or turned as (in, outs), their rows ``stride`` elements apart. With scales, one of
+// each output, they are int8, and never turned.
 struct CpuLinear {
     const void* weight;
     const void* bias;  // null: none
     int outs, in;
     int64_t stride;
     bool turned;
+    const float* scales;  // null: weights are of the model's dtype
 };
 
 struct CpuBlock {
@@ -32,7 +34,7 @@ struct CpuBlock {
 };
 
 struct CpuModel {
-    DType dtype;  // of all weights and of the cache: fp32 or bf16
+    DType dtype;  // of the cache, and of all weights that are not int8: fp32 or bf16
     int blocks, width, heads, head_dim, inner, vocab;
     Activation activation;
     bool post_norm;  // norms follow a branch (GPT-1) instead of preceding it

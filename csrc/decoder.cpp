@@ -7,7 +7,7 @@
 namespace gptkern {
 namespace {
 
-constexpr size_t kNorm = 2, kLinear = 6;
+constexpr size_t kNorm = 2, kLinear = 7;
 
 CpuNorm norm_of(const int64_t* numbers, float eps) {
     return {reinterpret_cast<const void*>(numbers[0]), reinterpret_cast<const void*>(numbers[1]), eps};
@@ -19,7 +19,8 @@ CpuLinear linear_of(const int64_t* numbers) {
             static_cast<int>(numbers[2]),
             static_cast<int>(numbers[3]),
             numbers[4],
-            numbers[5] != 0};
+            numbers[5] != 0,
+            reinterpret_cast<const float*>(numbers[6])};
 }
 
 const CpuDecodePath* const* paths() {

@@ -12,8 +12,8 @@ namespace gptkern {
 
 class Decoder {
 public:
-    // Each of ``blocks``: weight and bias of norm1 and of norm2, then of qkv, projection, fc and out six
-    // numbers as in CpuLinear. ``embeddings``: tokens, their stride, positions, their stride.
+    // Each of ``blocks``: weight and bias of norm1 and of norm2, then of qkv, projection, fc and out
+    // seven numbers as in CpuLinear. ``embeddings``: tokens, their stride, positions, their stride.
     Decoder(int dtype, int width, int heads, int inner, int vocab, int activation, bool post_norm, float eps,
             const std::vector<std::vector<int64_t>>& blocks, const std::vector<float>& scales,
             const std::vector<int64_t>& embeddings, const std::vector<int64_t>& final_norm,

@@ -37,6 +37,14 @@ GPTKERN_HD void widen(const uint16_t* from, Vec& even, Vec& odd) {
     even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
+GPTKERN_HD Vec widen(const int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+GPTKERN_HD void widen(const int8_t* from, Vec& even, Vec& odd) {
+    const __m512i pairs = _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
+    odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 8));
+}
 GPTKERN_HD float sum(Vec a) {
     const __m256 low = _mm512_castps512_ps256(a);
     const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1));
@@ -69,6 +77,14 @@ GPTKERN_HD void widen(const uint16_t* from, Vec& even, Vec& odd) {
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
     odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
+GPTKERN_HD Vec widen(const int8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+GPTKERN_HD void widen(const int8_t* from, Vec& even, Vec& odd) {
+    const __m256i pairs = _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 24), 24));
+    odd = _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 8));
 }
 GPTKERN_HD float sum(Vec a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -113,6 +129,10 @@ struct Fp32 {
         first = gptkern::load(from);
         second = gptkern::load(from + kLanes);
     }
+    GPTKERN_HD static void pair(const int8_t* from, Vec& first, Vec& second) {
+        first = widen(from);
+        second = widen(from + kLanes);
+    }
 };
 
 struct Bf16 {
@@ -125,6 +145,15 @@ struct Bf16 {
         return i / kStep * kStep + (i % 2) * kLanes + i % kStep / 2;
     }
     GPTKERN_HD static void pair(const uint16_t* from, Vec& even, Vec& odd) { widen(from, even, odd); }
+    GPTKERN_HD static void pair(const int8_t* from, Vec& even, Vec& odd) { widen(from, even, odd); }
+};
+
+// Whole numbers of 8 bits, which are multiplied with widened rows of a Kind.
+template <class Kind>
+struct Int8 {
+    using Storage = int8_t;
+    GPTKERN_HD static float load(int8_t value) { return static_cast<float>(value); }
+    GPTKERN_HD static void pair(const int8_t* from, Vec& first, Vec& second) { Kind::pair(from, first, second); }
 };
 
 }  // namespace GPTKERN_ISA

@@ -15,6 +15,7 @@ from gptkern.generate import cpu_step
 from gptkern.generate.cpu_step import CpuStep, pays
 from gptkern.model import GPT
 from gptkern.ops.sample._native import _C
+from gptkern.quantize import Quantization, QuantizedLinear, quantize_model
 from gptkern.testing import assert_accurate
 
 pytestmark = pytest.mark.skipif(not _C.has_decoder, reason="this processor has no AVX2")
@@ -128,13 +129,37 @@ def test_against_float64(
         )
 
 
+def _packed(config: GPTConfig, dtype: torch.dtype, format: str = "int8") -> GPT:
+    model = _model(config, dtype, False)
+    quantize_model(model, Quantization.make(config, format))
+    return model
+
+
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
-def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(
-    turned: bool, dtype: torch.dtype
-) -> None:
-    model = _model(PLAIN.replace(vocab_size=515), dtype, turned)
+@pytest.mark.parametrize(("name", "rows"), [*((n, 3) for n in CONFIGS), ("plain", 1)])
+def test_int8_weights_against_float64(name: str, rows: int, dtype: torch.dtype) -> None:
+    model = _packed(CONFIGS[name], dtype)
+    exact = GPT(CONFIGS[name].replace(tie_word_embeddings=False)).double().eval()
+    values = dict(model.named_parameters())
+    values |= {
+        f"{name}.weight": layer.quantized.dequantize(torch.float64)
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantizedLinear)
+    }
+    exact.load_state_dict(values)
+    found, _ = _stepped(model, rows, 6, 4)
+    plain, _ = _stepped(model, rows, 6, 4, fast=False)
+    truth, _ = _stepped(exact, rows, 6, 4, fast=False)
+    assert_accurate(found, plain, truth)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", ["", "turned", "int8"])
+def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(how: str, dtype: torch.dtype) -> None:
+    config = PLAIN.replace(vocab_size=515)
+    model = _packed(config, dtype) if how == "int8" else _model(config, dtype, how == "turned")
     whole, _ = _stepped(model, 13, 3, 4)
     threads = torch.get_num_threads()
     try:
@@ -218,5 +243,7 @@ def test_what_it_does_not_serve_is_left_to_the_model(monkeypatch: pytest.MonkeyP
     assert not pays(model, cache, 1)
     model.float().lm_head.weight = nn.Parameter(torch.randn(260, 192)[::2, ::2])
     assert not pays(model, cache, 1)
+    assert pays(_packed(PLAIN, torch.float32), KVCache.for_config(PLAIN, max_seqs=1, max_len=8), 1)
+    assert not pays(_packed(PLAIN, torch.float32, "fp8"), KVCache.for_config(PLAIN, max_seqs=1, max_len=8), 1)
     monkeypatch.setattr(cpu_step, "_C", None)
     assert not pays(_model(PLAIN, torch.float32, False), cache, 1)

@@ -113,9 +113,10 @@ def test_the_decode_step_reads_the_packed_weights(
     assert_accurate(found, plain, exact)
 
 
-def test_generating_goes_by_the_models_own_way_on_a_cpu(folder: Path) -> None:
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_generating_agrees_with_the_model_on_a_cpu(weights: str, folder: Path) -> None:
     with ops.backend("reference"):
-        made = GPT.from_pretrained(folder, weights="int8")
+        made = GPT.from_pretrained(folder, weights=weights, group_size=32 if weights == "int4" else None)
         ids = torch.arange(5)[None]
         found = made.generate(ids, max_new_tokens=6)
         for place in range(5, 11):

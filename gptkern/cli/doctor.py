@@ -111,7 +111,7 @@ def _extension() -> Iterator[Finding]:
         return
     yield Finding("sampler on CPU", "ok", f"C++, {_C.cpu_path()}")
     if _C.has_decoder:
-        yield Finding("decode step on CPU", "ok", f"C++, {_C.decode_path()}, fp32 and bf16")
+        yield Finding("decode step on CPU", "ok", f"C++, {_C.decode_path()}, fp32 and bf16, int8 weights")
     else:
         yield Finding("decode step on CPU", "fallback", "PyTorch's operators: this processor has no AVX2")
     if torch.cuda.is_available():

@@ -52,10 +52,23 @@ public:
     explicit Random(const Shape& s) : s_(s) {}
 
     std::vector<int64_t> linear(int outs, int in) {
+        if (between(0, 2) == 0) return bytes(outs, in);
         const bool turned = between(0, 1);
         const int64_t stride = (turned ? outs : in) + between(0, 3);
         const size_t count = static_cast<size_t>(stride) * ((turned ? in : outs) - 1) + (turned ? outs : in);
-        return {numbers(count), between(0, 1) ? numbers(outs) : 0, outs, in, stride, turned};
+        return {numbers(count), between(0, 1) ? numbers(outs) : 0, outs, in, stride, turned, 0};
+    }
+
+    // int8 weights and a scale of each output.
+    std::vector<int64_t> bytes(int outs, int in) {
+        const int64_t stride = in + between(0, 3);
+        const size_t count = static_cast<size_t>(stride) * (outs - 1) + in;
+        bytes_.emplace_back(new int8_t[count]);
+        for (size_t i = 0; i < count; ++i) bytes_.back()[i] = static_cast<int8_t>(between(-127, 127));
+        scales_.emplace_back(new float[outs]);
+        for (int i = 0; i < outs; ++i) scales_.back()[i] = 0.001f * static_cast<float>(between(1, 9));
+        return {reinterpret_cast<int64_t>(bytes_.back().get()), between(0, 1) ? numbers(outs) : 0, outs, in, stride, 0,
+                reinterpret_cast<int64_t>(scales_.back().get())};
     }
 
     std::vector<int64_t> norm() { return {numbers(s_.width), between(0, 1) ? numbers(s_.width) : 0}; }
@@ -68,6 +81,8 @@ public:
 private:
     Shape s_;
     std::vector<std::unique_ptr<Numbers>> kept_;
+    std::vector<std::unique_ptr<int8_t[]>> bytes_;
+    std::vector<std::unique_ptr<float[]>> scales_;
 };
 
 bool check(int threads) {
