@@ -57,12 +57,11 @@ class DecodeStep:
         cache: Its live sequences, in order, are the batch. Prompts are prefilled through the model.
         params, state: How tokens are chosen, one row a sequence; without them a step gives logits.
         persistent: Run up to 8 sequences' layers in one cooperative launch in place of five a layer, with
-            the same bits. Off by default: it has not been measured to be faster. Norms must come before
-            their branches (GPT-2, not GPT-1), on a GPU.
+            the same bits, on a GPU. Off by default: it has not been measured to be faster.
 
     Raises:
-        ValueError: Only one of ``params`` and ``state``; a cache of another dtype, device or shape; a model
-            that the persistent step does not take.
+        ValueError: Only one of ``params`` and ``state``; a cache of another dtype, device or shape;
+            ``persistent`` on a CPU.
     """
 
     def __init__(
@@ -88,8 +87,8 @@ class DecodeStep:
                 f"DecodeStep: the cache is {cache.dtype} on {cache.device}, "
                 f"the model {model.dtype} on {model.device}: they must agree"
             )
-        if persistent:
-            _check_persistent(model)
+        if persistent and not use_kernel(model.lm_head.weight):
+            raise ValueError(f"DecodeStep: persistent needs a CUDA device; the model is on {model.device}")
         self.model = model
         self.cache = cache
         self.persistent = persistent
@@ -271,16 +270,6 @@ def _norm(norm: Norm | None) -> tuple[torch.Tensor, torch.Tensor | None, float] 
     return None if norm is None else (norm.weight, norm.bias, norm.eps)
 
 
-def _check_persistent(model: GPT) -> None:
-    if model.config.post_norm:
-        raise ValueError(
-            f"DecodeStep: persistent takes norms before their branches; "
-            f"{model.config.model_type} has them after"
-        )
-    if not use_kernel(model.lm_head.weight):
-        raise ValueError(f"DecodeStep: persistent needs a CUDA device; the model is on {model.device}")
-
-
 def _step_weights(model: GPT) -> StepWeights:
     """The model's weights where they lie now."""
 
@@ -290,23 +279,34 @@ def _step_weights(model: GPT) -> StepWeights:
     def norm(layer: Norm) -> NormWeights:
         return layer.weight, layer.bias
 
-    def layer(block: Block) -> LayerWeights:
+    blocks = [block for block in model.transformer.h if isinstance(block, Block)]
+    layers: list[LayerWeights] = []
+    # Where norms follow their branches, whoever reads a branch's sum next applies its norm.
+    pending: Norm | None = None
+    for block in blocks:
         attn, mlp = block.attn, block.mlp
-        return LayerWeights(
-            norm(block.ln_1), linear(attn.c_attn), linear(attn.c_proj),
-            norm(block.ln_2), linear(mlp.c_fc), linear(mlp.c_proj), attn.scale,
-        )  # fmt: skip
-
-    transformer = model.transformer
-    assert transformer.ln_f is not None
+        before_qkv = pending if block.post_norm else block.ln_1
+        layers.append(
+            LayerWeights(
+                None if before_qkv is None else norm(before_qkv),
+                linear(attn.c_attn),
+                linear(attn.c_proj),
+                norm(block.ln_1 if block.post_norm else block.ln_2),
+                linear(mlp.c_fc),
+                linear(mlp.c_proj),
+                attn.scale,
+            )
+        )
+        pending = block.ln_2
+    last = model.transformer.ln_f or blocks[-1].ln_2
     return StepWeights(
-        transformer.wte.weight,
-        transformer.wpe.weight,
-        tuple(layer(block) for block in transformer.h if isinstance(block, Block)),
-        norm(transformer.ln_f),
+        model.transformer.wte.weight,
+        model.transformer.wpe.weight,
+        tuple(layers),
+        norm(last),
         linear(model.lm_head),
         heads=model.config.n_head,
-        eps=transformer.ln_f.eps,
+        eps=last.eps,
         activation=model.config.activation,
     )
 

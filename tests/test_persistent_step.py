@@ -96,6 +96,8 @@ def test_every_batch(device: torch.device, batch: int) -> None:
         {"n_embd": 160, "n_inner": 96},  # splits of K, and an inner width of its own
         {"tie_word_embeddings": False},
         {"n_layer": 4},
+        {"model_type": "openai-gpt", "n_layer": 3},
+        {"model_type": "openai-gpt", "n_layer": 1, "n_embd": 160},
     ],
     ids=str,
 )
@@ -212,14 +214,11 @@ def test_interpreted_phases_are_launched_one_by_one() -> None:
     step.cache.reserve([1])
     launches = _launches(step, torch.zeros(1))
     assert [launch.name for launch in launches] == ["persistent_step_kernel"] * 12
-    # Phases first and first + 1 follow 24 tensors and the number of rows.
-    assert [launch.args[25:27] for launch in launches] == [(p, p + 1) for p in range(12)]
+    # Phases first and first + 1 follow 26 tensors and the number of rows.
+    assert [launch.args[27:29] for launch in launches] == [(p, p + 1) for p in range(12)]
 
 
-def test_models_that_it_does_not_take(device: torch.device) -> None:
-    model = make_model(device, model_type="openai-gpt")
-    with pytest.raises(ValueError, match="persistent takes norms before their branches; openai-gpt has"):
-        DecodeStep(model, filled(model, [3]), persistent=True)
+def test_it_needs_kernels() -> None:
     model = make_model(torch.device("cpu"))
     with backend("reference"), pytest.raises(ValueError, match="persistent needs a CUDA device"):
         DecodeStep(model, filled(model, [3]), persistent=True)
@@ -239,6 +238,7 @@ def test_weights_that_do_not_agree(device: torch.device) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"layers": ()}, "layers is empty"),
         ({"layers": (layer, replace(layer, fc=replace(layer.fc, bias=None)))}, "layer 1 has 32 to 128 in"),
+        ({"layers": (layer, replace(layer, norm_1=None))}, "layer 1 has no norm where layer 0 has a norm"),
         ({"norm": (weights.norm[0], None)}, "must have a bias or none"),
         ({"head": replace(weights.head, weight=wide.half())}, "the head is torch.float16, the layers"),
         ({"head": replace(weights.head, weight=wide[:, 1:])}, "contiguous and a multiple of 16"),

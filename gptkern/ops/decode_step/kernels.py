@@ -80,26 +80,57 @@ def leave(counter_ptr, finished_ptr, programs, COMPILED: tl.constexpr):
 
 
 @triton.jit
-def prefetch_matrix(
-    table_ptr, program, MATRIX: tl.constexpr, CUT: tl.constexpr, WEIGHT: tl.constexpr, COMPILED: tl.constexpr
-):
+def prefetch_matrix(table_ptr, program, MATRIX: tl.constexpr, CUT: tl.constexpr, WEIGHT: tl.constexpr):
     """Ask for the weights of the first item that this program will take of a layer."""
-    if COMPILED:
-        N: tl.constexpr = CUT[0]
-        TILES: tl.constexpr = (N + CUT[2] - 1) // CUT[2]
-        if program < TILES * CUT[4]:
-            stride: tl.constexpr = CUT[1] // 2 if CUT[5] else CUT[1]
-            prefetch_weights(
-                address(table_ptr, MATRICES + 4 * MATRIX, WEIGHT), stride,
-                program % TILES, program // TILES, N, CUT[1], CUT[2], CUT[3], CUT[4], CUT[5], COMPILED,
+    TILES: tl.constexpr = (CUT[0] + CUT[2] - 1) // CUT[2]
+    STRIDE: tl.constexpr = CUT[1] // 2 if CUT[5] else CUT[1]
+    if program < TILES * CUT[4]:
+        prefetch_weights(
+            address(table_ptr, MATRICES + 4 * MATRIX, WEIGHT), STRIDE, program % TILES, program // TILES,
+            CUT[0], CUT[1], CUT[2], CUT[3], CUT[4], CUT[5], True,
+        )  # fmt: skip
+
+
+@triton.jit
+def prefetch_next(
+    weights_ptr, k_ptr, v_ptr, page_table_ptr, lens_ptr, row_count, page_size, programs_per_head,
+    stride_kp, stride_ks, stride_vp, stride_vs, stride_tb, program, kind, last_layer,
+    QKV_CUT: tl.constexpr, OUT_CUT: tl.constexpr, FC_CUT: tl.constexpr, PROJ_CUT: tl.constexpr,
+    HEAD_CUT: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Ask for what this program reads first after a phase of ``kind``, as far as no program writes it now.
+
+    Before attention that is pages, and the weights of the layer behind it.
+    """
+    if kind == 0:
+        sequence = program // programs_per_head
+        row, head = sequence // HEADS, sequence % HEADS
+        if row < row_count:
+            begin, end = attended_tokens(lens_ptr, None, row, 2147483647)
+            split = begin // SPLIT + program % programs_per_head
+            prefetch_split(
+                k_ptr, v_ptr, page_table_ptr, row, head, split, begin, end, page_size,
+                stride_kp, stride_ks, HEAD_DIM, stride_vp, stride_vs, HEAD_DIM, stride_tb,
+                HEAD_DIM, BLOCK_D, SPLIT, True,
             )  # fmt: skip
+        prefetch_matrix(weights_ptr, program, OUT, OUT_CUT, WEIGHT)
+    elif kind == 2:
+        prefetch_matrix(weights_ptr, program, FC, FC_CUT, WEIGHT)
+    elif kind == 3:
+        prefetch_matrix(weights_ptr, program, PROJ, PROJ_CUT, WEIGHT)
+    elif kind == 4:
+        if last_layer:
+            prefetch_matrix(weights_ptr + COLUMNS, program, HEAD, HEAD_CUT, WEIGHT)
+        else:
+            prefetch_matrix(weights_ptr + COLUMNS, program, QKV, QKV_CUT, WEIGHT)
 
 
 @triton.jit
 def linear_phase(
-    x_ptr, residual_ptr, out_ptr, table_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr, counter_ptr,
-    k_scale_ptr, v_scale_ptr, row_count, eps, page_size, stride_kp, stride_ks, stride_vp, stride_vs,
-    program, programs,
+    x_ptr, residual_ptr, out_ptr, normed_ptr, table_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr,
+    counter_ptr, k_scale_ptr, v_scale_ptr, row_count, eps, page_size,
+    stride_kp, stride_ks, stride_vp, stride_vs, program, programs,
     MATRIX: tl.constexpr, CUT: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KV_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
     WEIGHT: tl.constexpr, SCALED: tl.constexpr, ZEROS: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -117,7 +148,7 @@ def linear_phase(
     STRIDE: tl.constexpr = CUT[1] // 2 if CUT[5] else CUT[1]
     for item in tl.range(program, TILES * CUT[4], programs, disable_licm=True):
         linear_tile(
-            x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, None,
+            x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, normed_ptr,
             k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr, counter_ptr, scale_ptr, zero_ptr, k_scale_ptr,
             v_scale_ptr, row_count, eps, page_size, STRIDE, stride_kp, stride_ks, stride_vp, stride_vs,
             item % TILES, TILES, item // TILES, 0,
@@ -142,6 +173,8 @@ def persistent_step_kernel(
     slots_ptr,  # (rows,) int64, scratch
     x_ptr,  # (rows, WIDTH), scratch: what a layer is given
     middle_ptr,  # (rows, WIDTH), scratch: after attention's branch
+    kept_ptr,  # (rows, WIDTH), scratch: with POST_NORM the norm of x, to which a branch is added; or None
+    kept_middle_ptr,  # the same of middle
     q_ptr,  # (rows, WIDTH), scratch
     attended_ptr,  # (rows, WIDTH), scratch
     inner_ptr,  # (rows, inner width), scratch
@@ -156,7 +189,7 @@ def persistent_step_kernel(
     stride_kl, stride_kp, stride_ks, stride_vl, stride_vp, stride_vs,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     QKV_CUT: tl.constexpr, OUT_CUT: tl.constexpr, FC_CUT: tl.constexpr, PROJ_CUT: tl.constexpr,
-    HEAD_CUT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    HEAD_CUT: tl.constexpr, POST_NORM: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     WEIGHT: tl.constexpr, SCALED: tl.constexpr, ZEROS: tl.constexpr,
     EMBED_BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
@@ -176,25 +209,34 @@ def persistent_step_kernel(
             for row in range(program, row_count, programs):
                 embed_row(
                     tokens_ptr, live_ptr, token_weight_ptr, position_weight_ptr, page_table_ptr, lens_ptr,
-                    x_ptr, slots_ptr, page_size, stride_token, stride_position, stride_tb, row,
-                    WIDTH, EMBED_BLOCK,
+                    kept_ptr if POST_NORM else x_ptr, slots_ptr, page_size,
+                    stride_token, stride_position, stride_tb, row, WIDTH, EMBED_BLOCK,
                 )  # fmt: skip
         elif phase == LAYERS * PHASES_PER_LAYER + 1:
             linear_phase(
-                x_ptr, None, logits_ptr, weights_ptr, None, None, None, partial_ptr, counter_ptr, None, None,
-                row_count, eps, page_size, 0, 0, 0, 0, program, programs,
+                x_ptr, None, logits_ptr, None, weights_ptr, None, None, None, partial_ptr, counter_ptr,
+                None, None, row_count, eps, page_size, 0, 0, 0, 0, program, programs,
                 HEAD, HEAD_CUT, NORM_1, BIAS, False, "none", 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
+            )  # fmt: skip
+        elif POST_NORM and phase == 1:
+            # The embeddings have no norm before them.
+            linear_phase(
+                kept_ptr, None, q_ptr, None, weights_ptr, layer_k_ptr, layer_v_ptr, slots_ptr, partial_ptr,
+                counter_ptr, layer_k_scale_ptr, layer_v_scale_ptr, row_count, eps, page_size,
+                stride_kp, stride_ks, stride_vp, stride_vs, program, programs,
+                QKV, QKV_CUT, -1, False, BIAS, "none", WIDTH, HEAD_DIM, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         elif kind == 0:
             linear_phase(
-                x_ptr, None, q_ptr, weights_ptr, layer_k_ptr, layer_v_ptr, slots_ptr, partial_ptr,
+                x_ptr, None, q_ptr, kept_ptr, weights_ptr, layer_k_ptr, layer_v_ptr, slots_ptr, partial_ptr,
                 counter_ptr, layer_k_scale_ptr, layer_v_scale_ptr, row_count, eps, page_size,
                 stride_kp, stride_ks, stride_vp, stride_vs, program, programs,
                 QKV, QKV_CUT, NORM_1, BIAS, BIAS, "none", WIDTH, HEAD_DIM, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         elif kind == 1:
             scale_log2 = tl.load(attention_scales_ptr + layer)
-            for item in tl.range(program, row_count * HEADS * programs_per_head, programs, disable_licm=True):
+            items = row_count * HEADS * programs_per_head
+            for item in tl.range(program, items, programs, disable_licm=True):
                 sequence = item // programs_per_head
                 row, head = sequence // HEADS, sequence % HEADS
                 begin, end = attended_tokens(lens_ptr, None, row, 2147483647)
@@ -207,44 +249,33 @@ def persistent_step_kernel(
                 )  # fmt: skip
         elif kind == 2:
             linear_phase(
-                attended_ptr, x_ptr, middle_ptr, weights_ptr, None, None, None, partial_ptr, counter_ptr,
+                attended_ptr, kept_ptr if POST_NORM else x_ptr, middle_ptr, None, weights_ptr,
+                None, None, None, partial_ptr, counter_ptr,
                 None, None, row_count, eps, page_size, 0, 0, 0, 0, program, programs,
                 OUT, OUT_CUT, -1, False, BIAS, "none", 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         elif kind == 3:
             linear_phase(
-                middle_ptr, None, inner_ptr, weights_ptr, None, None, None, partial_ptr, counter_ptr,
+                middle_ptr, None, inner_ptr, kept_middle_ptr, weights_ptr,
+                None, None, None, partial_ptr, counter_ptr,
                 None, None, row_count, eps, page_size, 0, 0, 0, 0, program, programs,
                 FC, FC_CUT, NORM_2, BIAS, BIAS, ACTIVATION, 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         else:
             linear_phase(
-                inner_ptr, middle_ptr, x_ptr, weights_ptr, None, None, None, partial_ptr, counter_ptr,
+                inner_ptr, kept_middle_ptr if POST_NORM else middle_ptr, x_ptr, None, weights_ptr,
+                None, None, None, partial_ptr, counter_ptr,
                 None, None, row_count, eps, page_size, 0, 0, 0, 0, program, programs,
                 PROJ, PROJ_CUT, -1, False, BIAS, "none", 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         if phase + 1 < end_phase:
             arrive(barrier_ptr, COMPILED)
-            # The next phase's weights, or where it is attention its pages and the weights after it.
-            if phase == LAYERS * PHASES_PER_LAYER:
-                prefetch_matrix(weights_ptr + COLUMNS, program, HEAD, HEAD_CUT, WEIGHT, COMPILED)
-            elif kind == 4:
-                prefetch_matrix(weights_ptr + COLUMNS, program, QKV, QKV_CUT, WEIGHT, COMPILED)
-            elif kind == 0:
-                if COMPILED:
-                    sequence = program // programs_per_head
-                    row, head = sequence // HEADS, sequence % HEADS
-                    if row < row_count:
-                        begin, end = attended_tokens(lens_ptr, None, row, 2147483647)
-                        prefetch_split(
-                            layer_k_ptr, layer_v_ptr, page_table_ptr, row, head, program % programs_per_head,
-                            begin, end, page_size, stride_kp, stride_ks, HEAD_DIM, stride_vp, stride_vs,
-                            HEAD_DIM, stride_tb, HEAD_DIM, BLOCK_D, SPLIT, COMPILED,
-                        )  # fmt: skip
-                prefetch_matrix(weights_ptr, program, OUT, OUT_CUT, WEIGHT, COMPILED)
-            elif kind == 2:
-                prefetch_matrix(weights_ptr, program, FC, FC_CUT, WEIGHT, COMPILED)
-            elif kind == 3:
-                prefetch_matrix(weights_ptr, program, PROJ, PROJ_CUT, WEIGHT, COMPILED)
+            if COMPILED:
+                prefetch_next(
+                    weights_ptr, layer_k_ptr, layer_v_ptr, page_table_ptr, lens_ptr, row_count, page_size,
+                    programs_per_head, stride_kp, stride_ks, stride_vp, stride_vs, stride_tb,
+                    program, kind, layer == LAYERS - 1,
+                    QKV_CUT, OUT_CUT, FC_CUT, PROJ_CUT, HEAD_CUT, HEADS, HEAD_DIM, BLOCK_D, SPLIT, WEIGHT,
+                )  # fmt: skip
             await_arrivals(barrier_ptr, (phase + 1 - first_phase) * programs, COMPILED)
     leave(barrier_ptr, barrier_ptr + 32, programs, COMPILED)

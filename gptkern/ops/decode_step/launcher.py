@@ -73,12 +73,14 @@ def launch_step(
     def scratch(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device=device)
 
+    kept = [scratch(rows, width) if weights.post_norm else None for _ in range(2)]
     counter = counters(device, _BARRIER + max(*(cut.tiles for cut in cuts), rows * heads))
     logits = scratch(rows, weights.head.weight.shape[0])
     arguments = (
         tokens, live, weights.token_weight, weights.position_weight, weights.table, weights.attention_scales,
         page_table, seq_lens, k_cache, v_cache, *(scales or (None, None)),
-        scratch(rows, of=torch.int64), *(scratch(rows, width) for _ in range(4)),
+        scratch(rows, of=torch.int64), *(scratch(rows, width) for _ in range(2)), *kept,
+        *(scratch(rows, width) for _ in range(2)),
         scratch(rows, layer.fc.weight.shape[0]), scratch(max(cut.partial for cut in cuts), of=torch.float32),
         scratch(rows, heads, max_splits, head_dim, of=torch.float32),
         scratch(rows, heads, max_splits, 2, of=torch.float32),
@@ -91,7 +93,7 @@ def launch_step(
     )  # fmt: skip
     options = {
         "LAYERS": layers, "HEADS": heads, "HEAD_DIM": head_dim, "WIDTH": width,
-        "BIAS": layer.qkv.bias is not None, "ACTIVATION": weights.activation,
+        "POST_NORM": weights.post_norm, "BIAS": layer.qkv.bias is not None, "ACTIVATION": weights.activation,
         "EMBED_BLOCK": min(triton.next_power_of_2(width), EMBED_COLUMNS), "BLOCK_S": MOMENT_COLUMNS,
         **{f"{name}_CUT": cut.numbers for name, cut in zip(_LINEARS, cuts, strict=True)},
         **_format(layer.qkv), **attention, **config,

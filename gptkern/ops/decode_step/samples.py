@@ -24,6 +24,7 @@ def _step(
     layers: int = 2,
     weights: Packed = None,
     fp8_cache: bool = False,
+    post_norm: bool = False,
 ) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> Call:
         def value(*shape: int) -> torch.Tensor:
@@ -33,16 +34,17 @@ def _step(
             packed = None if weights is None else packed_matrix(outputs, inputs, device, *weights)
             return Linear(value(outputs, inputs) if packed is None else packed, value(outputs))
 
-        def layer() -> LayerWeights:
+        def layer(index: int) -> LayerWeights:
             norms = [(value(width), value(width)) for _ in range(2)]
             qkv, out = linear(3 * width, width), linear(width, width)
             fc, proj = linear(4 * width, width), linear(width, 4 * width)
-            return LayerWeights(norms[0], qkv, out, norms[1], fc, proj, (width // heads) ** -0.5)
+            first = None if post_norm and index == 0 else norms[0]
+            return LayerWeights(first, qkv, out, norms[1], fc, proj, (width // heads) ** -0.5)
 
         model = StepWeights(
             value(vocabulary, width),
             value(1024, width),
-            tuple(layer() for _ in range(layers)),
+            tuple(layer(index) for index in range(layers)),
             (value(width), value(width)),
             Linear(linear(vocabulary, width).weight),
             heads=heads,
@@ -68,6 +70,7 @@ SAMPLES = [
     Sample("124M", persistent_step, _step(1, 768, 12), mma_sync=_N),
     Sample("355M", persistent_step, _step(1, 1024, 16), mma_sync=_N),
     Sample("1.5B", persistent_step, _step(8, 1600, 25), mma_sync=_N),
+    Sample("GPT-1", persistent_step, _step(1, 768, 12, vocabulary=40478, post_norm=True), mma_sync=_N),
     Sample("124M, fp32", persistent_step, _step(1, 768, 12), dtypes=_FP32),
     Sample("124M, int8", persistent_step, _step(1, 768, 12, weights=("int8", 0, False)), mma_sync=_N),
     Sample("124M, int4", persistent_step, _step(1, 768, 12, weights=("int4", 128, True)), mma_sync=_N),

@@ -29,9 +29,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer whose norms come before its branches; norms are (weight, bias or None)."""
+    """One layer; norms are (weight, bias or None).
 
-    norm_1: NormWeights
+    Attributes:
+        norm_1, norm_2: Of what QKV and FC are given. Where norms follow their branches (GPT-1), ``norm_1`` is
+            that of the layer before, and None in the first layer.
+    """
+
+    norm_1: NormWeights | None
     qkv: Linear
     out: Linear
     norm_2: NormWeights
@@ -72,7 +77,8 @@ class StepWeights:
             raise ValueError("StepWeights: layers is empty")
         first = [_kind(part) for part in _parts(self.layers[0])]
         for index, layer in enumerate(self.layers):
-            for part, kind in zip(_parts(layer), first, strict=True):
+            norms = [] if index == 0 and layer.norm_1 is None else [(layer.norm_1, first[0])]
+            for part, kind in [*norms, *zip(_parts(layer), first, strict=True)]:
                 if _kind(part) != kind:
                     raise ValueError(
                         f"StepWeights: layer {index} has {_kind(part)} "
@@ -93,13 +99,22 @@ class StepWeights:
                     f"address {tensor.data_ptr():#x}; contiguous and a multiple of {_ALIGNMENT} is needed"
                 )
 
+    @property
+    def post_norm(self) -> bool:
+        """Whether a branch is added to the norm of what it is given, not to that itself."""
+        return self.layers[0].norm_1 is None
+
     def _tensors(self) -> Iterator[torch.Tensor]:
         yield from (tensor for row in self._rows() for tensor in row if tensor is not None)
 
     def _rows(self) -> Iterator[list[torch.Tensor | None]]:
         for layer in self.layers:
             matrices = (layer.qkv, layer.out, layer.fc, layer.proj)
-            yield [*layer.norm_1, *layer.norm_2, *(t for matrix in matrices for t in _fields(matrix))]
+            yield [
+                *(layer.norm_1 or (None, None)),
+                *layer.norm_2,
+                *(t for matrix in matrices for t in _fields(matrix)),
+            ]
         columns: int = kernels.COLUMNS.value
         head = [*self.norm, None, None, *_fields(self.head)]
         yield head + [None] * (columns - len(head))
@@ -125,7 +140,8 @@ def _fields(linear: Linear) -> tuple[torch.Tensor | None, ...]:
 
 
 def _parts(layer: LayerWeights) -> tuple[NormWeights | Linear, ...]:
-    return layer.norm_1, layer.qkv, layer.out, layer.norm_2, layer.fc, layer.proj
+    """All but the first norm."""
+    return layer.norm_2, layer.qkv, layer.out, layer.fc, layer.proj
 
 
 def _format(linear: Linear) -> str:
@@ -136,8 +152,10 @@ def _format(linear: Linear) -> str:
     return weight.format + ("" if weight.zeros is None else " with zeros")
 
 
-def _kind(part: NormWeights | Linear) -> str:
+def _kind(part: NormWeights | Linear | None) -> str:
     """What must be the same in every layer."""
+    if part is None:
+        return "no norm"
     if isinstance(part, tuple):
         return f"a norm of {part[0].shape[0]} with{'out' if part[1] is None else ''} bias"
     outputs, inputs = part.weight.shape
