@@ -4,7 +4,7 @@ A layer is five launches, each one op that works alone: norm, QKV and the cache;
 projection and residual; norm, FC and activation; projection and residual. Before the layers come the
 embeddings, after them norm and head, and the sampler where one is given. On a GPU the whole step is
 captured as one CUDA graph per bucket of batch sizes, and tokens go from the sampler to the next step's
-embeddings on the device.
+embeddings on the device. With ``persistent`` all layers are one launch (``ops.decode_step``).
 """
 
 from __future__ import annotations
