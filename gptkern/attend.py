@@ -11,7 +11,15 @@ from gptkern import ops
 
 
 class Attend(Protocol):
-    """One of the ways; ``gptkern.cache`` has the third."""
+    """One of the ways; ``gptkern.cache`` has the third.
+
+    Attributes:
+        dropout: False leaves every dropout of the pass out, whatever mode a module is in: the mode is the
+            model's, shared by all who use it, and a pass that only reads the model must not depend on it.
+    """
+
+    @property
+    def dropout(self) -> bool: ...
 
     def attention(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
@@ -23,6 +31,7 @@ class DenseAttend:
     """Every row of the batch is a whole sequence: tensors ``(batch, seq, heads, head_dim)``."""
 
     dropout_p: float
+    dropout: bool = True
 
     def attention(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
@@ -37,6 +46,7 @@ class PackedAttend:
     cu_seqlens: torch.Tensor
     max_seqlen: int
     dropout_p: float
+    dropout: bool = True
 
     def attention(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float

@@ -51,6 +51,9 @@ class CacheStep:
     second's, and so on.
     """
 
+    # No gradient comes back through a cache, so a pass through one is never training.
+    dropout = False
+
     def __init__(self, cache: KVCache, sequences: list[int], new_lengths: list[int]) -> None:
         self.cache = cache
         self.sequences = sequences

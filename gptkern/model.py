@@ -101,9 +101,11 @@ class Norm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(
+        self, x: torch.Tensor, residual: torch.Tensor, attend: Attend
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of ``residual + dropout(x)``, and that sum."""
-        dropout_p = self.dropout_p if self.training else 0.0
+        dropout_p = self.dropout_p if self.training and attend.dropout else 0.0
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p)
 
 
@@ -123,14 +125,14 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``(x, residual)`` to the next such pair; the residual is None where nothing is to be added."""
         if self.post_norm:
-            h, _ = self.ln_1.add(self.attn(x, attend), x)
-            h, _ = self.ln_2.add(self.mlp(h), h)
+            h, _ = self.ln_1.add(self.attn(x, attend), x, attend)
+            h, _ = self.ln_2.add(self.mlp(h), h, attend)
             return h, None
         if residual is None:
             h, residual = self.ln_1(x), x
         else:
-            h, residual = self.ln_1.add(x, residual)
-        h, residual = self.ln_2.add(self.attn(h, attend), residual)
+            h, residual = self.ln_1.add(x, residual, attend)
+        h, residual = self.ln_2.add(self.attn(h, attend), residual, attend)
         return self.mlp(h), residual
 
 
@@ -147,17 +149,18 @@ class Transformer(nn.Module):
         self.ln_f = None if config.post_norm else Norm(config)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend) -> torch.Tensor:
-        x = F.dropout(self.wte(input_ids) + self.wpe(position_ids), self.embd_pdrop, self.training)
+        x: torch.Tensor = self.wte(input_ids) + self.wpe(position_ids)
+        x = F.dropout(x, self.embd_pdrop, self.training and attend.dropout)
         residual: torch.Tensor | None = None
         for block in self.h:
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x, residual = checkpoint(block, x, residual, attend, use_reentrant=False)
             else:
                 x, residual = block(x, residual, attend)
         if self.ln_f is None:
             return x
         assert residual is not None
-        return self.ln_f.add(x, residual)[0]
+        return self.ln_f.add(x, residual, attend)[0]
 
 
 class GPT(nn.Module):
@@ -275,7 +278,8 @@ class GPT(nn.Module):
     ) -> torch.Tensor | GenerateOutput:
         """Continue prompts, with the names, meaning and defaults of transformers' ``generate``.
 
-        Dropout is off while it runs. Padding may be on any side; new tokens follow the whole row.
+        Dropout is off in every mode, and the mode stays as it is: a model may generate while it is trained.
+        Padding may be on any side; new tokens follow the whole row.
 
         Args:
             input_ids: ``(batch, seq)`` integers.
@@ -393,6 +397,7 @@ class GPT(nn.Module):
                 left out of the computation. With a cache it speaks of the new tokens only.
             cache: Keys and values of what came before, row i of the batch being the i-th live
                 sequence; an empty one is filled with the batch's sequences. Grows by this call's tokens.
+                A pass through a cache has no dropout, as no gradient comes back through it.
             position_ids: ``(batch, seq)`` int64; by default 0, 1, 2, ... along the row, as in
                 transformers, or with a cache each sequence's own count of tokens.
             logits_to_keep: Only the last so many positions' logits (of each sequence, with a cache or

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from gptkern.config import GPTConfig
 from gptkern.generate import GenerateOptions, GenerateOutput, loop
 from gptkern.generate.options import Settings
 from gptkern.model import GPT, Attention
+from gptkern.tokenizer import Tokenizer
 
 
 def same(name: str, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
@@ -234,14 +237,86 @@ def test_return_sequences_share_a_prefill_and_differ() -> None:
     assert calls[0] == 12
 
 
-def test_dropout_is_off_and_the_mode_restored() -> None:
-    ours = GPT(GPTConfig(vocab_size=VOCAB, n_positions=32, n_layer=2, n_head=2, n_embd=32))
-    ids = prompts(1, 5)
-    assert ours.training
-    first = ours.generate(ids, max_new_tokens=20)
-    assert torch.equal(ours.generate(ids, max_new_tokens=20), first)
-    assert ours.training
-    assert all(module.training for module in ours.modules())
+def dropping(**changes: Any) -> tuple[GPT, GPT]:
+    """(a model in training mode with dropout in every place, the same weights in evaluation mode)."""
+    torch.manual_seed(1)
+    fields = {"vocab_size": VOCAB, "n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    drops = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    training = GPT(GPTConfig(**(fields | drops | {"initializer_range": 0.4} | changes)))
+    evaluated = GPT(training.config).eval()
+    evaluated.load_state_dict(training.state_dict())
+    training.tokenizer = evaluated.tokenizer = Tokenizer.bytes()
+    return training, evaluated
+
+
+WAYS: dict[str, Callable[[GPT], Any]] = {
+    "generate": lambda m: m.generate(prompts(2, 5), max_new_tokens=20, eos_token_id=None).tolist(),
+    "draws": lambda m: m.generate(
+        prompts(2, 5), do_sample=True, seed=3, max_new_tokens=9, eos_token_id=None
+    ).tolist(),
+    "beams": lambda m: m.generate(prompts(2, 5), max_new_tokens=6, num_beams=3).tolist(),
+    "speculation": lambda m: m.generate(prompts(1, 5), max_new_tokens=20, speculate=3).tolist(),
+    "text": lambda m: m.generate_text([[5, 6], [7]], max_new_tokens=6, eos_token_id=None),
+    "stream": lambda m: list(m.stream([5, 6], max_new_tokens=6, eos_token_id=None)),
+    "score": lambda m: m.score([[5, 6, 7], [8, 9]]),
+}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_dropout_is_off_and_the_mode_never_touched(
+    way: str, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plain:
+        monkeypatch.setattr(loop, "pays", lambda *_: False)
+    training, evaluated = dropping(model_type="openai-gpt" if plain else "gpt2")
+    modes: set[bool] = set()
+    for module in training.modules():
+        module.register_forward_pre_hook(lambda m, _: modes.add(m.training))
+    expected = WAYS[way](evaluated)
+    assert WAYS[way](training) == expected
+    assert modes == {True}
+    assert all(module.training for module in training.modules())
+    evaluated.transformer.h[1].train()
+    assert WAYS[way](evaluated) == expected
+
+
+def test_dropout_stays_off_with_recomputed_activations() -> None:
+    training, evaluated = dropping()
+    training.gradient_checkpointing_enable()
+    assert WAYS["generate"](training) == WAYS["generate"](evaluated)
+    assert WAYS["score"](training) == WAYS["score"](evaluated)
+
+
+def test_threads_generate_alike_from_a_model_in_training_mode() -> None:
+    training, evaluated = dropping()
+    ways = ["beams", "text", "score", "draws"]
+    expected = [WAYS[way](evaluated) for way in ways]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: WAYS[ways[i % 4]](training), range(32)))
+    assert all(out == expected[i % 4] for i, out in enumerate(found))
+    assert training.training
+
+
+def test_a_training_step_amid_a_stream_has_its_dropout() -> None:
+    training, evaluated = dropping()
+    ids = prompts(2, 9)
+
+    def loss() -> float:
+        torch.manual_seed(7)
+        return training(ids, labels=ids).loss.item()
+
+    with_dropout = loss()
+    assert with_dropout != evaluated(ids, labels=ids).loss.item()
+    stream = training.stream([5, 6], max_new_tokens=12, eos_token_id=None)
+    pieces = [next(stream)]
+    assert training.training
+    assert loss() == with_dropout
+    half_read = training.stream([8], max_new_tokens=12)
+    next(half_read)
+    assert loss() == with_dropout
+    assert pieces + list(stream) == list(evaluated.stream([5, 6], max_new_tokens=12, eos_token_id=None))
+    assert training.training
 
 
 def test_results_can_be_trained_on() -> None:

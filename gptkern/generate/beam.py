@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptkern.cache import KVCache
-from gptkern.generate.loop import evaluating, prefill, stepper
+from gptkern.generate.loop import prefill, stepper
 from gptkern.generate.options import Settings
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.rules import RowRules, Rules
@@ -53,27 +53,26 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
     All searches share each forward pass. One that can no longer improve leaves the batch.
     """
     searches, rules = [_Search(row) for row in prompts.rows], Rules(settings)
-    with evaluating(model):
-        cache = KVCache.for_config(
-            model.config,
-            max_seqs=len(searches) * settings.num_beams,
-            max_len=prompts.longest + settings.max_new,
-            **model.cache_options(settings.kv_cache_dtype),
-            device=model.device,
-        )
-        logits = prefill(model, prompts, cache)
-        step = stepper(model, cache, rows=len(searches) * settings.num_beams, steps=settings.max_new - 1)
-        active = searches
-        while True:
-            scores = _processed(logits.float().log_softmax(-1), active, settings, rules)
-            parents = _advance(scores, active, settings, tokenizer)
-            sequences = cache.sequences
-            active = [search for search in active if search.running]
-            if not active:
-                break
-            _follow(cache, [sequences[row] for row in parents])
-            tokens = [beam.tokens[-1] for search in active for beam in search.running]
-            logits = step(torch.tensor(tokens, device=model.device))
+    cache = KVCache.for_config(
+        model.config,
+        max_seqs=len(searches) * settings.num_beams,
+        max_len=prompts.longest + settings.max_new,
+        **model.cache_options(settings.kv_cache_dtype),
+        device=model.device,
+    )
+    logits = prefill(model, prompts, cache)
+    step = stepper(model, cache, rows=len(searches) * settings.num_beams, steps=settings.max_new - 1)
+    active = searches
+    while True:
+        scores = _processed(logits.float().log_softmax(-1), active, settings, rules)
+        parents = _advance(scores, active, settings, tokenizer)
+        sequences = cache.sequences
+        active = [search for search in active if search.running]
+        if not active:
+            break
+        _follow(cache, [sequences[row] for row in parents])
+        tokens = [beam.tokens[-1] for search in active for beam in search.running]
+        logits = step(torch.tensor(tokens, device=model.device))
     return [beam for search in searches for beam in search.complete[: settings.num_return_sequences]]
 
 

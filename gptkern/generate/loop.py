@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,52 +53,51 @@ def steps(
         texts: One a row, told of every token; a row whose text has stopped finishes.
     """
     copies = settings.num_return_sequences
-    with evaluating(model):
-        cache = KVCache.for_config(
-            model.config,
-            max_seqs=len(prompts.rows) * copies,
-            max_len=prompts.longest + settings.max_new,
-            **model.cache_options(settings.kv_cache_dtype),
-            device=model.device,
-        )
-        logits = prefill(model, prompts, cache)
-        rows = _fork(cache, len(prompts.rows), copies)
-        logits = logits[[row // copies for row in rows]]
-        picker = Picker(
-            settings,
-            prompts,
-            rows,
-            vocab_size=model.config.vocab_size,
-            logprobs=logprobs,
-            device=model.device,
-        )
-        step = stepper(model, cache, rows=len(rows), steps=settings.max_new - 1)
-        if settings.speculate and not picker.ruled:
-            verify = verifier(model, cache, step, settings.speculate)
-            if verify is not None:
-                yield from speculative_steps(logits, verify, picker, cache, prompts, settings, rows, texts)
-                return
-        ahead = model.device.type in AHEAD_ON
-        for index in range(settings.max_new):
-            picked = picker(logits)
-            last = index + 1 == settings.max_new
-            if ahead and not last:
-                logits = step(picked.tokens)
-            tokens = picked.tokens.tolist()
-            picker.push(tokens)
-            finished = [finish(t, row, settings, texts, last) for t, row in zip(tokens, rows, strict=True)]
-            yield Step(rows, tokens, None if picked.logprobs is None else picked.logprobs.tolist(), finished)
-            kept = [i for i, reason in enumerate(finished) if reason is None]
-            if not kept:
-                return
-            chosen = picked.tokens
-            if len(kept) < len(rows):
-                _drop(cache, kept)
-                picker.keep(kept)
-                rows = [rows[i] for i in kept]
-                logits, chosen = logits[kept], chosen[kept]
-            if not ahead:
-                logits = step(chosen)
+    cache = KVCache.for_config(
+        model.config,
+        max_seqs=len(prompts.rows) * copies,
+        max_len=prompts.longest + settings.max_new,
+        **model.cache_options(settings.kv_cache_dtype),
+        device=model.device,
+    )
+    logits = prefill(model, prompts, cache)
+    rows = _fork(cache, len(prompts.rows), copies)
+    logits = logits[[row // copies for row in rows]]
+    picker = Picker(
+        settings,
+        prompts,
+        rows,
+        vocab_size=model.config.vocab_size,
+        logprobs=logprobs,
+        device=model.device,
+    )
+    step = stepper(model, cache, rows=len(rows), steps=settings.max_new - 1)
+    if settings.speculate and not picker.ruled:
+        verify = verifier(model, cache, step, settings.speculate)
+        if verify is not None:
+            yield from speculative_steps(logits, verify, picker, cache, prompts, settings, rows, texts)
+            return
+    ahead = model.device.type in AHEAD_ON
+    for index in range(settings.max_new):
+        picked = picker(logits)
+        last = index + 1 == settings.max_new
+        if ahead and not last:
+            logits = step(picked.tokens)
+        tokens = picked.tokens.tolist()
+        picker.push(tokens)
+        finished = [finish(t, row, settings, texts, last) for t, row in zip(tokens, rows, strict=True)]
+        yield Step(rows, tokens, None if picked.logprobs is None else picked.logprobs.tolist(), finished)
+        kept = [i for i, reason in enumerate(finished) if reason is None]
+        if not kept:
+            return
+        chosen = picked.tokens
+        if len(kept) < len(rows):
+            _drop(cache, kept)
+            picker.keep(kept)
+            rows = [rows[i] for i in kept]
+            logits, chosen = logits[kept], chosen[kept]
+        if not ahead:
+            logits = step(chosen)
 
 
 def prefill(model: GPT, prompts: Prompts, cache: KVCache) -> torch.Tensor:
@@ -128,19 +126,6 @@ def stepper(model: GPT, cache: KVCache, *, rows: int, steps: int) -> Callable[[t
         return output.logits[:, -1]
 
     return step
-
-
-@contextmanager
-def evaluating(model: GPT) -> Iterator[None]:
-    """Without dropout, whatever mode the model is in."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
 
 
 def _fork(cache: KVCache, prompts: int, copies: int) -> list[int]:

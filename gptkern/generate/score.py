@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptkern.attend import PackedAttend
-from gptkern.generate.loop import evaluating
 from gptkern.generate.run import needed_tokenizer
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def score(
         start = _start(model, before, tokenizer)
         results.append((ids if start else ids[1:], [], []))
         windows += _windows(index, start + ids, max(len(start), 1), model.config.n_positions, stride)
-    with torch.inference_mode(), evaluating(model):
+    with torch.inference_mode():
         for group in _groups(windows):
             for window, (logprobs, greedy) in zip(group, _run(model, group), strict=True):
                 results[window.text][1].extend(logprobs)
@@ -165,7 +164,7 @@ def _run(model: GPT, windows: list[_Window]) -> Iterator[tuple[list[float], list
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     ids = torch.tensor([token for row in inputs for token in row], device=model.device)
     positions = torch.cat([torch.arange(len(row)) for row in inputs]).to(model.device)
-    attend = PackedAttend(ends.to(model.device, torch.int32), int(lengths.max()), 0.0)
+    attend = PackedAttend(ends.to(model.device, torch.int32), int(lengths.max()), 0.0, dropout=False)
     hidden = model.transformer(ids, positions, attend)
     for window, start in zip(windows, ends.tolist(), strict=False):
         rows = hidden[start + window.first - 1 : start + len(window.ids) - 1]
