@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import pickle
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from gptkern.checkpoint.errors import CheckpointError
 from gptkern.config import GPTConfig
 from gptkern.model import GPT
 from gptkern.tokenizer import Tokenizer
@@ -443,22 +447,62 @@ def test_too_small_a_disk_is_said_at_the_start(
 def test_full_disk_leaves_the_old_checkpoint(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = checkpoints_module._write_state
+    write = checkpoints_module.write_state
     calls = []
 
     def full(folder: Path, *rest: Any) -> None:
         calls.append(folder)
         if len(calls) == 2:
-            folder.mkdir()
             (folder / "half").write_text("x")
             raise OSError(28, "No space left on device")
         write(folder, *rest)
 
-    monkeypatch.setattr(checkpoints_module, "_write_state", full)
+    monkeypatch.setattr(checkpoints_module, "write_state", full)
     with pytest.raises(OSError, match="No space"):
         train(tiny(text_file), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     assert train(tiny(text_file), tmp_path / "run", resume=True).finished
+
+
+class Marker:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_resuming_runs_no_code_of_the_folder(text_file: Path, tmp_path: Path) -> None:
+    """A pickle in place of each file of a run, and beside them: it stays shut, and the error names it."""
+    settings = tiny(text_file, train={"steps": 2}, checkpoint={"every": 0})
+    train(settings, tmp_path / "run")
+    files = [path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    checkpoint = Path("checkpoints") / "step-00000002"
+    # torch.distributed.checkpoint's names: its own reader would run them
+    files[:0] = [checkpoint / "state" / name for name in (".metadata", "__0_0.distcp")]
+    for place in (pickle.dumps, torch_bytes):
+        for number, file in enumerate(files):
+            folder, marker = tmp_path / f"{place.__name__}{number}", tmp_path / "ran"
+            shutil.copytree(tmp_path / "run", folder)
+            (folder / file).write_bytes(place(Marker(marker)))
+            error = ""
+            try:
+                train(settings, folder, resume=True)
+            except (SettingsError, CheckpointError) as raised:
+                error = str(raised)
+            assert not marker.exists(), file
+            # Tokens are made anew and the newest model is written anew: these alone are read.
+            if file.name in ("run.json", "rank-00000.safetensors", "log.jsonl"):
+                assert file.name in error
+    assert checkpoint / "state" / "rank-00000.safetensors" in files
+
+
+def torch_bytes(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 def test_load_pairs_reads_jsonl(tmp_path: Path) -> None:

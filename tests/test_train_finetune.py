@@ -141,6 +141,19 @@ def test_plot(tmp_path: Path) -> None:
         plot_run(tmp_path / "nothing", tmp_path / "plot.png")
 
 
+def test_plot_of_odd_logs_and_names(tmp_path: Path) -> None:
+    folder = tmp_path / r"a$\bad$"
+    folder.mkdir()
+    log = folder / "log.jsonl"
+    log.write_text('{"step": 1, "loss": 2.0, "lr": "high"}\n{"step": 2, "lo')
+    plot_run(folder, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    for line in ("3", '["step"]', "null", '{"loss": 1}', '{"step": "x"}', "words"):
+        log.write_text('{"step": 1, "loss": 2.0}\n' + line + '\n{"step": 2}\n')
+        with pytest.raises(SettingsError, match=r"log\.jsonl, line 2: not a line of a run's log"):
+            plot_run(folder, tmp_path / "plot.png")
+
+
 def run_example(name: str, *arguments: object) -> str:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     finished = subprocess.run(

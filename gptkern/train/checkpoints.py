@@ -1,10 +1,10 @@
 """A run's checkpoints: each a folder that appears whole or not at all.
 
 ``checkpoints/step-00000500`` holds the model (``config.json``, ``model.safetensors``, the tokenizer: what
-``GPT.from_pretrained`` and transformers open), ``state`` (weights and optimizer as they are trained, by
-torch.distributed.checkpoint: any number of processes can read it) and ``run.json``. It is written
-under another name, flushed, and renamed. The data's position and the random numbers follow from the
-seed and the step, so the step is all that has to be kept of them.
+``GPT.from_pretrained`` and transformers open), ``state`` (weights and optimizer as they are trained; any
+number of processes can read it) and ``run.json``. It is written under another name, flushed, and
+renamed. The data's position and the random numbers follow from the seed and the step, so the step is
+all that has to be kept of them.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from gptkern.checkpoint.errors import CheckpointError
 from gptkern.model import GPT
 from gptkern.train.processes import Processes, whole
 from gptkern.train.settings import SettingsError
+from gptkern.train.state import read_state, state_tensors, write_state
 
-_STEP, _WRITING, _NOTES, _STATE = "step-", "writing-", "run.json", "state"
+NOTES = "run.json"
+_STEP, _WRITING, _STATE = "step-", "writing-", "state"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Checkpoint:
 
     folder: Path
     step: int
-    notes: dict[str, Any]
+    best: float
+    settings: dict[str, Any]
 
 
 def plain_model(model: GPT) -> GPT:
@@ -51,20 +53,6 @@ def plain_model(model: GPT) -> GPT:
         copy.lm_head.weight = copy.transformer.wte.weight
     copy.tokenizer = model.tokenizer
     return copy
-
-
-def state_tensors(objective: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    """Everything that training changes, by name: trained weights, and the optimizers' tensors."""
-    names: dict[torch.Tensor, str] = {
-        parameter: name for name, parameter in objective.named_parameters() if parameter.requires_grad
-    }
-    tensors = {f"weights.{name}": parameter.detach() for parameter, name in names.items()}
-    for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{names[parameter]}.{key}"] = value
-    return tensors
 
 
 def _materialise(optimizers: list[torch.optim.Optimizer]) -> None:
@@ -96,8 +84,7 @@ class Store:
 
     def _found(self) -> Iterator[Checkpoint]:
         for folder in self.root.glob(f"{_STEP}*"):
-            notes = json.loads((folder / _NOTES).read_text())
-            yield Checkpoint(folder, int(notes["step"]), notes)
+            yield _read_notes(folder)
 
     def newest(self) -> Checkpoint | None:
         """The one to go on from; None where there is none."""
@@ -120,13 +107,14 @@ class Store:
         staging = self.root / f"{_WRITING}{step:08}"
         if self.group.first:
             shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
+            (staging / _STATE).mkdir(parents=True)
         self.group.barrier()
         try:
-            _write_state(staging / _STATE, state_tensors(objective, optimizers), self.group)
+            write_state(staging / _STATE, state_tensors(objective, optimizers), self.group.rank)
+            self.group.barrier()
             export(objective, staging, self.group)
             if self.group.first:
-                (staging / _NOTES).write_text(json.dumps({"step": step, **notes}, indent=1))
+                (staging / NOTES).write_text(json.dumps({"step": step, **notes}, indent=1))
                 _flush_tree(staging)
                 if final.exists():
                     shutil.rmtree(final)
@@ -149,23 +137,13 @@ class Store:
     ) -> None:
         """Put a checkpoint's state into place; saved by however many processes."""
         _materialise(optimizers)
-        with _quiet():
-            dcp.load(
-                state_tensors(objective, optimizers),
-                checkpoint_id=checkpoint.folder / _STATE,
-                no_dist=self.group.world == 1,
-            )
+        read_state(checkpoint.folder / _STATE, state_tensors(objective, optimizers))
 
     def clear_unfinished(self) -> None:
         """Remove what a kill left half written."""
         if self.group.first:
             for folder in self.root.glob(f"{_WRITING}*"):
                 shutil.rmtree(folder)
-
-
-def _write_state(folder: Path, tensors: dict[str, torch.Tensor], group: Processes) -> None:
-    with _quiet():
-        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=group.world == 1)
 
 
 def export(objective: nn.Module, folder: Path, group: Processes) -> None:
@@ -183,6 +161,18 @@ def export(objective: nn.Module, folder: Path, group: Processes) -> None:
 
         save_file(weights, str(folder / "classifier.safetensors"))
         (folder / "labels.json").write_text(json.dumps(getattr(objective, "labels", [])))
+
+
+def _read_notes(folder: Path) -> Checkpoint:
+    path = folder / NOTES
+    try:
+        notes = json.loads(path.read_bytes())
+        step, best, settings = notes["step"], notes["best"], notes["settings"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not the notes of a run: {error!r}") from error
+    if type(step) is not int or type(best) is not float or not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: not the notes of a run: step {step!r}, best {best!r}")
+    return Checkpoint(folder, step, best, settings)
 
 
 def check_writable(folder: Path, bytes_needed: int) -> None:
@@ -204,14 +194,6 @@ def check_writable(folder: Path, bytes_needed: int) -> None:
             f"{folder}: {free / 1e9:.1f} GB are free; the run's checkpoints need "
             f"{bytes_needed / 1e9:.1f} GB: free some, or keep fewer ([checkpoint] keep)"
         )
-
-
-class _quiet(warnings.catch_warnings):
-    """torch.distributed.checkpoint warns of running without a process group, which is meant."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.filterwarnings("ignore", module="torch.distributed")
 
 
 def _flush(path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from gptkern.train.settings import SettingsError
+
 # Dense bf16 peaks, from the data sheets, by a part of the device's name.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
@@ -61,13 +63,25 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``log.jsonl``; a last line that a kill cut off is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    """The lines of a ``log.jsonl``; a last line that a kill cut off is left out.
+
+    Raises:
+        SettingsError: A line is no object with a step.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines) and rows:
+                break
+            raise SettingsError(f"{path}, line {number}: not a line of a run's log: {error}") from error
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise SettingsError(f"{path}, line {number}: not a line of a run's log: no step in it")
+        rows.append(row)
     return rows
 
 

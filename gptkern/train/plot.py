@@ -26,7 +26,9 @@ def plot_run(folder: Path, path: Path) -> None:
     losses, rates, norms = figure.subplots(3, 1, sharex=True)
     _line(losses, rows, "loss", "training")
     _line(losses, rows, "val_loss", "held out", marker="o")
-    losses.set(ylabel="loss (nats)", title=folder.name)
+    losses.set(ylabel="loss (nats)")
+    # A folder's name may hold what matplotlib takes for mathematics.
+    losses.set_title(folder.resolve().name, parse_math=False)
     losses.legend()
     _line(rates, rows, "lr")
     rates.set(ylabel="learning rate")
@@ -54,6 +56,6 @@ def plot_lr(rates: list[float], losses: list[float], suggestion: float, path: Pa
 
 
 def _line(axes: Any, rows: list[dict[str, Any]], key: str, label: str = "", **style: Any) -> None:
-    found = [(row["step"], row[key]) for row in rows if key in row]
+    found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
     if found:
         axes.plot(*zip(*found, strict=True), label=label, **style)

@@ -191,7 +191,7 @@ def _tokenise(settings: DataSettings, own: Tokenizer | None, cache: Path) -> Non
                     if Path(p).is_file()],
     }  # fmt: skip
     noted = cache / "sources.json"
-    if noted.is_file() and json.loads(noted.read_text()) == stamp:
+    if _read_stamp(noted) == stamp:
         return
     train, val, everything = _documents(settings)
     tokenizer = choose_tokenizer(settings, own, everything)
@@ -205,6 +205,14 @@ def _tokenise(settings: DataSettings, own: Tokenizer | None, cache: Path) -> Non
                 raise SettingsError(f"[data] {name}: {count} tokens; 2 or more are needed")
         tokenizer.save(staging)
         (staging / noted.name).write_text(json.dumps(stamp))
+
+
+def _read_stamp(path: Path) -> Any:
+    """What the tokens were made of; None where that cannot be read: they are then made anew."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _documents(settings: DataSettings) -> tuple[list[str], list[str], str]:

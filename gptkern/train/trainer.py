@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from gptkern.checkpoint.errors import CheckpointError
 from gptkern.train.assemble import Objective, assemble
-from gptkern.train.checkpoints import Checkpoint, Store, check_writable, export, plain_model
+from gptkern.train.checkpoints import NOTES, Checkpoint, Store, check_writable, export, plain_model
 from gptkern.train.data import Batch
 from gptkern.train.evaluate import computing, evaluate, sample_texts
 from gptkern.train.logs import Log, Progress, Speed, flops_per_token, peak_flops
@@ -143,7 +144,7 @@ class _Run:
         self.store.clear_unfinished()
         if newest is not None:
             self.store.load(newest, self.trainer.objective, self.trainer.optimizers)
-            self.start, self.best = newest.step, newest.notes["best"]
+            self.start, self.best = newest.step, newest.best
         if group.first:
             check_writable(out, self._bytes_needed())
         self.saved = newest.folder if newest is not None else None
@@ -271,10 +272,13 @@ class _Run:
 
 def _check_same_run(settings: Settings, checkpoint: Checkpoint) -> None:
     """A run goes on with the model and the data it began with."""
-    before, now = checkpoint.notes["settings"], settings.to_dict()
+    now = settings.to_dict()
     for section in ("model", "data", "lora"):
-        for key in (before[section].keys() | now[section].keys()) - {"path", "val_path", "workers"}:
-            began, asked = before[section].get(key), now[section].get(key)
+        before = checkpoint.settings.get(section)
+        if not isinstance(before, dict):
+            raise CheckpointError(f"{checkpoint.folder / NOTES}: settings have no table {section}")
+        for key in (before.keys() | now[section].keys()) - {"path", "val_path", "workers"}:
+            began, asked = before.get(key), now[section].get(key)
             if began != asked:
                 raise SettingsError(
                     f"[{section}] {key} is {asked!r}; the run of {checkpoint.folder} began with {began!r}"
