@@ -5,13 +5,15 @@ A command's module imports torch and whatever is heavy inside its function, so t
 
 from __future__ import annotations
 
-import os
 import sys
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import typer
+
+from gptkern.cli import terminal
 
 # name -> the extra of the package that its further dependencies come with
 COMMANDS = {
@@ -55,41 +57,69 @@ def build() -> typer.Typer:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command and exit: 0, 1 for what could not be done, 2 for a command that makes no sense."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    """Run a command and exit.
+
+    The code is 0; 1 for what could not be done; 2 for a command line that makes no sense; 130 for one that
+    Ctrl-C ended. Whoever reads the output may go at any time (``| head``): that is no failure.
+    """
+    if not terminal.open_streams():
+        terminal.tell("standard output is closed: there is nowhere to write")
+        sys.exit(1)
+    warnings.showwarning = _show_warning
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    try:
+        terminal.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        if code == 0:
+            terminal.tell(f"standard output: {error.strerror}")
+        code = code or 1
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """Run a command; its exit code. What the user can put right is told in one line."""
     try:
         result = build()(args=arguments or ["--help"], prog_name="gptkern", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
+        if code == _INTERRUPTED and sys.stderr.isatty():
+            print(file=sys.stderr)  # the shell's prompt begins a line of its own
+        return code
     except _UsageProblem as error:
-        _tell(f"{error.format_message()} (gptkern --help tells more)")
+        command = next((name for name in arguments[:1] if name in COMMANDS), None)
+        help_ = " ".join(filter(None, ("gptkern", command, "--help")))
+        terminal.tell(f"{error.format_message()} ({help_} tells more)")
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output has gone: there is nobody to tell, and nothing to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as error:
+        # typer and rich end the process where whoever read the output has gone: there is nobody to tell.
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        terminal.discard()
         return 0
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("gptkern"):
             raise
         extra = COMMANDS.get(arguments[0], "")
         package = f"'gptkern[{extra}]'" if extra else error.name
-        _tell(f"{arguments[0]} needs {error.name}: pip install {package}")
+        terminal.tell(f"{arguments[0]} needs {error.name}: pip install {package}")
         return 1
-    except (ValueError, OSError, MemoryError) as error:
-        _tell(str(error))
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        terminal.tell(f"{error.filename}: {error.strerror}" if named else error.strerror or error)
+        return 1
+    except (ValueError, MemoryError) as error:
+        terminal.tell(error)
         return 1
     except RuntimeError as error:
         # A plain RuntimeError is a fault of the program; those with a name of their own say what is wrong.
         if type(error) is RuntimeError and "GPTKERN_STRICT" not in str(error):
             raise
-        _tell(str(error))
+        terminal.tell(error)
         return 1
 
 
-def _tell(message: str) -> None:
-    print(f"gptkern: {' '.join(message.split())}", file=sys.stderr)
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    terminal.tell(f"warning: {message}")

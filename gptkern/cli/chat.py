@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gptkern.cli import _options as o
+from gptkern.cli import terminal
 
 if TYPE_CHECKING:
     from gptkern.model import GPT
 
-_HELP = "/reset begins anew, /exit (or Ctrl-D) ends."
+_HELP = "/reset begins anew, /exit (or Ctrl-D) ends, Ctrl-C stops an answer."
 
 
 @dataclass
@@ -99,10 +101,12 @@ def chat(
         options["speculate"] = speculate
     gpt = o.load(model, device, dtype, weights)
     transcript = Transcript(o.unescape(system), you, bot)
-    interactive = sys.stdin.isatty()
+    interactive = terminal.waits_for_a_person()
     if interactive:
         print(_HELP, file=sys.stderr)
-    while (said := _read(f"{you}: " if interactive else "")) is not None:
+        with contextlib.suppress(ImportError):  # Python can be built without it
+            import readline  # noqa: F401  # gives input() line editing and a history
+    while (said := _read(f"{you}: ", interactive)) is not None:
         if said in ("/exit", "/quit"):
             return
         if said == "/reset":
@@ -110,35 +114,59 @@ def chat(
         elif said.startswith("/"):
             print(_HELP, file=sys.stderr)
         elif said:
-            transcript.turns.append((said, _answer(gpt, transcript, said, max_new_tokens, options)))
+            try:
+                answer = _answer(gpt, transcript, said, max_new_tokens, options, interactive)
+            except TooLong as error:
+                if not interactive:
+                    raise
+                terminal.tell(error)
+                continue
+            transcript.turns.append((said, answer))
             if "seed" in options:
                 # The same words a second time shall not get the same answer.
                 options["seed"] += 1
 
 
-def _read(shown: str) -> str | None:
+class TooLong(ValueError):
+    """A message that leaves no room for an answer."""
+
+
+def _read(shown: str, interactive: bool) -> str | None:
+    """The next message; None at the end of the input."""
     try:
-        return input(shown).strip()
+        return input(shown if interactive else "").strip()
     except EOFError:
         return None
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        print(f"\n{_HELP}", file=sys.stderr)
+        return ""
 
 
-def _answer(gpt: GPT, transcript: Transcript, said: str, most: int, options: dict[str, Any]) -> str:
+def _answer(
+    gpt: GPT, transcript: Transcript, said: str, most: int, options: dict[str, Any], interactive: bool
+) -> str:
+    """Print the model's turn as it is made, and return it."""
     tokenizer = o.tokenizer_of(gpt)
     context = gpt.config.n_positions
+    alone = len(tokenizer.encode(replace(transcript, turns=[]).prompt(said)))
+    if alone >= context:
+        raise TooLong(f"the message has {alone} tokens with what stands before it; the context is {context}")
     forgotten = 0
     while (used := len(tokenizer.encode(transcript.prompt(said)))) + most > context and transcript.turns:
         del transcript.turns[0]
         forgotten += 1
     if forgotten:
         print(f"(the context is full: {forgotten} earlier turns are forgotten)", file=sys.stderr)
-    if used >= context:
-        raise ValueError(
-            f"the message has {used} tokens with what stands before it; the context is {context}"
-        )
     print(f"{transcript.bot}:", end="", flush=True)
     pieces = gpt.stream(transcript.prompt(said), max_new_tokens=min(most, context - used), **options)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
+    try:
+        for piece in pieces:
+            terminal.write(piece, end="")
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        # What was said so far is part of the conversation.
+    terminal.write("")
     return pieces.completion.text.strip()

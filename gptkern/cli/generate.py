@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptkern.cli import _options as o
+from gptkern.cli import terminal
 
 if TYPE_CHECKING:
     from gptkern.generate import Completion
@@ -21,7 +22,9 @@ DEFAULT_NEW_TOKENS = 256
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads it from stdin.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; - reads it from standard input.")
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option("--file", "-f", help="Read the prompt from a file.", exists=True, dir_okay=False),
@@ -72,7 +75,9 @@ def generate(
 
     - `gptkern generate "ROMEO:" --num-samples 3 --json | jq .text`
 
-    Text goes to stdout, and nothing else; seed and speed go to stderr.
+    The text goes to standard output, seed and speed to standard error. A prompt from a file or a pipe is
+    UTF-8, and the line break that ends its last line is no part of it. On a terminal, control characters
+    that a model writes are spelled out (`\\x1b`); pipes and files get them as they are.
     """
     if num_beams > 1:
         greedy = True
@@ -121,21 +126,22 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if file is not None:
         if prompt is not None:
             raise typer.BadParameter("a prompt and --file: give one of them")
-        return file.read_text(encoding="utf-8")
-    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        return sys.stdin.read()
-    if prompt is None:
-        raise typer.BadParameter("no prompt: gptkern generate 'ROMEO:', or --file, or text on stdin")
-    return prompt
+        return terminal.read_prompt(file)
+    if prompt is not None and prompt != "-":
+        return prompt
+    text = "" if terminal.waits_for_a_person() and prompt is None else terminal.read_prompt(None)
+    if not text:
+        raise typer.BadParameter("no prompt: gptkern generate 'ROMEO:', or --file, or text on standard input")
+    return text
 
 
 def _streamed(gpt: GPT, text: str, options: dict[str, Any], echo: bool) -> Completion:
     pieces = gpt.stream(text, **options)
     if echo:
-        print(text, end="", flush=True)
+        terminal.write(text, end="")
     for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
+        terminal.write(piece, end="")
+    terminal.write("")
     return pieces.completion
 
 
@@ -146,4 +152,4 @@ def _print(echoed: str, prompt: str, made: list[Completion], *, as_json: bool) -
             print(json.dumps(fields, ensure_ascii=False))
         else:
             heading = f"--- {number} of {len(made)} ---\n" if len(made) > 1 else ""
-            print(f"{heading}{echoed}{completion.text}")
+            terminal.write(f"{heading}{echoed}{completion.text}")

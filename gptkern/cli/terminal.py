@@ -1,0 +1,102 @@
+"""The standard streams: text that a command reads, and text that a person may see."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+# C0, DEL and C1: a terminal takes them as commands (clipboard, title, clear the screen). Line breaks and
+# tabs are text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def visible(text: object, stream: TextIO | Any | None = None) -> str:
+    """``text`` with its control characters spelled out where ``stream`` is a terminal.
+
+    Pipes and files get the text as it is. ``stream`` is standard output when None.
+    """
+    if not _is_terminal(sys.stdout if stream is None else stream):
+        return str(text)
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", str(text))
+
+
+def write(text: str, end: str = "\n") -> None:
+    """Print at once, control characters visible on a terminal."""
+    print(visible(text), end=end, flush=True)
+
+
+def tell(message: object) -> None:
+    """Print a message on standard error, in one line."""
+    line = " ".join(str(message).split())
+    print(f"gptkern: {visible(line, sys.stderr)}", file=sys.stderr, flush=True)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file or of a named pipe, without a byte order mark."""
+    return _decoded(path.read_bytes(), str(path))
+
+
+def read_prompt(source: Path | None) -> str:
+    """A prompt from a file, or from standard input when None, without the line break that ends its last line.
+
+    Editors and ``echo`` end a text with one; the model is to go on where the words end.
+
+    Raises:
+        ValueError: It is not UTF-8.
+    """
+    text = _decoded(sys.stdin.buffer.read(), "standard input") if source is None else read_text(source)
+    return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
+
+
+def waits_for_a_person() -> bool:
+    """Whether standard input is a terminal."""
+    return _is_terminal(sys.stdin)
+
+
+def open_streams() -> bool:
+    """Make the standard streams safe to use; False where there is no standard output.
+
+    A stream that the shell has closed is None in Python, and ``print`` then writes an error message to
+    standard output. Characters that a stream's encoding lacks become question marks: they must not end an
+    answer half-way.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    return sys.stdout is not None
+
+
+def flush() -> None:
+    """Write what is buffered to standard output, so that a failure is seen before the process ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard()
+        raise
+
+
+def discard() -> None:
+    """Send further output nowhere: Python flushes at exit, and would fail again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _is_terminal(stream: IO[str] | Any) -> bool:
+    return bool(stream.isatty())
+
+
+def _decoded(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start:,}"
+        ) from None
