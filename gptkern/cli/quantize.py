@@ -121,7 +121,7 @@ def _perplexity(gpt: GPT, ids: Sequence[int], advance: Callable[[int], None]) ->
     for begin in range(0, len(ids), stride):
         part = list(ids[begin : begin + stride])
         context = list(ids[max(0, begin - (gpt.config.n_positions - stride)) : begin])
-        (found,) = gpt.score(part, context=context or None)
+        (found,) = gpt.score([part], context=[context] if context else None)
         total, count = total + found.total, count + len(found.logprobs)
         advance(len(part))
     return math.exp(-total / count)
