@@ -365,7 +365,7 @@ struct Team {
 };
 
 template <class Kind>
-void work(void* context, int rank) {
+void work(void* context, int rank) noexcept {
     Team& team = *static_cast<Team*>(context);
     Member<Kind>(*team.call, *team.places, team.barrier, rank).run();
 }

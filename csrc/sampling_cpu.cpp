@@ -19,43 +19,48 @@ namespace {
 constexpr int kVocabPerThread = 16384;
 
 struct Memory {
-    TeamMemory* teams = nullptr;
+    TeamMemory* teams = nullptr;  // the one allocation: their buffers follow them
     int team_count = 0, threads_per_team = 0, vocab = 0;
 };
 
 Memory memory;
 
-void* allocate(size_t bytes) {
-    void* p = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (p == nullptr) throw std::bad_alloc();
-    return p;
+size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Takes room for ``count`` things of type T from memory that is free from ``next`` on.
+template <class T>
+T* take(char*& next, size_t count) {
+    T* const taken = reinterpret_cast<T*>(next);
+    next += padded(count * sizeof(T));
+    return taken;
 }
 
-// Grows the working memory where a call needs more than any before.
+int larger(int a, int b) { return a > b ? a : b; }
+
+// Grows the working memory where a call needs more than any before. Where there is none to be had it throws,
+// and the next call begins anew.
 void reserve(int teams, int threads, int vocab) {
     if (teams > memory.team_count || threads > memory.threads_per_team || vocab > memory.vocab) {
-        for (int i = 0; i < memory.team_count; ++i) {
-            std::free(memory.teams[i].bin_weights);
-            std::free(memory.teams[i].values);
-            std::free(memory.teams[i].widened);
-            std::free(memory.teams[i].list);
-        }
+        Memory size;
+        size.team_count = larger(teams, memory.team_count);
+        size.threads_per_team = larger(threads, memory.threads_per_team);
+        size.vocab = larger(vocab, memory.vocab);
         std::free(memory.teams);
-        const int count = teams > memory.team_count ? teams : memory.team_count;
-        memory.team_count = 0;
-        const int wide = threads > memory.threads_per_team ? threads : memory.threads_per_team;
-        const int long_row = vocab > memory.vocab ? vocab : memory.vocab;
-        memory.teams = static_cast<TeamMemory*>(allocate(sizeof(TeamMemory) * count));
-        for (int i = 0; i < count; ++i) {
-            TeamMemory& team = *new (&memory.teams[i]) TeamMemory{};
-            team.bin_weights = static_cast<uint64_t*>(allocate(sizeof(uint64_t) * kCoarseBins * wide));
-            team.values = static_cast<float*>(allocate(sizeof(float) * long_row));
-            team.widened = static_cast<float*>(allocate(sizeof(float) * long_row));
-            team.list = static_cast<uint32_t*>(allocate(sizeof(uint32_t) * long_row));
+        memory = Memory{};
+        const size_t bins = static_cast<size_t>(kCoarseBins) * size.threads_per_team, row = size.vocab;
+        const size_t buffers = padded(bins * sizeof(uint64_t)) + 3 * padded(row * sizeof(float));
+        const size_t bytes = padded(sizeof(TeamMemory) * size.team_count) + buffers * size.team_count;
+        char* next = static_cast<char*>(std::aligned_alloc(64, bytes));
+        if (next == nullptr) throw std::bad_alloc();
+        size.teams = take<TeamMemory>(next, size.team_count);
+        for (int i = 0; i < size.team_count; ++i) {
+            TeamMemory& team = *new (&size.teams[i]) TeamMemory{};
+            team.bin_weights = take<uint64_t>(next, bins);
+            team.values = take<float>(next, row);
+            team.widened = take<float>(next, row);
+            team.list = take<uint32_t>(next, row);
         }
-        memory.team_count = count;
-        memory.threads_per_team = wide;
-        memory.vocab = long_row;
+        memory = size;
     }
     for (int i = 0; i < teams; ++i) memory.teams[i].threads = threads;
 }
@@ -73,7 +78,7 @@ void over_rows(int rows, int vocab, int threads, RowWork row_work) {
         RowWork& work;
         int rows, teams, wide;
     } context{row_work, rows, teams, wide};
-    const auto one_thread = [](void* opaque, int thread) {
+    const auto one_thread = [](void* opaque, int thread) noexcept {
         const Context& c = *static_cast<Context*>(opaque);
         const int index = thread / c.wide;
         CpuTeam team(memory.teams[index], thread % c.wide);

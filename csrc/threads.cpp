@@ -12,10 +12,11 @@ namespace {
 
 class Pool {
 public:
-    void run(int n, void (*work)(void*, int), void* context) {
+    void run(int n, Work* work, void* context) {
         while (threads_ < n - 1) {
+            // Counted once it exists: the wait below is for every thread that is counted.
+            std::thread([this, index = threads_ + 1, seen = round_] { serve(index, seen); }).detach();
             ++threads_;
-            std::thread([this, index = threads_, seen = round_] { serve(index, seen); }).detach();
         }
         {
             const std::lock_guard<std::mutex> lock(mutex_);
@@ -38,7 +39,7 @@ private:
             start_.wait(lock, [&] { return round_ != seen; });
             seen = round_;
             if (index >= wanted_) continue;
-            const auto work = work_;
+            Work* const work = work_;
             void* const context = context_;
             lock.unlock();
             work(context, index);
@@ -49,7 +50,7 @@ private:
 
     std::mutex mutex_;
     std::condition_variable start_, done_;
-    void (*work_)(void*, int) = nullptr;
+    Work* work_ = nullptr;
     void* context_ = nullptr;
     int threads_ = 0, wanted_ = 0, pending_ = 0;
     uint64_t round_ = 0;
@@ -71,7 +72,7 @@ std::mutex* const call_mutex = new std::mutex;
 Call::Call() { call_mutex->lock(); }
 Call::~Call() { call_mutex->unlock(); }
 
-void run_together(int n, void (*work)(void*, int), void* context) {
+void run_together(int n, Work* work, void* context) {
     if (n <= 1) {
         work(context, 0);
         return;

@@ -12,8 +12,12 @@ public:
     Call& operator=(const Call&) = delete;
 };
 
+// What a thread does: it throws nothing, as nobody could catch it while the others go on.
+using Work = void(void* context, int index) noexcept;
+
 // Runs work(context, 0) .. work(context, n - 1) at once on n threads, the caller's included, and waits
 // for them. All n run together, so that they may wait for each other. A Call must be held.
-void run_together(int n, void (*work)(void*, int), void* context);
+// Throws std::system_error or std::bad_alloc, having run nothing, where a thread cannot be started.
+void run_together(int n, Work* work, void* context);
 
 }  // namespace gptkern

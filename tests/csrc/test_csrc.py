@@ -14,17 +14,30 @@ HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 
 
-@pytest.fixture(scope="module")
-def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _compile(program: str, folder: Path, *more: str) -> Path:
+    """``program``.cpp of this folder with the sampler's CPU part, under sanitizers."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    binary = tmp_path_factory.mktemp("fuzz") / "fuzz_sampling"
-    sources = [HERE / "fuzz_sampling.cpp", CSRC / "sampling_cpu.cpp", CSRC / "threads.cpp"]
+    sources = [HERE / f"{program}.cpp", CSRC / "sampling_cpu.cpp", CSRC / "threads.cpp"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    command = ["g++", *flags, *sanitizers, f"-I{CSRC}", *map(str, sources), "-o", str(binary)]
+    command = [
+        "g++",
+        *flags,
+        *sanitizers,
+        f"-I{CSRC}",
+        *map(str, sources),
+        *more,
+        "-o",
+        str(folder / program),
+    ]
     subprocess.run(command, check=True)
-    return binary
+    return folder / program
+
+
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _compile("fuzz_sampling", tmp_path_factory.mktemp("fuzz"))
 
 
 @pytest.mark.slow
@@ -35,6 +48,15 @@ def test_random_rows_under_sanitizers(fuzzer: Path, rows: int, threads: int) -> 
     done = subprocess.run([fuzzer, str(rows), str(threads)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{rows} rows" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.timeout(300)
+def test_a_failed_allocation_or_thread_start_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = subprocess.run([_compile("faults", tmp_path, "-ldl")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "survived" in done.stdout
 
 
 _ISAS = {
