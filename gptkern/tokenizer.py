@@ -145,6 +145,10 @@ class Tokenizer:
         text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    def has_token(self, token_id: int) -> bool:
+        """Whether an id stands for a token; those of a model's padded rows do not."""
+        return self._backend.id_to_token(token_id) is not None
+
     def stream(self, *, skip_special_tokens: bool = False) -> TokenStream:
         """A decoder of one sequence, token by token, at a cost that does not grow with the sequence."""
         skipped = frozenset(self.special_tokens.values()) if skip_special_tokens else frozenset()

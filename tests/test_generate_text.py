@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 from gptkern.config import GPTConfig
@@ -81,6 +83,109 @@ def test_stop_strings(stops: list[str], prompt: str, text: str, expected: str, s
     assert (row.text, row.stopped) == (expected, stopped)
     # nothing is ever taken back, and nothing of a stop string is let out before
     assert all(expected.startswith(part) for part in settled)
+
+
+END, START, LONE = "<|im_end|>", "<|im_start|>", "<|é end|>"
+
+
+@pytest.fixture(scope="module")
+def marked(shared_data: Path) -> tuple[Any, Tokenizer]:
+    """(transformers' GPT-2 tokenizer with special tokens of its own, gptkern's)."""
+    import transformers
+
+    theirs = transformers.GPT2Tokenizer.from_pretrained(shared_data / "gpt2-tokenizer")
+    theirs.add_special_tokens({"additional_special_tokens": [END, START, LONE]})
+    backend = tokenizers.Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    return theirs, Tokenizer(backend, eos_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize(
+    ("stops", "prompt", "text", "expected", "stopped"),
+    [
+        ([END], "", f"yes{END} no", "yes", True),
+        ([LONE], "", f"yes{LONE} no", "yes", True),
+        (["s<|im_"], "", f"yes{END}", "ye", True),
+        ([f"s{END}\n"], "", f"yes{END}\nmore", "ye", True),
+        ([f"{START}user"], "", f"a{END}{START}user", "a", True),
+        ([f"{START}user"], f"a{START}", "user", "", True),
+        # complete in the prompt: no reason to stop
+        ([END], f"a{END}", "b", "b", False),
+        # what stands on both sides of a special token is not one text
+        ([" yes yes"], "", f" yes{END} yes", " yes yes", False),
+        ([" yes yes"], f" yes{END}", " yes no", " yes no", False),
+        # a beginning of a stop string that comes to nothing is text after all
+        ([f"s{END}{END}"], "", f"yes{END}no", "yesno", False),
+        (["never that", f"{END}\n"], "", f"one{END} two{END}\n", "one two", True),
+    ],
+)
+def test_stop_strings_see_special_tokens(
+    marked: tuple[Any, Tokenizer],
+    stops: list[str],
+    prompt: str,
+    text: str,
+    expected: str,
+    stopped: bool,
+) -> None:
+    settled, row = row_text(marked[1], stops, prompt, text)
+    assert (row.text, row.stopped) == (expected, stopped)
+    assert all(expected.startswith(part) for part in settled)
+
+
+def test_stop_strings_are_those_of_transformers(marked: tuple[Any, Tokenizer]) -> None:
+    from transformers.generation import StopStringCriteria
+
+    theirs, ours = marked
+    choose = random.Random(0)
+    words = [" yes", "yes", " no", "\n", "\n\n", "é", "st", "op", "stop", " 🙂", END, START, LONE, "<|", "|>"]
+    pieces = [ours.encode(word) for word in words] + [[byte] for byte in range(188, 256)]
+    ids = torch.tensor([[t for _ in range(30) for t in choose.choice(pieces)][:30] for _ in range(400)])
+    text_of = ["".join(choose.choices(words, k=choose.randint(1, 3))) for _ in range(40)]
+    stops = [text[at : at + choose.randint(1, 9)] for text in text_of for at in [choose.randrange(len(text))]]
+    ended = 0
+    for some in (stops[0:3], stops[3:6], stops[6:9], [END], [f"yes{END}"]):
+        criterion = StopStringCriteria(theirs, some)
+        stop = torch.stack([criterion(ids[:, :end], None) for end in range(11, 31)], 1)
+        for row, expected in zip(ids.tolist(), stop.tolist(), strict=True):
+            text = RowText(ours, some, row[:10])
+            found = []
+            for token in row[10:]:
+                text.push(token)
+                found.append(text.stopped)
+            first = expected.index(True) if True in expected else 20
+            assert found == [False] * first + [True] * (20 - first), (some, row)
+            ended += first < 20
+            text.end()
+            if first == 20:
+                assert ours.decode(row, skip_special_tokens=True).endswith(text.text), (some, row)
+            else:
+                # half characters may be whole only with what is not shown
+                shown = ours.decode(row[: 11 + first], skip_special_tokens=True)
+                assert text.text.rstrip("\ufffd") in shown, (some, row)
+    assert 300 < ended < 1900
+
+
+def test_ids_without_a_token_part_a_stop_string() -> None:
+    row = RowText(Tokenizer.bytes(), ["ab"], [])
+    for token in (97, 300, 98):
+        row.push(token)
+    row.end()
+    assert (row.text, row.stopped) == ("ab", False)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_stop_string_that_ends_in_the_end_of_text_is_not_shown(model: GPT, beams: int) -> None:
+    # x after b, y after x
+    options: dict[str, Any] = {
+        "sequence_bias": {(98, 120): 1e4, (120, 121): 1e4},
+        "eos_token_id": 121,
+        "num_beams": beams,
+    }
+    (ended,) = model.generate_text("ab", **options)
+    assert (ended.text, ended.token_ids) == ("x", [120, 121])
+    (cut,) = model.generate_text("ab", stop_strings="xy", **options)
+    assert (cut.text, cut.token_ids, cut.finish_reason) == ("", [120, 121], "stop")
+    if beams == 1:
+        assert "".join(model.stream("ab", stop_strings="xy", **options)) == ""
 
 
 def test_gpt1_words_are_set_apart_from_the_prompt(shared_data: Path) -> None:

@@ -36,10 +36,10 @@ def finish(
     token: int, row: int, settings: Settings, texts: Sequence[RowText] | None, last: bool
 ) -> FinishReason | None:
     """Why a row ends with its new ``token``, which its text is told of; None where it goes on."""
-    if token in settings.eos:
-        return "stop"
+    ended = token in settings.eos
     if texts is not None:
-        texts[row].push(token)
-        if texts[row].stopped:
-            return "stop"
+        texts[row].push(token, hidden=ended)
+        ended |= texts[row].stopped
+    if ended:
+        return "stop"
     return "length" if last else None

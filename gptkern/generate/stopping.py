@@ -11,10 +11,15 @@ if TYPE_CHECKING:
 
 # Tokens of the prompt that decide how the first new one reads: half a character, a space between words.
 _CONTEXT = 4
+# Stands for an id without a token, whose text nobody knows: half of a surrogate pair, which no text holds.
+_GAP = "\ud800"
 
 
 class RowText:
     """Decodes one row's new tokens, watching for stop strings.
+
+    Stop strings are looked for in the text with its special tokens, as in transformers; what is shown is
+    the text without.
 
     Args:
         tokenizer: Of the model.
@@ -27,44 +32,67 @@ class RowText:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str], prompt_ids: Sequence[int]) -> None:
-        self._stream = tokenizer.stream(skip_special_tokens=True)
+        self._whole = tokenizer.stream()
+        self._shown = tokenizer.stream(skip_special_tokens=True)
+        self._has_token = tokenizer.has_token
         self._stop_strings = tuple(stop_strings)
-        # A match that ends in new text has at most so many characters, of at most 4 tokens each, before it.
-        longest = max(map(len, stop_strings), default=1) - 1
-        before = "".join(self._stream.push(token) for token in prompt_ids[-4 * longest - _CONTEXT :])
-        self._before = before[max(len(before) - longest, 0) :]
-        self._held = ""
         self.text = ""
         self.stopped = False
+        # A match that ends in new text has at most so many characters, of at most 4 tokens each, before it.
+        longest = max(map(len, stop_strings), default=1) - 1
+        before = "".join(self._read(token)[0] for token in prompt_ids[-4 * longest - _CONTEXT :])
+        self._before = before[max(len(before) - longest, 0) :]
+        # Text that is not settled, token by token: with special tokens, and as it is shown.
+        self._held: list[tuple[str, str]] = []
 
-    def push(self, token: int) -> None:
-        """Take the row's next token."""
-        self._grow(self._stream.push(token))
+    def push(self, token: int, *, hidden: bool = False) -> None:
+        """Take the row's next token; a hidden one is no part of the text, but may complete a stop string."""
+        whole, shown = self._read(token)
+        self._grow(whole, "" if hidden else shown)
 
     def end(self) -> None:
         """No more tokens come: what was held back is text after all."""
-        self._grow(self._stream.finish())
+        self._grow(self._whole.finish(), self._shown.finish())
         if not self.stopped:
-            self.text += self._held
-        self._held = ""
+            self.text += "".join(shown for _, shown in self._held)
+        self._held = []
 
-    def _grow(self, piece: str) -> None:
-        if self.stopped or not piece:
+    def _read(self, token: int) -> tuple[str, str]:
+        whole, shown = self._whole.push(token), self._shown.push(token)
+        return whole if self._has_token(token) else whole + _GAP, shown
+
+    def _grow(self, whole: str, shown: str) -> None:
+        if self.stopped:
             return
-        # Only text that is not settled yet, and the prompt's end while nothing is, can begin a match.
-        before = "" if self.text else self._before
-        pending = before + self._held + piece
+        self._held.append((whole, shown))
+        before = self._before
+        pending = before + "".join(part for part, _ in self._held)
         # A match that ends inside the prompt was there before: it stops nothing.
         found = [pending.find(s, max(0, len(before) - len(s) + 1)) for s in self._stop_strings]
-        if any(at >= 0 for at in found):
+        starts = [at for at in found if at >= 0]
+        if starts:
             self.stopped = True
-            self.text += pending[len(before) : max(min(at for at in found if at >= 0), len(before))]
-            self._held = ""
+            self._settle(min(starts) - len(before))
+            self._held = []
             return
         keep = max((_overlap(pending, s) for s in self._stop_strings), default=0)
-        settled = max(len(pending) - keep, len(before))
-        self.text += pending[len(before) : settled]
-        self._held = pending[settled:]
+        settled = len(pending) - keep - len(before)
+        if settled >= 0:
+            self._before = ""
+            self._settle(settled)
+
+    def _settle(self, end: int) -> None:
+        """Move what is shown of the first ``end`` characters that are held into the text."""
+        while self._held and len(self._held[0][0]) <= end:
+            whole, shown = self._held.pop(0)
+            self.text += shown
+            end -= len(whole)
+        if self._held and end > 0:
+            whole, shown = self._held[0]
+            # The two agree from their ends on; where they differ, a special token came before.
+            begun = max(len(shown) - (len(whole) - end), 0)
+            self.text += shown[:begun]
+            self._held[0] = whole[end:], shown[begun:]
 
 
 def _overlap(text: str, stop: str) -> int:

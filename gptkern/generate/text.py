@@ -109,8 +109,7 @@ def generate_text(
         for row, beam in enumerate(beam_search(model, checked, settings, tokenizer)):
             tokens[row], reasons[row] = beam.tokens, beam.finish_reason
             for token in beam.tokens:
-                if token not in settings.eos:
-                    texts[row].push(token)
+                texts[row].push(token, hidden=token in settings.eos)
     else:
         for step in steps(model, checked, settings, texts=texts, logprobs=True):
             assert step.logprobs is not None
