@@ -164,6 +164,7 @@ def test_beams(run: Any, folder: str) -> None:
         (["generate", "x", "-m", "{}", "--device", "tpu"], 1, "--device is 'tpu'"),
         (["generate", "x", "-m", "{}", "--device", "cuda:77"], 1, "CUDA devices are visible"),
         (["generate", "x", "--top-k", "-2"], 2, "--top-k"),
+        (["generate", "x", "--top-p", "0"], 2, "0 < P <= 1"),
         (["generate", "x", "--dtype", "int3"], 2, "--dtype"),
         (["generate", "x", "--file", str(ROOT / "pyproject.toml")], 2, "give one of them"),
         (["generate", "x", "--file", "/nowhere"], 2, "/nowhere"),

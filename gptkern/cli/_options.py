@@ -29,13 +29,13 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A folder of transformers', a nanoGPT .pt, an llm.c .bin, a hub id, or the embedded model.",
+        help="A transformers folder, a nanoGPT .pt, an llm.c .bin, a hub id, or the embedded model.",
     ),
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU where there is one.")
 ]
-Dtype = Annotated[DType | None, typer.Option(help="Of the weights; by default the checkpoint's.")]
+Dtype = Annotated[DType | None, typer.Option(help="Type of the weights; by default the checkpoint's.")]
 
 
 class Format(StrEnum):
@@ -47,7 +47,7 @@ class Format(StrEnum):
 
 
 Weights = Annotated[
-    Format | None, typer.Option(help="Keep the linear layers' weights in so few bits; fp8 needs an Ada GPU.")
+    Format | None, typer.Option(help="Quantise the linear layers while loading: int8, fp8 or int4.")
 ]
 
 
@@ -59,7 +59,7 @@ class CacheDType(StrEnum):
 
 
 KvCacheDtype = Annotated[
-    CacheDType, typer.Option(help="Of keys and values: fp8 takes a byte each, half of bf16.")
+    CacheDType, typer.Option(help="Type of the KV cache: fp8 takes one byte a number, half of bf16.")
 ]
 MaxNewTokens = Annotated[
     int | None,
@@ -67,14 +67,19 @@ MaxNewTokens = Annotated[
         "--max-new-tokens",
         "-n",
         min=1,
-        help="Most new tokens; by default 256, or what is left of the context.",
+        help="Most tokens to generate; by default 256, or what is left of the context.",
     ),
 ]
 MinNewTokens = Annotated[
-    int | None, typer.Option(min=0, help="No end-of-text token before so many new tokens.")
+    int | None, typer.Option(min=0, help="Generate at least so many tokens before an end-of-text token.")
 ]
 Greedy = Annotated[
-    bool, typer.Option("--greedy", help="Take the likeliest token each time.", rich_help_panel=_SAMPLING)
+    bool,
+    typer.Option(
+        "--greedy",
+        help="Take the most likely token each time instead of sampling.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 Temperature = Annotated[
     float,
@@ -82,39 +87,70 @@ Temperature = Annotated[
         "--temperature",
         "-t",
         min=0.0,
-        help="Lower is safer, higher is wilder; 0 is greedy.",
+        help="Sharpness of sampling: lower is safer, higher is wilder, 0 is greedy.",
         rich_help_panel=_SAMPLING,
     ),
 ]
 TopK = Annotated[
-    int, typer.Option(min=0, help="Of the k likeliest tokens alone; 0: of all.", rich_help_panel=_SAMPLING)
+    int,
+    typer.Option(
+        min=0, help="Sample from the K most likely tokens only (0 = all).", rich_help_panel=_SAMPLING
+    ),
 ]
+
+
+def _positive(value: float | None) -> float | None:
+    if value is not None and value <= 0:
+        raise typer.BadParameter(f"{value:g} is not in the range 0 < P <= 1; 1 turns it off")
+    return value
+
+
 TopP = Annotated[
     float,
     typer.Option(
-        min=0.0, max=1.0, help="Of the likeliest that together are so probable.", rich_help_panel=_SAMPLING
+        max=1.0,
+        callback=_positive,
+        metavar="P",
+        help="Nucleus sampling: keep the smallest set of tokens whose probabilities sum to P, 0 < P <= 1 "
+        "(1 = off).",
+        rich_help_panel=_SAMPLING,
     ),
 ]
 MinP = Annotated[
     float,
     typer.Option(
-        min=0.0, max=1.0, help="Of those so likely, next to the likeliest.", rich_help_panel=_SAMPLING
+        min=0.0,
+        max=1.0,
+        help="Drop tokens less likely than MIN_P times the most likely one (0 = off).",
+        rich_help_panel=_SAMPLING,
     ),
 ]
 TypicalP = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Locally typical sampling's mass.", rich_help_panel=_SAMPLING)
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Locally typical sampling: keep the most typical tokens up to this probability (1 = off).",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 RepetitionPenalty = Annotated[
     float,
-    typer.Option(min=0.0, help="Above 1 discourages tokens that came before.", rich_help_panel=_SAMPLING),
+    typer.Option(
+        min=0.0,
+        help="Above 1, discourage tokens that the prompt or the text so far holds (1 = off).",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 PresencePenalty = Annotated[
-    float, typer.Option(help="Above 0 discourages tokens already written.", rich_help_panel=_SAMPLING)
+    float,
+    typer.Option(help="Above 0, discourage tokens already generated (0 = off).", rich_help_panel=_SAMPLING),
 ]
 FrequencyPenalty = Annotated[
     float,
     typer.Option(
-        help="Above 0 discourages tokens by how often they were written.", rich_help_panel=_SAMPLING
+        help="Above 0, discourage tokens by how often they were generated (0 = off).",
+        rich_help_panel=_SAMPLING,
     ),
 ]
 Speculate = Annotated[
@@ -122,7 +158,7 @@ Speculate = Annotated[
     typer.Option(
         "--speculate",
         min=1,
-        help="Draft up to so many tokens a pass from earlier text; the same tokens, sooner where it repeats.",
+        help="Draft up to so many tokens a pass from repeated text: the same result, sooner.",
     ),
 ]
 NoRepeatNgram = Annotated[
@@ -130,27 +166,29 @@ NoRepeatNgram = Annotated[
     typer.Option(
         "--no-repeat-ngram-size",
         min=0,
-        help="No run of so many tokens comes twice; 0 for no such rule.",
+        help="Never repeat a run of so many tokens (0 = off).",
         rich_help_panel=_SAMPLING,
     ),
 ]
 EpsilonCutoff = Annotated[
     float,
-    typer.Option(min=0.0, max=1.0, help="Of tokens at least so likely.", rich_help_panel=_SAMPLING),
+    typer.Option(
+        min=0.0, max=1.0, help="Drop tokens below this probability (0 = off).", rich_help_panel=_SAMPLING
+    ),
 ]
 EtaCutoff = Annotated[
     float,
     typer.Option(
         min=0.0,
         max=1.0,
-        help="Of tokens at least so likely, or less where many are alike.",
+        help="Eta sampling: like --epsilon-cutoff, lower where the model is unsure (0 = off).",
         rich_help_panel=_SAMPLING,
     ),
 ]
 Seed = Annotated[
-    int | None, typer.Option(min=0, help="The same seed draws the same text.", rich_help_panel=_SAMPLING)
+    int | None, typer.Option(min=0, help="The same seed gives the same text.", rich_help_panel=_SAMPLING)
 ]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; repeatable.")]
 
 
 def load(model: str, device: str | None, dtype: DType | None, weights: Format | None = None) -> GPT:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gptkern.cli import terminal
+
 if TYPE_CHECKING:
     from gptkern.bench.run import Results
 
@@ -111,14 +113,14 @@ def _compare(files: list[str]) -> int:
     found = compare(*(load(Path(name)) for name in files))
     for change in found.changes:
         if change.verdict != "same":
-            print(
+            terminal.write(
                 f"{change.verdict}: {change.new.title}, {change.new.provider}: {change.ratio:.3f} x the time "
                 f"({change.low:.3f} to {change.high:.3f})"
             )
     for row in found.broken:
-        print(f"broken: {row.title}, {row.provider}: {row.problem}")
+        terminal.write(f"broken: {row.title}, {row.provider}: {row.problem}")
     for row in found.missing:
-        print(f"not measured again: {row.title}, {row.provider}")
+        terminal.write(f"not measured again: {row.title}, {row.provider}")
     same = sum(change.verdict == "same" for change in found.changes)
     print(f"{len(found.changes)} compared, {same} the same within the noise", file=sys.stderr)
     return int(found.regressed)
