@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +348,14 @@ assert set(gptkern.__all__) <= set(dir(gptkern))
 """
     done = process("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_one(run: Any) -> None:
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## {told}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {told}\n" in (ROOT / "CITATION.cff").read_text()
+    assert gptkern.__version__ == importlib.metadata.version("gptkern")
+    assert run("--version").out == f"gptkern {gptkern.__version__}\n"
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -9,7 +9,7 @@ import sys
 import warnings
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,6 @@ COMMANDS = {
     "chat": "",
     "info": "",
     "doctor": "",
-    "serve": "serve",
     "train": "train",
     "plot": "train",
     "quantize": "",
@@ -36,15 +35,22 @@ _INTERRUPTED = 130
 _UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import gptkern
+
+        print(f"gptkern {gptkern.__version__}")
+        raise typer.Exit
+
+
 def build() -> typer.Typer:
     """The application, with every command whose module is there."""
     app = typer.Typer(
         name="gptkern",
-        help="A kernel-accelerated GPT runtime. Start with: gptkern generate 'ROMEO:'",
-        add_completion=False,
         rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
     )
+    app.callback()(_root)
     for name in COMMANDS:
         if find_spec(f"gptkern.cli.{name}") is None:
             continue
@@ -54,6 +60,15 @@ def build() -> typer.Typer:
         else:
             app.command(name)(command)
     return app
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """A kernel-accelerated GPT runtime. Start with: gptkern generate 'ROMEO:'"""
 
 
 def main(arguments: list[str] | None = None) -> None:
