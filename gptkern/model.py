@@ -23,6 +23,7 @@ from gptkern import ops
 from gptkern.attend import Attend, DenseAttend, PackedAttend
 from gptkern.checkpoint.load import check_quantization, check_vocabulary, load, open_checkpoint
 from gptkern.checkpoint.locate import EMBEDDED, locate
+from gptkern.checkpoint.replace import settle
 from gptkern.checkpoint.save import save
 from gptkern.config import GPTConfig
 from gptkern.quantize import Quantization, quantize_model
@@ -260,6 +261,8 @@ class GPT(nn.Module):
             CheckpointError: ``folder`` is a file, or the tokenizer there or here does not fit the model.
         """
         folder = Path(folder)
+        if folder.is_dir():
+            settle(folder)
         tokenizer = self.tokenizer or (Tokenizer.find(folder) if folder.is_dir() else None)
         if tokenizer is not None:
             check_vocabulary(folder, self.config, tokenizer.vocab_size)

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.checkpoint.locate import EMBEDDED, locate
+from gptkern.checkpoint.pending import Files, read
 
 _JSON, _VOCAB, _MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 _CONFIG, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -81,7 +82,7 @@ class Tokenizer:
             CheckpointError: There is none, or it cannot be read.
         """
         path = locate(path_or_hub_id, revision=revision, local_files_only=local_files_only, weights=False)
-        tokenizer = cls.find(path) if path.is_dir() else _read_json_file(path)
+        tokenizer = cls.find(path) if path.is_dir() else _read_json_file(path, Files(path.parent, {}))
         if tokenizer is None:
             raise CheckpointError(f"{path}: no tokenizer here; {_JSON}, or {_VOCAB} and {_MERGES}, is needed")
         return tokenizer
@@ -93,11 +94,7 @@ class Tokenizer:
         Raises:
             CheckpointError: There is one and it cannot be read.
         """
-        if (folder / _JSON).is_file():
-            return _read_json_file(folder / _JSON)
-        if (folder / _VOCAB).is_file() and (folder / _MERGES).is_file():
-            return _with_special_tokens(_read_bpe(folder / _VOCAB, folder / _MERGES), folder)
-        return None
+        return read(folder, _find)
 
     @classmethod
     def bytes(cls) -> Tokenizer:
@@ -171,6 +168,14 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
         }
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _find(files: Files) -> Tokenizer | None:
+    if (files / _JSON).is_file():
+        return _read_json_file(files / _JSON, files)
+    if (files / _VOCAB).is_file() and (files / _MERGES).is_file():
+        return _with_special_tokens(_read_bpe(files / _VOCAB, files / _MERGES), files)
+    return None
 
 
 def _checked(token_id: int) -> int:
@@ -272,19 +277,19 @@ def _token_bytes(token: str) -> bytes:
     return token.encode()
 
 
-def _read_json_file(path: Path) -> Tokenizer:
+def _read_json_file(path: Path, files: Files) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     # the library raises bare Exception
     except Exception as error:
         raise CheckpointError(f"{path}: not a tokenizer, or truncated: {error}") from error
-    return _with_special_tokens(backend, path.parent)
+    return _with_special_tokens(backend, files)
 
 
-def _with_special_tokens(backend: tokenizers.Tokenizer, folder: Path) -> Tokenizer:
+def _with_special_tokens(backend: tokenizers.Tokenizer, files: Files) -> Tokenizer:
     """The begin and end tokens that the folder's configuration names, else GPT-2's where it is there."""
     named: dict[str, str | None] = {}
-    for path in (folder / _SPECIAL, folder / _CONFIG):
+    for path in (files / _SPECIAL, files / _CONFIG):
         if path.is_file():
             named |= _named_tokens(path)
     if not named and backend.token_to_id(_END_OF_TEXT) is not None:
@@ -292,7 +297,7 @@ def _with_special_tokens(backend: tokenizers.Tokenizer, folder: Path) -> Tokeniz
     try:
         return Tokenizer(backend, **named)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+        raise CheckpointError(f"{files.folder}: {error}") from error
 
 
 def _named_tokens(path: Path) -> dict[str, str | None]:

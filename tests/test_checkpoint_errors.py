@@ -268,12 +268,6 @@ def test_llmc(tmp_path: Path) -> None:
         refuse(path, message)
 
 
-def test_a_save_that_cannot_be_finished(folder: Path) -> None:
-    (folder / ".gptkern-pending").mkdir()
-    (folder / ".gptkern-pending" / "config.json").mkdir()
-    refuse(folder, "a save was cut off when complete, in .gptkern-pending, and finishing it failed")
-
-
 def test_no_network_says_how_to_get_the_model(tmp_path: Path) -> None:
     done = subprocess.run(
         [

@@ -10,6 +10,7 @@ import torch
 
 from gptkern.checkpoint.contents import Contents, by_parameter_name
 from gptkern.checkpoint.errors import CheckpointError, some
+from gptkern.checkpoint.pending import Files
 from gptkern.checkpoint.storage import StoredTensor, read_pickle, read_safetensors, state_dict_tensors
 from gptkern.config import GPTConfig
 from gptkern.quantize import Quantization
@@ -24,17 +25,17 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)
 
 
-def open_folder(folder: Path) -> Contents:
+def open_folder(files: Files) -> Contents:
     """Open a folder that transformers' ``save_pretrained`` or ours wrote."""
-    config = read_config(folder / CONFIG)
-    extras = read_json(folder / CONFIG)
-    quantization = _read_quantization(folder / CONFIG, extras.get("quantization_config"), config)
-    kv_scales = _read_kv_scales(folder / CONFIG, extras.get(KV_SCALES), config)
-    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    config = read_config(files / CONFIG)
+    extras = read_json(files / CONFIG)
+    quantization = _read_quantization(files / CONFIG, extras.get("quantization_config"), config)
+    kv_scales = _read_kv_scales(files / CONFIG, extras.get(KV_SCALES), config)
+    found = next((files / name for name in WEIGHTS if (files / name).is_file()), None)
     if found is None:
-        raise CheckpointError(f"{folder}: no weights here; one of {', '.join(WEIGHTS)} is needed")
-    tensors = _read_shards(found) if found.suffix == ".json" else _read_weights(found)
-    return Contents(folder, config, by_parameter_name(tensors), True, quantization, kv_scales)
+        raise CheckpointError(f"{files.folder}: no weights here; one of {', '.join(WEIGHTS)} is needed")
+    tensors = _read_shards(files, found) if found.suffix == ".json" else _read_weights(found)
+    return Contents(files.folder, config, by_parameter_name(tensors), True, quantization, kv_scales)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -104,12 +105,12 @@ def _read_weights(path: Path) -> dict[str, StoredTensor]:
     return state_dict_tensors(path, read_pickle(path))
 
 
-def _read_shards(index: Path) -> dict[str, StoredTensor]:
+def _read_shards(files: Files, index: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for name in shard_names(index):
-        if not (index.parent / name).is_file():
+        if not (files / name).is_file():
             raise CheckpointError(f"{index}: {name}, which it names, is missing")
-        for tensor_name, tensor in _read_weights(index.parent / name).items():
+        for tensor_name, tensor in _read_weights(files / name).items():
             if tensor_name in tensors:
                 raise CheckpointError(
                     f"{index}: {tensor_name} is in {tensors[tensor_name].file.name} and in {name}: "

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gptkern.checkpoint import hf, llmc, nanogpt, replace
+from gptkern.checkpoint import hf, llmc, nanogpt
 from gptkern.checkpoint.contents import Contents
 from gptkern.checkpoint.errors import CheckpointError, some
+from gptkern.checkpoint.pending import Files, read
 from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import GPTConfig
 from gptkern.quantize import Quantization, QuantizedLinear, empty_layers
@@ -45,10 +46,7 @@ def open_checkpoint(path: Path) -> Contents:
         CheckpointError: It is not one, or is damaged.
     """
     if path.is_dir():
-        with replace.whole(path):
-            if not (path / hf.CONFIG).exists() and (path / "ckpt.pt").is_file():
-                return nanogpt.open_file(path / "ckpt.pt")
-            return hf.open_folder(path)
+        return read(path, _open_folder)
     if path.suffix == ".safetensors" or path.name.startswith(("pytorch_model", "config.json")):
         raise CheckpointError(f"{path}: a part of a checkpoint: give its folder, {path.parent}")
     try:
@@ -64,6 +62,12 @@ def open_checkpoint(path: Path) -> Contents:
             f"{int.from_bytes(start, 'little')} found"
         )
     return nanogpt.open_file(path)
+
+
+def _open_folder(files: Files) -> Contents:
+    if not (files / hf.CONFIG).exists() and (files / "ckpt.pt").is_file():
+        return nanogpt.open_file(files / "ckpt.pt")
+    return hf.open_folder(files)
 
 
 def load(

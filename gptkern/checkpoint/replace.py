@@ -2,8 +2,10 @@
 
 The new files are written into a staging folder inside the folder itself, flushed to disk, and the staging
 folder is then renamed to ``.gptkern-pending``. That one rename is the save: before it the old files are
-whole, after it the new ones are, and moving them to their places is only tidying up. Whoever opens the
-folder next finishes a tidying up that was cut off (``whole``), the next save clears staging folders.
+whole, after it the new ones are, and moving them to their places is only tidying up. Killed in between, the
+next save finishes that; readers look through what is pending and change nothing (``pending``). The manifest
+beside the new files says which contents they replace, so that a pending set is never moved over what another
+program saved later: it is set aside, under ``.gptkern-aside-...``, with a warning.
 
 Why not build a second folder and swap the two (renameat2 with RENAME_EXCHANGE)? It would need every other
 file of the folder linked over, write permission on the parent, one file system for both and no mount
@@ -16,107 +18,196 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
-import shutil
+import secrets
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from gptkern.checkpoint.errors import CheckpointError
+from gptkern.checkpoint.pending import (
+    MANIFEST,
+    PENDING,
+    Change,
+    fits,
+    identity,
+    is_plain,
+    manifest,
+    recognise,
+)
 
 _STAGING = ".gptkern-staging-"
-_PENDING = ".gptkern-pending"
-_MANIFEST = ".manifest.json"
+_ASIDE = ".gptkern-aside-"
+# seconds until a save that waits for another says so, and until it gives up
+_SILENCE, _PATIENCE, _PAUSE = 2.0, 120.0, 0.02
 
 
 @contextlib.contextmanager
 def replacing(folder: Path, is_ours: Callable[[str], bool]) -> Iterator[Path]:
     """Yield an empty folder for the new files; leaving the block puts them into ``folder``.
 
+    A file keeps the permissions of the one it replaces.
+
     Args:
         folder: Made if it is not there. Its other files stay.
         is_ours: Says of a file's name whether it belongs to what is replaced: it goes if there is no new one.
+
+    Raises:
+        CheckpointError: A folder or a device is where a file is to be; another save holds the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _clear_abandoned(folder)
-    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+    with contextlib.ExitStack() as staged:
+        # within one lock, so that no other save takes the new staging folder for an abandoned one
+        with _locked(folder):
+            _clear_abandoned(folder)
+            staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+            staged.callback(_remove, staging)
+            staged.enter_context(_locked(staging))
+        yield staging
+        for path in staging.iterdir():
+            _flush(path)
+        with _locked(folder):
+            _finish(folder)
+            _commit(folder, staging, is_ours)
+            _finish(folder)
+
+
+def settle(folder: Path) -> None:
+    """Finish a save that was cut off there, or set it aside; for those who are about to save."""
+    if os.path.lexists(folder / PENDING):
+        with _locked(folder):
+            _finish(folder)
+
+
+def _commit(folder: Path, staging: Path, is_ours: Callable[[str], bool]) -> None:
+    """Make the staged files, which are flushed, the folder's: all of them by one rename."""
+    new = {path.name for path in staging.iterdir()}
+    if unknown := {name for name in new if not is_plain(name)}:
+        raise ValueError(f"{folder}: {unknown} are no names of a model's files")
+    stale = {path.name for path in folder.iterdir() if is_ours(path.name) and is_plain(path.name)} - new
+    changes = {
+        name: Change(identity(staging / name) if name in new else None, _replaced_identity(folder / name))
+        for name in sorted(new | stale)
+    }
+    _keep_permissions(folder, staging, changes)
+    (staging / MANIFEST).write_text(manifest(changes))
+    _flush(staging / MANIFEST)
+    _flush(staging)
+    os.rename(staging, folder / PENDING)
+    _flush(folder)
+
+
+def _replaced_identity(path: Path) -> tuple[int, int] | None:
     try:
-        with _locked(staging):
-            yield staging
-            new = {path.name for path in staging.iterdir()}
-            for name in new:
-                _flush(staging / name)
-            with _locked(folder):
-                _finish(folder)
-                stale = [
-                    path.name for path in folder.iterdir() if is_ours(path.name) and path.name not in new
-                ]
-                (staging / _MANIFEST).write_text(json.dumps(stale))
-                _flush(staging / _MANIFEST)
-                _flush(staging)
-                os.rename(staging, folder / _PENDING)
-                _flush(folder)
-                _finish(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        return identity(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be replaced: {error}") from error
 
 
-@contextlib.contextmanager
-def whole(folder: Path) -> Iterator[None]:
-    """Within the block no save moves files of ``folder``; one that was cut off is finished first."""
-    if (folder / _PENDING).exists():
-        try:
-            with _locked(folder):
-                _finish(folder)
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder}: a save was cut off when complete, in {_PENDING}, and finishing it failed: {error}"
-            ) from error
-    with _locked(folder, shared=True):
-        yield
+def _keep_permissions(folder: Path, staging: Path, changes: Mapping[str, Change]) -> None:
+    """Give new files the permissions of those they replace; of other names, no more than all of them have."""
+    modes = {
+        name: stat.S_IMODE((folder / name).stat().st_mode)
+        for name, change in changes.items()
+        if change.old is not None
+    }
+    for name, change in changes.items():
+        if change.new is not None:
+            mode = stat.S_IMODE((staging / name).stat().st_mode)
+            for replaced in modes.values():
+                mode &= replaced
+            (staging / name).chmod(modes.get(name, mode))
+    # until the files are moved, whoever may read the folder reads through this one
+    staging.chmod(stat.S_IMODE(folder.stat().st_mode))
 
 
 def _finish(folder: Path) -> None:
-    """Move what is pending to its places; what was moved before the cut is not there any more."""
-    pending = folder / _PENDING
-    if not pending.exists():
+    """Move what is pending to its places, or set it aside where it is not a save's or is out of date."""
+    pending = folder / PENDING
+    if not os.path.lexists(pending):
         return
-    manifest = pending / _MANIFEST
-    for path in sorted(pending.iterdir()):
-        if path != manifest:
-            os.replace(path, folder / path.name)
-    if manifest.exists():
-        for name in json.loads(manifest.read_text()):
+    try:
+        changes = recognise(pending)
+    except CheckpointError as error:
+        _set_aside(pending, str(error))
+        return
+    if not fits(folder, changes):
+        _set_aside(pending, f"{pending}: a save that was cut off, and other files were saved here since")
+        return
+    for name, change in changes.items():
+        if change.new is None:
             (folder / name).unlink(missing_ok=True)
-        _flush(folder)
-        manifest.unlink()
+        elif (pending / name).exists():
+            os.replace(pending / name, folder / name)
+    _flush(folder)
+    (pending / MANIFEST).unlink(missing_ok=True)
     pending.rmdir()
     _flush(folder)
+
+
+def _set_aside(pending: Path, reason: str) -> None:
+    aside = pending.with_name(_ASIDE + secrets.token_hex(4))
+    os.rename(pending, aside)
+    _flush(pending.parent)
+    warnings.warn(f"{reason}. It is kept as {aside}", stacklevel=2)
 
 
 def _clear_abandoned(folder: Path) -> None:
     """Remove staging folders that no living process holds."""
     for path in folder.glob(_STAGING + "*"):
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(path, wait=False):
-            shutil.rmtree(path, ignore_errors=True)
+        if not path.is_symlink():
+            with contextlib.suppress(OSError), _locked(path, wait=False):
+                _remove(path)
+
+
+def _remove(staging: Path) -> None:
+    """Remove a staging folder; whatever a save does not write stays, and the folder with it."""
+    with contextlib.suppress(OSError):
+        for path in staging.iterdir():
+            if is_plain(path.name) or path.name == MANIFEST:
+                path.unlink()
+        staging.rmdir()
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Hold the folder's lock, which the system drops when the process ends."""
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the folder's lock, which the system drops when the process ends.
+
+    Raises:
+        BlockingIOError: Another process holds it, and ``wait`` is not set.
+        CheckpointError: It held it for too long.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-        try:
-            fcntl.flock(descriptor, kind)
-        except BlockingIOError:
-            raise
-        except OSError:  # some network file systems have no locks: there one process must save at a time
-            pass
+        _lock(descriptor, folder, wait)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path, wait: bool) -> None:
+    began, told = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not wait:
+                raise
+        except OSError:  # some network file systems have no locks: there one process must save at a time
+            return
+        waited = time.monotonic() - began
+        if waited > _PATIENCE:
+            raise CheckpointError(
+                f"{folder}: another program has held its lock for {_PATIENCE:.0f} s; nothing was saved"
+            )
+        if waited > _SILENCE and not told:
+            warnings.warn(f"{folder}: waiting for another program that holds its lock", stacklevel=2)
+            told = True
+        time.sleep(_PAUSE)
 
 
 def _flush(path: Path) -> None:

@@ -1,0 +1,264 @@
+"""Reading a folder as its last complete save left it, without changing anything there.
+
+A save (``replace``) becomes valid by one rename, to ``.gptkern-pending``, and then moves its files to their
+places. Killed in between, it leaves that folder behind. Readers never tidy up: they look through it, taking
+a file from there where it has not been moved yet (``read``). The next save finishes the moves.
+
+A folder may come from anywhere, so the pending set is believed by what it holds and not by what it says:
+
+* ``.gptkern-pending`` is a real folder with a manifest and regular files, no links and no folders in it.
+* Its manifest names plain files of kinds that a model has, and gives for each the size and checksum of the
+  new contents (None: the file goes) and of the old ones (None: there was no such file).
+* Every file in it has the size and checksum that the manifest says. Anything else is a ``CheckpointError``
+  for readers: what such a folder's model is cannot be known. The next save sets it aside.
+* Every file of the model's folder is the old one or the new one. Where it is neither, another program has
+  saved since: the pending set is out of date, readers pass it over with a warning, and the next save sets
+  it aside.
+
+Readers take no lock. They read, then look whether what they read has been replaced meanwhile, and if so read
+again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gptkern.checkpoint.errors import CheckpointError
+
+PENDING = ".gptkern-pending"
+MANIFEST = ".manifest.json"
+_FORMAT = 1
+_LARGEST_MANIFEST = 1 << 24
+_SUFFIXES = (".json", ".safetensors", ".bin", ".txt", ".jinja", ".model")
+_CHUNK = 1 << 20
+# seconds that a reader waits: for a save that is moving its files, and for one quiet moment
+_MOVES, _PATIENCE, _PAUSE = 2.0, 30.0, 0.005
+
+Identity = tuple[int, int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A save's change to one file, each state as size and CRC-32.
+
+    Attributes:
+        new: None: the file goes.
+        old: None: there was none.
+    """
+
+    new: Identity | None
+    old: Identity | None
+
+
+class Files:
+    """A folder's files by name: ``files / "config.json"`` is where that file's contents are.
+
+    Attributes:
+        folder: The folder, for messages.
+    """
+
+    def __init__(self, folder: Path, elsewhere: Mapping[str, Path]) -> None:
+        self.folder = folder
+        self._elsewhere = elsewhere
+        self._asked: dict[Path, object] = {}
+
+    def __truediv__(self, name: str) -> Path:
+        path = self._elsewhere.get(name, self.folder / name)
+        self._asked.setdefault(path, _mark(path))
+        return path
+
+    def unchanged(self) -> bool:
+        """Whether every file that was asked for is still the one that it was."""
+        return all(_mark(path) == mark for path, mark in self._asked.items())
+
+
+def read(folder: Path, reader: Callable[[Files], T]) -> T:
+    """What ``reader`` returns for the files of ``folder``: all of one save, while others may be saving.
+
+    It may be called again, where files were replaced while it read.
+
+    Raises:
+        CheckpointError: ``reader``'s own; what is left of a save there cannot be trusted; files are replaced
+            faster than they can be read.
+    """
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < _PATIENCE:
+        before = _mark(folder / PENDING)
+        if before is not None and waited < _MOVES and _is_moving(folder):
+            time.sleep(_PAUSE)
+            continue
+        files, problem = Files(folder, {}), None
+        try:
+            files = Files(folder, _elsewhere(folder))
+            result = reader(files)
+        except (CheckpointError, OSError) as error:
+            problem = error
+        if before == _mark(folder / PENDING) and files.unchanged():
+            if problem is not None:
+                raise problem
+            return result
+        time.sleep(_PAUSE)
+    raise CheckpointError(
+        f"{folder}: its files were replaced whenever they were read, for {_PATIENCE:.0f} s: "
+        "another program saves there without a pause"
+    )
+
+
+def _elsewhere(folder: Path) -> dict[str, Path]:
+    """Where files are that a complete save has not moved yet; those that it removes are nowhere."""
+    pending = folder / PENDING
+    if not os.path.lexists(pending):
+        return {}
+    changes = recognise(pending)
+    if not fits(folder, changes):
+        warnings.warn(
+            f"{folder}: a save that was cut off, in {PENDING}, is passed over: "
+            "other files were saved here since",
+            stacklevel=2,
+        )
+        return {}
+    return {
+        name: pending / name
+        for name, change in changes.items()
+        if change.new is None or (pending / name).exists()
+    }
+
+
+def recognise(pending: Path) -> dict[str, Change]:
+    """The changes of a complete save that are not all made yet; none where its folder is empty.
+
+    Raises:
+        CheckpointError: It is not what a save leaves behind.
+    """
+    try:
+        return _recognise(pending)
+    except OSError as error:
+        raise CheckpointError(
+            f"{pending}: a save that was cut off left this, and it cannot be read: {error}"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{pending}: not what a save of gptkern leaves behind ({error}), and so the model beside it may "
+            f"be half replaced. Nothing was changed. Move its files into {pending.parent} if you trust them, "
+            "or delete it"
+        ) from error
+
+
+def _recognise(pending: Path) -> dict[str, Change]:
+    if not stat.S_ISDIR(os.lstat(pending).st_mode):
+        raise ValueError("it is not a folder")
+    present = {entry.name: entry for entry in os.scandir(pending)}
+    if not present:
+        return {}
+    for name, entry in present.items():
+        if not entry.is_file(follow_symlinks=False):
+            raise ValueError(f"{name!r} in it is not a regular file")
+    if MANIFEST not in present:
+        raise ValueError("it has no manifest")
+    if present.pop(MANIFEST).stat(follow_symlinks=False).st_size > _LARGEST_MANIFEST:
+        raise ValueError("its manifest is too long")
+    manifest = json.loads((pending / MANIFEST).read_bytes())
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise ValueError(f"its manifest is not of format {_FORMAT}")
+    changes = {
+        name: Change(_read_identity(entry["new"]), _read_identity(entry["old"]))
+        for name, entry in manifest["files"].items()
+    }
+    for name in changes:
+        if not is_plain(name):
+            raise ValueError(f"its manifest names {name!r}, no plain file name of a model's")
+    for name in present:
+        if name not in changes or identity(pending / name) != changes[name].new:
+            raise ValueError(f"{name!r} is not the file that its manifest describes")
+    return changes
+
+
+def _read_identity(data: Any) -> Identity | None:
+    if data is None:
+        return None
+    size, checksum = data
+    if type(size) is not int or type(checksum) is not int:
+        raise ValueError("its manifest gives no size and checksum")
+    return size, checksum
+
+
+def manifest(changes: Mapping[str, Change]) -> str:
+    """The manifest's text."""
+    files = {name: {"new": change.new, "old": change.old} for name, change in changes.items()}
+    return json.dumps({"format": _FORMAT, "files": files})
+
+
+def is_plain(name: str) -> bool:
+    """Whether it is the name of a file in the folder itself, of a kind that a model or its tokens have."""
+    return name == os.path.basename(name) and not name.startswith(".") and name.endswith(_SUFFIXES)
+
+
+def fits(folder: Path, changes: Mapping[str, Change]) -> bool:
+    """Whether every file of ``folder`` is the one that the save found, or the one that it put there."""
+    try:
+        return all(
+            identity(folder / name) in _allowed(folder, name, change) for name, change in changes.items()
+        )
+    except OSError:
+        return False
+
+
+def _allowed(folder: Path, name: str, change: Change) -> tuple[Identity | None, ...]:
+    if (folder / PENDING / name).exists():
+        return (change.old,)
+    return (change.old, None) if change.new is None else (change.new,)
+
+
+def identity(path: Path) -> Identity | None:
+    """Size and CRC-32 of a file's contents; None where there is no such file.
+
+    Raises:
+        OSError: It cannot be read, or is a folder, a pipe or a device.
+    """
+    try:
+        # a pipe would wait for its writer
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    with open(descriptor, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path}: not a regular file")
+        size, checksum, chunk = 0, 0, memoryview(bytearray(_CHUNK))
+        while read_bytes := file.readinto(chunk):
+            size += read_bytes
+            checksum = zlib.crc32(chunk[:read_bytes], checksum)
+    return size, checksum
+
+
+def _is_moving(folder: Path) -> bool:
+    """Whether a living save holds the folder's lock."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # some network file systems have no locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _mark(path: Path) -> object:
+    """Something that differs where the file has been replaced or written to; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
