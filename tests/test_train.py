@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -28,7 +29,7 @@ from gptkern.train.logs import read_log
 from gptkern.train.processes import Processes
 from gptkern.train.schedule import share
 from gptkern.train.settings import DataSettings, EvalSettings, OptimizerSettings, ScheduleSettings
-from gptkern.train.tokens import char_tokenizer, encode_all, load_split, pieces
+from gptkern.train.tokens import char_tokenizer, check_ids, encode_all, load_split, pieces
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 TEXT = "To be, or not to be: that is the question.\n" * 60
@@ -204,6 +205,46 @@ def test_bin_shards(tmp_path: Path) -> None:
     assert split.train[1][:3].tolist() == [0, 1, 2]
     with pytest.raises(SettingsError, match="no token shards"):
         load_split(DataSettings(kind="bin", path=[str(tmp_path.parent)]), None, tmp_path, writer=True)
+
+
+def test_bin_shards_are_as_wide_as_the_vocabulary(tmp_path: Path) -> None:
+    """Bare ids of a vocabulary beyond 65,536 take 32 bits without a tokenizer; llm.c says it in a header."""
+    ids = np.array([70_001, 5, 3, 100_000] * 20, dtype=np.uint32)
+    ids.tofile(tmp_path / "train_0.bin")
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240801, 7, len(ids)
+    (tmp_path / "train_1.bin").write_bytes(header.tobytes() + ids.tobytes())
+    ids.tofile(tmp_path / "val.bin")
+    settings = DataSettings(kind="bin", path=[str(tmp_path)])
+    split = load_split(settings, None, tmp_path / "c", writer=True, vocab_size=100_001)
+    assert [shard.tolist() for shard in split.train + split.val] == [ids.tolist()] * 3
+    check_ids(split.train, 100_001)
+    run = tiny(tmp_path, model={"vocab_size": 100_001}, data={"kind": "bin", "tokenizer": ""})
+    assert set(Trainer(run, tmp_path, ALONE).source.training_batch(0, 4).ids.unique().tolist()) <= set(ids)
+    with pytest.raises(SettingsError, match=r"train_0\.bin: every second number is 0.*uint16 is needed"):
+        np.arange(50, dtype=np.uint32).tofile(tmp_path / "train_0.bin")
+        load_split(settings, None, tmp_path / "c", writer=True, vocab_size=50_257)
+    ids.tofile(tmp_path / "train_0.bin")
+    # llm.c's other shard beside a narrow vocabulary: its header is what counts
+    split = load_split(settings, None, tmp_path / "c", writer=True, vocab_size=50_257)
+    assert split.train[1].tolist() == ids.tolist()
+    header[2] = len(ids) + 1
+    (tmp_path / "train_1.bin").write_bytes(header.tobytes() + ids.tobytes())
+    with pytest.raises(SettingsError, match=r"train_1\.bin: its header says 81 tokens, it holds 80"):
+        load_split(settings, None, tmp_path / "c", writer=True, vocab_size=100_001)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_ids_beyond_the_vocabulary_are_named(name: str, tmp_path: Path) -> None:
+    for file in ("train.bin", "val.bin"):
+        ids = np.arange(80, dtype=np.uint16) % 11
+        ids[7] = 11 if file == name else 0
+        ids.tofile(tmp_path / file)
+    settings = tiny(tmp_path, model={"vocab_size": 11}, data={"kind": "bin", "tokenizer": ""})
+    with pytest.raises(SettingsError, match=rf"{name}: token 7 is 11, beyond the model's vocabulary of 11"):
+        train(settings, tmp_path / "run")
+    larger = settings.model | {"vocab_size": 12}
+    assert train(dataclasses.replace(settings, model=larger), tmp_path / "run").finished
 
 
 def test_jsonl_documents_end_in_end_of_text(shared_data: Path, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import torch
 from gptkern.config import GPTConfig
 from gptkern.model import GPT
 from gptkern.tokenizer import Tokenizer
-from gptkern.train.data import Source, Windows, load_classes, load_pairs
+from gptkern.train.data import Array, Source, Windows, load_classes, load_pairs
 from gptkern.train.lora import add_lora
 from gptkern.train.objective import Classification, LanguageModelling
 from gptkern.train.processes import Processes
 from gptkern.train.settings import DataSettings, Settings, SettingsError
-from gptkern.train.tokens import choose_tokenizer, load_split, read_text
+from gptkern.train.tokens import check_ids, choose_tokenizer, load_split, read_text
 
 Objective = LanguageModelling | Classification
 
@@ -32,7 +32,9 @@ def assemble(settings: Settings, out: Path, group: Processes) -> tuple[Source, O
     )
     own = pretrained.tokenizer if pretrained is not None else None
     data, seed = settings.data, settings.train.seed
+    vocab_size = settings.model.get("vocab_size") if pretrained is None else pretrained.config.vocab_size
     labels: list[str] = []
+    shards: list[Array] = []
     source: Source
     if data.kind in ("pairs", "classes"):
         tokenizer: Tokenizer | None = choose_tokenizer(data, own, _all_text(data))
@@ -43,13 +45,15 @@ def assemble(settings: Settings, out: Path, group: Processes) -> tuple[Source, O
             source, labels = load_classes(data, tokenizer, seed)
     else:
         if group.first:
-            load_split(data, own, out / "tokens", writer=True)
+            load_split(data, own, out / "tokens", writer=True, vocab_size=vocab_size)
         group.barrier()
-        split = load_split(data, own, out / "tokens", writer=False)
-        tokenizer = split.tokenizer
+        split = load_split(data, own, out / "tokens", writer=False, vocab_size=vocab_size)
+        tokenizer, shards = split.tokenizer, split.train + split.val
         source = Windows(split.train, split.val, data.context, seed)
     torch.manual_seed(seed)
     model = _model(settings, pretrained, tokenizer)
+    if group.first:
+        check_ids(shards, model.config.vocab_size)
     return source, _objective(settings, model, labels).to(group.device)
 
 

@@ -264,6 +264,9 @@ class Settings:
             raise SettingsError(
                 f"[model] from is given, so the shape is the checkpoint's: remove {', '.join(other)}"
             )
+        vocab_size = self.model.get("vocab_size", 1)
+        if type(vocab_size) is not int or vocab_size < 1:
+            raise SettingsError(f"[model] vocab_size is {vocab_size!r}; a positive integer is needed")
         if "from" not in self.model and self.lora.rank:
             raise SettingsError("[lora] adapts a trained model: [model] from is needed")
 

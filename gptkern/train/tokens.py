@@ -20,7 +20,10 @@ from gptkern.checkpoint.replace import replacing
 from gptkern.tokenizer import Tokenizer
 from gptkern.train.settings import DataSettings, SettingsError
 
-_LLMC_MAGIC, _LLMC_HEADER_BYTES = 20240520, 1024
+# llm.c's headers, by their first number, and the width of the ids that follow
+_LLMC_DTYPES = {20240520: np.dtype(np.uint16), 20240801: np.dtype(np.uint32)}
+_LLMC_HEADER_BYTES = 1024
+_CHECKED_AT_ONCE = 1 << 26  # ids
 _PIECE_CHARACTERS = 1 << 20
 # A single line break between two words: no byte-level BPE joins tokens across it.
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")
@@ -92,14 +95,53 @@ def write_tokens(path: Path, encoded: Iterable[list[int]], dtype: np.dtype[Any])
 
 
 def read_tokens(path: Path, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """A token file, memory-mapped: nanoGPT's (ids alone) or llm.c's (a header, then uint16 ids)."""
+    """A token file, memory-mapped: nanoGPT's (ids alone, of ``dtype``) or llm.c's (a header says the dtype).
+
+    Raises:
+        SettingsError: It cannot be read, is not as long as its header says, or holds wider ids.
+    """
     try:
         with path.open("rb") as file:
-            magic = np.frombuffer(file.read(4).ljust(4, b"\0"), dtype="<i4")[0]
-        offset = _LLMC_HEADER_BYTES if magic == _LLMC_MAGIC else 0
-        return np.memmap(path, dtype=dtype, mode="r", offset=offset)
+            header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
+        found = _LLMC_DTYPES.get(int(header[0]))
+        offset = 0 if found is None else _LLMC_HEADER_BYTES
+        width: np.dtype[Any] = dtype if found is None else found
+        tokens: np.ndarray[Any, Any] = np.memmap(path, dtype=width, mode="r", offset=offset)
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: not a token file: {error}") from error
+    if found is not None and len(tokens) != header[2]:
+        raise SettingsError(f"{path}: its header says {header[2]:,} tokens, it holds {len(tokens):,}")
+    head = tokens[:4096]
+    if found is None and len(head) >= 16 and head.any() and not head[1::2].any():
+        raise SettingsError(
+            f"{path}: every second number is 0: these look like ids of more than {8 * dtype.itemsize} bits; "
+            f"for this vocabulary {dtype} is needed"
+        )
+    return tokens
+
+
+def check_ids(shards: Sequence[np.ndarray[Any, Any]], vocab_size: int) -> None:
+    """Look through token files for ids that a model of ``vocab_size`` has no embedding of.
+
+    Raises:
+        SettingsError: There is one; the message names the file, the id and its place.
+    """
+    from rich.progress import track
+
+    parts = [
+        (shard, start) for shard in shards for start in range(0, len(shard), _CHECKED_AT_ONCE)
+    ]  # fmt: skip
+    for shard, start in track(
+        parts, description="checking token ids", transient=True, disable=len(parts) < 2 * len(shards) + 8
+    ):
+        part = shard[start : start + _CHECKED_AT_ONCE]
+        if int(part.max()) >= vocab_size:
+            first = int((part >= vocab_size).argmax())
+            raise SettingsError(
+                f"{getattr(shard, 'filename', 'tokens')}: token {start + first:,} is {int(part[first])}, "
+                f"beyond the model's vocabulary of {vocab_size}: it was written with another tokenizer, "
+                "or with ids of another width"
+            )
 
 
 @dataclass(frozen=True)
@@ -151,14 +193,27 @@ def choose_tokenizer(settings: DataSettings, own: Tokenizer | None, text: str) -
     return own
 
 
-def load_split(settings: DataSettings, own: Tokenizer | None, cache: Path, *, writer: bool) -> TokenSplit:
+def load_split(
+    settings: DataSettings,
+    own: Tokenizer | None,
+    cache: Path,
+    *,
+    writer: bool,
+    vocab_size: int | None = None,
+) -> TokenSplit:
     """Tokens of ``text``, ``jsonl`` or ``bin`` data, tokenised into ``cache`` where they are text.
 
-    ``writer`` is whether this process tokenises; the others read what it wrote.
+    Args:
+        settings: The table [data].
+        own: The loaded model's tokenizer.
+        cache: The folder for what is tokenised.
+        writer: Whether this process tokenises; the others read what it wrote.
+        vocab_size: The model's, where it is known: it says how wide the ids of bare shards are that
+            come without a tokenizer.
     """
     if settings.kind == "bin":
         tokenizer = None if not settings.tokenizer and own is None else choose_tokenizer(settings, own, "")
-        return _bin_split(settings, tokenizer)
+        return _bin_split(settings, tokenizer, vocab_size)
     if writer:
         _tokenise(settings, own, cache)
     tokenizer = Tokenizer.find(cache)
@@ -170,8 +225,8 @@ def load_split(settings: DataSettings, own: Tokenizer | None, cache: Path, *, wr
     )
 
 
-def _bin_split(settings: DataSettings, tokenizer: Tokenizer | None) -> TokenSplit:
-    dtype = token_dtype(tokenizer.vocab_size if tokenizer else 1)
+def _bin_split(settings: DataSettings, tokenizer: Tokenizer | None, vocab_size: int | None) -> TokenSplit:
+    dtype = token_dtype(tokenizer.vocab_size if tokenizer else vocab_size or 1)
     train, val = [Path(p) for p in settings.path], [Path(p) for p in settings.val_path]
     if len(train) == 1 and train[0].is_dir():
         folder = train[0]
