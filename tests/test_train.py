@@ -23,13 +23,21 @@ from gptkern.model import GPT
 from gptkern.tokenizer import Tokenizer
 from gptkern.train import DivergedError, Lion, Settings, SettingsError, Trainer, make_optimizers, train
 from gptkern.train import checkpoints as checkpoints_module
-from gptkern.train.data import Examples, Windows, load_pairs, pair_ids, shuffled
+from gptkern.train.data import Examples, Windows, load_classes, load_pairs, pair_ids, shuffled
 from gptkern.train.evaluate import evaluate
 from gptkern.train.logs import read_log
 from gptkern.train.processes import Processes
 from gptkern.train.schedule import share
 from gptkern.train.settings import DataSettings, EvalSettings, OptimizerSettings, ScheduleSettings
-from gptkern.train.tokens import char_tokenizer, check_ids, encode_all, load_split, pieces
+from gptkern.train.tokens import (
+    char_tokenizer,
+    check_ids,
+    encode_all,
+    load_split,
+    pieces,
+    read_jsonl,
+    read_text,
+)
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 TEXT = "To be, or not to be: that is the question.\n" * 60
@@ -257,8 +265,75 @@ def test_jsonl_documents_end_in_end_of_text(shared_data: Path, tmp_path: Path) -
     assert (split.train[0] == 50256).sum() == 8
     assert split.train[0][-1] == 50256
     path.write_text('{"txt": 1}\n')
-    with pytest.raises(SettingsError, match="line 1: no 'text'"):
+    with pytest.raises(SettingsError, match=r"docs\.jsonl:1: no 'text'"):
         load_split(settings, None, tmp_path / "tokens", writer=True)
+
+
+def read_documents(path: Path, content: bytes) -> list[str]:
+    path.write_bytes(content)
+    return [row["text"] for row in read_jsonl([str(path)], ["text"], "path")]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\ufeff"])
+def test_jsonl_lines_end_at_line_breaks_alone(mark: str, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"a{mark}b"}, ensure_ascii=False), '{"text": "last"}']
+    found = read_documents(tmp_path / "a.jsonl", "\r\n".join(lines).encode("utf-8-sig"))
+    assert found == [f"a{mark}b", "last"]
+
+
+def test_jsonl_files_are_read_one_by_one(tmp_path: Path) -> None:
+    """The last line of a file needs no line break, each file may have its byte order mark."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(f'{{"text": "{name}"}}'.encode("utf-8-sig"))
+    rows = read_jsonl([str(tmp_path / "a"), str(tmp_path / "b")], ["text"], "path")
+    assert [row["text"] for row in rows] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("null", "'text' is null; a string is needed"),
+        ('["a", "b"]', "'text' is a list; a string is needed"),
+        ('{"a": 1}', "'text' is an object; a string is needed"),
+        ("3", "'text' is a number; a string is needed"),
+        ("false", "'text' is true or false; a string is needed"),
+        ('"a\\ud800b"', r"'text' holds \\ud800, half of a surrogate pair"),
+        ("[" * 100_000, "not JSON"),
+        ("1" * 5000, "not JSON"),
+    ],
+)
+def test_jsonl_fields_are_named(value: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=rf"a\.jsonl:3: {message}"):
+        read_documents(tmp_path / "a.jsonl", f'{{"text": "x"}}\n\n{{"text": {value}}}\n'.encode())
+
+
+def test_jsonl_labels(tmp_path: Path) -> None:
+    """Words, numbers and truth values; nothing else."""
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "x", "label": label} for label in ("good", 1, 0.5, True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = DataSettings(kind="classes", path=[str(path)])
+    assert load_classes(settings, Tokenizer.bytes(), 0)[1] == ["0.5", "1", "True", "good"]
+    path.write_text('{"text": "x", "label": null}\n')
+    with pytest.raises(SettingsError, match=r"a\.jsonl:1: 'label' is null; a string or a number is needed"):
+        load_classes(settings, Tokenizer.bytes(), 0)
+
+
+def test_text_files(tmp_path: Path) -> None:
+    """A byte order mark is no text; what is not UTF-8 is named with its place."""
+    for name, content in (("a", b"\xef\xbb\xbfone\r\ntwo\r"), ("b", b"\xef\xbb\xbfthree"), ("c", b"ab\xffc")):
+        (tmp_path / name).write_bytes(content)
+    assert read_text([str(tmp_path / "a"), str(tmp_path / "b")], "path") == "one\ntwo\nthree"
+    with pytest.raises(SettingsError, match=r"\[data\] path: .*/c: not UTF-8: byte 0xff at offset 2$"):
+        read_text([str(tmp_path / "c")], "path")
+
+
+def test_char_tokenizer_knows_escaped_characters(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "caf\\u00e9?", "answer": "\\u65e5"}\n' * 10)
+    settings = tiny(path, data={"kind": "pairs"})
+    tokenizer = Trainer(settings, tmp_path / "run", ALONE).objective.model.tokenizer
+    assert tokenizer.decode(tokenizer.encode("café? 日")) == "café? 日"
 
 
 def test_windows() -> None:

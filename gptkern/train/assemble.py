@@ -15,7 +15,7 @@ from gptkern.train.lora import add_lora
 from gptkern.train.objective import Classification, LanguageModelling
 from gptkern.train.processes import Processes
 from gptkern.train.settings import DataSettings, Settings, SettingsError
-from gptkern.train.tokens import check_ids, choose_tokenizer, load_split, read_text
+from gptkern.train.tokens import check_ids, choose_tokenizer, load_split, read_jsonl, read_text
 
 Objective = LanguageModelling | Classification
 
@@ -61,7 +61,11 @@ def _all_text(data: DataSettings) -> str:
     """What a character tokenizer must know; the JSON's own characters do no harm."""
     if data.tokenizer != "char":
         return ""
-    return read_text(data.path + data.val_path, "path") + data.separator + data.end
+    paths = data.path + data.val_path
+    keys = [data.prompt_key, data.answer_key] if data.kind == "pairs" else [data.text_key]
+    # As they are written, and as they are meant: JSON may spell a character as \u00e9.
+    values = [row[key] for row in read_jsonl(paths, keys, "path") for key in keys]
+    return "".join([read_text(paths, "path"), *values, data.separator, data.end])
 
 
 def _model(settings: Settings, pretrained: GPT | None, tokenizer: Tokenizer | None) -> GPT:

@@ -200,9 +200,12 @@ def _example_batch(examples: list[tuple[list[int], Any]], rows: list[int]) -> Ba
     return Batch(padded, targets, None, rows)
 
 
-def _split(rows: list[Any], settings: DataSettings, keys: list[str]) -> tuple[list[Any], list[Any]]:
+def _split(
+    settings: DataSettings, texts: list[str], label: str | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    rows = read_jsonl(settings.path, texts, "path", label)
     if settings.val_path:
-        return rows, read_jsonl(settings.val_path, keys, "val_path")
+        return rows, read_jsonl(settings.val_path, texts, "val_path", label)
     cut = int(len(rows) * (1.0 - settings.val_fraction))
     return rows[:cut], rows[cut:]
 
@@ -228,23 +231,23 @@ def load_pairs(settings: DataSettings, tokenizer: Tokenizer, seed: int) -> Examp
     """Prompts and answers from JSONL; the loss is of the answers alone."""
     keys = [settings.prompt_key, settings.answer_key]
     train, val = (
-        [pair_ids(tokenizer, str(row[keys[0]]), str(row[keys[1]]), settings) for row in rows]
-        for rows in _split(read_jsonl(settings.path, keys, "path"), settings, keys)
+        [pair_ids(tokenizer, row[keys[0]], row[keys[1]], settings) for row in rows]
+        for rows in _split(settings, keys)
     )
     return Examples(list(train), list(val), seed)
 
 
 def load_classes(settings: DataSettings, tokenizer: Tokenizer, seed: int) -> tuple[Examples, list[str]]:
     """Texts and labels from JSONL, and the labels' names, sorted. A long text keeps its end."""
-    keys = [settings.text_key, settings.label_key]
-    train, val = _split(read_jsonl(settings.path, keys, "path"), settings, keys)
-    names = sorted({str(row[keys[1]]) for row in train + val})
+    text, label = settings.text_key, settings.label_key
+    train, val = _split(settings, [text], label)
+    names = sorted({str(row[label]) for row in train + val})
     numbers = {name: number for number, name in enumerate(names)}
 
     def example(row: dict[str, Any]) -> tuple[list[int], int]:
-        ids = tokenizer.encode(str(row[keys[0]]))[-settings.context :]
+        ids = tokenizer.encode(row[text])[-settings.context :]
         if not ids:
-            raise SettingsError(f"[data] a {keys[0]} is empty: one token or more is needed")
-        return ids, numbers[str(row[keys[1]])]
+            raise SettingsError(f"[data] a {text} is empty: one token or more is needed")
+        return ids, numbers[str(row[label])]
 
     return Examples([example(row) for row in train], [example(row) for row in val], seed), names

@@ -21,7 +21,7 @@ from gptkern.tokenizer import Tokenizer
 from gptkern.train.settings import DataSettings, SettingsError
 
 # llm.c's headers, by their first number, and the width of the ids that follow
-_LLMC_DTYPES = {20240520: np.dtype(np.uint16), 20240801: np.dtype(np.uint32)}
+_LLMC_DTYPES: dict[int, np.dtype[Any]] = {20240520: np.dtype(np.uint16), 20240801: np.dtype(np.uint32)}
 _LLMC_HEADER_BYTES = 1024
 _CHECKED_AT_ONCE = 1 << 26  # ids
 _PIECE_CHARACTERS = 1 << 20
@@ -105,7 +105,7 @@ def read_tokens(path: Path, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
             header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
         found = _LLMC_DTYPES.get(int(header[0]))
         offset = 0 if found is None else _LLMC_HEADER_BYTES
-        width: np.dtype[Any] = dtype if found is None else found
+        width = dtype if found is None else found
         tokens: np.ndarray[Any, Any] = np.memmap(path, dtype=width, mode="r", offset=offset)
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: not a token file: {error}") from error
@@ -157,27 +157,76 @@ def read_text(paths: Sequence[str], what: str) -> str:
     """The files' text, end to end."""
     if not paths:
         raise SettingsError(f"[data] {what} is empty: name a file, in the configuration or by --data")
+    # Line breaks of other systems become \n, as in every file that Python opens as text.
+    return "".join(
+        _decoded(path, what).replace("\r\n", "\n").replace("\r", "\n") for path in paths
+    )  # fmt: skip
+
+
+def _decoded(path: str, what: str) -> str:
+    """A file's text, without the byte order mark that some editors put before it."""
     try:
-        return "".join(Path(path).read_text(encoding="utf-8") for path in paths)
-    except (OSError, UnicodeDecodeError) as error:
+        return Path(path).read_bytes().decode().removeprefix("\ufeff")
+    except OSError as error:
         raise SettingsError(f"[data] {what}: {error}") from error
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#04x} at offset {error.start:,}"
+        raise SettingsError(f"[data] {what}: {path}: not UTF-8: {byte}") from error
 
 
-def read_jsonl(paths: Sequence[str], keys: Sequence[str], what: str) -> list[dict[str, Any]]:
-    """The objects of JSONL files; every one must have ``keys``."""
+def read_jsonl(
+    paths: Sequence[str], texts: Sequence[str], what: str, label: str | None = None
+) -> list[dict[str, Any]]:
+    """The objects of JSONL files, one a line.
+
+    Args:
+        paths: The files.
+        texts: Keys that every object must have, each with a string.
+        what: The setting that names the files, for messages.
+        label: A key that every object must have, with a string, a number or a truth value.
+
+    Raises:
+        SettingsError: A file cannot be read, or a line is no such object; the message names file and line.
+    """
+    if not paths:
+        read_text(paths, what)
     rows = []
-    for number, line in enumerate(read_text(paths, what).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SettingsError(f"[data] {what}, line {number}: not JSON: {error}") from error
-        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise SettingsError(f"[data] {what}, line {number}: no {missing[0]!r} in it")
-        rows.append(row)
+    for path in paths:
+        # Other marks that end a line (U+2028, U+0085, ...) may stand inside a JSON string.
+        for number, line in enumerate(_decoded(path, what).split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise SettingsError(f"{path}:{number}: not JSON: {error}") from error
+            for key in (*texts, *([label] if label else [])):
+                _check_field(f"{path}:{number}", row, key, (str,) if key in texts else (str, int, float))
+            rows.append(row)
     return rows
+
+
+def _check_field(where: str, row: Any, key: str, kinds: tuple[type, ...]) -> None:
+    if not isinstance(row, dict) or key not in row:
+        raise SettingsError(f"{where}: no {key!r} in it")
+    value = row[key]
+    if not isinstance(value, kinds):
+        needed = "a string" if kinds == (str,) else "a string or a number"
+        raise SettingsError(f"{where}: {key!r} is {_json_type(value)}; {needed} is needed")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            lone = ord(value[error.start])
+            raise SettingsError(
+                f"{where}: {key!r} holds \\u{lone:04x}, half of a surrogate pair: no text"
+            ) from error
+
+
+def _json_type(value: Any) -> str:
+    if value is None:
+        return "null"
+    return {bool: "true or false", list: "a list", dict: "an object"}.get(type(value), "a number")
 
 
 def choose_tokenizer(settings: DataSettings, own: Tokenizer | None, text: str) -> Tokenizer:
@@ -281,9 +330,9 @@ def _documents(settings: DataSettings) -> tuple[list[str], list[str], str]:
         cut = int(len(text) * kept)
         return [text[:cut]], [text[cut:]], text
     key = settings.text_key
-    documents = [str(row[key]) for row in read_jsonl(settings.path, [key], "path")]
+    documents = [row[key] for row in read_jsonl(settings.path, [key], "path")]
     if settings.val_path:
-        held = [str(row[key]) for row in read_jsonl(settings.val_path, [key], "val_path")]
+        held = [row[key] for row in read_jsonl(settings.val_path, [key], "val_path")]
     else:
         cut = int(len(documents) * kept)
         documents, held = documents[:cut], documents[cut:]
