@@ -224,7 +224,7 @@ def test_pickles(folder: Path) -> None:
     whole = path.read_bytes()
     for damaged in (b"", b"\x80", whole[:40], whole[: len(whole) // 2], whole[:-1], bytes(100), b"text"):
         path.write_bytes(damaged)
-        refuse(folder, r"pytorch_model\.bin: not a PyTorch checkpoint, or truncated")
+        refuse(folder, r"pytorch_model\.bin: (not a PyTorch checkpoint, or )?truncated")
 
 
 def test_nanogpt(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,10 @@ import torch
 
 from gptkern.checkpoint.contents import Contents, by_parameter_name
 from gptkern.checkpoint.errors import CheckpointError, some
+from gptkern.checkpoint.files import check_file_name, read_json
 from gptkern.checkpoint.pending import Files
-from gptkern.checkpoint.storage import StoredTensor, read_pickle, read_safetensors, state_dict_tensors
+from gptkern.checkpoint.pickles import read_torch, state_dict_tensors
+from gptkern.checkpoint.storage import StoredTensor, read_safetensors
 from gptkern.config import GPTConfig
 from gptkern.quantize import Quantization
 
@@ -36,19 +37,6 @@ def open_folder(files: Files) -> Contents:
         raise CheckpointError(f"{files.folder}: no weights here; one of {', '.join(WEIGHTS)} is needed")
     tensors = _read_shards(files, found) if found.suffix == ".json" else _read_weights(found)
     return Contents(files.folder, config, by_parameter_name(tensors), True, quantization, kv_scales)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON, or truncated: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: a JSON object is needed, {type(data).__name__} found")
-    return data
 
 
 def read_config(path: Path) -> GPTConfig:
@@ -90,19 +78,15 @@ def shard_names(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map, an object from tensor names to file names, is needed")
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or name != Path(name).name or name in ("", "..") or "\\" in name:
-            raise CheckpointError(
-                f"{index}: {tensor}: the index points outside its folder, to {name!r}; "
-                "a plain file name is needed"
-            )
-    return sorted(set(weight_map.values()))
+    return sorted(
+        {check_file_name(f"{index}: {tensor}: the index", name) for tensor, name in weight_map.items()}
+    )
 
 
 def _read_weights(path: Path) -> dict[str, StoredTensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    return state_dict_tensors(path, read_pickle(path))
+    return state_dict_tensors(path, read_torch(path, "c if isinstance(c, dict) else c.state_dict()"))
 
 
 def _read_shards(files: Files, index: Path) -> dict[str, StoredTensor]:

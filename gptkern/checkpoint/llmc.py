@@ -16,7 +16,8 @@ import torch
 
 from gptkern.checkpoint.contents import Contents
 from gptkern.checkpoint.errors import CheckpointError
-from gptkern.checkpoint.storage import StoredTensor, map_file, view
+from gptkern.checkpoint.files import map_file
+from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import GPTConfig
 
 MAGIC = 20240326
@@ -32,7 +33,7 @@ def open_file(path: Path) -> Contents:
         raise CheckpointError(
             f"{path}: truncated: a header of {_HEADER_BYTES} bytes expected, {len(raw)} found"
         )
-    magic, version, positions, vocab, layers, heads, width, padded = view(raw, 0, torch.int32, [8]).tolist()
+    magic, version, positions, vocab, layers, heads, width, padded = raw[:32].view(torch.int32).tolist()
     if magic != MAGIC:
         raise CheckpointError(f"{path}: not an llm.c GPT-2 file: magic {MAGIC} expected, {magic} found")
     if version not in _VERSIONS:
@@ -62,10 +63,8 @@ def open_file(path: Path) -> Contents:
         raise CheckpointError(f"{path}: {state}: {expected:,} bytes expected, {len(raw):,} found")
     tensors, start = {}, _HEADER_BYTES
     for name, shape in layout:
-        data = view(raw, start, dtype, shape)
-        tensors[name] = StoredTensor(
-            path, name, data[:vocab] if name.endswith("wte.weight") else data, mapped=True
-        )
+        kept = (vocab, *shape[1:]) if name.endswith("wte.weight") else shape
+        tensors[name] = StoredTensor(path, name, dtype, kept, raw, start)
         start += math.prod(shape) * dtype.itemsize
     return Contents(path, config, tensors, transposed=False)
 

@@ -209,21 +209,22 @@ def _check_tensor(
     packed: torch.Tensor | None,
 ) -> None:
     expected = tuple(reversed(shape)) if turned else shape
-    found = tuple(stored.data.shape)
-    if found != expected:
-        raise CheckpointError(f"{stored.file}: {stored.name}: shape {expected} expected, {found} found")
+    if stored.shape != expected:
+        raise CheckpointError(
+            f"{stored.file}: {stored.name}: shape {expected} expected, {stored.shape} found"
+        )
     dtypes = _FLOATS if packed is None else (packed.dtype,)
-    if stored.data.dtype not in dtypes:
+    if stored.dtype not in dtypes:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        found_dtype = str(stored.data.dtype).removeprefix("torch.")
+        found_dtype = str(stored.dtype).removeprefix("torch.")
         raise CheckpointError(f"{stored.file}: {stored.name}: dtype {accepted} expected, {found_dtype} found")
 
 
 def _common_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
     """The dtype that holds every tensor exactly."""
-    dtype = next(iter(tensors.values())).data.dtype
+    dtype = next(iter(tensors.values())).dtype
     for stored in tensors.values():
-        dtype = torch.promote_types(dtype, stored.data.dtype)
+        dtype = torch.promote_types(dtype, stored.dtype)
     return dtype
 
 

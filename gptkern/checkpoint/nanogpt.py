@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gptkern.checkpoint.contents import Contents, by_parameter_name
-from gptkern.checkpoint.errors import CheckpointError
-from gptkern.checkpoint.storage import read_pickle, state_dict_tensors
+from gptkern.checkpoint.errors import CheckpointError, shown
+from gptkern.checkpoint.pickles import read_plain, read_torch, state_dict_tensors
 from gptkern.config import GPTConfig
 
 _FIELDS = {
@@ -28,7 +28,7 @@ _END_OF_TEXT = 50256
 
 def open_file(path: Path) -> Contents:
     """Open a ``ckpt.pt``."""
-    checkpoint = read_pickle(path)
+    checkpoint = read_torch(path, '{"model": c["model"], "model_args": c["model_args"]}')
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         found = list(checkpoint)[:6] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise CheckpointError(
@@ -63,3 +63,25 @@ def _read_config(path: Path, model_args: Any) -> GPTConfig:
     if _END_OF_TEXT < config.vocab_size <= 50304:
         return config.replace(bos_token_id=_END_OF_TEXT, eos_token_id=_END_OF_TEXT)
     return config
+
+
+def read_meta(path: Path) -> dict[str, int]:
+    """The ids of the characters, from the ``meta.pkl`` beside a character-level data set.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds no such vocabulary: ids from 0 on, each once.
+    """
+    meta = read_plain(path)
+    stoi = meta.get("stoi") if isinstance(meta, dict) else None
+    if not isinstance(stoi, dict) or not stoi:
+        raise CheckpointError(f"{path}: stoi, a dict from characters to ids, is needed, {shown(meta)} found")
+    ids: dict[str, int] = {}
+    for character, number in stoi.items():
+        if not isinstance(character, str) or not character or type(number) is not int:
+            raise CheckpointError(
+                f"{path}: stoi: text with an integer is needed, {shown(character)}: {shown(number)} found"
+            )
+        ids[character] = number
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise CheckpointError(f"{path}: stoi: each id from 0 to {len(ids) - 1} is needed once")
+    return ids

@@ -10,10 +10,6 @@ import ctypes
 import json
 import math
 import mmap
-import pickle
-import re
-import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from typing import Any
 import torch
 
 from gptkern.checkpoint.errors import CheckpointError
+from gptkern.checkpoint.files import map_file
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -36,8 +33,6 @@ SAFETENSORS_DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
-# how torch's restricted unpickler speaks of classes and functions, as opposed to damage
-_CODE = re.compile(r"[^\n]*(GLOBAL \S+|Unsupported class|Can only)[^.\n]*")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -45,50 +40,67 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file.
+    """A tensor in a mapped file. Whoever makes one has checked that its elements lie within the file.
 
     Attributes:
         file: The file it lies in.
         name: Its name there.
-        data: The tensor, a view of the mapped file where ``mapped``.
-        mapped: Whether its pages belong to the file and may be dropped after use.
+        dtype: Its elements' type.
+        shape: Its sizes.
+        raw: The file's bytes.
+        start: The byte where its first element begins.
+        stride: Steps between elements along each dimension; None where they lie one after another.
+        swapped: The bytes of each number lie the other way round.
     """
 
     file: Path
     name: str
-    data: torch.Tensor
-    mapped: bool
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    raw: torch.Tensor
+    start: int
+    stride: tuple[int, ...] | None = None
+    swapped: bool = False
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The tensor: a view of the file, or a copy where the machine cannot compute with it as it lies."""
+        begin, end = self._range()
+        span = self.raw[begin:end]
+        if self.swapped:
+            number = self.dtype.itemsize // 2 if self.dtype.is_complex else self.dtype.itemsize
+            span = span.view(-1, number).flip(1).flatten()
+        elif begin % self.dtype.itemsize:
+            span = span.clone()  # vectorised code takes elements for aligned, and crashes
+        elements = span.view(self.dtype)
+        return (
+            elements.view(self.shape) if self.stride is None else elements.as_strided(self.shape, self.stride)
+        )
+
+    def same_place(self, other: StoredTensor) -> bool:
+        """Whether the two are one tensor under two names."""
+        return self.raw is other.raw and (self.start, self.shape, self.stride, self.dtype) == (
+            other.start,
+            other.shape,
+            other.stride,
+            other.dtype,
+        )
 
     def release(self) -> None:
         """Give the pages back. The tensor stays readable: they would be read from the file again."""
-        if not self.mapped or not self.data.numel():
+        begin, end = self._range()
+        if begin == end:
             return
-        last = sum(
-            (size - 1) * stride for size, stride in zip(self.data.shape, self.data.stride(), strict=True)
-        )
-        start = self.data.data_ptr()
+        start = self.raw.data_ptr() + begin
         aligned = start - start % mmap.PAGESIZE
-        end = start + (last + 1) * self.data.element_size()
-        _libc.madvise(aligned, end - aligned, mmap.MADV_DONTNEED)
+        _libc.madvise(aligned, start + end - begin - aligned, mmap.MADV_DONTNEED)
 
-
-def map_file(path: Path) -> torch.Tensor:
-    """The whole file as uint8, mapped privately; its pages are read when touched."""
-    try:
-        size = path.stat().st_size
-        if size:
-            return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error}") from error
-    raise CheckpointError(f"{path}: the file is empty")
-
-
-def view(raw: torch.Tensor, start: int, dtype: torch.dtype, shape: Iterable[int]) -> torch.Tensor:
-    """The tensor that begins at byte ``start`` of ``raw``, aligned or not: never a copy."""
-    shape = tuple(shape)
-    if not math.prod(shape):
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(raw.numpy(), dtype=dtype, count=math.prod(shape), offset=start).view(shape)
+    def _range(self) -> tuple[int, int]:
+        """The bytes from its first element to its last."""
+        elements = math.prod(self.shape)
+        if elements and self.stride is not None:
+            elements = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        return self.start, self.start + elements * self.dtype.itemsize
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -128,7 +140,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             )
         expected = end
         if end <= data_bytes:
-            tensors[name] = StoredTensor(path, name, view(raw, header_end + start, dtype, shape), mapped=True)
+            tensors[name] = StoredTensor(path, name, dtype, tuple(shape), raw, header_end + start)
     if expected != data_bytes:
         state = "truncated" if expected > data_bytes else "longer than its header says"
         raise CheckpointError(
@@ -159,57 +171,3 @@ def write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor, bool]])
         for _, tensor, transpose in tensors:
             data = (tensor.t() if transpose else tensor).detach().cpu().contiguous()
             data.flatten().view(torch.uint8).numpy().tofile(file)
-
-
-def read_pickle(path: Path) -> Any:
-    """What ``torch.save`` wrote, its tensors mapped where the file is of today's format.
-
-    Nothing in the file is executed: anything but tensors, numbers, strings and plain containers is refused.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip()
-        if refused := _CODE.search(reason):
-            raise CheckpointError(
-                f"{path}: not a plain state dict, and opening it could run code: {refused[0].strip()}"
-            ) from error
-        first = reason.splitlines()[0]
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or truncated: {first}") from error
-    # a damaged file fails in as many ways as there are readers below
-    except Exception as error:
-        first = (str(error).splitlines() or [repr(error)])[0]
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or truncated: {first}") from error
-
-
-def state_dict_tensors(path: Path, state_dict: object) -> dict[str, StoredTensor]:
-    """The tensors of a pickled state dict."""
-    if not isinstance(state_dict, dict):
-        raise CheckpointError(f"{path}: a state dict is needed, {type(state_dict).__name__} found")
-    tensors = {}
-    ranges = _mapped_ranges(path)
-    for name, value in state_dict.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(
-                f"{path}: not a plain state dict: {name!r} is {type(value).__name__}; "
-                "names with tensors are needed"
-            )
-        if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise CheckpointError(f"{path}: {name}: a dense tensor is needed, {value.layout} found")
-        storage = value.untyped_storage()
-        first, last = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-        mapped = any(start <= first and last <= end for start, end in ranges)
-        tensors[name] = StoredTensor(path, name, value.detach(), mapped)
-    return tensors
-
-
-def _mapped_ranges(path: Path) -> list[tuple[int, int]]:
-    """Where this process has the file mapped. Dropping pages anywhere else would destroy what is in them."""
-    ranges = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith(f" {path.resolve()}"):
-            start, _, end = line.split(" ", 1)[0].partition("-")
-            ranges.append((int(start, 16), int(end, 16)))
-    return ranges
