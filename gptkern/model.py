@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptkern import ops
 from gptkern.attend import Attend, DenseAttend, PackedAttend
+from gptkern.checkpoint.generation import of_config
 from gptkern.checkpoint.load import check_quantization, check_vocabulary, load, open_checkpoint
 from gptkern.checkpoint.locate import EMBEDDED, locate
 from gptkern.checkpoint.replace import settle
@@ -177,6 +178,8 @@ class GPT(nn.Module):
         config: Its shape and switches.
         tokenizer: The one found beside the checkpoint, or None; assign one to use and save it.
         quantization: How the linear layers' weights are kept; None: as they were trained.
+        generation_config: The defaults of ``generate`` under transformers' names, as the checkpoint's
+            ``generation_config.json`` has them; may be changed.
         kv_scales: Of an fp8 cache, of keys and of values ``(n_layer, n_head)``; None: 1. Saved and
             loaded with the weights. ``gptkern.quantize.kv_scales`` finds them.
     """
@@ -184,6 +187,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.generation_config: dict[str, Any] = of_config(config)
         self.tokenizer: Tokenizer | None = None
         self.quantization: Quantization | None = None
         self.kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -244,6 +248,8 @@ class GPT(nn.Module):
         if contents.kv_scales is not None:
             k_scale, v_scale = (scale.to(model.device) for scale in contents.kv_scales)
             model.kv_scales = (k_scale, v_scale)
+        if contents.generation_config is not None:
+            model.generation_config = contents.generation_config
         model.tokenizer = tokenizer
         return model
 
@@ -281,6 +287,8 @@ class GPT(nn.Module):
     ) -> torch.Tensor | GenerateOutput:
         """Continue prompts, with the names, meaning and defaults of transformers' ``generate``.
 
+        An option that is not given is what the checkpoint says (``generation_config``), else the default; one
+        that is given goes before both, None included, which is the default.
         Dropout is off in every mode, and the mode stays as it is: a model may generate while it is trained.
         Padding may be on any side; new tokens follow the whole row.
 
@@ -289,11 +297,13 @@ class GPT(nn.Module):
             attention_mask: ``(batch, seq)``, 1 for tokens and 0 for padding.
             streamer: Given the prompt, then each step's tokens, by ``put``; ``end`` follows the last.
             tokenizer: For ``stop_strings``, where the model came without one.
-            output_logprobs, return_dict_in_generate: Return a ``GenerateOutput``, with log-probabilities.
+            output_logprobs: Return a ``GenerateOutput`` with the log-probability of each new token.
+            return_dict_in_generate: Return a ``GenerateOutput``.
             **kwargs: The options that ``gptkern.generate.GenerateOptions`` lists.
 
         Returns:
-            ``(batch * num_return_sequences, seq + new)`` int64, filled up with ``pad_token_id``.
+            ``(batch * num_return_sequences, seq + new)`` int64, filled up with ``pad_token_id``; or a
+            ``GenerateOutput``, which holds them.
 
         Raises:
             TypeError, ValueError: A bad option or prompt, or more tokens than the context holds; the

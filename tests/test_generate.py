@@ -165,6 +165,18 @@ def test_logprobs_are_those_of_a_forward_pass(sampled: bool) -> None:
     torch.testing.assert_close(out.logprobs.double(), expected, atol=1e-4, rtol=0)
 
 
+def test_asking_for_logprobs_is_enough() -> None:
+    ours = pair("silu, epsilon")[1]
+    out = ours.generate(prompts(1, 5), max_new_tokens=3, output_logprobs=True)
+    assert isinstance(out, GenerateOutput)
+    assert out.logprobs is not None
+    assert out.logprobs.shape == (1, 3)
+    for name in ("output_logprobs", "return_dict_in_generate"):
+        for value in (5, 1, "yes"):
+            with pytest.raises(TypeError, match=f"{name} is {value!r}; True or False"):
+                ours.generate(prompts(1, 5), max_new_tokens=3, **{name: value})
+
+
 def test_finish_reasons_and_the_fill_of_logprobs() -> None:
     ours = pair("head dim 64")[1]
     ids = prompts(3, 5, seed=1)
@@ -343,7 +355,13 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_beams": 2, "do_sample": True}, ValueError, "beam search does not sample"),
     ({"early_stopping": "soon"}, ValueError, "early_stopping is 'soon'"),
     ({"eos_token_id": [1, -2]}, TypeError, "eos_token_id"),
-    ({"seed": -1}, ValueError, "seed is -1"),
+    ({"seed": -(2**63) - 1}, ValueError, "seed is -9223372036854775809; -9223372036854775808 or more"),
+    ({"seed": 2**64}, ValueError, "seed is 18446744073709551616; 64 bits"),
+    ({"early_stopping": 1, "num_beams": 2}, ValueError, "early_stopping is 1"),
+    ({"eos_token_id": 2.5}, TypeError, "eos_token_id is 2.5"),
+    ({"eos_token_id": 2**63}, TypeError, "eos_token_id is 9223372036854775808"),
+    ({"pad_token_id": 2**63}, ValueError, "pad_token_id is 9223372036854775808; less than"),
+    ({"temperature": 10**400, "do_sample": True}, ValueError, "temperature is a number of 1329 bits"),
     ({"stop_strings": [""]}, ValueError, "none empty"),
     ({"stop_strings": "x"}, ValueError, "without a tokenizer"),
     ({"do_sample": 1}, TypeError, "do_sample is 1"),

@@ -211,7 +211,7 @@ def test_cut_offs_reach_the_sampler(cutoff: str) -> None:
         assert kept == greedy(ids)
     else:
         assert kept != drawn
-    with pytest.warns(UserWarning, match=f"{cutoff} have no effect without do_sample=True"):
+    with pytest.warns(UserWarning, match=f"{cutoff} has no effect without do_sample=True"):
         greedy(ids, 1, **{cutoff: 0.5})
 
 

@@ -281,6 +281,17 @@ def test_samples_and_beams_of_a_text(model: GPT) -> None:
     assert best.text == Tokenizer.bytes().decode(best.token_ids)
 
 
+def test_texts_that_stop_at_different_places_need_no_filling(model: GPT) -> None:
+    options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 4, "seed": 1, "max_new_tokens": 20}
+    free = model.generate_text("ab", **options)
+    stop = next(c for c in free[0].text if c.isascii())
+    made = model.generate_text("ab", stop_strings=stop, **options)
+    assert [c.text for c in made] == [c.text.split(stop)[0] for c in free]
+    assert len({len(c.token_ids) for c in made}) > 1
+    with pytest.raises(ValueError, match="give pad_token_id"):
+        model.generate(torch.tensor([[97, 98]]), stop_strings=stop, **options)
+
+
 def test_text_ends_before_the_end_of_text_token(gpt2_tokenizer: Tokenizer) -> None:
     torch.manual_seed(0)
     config = GPTConfig(n_positions=64, n_layer=1, n_head=2, n_embd=16, initializer_range=0.5)

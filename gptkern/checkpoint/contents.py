@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,7 @@ class Contents:
         transposed: Block matrices are ``(in, out)`` and have to be turned.
         quantization: How the linear layers' weights are kept, or None.
         kv_scales: Of an fp8 cache, of keys and of values ``(n_layer, n_head)`` fp32, or None.
+        generation_config: Its defaults of ``generate``; None where its format has no place for them.
     """
 
     source: Path
@@ -41,6 +43,7 @@ class Contents:
     transposed: bool
     quantization: Quantization | None = None
     kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None
+    generation_config: dict[str, Any] | None = None
 
     def turned(self, name: str) -> bool:
         """Whether the tensor of that name is stored transposed."""

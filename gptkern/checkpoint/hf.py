@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gptkern.checkpoint import generation
 from gptkern.checkpoint.contents import Contents, by_parameter_name
 from gptkern.checkpoint.errors import CheckpointError, some
 from gptkern.checkpoint.files import check_file_name, read_json
@@ -17,6 +18,7 @@ from gptkern.config import GPTConfig
 from gptkern.quantize import Quantization
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 KV_SCALES = "kv_scales"
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -36,7 +38,15 @@ def open_folder(files: Files) -> Contents:
     if found is None:
         raise CheckpointError(f"{files.folder}: no weights here; one of {', '.join(WEIGHTS)} is needed")
     tensors = _read_shards(files, found) if found.suffix == ".json" else _read_weights(found)
-    return Contents(files.folder, config, by_parameter_name(tensors), True, quantization, kv_scales)
+    return Contents(
+        files.folder,
+        config,
+        by_parameter_name(tensors),
+        True,
+        quantization,
+        kv_scales,
+        _read_generation_config(files, extras, config),
+    )
 
 
 def read_config(path: Path) -> GPTConfig:
@@ -47,6 +57,12 @@ def read_config(path: Path) -> GPTConfig:
         raise
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_generation_config(files: Files, extras: dict[str, Any], config: GPTConfig) -> dict[str, Any]:
+    """As in transformers, the file alone speaks where there is one."""
+    path = files / GENERATION_CONFIG
+    return read_json(path) if path.is_file() else generation.of_json(extras, config)
 
 
 def _read_quantization(path: Path, data: Any, config: GPTConfig) -> Quantization | None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from gptkern.checkpoint.generation import UNSUPPORTED
 from gptkern.config import GPTConfig
 from gptkern.generate.rules import bad_words, biased, suppressed
+
+if TYPE_CHECKING:
+    from gptkern.model import GPT
 
 DEFAULT_NEW_TOKENS = 20
 EarlyStopping = bool | Literal["never"]
@@ -17,6 +21,9 @@ EarlyStopping = bool | Literal["never"]
 
 class GenerateOptions(TypedDict, total=False):
     """Options of ``generate``, ``stream`` and ``generate_text``: names, meaning, defaults of transformers 5.
+
+    One that is not given is what the checkpoint's ``generation_config`` says, else the default below; one
+    that is given as None is the default. Tensors, arrays and NumPy's numbers are taken as what they hold.
 
     ``presence_penalty``, ``frequency_penalty`` and ``logit_bias`` are vLLM's. Biases come first, then the
     penalties, what is barred, the minimum length, and what ``do_sample`` asks for, in the order below.
@@ -51,7 +58,7 @@ class GenerateOptions(TypedDict, total=False):
         length_penalty: Beam scores are divided by the length to this power.
         early_stopping: True ends beam search when ``num_beams`` sequences are complete, False when no
             better one is likely, "never" when no better one is possible.
-        eos_token_id: The end-of-text token or tokens; the model's own by default, None for none.
+        eos_token_id: The end-of-text token or tokens; None for none.
         pad_token_id: Fills sequences that ended before the others; the first end-of-text token by default.
         stop_strings: Text that ends generation when the new tokens complete it.
         speculate: Most tokens a pass that prompt lookup drafts: what followed the latest tokens when they
@@ -63,8 +70,8 @@ class GenerateOptions(TypedDict, total=False):
             plain steps. Not with ``num_beams``.
         kv_cache_dtype: ``"auto"`` keeps keys and values in the model's dtype, ``"fp8"`` in a byte each
             (e4m3; on GPUs from compute capability 8.9 on), by the model's ``kv_scales``.
-        seed: Draws depend on this seed, the row and the step alone. By default drawn from PyTorch's
-            global generator.
+        seed: 64 bits, signed or not. Draws depend on this seed, the row and the step alone. By default
+            drawn from PyTorch's global generator.
     """
 
     max_length: int | None
@@ -144,60 +151,128 @@ class Settings:
     seed: int | None
 
 
-def settle(options: Mapping[str, Any], config: GPTConfig, *, width: int, longest: int) -> Settings:
+def merged(options: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of one call, checked: what is given, and else what the checkpoint says.
+
+    Only what is asked for is in it. ``eos_token_id`` is always there, a tuple, and so is ``top_k``.
+
+    Args:
+        options: As given; None asks for gptkern's own default, whatever the checkpoint says.
+        said: The model's ``generation_config``.
+
+    Raises:
+        TypeError, ValueError: An unknown option, or one of the wrong type or out of range.
+    """
+    _check_names(options)
+    _tell_unsupported(said)
+    given, defaults = _checked("generate", options), _checked("generation_config", _defaults(options, said))
+    asked = defaults | given
+    asked.setdefault("eos_token_id", ())
+    asked.setdefault("top_k", 0 if "top_k" in options else 50)
+    return asked
+
+
+def options_over(fallback: Mapping[str, Any], model: GPT, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What to give ``generate`` so that options win, then the checkpoint's word, then ``fallback``.
+
+    For a caller that has defaults of its own. One of them stands where neither options nor checkpoint have a
+    word for it; a longest length where they name neither, sampling where they ask for no beams.
+    """
+    said = {name: value for name, value in model.generation_config.items() if value is not None}
+    idle = set(said)
+    if idle & _LONGEST:
+        idle |= _LONGEST
+    if (options.get("num_beams") or said.get("num_beams", 1)) != 1:
+        idle.add("do_sample")
+    own = _defaults(options, {n: v for n, v in fallback.items() if n not in idle} | said)
+    return {name: value for name, value in own.items() if name not in said} | dict(options)
+
+
+def _defaults(options: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``said`` stands beside the options of a call."""
+    names = GenerateOptions.__annotations__
+    found = {n: v for n, v in said.items() if n in names and n not in options and v is not None}
+    # Of two options that mean the same, the one that was given counts.
+    for alike in (_LONGEST, _SHORTEST):
+        if any(options.get(name) is not None for name in alike):
+            found = {name: value for name, value in found.items() if name not in alike}
+    if not options.get("do_sample", found.get("do_sample")):
+        found = {name: value for name, value in found.items() if name not in _SAMPLING_ALONE}
+    return found
+
+
+def _tell_unsupported(said: Mapping[str, Any]) -> None:
+    asked = [
+        f"{name}={said[name]!r}"
+        for name, neutral in UNSUPPORTED.items()
+        if said.get(name) is not None and said[name] not in neutral
+    ]
+    if asked:
+        warnings.warn(
+            f"generate: the checkpoint's generation_config asks for {', '.join(asked)}, "
+            "which gptkern does not support: it is left out",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def settle(
+    asked: Mapping[str, Any], config: GPTConfig, *, width: int, longest: int, lengths_given: bool
+) -> Settings:
     """Check options against each other and the model, and fill in the defaults.
 
     Args:
+        asked: What ``merged`` gives.
         width: Tokens of a prompt row, padding included.
         longest: Tokens of the longest prompt, without padding.
+        lengths_given: Whether the caller named the longest length; any other gives way to the context.
 
     Raises:
-        TypeError: An unknown option, or one of the wrong type.
-        ValueError: One out of range, a prompt or a length that the context cannot hold.
+        ValueError: Options that contradict each other, a prompt or a length that the context cannot hold.
     """
-    _check_names(options)
-    given = {name: value for name, value in options.items() if value is not None}
-    _check_types(given)
-    _check_ranges(given)
-    beams, returned = given.get("num_beams", 1), given.get("num_return_sequences", 1)
-    sampling = given.get("do_sample", False)
-    _check_modes(given, beams, returned, sampling)
-    eos = _eos(options, config)
-    if given.get("speculate", 0) >= config.n_positions:
+    beams, returned = asked.get("num_beams", 1), asked.get("num_return_sequences", 1)
+    sampling = asked.get("do_sample", False)
+    _check_modes(asked, beams, returned, sampling)
+    eos = asked["eos_token_id"]
+    if asked.get("speculate", 0) >= config.n_positions:
         raise ValueError(
-            f"generate: speculate is {given['speculate']}; "
+            f"generate: speculate is {asked['speculate']}; "
             f"less than the model's context of {config.n_positions} is needed"
         )
-    max_new = _max_new(given, config.n_positions, width, longest)
+    max_new = _max_new(asked, config.n_positions, width, longest, lengths_given)
     return Settings(
         max_new=max_new,
-        min_new=given.get("min_new_tokens", max(given.get("min_length", 0) - width, 0)),
+        min_new=min(asked.get("min_new_tokens", max(asked.get("min_length", 0) - width, 0)), max_new),
         do_sample=sampling,
-        temperature=float(given.get("temperature", 1.0)),
-        top_k=options.get("top_k", 50) or 0,
-        top_p=float(given.get("top_p", 1.0)),
-        min_p=float(given.get("min_p", 0.0)),
-        typical_p=float(given.get("typical_p", 1.0)),
-        epsilon_cutoff=float(given.get("epsilon_cutoff", 0.0)),
-        eta_cutoff=float(given.get("eta_cutoff", 0.0)),
-        repetition_penalty=float(given.get("repetition_penalty", 1.0)),
-        presence_penalty=float(given.get("presence_penalty", 0.0)),
-        frequency_penalty=float(given.get("frequency_penalty", 0.0)),
-        no_repeat_ngram_size=given.get("no_repeat_ngram_size", 0),
-        bad_words_ids=bad_words(given, eos, config.vocab_size),
-        suppress_tokens=suppressed(given, config.vocab_size),
-        sequence_bias=biased(given, config.vocab_size),
+        temperature=float(asked.get("temperature", 1.0)),
+        top_k=asked["top_k"],
+        top_p=float(asked.get("top_p", 1.0)),
+        min_p=float(asked.get("min_p", 0.0)),
+        typical_p=float(asked.get("typical_p", 1.0)),
+        epsilon_cutoff=float(asked.get("epsilon_cutoff", 0.0)),
+        eta_cutoff=float(asked.get("eta_cutoff", 0.0)),
+        repetition_penalty=float(asked.get("repetition_penalty", 1.0)),
+        presence_penalty=float(asked.get("presence_penalty", 0.0)),
+        frequency_penalty=float(asked.get("frequency_penalty", 0.0)),
+        no_repeat_ngram_size=asked.get("no_repeat_ngram_size", 0),
+        bad_words_ids=bad_words(asked, eos, config.vocab_size),
+        suppress_tokens=suppressed(asked, config.vocab_size),
+        sequence_bias=biased(asked, config.vocab_size),
         num_return_sequences=returned,
         num_beams=beams,
-        length_penalty=float(given.get("length_penalty", 1.0)),
-        early_stopping=given.get("early_stopping", False),
+        length_penalty=float(asked.get("length_penalty", 1.0)),
+        early_stopping=asked.get("early_stopping", False),
         eos=eos,
-        pad=given.get("pad_token_id", eos[0] if eos else None),
-        stop_strings=_stop_strings(given),
-        speculate=given.get("speculate", 0),
-        kv_cache_dtype=given.get("kv_cache_dtype", "auto"),
-        seed=given.get("seed"),
+        pad=asked.get("pad_token_id", eos[0] if eos else None),
+        stop_strings=_stop_strings(asked),
+        speculate=asked.get("speculate", 0),
+        kv_cache_dtype=asked.get("kv_cache_dtype", "auto"),
+        seed=asked.get("seed"),
     )
+
+
+_LONGEST = {"max_length", "max_new_tokens"}
+_SHORTEST = {"min_length", "min_new_tokens"}
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
@@ -219,7 +294,7 @@ _WHOLE = {
     "num_beams": 1,
     "pad_token_id": 0,
     "speculate": 1,
-    "seed": 0,
+    "seed": -(2**63),
 }
 _SAMPLING_ALONE = {
     "temperature": 1.0,
@@ -234,45 +309,73 @@ _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "le
 _REAL = (*(name for name in _SAMPLING_ALONE if name != "top_k"), *_PENALTIES)
 
 
-def _check_types(given: Mapping[str, Any]) -> None:
+def _checked(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not None, as Python's own numbers and lists; errors begin with ``source``."""
+    given = {name: plain(value) for name, value in options.items() if value is not None}
+    _check_types(source, given)
+    _check_ranges(source, given)
+    if "eos_token_id" in given:
+        given["eos_token_id"] = _eos(source, given["eos_token_id"])
+    return given
+
+
+def plain(value: Any) -> Any:
+    """Tensors, arrays and NumPy's numbers as Python's own, in lists and mappings too."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {_key(plain(key)): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value))
+    return value
+
+
+def _key(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_types(source: str, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if name in _WHOLE and (not isinstance(value, int) or isinstance(value, bool)):
-            raise TypeError(f"generate: {name} is {value!r}; a whole number is needed")
+            raise TypeError(f"{source}: {name} is {value!r}; a whole number is needed")
         if name in _REAL and (not isinstance(value, int | float) or isinstance(value, bool)):
-            raise TypeError(f"generate: {name} is {value!r}; a number is needed")
+            raise TypeError(f"{source}: {name} is {value!r}; a number is needed")
+        if name in _REAL and isinstance(value, int) and abs(value) > 2**1000:
+            raise ValueError(f"{source}: {name} is a number of {value.bit_length()} bits, beyond a float's")
     if not isinstance(given.get("do_sample", False), bool):
-        raise TypeError(f"generate: do_sample is {given['do_sample']!r}; True or False is needed")
+        raise TypeError(f"{source}: do_sample is {given['do_sample']!r}; True or False is needed")
     if given.get("kv_cache_dtype", "auto") not in ("auto", "fp8"):
         raise ValueError(
-            f"generate: kv_cache_dtype is {given['kv_cache_dtype']!r}; 'auto' or 'fp8' is needed"
+            f"{source}: kv_cache_dtype is {given['kv_cache_dtype']!r}; 'auto' or 'fp8' is needed"
         )
-    if given.get("early_stopping", False) not in (True, False, "never"):
-        raise ValueError(
-            f"generate: early_stopping is {given['early_stopping']!r}; True, False or 'never' is needed"
-        )
+    stopping = given.get("early_stopping", False)
+    if not isinstance(stopping, bool) and stopping != "never":
+        raise ValueError(f"{source}: early_stopping is {stopping!r}; True, False or 'never' is needed")
 
 
-def _check_ranges(given: Mapping[str, Any]) -> None:
+def _check_ranges(source: str, given: Mapping[str, Any]) -> None:
     for name, least in _WHOLE.items():
         if given.get(name, least) < least:
-            raise ValueError(f"generate: {name} is {given[name]}; {least} or more is needed")
-    if given.get("seed", 0) >= 2**64:
-        raise ValueError(f"generate: seed is {given['seed']}; less than 2**64 is needed")
+            raise ValueError(f"{source}: {name} is {given[name]}; {least} or more is needed")
+    if given.get("pad_token_id", 0) >= 2**63:
+        raise ValueError(f"{source}: pad_token_id is {given['pad_token_id']}; less than 2**63 is needed")
+    if not -(2**63) <= given.get("seed", 0) < 2**64:
+        raise ValueError(f"{source}: seed is {given['seed']}; 64 bits, from -2**63 to 2**64 - 1, are needed")
     for name in ("temperature", "repetition_penalty"):
         if not 0 < given.get(name, 1.0) < float("inf"):
             hint = "; do_sample=False takes the likeliest token" if name == "temperature" else ""
-            raise ValueError(f"generate: {name} is {given[name]}; a number above 0 is needed{hint}")
+            raise ValueError(f"{source}: {name} is {given[name]}; a number above 0 is needed{hint}")
     for name in ("top_p", "typical_p"):
         if not 0 < given.get(name, 1.0) <= 1:
-            raise ValueError(f"generate: {name} is {given[name]}; 0 < {name} <= 1 is needed")
+            raise ValueError(f"{source}: {name} is {given[name]}; 0 < {name} <= 1 is needed")
     for name in ("epsilon_cutoff", "eta_cutoff"):
         if not 0 <= given.get(name, 0.0) < 1:
-            raise ValueError(f"generate: {name} is {given[name]}; 0 <= {name} < 1 is needed")
+            raise ValueError(f"{source}: {name} is {given[name]}; 0 <= {name} < 1 is needed")
     for name in ("presence_penalty", "frequency_penalty"):
         if not abs(given.get(name, 0.0)) < float("inf"):
-            raise ValueError(f"generate: {name} is {given[name]}; a finite number is needed")
+            raise ValueError(f"{source}: {name} is {given[name]}; a finite number is needed")
     if not 0 <= given.get("min_p", 0.0) <= 1:
-        raise ValueError(f"generate: min_p is {given['min_p']}; 0 <= min_p <= 1 is needed")
+        raise ValueError(f"{source}: min_p is {given['min_p']}; 0 <= min_p <= 1 is needed")
 
 
 def _check_modes(given: Mapping[str, Any], beams: int, returned: int, sampling: bool) -> None:
@@ -289,13 +392,14 @@ def _check_modes(given: Mapping[str, Any], beams: int, returned: int, sampling: 
         idle = [name for name, default in _SAMPLING_ALONE.items() if given.get(name, default) != default]
         if idle:
             warnings.warn(
-                f"generate: {', '.join(idle)} have no effect without do_sample=True",
+                f"generate: {', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect "
+                "without do_sample=True",
                 UserWarning,
                 stacklevel=4,
             )
 
 
-def _max_new(given: Mapping[str, Any], context: int, width: int, longest: int) -> int:
+def _max_new(given: Mapping[str, Any], context: int, width: int, longest: int, lengths_given: bool) -> int:
     room = context - longest
     if room < 1:
         raise ValueError(
@@ -315,23 +419,18 @@ def _max_new(given: Mapping[str, Any], context: int, width: int, longest: int) -
             )
     else:
         return min(DEFAULT_NEW_TOKENS, room)
-    if asked > room:
+    if asked > room and lengths_given:
         raise ValueError(
             f"generate: {named}, the prompt has {longest} tokens, the model's context is {context}: "
             f"at most {largest} is possible here"
         )
-    return int(asked)
+    return int(min(asked, room))
 
 
-def _eos(options: Mapping[str, Any], config: GPTConfig) -> tuple[int, ...]:
-    if "eos_token_id" not in options:
-        return config.eos_token_ids
-    value = options["eos_token_id"]
-    if value is None:
-        return ()
-    ids = (value,) if isinstance(value, int) else tuple(value)
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise TypeError(f"generate: eos_token_id is {value!r}; token ids, 0 or more, are needed")
+def _eos(source: str, value: Any) -> tuple[int, ...]:
+    ids = tuple(value) if isinstance(value, Iterable) else (value,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**63 for i in ids):
+        raise TypeError(f"{source}: eos_token_id is {value!r}; token ids, 0 or more, are needed")
     return ids
 
 

@@ -10,7 +10,7 @@ import torch
 
 from gptkern.generate.beam import beam_search
 from gptkern.generate.loop import steps
-from gptkern.generate.options import GenerateOptions, Settings, settle
+from gptkern.generate.options import GenerateOptions, Settings, merged, settle
 from gptkern.generate.prompt import Prompts, prompts
 from gptkern.generate.step import FinishReason, Step
 from gptkern.generate.stopping import RowText
@@ -32,7 +32,7 @@ class Streamer(Protocol):
 
 @dataclass(frozen=True)
 class GenerateOutput:
-    """What ``generate`` returns with ``return_dict_in_generate=True``.
+    """What ``generate`` returns with ``return_dict_in_generate`` or ``output_logprobs``.
 
     Attributes:
         sequences: ``(batch * num_return_sequences, width + new)`` int64: prompts and new tokens,
@@ -62,11 +62,17 @@ def generate(
     streamer: Streamer | None = None,
     tokenizer: Tokenizer | None = None,
     output_logprobs: bool = False,
-    return_dict_in_generate: bool = False,
+    return_dict_in_generate: bool | None = None,
     **options: Unpack[GenerateOptions],
 ) -> torch.Tensor | GenerateOutput:
     """Continue prompts; see ``GPT.generate``."""
+    detailed = _is_detailed(model, output_logprobs, return_dict_in_generate)
     prompt, settings = prepare(model, input_ids, attention_mask, options)
+    several = len(prompt.rows) * settings.num_return_sequences > 1
+    if several and settings.stop_strings and settings.pad is None:
+        raise ValueError(
+            "generate: rows may end before others, and there is nothing to fill them with: give pad_token_id"
+        )
     if output_logprobs and settings.num_beams > 1:
         raise ValueError("generate: output_logprobs with num_beams > 1; beam search gives sequences_scores")
     if settings.stop_strings:
@@ -83,28 +89,42 @@ def generate(
     else:
         texts = row_texts(prompt, settings, tokenizer) if tokenizer and settings.stop_strings else None
         output = _sample(model, prompt, settings, texts, streamer, output_logprobs)
-    return output if return_dict_in_generate else output.sequences
+    return output if detailed else output.sequences
+
+
+def _is_detailed(model: GPT, output_logprobs: bool, return_dict_in_generate: bool | None) -> bool:
+    """Whether a ``GenerateOutput`` is returned."""
+    if return_dict_in_generate is None:
+        return_dict_in_generate = bool(model.generation_config.get("return_dict_in_generate"))
+    for name, value in (
+        ("output_logprobs", output_logprobs),
+        ("return_dict_in_generate", return_dict_in_generate),
+    ):
+        if not isinstance(value, bool):
+            raise TypeError(f"generate: {name} is {value!r}; True or False is needed")
+    return output_logprobs or return_dict_in_generate
 
 
 def prepare(
     model: GPT, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, options: GenerateOptions
 ) -> tuple[Prompts, Settings]:
     """Check prompts and options."""
-    given = options.get("eos_token_id", model.config.eos_token_ids)
+    asked = merged(options, model.generation_config)
     prompt = prompts(
         input_ids,
         attention_mask,
         device=model.device,
         vocab_size=model.config.vocab_size,
-        pad=options.get("pad_token_id"),
-        eos=(given,) if isinstance(given, int) else given or (),
+        pad=asked.get("pad_token_id"),
+        eos=asked["eos_token_id"],
     )
-    settings = settle(options, model.config, width=prompt.width, longest=prompt.longest)
-    several = len(prompt.rows) * settings.num_return_sequences > 1
-    if several and settings.stop_strings and settings.pad is None:
-        raise ValueError(
-            "generate: rows may end before others, and there is nothing to fill them with: give pad_token_id"
-        )
+    settings = settle(
+        asked,
+        model.config,
+        width=prompt.width,
+        longest=prompt.longest,
+        lengths_given=any(options.get(name) is not None for name in ("max_length", "max_new_tokens")),
+    )
     return prompt, settings
 
 
