@@ -1,4 +1,4 @@
-"""A checkpoint's own defaults of ``generate``, which ``generation_config.json`` has, by transformers' names."""
+"""The defaults of ``generate`` that a checkpoint brings: transformers' ``generation_config.json``."""
 
 from __future__ import annotations
 
