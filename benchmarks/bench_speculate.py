@@ -19,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from gptkern.bench.suites import _models as models
 from gptkern.cache import KVCache
-from gptkern.generate.loop import stepper
+from gptkern.generate.executor import Executor
 from gptkern.generate.verify import Verify
 from gptkern.model import GPT
 
@@ -42,7 +42,7 @@ def test_what_a_pass_costs(benchmark: BenchmarkFixture) -> None:
     model = models.ours(config, dtype, DEVICE)
     cache = KVCache.for_config(config, max_seqs=1, max_len=CONTEXT + 32, dtype=dtype, device=DEVICE)
     model(torch.randint(config.vocab_size, (1, CONTEXT), device=DEVICE), cache=cache, logits_to_keep=1)
-    verify = Verify(model, cache, stepper(model, cache, rows=1, steps=32), 8)  # type: ignore[arg-type]
+    verify = Verify(model, cache, Executor(model, cache, rows=1, steps=32), 8)
     tokens = torch.randint(config.vocab_size, (9,)).tolist()
     calls = {n: lambda n=n: verify([tokens[:n]]) for n in (1, 2, 3, 4, 5, 9)}
     for call in calls.values():

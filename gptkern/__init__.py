@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from gptkern.generate import Completion, GenerateOutput, Score
     from gptkern.model import GPT, GPTOutput
     from gptkern.ops import backend
+    from gptkern.routes import FallbackWarning, explain
     from gptkern.tokenizer import Tokenizer
-    from gptkern.transformers import accelerate, explain, restore
+    from gptkern.transformers import accelerate, restore
 
 _HOMES = {
     "GPT": "model",
@@ -31,7 +32,8 @@ _HOMES = {
     "Score": "generate",
     "accelerate": "transformers",
     "backend": "ops",
-    "explain": "transformers",
+    "explain": "routes",
+    "FallbackWarning": "routes",
     "ops": "",
     "restore": "transformers",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "GPT",
     "CheckpointError",
     "Completion",
+    "FallbackWarning",
     "GPTConfig",
     "GPTOutput",
     "GenerateOutput",

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gptkern import ops
+from gptkern.as_built import untouched
 from gptkern.attend import Attend, DenseAttend, PackedAttend
 from gptkern.checkpoint.generation import of_config
 from gptkern.checkpoint.load import check_quantization, check_vocabulary, load, open_checkpoint
@@ -27,7 +28,8 @@ from gptkern.checkpoint.locate import EMBEDDED, locate
 from gptkern.checkpoint.replace import settle
 from gptkern.checkpoint.save import save
 from gptkern.config import GPTConfig
-from gptkern.quantize import Quantization, quantize_model
+from gptkern.ops.linear.reference import ACTIVATIONS
+from gptkern.quantize import Quantization, QuantizedLinear, quantize_model
 from gptkern.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -80,14 +82,11 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.inner_dim, config.n_embd, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.gelu_mlp(
-            x,
-            self.c_fc.weight,
-            self.c_fc.bias,
-            self.c_proj.weight,
-            self.c_proj.bias,
-            activation=self.activation,
-        )
+        fc, proj = self.c_fc, self.c_proj
+        if untouched(fc, *LINEAR) and untouched(proj, *LINEAR):
+            return ops.gelu_mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=self.activation)
+        out: torch.Tensor = proj(ACTIVATIONS[self.activation](fc(x)))
+        return out
 
 
 class Norm(nn.Module):
@@ -96,7 +95,6 @@ class Norm(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.eps = config.layer_norm_epsilon
-        self.dropout_p = config.resid_pdrop
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
@@ -104,11 +102,26 @@ class Norm(nn.Module):
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(
-        self, x: torch.Tensor, residual: torch.Tensor, attend: Attend
+        self, x: torch.Tensor, residual: torch.Tensor, dropout_p: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of ``residual + dropout(x)``, and that sum."""
-        dropout_p = self.dropout_p if self.training and attend.dropout else 0.0
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p)
+
+
+# What a fused op computes from weights alone.
+LINEAR = (nn.Linear.forward, QuantizedLinear.forward)
+NORM = (Norm.forward,)
+
+
+def add_norm(
+    norm: nn.Module, x: torch.Tensor, residual: torch.Tensor, dropout_p: float, attend: Attend
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of ``residual + dropout(x)``, and that sum; in one pass where ``norm`` may be fused."""
+    dropout_p = dropout_p if norm.training and attend.dropout else 0.0
+    if isinstance(norm, Norm) and untouched(norm, *NORM):
+        return norm.add(x, residual, dropout_p)
+    residual = residual + F.dropout(x, dropout_p)
+    return norm(residual), residual
 
 
 class Block(nn.Module):
@@ -117,6 +130,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.post_norm = config.post_norm
+        self.resid_pdrop = config.resid_pdrop
         self.ln_1 = Norm(config)
         self.attn = Attention(config, layer)
         self.ln_2 = Norm(config)
@@ -127,14 +141,14 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``(x, residual)`` to the next such pair; the residual is None where nothing is to be added."""
         if self.post_norm:
-            h, _ = self.ln_1.add(self.attn(x, attend), x, attend)
-            h, _ = self.ln_2.add(self.mlp(h), h, attend)
+            h, _ = add_norm(self.ln_1, self.attn(x, attend), x, self.resid_pdrop, attend)
+            h, _ = add_norm(self.ln_2, self.mlp(h), h, self.resid_pdrop, attend)
             return h, None
         if residual is None:
             h, residual = self.ln_1(x), x
         else:
-            h, residual = self.ln_1.add(x, residual, attend)
-        h, residual = self.ln_2.add(self.attn(h, attend), residual, attend)
+            h, residual = add_norm(self.ln_1, x, residual, self.resid_pdrop, attend)
+        h, residual = add_norm(self.ln_2, self.attn(h, attend), residual, self.resid_pdrop, attend)
         return self.mlp(h), residual
 
 
@@ -143,7 +157,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.embd_pdrop = config.embd_pdrop
+        self.embd_pdrop, self.resid_pdrop = config.embd_pdrop, config.resid_pdrop
         self.gradient_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -162,7 +176,7 @@ class Transformer(nn.Module):
         if self.ln_f is None:
             return x
         assert residual is not None
-        return self.ln_f.add(x, residual, attend)[0]
+        return add_norm(self.ln_f, x, residual, self.resid_pdrop, attend)[0]
 
 
 class GPT(nn.Module):

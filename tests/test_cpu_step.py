@@ -11,8 +11,8 @@ from torch import nn
 
 from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
-from gptkern.generate import cpu_step
-from gptkern.generate.cpu_step import CpuStep, pays
+from gptkern.generate import cpu_step, executor
+from gptkern.generate.cpu_step import CpuStep
 from gptkern.model import GPT
 from gptkern.ops.sample._native import _C
 from gptkern.quantize import Quantization, QuantizedLinear, quantize_model
@@ -101,7 +101,7 @@ def _stepped(model: GPT, rows: int, steps: int, page_size: int | None = None, fa
     """(logits after so many steps, the cache)."""
     with torch.inference_mode():
         cache = _filled(model, rows, page_size)
-        assert not fast or pays(model, cache, rows)
+        assert not fast or executor.refused(model, cache.dtype) is None
         step = CpuStep(model, cache) if fast else lambda t: model(t[:, None], cache=cache).logits[:, -1]
         for number in range(steps):
             logits = step(_tokens(rows, number, model.config))
@@ -231,19 +231,25 @@ def test_what_cannot_be_done_changes_nothing() -> None:
     assert cache.lengths == [9]
 
 
-def test_what_it_does_not_serve_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_does_not_serve_is_left_to_the_model_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model(PLAIN, torch.float32, False)
-    cache = KVCache.for_config(PLAIN, max_seqs=1, max_len=8)
-    assert pays(model, cache, cpu_step.MOST_ROWS)
-    assert not pays(model, cache, cpu_step.MOST_ROWS + 1)
-    assert not pays(model.half(), KVCache.for_config(PLAIN, max_seqs=1, max_len=8, dtype=torch.float16), 1)
-    assert not pays(model.bfloat16(), cache, 1)
+    assert executor.pays(model, cpu_step.MOST_ROWS, 1)
+    assert not executor.pays(model, cpu_step.MOST_ROWS + 1, 1)
+
+    def reason(model: GPT, dtype: torch.dtype = torch.float32) -> str:
+        return executor.refused(model, dtype) or ""
+
+    assert reason(model) == ""
+    assert "weights are torch.float16" in reason(model.half(), torch.float16)
+    assert "torch.bfloat16, not in torch.float32" in reason(model.bfloat16())
     model = model.float()
     model.transformer.ln_f.bfloat16()
-    assert not pays(model, cache, 1)
+    assert "several dtypes" in reason(model)
     model.float().lm_head.weight = nn.Parameter(torch.randn(260, 192)[::2, ::2])
-    assert not pays(model, cache, 1)
-    assert pays(_packed(PLAIN, torch.float32), KVCache.for_config(PLAIN, max_seqs=1, max_len=8), 1)
-    assert not pays(_packed(PLAIN, torch.float32, "fp8"), KVCache.for_config(PLAIN, max_seqs=1, max_len=8), 1)
-    monkeypatch.setattr(cpu_step, "_C", None)
-    assert not pays(_model(PLAIN, torch.float32, False), cache, 1)
+    assert "rows or columns are contiguous" in reason(model)
+    assert reason(_packed(PLAIN, torch.float32)) == ""
+    assert "these are fp8" in reason(_packed(PLAIN, torch.float32, "fp8"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reason(_model(PLAIN, torch.float32, False)) == "autocast is on"
+    monkeypatch.setattr(executor, "_C", None)
+    assert "not built" in reason(_model(PLAIN, torch.float32, False))

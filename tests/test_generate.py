@@ -12,7 +12,7 @@ import torch
 from generate_support import CONFIGS, VOCAB, left_padded, pair, prompts
 
 from gptkern.config import GPTConfig
-from gptkern.generate import GenerateOptions, GenerateOutput, loop
+from gptkern.generate import GenerateOptions, GenerateOutput, executor, loop
 from gptkern.generate.options import Settings
 from gptkern.model import GPT, Attention
 from gptkern.tokenizer import Tokenizer
@@ -280,14 +280,16 @@ def test_dropout_is_off_and_the_mode_never_touched(
     way: str, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plain:
-        monkeypatch.setattr(loop, "pays", lambda *_: False)
+        monkeypatch.setattr(executor, "pays", lambda *_: False)
     training, evaluated = dropping(model_type="openai-gpt" if plain else "gpt2")
-    modes: set[bool] = set()
-    for module in training.modules():
-        module.register_forward_pre_hook(lambda m, _: modes.add(m.training))
+    modes: dict[bool, set[bool]] = {True: set(), False: set()}
+    assert WAYS[way](training) == WAYS[way](evaluated)
+    for model in (training, evaluated):
+        for module in model.modules():
+            module.register_forward_pre_hook(lambda m, _, seen=modes[model.training]: seen.add(m.training))
     expected = WAYS[way](evaluated)
     assert WAYS[way](training) == expected
-    assert modes == {True}
+    assert modes == {True: {True}, False: {False}}
     assert all(module.training for module in training.modules())
     evaluated.transformer.h[1].train()
     assert WAYS[way](evaluated) == expected
@@ -473,7 +475,7 @@ def test_the_fast_step_is_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
             model.load_state_dict(ours.state_dict())
             fast = detailed(model, ids, mask, max_new_tokens=20, pad_token_id=1, output_logprobs=True)
             with monkeypatch.context() as patched:
-                patched.setattr(loop, "LEAST_STEPS", 1000)
+                patched.setattr(executor, "LEAST_STEPS", 1000)
                 plain = detailed(model, ids, mask, max_new_tokens=20, pad_token_id=1, output_logprobs=True)
             assert fast.logprobs is not None
             assert plain.logprobs is not None
@@ -501,7 +503,7 @@ def test_replaced_layers_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     attention.c_proj = replaced
     found = model.generate(prompts(1, 5), max_new_tokens=30)
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "LEAST_STEPS", 1000)
+        patched.setattr(executor, "LEAST_STEPS", 1000)
         assert torch.equal(found, model.generate(prompts(1, 5), max_new_tokens=30))
     assert not torch.equal(found, usual)
 
@@ -527,7 +529,7 @@ def test_the_kernels_step_makes_the_same_tokens(
     model = GPT(source.config).to(device).eval()
     model.load_state_dict(source.state_dict())
     ids, mask = left_padded()
-    monkeypatch.setattr(loop, "LEAST_STEPS", 2)
+    monkeypatch.setattr(executor, "LEAST_STEPS", 2)
     options: dict[str, Any] = {"max_new_tokens": 4, "pad_token_id": 1}
     found = model.generate(ids, mask, **options).cpu()
     assert torch.equal(found, pair("head dim 16, one head")[0].generate(ids, attention_mask=mask, **options))

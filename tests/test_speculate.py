@@ -16,6 +16,7 @@ from gptkern.cache import KVCache
 from gptkern.decode import DecodeStep
 from gptkern.generate import verify
 from gptkern.generate.cpu_step import CpuStep
+from gptkern.generate.executor import Executor
 from gptkern.generate.lookup import Lookup
 from gptkern.generate.run import GenerateOutput
 from gptkern.model import GPT
@@ -245,7 +246,9 @@ def test_rows_are_bitwise_the_plain_step_and_rejects_leave_no_trace(kernels: boo
             return made
 
         held = cache()
-        passes = verify.Verify(gpt, held, kind(gpt, held), 3)
+        taken = Executor(gpt, held, rows=3, steps=20)
+        assert type(taken.step) is kind
+        passes = verify.Verify(gpt, held, taken, 3)
         logits, free = passes(tokens), held.free_pages
         at = 0
         for row, ids in enumerate(tokens):

@@ -15,7 +15,7 @@ from gptkern.bench import ceilings
 from gptkern.bench.suites._models import weight_bytes
 from gptkern.cache import KVCache
 from gptkern.decode import DecodeStep
-from gptkern.generate.loop import LEAST_STEPS, stepper
+from gptkern.generate.executor import LEAST_STEPS, Executor
 from gptkern.model import GPT
 from gptkern.ops import _launch, backend
 
@@ -88,7 +88,7 @@ def profile(model: GPT, ids: list[int], tokens: int, trace: Path | None = None) 
     token = model(torch.tensor([ids], device=model.device), cache=cache).logits[:, -1].argmax(-1)
     _wait(model)
     prefill = time.perf_counter() - began
-    forward = stepper(model, cache, rows=1, steps=max(tokens, LEAST_STEPS))
+    forward = Executor(model, cache, rows=1, steps=max(tokens, LEAST_STEPS))
 
     def step() -> None:
         nonlocal token

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptkern.cache import KVCache
-from gptkern.generate.loop import prefill, stepper
+from gptkern.generate.executor import Executor
+from gptkern.generate.loop import prefill
 from gptkern.generate.options import Settings
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.rules import RowRules, Rules
@@ -61,7 +62,7 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
         device=model.device,
     )
     logits = prefill(model, prompts, cache)
-    step = stepper(model, cache, rows=len(searches) * settings.num_beams, steps=settings.max_new - 1)
+    step = Executor(model, cache, rows=len(searches) * settings.num_beams, steps=settings.max_new - 1)
     active = searches
     while True:
         scores = _processed(logits.float().log_softmax(-1), active, settings, rules)

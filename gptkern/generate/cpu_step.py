@@ -25,19 +25,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 16
 # csrc/decode_cpu.h
 _ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "relu": 2, "silu": 3}
-_SERVED = (torch.float32, torch.bfloat16)
-
-
-def pays(model: GPT, cache: KVCache, rows: int) -> bool:
-    """Whether a ``CpuStep`` can take this model's place, and is faster."""
-    parameters = list(model.parameters())
-    same = {(p.dtype, p.device.type) for p in parameters} == {(cache.dtype, "cpu")}
-    dense = all(p.dim() == 1 or 1 in p.stride() for p in parameters)
-    packed = model.quantization is None or (
-        model.quantization.format == "int8" and all(b.is_contiguous() for b in model.buffers())
-    )
-    built = _C is not None and bool(_C.has_decoder)
-    return built and packed and same and dense and cache.dtype in _SERVED and rows <= MOST_ROWS
+DTYPES_SERVED = (torch.float32, torch.bfloat16)
 
 
 class CpuStep:
@@ -46,8 +34,8 @@ class CpuStep:
     A row's logits are bitwise the same whatever else is in the batch, and with any number of threads.
 
     Args:
-        model: In evaluation mode; ``pays`` has said yes. Its parameters may change, but must stay in
-            their places.
+        model: One that ``executor.refused`` has no reason against. Its parameters may change, but must
+            stay in their places.
         cache: Holds the prompts; every call takes each of its sequences one token on.
     """
 

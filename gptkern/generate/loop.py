@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from gptkern.cache import KVCache
-from gptkern.decode import DecodeStep
-from gptkern.generate.cpu_step import CpuStep, pays
+from gptkern.generate.executor import Executor
 from gptkern.generate.options import Settings
 from gptkern.generate.pick import Picker
 from gptkern.generate.prompt import Prompts
@@ -18,21 +16,13 @@ from gptkern.generate.speculate import speculative_steps
 from gptkern.generate.step import Step, finish
 from gptkern.generate.stopping import RowText
 from gptkern.generate.verify import verifier
-from gptkern.model import GPT, MLP, Attention, Block, Norm, Transformer
-from gptkern.ops._dispatch import use_kernel
-from gptkern.quantize import QuantizedLinear
 
 if TYPE_CHECKING:
-    from gptkern.model import GPTOutput
-
-# Capturing a graph takes as long as it saves in about ten steps.
-LEAST_STEPS = 16
+    from gptkern.model import GPT, GPTOutput
 
 # Where the next step is under way before the host looks at this one's tokens. A row that turns out to
 # have finished has then computed one token too many, which nobody sees.
 AHEAD_ON = ("cuda",)
-
-_KNOWN = {Transformer, nn.Embedding, nn.ModuleList, Block, Norm, Attention, MLP, nn.Linear, QuantizedLinear}
 
 
 @torch.inference_mode()
@@ -71,7 +61,7 @@ def steps(
         logprobs=logprobs,
         device=model.device,
     )
-    step = stepper(model, cache, rows=len(rows), steps=settings.max_new - 1)
+    step = Executor(model, cache, rows=len(rows), steps=settings.max_new - 1)
     if settings.speculate and not picker.ruled:
         verify = verifier(model, cache, step, settings.speculate)
         if verify is not None:
@@ -108,24 +98,6 @@ def prefill(model: GPT, prompts: Prompts, cache: KVCache) -> torch.Tensor:
         ids = ids.masked_fill(~mask, 0)
     output: GPTOutput = model(ids, attention_mask=mask, cache=cache, logits_to_keep=1)
     return output.logits[:, -1]
-
-
-def stepper(model: GPT, cache: KVCache, *, rows: int, steps: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What takes the cache's sequences one token on: ``(rows,)`` tokens to ``(rows, vocab_size)`` logits."""
-    # A layer that somebody put in another's place computes what nobody here can know.
-    ours = all(type(m) in _KNOWN for m in (*model.transformer.modules(), model.lm_head))
-    if ours and not torch.is_autocast_enabled(model.device.type):
-        if not use_kernel(model.transformer.wte.weight):
-            if pays(model, cache, rows):
-                return CpuStep(model, cache)
-        elif steps >= LEAST_STEPS:
-            return DecodeStep(model, cache)
-
-    def step(tokens: torch.Tensor) -> torch.Tensor:
-        output: GPTOutput = model(tokens[:, None], cache=cache)
-        return output.logits[:, -1]
-
-    return step
 
 
 def _fork(cache: KVCache, prompts: int, copies: int) -> list[int]:

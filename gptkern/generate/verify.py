@@ -14,6 +14,7 @@ import torch
 
 from gptkern.decode import DecodeStep
 from gptkern.generate.cpu_step import MOST_ROWS, CpuStep
+from gptkern.generate.executor import Executor
 
 if TYPE_CHECKING:
     from gptkern.cache import KVCache
@@ -24,14 +25,16 @@ class Verify:
     """Takes the sequences of a cache through tokens and drafts.
 
     Args:
-        step: What plain generation of this cache takes; see ``verifier``.
+        executor: What plain generation of this cache takes, with a step; see ``verifier``.
         drafted: Most drafted tokens of a row.
 
     Attributes:
         most: Most rows of one pass.
     """
 
-    def __init__(self, model: GPT, cache: KVCache, step: DecodeStep | CpuStep, drafted: int) -> None:
+    def __init__(self, model: GPT, cache: KVCache, executor: Executor, drafted: int) -> None:
+        step, self._executor = executor.step, executor
+        assert step is not None
         wanted = cache.max_seqs * (drafted + 1)
         self.most = min(wanted, MOST_ROWS) if isinstance(step, CpuStep) else wanted
         self._cache, self._rows = cache, _Rows(cache, self.most)
@@ -45,7 +48,13 @@ class Verify:
         """Logits after each of every sequence's ``tokens``, ``(all tokens, vocab_size)``.
 
         The cache's lengths stay: ``keep`` says how many of them it is to hold.
+
+        Raises:
+            RuntimeError: The model was hooked or changed since, and its layers are to be called.
         """
+        reason = self._executor.overtaken()
+        if reason is not None:
+            raise RuntimeError(f"generate: {reason}, since generation with speculate began; begin it anew")
         self._rows.lay([len(row) for row in tokens])
         flat = [token for row in tokens for token in row]
         return self._step(torch.tensor(flat, device=self._cache.device))
@@ -57,9 +66,9 @@ class Verify:
             self._cache.truncate(sequence, length)
 
 
-def verifier(model: GPT, cache: KVCache, step: object, drafted: int) -> Verify | None:
-    """What verifies drafts by the arithmetic of ``step``; None where a row's bits follow its neighbours."""
-    return Verify(model, cache, step, drafted) if isinstance(step, DecodeStep | CpuStep) else None
+def verifier(model: GPT, cache: KVCache, executor: Executor, drafted: int) -> Verify | None:
+    """A verifier whose logits equal the executor's bit for bit; None where a row's follow its neighbours."""
+    return None if executor.step is None else Verify(model, cache, executor, drafted)
 
 
 class _Rows:

@@ -11,8 +11,8 @@ Importing this package registers ``"gptkern"`` and ``"paged|gptkern"`` with ``At
 
 from transformers import GPT2Tokenizer, GPT2TokenizerFast, OpenAIGPTTokenizer
 
+from gptkern.routes import Explanation, FallbackWarning, Route
 from gptkern.transformers import attention
-from gptkern.transformers._routes import FallbackWarning
 from gptkern.transformers.classes import (
     GPT2DoubleHeadsModel,
     GPT2ForQuestionAnswering,
@@ -22,7 +22,7 @@ from gptkern.transformers.classes import (
     GPT2Model,
     OpenAIGPTLMHeadModel,
 )
-from gptkern.transformers.swap import SUPPORTED, Explanation, Route, accelerate, explain, restore
+from gptkern.transformers.swap import SUPPORTED, accelerate, explain, restore
 
 attention.register()
 

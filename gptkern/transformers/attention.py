@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from gptkern import ops
-from gptkern.transformers._routes import fallback
+from gptkern.routes import LIBRARY, fallback
 from gptkern.transformers.masks import gptkern_mask
 
 NAME = "gptkern"
@@ -92,7 +92,7 @@ def attention_forward(
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     window = sliding_window if is_causal else None
     if _wants_weights(kwargs):
-        fallback("attention", "output_attentions needs the matrix of weights")
+        fallback("attention", LIBRARY, "output_attentions needs the matrix of weights")
         return _eager(module, query, key, value, attention_mask, dropout, scaling, window, softcap, is_causal)
     if attention_mask is not None and attention_mask.dim() == 4:
         if softcap is not None:
@@ -168,7 +168,7 @@ def _masked(
 ) -> torch.Tensor:
     """PyTorch's attention, for patterns that only a matrix describes."""
     if query.device.type == "cuda":
-        fallback("attention", "the mask is a matrix")
+        fallback("attention", LIBRARY, "the mask is a matrix")
     out = F.scaled_dot_product_attention(
         query,
         key,

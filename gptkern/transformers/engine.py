@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
-from gptkern.generate.loop import stepper
+from gptkern.generate.executor import Executor
 from gptkern.model import GPT, GPTOutput
 from gptkern.transformers.modules import CACHE, LayerNorm, activation_of, untouched
 
@@ -234,7 +234,7 @@ class EngineCache(Cache):
             if self._seen and input_ids.shape[1] == 1:
                 if self._step is None:
                     steps = self._max_len - self._seen
-                    self._step = stepper(self._gpt, self._kv, rows=input_ids.shape[0], steps=steps)
+                    self._step = Executor(self._gpt, self._kv, rows=input_ids.shape[0], steps=steps)
                 logits = self._step(input_ids[:, 0])[:, None]
             else:
                 logits = self._prefill(input_ids)

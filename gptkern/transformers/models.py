@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutput, CausalLMOutputWithCros
 
 from gptkern.ops import linear_cross_entropy
 from gptkern.ops._dispatch import use_kernel
-from gptkern.transformers._routes import fallback
+from gptkern.routes import LIBRARY, fallback
 from gptkern.transformers.engine import EngineCache, refused_call, refused_config, refused_model
 from gptkern.transformers.loop import result, run, sampler_options
 from gptkern.transformers.modules import CACHE, untouched
@@ -60,7 +60,7 @@ def _on_engine(model: Any, name: str, loop: Any, input_ids: torch.Tensor, kwargs
     if kwargs.get("synced_gpus"):
         reason = "several processes generate in step"
     if reason is not None:
-        fallback("generate", reason)
+        fallback("generate", LIBRARY, reason)
         return loop(input_ids, **kwargs)
     past, mask = inputs.get(CACHE), inputs.get("attention_mask")
     engine = EngineCache(model, input_ids.shape[0], config.max_length, past, mask)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import transformers
@@ -12,6 +11,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from gptkern.ops._dispatch import use_kernel
+from gptkern.routes import Explanation, Route
 from gptkern.transformers.attention import NAME
 from gptkern.transformers.engine import refused_config, refused_model
 from gptkern.transformers.models import LIBRARY_CLASSES, LanguageModel, accelerated_class
@@ -102,33 +102,6 @@ def is_accelerated(model: Any) -> bool:
     swapped = bool(blocks) and all(type(m) in SWAPS.values() for m in blocks)
     chosen = model.config.model_type == "openai-gpt" or "_gptkern_attention" in model.__dict__
     return swapped and chosen
-
-
-@dataclass(frozen=True)
-class Route:
-    """How one part of a model runs.
-
-    Attributes:
-        part: "attention", "norm", "mlp", "loss" or "generate".
-        route: "kernel" (gptkern's ops, on a GPU as kernels), "reference" (the same ops' PyTorch
-            expressions, on a CPU), "engine" (``generate`` on gptkern's), "library" or "fallback".
-        reason: Why.
-    """
-
-    part: str
-    route: Literal["kernel", "reference", "engine", "library", "fallback"]
-    reason: str
-
-
-class Explanation(tuple[Route, ...]):
-    """The routes of a model's parts; as text, a table."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        rows = [("part", "route", "why"), *((r.part, r.route, r.reason) for r in self)]
-        first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
-        return "\n".join(f"{a:<{first}}  {b:<{second}}  {c}" for a, b, c in rows)
 
 
 def explain(model: Any, generation_config: Any = None) -> Explanation:

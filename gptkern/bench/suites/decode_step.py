@@ -13,7 +13,7 @@ from gptkern.bench.suites import _providers as shared
 from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
 from gptkern.decode import DecodeStep
-from gptkern.generate.loop import stepper
+from gptkern.generate.executor import Executor
 from gptkern.ops.decode_step import MOST_ROWS
 
 # (model, batch, context)
@@ -80,7 +80,7 @@ def _problem(
     @once
     def made() -> Step:
         kept = filled(config, batch, context, dtype, device)
-        step = stepper(models.ours(config, dtype, device), kept, rows=batch, steps=ROOM)
+        step = Executor(models.ours(config, dtype, device), kept, rows=batch, steps=ROOM)
         return _growing(step, kept, context)
 
     @once
