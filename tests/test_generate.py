@@ -231,6 +231,46 @@ def test_a_row_is_drawn_alike_whatever_runs_beside_it() -> None:
         assert new == expected[6 : 6 + len(new)]
 
 
+@pytest.mark.parametrize("speculate", [None, 3])
+def test_a_seed_s_tokens_are_the_prompt_s_own(speculate: int | None) -> None:
+    ours = pair("gelu")[1]
+    ids, mask = left_padded()
+    options: dict[str, Any] = {
+        "do_sample": True,
+        "max_new_tokens": 12,
+        "eos_token_id": None,
+        "pad_token_id": 1,
+    }
+    options |= {"seed": 2**64 - 3, "speculate": speculate}
+
+    def drawn(rows: list[int], copies: int = 1) -> list[list[int]]:
+        out = ours.generate(ids[rows], mask[rows], num_return_sequences=copies, **options)
+        assert isinstance(out, torch.Tensor)
+        new: list[list[int]] = out[:, ids.shape[1] :].tolist()
+        return new
+
+    alone = [drawn([row])[0] for row in range(3)]
+    assert len({tuple(row) for row in alone}) == 3
+    assert drawn([0, 1, 2]) == alone
+    assert drawn([2, 0, 1]) == [alone[2], alone[0], alone[1]]
+    assert drawn([1, 1, 2, 1]) == [alone[1], alone[1], alone[2], alone[1]]
+    # copies differ, and those of a prompt are its own too
+    copies = drawn([1], copies=3)
+    assert copies[0] == alone[1]
+    assert len({tuple(row) for row in copies}) == 3
+    assert drawn([2, 1], copies=3)[3:] == copies
+    # the same 64 bits, signed
+    options["seed"] = -3
+    assert drawn([0, 1, 2]) == alone
+
+
+def test_without_a_seed_equal_prompts_draw_apart() -> None:
+    ids = prompts(1, 4).repeat(4, 1)
+    out = pair("gelu")[1].generate(ids, do_sample=True, max_new_tokens=12, eos_token_id=None)
+    assert isinstance(out, torch.Tensor)
+    assert len({tuple(row) for row in out.tolist()}) == 4
+
+
 def test_return_sequences_share_a_prefill_and_differ() -> None:
     ours = pair("odd width")[1]
     ids = prompts(2, 6)

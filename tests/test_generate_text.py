@@ -281,6 +281,15 @@ def test_samples_and_beams_of_a_text(model: GPT) -> None:
     assert best.text == Tokenizer.bytes().decode(best.token_ids)
 
 
+def test_a_seed_gives_a_prompt_the_same_text_in_every_call(model: GPT) -> None:
+    options: dict[str, Any] = {"do_sample": True, "seed": 5, "max_new_tokens": 10}
+    (alone,) = model.generate_text("ab", **options)
+    for texts in (["ab", "c", "a longer one"], ["a longer one", "ab"], ["c", "ab", "ab"]):
+        made = model.generate_text(texts, **options)
+        assert all(m.token_ids == alone.token_ids for m, t in zip(made, texts, strict=True) if t == "ab")
+    assert "".join(model.stream("ab", **options)) == alone.text
+
+
 def test_texts_that_stop_at_different_places_need_no_filling(model: GPT) -> None:
     options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 4, "seed": 1, "max_new_tokens": 20}
     free = model.generate_text("ab", **options)
