@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from gptkern.config import GPTConfig
 from gptkern.model import GPT
+from gptkern.tokenizer import Tokenizer
 
 CONFIG = GPTConfig(
     vocab_size=256,
@@ -126,6 +127,7 @@ def main() -> None:
     text = torch.frombuffer(bytearray(args.text.read_bytes()), dtype=torch.uint8).long()
     cut = len(text) * 9 // 10
     model = train(text[:cut], text[cut:], args.steps).to(torch.bfloat16)
+    model.tokenizer = Tokenizer.bytes()
     model.save_pretrained(args.out)
     report = {
         "held_out_bits_per_byte": round(bits_per_byte(model.float(), text[cut:]), 4),

@@ -173,6 +173,13 @@ def test_example_pretrain(tmp_path: Path) -> None:
     assert "held-out loss" in out
 
 
+def test_example_train_embedded(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    run_example("train_embedded.py", tmp_path / "text.txt", "--out", tmp_path / "model", "--steps", 1)
+    model = GPT.from_pretrained(tmp_path / "model")
+    assert model.generate_text("RO", max_new_tokens=2)[0].text is not None
+
+
 def test_example_sentiment(model_folder: Path, tmp_path: Path) -> None:
     out = run_example("finetune_sentiment.py", "--out", tmp_path, "--model", model_folder)
     assert "held-out accuracy" in out
