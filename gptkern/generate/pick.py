@@ -155,8 +155,8 @@ def _count(counts: torch.Tensor, tokens: Sequence[Sequence[int]]) -> None:
     rows = [row for row, ids in enumerate(tokens) for _ in ids]
     ids = [token for ids in tokens for token in ids]
     ones = torch.ones(len(ids), dtype=counts.dtype, device=counts.device)
-    where = (torch.tensor(rows, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64))
-    counts.index_put_(tuple(t.to(counts.device) for t in where), ones, accumulate=True)
+    where = tuple(torch.tensor(ids, dtype=torch.int64, device=counts.device) for ids in (rows, ids))
+    counts.index_put_(where, ones, accumulate=True)
 
 
 def _check_some_left(banned: int, vocab_size: int) -> None:

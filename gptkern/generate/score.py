@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from gptkern.attend import PackedAttend
+from gptkern.generate.options import plain
 from gptkern.generate.run import needed_tokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ class Score:
     def perplexity(self) -> float:
         """exp(-mean log-probability); not a number where no token was scored."""
         count = len(self.logprobs)
-        return float(torch.tensor(-self.total / count).exp()) if count else float("nan")
+        # as a tensor, whose exp is inf and no error where it overflows
+        return float(torch.tensor(-self.total / count, device="cpu").exp()) if count else float("nan")
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,10 @@ def score(
 
 
 def _several(given: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(given, str) or (len(given) and all(isinstance(item, int) for item in given)):
-        return [given]  # type: ignore[list-item]
-    return list(given)  # type: ignore[arg-type]
+    plainly: Any = plain(given)
+    if isinstance(plainly, str) or (plainly and all(isinstance(item, int) for item in plainly)):
+        return [plainly]
+    return list(plainly)
 
 
 def _ids(model: GPT, text: Prompt, tokenizer: Tokenizer | None) -> list[int]:
@@ -160,10 +164,10 @@ def _groups(windows: list[_Window]) -> Iterator[list[_Window]]:
 def _run(model: GPT, windows: list[_Window]) -> Iterator[tuple[list[float], list[bool]]]:
     """Log-probabilities of each window's scored tokens, and whether each is the likeliest."""
     inputs = [window.ids[:-1] for window in windows]
-    lengths = torch.tensor([len(row) for row in inputs])
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    lengths = torch.tensor([len(row) for row in inputs], device="cpu")
+    ends = F.pad(lengths.cumsum(0), (1, 0))
     ids = torch.tensor([token for row in inputs for token in row], device=model.device)
-    positions = torch.cat([torch.arange(len(row)) for row in inputs]).to(model.device)
+    positions = torch.cat([torch.arange(len(row), device=model.device) for row in inputs])
     attend = PackedAttend(ends.to(model.device, torch.int32), int(lengths.max()), 0.0, dropout=False)
     hidden = model.transformer(ids, positions, attend)
     for window, start in zip(windows, ends.tolist(), strict=False):
