@@ -154,8 +154,8 @@ def test_tensors(folder: Path) -> None:
 
     check(lambda t: t.pop(name), rf"27 tensors expected; 1 missing: {name}$".replace("27", r"\d+"))
     check(
-        lambda t: t.update({"score.weight": torch.ones(2)}),
-        r"1 not of a gpt2 model: score\.weight \(in model\.safetensors\)",
+        lambda t: t.update({"scores.weight": torch.ones(2)}),
+        r"1 not of a gpt2 model: scores\.weight \(in model\.safetensors\)",
     )
     check(
         lambda t: t.update({name: t[name].t().contiguous()}),

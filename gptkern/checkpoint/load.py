@@ -168,17 +168,12 @@ def _check_sizes(contents: Contents) -> None:
 
 
 def _without_redundant(contents: Contents, expected: dict[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
-    """The tensors less a tied head's copy of the embedding, and less zero biases of a model without any."""
+    """The tensors with a tied head once, as the embedding, and less zero biases of a model without any."""
     tensors = dict(contents.tensors)
     config = contents.config
-    if config.tie_word_embeddings and _HEAD in tensors and _EMBEDDING in tensors:
-        head, embedding = tensors.pop(_HEAD), tensors[_EMBEDDING]
-        if not _same(head.data, embedding.data):
-            raise CheckpointError(
-                f"{head.file}: {head.name} differs from {embedding.name}, though the model's head is tied to "
-                "the embedding: tie_word_embeddings must be false, or the two equal"
-            )
-        head.release()
+    if config.tie_word_embeddings and _HEAD in tensors:
+        head = tensors.pop(_HEAD)
+        tensors[_EMBEDDING] = _more_exact(head, tensors.get(_EMBEDDING, head))
     if not config.bias:
         for name in [name for name in tensors if name.endswith(".bias") and name not in expected]:
             stored = tensors.pop(name)
@@ -189,8 +184,20 @@ def _without_redundant(contents: Contents, expected: dict[str, tuple[int, ...]])
     return tensors
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+def _more_exact(head: StoredTensor, embedding: StoredTensor) -> StoredTensor:
+    """Of a tied head and its copy the one that the other was rounded from."""
+    if head.same_place(embedding):
+        return embedding
+    if head.shape == embedding.shape and head.dtype in _FLOATS and embedding.dtype in _FLOATS:
+        for exact, copy in ((embedding, head), (head, embedding)):
+            equal = torch.equal(exact.data.to(copy.dtype), copy.data)
+            copy.release()
+            if equal:
+                return exact
+    raise CheckpointError(
+        f"{head.file}: {head.name} differs from {embedding.name}, though the model's head is tied to "
+        "the embedding: tie_word_embeddings must be false, or the two equal"
+    )
 
 
 def _check_names(

@@ -9,6 +9,7 @@ from pathlib import Path
 from gptkern.checkpoint.errors import CheckpointError, first_line, shown
 from gptkern.checkpoint.hf import (
     CONFIG,
+    GENERATION_CONFIG,
     PICKLE,
     PICKLE_INDEX,
     SAFETENSORS,
@@ -27,7 +28,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-GENERATION_CONFIG = "generation_config.json"
 
 _EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "embedded"
 _PATIENCE = 10.0  # seconds until the hub counts as out of reach
