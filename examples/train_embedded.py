@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from gptkern.config import GPTConfig
+from gptkern.durable import write_file
 from gptkern.model import GPT
 from gptkern.tokenizer import Tokenizer
 
@@ -138,7 +139,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": args.seed,
     }
-    (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_file(args.out / "report.json", json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
 
 

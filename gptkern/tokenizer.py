@@ -15,6 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.checkpoint.locate import EMBEDDED, locate
 from gptkern.checkpoint.pending import Files, read
+from gptkern.durable import make_folder, named_folder, write_file
 
 _JSON, _VOCAB, _MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 _CONFIG, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -158,16 +159,16 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers' AutoTokenizer opens."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _JSON).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        folder = named_folder("Tokenizer.save", folder)
+        make_folder(folder)
+        write_file(folder / _JSON, self._backend.to_str(pretty=True))
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "clean_up_tokenization_spaces": False,
         }
-        (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_file(folder / _CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _find(files: Files) -> Tokenizer | None:

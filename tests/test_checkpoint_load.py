@@ -16,6 +16,7 @@ from transformers import GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from gptkern import GPTConfig
 from gptkern.checkpoint.storage import write_safetensors
+from gptkern.durable import new_file
 from gptkern.model import GPT
 
 HERE = Path(__file__).parent
@@ -314,7 +315,8 @@ def write_random(folder: Path, config: GPTConfig, dtype: torch.dtype) -> int:
         "model-00002-of-00002.safetensors": tensors[half:],
     }
     for name, shard in shards.items():
-        write_safetensors(folder / name, shard)
+        with new_file(folder / name) as file:
+            write_safetensors(file, shard)
     weight_map = {entry[0]: name for name, shard in shards.items() for entry in shard}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -18,6 +18,7 @@ import torch
 
 from gptkern.checkpoint.errors import CheckpointError, first_line, shown
 from gptkern.checkpoint.files import LARGEST_JSON, map_file
+from gptkern.durable import Writer
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -187,7 +188,7 @@ def tensor_sizes(where: str, field: str, values: object) -> tuple[int, ...]:
     raise CheckpointError(f"{where}: {field} is {shown(values)}; integers from 0 to 2^63 - 1 are needed")
 
 
-def write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor, bool]]) -> None:
+def write_safetensors(file: Writer, tensors: list[tuple[str, torch.Tensor, bool]]) -> None:
     """Write ``(name, tensor, transpose)`` one at a time, so that one tensor at most is held in memory twice.
 
     Equal tensors give equal bytes.
@@ -203,9 +204,8 @@ def write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor, bool]])
         start = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for _, tensor, transpose in tensors:
-            data = (tensor.t() if transpose else tensor).detach().cpu().contiguous()
-            data.flatten().view(torch.uint8).numpy().tofile(file)
+    file.write(len(encoded).to_bytes(8, "little"))
+    file.write(encoded)
+    for _, tensor, transpose in tensors:
+        data = (tensor.t() if transpose else tensor).detach().cpu().contiguous()
+        file.write(data.flatten().view(torch.uint8).numpy().data)

@@ -16,7 +16,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models
 
-from gptkern.checkpoint.replace import replacing
+from gptkern.checkpoint.replace import replacing, settle
+from gptkern.durable import NewFile
 from gptkern.tokenizer import Tokenizer
 from gptkern.train.settings import DataSettings, SettingsError
 
@@ -84,13 +85,12 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def write_tokens(path: Path, encoded: Iterable[list[int]], dtype: np.dtype[Any]) -> int:
-    """Append every list of ids to a new file; returns how many tokens it holds."""
+def write_tokens(file: NewFile, encoded: Iterable[list[int]], dtype: np.dtype[Any]) -> int:
+    """Append every list of ids; returns how many tokens there are."""
     count = 0
-    with path.open("wb") as file:
-        for ids in encoded:
-            np.asarray(ids, dtype=dtype).tofile(file)
-            count += len(ids)
+    for ids in encoded:
+        file.write(np.asarray(ids, dtype=dtype).data)
+        count += len(ids)
     return count
 
 
@@ -295,20 +295,22 @@ def _tokenise(settings: DataSettings, own: Tokenizer | None, cache: Path) -> Non
                     if Path(p).is_file()],
     }  # fmt: skip
     noted = cache / "sources.json"
+    settle(cache)
     if _read_stamp(noted) == stamp:
         return
     train, val, everything = _documents(settings)
     tokenizer = choose_tokenizer(settings, own, everything)
     dtype = token_dtype(tokenizer.vocab_size)
-    with replacing(cache, lambda name: True) as staging:
+    replaced = {"train.bin", "val.bin", noted.name, *Tokenizer.files}
+    with replacing(cache, replaced.__contains__) as staging:
         for name, documents in (("train", train), ("val", val)):
-            count = write_tokens(
-                staging / f"{name}.bin", _document_ids(tokenizer, documents, settings), dtype
-            )
+            with staging.new_file(f"{name}.bin") as file:
+                count = write_tokens(file, _document_ids(tokenizer, documents, settings), dtype)
             if count < 2:
                 raise SettingsError(f"[data] {name}: {count} tokens; 2 or more are needed")
-        tokenizer.save(staging)
-        (staging / noted.name).write_text(json.dumps(stamp))
+        tokenizer.save(staging.folder)
+        with staging.new_file(noted.name) as file:
+            file.write(json.dumps(stamp).encode())
 
 
 def _read_stamp(path: Path) -> Any:
