@@ -13,7 +13,6 @@ from pathlib import Path
 
 from gptkern.bench import results, tables
 from gptkern.bench.run import Results, Row
-from gptkern.durable import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- performance: python benchmarks/readme.py -->", "<!-- end of performance -->"
@@ -91,7 +90,7 @@ def main(arguments: list[str]) -> int:
         print("README.md: the performance section is not what python benchmarks/readme.py writes")
         return 1
     if not arguments:
-        write_file(path, new)
+        path.write_text(new)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from itertools import cycle
 from pathlib import Path
@@ -14,7 +13,6 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from gptkern.bench.run import Results, Row
-from gptkern.durable import write_file
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; gptkern is always the first.
 _COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999"]
@@ -143,8 +141,6 @@ def _roofline(results: Results, folder: Path) -> Path | None:
 
 def _save(folder: Path, name: str) -> Path:
     path = folder / name
-    picture = io.BytesIO()
-    plt.savefig(picture, format="png", dpi=110)
+    plt.savefig(path, dpi=110)
     plt.close()
-    write_file(path, picture.getvalue())
     return path

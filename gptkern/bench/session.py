@@ -9,7 +9,6 @@ import torch
 
 from gptkern.bench import ceilings, html, plots, results, suites, tables
 from gptkern.bench.run import Results, run
-from gptkern.durable import make_folder, write_file
 
 # Rounds, samples a round, seconds a problem: rounds are what comparing two runs resamples.
 _QUICK = (9, 5, 2.0)
@@ -38,9 +37,9 @@ def run_suites(
 
 def write(found: Results, folder: Path, sections: dict[str, str] | None = None) -> list[Path]:
     """Write results.json, results.md, the plots and report.html into ``folder``; the files written."""
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     results.save(found, folder / "results.json")
-    write_file(folder / "results.md", tables.markdown(found))
+    (folder / "results.md").write_text(tables.markdown(found))
     pictures = plots.draw(found, folder)
-    write_file(folder / "report.html", html.page(found, pictures, sections))
+    (folder / "report.html").write_text(html.page(found, pictures, sections))
     return [folder / "results.json", folder / "results.md", *pictures, folder / "report.html"]
