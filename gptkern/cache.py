@@ -20,6 +20,9 @@ from gptkern.cache_step import CacheStep, pack_table
 from gptkern.config import GPTConfig
 from gptkern.ops.decode_attention.reference import FP8, Scales
 
+# Every BLOCK_N of the decode attention's launch tables divides it.
+_PAGE_UNIT = 64
+
 
 class CacheFullError(RuntimeError):
     """The cache has no room for what was asked; it is as it was before the call."""
@@ -152,7 +155,8 @@ class KVCache:
             config: The model's shape.
             max_seqs: Most sequences alive at once.
             max_len: Longest sequence, in tokens.
-            page_size: Tokens a page; None gives each sequence one page of ``max_len``.
+            page_size: Tokens a page; None gives each sequence one page, ``max_len`` rounded up to 64: kernels
+                look a page up once a block of keys only where blocks do not straddle pages.
             memory_bytes: Bytes that keys and values may take: as many pages as fit into them. None
                 gives every sequence room for ``max_len``.
 
@@ -161,7 +165,7 @@ class KVCache:
         """
         if max_len < 1 or max_seqs < 1:
             raise ValueError(f"KVCache: max_seqs is {max_seqs}, max_len {max_len}; 1 or more is needed")
-        page_size = max_len if page_size is None else page_size
+        page_size = -(-max_len // _PAGE_UNIT) * _PAGE_UNIT if page_size is None else page_size
         if page_size < 1:
             raise ValueError(f"KVCache: page_size is {page_size}; 1 or more is needed")
         pages_per_seq = -(-max_len // page_size)

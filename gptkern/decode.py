@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from gptkern.model import GPT, Block, Norm
+from gptkern.ops._counters import Pool, counters_from
 from gptkern.ops._dispatch import use_kernel
+from gptkern.ops._launch import on_device
 from gptkern.ops.decode_attention import decode_attention
 from gptkern.ops.decode_attention.reference import FP8
 from gptkern.ops.decode_embed import decode_embed
@@ -102,6 +104,7 @@ class DecodeStep:
             self._tokens = torch.zeros(cache.max_seqs, dtype=torch.int64, device=cache.device)
             self._live = torch.zeros(1, dtype=torch.int32, device=cache.device)
         self._live_count = 0
+        self._counters: Pool = {}
         self._graphs = _Graphs(self) if cache.device.type == "cuda" else None
 
     @torch.no_grad()
@@ -129,7 +132,9 @@ class DecodeStep:
             self._live_count = batch
         self._follow_weights()
         try:
-            out = self.run(batch) if self._graphs is None else self._graphs.replay(batch).clone()
+            # Graphs and streams are those of the current device, which need not be the model's.
+            with on_device(self._tokens), counters_from(self._counters):
+                out = self.run(batch) if self._graphs is None else self._graphs.replay(batch).clone()
         except BaseException:
             self.cache.refresh()
             raise
@@ -327,6 +332,8 @@ class _Graphs:
     def clear(self) -> None:
         """Forget every graph: weights have moved."""
         self._captured.clear()
+        # PyTorch refuses captures into a pool whose last graph is gone.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def replay(self, batch: int) -> torch.Tensor:
         """Run the step for ``batch`` sequences; the result lies in the graph's memory until the next one."""
@@ -340,7 +347,8 @@ class _Graphs:
     def _capture(self, rows: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         self._warm_up(rows)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Thread-local: another thread's allocation or event query must not end this capture.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             out = self._step.run(rows)
         return graph, out
 
@@ -353,10 +361,11 @@ class _Graphs:
         live = step._live.clone()
         # With no row live nothing is written to the cache and no length advances.
         step._live.zero_()
-        self._stream.wait_stream(torch.cuda.current_stream())
+        caller = torch.cuda.current_stream(step.cache.device)
+        self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
             step.run(rows)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        caller.wait_stream(self._stream)
         step._live.copy_(live)
         for tensor, before in kept:
             tensor.copy_(before)

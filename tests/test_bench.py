@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 import gptkern.cli
-from gptkern.bench import compare, html, inspect, plots, results, session, suites, tables
+from gptkern.bench import compare, html, inspect, plots, results, session, suites, tables, timing
 from gptkern.bench.ceilings import Ceilings
 from gptkern.bench.problem import TOLERANCE, Problem, Unavailable, error, expected_of
 from gptkern.bench.run import Results, Row, run
@@ -168,11 +169,16 @@ def _failing(x: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no memory\nmore")
 
 
+def _too_large(x: torch.Tensor) -> torch.Tensor:
+    raise OutOfResources(300_000, 232_448, "shared memory")
+
+
 @pytest.mark.parametrize(
     ("ours", "reason"),
     [
         (_refusing, "not here"),
         (_failing, "failed: RuntimeError: no memory"),
+        (_too_large, f"failed: OutOfResources: {OutOfResources(300_000, 232_448, 'shared memory')}"),
         (lambda x: x.sum() * float("nan"), "wrong: relative error inf against the float64 reference"),
         (lambda x: x[:2], "wrong: relative error inf against the float64 reference"),
     ],
@@ -181,6 +187,15 @@ def test_a_provider_that_fails_says_why(ours: Any, reason: str) -> None:
     row, peer = _measured(ours, rounds=1, samples=1).rows
     assert row.problem == reason and not row.rounds
     assert peer.rounds
+
+
+def test_a_device_that_is_lost_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(timing, "synchronize", lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        _measured(_failing, rounds=1, samples=1)
 
 
 def test_a_reference_that_fails_leaves_nothing_timed() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ import torch
 
 from gptkern import GPTConfig, backend
 from gptkern.cache import CacheFullError, KVCache
-from gptkern.decode import DecodeStep
+from gptkern.decode import DecodeStep, _Graphs
 from gptkern.model import GPT
 from gptkern.ops import _launch
+from gptkern.ops._counters import Pool, counters, counters_from
 from gptkern.ops.sample import SamplerState, SamplingParams, sample
 
 
@@ -154,7 +157,7 @@ def test_the_end_of_the_context_and_of_the_cache() -> None:
     with pytest.raises(ValueError, match="whole context of 8"):
         step(torch.tensor([1, 2, 3]))
     model = make_model()
-    cache = prefilled(model, [[1] * 40])
+    cache = prefilled(model, [[1] * 40], page_size=40)
     with pytest.raises(CacheFullError):
         DecodeStep(model, cache)(torch.tensor([1]))
     assert cache.lengths == [40]
@@ -216,3 +219,63 @@ def test_padding_of_a_bucket_writes_nothing() -> None:
     assert cache.seq_lens.tolist() == [8, 2, 5, 0]
     assert torch.equal(cache.k, other.cache.k)
     assert torch.equal(cache.v, other.cache.v)
+
+
+class _Recorded:
+    """Stands for what PyTorch has of CUDA, and remembers how it was used."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __call__(self, name: str, result: Any = None) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            self.calls.append((name, arguments, named))
+            return result if result is not None else nullcontext()
+
+        return call
+
+    def arguments(self, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        return [(arguments, named) for called, arguments, named in self.calls if called == name]
+
+
+def test_graphs_are_of_the_models_device_and_leave_others_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded = _Recorded()
+    stream = SimpleNamespace(wait_stream=recorded("wait"))
+    pools = iter(range(9))
+    monkeypatch.setattr(torch.cuda, "Stream", recorded("Stream", stream))
+    monkeypatch.setattr(torch.cuda, "current_stream", recorded("current_stream", stream))
+    monkeypatch.setattr(torch.cuda, "stream", recorded("stream"))
+    monkeypatch.setattr(torch.cuda, "graph", recorded("graph"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=recorded("replay")))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    model = make_model()
+    step = DecodeStep(model, prefilled(model, PROMPTS))
+    elsewhere = torch.device("cuda:1")
+    step.cache = SimpleNamespace(device=elsewhere, max_seqs=3)  # type: ignore[assignment]
+    monkeypatch.setattr(step, "run", lambda rows: torch.zeros(rows))
+    graphs = _Graphs(step)
+    graphs.replay(3)
+    assert recorded.arguments("Stream") == [((elsewhere,), {})]
+    assert {arguments for arguments, _ in recorded.arguments("current_stream")} == {(elsewhere,)}
+    ((_, named),) = recorded.arguments("graph")
+    assert named["capture_error_mode"] == "thread_local"
+    # A pool whose graphs are all gone takes no new ones.
+    graphs.clear()
+    graphs.replay(3)
+    first, second = (named["pool"] for _, named in recorded.arguments("graph"))
+    assert first != second
+
+
+def test_counters_of_a_pool_are_its_own_and_stay() -> None:
+    cpu = torch.device("cpu")
+    shared = counters(cpu, 8)
+    pool: Pool = {}
+    with counters_from(pool):
+        own, more = counters(cpu, 8), counters(cpu, 1 << 20)
+        assert counters(cpu, 9) is own
+        assert counters(cpu, 1 << 20) is more
+    assert counters(cpu, 8) is shared
+    assert len({tensor.data_ptr() for tensor in (shared, own, more)}) == 3
+    assert {tensor.data_ptr() for tensor in pool.values()} == {own.data_ptr(), more.data_ptr()}

@@ -130,7 +130,7 @@ def _prepare(problem: Problem, device: torch.device) -> list[_Ready]:
     expected: list[torch.Tensor] | Exception
     try:
         expected = expected_of(problem, inputs[0])
-    except (Unavailable, RuntimeError) as reason:
+    except Exception as reason:
         # A reference that does not fit into memory must not end an hour's run.
         expected = reason
     return [_prepare_provider(problem, name, device, inputs, expected) for name in problem.providers]
@@ -157,10 +157,13 @@ def _prepare_provider(
         return _Ready(row, calls, timing.warm_up(calls, device))
     except Unavailable as reason:
         row.problem = str(reason)
-    except (RuntimeError, ValueError, TypeError) as failure:
+    # Whatever a compiler, a launch or a peer raises: one row must not end an hour's run.
+    except Exception as failure:
         row.problem = (
             f"failed: {type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
         )
+        # After an illegal access nothing on the device works any more: this then raises, and ends the run.
+        timing.synchronize(device)
     return _Ready(row, [], 0.0)
 
 

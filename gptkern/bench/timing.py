@@ -27,12 +27,12 @@ def warm_up(calls: Sequence[Call], device: torch.device, seconds: float = 0.05) 
     """Call each at least twice and for ``seconds`` in all; the seconds one call then takes."""
     for call in calls:
         call()
-    _synchronize(device)
+    synchronize(device)
     clock = time.perf_counter if device.type == "cuda" else cpu_clock()
     began, count = clock(), 0
     while clock() - began < seconds or count < len(calls):
         calls[count % len(calls)]()
-        _synchronize(device)
+        synchronize(device)
         count += 1
     return (clock() - began) / count
 
@@ -63,13 +63,14 @@ def _sample_cpu(calls: Sequence[Call], count: int, estimate: float) -> list[floa
 
 
 def _sample_cuda(calls: Sequence[Call], count: int) -> list[float]:
-    # The flush also gives the host time to enqueue the call, so that launch gaps stay out.
+    # Read, not written: dirty lines would be written back while the call is timed. The flush also gives the
+    # host time to enqueue the call, so that launch gaps stay out.
     flush = _flush_buffer()
     pairs = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
     ]
     for turn, (start, end) in enumerate(pairs):
-        flush.zero_()
+        flush.amax()
         start.record()
         calls[turn % len(calls)]()
         end.record()
@@ -79,9 +80,14 @@ def _sample_cuda(calls: Sequence[Call], count: int) -> list[float]:
 
 @cache
 def _flush_buffer() -> torch.Tensor:
-    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    return torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device has been given.
+
+    Raises:
+        RuntimeError: An error of an earlier launch that has left the device unusable.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -102,9 +102,12 @@ def test_the_barrier(step: dict[str, Any]) -> None:
     fence = max(i for i, name in enumerate(code[:added]) if name.startswith("MEMBAR") and "GPU" in name)
     met = max(i for i, name in enumerate(code[:added]) if name.startswith("BAR.SYNC"))
     assert met < fence < added
-    # The acquire empties the multiprocessor's L1 before anything is read.
-    spin = next(i for i, name in enumerate(code) if i > added and name.startswith("LDG.E.STRONG.GPU"))
-    assert code[spin + 1 : spin + 3].count("CCTL.IVALL") == 1
+    # One thread polls: its acquire empties the multiprocessor's L1, then all threads meet before it reads on.
+    assert "@first ld.acquire.gpu" in ptx
+    polls = [i for i, name in enumerate(code) if name.startswith("CCTL.IVALL") and i > added]
+    spin = next(i for i in polls if code[i - 1].startswith("LDG.E.STRONG.GPU"))
+    met = next(i for i, name in enumerate(code) if i > spin and name.startswith("BAR.SYNC"))
+    assert not [name for name in code[spin + 1 : met] if name.startswith(("LDG", "LDS", "LD."))]
     # What other programs wrote in this launch must not come through the read-only cache.
     assert not [name for name in code if name.startswith("LDG") and "CONSTANT" in name]
 

@@ -22,16 +22,20 @@ from gptkern.ops._pdl import prefetch, wait
 
 
 @triton.jit
-def cache_pages(table_ptr, first, tokens, mask, page_size, IN_PAGE: tl.constexpr):
+def cache_pages(
+    table_ptr, first, tokens, mask, page_size, IN_PAGE: tl.constexpr, CACHE: tl.constexpr = ""
+):  # fmt: skip
     """(page, offset in it) of consecutive tokens of one sequence; one page for all of them if IN_PAGE.
 
     int64: a page's number times its stride passes 2^31 in pools of a few GB.
     """
     if IN_PAGE:
-        pages = tl.load(table_ptr + first // page_size).to(tl.int64)
+        pages = tl.load(table_ptr + first // page_size, cache_modifier=CACHE).to(tl.int64)
         offsets = (first % page_size + tokens - first).to(tl.int64)
     else:
-        pages = tl.load(table_ptr + tokens // page_size, mask=mask, other=0).to(tl.int64)
+        pages = tl.load(table_ptr + tokens // page_size, mask=mask, other=0, cache_modifier=CACHE).to(
+            tl.int64
+        )
         offsets = (tokens % page_size).to(tl.int64)
     return pages, offsets
 
@@ -110,7 +114,9 @@ def attend_split(
 @triton.jit
 def attended_tokens(lens_ptr, starts_ptr, row, window):
     """(first token, end) of what a sequence's query attends to."""
-    end = tl.load(lens_ptr + row)
+    # .cg: this may come before the wait for the kernel before, when this multiprocessor's L1 can still hold
+    # the line that an earlier step read. L2 has the length that the last step wrote.
+    end = tl.load(lens_ptr + row, cache_modifier=".cg")
     begin = tl.maximum(end - window, 0)
     if starts_ptr is not None:
         begin = tl.maximum(begin, tl.load(starts_ptr + row))
@@ -132,7 +138,8 @@ def prefetch_split(
     tokens = split * SPLIT + tl.arange(0, SPLIT)
     valid = (tokens >= begin) & (tokens < end)
     wanted = valid[:, None] & (lines < HEAD_DIM)[None, :]
-    pages, offsets = cache_pages(table_ptr, 0, tokens, valid, page_size, False)
+    # .cg for the reason given in attended_tokens.
+    pages, offsets = cache_pages(table_ptr, 0, tokens, valid, page_size, False, ".cg")
     prefetch(k_ptr + (pages * stride_kp + offsets * stride_ks)[:, None] + lines[None, :], wanted, COMPILED)
     prefetch(v_ptr + (pages * stride_vp + offsets * stride_vs)[:, None] + lines[None, :], wanted, COMPILED)
 

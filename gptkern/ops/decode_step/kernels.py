@@ -6,9 +6,9 @@ a tile, a program of a sequence's head, a row) in turn, program p those at p, p 
 a grid barrier before the next phase, asking meanwhile for the first of its weights. What is summed in which
 order is the launch table's choice alone: bits are those of separate launches, for any number of programs.
 
-The barrier is one counter that every program raises once a phase. A program's stores come before its release,
-and every thread acquires before it reads on, so that ordinary loads see what the other programs stored.
-All programs must be resident at once, which a cooperative launch ensures or refuses.
+The barrier is one counter that every program raises once a phase. A program's stores come before its release;
+one thread of it acquires and the others meet it before they read on, so that ordinary loads see what the
+other programs stored. All programs must be resident at once, which a cooperative launch ensures or refuses.
 
 Under the interpreter, where programs run one after another, each phase is a launch of its own.
 """
@@ -54,18 +54,25 @@ def arrive(counter_ptr, COMPILED: tl.constexpr):
 
 @triton.jit
 def await_arrivals(counter_ptr, count, COMPILED: tl.constexpr):
-    """Wait until ``count`` arrivals were seen; every thread acquires what came before them."""
+    """Wait until ``count`` arrivals were seen; what came before them is then visible to every thread.
+
+    One thread polls, for the others' polls would stand in the way of the arrivals, which need the same line.
+    Its acquire and the barrier after it order all threads behind it, as in a cooperative group's barrier.
+    """
     if COMPILED:
         seen = 0
         while seen < count:
+            # The other threads leave at once, with the largest number there is.
             seen = tl.inline_asm_elementwise(
-                "ld.acquire.gpu.global.s32 $0, [$1];",
-                "=r,l",
+                "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0; "
+                "mov.b32 $0, 0x7fffffff; @first ld.acquire.gpu.global.s32 $0, [$1]; }",
+                "=&r,l",
                 [counter_ptr.to(tl.int64)],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
             )
+        tl.debug_barrier()
 
 
 @triton.jit
