@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from gptkern.as_built import Blueprint, Watch, forwards_of, untouched
+from gptkern.as_built import Blueprint, Watch, forwards_of, own_method, skeleton, untouched
 from gptkern.decode import DecodeStep
 from gptkern.generate.cpu_step import DTYPES_SERVED, MOST_ROWS, CpuStep
 from gptkern.model import GPT, LINEAR, MLP, NORM, Attention, Block, Norm, Transformer
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 LEAST_STEPS = 16
 _LAYERS = "the model's layers one by one"
 _GPT_FORWARD = GPT.forward
+_PASS = ("__call__", "forward")
 _TORCHS: tuple[type, ...] = (nn.Embedding, nn.ModuleList, nn.Linear)
 _OURS: tuple[type, ...] = (QuantizedLinear, Transformer, Block, Norm, Attention, MLP)
 _FORWARDS = {kind: forwards_of(kind) for kind in (*_TORCHS, *_OURS)}
@@ -38,15 +39,14 @@ _FORWARDS = {kind: forwards_of(kind) for kind in (*_TORCHS, *_OURS)}
 
 def changed(model: GPT) -> str | None:
     """What makes ``model`` other than as built, so that its weights do not say all; None: nothing does."""
-    if type(model).forward is not _GPT_FORWARD:
-        return f"{type(model).__name__} has a forward of its own"
+    if type(model).forward is not _GPT_FORWARD or own_method(model, _PASS) is not None:
+        return f"the model, a {type(model).__name__}, has a forward of its own"
     return _blueprint(model.config).difference(model)
 
 
 @functools.lru_cache(maxsize=8)
 def _blueprint(config: GPTConfig) -> Blueprint:
-    with torch.device("meta"):
-        built = GPT(config)
+    built = skeleton(lambda: GPT(config))
     return Blueprint(built, forwards=_FORWARDS, instead={nn.Linear: (QuantizedLinear,)})
 
 

@@ -6,51 +6,81 @@ is its own; what it calls the model for is answered here. ``EngineCache`` travel
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.openai import modeling_openai as gpt1
-from transformers.pytorch_utils import Conv1D
 
+from gptkern.as_built import Blueprint, Watch, own_method, skeleton
 from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
 from gptkern.generate.executor import Executor
 from gptkern.model import GPT, GPTOutput
-from gptkern.transformers.modules import CACHE, LayerNorm, activation_of, untouched
+from gptkern.transformers.attention import NAME
+from gptkern.transformers.modules import CACHE, FORWARDS, INSTEAD, activation_of
 
 # What ``_sample`` may be given beside it; anything else is an input that the engine does not know.
 _KNOWN_INPUTS = {"attention_mask", "use_cache", CACHE, "logits_to_keep", "position_ids"}
 _GPT1_NAMES = {"wte": "tokens_embed", "wpe": "positions_embed"}
-_views: WeakKeyDictionary[nn.Module, GPT] = WeakKeyDictionary()
+_views: WeakKeyDictionary[nn.Module, tuple[str, GPT]] = WeakKeyDictionary()
+_blueprints: WeakKeyDictionary[nn.Module, tuple[str, Blueprint]] = WeakKeyDictionary()
+_LIBRARY_CLASSES = (gpt2.GPT2LMHeadModel, gpt1.OpenAIGPTLMHeadModel)
+# What the engine or its loop does in the place of the library's methods.
+_LOOP_METHODS = (
+    "__call__",
+    "forward",
+    "prepare_inputs_for_generation",
+    "_update_model_kwargs_for_generation",
+    "_has_unfinished_sequences",
+    "_prefill",
+    "_sample",
+    "_beam_search",
+)
+_LIBRARY_METHODS = {
+    name: [next(vars(base)[name] for base in cls.__mro__ if name in vars(base)) for cls in _LIBRARY_CLASSES]
+    for name in _LOOP_METHODS
+}
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def view(model: Any) -> GPT:
     """A ``GPT`` over the model's own weights: what an optimizer step changes in one changes in the other."""
-    found = _views.get(model)
+    key, found = _views.get(model, ("", None))
     sources = _sources(model)
-    if found is not None:
+    if found is not None and key == _shape_key(model):
         parameters = dict(found.named_parameters(remove_duplicate=False))
         if all(p.data_ptr() == sources[name].data_ptr() for name, p in parameters.items()):
             return found
-    with torch.device("meta"):
-        made = GPT(gpt_config(model))
+    made = skeleton(lambda: GPT(gpt_config(model)))
     for name, source in sources.items():
         owner, _, leaf = name.rpartition(".")
         setattr(made.get_submodule(owner), leaf, nn.Parameter(source.detach(), requires_grad=False))
-    _views[model] = made.eval()
+    _views[model] = _shape_key(model), made.eval()
     return made
+
+
+def _sizes(model: Any) -> dict[str, int]:
+    """What the model's own modules say of its size, whatever its config says."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    tokens = model.config.vocab_size if weight is None else weight.shape[0]
+    return {"n_layer": len(getattr(model.transformer, "h", ())), "vocab_size": tokens}
+
+
+def _shape_key(model: Any) -> str:
+    """All that a model's modules are built of, as text."""
+    return repr((_sizes(model), sorted(vars(model.config).items(), key=lambda item: item[0])))
 
 
 def gpt_config(model: Any) -> GPTConfig:
     """The model's shape as gptkern names it."""
-    config = GPTConfig.from_dict(model.config.to_dict())
-    embedding = model.get_input_embeddings().weight
-    return config.replace(vocab_size=embedding.shape[0])
+    return GPTConfig.from_dict(model.config.to_dict()).replace(**_sizes(model))
 
 
 def _sources(model: Any) -> dict[str, torch.Tensor]:
@@ -70,6 +100,12 @@ def _sources(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def library_takes_over(method: F) -> F:
+    """Mark a method that stands before the library's and calls it where the engine does not serve."""
+    method._gptkern = True  # type: ignore[attr-defined]
+    return method
+
+
 def refused_model(model: Any) -> str | None:
     """Why the engine cannot take the model's place, or None where it can."""
     parameters = list(model.parameters())
@@ -81,31 +117,52 @@ def refused_model(model: Any) -> str | None:
         return "the model has cross-attention"
     if activation_of(model.config) is None:
         return "gptkern has no such activation"
-    for name, module in model.named_modules():
-        if module is not model and not _as_built(module):
-            return f"{name} is a {type(module).__name__} that was put in or hooked"
+    if model.config.model_type != "openai-gpt" and not known_attention(model.config._attn_implementation):
+        return f"attn_implementation={model.config._attn_implementation!r} is not the library's"
+    return changed(model)
+
+
+def changed(model: Any) -> str | None:
+    """What makes ``model`` other than its library class builds it; None: nothing does."""
+    name = own_method(model, _LOOP_METHODS) or _overridden(model)
+    return f"{type(model).__name__} has a {name} of its own" if name else _blueprint(model).difference(model)
+
+
+def known_attention(name: str) -> bool:
+    """Whether an attention computes what the engine does: gptkern's, and each of the library's."""
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    return name in (NAME, "eager") or getattr(function, "__module__", "").startswith("transformers.")
+
+
+def _overridden(model: Any) -> str | None:
+    """A method of the library's loops that a subclass overrides."""
+    for name in _LOOP_METHODS:
+        for cls in type(model).__mro__:
+            method = vars(cls).get(name)
+            if method is not None and not hasattr(method, "_gptkern"):
+                if method not in _LIBRARY_METHODS[name]:
+                    return name
+                break
     return None
 
 
-def _as_built(module: nn.Module) -> bool:
-    layers: tuple[type[nn.Module], ...] = (
-        nn.Embedding,
-        nn.Linear,
-        nn.LayerNorm,
-        LayerNorm,
-        Conv1D,
-        nn.Dropout,
-        nn.ModuleList,
-    )
-    if type(module) in layers:
-        return untouched(module, type(module))
-    ours = type(module).__module__.startswith(("gptkern.transformers", "transformers."))
-    kinds = (gpt2.GPT2Model, gpt2.GPT2Block, gpt2.GPT2Attention, gpt2.GPT2MLP)
-    older = (gpt1.OpenAIGPTModel, gpt1.Block, gpt1.Attention, gpt1.MLP)
-    if isinstance(module, kinds + older):
-        # The library's own recorders listen to blocks and attention, which generation does not need.
-        return ours and "forward" not in module.__dict__
-    return ours and not any(True for _ in module.parameters(recurse=False))
+def _blueprint(model: Any) -> Blueprint:
+    """That of the model's config, with as many tokens and blocks as the model has."""
+    found = _blueprints.get(model)
+    if found is None or found[0] != _shape_key(model):
+        config = copy.deepcopy(model.config)
+        for name, size in _sizes(model).items():
+            setattr(config, name, size)
+        library = next(cls for cls in type(model).__mro__ if cls in _LIBRARY_CLASSES)
+        built = skeleton(lambda: library(config))
+        blueprint = Blueprint(built, forwards=FORWARDS, instead=INSTEAD, harmless=_records)
+        found = _blueprints[model] = _shape_key(model), blueprint
+    return found[1]
+
+
+def _records(hook: Any) -> bool:
+    """Whether a hook is the library's own, which only listens, and to nobody while the engine runs."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
 def refused_config(model: Any, config: Any) -> str | None:
@@ -132,8 +189,9 @@ def refused_call(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[
             return f"{name} was given"
     if torch.is_autocast_enabled(input_ids.device.type):
         return "autocast is on"
-    if model.training and any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
-        return "the model is in training mode, with dropout"
+    modules = list(model.modules())
+    if any(m.training for m in modules) and any(m.p > 0 for m in modules if isinstance(m, nn.Dropout)):
+        return "the model or a part of it is in training mode, with dropout"
     past = kwargs.get(CACHE)
     if past is not None and not _readable(past):
         return f"{CACHE} is a {type(past).__name__} that is offloaded, windowed or filled already"
@@ -192,6 +250,7 @@ class EngineCache(Cache):
     ) -> None:
         super().__init__(layers=[])
         self._gpt = view(model)
+        self._model, self._watch = model, Watch(model)
         self.whole_ids = model.config.model_type == "openai-gpt"
         self._max_len = max_len
         self._seen = 0
@@ -226,7 +285,14 @@ class EngineCache(Cache):
         self._kv.reorder([ids[i] for i in order])
 
     def run(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits after the last of ``input_ids``, ``(rows, 1, vocab_size)``."""
+        """Logits after the last of ``input_ids``, ``(rows, 1, vocab_size)``.
+
+        Raises:
+            RuntimeError: The model was hooked or changed since, and its layers are to be called.
+        """
+        reason = changed(self._model) if self._watch.stirred() else None
+        if reason is not None:
+            raise RuntimeError(f"generate: {reason}, since this generation began; begin it anew")
         if self.whole_ids:
             input_ids = input_ids[:, self._seen :]
         input_ids = input_ids.to(self._gpt.device)

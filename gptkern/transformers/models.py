@@ -11,12 +11,19 @@ import transformers
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput, CausalLMOutputWithCrossAttentions
 
+from gptkern.as_built import untouched
 from gptkern.ops import linear_cross_entropy
 from gptkern.ops._dispatch import use_kernel
 from gptkern.routes import LIBRARY, fallback
-from gptkern.transformers.engine import EngineCache, refused_call, refused_config, refused_model
+from gptkern.transformers.engine import (
+    EngineCache,
+    library_takes_over,
+    refused_call,
+    refused_config,
+    refused_model,
+)
 from gptkern.transformers.loop import result, run, sampler_options
-from gptkern.transformers.modules import CACHE, untouched
+from gptkern.transformers.modules import CACHE, HEAD
 
 
 class LanguageModel:
@@ -31,9 +38,11 @@ class LanguageModel:
         # The library reads the source of the class's module to find out, and this is not where it looks.
         return bool(cls._gptkern_library_class._can_set_attn_implementation())
 
+    @library_takes_over
     def _sample(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         return _on_engine(self, "_sample", super()._sample, input_ids, kwargs)  # type: ignore[misc]
 
+    @library_takes_over
     def _beam_search(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         return _on_engine(self, "_beam_search", super()._beam_search, input_ids, kwargs)  # type: ignore[misc]
 
@@ -95,7 +104,7 @@ def _fused_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
         model.loss_function is ForCausalLMLoss
         and kwargs.get("return_dict", model.config.return_dict) is not False
     )
-    return known and plain and untouched(head, torch.nn.Linear) and use_kernel(head.weight)
+    return known and plain and untouched(head, HEAD) and use_kernel(head.weight)
 
 
 def _forward_with_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -115,6 +124,7 @@ def _forward_with_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _forward_of(cls: Any) -> Any:
+    @library_takes_over
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get(CACHE)

@@ -12,13 +12,14 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.openai import modeling_openai as gpt1
 from transformers.pytorch_utils import Conv1D
 
 from gptkern import ops
+from gptkern.as_built import forwards_of, own_method, untouched
 from gptkern.config import ACTIVATIONS
 from gptkern.transformers.attention import attention_forward
 
@@ -29,16 +30,20 @@ CACHE = "cache" if _RENAMED else "past_key_values"
 GPT1_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 
 
-def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is the library's own layer that nobody hooked, so that its weights say it all."""
-    return (
-        type(module) is kind
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
+# The functions that the ops here compute, before anybody could have put others into their classes.
+CONV, NORM, DROPOUT, HEAD = Conv1D.forward, nn.LayerNorm.forward, nn.Dropout.forward, nn.Linear.forward
+_BLOCK, _GPT1_ATTENTION = gpt2.GPT2Block.forward, gpt1.Attention.forward
+_GPT1_BLOCK, _MLPS = gpt1.Block.forward, (gpt2.GPT2MLP.forward, gpt1.MLP.forward)
+_ACTIVATIONS = {
+    kind: (ours, kind.forward)
+    for kind, ours in ((type(ACT2FN[theirs]), ours) for theirs, ours in ACTIVATIONS.items())
+}
+
+
+def activation(act: Any) -> str | None:
+    """The op's name of what an activation module computes; None of any other, or of one that is hooked."""
+    ours, forward = _ACTIVATIONS.get(type(act), (None, None))
+    return ours if ours is not None and untouched(act, forward) else None
 
 
 def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
@@ -47,27 +52,37 @@ def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
 
 def _fused_norm(norm: nn.Module, x: torch.Tensor) -> bool:
     # Mixed dtypes (an fp32 norm over bf16) promote in PyTorch's way, which is not ours.
-    return untouched(norm, nn.LayerNorm) and norm.weight is not None and norm.weight.dtype == x.dtype
+    return untouched(norm, NORM) and norm.weight is not None and norm.weight.dtype == x.dtype
 
 
-def _mlp(module: Any, x: torch.Tensor, activation: str, residual: torch.Tensor | None) -> torch.Tensor:
+def _mlp(module: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """The perceptron without its dropout, on weights stored ``(in, out)``: views, no copies."""
-    fc, proj = module.c_fc, module.c_proj
+    fc, proj, name = module.c_fc, module.c_proj, activation(module.act)
+    assert name is not None
     return ops.gelu_mlp(
-        x, fc.weight.t(), fc.bias, proj.weight.t(), proj.bias, activation=activation, residual=residual
+        x, fc.weight.t(), fc.bias, proj.weight.t(), proj.bias, activation=name, residual=residual
     )
+
+
+def as_library(mlp: Any) -> str | None:
+    """What of a perceptron the op does not compute, in words; None: it computes all but the dropout."""
+    for name in ("c_fc", "c_proj"):
+        if not untouched(getattr(mlp, name), CONV):
+            return f"{name} is a {type(getattr(mlp, name)).__name__} that was put in or hooked"
+    if activation(mlp.act) is None:
+        return f"act is a {type(mlp.act).__name__} that was put in or hooked"
+    if (gpt2.GPT2MLP.forward, gpt1.MLP.forward) != _MLPS:
+        return "the library's class was given another forward"
+    return None
 
 
 class GPT2MLP(gpt2.GPT2MLP):
     """Both layers, bias and activation in the products' epilogues."""
 
-    activation: str
-
     def fused(self, x: torch.Tensor) -> bool:
-        """Whether the op computes what this module does."""
+        """Whether the op computes what this module does, but for its dropout."""
         return (
-            untouched(self.c_fc, Conv1D)
-            and untouched(self.c_proj, Conv1D)
+            as_library(self) is None
             and self.c_fc.weight.dtype == self.c_proj.weight.dtype
             and (x.dtype == self.c_fc.weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
@@ -76,8 +91,11 @@ class GPT2MLP(gpt2.GPT2MLP):
         if not self.fused(hidden_states):
             out: torch.Tensor = super().forward(hidden_states)
             return out
-        out = self.dropout(_mlp(self, hidden_states, self.activation, None))
+        out = self.dropout(_mlp(self, hidden_states, None))
         return out
+
+
+_OWN_MLP = GPT2MLP.forward
 
 
 class GPT2Block(gpt2.GPT2Block):
@@ -116,18 +134,18 @@ class GPT2Block(gpt2.GPT2Block):
             attended, hidden_states, self.ln_2.weight, self.ln_2.bias, self.ln_2.eps
         )
         mlp = self.mlp
-        dropout = mlp.dropout
+        dropout: Any = getattr(mlp, "dropout", None)
         whole = (
-            type(mlp) is GPT2MLP
-            and untouched(mlp, GPT2MLP)
+            untouched(mlp, _OWN_MLP)
             and mlp.fused(normed)
+            and untouched(dropout, DROPOUT)
             and not (dropout.training and dropout.p > 0)
         )
-        return _mlp(mlp, normed, mlp.activation, residual) if whole else residual + mlp(normed)
+        return _mlp(mlp, normed, residual) if whole else residual + mlp(normed)
 
     def _fused(self, x: torch.Tensor) -> bool:
         # Under autocast PyTorch's norms give fp32 and ours the autocast dtype: the sums would differ.
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) or gpt2.GPT2Block.forward is not _BLOCK:
             return False
         return _fused_norm(self.ln_1, x) and _fused_norm(self.ln_2, x)
 
@@ -140,7 +158,7 @@ class GPT1Attention(gpt1.Attention):
     def forward(
         self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, output_attentions: bool = False
     ) -> list[torch.Tensor]:
-        if output_attentions:
+        if output_attentions or not self._fused():
             found: list[torch.Tensor] = super().forward(x, attention_mask, output_attentions)
             return found
         qkv = self.c_attn(x)
@@ -154,18 +172,25 @@ class GPT1Attention(gpt1.Attention):
         out, _ = attention_forward(self, q, k, v, kept, dropout=dropout, scaling=scale)
         return [self.resid_dropout(self.c_proj(out.flatten(-2)))]
 
+    def _fused(self) -> bool:
+        own = own_method(self, ("_attn", "split_heads", "merge_heads"))
+        return (
+            gpt1.Attention.forward is _GPT1_ATTENTION
+            and own is None
+            and untouched(self.attn_dropout, DROPOUT)
+        )
+
 
 class GPT1MLP(gpt1.MLP):
     """As ``GPT2MLP``."""
 
-    activation: str
     fused = GPT2MLP.fused
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.fused(x):
             out: torch.Tensor = super().forward(x)
             return out
-        out = self.dropout(_mlp(self, x, self.activation, None))
+        out = self.dropout(_mlp(self, x, None))
         return out
 
 
@@ -176,7 +201,8 @@ class GPT1Block(gpt1.Block):
         self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, output_attentions: bool = False
     ) -> list[torch.Tensor]:
         autocast = torch.is_autocast_enabled(x.device.type)
-        if autocast or not (_fused_norm(self.ln_1, x) and _fused_norm(self.ln_2, x)):
+        kept = gpt1.Block.forward is _GPT1_BLOCK
+        if autocast or not (kept and _fused_norm(self.ln_1, x) and _fused_norm(self.ln_2, x)):
             found: list[torch.Tensor] = super().forward(x, attention_mask, output_attentions)
             return found
         attended, *weights = self.attn(x, attention_mask=attention_mask, output_attentions=output_attentions)
@@ -189,8 +215,9 @@ class LayerNorm(nn.LayerNorm):
     """The norm at the end of the model."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type) or self.weight is None or self.weight.dtype != x.dtype:
-            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        mixed = self.weight is None or self.weight.dtype != x.dtype
+        if mixed or torch.is_autocast_enabled(x.device.type) or nn.LayerNorm.forward is not NORM:
+            return super().forward(x)
         return _norm(self, x)
 
 
@@ -211,3 +238,10 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
 }
 for _old, _new in SWAPS.items():
     _new.__name__ = _old.__name__
+# What stands in an accelerated model in the place of the library's, and all their functions at first.
+INSTEAD: dict[type, tuple[type, ...]] = {old: (new,) for old, new in SWAPS.items()}
+INSTEAD[nn.LayerNorm] = (LayerNorm,)
+_LIBRARYS: tuple[type, ...] = (Conv1D, nn.Dropout, nn.Embedding, nn.Linear, nn.ModuleList, gpt2.GPT2Model)
+_LIBRARYS += (gpt2.GPT2Attention, gpt1.OpenAIGPTModel, *_ACTIVATIONS)
+_OURS = [new for news in INSTEAD.values() for new in news]
+FORWARDS = {kind: forwards_of(kind) for kind in (*_LIBRARYS, *INSTEAD, *_OURS)}

@@ -8,14 +8,14 @@ from typing import Any, Literal
 import transformers
 from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
-from transformers.pytorch_utils import Conv1D
 
+from gptkern.as_built import untouched
 from gptkern.ops._dispatch import use_kernel
 from gptkern.routes import Explanation, Route
 from gptkern.transformers.attention import NAME
-from gptkern.transformers.engine import refused_config, refused_model
+from gptkern.transformers.engine import known_attention, refused_config, refused_model
 from gptkern.transformers.models import LIBRARY_CLASSES, LanguageModel, accelerated_class
-from gptkern.transformers.modules import SWAPS, LayerNorm, activation_of, untouched
+from gptkern.transformers.modules import NORM, SWAPS, LayerNorm, activation_of, as_library
 
 SUPPORTED = (
     "GPT2LMHeadModel",
@@ -27,6 +27,7 @@ SUPPORTED = (
     "OpenAIGPTLMHeadModel",
 )
 MAX_HEAD_DIM = 256
+NORMS = (NORM, LayerNorm.forward)
 Generation = Literal["auto", "library"]
 Rng = Literal["torch", "philox"]
 
@@ -84,7 +85,6 @@ def restore(model: Any) -> Any:
     for module in model.modules():
         if type(module) in backwards:
             module.__class__ = backwards[type(module)]
-            module.__dict__.pop("activation", None)
         module.__dict__.pop("padding_attends", None)
     if isinstance(model, LanguageModel):
         for name in ("_gptkern_generation", "_gptkern_rng"):
@@ -156,17 +156,15 @@ def _apply(model: Any, undo: list[Callable[[], None]]) -> None:
     if model.config.model_type != "openai-gpt":
         previous = model.config._attn_implementation
         undo.append(lambda: model.set_attn_implementation(previous))
-        model.set_attn_implementation(NAME)
-        if model.config._attn_implementation == NAME:
+        # An attention of somebody's own may compute anything, and stays.
+        if known_attention(previous):
+            model.set_attn_implementation(NAME)
+        if model.config._attn_implementation == NAME or not known_attention(previous):
             model._gptkern_attention = previous
             undo.append(lambda: model.__dict__.pop("_gptkern_attention", None))
-    activation = activation_of(model.config)
     for name, module in model.named_modules():
         if type(module) in SWAPS:
             become(module, SWAPS[type(module)])
-            if hasattr(type(module), "fused"):
-                module.activation = activation
-                undo.append(lambda m=module: m.__dict__.pop("activation", None))  # type: ignore[misc]
         elif isinstance(model, transformers.GPT2ForQuestionAnswering) and type(module) is GPT2Attention:
             # Its loss is a softmax over all positions: what stands at the padding after a text counts.
             module.padding_attends = True
@@ -191,17 +189,18 @@ def _attention_route(model: Any) -> Route:
 
 
 def _norm_route(model: Any) -> Route:
-    norms = [m for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in ("ln_1", "ln_2", "ln_f")]
-    for norm in norms:
-        if not (untouched(norm, nn.LayerNorm) or untouched(norm, LayerNorm)):
-            return Route("norm", "fallback", f"a norm is a {type(norm).__name__} that was put in or hooked")
+    for name, norm in model.named_modules():
+        if name.rsplit(".", 1)[-1] in ("ln_1", "ln_2", "ln_f") and not untouched(norm, *NORMS):
+            return Route("norm", "fallback", f"{name} is a {type(norm).__name__} that was put in or hooked")
     return Route("norm", _ops_route(model), "layer_norm and add_layer_norm; under autocast the library's")
 
 
 def _mlp_route(model: Any) -> Route:
     for name, module in model.named_modules():
-        if name.endswith(("mlp.c_fc", "mlp.c_proj")) and not untouched(module, Conv1D):
-            return Route("mlp", "fallback", f"{name} is a {type(module).__name__} that was put in or hooked")
+        if name.rsplit(".", 1)[-1] == "mlp":
+            reason = "was put in" if type(module) not in SWAPS.values() else as_library(module)
+            if reason is not None:
+                return Route("mlp", "fallback", f"{name}: {reason}")
     return Route("mlp", _ops_route(model), "gelu_mlp")
 
 
