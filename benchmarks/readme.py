@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gptkern.bench import results, tables
 from gptkern.bench.run import Results, Row
+from gptkern.durable import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- performance: python benchmarks/readme.py -->", "<!-- end of performance -->"
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> int:
         print("README.md: the performance section is not what python benchmarks/readme.py writes")
         return 1
     if not arguments:
-        path.write_text(new)
+        write_file(path, new)
     return 0
 
 

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from gptkern.config import GPTConfig
+from gptkern.durable import write_file
 from gptkern.model import GPT
+from gptkern.tokenizer import Tokenizer
 
 CONFIG = GPTConfig(
     vocab_size=256,
@@ -126,6 +128,7 @@ def main() -> None:
     text = torch.frombuffer(bytearray(args.text.read_bytes()), dtype=torch.uint8).long()
     cut = len(text) * 9 // 10
     model = train(text[:cut], text[cut:], args.steps).to(torch.bfloat16)
+    model.tokenizer = Tokenizer.bytes()
     model.save_pretrained(args.out)
     report = {
         "held_out_bits_per_byte": round(bits_per_byte(model.float(), text[cut:]), 4),
@@ -136,7 +139,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": args.seed,
     }
-    (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_file(args.out / "report.json", json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
 
 

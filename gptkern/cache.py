@@ -48,7 +48,7 @@ def _scales_of(
     found = []
     for name, value in given.items():
         if value is None:
-            value = torch.ones(shape)
+            value = torch.ones(shape, device="cpu")
         if tuple(value.shape) != shape or not bool((value.isfinite() & (value > 0)).all()):
             raise ValueError(
                 f"KVCache: {name} has shape {tuple(value.shape)}; {shape}, of numbers above 0, is needed"
@@ -470,4 +470,4 @@ class KVCache:
 
     def _upload_lengths(self) -> None:
         lengths = self.lengths + [0] * (self.max_seqs - len(self._rows))
-        self.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
+        self.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32, device="cpu"), non_blocking=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def pack_table(pages: list[list[int]]) -> torch.Tensor:
     """Lists of pages as one int32 table, rows filled up with 0."""
     width = max(map(len, pages))
-    return torch.tensor([p + [0] * (width - len(p)) for p in pages], dtype=torch.int32)
+    return torch.tensor([p + [0] * (width - len(p)) for p in pages], dtype=torch.int32, device="cpu")
 
 
 def _varlen(
@@ -71,7 +71,7 @@ class CacheStep:
     def positions(self) -> torch.Tensor:
         """``(tokens,)`` int64: each new token's place in its sequence, from 0."""
         if self._decoding:
-            return self._device(torch.tensor(self.lengths, dtype=torch.int64))
+            return self._device(torch.tensor(self.lengths, dtype=torch.int64, device="cpu"))
         return self._device(self._host_positions)
 
     @cached_property
@@ -80,8 +80,8 @@ class CacheStep:
         size = self.cache.page_size
         if self._decoding:
             slots = [p[n // size] * size + n % size for p, n in zip(self._pages, self.lengths, strict=True)]
-            return self._device(torch.tensor(slots, dtype=torch.int64))
-        rows = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.new_lengths))
+            return self._device(torch.tensor(slots, dtype=torch.int64, device="cpu"))
+        rows = _owners(self.new_lengths)
         return self._device(self._slots_at(rows, self._host_positions))
 
     @cached_property
@@ -92,7 +92,7 @@ class CacheStep:
     @cached_property
     def seq_lens_k(self) -> torch.Tensor:
         """``(sequences,)`` int32: tokens of each sequence, the new ones included."""
-        return self._device(torch.tensor(self._totals, dtype=torch.int32))
+        return self._device(torch.tensor(self._totals, dtype=torch.int32, device="cpu"))
 
     @cached_property
     def page_table(self) -> torch.Tensor:
@@ -100,7 +100,7 @@ class CacheStep:
         alive = list(self.cache._rows)
         if self.sequences == alive:
             return self.cache.page_table[: len(alive)]
-        rows = torch.tensor([alive.index(s) for s in self.sequences])
+        rows = torch.tensor([alive.index(s) for s in self.sequences], device="cpu")
         # As wide as the cache's: decode attention's splits follow the table's width.
         return self.cache.page_table[self._device(rows)]
 
@@ -191,20 +191,22 @@ class CacheStep:
         for pages, new, total in zip(self._pages, self.new_lengths, self._totals, strict=True):
             used = pages[: -(-total // self.cache.page_size)]
             if new:
-                held = used[0] if len(used) == 1 else torch.tensor(used)
+                held = used[0] if len(used) == 1 else torch.tensor(used, device="cpu")
                 rows.append((slice(start, start + new), held, total))
             start += new
         return rows
 
     @cached_property
     def _host_positions(self) -> torch.Tensor:
-        spans = [torch.arange(n, t) for n, t in zip(self.lengths, self._totals, strict=True)]
-        return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+        spans = [torch.arange(n, t, device="cpu") for n, t in zip(self.lengths, self._totals, strict=True)]
+        return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64, device="cpu")
 
     @cached_property
     def _slots_k(self) -> torch.Tensor:
-        rows = torch.arange(len(self._totals)).repeat_interleave(torch.tensor(self._totals))
-        return self._device(self._slots_at(rows, torch.cat([torch.arange(t) for t in self._totals])))
+        rows = _owners(self._totals)
+        return self._device(
+            self._slots_at(rows, torch.cat([torch.arange(t, device="cpu") for t in self._totals]))
+        )
 
     @cached_property
     def _cu_seqlens_k(self) -> torch.Tensor:
@@ -218,8 +220,14 @@ class CacheStep:
         return host.to(self.cache.device, non_blocking=True)
 
 
+def _owners(lengths: list[int]) -> torch.Tensor:
+    """Which sequence each token belongs to."""
+    counts = torch.tensor(lengths, device="cpu")
+    return torch.arange(len(lengths), device="cpu").repeat_interleave(counts)
+
+
 def _cumulative(lengths: list[int]) -> torch.Tensor:
     ends = [0]
     for length in lengths:
         ends.append(ends[-1] + length)
-    return torch.tensor(ends, dtype=torch.int32)
+    return torch.tensor(ends, dtype=torch.int32, device="cpu")

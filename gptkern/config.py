@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from gptkern.checkpoint.errors import shown
 
 # transformers' activation names -> the names gptkern.ops uses
 ACTIVATIONS = {
@@ -20,6 +22,14 @@ ACTIVATIONS = {
 }
 MODEL_TYPES = ("gpt2", "openai-gpt")
 _ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel"}
+# transformers' classes of the two, by what follows their common beginning
+_CLASSES = {"gpt2": "GPT2", "openai-gpt": "OpenAIGPT"}
+_HEADS = (
+    *("Model", "LMHeadModel", "DoubleHeadsModel"),
+    *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"),
+)
+# sizes and token ids are 32-bit integers in the kernels
+_LARGEST = 2**31 - 1
 # the activations of transformers' OpenAIGPTModel: its "gelu" is the tanh form
 _GPT1_ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "swish"}
 _GPT1_DEFAULTS = {"vocab_size": 40478, "n_positions": 512, "bos_token_id": None, "eos_token_id": None}
@@ -80,9 +90,9 @@ class GPTConfig:
     model_type: str = "gpt2"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.eos_token_id, int | None):
-            # a list where it was read from JSON
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        eos_token_id: object = self.eos_token_id
+        if isinstance(eos_token_id, list):  # as it is read from JSON
+            object.__setattr__(self, "eos_token_id", tuple(eos_token_id))
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
             self._check_integer(name, 1)
         if self.n_inner is not None:
@@ -95,7 +105,7 @@ class GPTConfig:
             )
         if self.model_type not in MODEL_TYPES:
             raise ValueError(
-                f"GPTConfig: model_type is {self.model_type!r}; supported are {', '.join(MODEL_TYPES)}"
+                f"GPTConfig: model_type is {shown(self.model_type)}; supported are {', '.join(MODEL_TYPES)}"
             )
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             self._check_number(name)
@@ -107,36 +117,38 @@ class GPTConfig:
                 raise ValueError(f"GPTConfig: {name} is {getattr(self, name)}; a positive number is needed")
         for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings", "bias"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"GPTConfig: {name} is {getattr(self, name)!r}; True or False is needed")
+                raise TypeError(f"GPTConfig: {name} is {shown(getattr(self, name))}; True or False is needed")
         self._check_activation()
         if self.post_norm:
             self._check_gpt1()
 
     def _check_integer(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not _is_integer(value, least):
             needed = "a positive integer" if least else "an integer, 0 or more,"
-            raise ValueError(f"GPTConfig: {name} is {value!r}; {needed} is needed")
+            raise ValueError(f"GPTConfig: {name} is {shown(value)}; {needed} is needed, 2^31 - 1 at most")
 
     def _check_number(self, name: str) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"GPTConfig: {name} is {value!r}; a finite number is needed")
+        # integers beyond the largest float are compared, as they cannot be converted
+        finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+        if not finite or isinstance(value, bool):
+            raise ValueError(f"GPTConfig: {name} is {shown(value)}; a finite number is needed")
 
     def _check_tokens(self) -> None:
         if self.bos_token_id is not None:
             self._check_integer("bos_token_id", 0)
         for token in self.eos_token_ids:
-            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            if not _is_integer(token, 0):
                 raise ValueError(
-                    f"GPTConfig: eos_token_id is {self.eos_token_id!r}; "
+                    f"GPTConfig: eos_token_id is {shown(self.eos_token_id)}; "
                     "a token id, several of them, or None is needed"
                 )
 
     def _check_activation(self) -> None:
         if self.activation_function not in tuple(ACTIVATIONS):
             raise ValueError(
-                f"GPTConfig: activation_function is {self.activation_function!r}; "
+                f"GPTConfig: activation_function is {shown(self.activation_function)}; "
                 f"accepted are {', '.join(ACTIVATIONS)}"
             )
 
@@ -152,7 +164,7 @@ class GPTConfig:
         for name, value in _GPT1_FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"GPTConfig: {name} is {getattr(self, name)}; openai-gpt's is always {value}"
+                    f"GPTConfig: {name} is {shown(getattr(self, name))}; openai-gpt's is always {value}"
                 )
 
     @property
@@ -182,6 +194,15 @@ class GPTConfig:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has, a tied head's once."""
+        width, inner = self.n_embd, self.inner_dim
+        norm = 2 * width if self.bias else width
+        block = 4 * width * width + 2 * width * inner + 2 * norm + (5 * width + inner if self.bias else 0)
+        embeddings = (self.vocab_size * (1 if self.tie_word_embeddings else 2) + self.n_positions) * width
+        return embeddings + self.n_layer * block + (0 if self.post_norm else norm)
+
     def attention_scale(self, layer: int) -> float:
         """What scores of block ``layer`` (from 0) are multiplied by."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
@@ -198,10 +219,10 @@ class GPTConfig:
         Raises:
             ValueError: Another architecture, or a field out of range.
         """
-        model_type = data.get("model_type", _type_of(data.get("architectures")))
+        model_type = data.get("model_type") or _type_of(data.get("architectures"))
         if model_type not in MODEL_TYPES:
             raise ValueError(
-                f"GPTConfig: model_type is {model_type!r}; supported are {', '.join(MODEL_TYPES)}"
+                f"GPTConfig: model_type is {shown(model_type)}; supported are {', '.join(MODEL_TYPES)}"
             )
         if data.get("add_cross_attention"):
             raise ValueError(
@@ -213,7 +234,7 @@ class GPTConfig:
         if model_type == "openai-gpt":
             afn = data.get("afn", "gelu")
             values = _GPT1_DEFAULTS | values | _GPT1_FIXED
-            values["activation_function"] = _GPT1_ACTIVATIONS.get(str(afn), afn)
+            values["activation_function"] = _GPT1_ACTIVATIONS.get(afn, afn) if isinstance(afn, str) else afn
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -227,9 +248,13 @@ class GPTConfig:
         return data
 
 
+def _is_integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
+
+
 def _type_of(architectures: object) -> str | None:
     """The model type that an old ``config.json`` without one means."""
-    for model_type, architecture in _ARCHITECTURES.items():
-        if architectures == [architecture]:
+    for model_type, beginning in _CLASSES.items():
+        if architectures in [[beginning + head] for head in _HEADS]:
             return model_type
     return None

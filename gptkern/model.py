@@ -25,7 +25,6 @@ from gptkern.attend import Attend, DenseAttend, PackedAttend
 from gptkern.checkpoint.generation import of_config
 from gptkern.checkpoint.load import check_quantization, check_vocabulary, load, open_checkpoint
 from gptkern.checkpoint.locate import EMBEDDED, locate
-from gptkern.checkpoint.replace import settle
 from gptkern.checkpoint.save import save
 from gptkern.config import GPTConfig
 from gptkern.ops.linear.reference import ACTIVATIONS
@@ -278,14 +277,10 @@ class GPT(nn.Module):
             max_shard_size: Weights beyond it go into several files; bytes, or text like ``"500MB"``.
 
         Raises:
+            ValueError: ``folder`` is empty text.
             CheckpointError: ``folder`` is a file, or the tokenizer there or here does not fit the model.
+            OSError: It could not be written (a full disk): the old model is whole, or the new one.
         """
-        folder = Path(folder)
-        if folder.is_dir():
-            settle(folder)
-        tokenizer = self.tokenizer or (Tokenizer.find(folder) if folder.is_dir() else None)
-        if tokenizer is not None:
-            check_vocabulary(folder, self.config, tokenizer.vocab_size)
         save(
             self,
             self.config,

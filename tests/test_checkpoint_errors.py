@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,23 @@ def test_damaged_safetensors(folder: Path) -> None:
     header = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}
     for entry, message in (
         ({"data_offsets": [0, 8]}, r"a: bytes 0 to 8 found; shape \(4,\) in F32 needs 16 bytes from 0"),
-        ({"data_offsets": [-8, 8]}, "a: bytes -8 to 8 found"),
+        ({"data_offsets": [-8, 8]}, r"a: data_offsets is \[-8, 8\]; integers from 0 to 2\^63 - 1 are needed"),
+        ({"data_offsets": []}, r"a: data_offsets is \[\]; a begin and an end are needed"),
+        ({"data_offsets": [0]}, r"a: data_offsets is \[0\]; a begin and an end are needed"),
+        ({"data_offsets": [0, 8, 16]}, r"a: data_offsets is \[0, 8, 16\]; a begin and an end are needed"),
+        ({"data_offsets": [0, float("inf")]}, r"a: data_offsets is \[0, inf\]; integers"),
+        ({"data_offsets": [0, True]}, r"a: data_offsets is \[0, True\]; integers"),
+        ({"data_offsets": "08"}, r"a: data_offsets is '08'; integers"),
+        ({"dtype": ["F32"]}, r"a: dtype \['F32'\] found; supported are"),
+        ({"dtype": {}}, "a: dtype {} found; supported are"),
+        ({"shape": [0, 2**63], "data_offsets": [0, 0]}, r"a: shape is \[0, 9223372036854775808\]; integers"),
+        ({"shape": [10**400]}, r"a: shape is \[1000+\.\.\.0+\]; integers"),
+        ({"shape": [2**62, 2**62]}, r"needs [\d,]{50,} bytes from 0"),
+        ({"shape": [1] * 65}, "a: shape is .* integers"),
         ({"data_offsets": [16, 32]}, "a: bytes 16 to 32 found"),
-        ({"dtype": "F8_E4M3"}, "a: dtype F8_E4M3 found; supported are"),
-        ({"shape": [-4]}, "a: bytes 0 to 8 found"),
-        ({"shape": None}, "malformed"),
+        ({"dtype": "F8_E4M3"}, "a: dtype 'F8_E4M3' found; supported are"),
+        ({"shape": [-4]}, r"a: shape is \[-4\]; integers"),
+        ({"shape": None}, "a: shape is None; integers"),
     ):
         encoded = json.dumps({"a": header["a"] | entry}).encode()
         path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(8))
@@ -101,6 +114,23 @@ def test_config(folder: Path) -> None:
         ({"activation_function": "mish"}, "activation_function is 'mish'; accepted are"),
         ({"add_cross_attention": True}, "add_cross_attention is true"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+        ({"n_layer": 2**32}, "n_layer is 4294967296; a positive integer is needed, 2\\^31 - 1 at most"),
+        ({"n_embd": 2**31}, "n_embd is 2147483648; a positive integer"),
+        ({"n_embd": 2**30}, r"wte\.weight: shape \(115, 1073741824\) expected, \(115, 32\) found"),
+        ({"vocab_size": 2**62}, "vocab_size is 4611686018427387904; a positive integer"),
+        ({"vocab_size": 2**31 - 1}, r"wte\.weight: shape \(2147483647, 32\) expected"),
+        ({"n_positions": 2**31 - 1}, r"wpe\.weight: shape \(2147483647, 32\) expected"),
+        ({"n_inner": 2**31 - 1}, r"c_fc\.weight: shape \(32, 2147483647\) expected"),
+        ({"n_positions": 10**400}, r"n_positions is 1000+\.\.\.0+; a positive integer"),
+        ({"layer_norm_epsilon": 10**400}, r"layer_norm_epsilon is 1000+\.\.\.0+; a finite number"),
+        ({"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon is inf; a finite number"),
+        ({"resid_pdrop": 10**400}, r"resid_pdrop is 1000+\.\.\.0+; a finite number"),
+        ({"resid_pdrop": [0.1]}, r"resid_pdrop is \[0\.1\]; a finite number"),
+        ({"eos_token_id": 1.5}, "eos_token_id is 1.5; a token id"),
+        ({"eos_token_id": {"1": 2}}, "eos_token_id is {'1': 2}; a token id"),
+        ({"eos_token_id": [10**400]}, r"eos_token_id is \(1000+\.\.\.0+,\); a token id"),
+        ({"model_type": ["gpt2"] * 1000}, r"model_type is \['gpt2', .*\.\.\.\]; supported"),
+        ({"model_type": "\x1b]52;c;x\x07\ud800" + "x" * 10**5}, r"model_type is '.{,90}'; supported"),
         ({"vocab_size": 116}, r"wte\.weight: shape \(116, 32\) expected, \(115, 32\) found"),
     ):
         before = path.read_text()
@@ -124,8 +154,8 @@ def test_tensors(folder: Path) -> None:
 
     check(lambda t: t.pop(name), rf"27 tensors expected; 1 missing: {name}$".replace("27", r"\d+"))
     check(
-        lambda t: t.update({"score.weight": torch.ones(2)}),
-        r"1 not of a gpt2 model: score\.weight \(in model\.safetensors\)",
+        lambda t: t.update({"scores.weight": torch.ones(2)}),
+        r"1 not of a gpt2 model: scores\.weight \(in model\.safetensors\)",
     )
     check(
         lambda t: t.update({name: t[name].t().contiguous()}),
@@ -254,13 +284,17 @@ def test_llmc(tmp_path: Path) -> None:
         return whole[: 4 * position] + value.to_bytes(4, "little", signed=True) + whole[4 * position + 4 :]
 
     for content, message in (
-        (whole[:-1], r"truncated: [\d,]+ bytes expected, [\d,]+ found"),
+        (whole[:-1], r"truncated: .*: [\d,]+ bytes expected, [\d,]+ found"),
         (whole + b"0", "longer than its header says"),
         (whole[:1000], "truncated: a header of 1024 bytes expected, 1000 found"),
         (with_header(0, 20240520), "magic 20240326 expected, 20240520 found"),
         (with_header(1, 1), r"version 3 \(fp32\) or 5 \(bf16\) expected, 1 found"),
         (with_header(4, -1), "n_layer is -1"),
-        (with_header(4, 2**31 - 1), "truncated: num_layers is 2,147,483,647"),
+        (with_header(4, 2 ^ 1 << 24), "truncated: num_layers is 16,777,218"),
+        (with_header(4, 122_000), "truncated: num_layers is 122,000"),
+        (with_header(3, 2**31 - 1), "padded_vocab_size is 128, vocab_size 2147483647"),
+        (with_header(6, 2**30), "truncated: .* channels 1,073,741,824"),
+        (with_header(4, 2**31 - 1), r"truncated: num_layers is 2,147,483,647, .*: [\d,]+ bytes expected"),
         (with_header(7, 7), "padded_vocab_size is 7, vocab_size 115"),
         (b"", "magic 20240326 expected, 0 found"),
     ):
@@ -284,3 +318,97 @@ def test_no_network_says_how_to_get_the_model(tmp_path: Path) -> None:
     assert message.startswith("gptkern.checkpoint.errors.CheckpointError: openai-community/gpt2: ")
     assert "offline mode is enabled" in message
     assert "`hf download openai-community/gpt2 --revision v1`" in message
+
+
+def test_json_that_no_configuration_is(folder: Path) -> None:
+    path = folder / "config.json"
+    for content, message in (
+        ("[" * 100_000, "not readable as JSON"),
+        ('{"a":' * 50_000, "not readable as JSON"),
+        ('{"n_layer": ' + "9" * 5000 + "}", "not readable as JSON"),
+        ('{"model_type": "gpt2", "n_embd": 1e400}', "n_embd is inf; a positive integer"),
+        ('{"model_type": "gpt2", "eos_token_id": ' + "[" * 400 + "]" * 400 + "}", "eos_token_id is"),
+        ("\x00", "not readable as JSON"),
+        (" " * ((16 << 20) + 1), "16,777,217 bytes found; at most 16,777,216 are read"),
+    ):
+        path.write_text(content)
+        refuse(folder, message)
+    path.write_bytes(b"\xff\xfe{}")
+    refuse(folder, "not readable as JSON")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "ckpt.pt", "gpt2.bin"])
+def test_only_regular_files_are_opened(folder: Path, name: str) -> None:
+    """A FIFO would wait for ever, a device never end."""
+    path = folder / name
+    target = path if name in ("ckpt.pt", "gpt2.bin") else folder
+    # a weights file that is none is not there, as in transformers
+    messages = "a regular file is needed|no weights here|cannot be opened|no such file"
+    path.unlink(missing_ok=True)
+    for make in (
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to("/dev/zero"),
+        lambda: path.symlink_to("/dev/random"),
+        lambda: path.symlink_to(path),
+    ):
+        make()
+        refuse(target, messages)
+        path.unlink()
+
+
+def test_index_names(folder: Path) -> None:
+    index = shard(folder)
+    weight_map = json.loads(index.read_text())["weight_map"]
+    first = next(iter(weight_map))
+    for name, message in (
+        ("x" * 100_000, "points outside its folder, to 'x+...x+'; a plain file name"),
+        ("\ud800.safetensors", "points outside its folder"),
+        ("a\x00b.safetensors", "points outside its folder"),
+        ("\x1b]0;t\x07.safetensors", "points outside its folder"),
+    ):
+        edit_json(index, weight_map=weight_map | {first: name})
+        with pytest.raises(CheckpointError, match=message) as error:
+            GPT.from_pretrained(folder)
+        assert len(str(error.value)) < 500
+        assert str(error.value).isprintable()
+
+
+def test_paths() -> None:
+    refuse("~nosuchuser/x", "nosuchuser/x.*: cannot be opened: Could not determine home directory")
+    refuse("a/" * 50_000, "cannot be opened: .*File name too long")
+    refuse("/" + "x" * 100_000, "cannot be opened: .*File name too long")
+    refuse("a\x00b", "no such file or folder")
+
+
+def test_messages_are_short_and_show_no_control_characters() -> None:
+    message = str(CheckpointError("a\x1b]52;c;x\x07\ud800b\n" + "é" * 10_000 + "end"))
+    assert message.startswith("a\\x1b]52;c;x\\x07\\ud800b\né") and message.endswith("end")
+    assert len(message) < 2100
+
+
+def test_many_tensors(folder: Path) -> None:
+    """Empty tensors by the thousand are refused at once; a header beyond its limit is not read."""
+    path = folder / "model.safetensors"
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    for count, message in ((20_000, "2 layers expected, 0 found"), (300_000, "at most 16,777,216 are read")):
+        encoded = json.dumps({f"transformer.x{i}": entry for i in range(count)}).encode()
+        path.write_bytes(len(encoded).to_bytes(8, "little") + encoded)
+        began = time.process_time()
+        refuse(folder, message)
+        assert time.process_time() - began < 5
+    path.write_bytes((2).to_bytes(8, "little") + b"[]")
+    refuse(folder, "the safetensors header is malformed: an object is needed, list found")
+    twice = b'{"a":' + json.dumps(entry).encode() + b',"a":' + json.dumps(entry).encode() + b"}"
+    path.write_bytes(len(twice).to_bytes(8, "little") + twice)
+    refuse(folder, "a name is in it twice")
+
+
+def test_info_of_a_bomb(folder: Path) -> None:
+    """``gptkern info`` makes no model of so many layers, and says so."""
+    from gptkern.cli.info import describe
+
+    facts = describe(str(folder))
+    assert facts["parameters"] == sum(p.numel() for p in reference().parameters())
+    edit_json(folder / "config.json", n_layer=2**31 - 1)
+    with pytest.raises(CheckpointError, match="2147483647 layers expected, 2 found"):
+        describe(str(folder))

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from checkpoint_files import CONTEXT, VOCAB, linear_layout, reference, write_llmc, write_nanogpt
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from gptkern import GPTConfig
 from gptkern.checkpoint.storage import write_safetensors
+from gptkern.durable import new_file
 from gptkern.model import GPT
 
 HERE = Path(__file__).parent
@@ -99,6 +101,102 @@ def test_safetensors_come_before_pickles(hf: GPT2LMHeadModel, tmp_path: Path) ->
     hf_folder(tmp_path, hf, "safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
     assert_same_model(GPT.from_pretrained(tmp_path), hf)
+
+
+def opened_by_both(folder: Path) -> tuple[GPT, torch.nn.Module]:
+    return GPT.from_pretrained(folder), GPT2LMHeadModel.from_pretrained(folder).eval()
+
+
+def test_a_tied_head_that_stands_for_the_embedding(hf: GPT2LMHeadModel, tmp_path: Path) -> None:
+    """safetensors' save_model keeps one name of a shared tensor, the head's."""
+    hf.config.save_pretrained(tmp_path)
+    save_model(hf, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    assert "transformer.wte.weight" not in load_file(tmp_path / "model.safetensors")
+    model, theirs = opened_by_both(tmp_path)
+    assert_same_model(model, theirs)
+    assert_same_model(model, hf)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("rounded", ["lm_head.weight", "transformer.wte.weight"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_tied_head_s_copy_in_another_dtype(
+    rounded: str, dtype: torch.dtype, hf: GPT2LMHeadModel, tmp_path: Path
+) -> None:
+    """The more exact one is taken: the model that was saved. transformers, untying them, only nears it."""
+    hf_folder(tmp_path, hf, "bool_masks_and_head")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[rounded] = tensors[rounded].to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, theirs = opened_by_both(tmp_path)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert_same_model(model, hf)
+    ids = torch.randint(VOCAB, (2, CONTEXT))
+    rounding = (logits(theirs, ids) - logits(hf, ids)).abs().max()
+    assert (logits(model, ids) - logits(theirs, ids)).abs().max() <= rounding + 1e-5
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "DoubleHeadsModel"],
+)
+def test_heads_beside_the_model(head: str, hf: GPT2LMHeadModel, tmp_path: Path) -> None:
+    other = getattr(transformers, f"GPT2{head}")(hf.config)
+    other.transformer.load_state_dict(hf.transformer.state_dict())
+    other.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"model\.safetensors: of another head, and left out: \w+\."):
+        model, theirs = opened_by_both(tmp_path)
+    assert_same_model(model, theirs)
+    assert_same_model(model, hf)
+
+
+def test_a_value_head(hf: GPT2LMHeadModel, tmp_path: Path) -> None:
+    hf_folder(tmp_path, hf, "pickle")
+    head = {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.ones(1)}
+    torch.save(hf.state_dict() | head, tmp_path / "pytorch_model.bin")
+    with pytest.warns(UserWarning, match=r"left out: v_head\.summary\.weight, v_head\.summary\.bias: "):
+        model, theirs = opened_by_both(tmp_path)
+    assert_same_model(model, theirs)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "base_model.model.", "pretrained_model.", "module._orig_mod."])
+@pytest.mark.parametrize("inner", ["", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module._orig_mod."])
+def test_wrappers_at_any_depth(prefix: str, inner: str, hf: GPT2LMHeadModel, tmp_path: Path) -> None:
+    hf.config.save_pretrained(tmp_path)
+    tensors = {name: t for name, t in hf.state_dict().items() if name != "lm_head.weight"}
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, CONTEXT, CONTEXT).tril()
+    wrapped = {
+        prefix + name.replace(".attn.", f".{inner}attn.").replace("h.1.", f"h.1.{inner}"): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(wrapped, tmp_path / "model.safetensors")
+    assert_same_model(GPT.from_pretrained(tmp_path), hf)
+    twice = wrapped | {"transformer.wte.weight": tensors["transformer.wte.weight"].clone()}
+    save_file(twice, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="are one tensor of the model; one of them is needed"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_configuration_without_a_model_type(hf: GPT2LMHeadModel, tmp_path: Path) -> None:
+    hf.transformer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["GPT2Model"]
+    del config["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, theirs = opened_by_both(tmp_path)
+    assert_same_model(model, theirs)
+    assert_same_model(model, hf)
+
+
+def test_nanogpt_before_it_had_a_choice_of_biases(hf: GPT2LMHeadModel, tmp_path: Path) -> None:
+    """Files without ``bias`` are of the time of GELU's tanh form, GPT-2's own."""
+    write_nanogpt(tmp_path / "ckpt.pt", hf, bias=True)
+    checkpoint = torch.load(tmp_path / "ckpt.pt")
+    del checkpoint["model_args"]["bias"]
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    model = GPT.from_pretrained(tmp_path)
+    assert model.config.bias and model.config.activation_function == "gelu_new"
+    assert_same_model(model, hf)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -217,7 +315,8 @@ def write_random(folder: Path, config: GPTConfig, dtype: torch.dtype) -> int:
         "model-00002-of-00002.safetensors": tensors[half:],
     }
     for name, shard in shards.items():
-        write_safetensors(folder / name, shard)
+        with new_file(folder / name) as file:
+            write_safetensors(file, shard)
     weight_map = {entry[0]: name for name, shard in shards.items() for entry in shard}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -185,15 +185,17 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, model: GPT, folder: Path, moves: in
     """Save, and stop after the save's rename and so many moves and removals."""
     replace, unlink, left = os.replace, Path.unlink, moves
 
-    def count() -> None:
+    def count(path: Path) -> None:
         nonlocal left
+        if path.parent not in (folder, folder / PENDING):
+            return
         if left == 0:
             raise KeyboardInterrupt
         left -= 1
 
     with monkeypatch.context() as patch:
-        patch.setattr("gptkern.checkpoint.replace.os.replace", lambda *paths: (count(), replace(*paths)))
-        patch.setattr(Path, "unlink", lambda path, **options: (count(), unlink(path, **options)))
+        patch.setattr(os, "replace", lambda source, target: (count(target), replace(source, target)))
+        patch.setattr(Path, "unlink", lambda path, **options: (count(path), unlink(path, **options)))
         with pytest.raises(KeyboardInterrupt):
             model.save_pretrained(folder)
     assert (folder / PENDING / MANIFEST).exists()

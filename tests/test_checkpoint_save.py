@@ -157,7 +157,7 @@ def test_killed_at_every_file_operation(scenario: str, tmp_path: Path) -> None:
         env={"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "PATH": ""},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import GPT2Config, OpenAIGPTConfig
 
-from gptkern import GPTConfig
+from gptkern import GPT, GPTConfig
 
 SHARED = [
     field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("bias", "activation_function")
@@ -87,3 +87,26 @@ def test_other_names_and_old_files() -> None:
 def test_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         GPTConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n_inner": 7},
+        {"bias": False},
+        {"tie_word_embeddings": False},
+        {"model_type": "openai-gpt"},
+    ],
+)
+def test_parameters(options: dict[str, Any]) -> None:
+    config = GPTConfig(vocab_size=11, n_positions=5, n_layer=3, n_head=2, n_embd=6, **options)
+    assert config.parameters == sum(parameter.numel() for parameter in GPT(config).parameters())
+
+
+@pytest.mark.parametrize("head", ["Model", "LMHeadModel", "DoubleHeadsModel", "ForSequenceClassification"])
+def test_architectures_without_a_model_type(head: str) -> None:
+    assert not GPTConfig.from_dict({"architectures": [f"GPT2{head}"]}).post_norm
+    assert GPTConfig.from_dict({"architectures": [f"OpenAIGPT{head}"], "model_type": None}).post_norm
+    with pytest.raises(ValueError, match="model_type is None"):
+        GPTConfig.from_dict({"architectures": ["GPT2LMHeadCustomModel"]})

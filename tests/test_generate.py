@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from generate_support import CONFIGS, VOCAB, left_padded, pair, prompts
@@ -231,6 +232,46 @@ def test_a_row_is_drawn_alike_whatever_runs_beside_it() -> None:
         assert new == expected[6 : 6 + len(new)]
 
 
+@pytest.mark.parametrize("speculate", [None, 3])
+def test_a_seed_s_tokens_are_the_prompt_s_own(speculate: int | None) -> None:
+    ours = pair("gelu")[1]
+    ids, mask = left_padded()
+    options: dict[str, Any] = {
+        "do_sample": True,
+        "max_new_tokens": 12,
+        "eos_token_id": None,
+        "pad_token_id": 1,
+    }
+    options |= {"seed": 2**64 - 3, "speculate": speculate}
+
+    def drawn(rows: list[int], copies: int = 1) -> list[list[int]]:
+        out = ours.generate(ids[rows], mask[rows], num_return_sequences=copies, **options)
+        assert isinstance(out, torch.Tensor)
+        new: list[list[int]] = out[:, ids.shape[1] :].tolist()
+        return new
+
+    alone = [drawn([row])[0] for row in range(3)]
+    assert len({tuple(row) for row in alone}) == 3
+    assert drawn([0, 1, 2]) == alone
+    assert drawn([2, 0, 1]) == [alone[2], alone[0], alone[1]]
+    assert drawn([1, 1, 2, 1]) == [alone[1], alone[1], alone[2], alone[1]]
+    # copies differ, and those of a prompt are its own too
+    copies = drawn([1], copies=3)
+    assert copies[0] == alone[1]
+    assert len({tuple(row) for row in copies}) == 3
+    assert drawn([2, 1], copies=3)[3:] == copies
+    # the same 64 bits, signed
+    options["seed"] = -3
+    assert drawn([0, 1, 2]) == alone
+
+
+def test_without_a_seed_equal_prompts_draw_apart() -> None:
+    ids = prompts(1, 4).repeat(4, 1)
+    out = pair("gelu")[1].generate(ids, do_sample=True, max_new_tokens=12, eos_token_id=None)
+    assert isinstance(out, torch.Tensor)
+    assert len({tuple(row) for row in out.tolist()}) == 4
+
+
 def test_return_sequences_share_a_prefill_and_differ() -> None:
     ours = pair("odd width")[1]
     ids = prompts(2, 6)
@@ -337,6 +378,94 @@ def test_results_can_be_trained_on() -> None:
     ours = GPT(GPTConfig(vocab_size=VOCAB, n_positions=32, n_layer=1, n_head=2, n_embd=16))
     out = ours.generate(prompts(2, 5), max_new_tokens=4)
     ours(out, labels=out).loss.backward()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_default_device_is_no_matter(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plain:
+        monkeypatch.setattr(executor, "pays", lambda *_: False)
+    ours = dropping(initializer_range=1.0)[1]
+    ids, repeated = prompts(2, 5), torch.tensor([[5, 6, 5, 6, 5]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    penalties = {"repetition_penalty": 1.1, "frequency_penalty": 0.1, "presence_penalty": 0.1}
+    rules = {"no_repeat_ngram_size": 2, "sequence_bias": {(5,): 1.0, (6, 7): 2.0}, "logit_bias": {4: 1.0}}
+    streamers = [Recorder(), Recorder()]
+    calls: list[Callable[[], Any]] = [
+        lambda: ours.generate(ids, mask, max_new_tokens=5, pad_token_id=1, **penalties, **rules),
+        lambda: ours.generate(ids, do_sample=True, num_return_sequences=2, seed=3, output_logprobs=True),
+        lambda: ours.generate(ids, do_sample=True, max_new_tokens=3).shape,
+        lambda: ours.generate(ids, num_beams=3, **penalties, **rules, return_dict_in_generate=True),
+        lambda: ours.generate(repeated, max_new_tokens=20, speculate=3, frequency_penalty=0.1),
+        lambda: ours.generate_text(["ab", "cde"], max_new_tokens=5, stop_strings="x"),
+        lambda: list(ours.stream("ab", max_new_tokens=5)),
+        lambda: ours.score(["abc", "de"])[0].perplexity,
+        lambda: ours.generate(ids, streamer=streamers[-1], max_new_tokens=3),
+        lambda: ours(ids, attention_mask=mask, labels=ids).loss.item(),
+    ]
+    expected = [str(call()) for call in calls]
+    other = streamers.pop()
+    torch.set_default_device("meta")
+    try:
+        found = [str(call()) for call in calls]
+    finally:
+        torch.set_default_device(None)
+    assert found == expected
+    assert str(streamers[0].values) == str(other.values)
+
+
+def test_tensors_and_numpy_s_numbers_are_options() -> None:
+    ours = pair("head dim 64")[1]
+    ids = prompts(2, 6, seed=3)
+    plain: dict[str, Any] = {
+        "max_new_tokens": 12,
+        "eos_token_id": [3, 4],
+        "pad_token_id": 1,
+        "seed": 7,
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_k": 9,
+        "bad_words_ids": [[9], [5, 6]],
+        "suppress_tokens": [8, 10],
+        "sequence_bias": {(7,): 1.5, (7, 8): -2.5},
+        "logit_bias": {11: 1.5},
+    }
+    expected = ours.generate(ids, **plain)
+    tensors = plain | {
+        "max_new_tokens": torch.tensor(12),
+        "eos_token_id": torch.tensor([3, 4]),
+        "pad_token_id": torch.tensor(1),
+        "seed": torch.tensor(7),
+        "do_sample": torch.tensor(True),
+        "temperature": torch.tensor(0.5),
+        "bad_words_ids": [torch.tensor([9]), torch.tensor([5, 6])],
+        "suppress_tokens": torch.tensor([8, 10]),
+        "sequence_bias": [(torch.tensor([7]), torch.tensor(1.5)), (torch.tensor([7, 8]), -2.5)],
+        "logit_bias": {11: torch.tensor(1.5)},
+    }
+    arrays = plain | {
+        "max_new_tokens": np.int64(12),
+        "eos_token_id": np.array([3, 4]),
+        "pad_token_id": np.uint8(1),
+        "seed": np.uint64(7),
+        "do_sample": np.bool_(True),
+        "temperature": np.float32(0.5),
+        "top_k": np.int32(9),
+        "bad_words_ids": [np.array([9]), [np.int64(5), np.int64(6)]],
+        "suppress_tokens": np.array([8, 10]),
+        "sequence_bias": {(np.int64(7),): np.float32(1.5), (np.int64(7), 8): -2.5},
+        "logit_bias": {np.int64(11): np.float64(1.5)},
+    }
+    for given in (tensors, arrays):
+        assert torch.equal(ours.generate(ids, **given), expected)
+    for one in (4, torch.tensor(4), torch.tensor([4]), np.int64(4)):
+        assert torch.equal(
+            ours.generate(ids, **plain | {"eos_token_id": one}),
+            ours.generate(ids, **plain | {"eos_token_id": [4]}),
+        )
+    with pytest.raises(TypeError, match=r"max_new_tokens is \[12\]; a whole number"):
+        ours.generate(ids, max_new_tokens=torch.tensor([12]))
+    with pytest.raises(TypeError, match=r"top_k is 2\.0; a whole number"):
+        ours.generate(ids, top_k=np.float64(2.0))
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -281,6 +282,15 @@ def test_samples_and_beams_of_a_text(model: GPT) -> None:
     assert best.text == Tokenizer.bytes().decode(best.token_ids)
 
 
+def test_a_seed_gives_a_prompt_the_same_text_in_every_call(model: GPT) -> None:
+    options: dict[str, Any] = {"do_sample": True, "seed": 5, "max_new_tokens": 10}
+    (alone,) = model.generate_text("ab", **options)
+    for texts in (["ab", "c", "a longer one"], ["a longer one", "ab"], ["c", "ab", "ab"]):
+        made = model.generate_text(texts, **options)
+        assert all(m.token_ids == alone.token_ids for m, t in zip(made, texts, strict=True) if t == "ab")
+    assert "".join(model.stream("ab", **options)) == alone.text
+
+
 def test_texts_that_stop_at_different_places_need_no_filling(model: GPT) -> None:
     options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 4, "seed": 1, "max_new_tokens": 20}
     free = model.generate_text("ab", **options)
@@ -306,6 +316,22 @@ def test_text_ends_before_the_end_of_text_token(gpt2_tokenizer: Tokenizer) -> No
     # empty text is the beginning of a text
     (begun,) = model.generate_text("", max_new_tokens=4)
     assert begun == model.generate_text([[50256]], max_new_tokens=4)[0]
+
+
+def test_token_ids_may_be_tensors_and_arrays(model: GPT) -> None:
+    expected = model.generate_text([[97, 98], [99, 100]], max_new_tokens=4)
+    one = model.generate_text([[97, 98]], max_new_tokens=4)
+    for ids in (torch.tensor([[97, 98], [99, 100]]), np.array([[97, 98], [99, 100]])):
+        assert model.generate_text(ids, max_new_tokens=4) == expected  # type: ignore[arg-type]
+        assert model.generate_text([ids[0]], max_new_tokens=4) == one  # type: ignore[list-item]
+        assert model.generate_text([[*ids[0]]], max_new_tokens=4) == one
+        stream = model.stream(ids[0], max_new_tokens=4)  # type: ignore[arg-type]
+        assert "".join(stream) == one[0].text
+        assert model.score(ids[0]) == model.score([[97, 98]])  # type: ignore[arg-type]
+        assert model.score(ids, ids[1]) == model.score([[97, 98], [99, 100]], [99, 100])  # type: ignore[arg-type]
+    for prompts in (None, 5, b"abc"):
+        with pytest.raises(TypeError, match=f"prompts is {type(prompts).__name__}"):
+            model.generate_text(prompts)  # type: ignore[arg-type]
 
 
 def test_text_errors(model: GPT) -> None:

@@ -38,6 +38,7 @@ from gptkern.train.tokens import (
     read_jsonl,
     read_text,
 )
+from gptkern.train.trainer import dropout_seed
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 TEXT = "To be, or not to be: that is the question.\n" * 60
@@ -84,6 +85,8 @@ def assert_same_weights(a: Path, b: Path) -> None:
         ({"train": {"step": 5}}, r"\[train\] step is not a setting; did you mean 'steps'"),
         ({"train": {"steps": 0}}, r"\[train\] steps is 0; 1 or more"),
         ({"train": {"steps": 2.5}}, r"\[train\] steps is 2.5; int is needed"),
+        ({"train": {"seed": -1}}, r"\[train\] seed is -1; 0 or more"),
+        ({"train": {"seed": 1 << 64}}, r"\[train\] seed is 18446744073709551616; a number below 2\^64"),
         ({"train": {"steps": True}}, r"\[train\] steps is True"),
         ({"train": 3}, "a table"),
         ({"optimizer": {"name": "adamx"}}, "accepted are adamw"),
@@ -334,6 +337,26 @@ def test_char_tokenizer_knows_escaped_characters(tmp_path: Path) -> None:
     settings = tiny(path, data={"kind": "pairs"})
     tokenizer = Trainer(settings, tmp_path / "run", ALONE).objective.model.tokenizer
     assert tokenizer.decode(tokenizer.encode("café? 日")) == "café? 日"
+
+
+@pytest.mark.parametrize("seed", [2**24, 2**32, 2**63 - 1, 2**64 - 1])
+def test_every_64_bit_seed_works(seed: int, text_file: Path, tmp_path: Path) -> None:
+    settings = tiny(text_file, train={"seed": seed, "steps": 2}, model={"dropout": 0.5})
+    train(settings, tmp_path / "a")
+    assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))).train.seed == seed
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "1", "answer": "2"}\n' * 20)
+    train(tiny(pairs, data={"kind": "pairs"}, train={"seed": seed, "steps": 1}), tmp_path / "pairs")
+
+
+def test_dropout_seeds() -> None:
+    """Below 2**24 what they have always been; beyond, another for every seed, step and process."""
+    assert dropout_seed(1337, 500, 3) == (1337 << 40) + (500 << 12) + 3
+    assert dropout_seed(2**24 - 1, 7, 0) == ((2**24 - 1) << 40) + (7 << 12)
+    seeds = [0, 1, 2**24, 2**24 + 1, 2**25, 2**32, 2**48, 2**63 - 1, 2**63, 2**64 - 1]
+    drawn = [dropout_seed(seed, step, rank) for seed in seeds for step in (0, 1, 99) for rank in (0, 1)]
+    assert len(set(drawn)) == len(drawn)
+    assert all(0 <= value < 2**64 for value in drawn)
 
 
 def test_windows() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,19 @@ def test_example_pretrain(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT * 3)
     out = run_example("pretrain.py", tmp_path / "text.txt", "--out", tmp_path / "run", "--steps", 20)
     assert "held-out loss" in out
+
+
+def test_example_train_embedded_saves_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = runpy.run_path(str(ROOT / "examples" / "train_embedded.py"))
+    inner = names["main"].__globals__
+    monkeypatch.setitem(inner, "bits_per_byte", lambda *data: 1.0)
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "text.txt"), "--out", str(tmp_path / "model")])
+    model = small_model()
+    model.tokenizer = None
+    monkeypatch.setitem(inner, "train", lambda *data: model)
+    names["main"]()
+    assert len(GPT.from_pretrained(tmp_path / "model").generate_text("RO", max_new_tokens=2)) == 1
 
 
 def test_example_sentiment(model_folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,6 +17,7 @@ import triton
 
 from gptkern.bench import suites
 from gptkern.bench.tables import seconds_text
+from gptkern.durable import write_file
 from gptkern.ops import _aot, _launch, _samples
 from gptkern.ops._aot import Report
 
@@ -56,9 +56,7 @@ def index(reports: Iterable[Report]) -> dict[Key, Report]:
 def save(reports: Iterable[Report], path: Path) -> None:
     """Write a baseline, a line for each kernel, so that changes show in a line-by-line comparison."""
     rows = ",\n".join(json.dumps(dataclasses.asdict(report)) for report in index(reports).values())
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(f'{{"triton": "{triton.__version__}", "reports": [\n{rows}\n]}}\n')
-    os.replace(partial, path)
+    write_file(path, f'{{"triton": "{triton.__version__}", "reports": [\n{rows}\n]}}\n')
 
 
 def load(path: Path) -> tuple[list[Report], str]:

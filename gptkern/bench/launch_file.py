@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import tomllib
 from pathlib import Path
 from typing import Any
+
+from gptkern.durable import write_file
 
 Table = dict[str, list[dict[str, Any]]]
 
@@ -42,6 +43,4 @@ def read(path: Path) -> tuple[Table, str]:
 
 def write(table: Table, header: str, path: Path) -> None:
     """Write the table whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text(table, header))
-    os.replace(partial, path)
+    write_file(path, text(table, header))

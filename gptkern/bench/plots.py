@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from itertools import cycle
 from pathlib import Path
@@ -13,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from gptkern.bench.run import Results, Row
+from gptkern.durable import write_file
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; gptkern is always the first.
 _COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999"]
@@ -141,6 +143,8 @@ def _roofline(results: Results, folder: Path) -> Path | None:
 
 def _save(folder: Path, name: str) -> Path:
     path = folder / name
-    plt.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    plt.savefig(picture, format="png", dpi=110)
     plt.close()
+    write_file(path, picture.getvalue())
     return path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from gptkern.bench import ceilings
 from gptkern.bench.suites._models import weight_bytes
 from gptkern.cache import KVCache
 from gptkern.decode import DecodeStep
+from gptkern.durable import write_file
 from gptkern.generate.executor import LEAST_STEPS, Executor
 from gptkern.model import GPT
 from gptkern.ops import _launch, backend
@@ -148,7 +151,12 @@ def _operators(step: Callable[[], None], device: torch.device, trace: Path | Non
         for _ in range(PROFILED):
             step()
     if trace is not None:
-        profiler.export_chrome_trace(str(trace))
+        with tempfile.TemporaryDirectory() as folder:
+            # written by a library that drops errors: whole if it reads back
+            profiler.export_chrome_trace(made := str(Path(folder) / "trace.json"))
+            data = Path(made).read_bytes()
+        json.loads(data)
+        write_file(trace, data)
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     found = [
         Operator(event.key, event.count / PROFILED, getattr(event, own) * 1e-6 / PROFILED)

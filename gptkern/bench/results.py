@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gptkern.bench.ceilings import Ceilings
 from gptkern.bench.run import FORMAT, Results, Row
+from gptkern.durable import write_file
 
 
 def save(results: Results, path: Path) -> None:
@@ -20,9 +20,7 @@ def save(results: Results, path: Path) -> None:
         "ceilings": asdict(results.ceilings),
         "rows": [asdict(row) for row in results.rows],
     }
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(partial, path)
+    write_file(path, json.dumps(data, indent=1) + "\n")
 
 
 def load(path: Path) -> Results:

@@ -9,6 +9,7 @@ import torch
 
 from gptkern.bench import ceilings, html, plots, results, suites, tables
 from gptkern.bench.run import Results, run
+from gptkern.durable import make_folder, write_file
 
 # Rounds, samples a round, seconds a problem: rounds are what comparing two runs resamples.
 _QUICK = (9, 5, 2.0)
@@ -37,9 +38,9 @@ def run_suites(
 
 def write(found: Results, folder: Path, sections: dict[str, str] | None = None) -> list[Path]:
     """Write results.json, results.md, the plots and report.html into ``folder``; the files written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     results.save(found, folder / "results.json")
-    (folder / "results.md").write_text(tables.markdown(found))
+    write_file(folder / "results.md", tables.markdown(found))
     pictures = plots.draw(found, folder)
-    (folder / "report.html").write_text(html.page(found, pictures, sections))
+    write_file(folder / "report.html", html.page(found, pictures, sections))
     return [folder / "results.json", folder / "results.md", *pictures, folder / "report.html"]

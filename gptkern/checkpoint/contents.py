@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptkern.checkpoint.errors import CheckpointError
+from gptkern.checkpoint.errors import CheckpointError, some
 from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import GPTConfig
 from gptkern.quantize import Quantization
@@ -20,7 +21,14 @@ GPT1_NAMES = {"wte": "tokens_embed", "wpe": "positions_embed"}
 
 # causal masks and position numbers: constants that older versions saved with the weights
 _CONSTANTS = re.compile(r"(^|\.)(h\.\d+\.attn\.(bias|masked_bias)|position_ids)$")
-_WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")
+# modules that torch.compile, parallel training, activation checkpointing, PEFT and TRL put around others,
+# at any depth; no module of a GPT is called so
+_WRAPPERS = {
+    *("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
+    *("model", "base_model", "pretrained_model"),
+}
+# what classifiers, reward models and the like have beside the decoder
+_OTHER_HEADS = {"score", "classifier", "qa_outputs", "v_head", "multiple_choice_head"}
 
 
 @dataclass(frozen=True)
@@ -51,16 +59,21 @@ class Contents:
 
 
 def by_parameter_name(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Tensors under the model's names, constants left out.
+    """Tensors under the model's names; constants are left out, and other heads, with a warning.
 
-    Accepts names with and without ``transformer.``, the wrappers of ``torch.compile`` and of data-parallel
-    training, and GPT-1's names of the embeddings.
+    Accepts names with and without ``transformer.``, with wrappers' names in them, and GPT-1's names of the
+    embeddings.
     """
     result: dict[str, StoredTensor] = {}
+    left_out: list[str] = []
     for stored_name, tensor in tensors.items():
-        if _CONSTANTS.search(stored_name):
+        parts = [part for part in stored_name.split(".") if part not in _WRAPPERS]
+        name = ".".join(parts)
+        if _CONSTANTS.search(name):
             continue
-        name = _WRAPPERS.sub("", stored_name)
+        if parts and parts[0] in _OTHER_HEADS:
+            left_out.append(stored_name)
+            continue
         if not name.startswith("lm_head."):
             name = "transformer." + name.removeprefix("transformer.")
         for ours, theirs in GPT1_NAMES.items():
@@ -71,4 +84,9 @@ def by_parameter_name(tensors: dict[str, StoredTensor]) -> dict[str, StoredTenso
                 "are one tensor of the model; one of them is needed"
             )
         result[name] = tensor
+    if left_out:
+        file = tensors[left_out[0]].file
+        warnings.warn(
+            f"{file}: of another head, and left out: {some(left_out)}: this is a language model", stacklevel=2
+        )
     return result

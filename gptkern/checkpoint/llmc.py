@@ -53,16 +53,17 @@ def open_file(path: Path) -> Contents:
         raise CheckpointError(f"{path}: {error}") from error
     if padded < vocab:
         raise CheckpointError(f"{path}: padded_vocab_size is {padded}, vocab_size {vocab}: it cannot be less")
-    if layers > len(raw):  # before a list of that many names is made
-        raise CheckpointError(f"{path}: truncated: num_layers is {layers:,}, the file has {len(raw):,} bytes")
     dtype = _VERSIONS[version]
-    layout = _layout(config, padded)
-    expected = _HEADER_BYTES + sum(math.prod(shape) for _, shape in layout) * dtype.itemsize
+    # before anything is made that is as long as the header says
+    expected = _HEADER_BYTES + config.replace(vocab_size=padded).parameters * dtype.itemsize
     if len(raw) != expected:
         state = "truncated" if len(raw) < expected else "longer than its header says"
-        raise CheckpointError(f"{path}: {state}: {expected:,} bytes expected, {len(raw):,} found")
+        raise CheckpointError(
+            f"{path}: {state}: num_layers is {layers:,}, channels {width:,}, padded_vocab_size {padded:,}: "
+            f"{expected:,} bytes expected, {len(raw):,} found"
+        )
     tensors, start = {}, _HEADER_BYTES
-    for name, shape in layout:
+    for name, shape in _layout(config, padded):
         kept = (vocab, *shape[1:]) if name.endswith("wte.weight") else shape
         tensors[name] = StoredTensor(path, name, dtype, kept, raw, start)
         start += math.prod(shape) * dtype.itemsize

@@ -14,13 +14,14 @@ from torch.overrides import TorchFunctionMode
 from gptkern.checkpoint import hf, llmc, nanogpt
 from gptkern.checkpoint.contents import Contents
 from gptkern.checkpoint.errors import CheckpointError, some
+from gptkern.checkpoint.files import open_regular
 from gptkern.checkpoint.pending import Files, read
 from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import GPTConfig
 from gptkern.quantize import Quantization, QuantizedLinear, empty_layers
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_LAYER = re.compile(r"^transformer\.h\.(\d+)\.")
+_LAYER = re.compile(r"transformer\.h\.([0-9]+)\.")
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 _CHECKED_AT_ONCE = 1 << 22
 
@@ -45,15 +46,16 @@ def open_checkpoint(path: Path) -> Contents:
     Raises:
         CheckpointError: It is not one, or is damaged.
     """
-    if path.is_dir():
-        return read(path, _open_folder)
+    contents = read(path, _open_folder) if path.is_dir() else _open_file(path)
+    _check_sizes(contents)
+    return contents
+
+
+def _open_file(path: Path) -> Contents:
     if path.suffix == ".safetensors" or path.name.startswith(("pytorch_model", "config.json")):
         raise CheckpointError(f"{path}: a part of a checkpoint: give its folder, {path.parent}")
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error}") from error
+    with open_regular(path) as file:
+        start = file.read(4)
     if int.from_bytes(start, "little") == llmc.MAGIC:
         return llmc.open_file(path)
     if path.suffix == ".bin":
@@ -85,7 +87,6 @@ def load(
     """
     if dtype is not None and dtype not in _FLOATS:
         raise CheckpointError(f"{contents.source}: dtype {dtype} asked for; accepted are {_FLOATS}")
-    _check_layers(contents)
     with torch.device("meta"), _NoInitialValues():
         model = model_class(contents.config)
         if contents.quantization is not None:
@@ -95,7 +96,8 @@ def load(
     tensors = _without_redundant(contents, expected)
     _check_names(contents, expected, tensors)
     for name, shape in expected.items():
-        _check_tensor(contents, tensors[name], shape, contents.turned(name), packed.get(name))
+        _check_shape(contents, name, tensors[name], shape)
+        _check_dtype(tensors[name], packed.get(name))
     dtype = dtype or _common_dtype({name: tensors[name] for name in expected if name not in packed})
     device = torch.get_default_device() if device is None else torch.device(device)
     for name in expected:
@@ -150,27 +152,28 @@ def check_vocabulary(source: Path, config: GPTConfig, tokenizer_size: int) -> No
         )
 
 
-def _check_layers(contents: Contents) -> None:
-    """Before a model of so many layers is made."""
-    numbers = {int(match[1]) for name in contents.tensors if (match := _LAYER.match(name))}
-    if len(numbers) != contents.config.n_layer:
-        raise CheckpointError(
-            f"{contents.source}: {contents.config.n_layer} layers expected, {len(numbers)} found"
-        )
+def _check_sizes(contents: Contents) -> None:
+    """Whether the configuration's sizes are those of the tensors, before anything of these sizes is made."""
+    config = contents.config
+    layers = {match[1] for name in contents.tensors if (match := _LAYER.match(name))}
+    if len(layers) != config.n_layer:
+        raise CheckpointError(f"{contents.source}: {config.n_layer} layers expected, {len(layers)} found")
+    for name, shape in (
+        (_EMBEDDING, (config.vocab_size, config.n_embd)),
+        ("transformer.wpe.weight", (config.n_positions, config.n_embd)),
+        ("transformer.h.0.mlp.c_fc.weight", (config.inner_dim, config.n_embd)),
+    ):
+        if name in contents.tensors:
+            _check_shape(contents, name, contents.tensors[name], shape)
 
 
 def _without_redundant(contents: Contents, expected: dict[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
-    """The tensors less a tied head's copy of the embedding, and less zero biases of a model without any."""
+    """The tensors with a tied head once, as the embedding, and less zero biases of a model without any."""
     tensors = dict(contents.tensors)
     config = contents.config
-    if config.tie_word_embeddings and _HEAD in tensors and _EMBEDDING in tensors:
-        head, embedding = tensors.pop(_HEAD), tensors[_EMBEDDING]
-        if not _same(head.data, embedding.data):
-            raise CheckpointError(
-                f"{head.file}: {head.name} differs from {embedding.name}, though the model's head is tied to "
-                "the embedding: tie_word_embeddings must be false, or the two equal"
-            )
-        head.release()
+    if config.tie_word_embeddings and _HEAD in tensors:
+        head = tensors.pop(_HEAD)
+        tensors[_EMBEDDING] = _more_exact(head, tensors.get(_EMBEDDING, head))
     if not config.bias:
         for name in [name for name in tensors if name.endswith(".bias") and name not in expected]:
             stored = tensors.pop(name)
@@ -181,8 +184,20 @@ def _without_redundant(contents: Contents, expected: dict[str, tuple[int, ...]])
     return tensors
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+def _more_exact(head: StoredTensor, embedding: StoredTensor) -> StoredTensor:
+    """Of a tied head and its copy the one that the other was rounded from."""
+    if head.same_place(embedding):
+        return embedding
+    if head.shape == embedding.shape and head.dtype in _FLOATS and embedding.dtype in _FLOATS:
+        for exact, copy in ((embedding, head), (head, embedding)):
+            equal = torch.equal(exact.data.to(copy.dtype), copy.data)
+            copy.release()
+            if equal:
+                return exact
+    raise CheckpointError(
+        f"{head.file}: {head.name} differs from {embedding.name}, though the model's head is tied to "
+        "the embedding: tie_word_embeddings must be false, or the two equal"
+    )
 
 
 def _check_names(
@@ -201,18 +216,15 @@ def _check_names(
         raise CheckpointError(f"{contents.source}: {len(expected)} tensors expected; {'; '.join(problems)}")
 
 
-def _check_tensor(
-    contents: Contents,
-    stored: StoredTensor,
-    shape: tuple[int, ...],
-    turned: bool,
-    packed: torch.Tensor | None,
-) -> None:
-    expected = tuple(reversed(shape)) if turned else shape
+def _check_shape(contents: Contents, name: str, stored: StoredTensor, shape: tuple[int, ...]) -> None:
+    expected = tuple(reversed(shape)) if contents.turned(name) else shape
     if stored.shape != expected:
         raise CheckpointError(
             f"{stored.file}: {stored.name}: shape {expected} expected, {stored.shape} found"
         )
+
+
+def _check_dtype(stored: StoredTensor, packed: torch.Tensor | None) -> None:
     dtypes = _FLOATS if packed is None else (packed.dtype,)
     if stored.dtype not in dtypes:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from gptkern.checkpoint.errors import CheckpointError
+from gptkern.checkpoint.errors import CheckpointError, first_line, shown
 from gptkern.checkpoint.hf import (
     CONFIG,
+    GENERATION_CONFIG,
     PICKLE,
     PICKLE_INDEX,
     SAFETENSORS,
@@ -22,10 +23,10 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
 )
 
 _EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "embedded"
@@ -52,9 +53,15 @@ def locate(
         if not _EMBEDDED_FOLDER.is_dir():
             raise CheckpointError(f"{_EMBEDDED_FOLDER}: the embedded model is missing: install gptkern again")
         return _EMBEDDED_FOLDER
-    path = Path(path_or_hub_id).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(path_or_hub_id).expanduser()
+        if path.exists():
+            return path
+    # a user that is not there (RuntimeError), a name too long for any file
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"{shown(str(path_or_hub_id))}: cannot be opened: {first_line(error)}"
+        ) from error
     name = str(path_or_hub_id)
     if (
         isinstance(path_or_hub_id, Path)
@@ -98,7 +105,7 @@ class _Hub:
             if self._present is None:
                 raise CheckpointError(self._how_to_get(unreachable)) from unreachable
             raise CheckpointError(f"hub {self.repo_id}: it has no {CONFIG}: not a transformers model")
-        self._files(TOKENIZER_FILES)
+        self._files((GENERATION_CONFIG, *TOKENIZER_FILES))
         if weights:
             self._fetch_weights()
         return config.parent
@@ -138,10 +145,9 @@ class _Hub:
 
     def _how_to_get(self, error: Exception) -> str:
         revision = f" --revision {self.revision}" if self.revision else ""
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return (
             f"{self.repo_id}: no such file or folder here, and not to be had from the hub "
-            f"({type(error).__name__}: {reason}). On a machine with network, run `hf download "
+            f"({type(error).__name__}: {first_line(error)}). On a machine with network, run `hf download "
             f"{self.repo_id}{revision}`; without one, copy the model's folder ({CONFIG}, {SAFETENSORS}, "
             "tokenizer files) from elsewhere and give its path"
         )

@@ -1,7 +1,9 @@
 """nanoGPT's ``ckpt.pt``: one pickle with ``model_args`` and the state dict ``model``.
 
-Its matrices are ``(out, in)``; its GELU is the exact one (nn.GELU, since June 2023). The vocabulary may
-be padded (50304 for GPT-2's 50257): the rows stay, so that logits are those the model was trained with.
+Its matrices are ``(out, in)``; its GELU is the exact one (nn.GELU, since June 2023). Files whose
+``model_args`` have no ``bias`` are older than that: their models have biases and GELU's tanh form.
+The vocabulary may be padded (50304 for GPT-2's 50257): the rows stay, so that logits are those the model
+was trained with.
 Source: model.py and train.py of github.com/karpathy/nanoGPT.
 """
 
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptkern.checkpoint.contents import Contents, by_parameter_name
-from gptkern.checkpoint.errors import CheckpointError, shown
+from gptkern.checkpoint.errors import CheckpointError, shown, some
 from gptkern.checkpoint.pickles import read_plain, read_torch, state_dict_tensors
 from gptkern.config import GPTConfig
 
@@ -30,7 +32,7 @@ def open_file(path: Path) -> Contents:
     """Open a ``ckpt.pt``."""
     checkpoint = read_torch(path, '{"model": c["model"], "model_args": c["model_args"]}')
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        found = list(checkpoint)[:6] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        found = shown(list(checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise CheckpointError(
             f"{path}: a nanoGPT checkpoint with model and model_args is needed, {found} found"
         )
@@ -39,19 +41,20 @@ def open_file(path: Path) -> Contents:
 
 
 def _read_config(path: Path, model_args: Any) -> GPTConfig:
-    if not isinstance(model_args, dict) or not _FIELDS.keys() <= model_args.keys():
-        raise CheckpointError(f"{path}: model_args is {model_args!r}; {', '.join(_FIELDS)} are needed")
-    unknown = sorted(model_args.keys() - _FIELDS.keys() - {"dropout"})
+    needed = _FIELDS.keys() - {"bias"}
+    if not isinstance(model_args, dict) or not needed <= model_args.keys():
+        raise CheckpointError(f"{path}: model_args is {shown(model_args)}; {', '.join(_FIELDS)} are needed")
+    unknown = [shown(name).strip("'") for name in model_args if name not in {*_FIELDS, "dropout"}]
     if unknown:
         raise CheckpointError(
-            f"{path}: model_args has {', '.join(unknown)}: an unknown architecture, not nanoGPT's"
+            f"{path}: model_args has {some(unknown)}: an unknown architecture, not nanoGPT's"
         )
-    values = {ours: model_args[theirs] for theirs, ours in _FIELDS.items()}
+    values = {ours: model_args[theirs] for theirs, ours in _FIELDS.items() if theirs in model_args}
     dropout = model_args.get("dropout", 0.0)
     try:
         config = GPTConfig(
             **values,
-            activation_function="gelu",
+            activation_function="gelu" if "bias" in model_args else "gelu_new",
             resid_pdrop=dropout,
             embd_pdrop=dropout,
             attn_pdrop=dropout,

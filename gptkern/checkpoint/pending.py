@@ -27,24 +27,22 @@ import os
 import stat
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gptkern.checkpoint.errors import CheckpointError
+from gptkern.durable import Identity, identity
 
 PENDING = ".gptkern-pending"
 MANIFEST = ".manifest.json"
 _FORMAT = 1
 _LARGEST_MANIFEST = 1 << 24
 _SUFFIXES = (".json", ".safetensors", ".bin", ".txt", ".jinja", ".model")
-_CHUNK = 1 << 20
 # seconds that a reader waits: for a save that is moving its files, and for one quiet moment
 _MOVES, _PATIENCE, _PAUSE = 2.0, 30.0, 0.005
 
-Identity = tuple[int, int]
 T = TypeVar("T")
 
 
@@ -218,27 +216,6 @@ def _allowed(folder: Path, name: str, change: Change) -> tuple[Identity | None, 
     if (folder / PENDING / name).exists():
         return (change.old,)
     return (change.old, None) if change.new is None else (change.new,)
-
-
-def identity(path: Path) -> Identity | None:
-    """Size and CRC-32 of a file's contents; None where there is no such file.
-
-    Raises:
-        OSError: It cannot be read, or is a folder, a pipe or a device.
-    """
-    try:
-        # a pipe would wait for its writer
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return None
-    with open(descriptor, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path}: not a regular file")
-        size, checksum, chunk = 0, 0, memoryview(bytearray(_CHUNK))
-        while read_bytes := file.readinto(chunk):
-            size += read_bytes
-            checksum = zlib.crc32(chunk[:read_bytes], checksum)
-    return size, checksum
 
 
 def _is_moving(folder: Path) -> bool:

@@ -27,14 +27,13 @@ import torch
 
 from gptkern.checkpoint.errors import CheckpointError, first_line, shown
 from gptkern.checkpoint.files import map_file, open_regular, read_bytes
-from gptkern.checkpoint.storage import StoredTensor
+from gptkern.checkpoint.storage import StoredTensor, tensor_sizes
 
 # the pickle of GPT-2 XL with its optimizer's state takes 0.6 MB
 LARGEST_PICKLE = 4 << 20
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-_MOST_DIMENSIONS = 64
 
 
 class _Refused(Exception):
@@ -149,8 +148,9 @@ def _stored(path: Path, name: str, tensor: _Tensor) -> StoredTensor:
     dtype = storage.dtype if tensor.dtype is None else tensor.dtype
     if not isinstance(dtype, torch.dtype) or dtype in _QUANTISED.values():
         raise CheckpointError(f"{where}: a dtype is needed, {shown(dtype)} found")
-    shape, stride = _sizes(where, tensor.shape), _sizes(where, tensor.stride)
-    (offset, claimed) = _sizes(where, (tensor.offset, storage.count))
+    shape = tensor_sizes(where, "shape", tensor.shape)
+    stride = tensor_sizes(where, "stride", tensor.stride)
+    offset, claimed = tensor_sizes(where, "offset and length", (tensor.offset, storage.count))
     if len(shape) != len(stride):
         raise CheckpointError(f"{where}: {len(shape)} sizes and {len(stride)} strides found")
     try:
@@ -171,14 +171,6 @@ def _stored(path: Path, name: str, tensor: _Tensor) -> StoredTensor:
     archive = storage.archive
     begin = start + offset * dtype.itemsize if count else start
     return StoredTensor(path, name, dtype, shape, archive.raw, begin, stride, archive.swapped)
-
-
-def _sizes(where: str, values: object) -> tuple[int, ...]:
-    if isinstance(values, tuple | list) and len(values) <= _MOST_DIMENSIONS:
-        sizes = tuple(n for n in values if type(n) is int and 0 <= n < 2**63)
-        if len(sizes) == len(values):
-            return sizes
-    raise CheckpointError(f"{where}: sizes of a tensor are needed, {shown(values)} found")
 
 
 def _read_zip(archive: _Archive, way_out: str) -> object:

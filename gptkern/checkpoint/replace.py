@@ -33,11 +33,11 @@ from gptkern.checkpoint.pending import (
     PENDING,
     Change,
     fits,
-    identity,
     is_plain,
     manifest,
     recognise,
 )
+from gptkern.durable import PARTIAL, Identity, NewFile, flush, identity, make_folder, naming, new_file
 
 _STAGING = ".gptkern-staging-"
 _ASIDE = ".gptkern-aside-"
@@ -45,9 +45,40 @@ _ASIDE = ".gptkern-aside-"
 _SILENCE, _PATIENCE, _PAUSE = 2.0, 120.0, 0.02
 
 
+class Staging:
+    """Where the new files are written.
+
+    Attributes:
+        folder: It, for what writes files of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._written: dict[str, Identity] = {}
+
+    @contextlib.contextmanager
+    def new_file(self, name: str) -> Iterator[NewFile]:
+        """Write a file of that name, checked and flushed."""
+        with new_file(self.folder / name) as file:
+            yield file
+        self._written[name] = file.identity
+
+    def identities(self) -> dict[str, Identity]:
+        """Size and checksum of every file in it, all flushed to the disk."""
+        found = {}
+        for path in self.folder.iterdir():
+            written = self._written.get(path.name)
+            if written is None:
+                flush(path)
+                written = identity(path)
+                assert written is not None
+            found[path.name] = written
+        return found
+
+
 @contextlib.contextmanager
-def replacing(folder: Path, is_ours: Callable[[str], bool]) -> Iterator[Path]:
-    """Yield an empty folder for the new files; leaving the block puts them into ``folder``.
+def replacing(folder: Path, is_ours: Callable[[str], bool]) -> Iterator[Staging]:
+    """Yield a place for the new files; leaving the block puts them into ``folder``.
 
     A file keeps the permissions of the one it replaces.
 
@@ -57,47 +88,49 @@ def replacing(folder: Path, is_ours: Callable[[str], bool]) -> Iterator[Path]:
 
     Raises:
         CheckpointError: A folder or a device is where a file is to be; another save holds the folder.
+        OSError: It could not be written: the old files are whole, or the new ones.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with contextlib.ExitStack() as staged:
         # within one lock, so that no other save takes the new staging folder for an abandoned one
         with _locked(folder):
             _clear_abandoned(folder)
-            staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
-            staged.callback(_remove, staging)
-            staged.enter_context(_locked(staging))
+            with naming(folder):
+                path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+            staged.callback(_remove, path)
+            staged.enter_context(_locked(path))
+        staging = Staging(path)
         yield staging
-        for path in staging.iterdir():
-            _flush(path)
-        with _locked(folder):
+        with _locked(folder), naming(folder):
             _finish(folder)
             _commit(folder, staging, is_ours)
             _finish(folder)
 
 
 def settle(folder: Path) -> None:
-    """Finish a save that was cut off there, or set it aside; for those who are about to save."""
+    """Finish a save that was cut off there, or set it aside: for those who save there themselves."""
     if os.path.lexists(folder / PENDING):
         with _locked(folder):
             _finish(folder)
 
 
-def _commit(folder: Path, staging: Path, is_ours: Callable[[str], bool]) -> None:
-    """Make the staged files, which are flushed, the folder's: all of them by one rename."""
-    new = {path.name for path in staging.iterdir()}
+def _commit(folder: Path, staging: Staging, is_ours: Callable[[str], bool]) -> None:
+    """Make the staged files the folder's: all of them by one rename."""
+    new = staging.identities()
     if unknown := {name for name in new if not is_plain(name)}:
         raise ValueError(f"{folder}: {unknown} are no names of a model's files")
-    stale = {path.name for path in folder.iterdir() if is_ours(path.name) and is_plain(path.name)} - new
+    stale = {
+        path.name for path in folder.iterdir() if is_ours(path.name) and is_plain(path.name)
+    } - new.keys()
     changes = {
-        name: Change(identity(staging / name) if name in new else None, _replaced_identity(folder / name))
-        for name in sorted(new | stale)
+        name: Change(new.get(name), _replaced_identity(folder / name)) for name in sorted(new.keys() | stale)
     }
-    _keep_permissions(folder, staging, changes)
-    (staging / MANIFEST).write_text(manifest(changes))
-    _flush(staging / MANIFEST)
-    _flush(staging)
-    os.rename(staging, folder / PENDING)
-    _flush(folder)
+    _keep_permissions(folder, staging.folder, changes)
+    with new_file(staging.folder / MANIFEST) as file:
+        file.write(manifest(changes).encode())
+    flush(staging.folder)
+    os.rename(staging.folder, folder / PENDING)
+    flush(folder)
 
 
 def _replaced_identity(path: Path) -> tuple[int, int] | None:
@@ -142,16 +175,16 @@ def _finish(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         elif (pending / name).exists():
             os.replace(pending / name, folder / name)
-    _flush(folder)
+    flush(folder)
     (pending / MANIFEST).unlink(missing_ok=True)
     pending.rmdir()
-    _flush(folder)
+    flush(folder)
 
 
 def _set_aside(pending: Path, reason: str) -> None:
     aside = pending.with_name(_ASIDE + secrets.token_hex(4))
     os.rename(pending, aside)
-    _flush(pending.parent)
+    flush(pending.parent)
     warnings.warn(f"{reason}. It is kept as {aside}", stacklevel=2)
 
 
@@ -167,7 +200,7 @@ def _remove(staging: Path) -> None:
     """Remove a staging folder; whatever a save does not write stays, and the folder with it."""
     with contextlib.suppress(OSError):
         for path in staging.iterdir():
-            if is_plain(path.name) or path.name == MANIFEST:
+            if is_plain(path.name) or path.name == MANIFEST or path.suffix == PARTIAL:
                 path.unlink()
         staging.rmdir()
 
@@ -208,11 +241,3 @@ def _lock(descriptor: int, folder: Path, wait: bool) -> None:
             warnings.warn(f"{folder}: waiting for another program that holds its lock", stacklevel=2)
             told = True
         time.sleep(_PAUSE)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,13 +13,13 @@ from torch import nn
 from gptkern.checkpoint.contents import BLOCK_MATRICES, GPT1_NAMES
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.checkpoint.hf import CONFIG, KV_SCALES, SAFETENSORS, SAFETENSORS_INDEX
-from gptkern.checkpoint.replace import replacing
+from gptkern.checkpoint.load import check_vocabulary
+from gptkern.checkpoint.replace import replacing, settle
 from gptkern.checkpoint.storage import write_safetensors
 from gptkern.config import GPTConfig
+from gptkern.durable import Writer, named_folder
 from gptkern.quantize import Quantization
-
-if TYPE_CHECKING:
-    from gptkern.tokenizer import Tokenizer
+from gptkern.tokenizer import Tokenizer
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -30,22 +30,36 @@ Entry = tuple[str, torch.Tensor, bool]
 def save(
     model: nn.Module,
     config: GPTConfig,
-    folder: Path,
+    folder: str | Path,
     tokenizer: Tokenizer | None,
     *,
     max_shard_size: int | str,
     quantization: Quantization | None = None,
     kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write config.json, the weights as safetensors and, where there is one, the tokenizer.
 
+    Args:
+        beside: Further files that belong to the model, by name.
+
     Raises:
-        CheckpointError: ``folder`` is a file, or ``max_shard_size`` cannot be read.
+        ValueError: ``folder`` is empty text.
+        CheckpointError: ``folder`` is a file, ``max_shard_size`` cannot be read, or a tokenizer, given or in
+            the folder, does not fit the model.
+        OSError: It could not be written: the old model is whole, or the new one.
     """
+    folder = named_folder("save_pretrained", folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: a folder is needed, a file is there")
+    if folder.is_dir():
+        settle(folder)
+    beside = beside or {}
+    kept_tokenizer = tokenizer or Tokenizer.find(folder)
+    if kept_tokenizer is not None:
+        check_vocabulary(folder, config, kept_tokenizer.vocab_size)
     shards = _sharded(_entries(model, config), _bytes(max_shard_size))
-    replaced = {CONFIG, SAFETENSORS, SAFETENSORS_INDEX, *(tokenizer.files if tokenizer else ())}
+    replaced = {CONFIG, SAFETENSORS, SAFETENSORS_INDEX, *(tokenizer.files if tokenizer else ()), *beside}
     with replacing(folder, lambda name: name in replaced or _SHARD.fullmatch(name) is not None) as staging:
         told: dict[str, object] = {}
         if quantization is not None:
@@ -55,21 +69,26 @@ def save(
             told[KV_SCALES] = {
                 name: scale.tolist() for name, scale in zip(("k", "v"), kv_scales, strict=True)
             }
-        _write_json(staging / CONFIG, config.to_dict() | {"dtype": _dtype_name(model)} | told)
+        with staging.new_file(CONFIG) as file:
+            _write_json(file, config.to_dict() | {"dtype": _dtype_name(model)} | told)
+        for name, data in beside.items():
+            with staging.new_file(name) as file:
+                file.write(data)
         if tokenizer is not None:
-            tokenizer.save(staging)
+            tokenizer.save(staging.folder)
         if len(shards) == 1:
-            write_safetensors(staging / SAFETENSORS, shards[0])
+            with staging.new_file(SAFETENSORS) as file:
+                write_safetensors(file, shards[0])
             return
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            write_safetensors(staging / name, shard)
+            with staging.new_file(name) as file:
+                write_safetensors(file, shard)
             weight_map |= {entry[0]: name for entry in shard}
         total = sum(_size(entry) for shard in shards for entry in shard)
-        _write_json(
-            staging / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        with staging.new_file(SAFETENSORS_INDEX) as file:
+            _write_json(file, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _entries(model: nn.Module, config: GPTConfig) -> list[Entry]:
@@ -121,5 +140,5 @@ def _bytes(size: int | str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
-def _write_json(path: Path, data: dict[str, object]) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _write_json(file: Writer, data: dict[str, object]) -> None:
+    file.write((json.dumps(data, indent=2, sort_keys=True) + "\n").encode())

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from gptkern.checkpoint.errors import CheckpointError
-from gptkern.checkpoint.files import map_file
+from gptkern.checkpoint.errors import CheckpointError, first_line, shown
+from gptkern.checkpoint.files import LARGEST_JSON, map_file
+from gptkern.durable import Writer
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -32,7 +33,7 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-_LONGEST_HEADER = 100_000_000
+_MOST_DIMENSIONS = 64
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -111,36 +112,35 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """
     raw = map_file(path)
     header_end = 8 + int.from_bytes(raw[:8].numpy().tobytes(), "little")
-    if len(raw) < 8 or header_end - 8 > _LONGEST_HEADER or header_end > len(raw):
+    if len(raw) < 8 or header_end > len(raw):
         raise CheckpointError(
             f"{path}: not a safetensors file, or truncated: its header ends at byte {header_end:,}, "
             f"the file at {len(raw):,}"
         )
+    if header_end - 8 > LARGEST_JSON:
+        raise CheckpointError(
+            f"{path}: a header of {header_end - 8:,} bytes found; at most {LARGEST_JSON:,} are read"
+        )
     try:
-        header = json.loads(raw[8:header_end].numpy().tobytes())
-        header.pop("__metadata__", None)
-        entries = [
-            (name, entry["dtype"], [int(n) for n in entry["shape"]], *map(int, entry["data_offsets"]))
-            for name, entry in header.items()
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is malformed: {error!r}") from error
+        header = json.loads(raw[8:header_end].numpy().tobytes(), object_pairs_hook=_each_once)
+        if not isinstance(header, dict):
+            raise TypeError(f"an object is needed, {type(header).__name__} found")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is malformed: {first_line(error)}") from error
+    header.pop("__metadata__", None)
+    entries = [(name, *_entry(f"{path}: {name}", entry)) for name, entry in header.items()]
     data_bytes = len(raw) - header_end
     tensors, expected = {}, 0
-    for name, dtype_name, shape, start, end in sorted(entries, key=lambda entry: entry[3:]):
-        dtype = SAFETENSORS_DTYPES.get(dtype_name)
-        if dtype is None:
+    for name, dtype, shape, start, end in sorted(entries, key=lambda entry: entry[3:]):
+        size = math.prod(shape) * dtype.itemsize
+        if start != expected or end - start != size:
             raise CheckpointError(
-                f"{path}: {name}: dtype {dtype_name} found; supported are {', '.join(SAFETENSORS_DTYPES)}"
-            )
-        if start != expected or min(shape, default=0) < 0 or end - start != math.prod(shape) * dtype.itemsize:
-            raise CheckpointError(
-                f"{path}: {name}: bytes {start:,} to {end:,} found; shape {tuple(shape)} in {dtype_name} "
-                f"needs {math.prod(shape) * dtype.itemsize:,} bytes from {expected:,}"
+                f"{path}: {name}: bytes {start:,} to {end:,} found; shape {shape} in {_DTYPE_NAMES[dtype]} "
+                f"needs {size:,} bytes from {expected:,}"
             )
         expected = end
         if end <= data_bytes:
-            tensors[name] = StoredTensor(path, name, dtype, tuple(shape), raw, header_end + start)
+            tensors[name] = StoredTensor(path, name, dtype, shape, raw, header_end + start)
     if expected != data_bytes:
         state = "truncated" if expected > data_bytes else "longer than its header says"
         raise CheckpointError(
@@ -149,7 +149,46 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor, bool]]) -> None:
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name is in it twice")
+    return entries
+
+
+def _entry(where: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """A tensor's dtype, shape, and where its bytes begin and end."""
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{where}: an object is needed, {shown(entry)} found")
+    dtype_name, offsets = entry.get("dtype"), entry.get("data_offsets")
+    dtype = SAFETENSORS_DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    if dtype is None:
+        raise CheckpointError(
+            f"{where}: dtype {shown(dtype_name)} found; supported are {', '.join(SAFETENSORS_DTYPES)}"
+        )
+    shape, ends = (
+        tensor_sizes(where, "shape", entry.get("shape")),
+        tensor_sizes(where, "data_offsets", offsets),
+    )
+    if len(ends) != 2:
+        raise CheckpointError(f"{where}: data_offsets is {shown(offsets)}; a begin and an end are needed")
+    return dtype, shape, *ends
+
+
+def tensor_sizes(where: str, field: str, values: object) -> tuple[int, ...]:
+    """Sizes, strides or offsets that a file gives for a tensor.
+
+    Raises:
+        CheckpointError: They are anything but a few integers from 0 to 2^63 - 1.
+    """
+    if isinstance(values, tuple | list) and len(values) <= _MOST_DIMENSIONS:
+        sizes = tuple(n for n in values if type(n) is int and 0 <= n < 2**63)
+        if len(sizes) == len(values):
+            return sizes
+    raise CheckpointError(f"{where}: {field} is {shown(values)}; integers from 0 to 2^63 - 1 are needed")
+
+
+def write_safetensors(file: Writer, tensors: list[tuple[str, torch.Tensor, bool]]) -> None:
     """Write ``(name, tensor, transpose)`` one at a time, so that one tensor at most is held in memory twice.
 
     Equal tensors give equal bytes.
@@ -165,9 +204,8 @@ def write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor, bool]])
         start = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for _, tensor, transpose in tensors:
-            data = (tensor.t() if transpose else tensor).detach().cpu().contiguous()
-            data.flatten().view(torch.uint8).numpy().tofile(file)
+    file.write(len(encoded).to_bytes(8, "little"))
+    file.write(encoded)
+    for _, tensor, transpose in tensors:
+        data = (tensor.t() if transpose else tensor).detach().cpu().contiguous()
+        file.write(data.flatten().view(torch.uint8).numpy().data)

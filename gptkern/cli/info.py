@@ -49,18 +49,13 @@ def describe(model: str) -> dict[str, Any]:
     """The facts that ``info`` prints."""
     from dataclasses import asdict
 
-    import torch
-
     from gptkern.checkpoint.load import open_checkpoint
     from gptkern.checkpoint.locate import locate
-    from gptkern.model import GPT
 
     path = locate(model, revision=None, local_files_only=False)
     config = open_checkpoint(path).config
-    with torch.device("meta"):
-        gpt = GPT(config)
-    parameters = sum(parameter.numel() for parameter in gpt.parameters())
-    embeddings = gpt.transformer.wte.weight.numel() + gpt.transformer.wpe.weight.numel()
+    parameters = config.parameters
+    embeddings = (config.vocab_size + config.n_positions) * config.n_embd
     kv = 2 * config.n_layer * config.n_embd
     return {
         "model": str(path),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +38,7 @@ def tune(
     from rich.progress import Progress
 
     from gptkern.bench import tune as tuning
+    from gptkern.durable import write_file
     from gptkern.ops import _launch, _samples
 
     known = _samples.ops()
@@ -50,7 +50,7 @@ def tune(
     device = torch.device("cuda")
     arch = _launch.arch(device)
     if not table.exists():
-        shutil.copyfile(_launch.table_file(arch), table)
+        write_file(table, _launch.table_file(arch).read_bytes())
     found = tuning.pending(tuning.places(ops or known, arch), table, device, again)
     with Progress() as progress:
         task = progress.add_task("rows", total=len(found))

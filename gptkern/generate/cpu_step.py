@@ -82,7 +82,7 @@ class CpuStep:
             lengths: ``(rows or more,)`` int32: what each row's sequence holds before its token.
         """
         cache, rows, tokens = self._cache, tokens.shape[0], tokens.contiguous()
-        logits = torch.empty(rows, self._model.config.vocab_size, dtype=cache.dtype)
+        logits = torch.empty(rows, self._model.config.vocab_size, dtype=cache.dtype, device="cpu")
         self._decoder.step(
             cache.k.data_ptr(),
             cache.v.data_ptr(),

@@ -70,8 +70,11 @@ class GenerateOptions(TypedDict, total=False):
             plain steps. Not with ``num_beams``.
         kv_cache_dtype: ``"auto"`` keeps keys and values in the model's dtype, ``"fp8"`` in a byte each
             (e4m3; on GPUs from compute capability 8.9 on), by the model's ``kv_scales``.
-        seed: 64 bits, signed or not. Draws depend on this seed, the row and the step alone. By default
-            drawn from PyTorch's global generator.
+        seed: 64 bits, signed or not. A draw depends on the seed, the number of the copy among its prompt's
+            ``num_return_sequences``, and the number of the new token alone. So a prompt's tokens are the same
+            alone, in any batch and in any place of it, up to rounding of the model's logits; copies of a
+            prompt differ, and equal prompts in one call do not. Without a seed one is drawn from PyTorch's
+            global generator, and all rows differ.
     """
 
     max_length: int | None

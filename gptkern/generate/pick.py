@@ -17,8 +17,7 @@ class Picker:
     """The sampler of one call.
 
     Args:
-        rows: Which of ``batch * num_return_sequences`` rows each row of logits is. A draw depends on the
-            seed, this number and the step alone.
+        rows: Which of ``batch * num_return_sequences`` rows each row of logits is.
         logprobs: Whether the model's log-probabilities of chosen tokens are wanted.
     """
 
@@ -57,16 +56,19 @@ class Picker:
             n_logprobs=0 if logprobs else None,
             device=device,
         )
+        copies = settings.num_return_sequences
+        # A seed that was given makes a prompt's tokens its own: no draw knows where in the batch it stands.
+        # Without one, no two rows are to draw alike, equal prompts included.
+        requests = list(rows) if settings.seed is None else [row % copies for row in rows]
         self._state = SamplerState.make(
-            len(rows), vocab_size, seed=settings.seed, request=list(rows), history=penalised, device=device
+            len(rows), vocab_size, seed=settings.seed, request=requests, history=penalised, device=device
         )
         if penalised:
-            source = torch.tensor([row // settings.num_return_sequences for row in rows], device=device)
+            source = torch.tensor([row // copies for row in rows], device=device)
             mask = None if prompts.mask is None else prompts.mask[source]
             self._state.add_prompt(prompts.ids[source], mask)
 
         self._vocab_size, self._device = vocab_size, device
-        copies = settings.num_return_sequences
         self._rules = [RowRules(rules, prompts.rows[row // copies]) for row in rows] if rules.changing else []
 
     def __call__(self, logits: torch.Tensor) -> Sampled:
@@ -153,8 +155,8 @@ def _count(counts: torch.Tensor, tokens: Sequence[Sequence[int]]) -> None:
     rows = [row for row, ids in enumerate(tokens) for _ in ids]
     ids = [token for ids in tokens for token in ids]
     ones = torch.ones(len(ids), dtype=counts.dtype, device=counts.device)
-    where = (torch.tensor(rows, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64))
-    counts.index_put_(tuple(t.to(counts.device) for t in where), ones, accumulate=True)
+    where = tuple(torch.tensor(ids, dtype=torch.int64, device=counts.device) for ids in (rows, ids))
+    counts.index_put_(where, ones, accumulate=True)
 
 
 def _check_some_left(banned: int, vocab_size: int) -> None:

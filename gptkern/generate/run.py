@@ -84,7 +84,7 @@ def generate(
             )
         found = beam_search(model, prompt, settings, tokenizer)
         rows, reasons = [b.tokens for b in found], [b.finish_reason for b in found]
-        scores = torch.tensor([b.score for b in found])
+        scores = torch.tensor([b.score for b in found], device="cpu")
         output = GenerateOutput(_sequences(prompt, settings, rows), reasons, None, scores)
     else:
         texts = row_texts(prompt, settings, tokenizer) if tokenizer and settings.stop_strings else None
@@ -172,7 +172,9 @@ def _sample(
     if streamer is not None:
         streamer.end()
     new = max(map(len, rows))
-    scored = torch.tensor([r + [0.0] * (new - len(r)) for r in logprobs]) if output_logprobs else None
+    scored = None
+    if output_logprobs:
+        scored = torch.tensor([r + [0.0] * (new - len(r)) for r in logprobs], device="cpu")
     sequences = _sequences(prompt, settings, rows)
     return GenerateOutput(sequences, reasons, scored, draft_tokens=drafted, accepted_tokens=accepted)
 
@@ -181,7 +183,7 @@ def _streamed(step: Step, count: int, pad: int | None) -> torch.Tensor:
     tokens = [pad or 0] * count
     for row, token in zip(step.rows, step.tokens, strict=True):
         tokens[row] = token
-    return torch.tensor(tokens)
+    return torch.tensor(tokens, device="cpu")
 
 
 def _sequences(prompt: Prompts, settings: Settings, rows: list[list[int]]) -> torch.Tensor:

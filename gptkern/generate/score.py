@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from gptkern.attend import PackedAttend
+from gptkern.generate.options import plain
 from gptkern.generate.run import needed_tokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ class Score:
     def perplexity(self) -> float:
         """exp(-mean log-probability); not a number where no token was scored."""
         count = len(self.logprobs)
-        return float(torch.tensor(-self.total / count).exp()) if count else float("nan")
+        # as a tensor, whose exp is inf and no error where it overflows
+        return float(torch.tensor(-self.total / count, device="cpu").exp()) if count else float("nan")
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def score(
     windows: list[_Window] = []
     results: list[tuple[list[int], list[float], list[bool]]] = []
     for index, (body, before) in enumerate(zip(bodies, contexts, strict=True)):
-        ids = _ids(model, body, tokenizer, whole=before is None)
+        ids = _ids(model, body, tokenizer)
         if not ids:
             raise ValueError(f"score: text {index} is empty")
         start = _start(model, before, tokenizer)
@@ -96,17 +99,14 @@ def score(
 
 
 def _several(given: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(given, str) or (len(given) and all(isinstance(item, int) for item in given)):
-        return [given]  # type: ignore[list-item]
-    return list(given)  # type: ignore[arg-type]
+    plainly: Any = plain(given)
+    if isinstance(plainly, str) or (plainly and all(isinstance(item, int) for item in plainly)):
+        return [plainly]
+    return list(plainly)
 
 
-def _ids(model: GPT, text: Prompt, tokenizer: Tokenizer | None, *, whole: bool) -> list[int]:
-    """Token ids; a beginning token, of a tokenizer that adds one, stands before a whole text alone."""
-    if isinstance(text, str):
-        ids = needed_tokenizer(model, tokenizer).encode(text, add_special_tokens=whole)
-    else:
-        ids = list(text)
+def _ids(model: GPT, text: Prompt, tokenizer: Tokenizer | None) -> list[int]:
+    ids = needed_tokenizer(model, tokenizer).encode(text) if isinstance(text, str) else list(text)
     bad = [i for i in ids if not 0 <= i < model.config.vocab_size]
     if bad:
         raise ValueError(
@@ -119,9 +119,7 @@ def _start(model: GPT, context: Prompt | None, tokenizer: Tokenizer | None) -> l
     """What comes before a text: nothing, its context, or for an empty one the beginning-of-text token."""
     if context is None:
         return []
-    ids = _ids(model, context, tokenizer, whole=False)
-    if isinstance(context, str):
-        ids = needed_tokenizer(model, tokenizer).prefix_ids + ids
+    ids = _ids(model, context, tokenizer)
     if ids:
         return ids
     bos = model.config.bos_token_id
@@ -166,10 +164,10 @@ def _groups(windows: list[_Window]) -> Iterator[list[_Window]]:
 def _run(model: GPT, windows: list[_Window]) -> Iterator[tuple[list[float], list[bool]]]:
     """Log-probabilities of each window's scored tokens, and whether each is the likeliest."""
     inputs = [window.ids[:-1] for window in windows]
-    lengths = torch.tensor([len(row) for row in inputs])
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    lengths = torch.tensor([len(row) for row in inputs], device="cpu")
+    ends = F.pad(lengths.cumsum(0), (1, 0))
     ids = torch.tensor([token for row in inputs for token in row], device=model.device)
-    positions = torch.cat([torch.arange(len(row)) for row in inputs]).to(model.device)
+    positions = torch.cat([torch.arange(len(row), device=model.device) for row in inputs])
     attend = PackedAttend(ends.to(model.device, torch.int32), int(lengths.max()), 0.0, dropout=False)
     hidden = model.transformer(ids, positions, attend)
     for window, start in zip(windows, ends.tolist(), strict=False):

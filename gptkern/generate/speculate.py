@@ -1,7 +1,7 @@
 """The loop with drafts: several tokens a pass where a row repeats itself, and the same tokens as without.
 
 A pass computes the logits after every drafted token, and the sampler draws at each of them what plain steps
-would draw there: a draw depends on seed, row and step alone. A draft holds while it equals the draws.
+would draw there: a draw depends on seed, copy and step alone. A draft holds while it equals the draws.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 
 from gptkern.generate.beam import beam_search
 from gptkern.generate.loop import steps
-from gptkern.generate.options import GenerateOptions, Settings
+from gptkern.generate.options import GenerateOptions, Settings, plain
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.run import needed_tokenizer, prepare, row_texts
 from gptkern.generate.step import FinishReason
@@ -97,7 +97,12 @@ def generate_text(
 ) -> list[Completion]:
     """Continue prompts; see ``GPT.generate_text``."""
     tokenizer = needed_tokenizer(model, tokenizer)
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    given = [prompts] if isinstance(prompts, str) else plain(prompts)
+    if not isinstance(given, list | tuple):
+        raise TypeError(
+            f"generate_text: prompts is {type(prompts).__name__}; text, or a list of texts or of lists of "
+            "token ids, is needed"
+        )
     if not given:
         return []
     checked, settings = prepare(model, *batch(tokenizer, given), options)
@@ -136,12 +141,13 @@ def batch(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> tuple[torch.Tensor
     """
     rows = [_ids(tokenizer, prompt) for prompt in prompts]
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device="cpu")
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device="cpu")
     return ids, mask
 
 
 def _ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    prompt = plain(prompt)
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
         if not ids and tokenizer.bos_token_id is not None:

@@ -33,6 +33,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from gptkern.durable import write_file
 from gptkern.ops import _launch, _samples
 from gptkern.ops._dispatch import INTERPRETED
 
@@ -375,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = [report for op in asked.op or _samples.ops() for report in reports(op, archs, asked.per)]
     print(as_table(found))
     if asked.json:
-        asked.json.write_text(json.dumps([dataclasses.asdict(report) for report in found], indent=1))
+        write_file(asked.json, json.dumps([dataclasses.asdict(report) for report in found], indent=1))
     return int(any(report.problems for report in found))
 
 

@@ -9,6 +9,7 @@ all that has to be kept of them.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -21,6 +22,9 @@ import torch
 from torch import nn
 
 from gptkern.checkpoint.errors import CheckpointError
+from gptkern.checkpoint.save import save
+from gptkern.checkpoint.storage import write_safetensors
+from gptkern.durable import flush, make_folder, new_file, write_file
 from gptkern.model import GPT
 from gptkern.train.processes import Processes, whole
 from gptkern.train.settings import SettingsError
@@ -107,20 +111,21 @@ class Store:
         staging = self.root / f"{_WRITING}{step:08}"
         if self.group.first:
             shutil.rmtree(staging, ignore_errors=True)
-            (staging / _STATE).mkdir(parents=True)
+            make_folder(staging / _STATE)
         self.group.barrier()
         try:
             write_state(staging / _STATE, state_tensors(objective, optimizers), self.group.rank)
             self.group.barrier()
             export(objective, staging, self.group)
             if self.group.first:
-                (staging / NOTES).write_text(json.dumps({"step": step, **notes}, indent=1))
-                _flush_tree(staging)
+                write_file(staging / NOTES, json.dumps({"step": step, **notes}, indent=1))
+                flush(staging / _STATE)
+                flush(staging)
                 if final.exists():
                     shutil.rmtree(final)
                 os.rename(staging, final)
-                _flush(self.root)
-        except OSError:
+                flush(self.root)
+        except BaseException:
             if self.group.first:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -155,12 +160,13 @@ def export(objective: nn.Module, folder: Path, group: Processes) -> None:
     weights = {} if head is None else {n: whole(p).detach().cpu() for n, p in head.named_parameters()}
     if not group.first:
         return
-    copy.save_pretrained(folder)
+    beside = {}
     if weights:
-        from safetensors.torch import save_file
-
-        save_file(weights, str(folder / "classifier.safetensors"))
-        (folder / "labels.json").write_text(json.dumps(getattr(objective, "labels", [])))
+        packed = io.BytesIO()
+        write_safetensors(packed, [(name, tensor, False) for name, tensor in weights.items()])
+        labels = json.dumps(getattr(objective, "labels", [])).encode()
+        beside = {"classifier.safetensors": packed.getvalue(), "labels.json": labels}
+    save(copy, copy.config, folder, copy.tokenizer, max_shard_size="5GB", beside=beside)
 
 
 def _read_notes(folder: Path) -> Checkpoint:
@@ -182,9 +188,10 @@ def check_writable(folder: Path, bytes_needed: int) -> None:
         SettingsError: ``folder`` cannot be made or written, or its disk has less than ``bytes_needed`` free.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"x" * 4096)
+        with new_file(probe) as file:
+            file.write(b"x" * 4096)
         probe.unlink()
     except OSError as error:
         raise SettingsError(f"{folder} cannot be written: {error}") from error
@@ -194,17 +201,3 @@ def check_writable(folder: Path, bytes_needed: int) -> None:
             f"{folder}: {free / 1e9:.1f} GB are free; the run's checkpoints need "
             f"{bytes_needed / 1e9:.1f} GB: free some, or keep fewer ([checkpoint] keep)"
         )
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _flush(path)
-    _flush(folder)

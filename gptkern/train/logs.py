@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gptkern.durable import naming, write_file
 from gptkern.train.settings import SettingsError
 
 # Dense bf16 peaks, from the data sheets, by a part of the device's name.
@@ -39,7 +40,8 @@ class Log:
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         self.path = folder / "log.jsonl"
         _truncate(self.path, step)
-        self._file = self.path.open("a", encoding="utf-8")
+        with naming(self.path):
+            self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -48,8 +50,9 @@ class Log:
 
     def write(self, step: int, **values: Any) -> None:
         """A line of ``log.jsonl``, and the numbers to TensorBoard."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
@@ -57,7 +60,10 @@ class Log:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._file.close()
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -88,9 +94,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _truncate(path: Path, step: int) -> None:
     kept = [row for row in read_log(path) if row["step"] <= step]
     if path.exists():
-        fresh = path.with_suffix(".writing")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(fresh, path)
+        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class Progress:

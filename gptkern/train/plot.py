@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+from gptkern.durable import write_file
 from gptkern.train.logs import read_log
 from gptkern.train.settings import SettingsError
 
@@ -36,7 +38,7 @@ def plot_run(folder: Path, path: Path) -> None:
     norms.set(ylabel="gradient norm", xlabel="step")
     for axes in (losses, rates, norms):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def plot_lr(rates: list[float], losses: list[float], suggestion: float, path: Path) -> None:
@@ -52,7 +54,13 @@ def plot_lr(rates: list[float], losses: list[float], suggestion: float, path: Pa
     axes.set(xlabel="learning rate", ylabel="loss, smoothed (nats)", title="Learning rate range test")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_file(path, picture.getvalue())
 
 
 def _line(axes: Any, rows: list[dict[str, Any]], key: str, label: str = "", **style: Any) -> None:

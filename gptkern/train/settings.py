@@ -97,7 +97,7 @@ class TrainSettings:
         gradient_checkpointing: Recompute each block in the backward pass.
         compile: ``torch.compile`` the model.
         device: ``cuda``, ``cpu``, or ``""``: the GPU where there is one.
-        seed: Weights, batches and dropout.
+        seed: Weights, batches and dropout; 0 to 2^64 - 1.
         strategy: With several processes, ``ddp`` (a copy each) or ``fsdp`` (weights spread).
     """
 
@@ -119,6 +119,8 @@ class TrainSettings:
             _at_least("train", name, getattr(self, name), 1)
         for name in ("micro_batch_size", "grad_clip", "z_loss", "seed"):
             _at_least("train", name, getattr(self, name), 0)
+        if self.seed >= 1 << 64:
+            raise SettingsError(f"[train] seed is {self.seed}; a number below 2^64 is needed")
         _share("train", "label_smoothing", self.label_smoothing)
         _one_of("train", "precision", self.precision, PRECISIONS)
         _one_of("train", "strategy", self.strategy, STRATEGIES)

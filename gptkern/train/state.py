@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.checkpoint.storage import StoredTensor, read_safetensors, write_safetensors
+from gptkern.durable import new_file
 
 _FILES = "rank-*.safetensors"
 
@@ -45,7 +46,8 @@ def write_state(folder: Path, tensors: dict[str, torch.Tensor], rank: int) -> No
         if rank == 0 or isinstance(tensor, DTensor)
     ]
     if mine:
-        write_safetensors(folder / _FILES.replace("*", f"{rank:05}"), mine)
+        with new_file(folder / _FILES.replace("*", f"{rank:05}")) as file:
+            write_safetensors(file, mine)
 
 
 def read_state(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

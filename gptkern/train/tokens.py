@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models
 
-from gptkern.checkpoint.replace import replacing
+from gptkern.checkpoint.replace import replacing, settle
+from gptkern.durable import NewFile
 from gptkern.tokenizer import Tokenizer
 from gptkern.train.settings import DataSettings, SettingsError
 
@@ -25,23 +28,23 @@ _CHECKED_AT_ONCE = 1 << 26  # ids
 _PIECE_CHARACTERS = 1 << 20
 # A single line break between two words: no byte-level BPE joins tokens across it.
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")
-# Before a single space, for tokenizers that put one before texts that have none: a piece needs no other.
-_CUT_AT_SPACE = re.compile(r"(?<=\S)(?= \S)")
 
 _worker_tokenizer: Tokenizer
 
 
 def char_tokenizer(text: str) -> Tokenizer:
     """One token a character that occurs in ``text``, ids in the order of code points, as in nanoGPT."""
-    return Tokenizer.characters({character: i for i, character in enumerate(sorted(set(text)))})
+    characters = sorted(set(text))
+    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(backend)
 
 
-def pieces(text: str, size: int = _PIECE_CHARACTERS, *, at_spaces: bool = False) -> list[str]:
+def pieces(text: str, size: int = _PIECE_CHARACTERS) -> list[str]:
     """``text`` in pieces of about ``size`` characters that tokenise to the same tokens as the whole."""
     found, start = [], 0
-    places = _CUT_AT_SPACE if at_spaces else _CUT
     while len(text) - start > size:
-        cut = places.search(text, start + size)
+        cut = _CUT.search(text, start + size)
         if cut is None:
             break
         found.append(text[start : cut.end()])
@@ -49,28 +52,28 @@ def pieces(text: str, size: int = _PIECE_CHARACTERS, *, at_spaces: bool = False)
     return [*found, text[start:]]
 
 
-def _start_worker(tokenizer: Tokenizer) -> None:
+def _start_worker(serialized: str) -> None:
     global _worker_tokenizer
     # One thread a process: the pool is the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = tokenizer
+    _worker_tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(serialized))
 
 
 def _encode(piece: str) -> list[int]:
-    return _worker_tokenizer.encode(piece, add_special_tokens=False)
+    return _worker_tokenizer.encode(piece)
 
 
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str], workers: int) -> Iterator[list[int]]:
-    """Ids of each piece of text, in order, made by ``workers`` processes (0: one a core)."""
+    """Ids of each text, in order, from ``workers`` processes (0: one a core), with a progress bar."""
     from rich.progress import track
 
     total = sum(map(len, texts))
     workers = min(workers or len(os.sched_getaffinity(0)), len(texts))
     if workers <= 1 or total < 2 * _PIECE_CHARACTERS:
-        yield from (tokenizer.encode(text, add_special_tokens=False) for text in texts)
+        yield from map(tokenizer.encode, texts)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _start_worker, (tokenizer,)) as pool:
+    with context.Pool(workers, _start_worker, (tokenizer._backend.to_str(),)) as pool:
         encoded: Iterable[list[int]] = pool.imap(
             _encode, texts, chunksize=max(1, len(texts) // (64 * workers))
         )
@@ -82,13 +85,12 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def write_tokens(path: Path, encoded: Iterable[list[int]], dtype: np.dtype[Any]) -> int:
-    """Append every list of ids to a new file; returns how many tokens it holds."""
+def write_tokens(file: NewFile, encoded: Iterable[list[int]], dtype: np.dtype[Any]) -> int:
+    """Append every list of ids; returns how many tokens there are."""
     count = 0
-    with path.open("wb") as file:
-        for ids in encoded:
-            np.asarray(ids, dtype=dtype).tofile(file)
-            count += len(ids)
+    for ids in encoded:
+        file.write(np.asarray(ids, dtype=dtype).data)
+        count += len(ids)
     return count
 
 
@@ -293,20 +295,22 @@ def _tokenise(settings: DataSettings, own: Tokenizer | None, cache: Path) -> Non
                     if Path(p).is_file()],
     }  # fmt: skip
     noted = cache / "sources.json"
+    settle(cache)
     if _read_stamp(noted) == stamp:
         return
     train, val, everything = _documents(settings)
     tokenizer = choose_tokenizer(settings, own, everything)
     dtype = token_dtype(tokenizer.vocab_size)
-    with replacing(cache, lambda name: True) as staging:
+    replaced = {"train.bin", "val.bin", noted.name, *Tokenizer.files}
+    with replacing(cache, replaced.__contains__) as staging:
         for name, documents in (("train", train), ("val", val)):
-            count = write_tokens(
-                staging / f"{name}.bin", _document_ids(tokenizer, documents, settings), dtype
-            )
+            with staging.new_file(f"{name}.bin") as file:
+                count = write_tokens(file, _document_ids(tokenizer, documents, settings), dtype)
             if count < 2:
                 raise SettingsError(f"[data] {name}: {count} tokens; 2 or more are needed")
-        tokenizer.save(staging)
-        (staging / noted.name).write_text(json.dumps(stamp))
+        tokenizer.save(staging.folder)
+        with staging.new_file(noted.name) as file:
+            file.write(json.dumps(stamp).encode())
 
 
 def _read_stamp(path: Path) -> Any:
@@ -338,17 +342,10 @@ def _documents(settings: DataSettings) -> tuple[list[str], list[str], str]:
 
 
 def _document_ids(tokenizer: Tokenizer, documents: list[str], settings: DataSettings) -> Iterator[list[int]]:
-    """Ids of the documents, in pieces; an end-of-text token follows each document of several.
-
-    What the tokenizer puts around texts, as a beginning token, comes once a document.
-    """
-    parts = [pieces(document, at_spaces=tokenizer.adds_space) for document in documents]
-    ends = [0, *itertools.accumulate(map(len, parts))]
+    """Ids of the documents, in pieces; an end-of-text token follows each document of several."""
+    parts = [pieces(document) for document in documents]
+    ends = set(itertools.accumulate(map(len, parts)))
     flat = [piece for part in parts for piece in part]
-    closing = tokenizer.suffix_ids
-    if not closing and len(documents) > 1 and tokenizer.eos_token_id is not None:
-        closing = [tokenizer.eos_token_id]
-    places = set(ends)
-    for place, ids in enumerate(encode_all(tokenizer, flat, settings.workers)):
-        opened = tokenizer.prefix_ids + ids if place in places else ids
-        yield opened + closing if place + 1 in places else opened
+    closing = [] if tokenizer.eos_token_id is None or len(documents) < 2 else [tokenizer.eos_token_id]
+    for count, ids in enumerate(encode_all(tokenizer, flat, settings.workers), 1):
+        yield ids + closing if count in ends else ids

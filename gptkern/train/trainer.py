@@ -39,6 +39,14 @@ class Result:
     metrics: dict[str, float]
 
 
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """The random numbers' seed of one step in one process, 64 bits, from a run's seed of 64 bits."""
+    # The seed's 24 low bits have a place of their own; the rest are spread over all 64 (zero stays zero).
+    packed = (seed << 40) + (step << 12) + rank
+    spread_out = (seed >> 24) * 0x9E3779B97F4A7C15
+    return (packed ^ spread_out) % (1 << 64)
+
+
 class _Signals:
     """SIGTERM and Ctrl-C ask for a stop after the current step; a second Ctrl-C stops at once."""
 
@@ -100,7 +108,7 @@ class Trainer:
         settings, group = self.settings.train, self.group
         set_learning_rate(self.optimizers, share(self.settings.schedule, step, settings.steps))
         # Dropout depends on the step, not on what ran before: a resumed run draws the same.
-        torch.manual_seed((settings.seed << 40) + (step << 12) + group.rank)
+        torch.manual_seed(dropout_seed(settings.seed, step, group.rank))
         counted = max(1, batch.counted)
         rows = len(batch.rows) // group.world
         mine = batch.part(group.rank * rows, (group.rank + 1) * rows)

@@ -36,7 +36,7 @@ Ids = Sequence[int] | Sequence[Sequence[int]]
 
 
 def _per_row(name: str, value: Number, batch: int) -> torch.Tensor:
-    column = torch.as_tensor(value, dtype=torch.float64).flatten()
+    column = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten()
     if column.numel() not in (1, batch):
         raise ValueError(
             f"SamplingParams: {name} has {column.numel()} values; one, or one for each of {batch} rows"
@@ -154,7 +154,7 @@ class SamplingParams:
             "min_new_tokens": min_new_tokens,
             "n_logprobs": 0 if n_logprobs is None else n_logprobs,
         }
-        values = torch.empty(batch, len(PARAMETERS), dtype=torch.float64)
+        values = torch.empty(batch, len(PARAMETERS), dtype=torch.float64, device="cpu")
         for index, name in enumerate(PARAMETERS):
             values[:, index] = _per_row(name, numbers[name], batch)
         alike = all(isinstance(number, (int, float)) for number in numbers.values())
@@ -190,7 +190,7 @@ def _bias_rows(
     rows = _id_rows("logit_bias", [list(m) for m in mappings], len(mappings), vocab)
     if not isinstance(bias, Mapping) and len(rows) != batch:
         raise ValueError(f"SamplingParams: logit_bias has {len(rows)} mappings; one for each of {batch} rows")
-    values = torch.zeros(len(rows), max(len(row) for row in rows))
+    values = torch.zeros(len(rows), max(len(row) for row in rows), device="cpu")
     for row, mapping in enumerate(mappings):
         for column, (token, value) in enumerate(mapping.items()):
             if not value < float("inf"):
@@ -266,8 +266,8 @@ class SamplerState:
             history: Keep token counts, which penalties need; see :meth:`add_prompt`.
         """
         if seed is None:
-            seed = int(torch.randint(2**62, ()).item())
-        counters = torch.zeros(batch, len(COUNTERS), dtype=torch.int64)
+            seed = int(torch.randint(2**62, (), device="cpu").item())
+        counters = torch.zeros(batch, len(COUNTERS), dtype=torch.int64, device="cpu")
         for index, (name, given) in enumerate((("seed", seed), ("request", request))):
             rows = (
                 range(batch) if given is None else [given] * batch if isinstance(given, int) else list(given)
@@ -276,7 +276,7 @@ class SamplerState:
                 raise ValueError(f"SamplerState: {name} has {len(rows)} values; one for each of {batch} rows")
             # Seeds are 64 bits, signed or not.
             wrapped = [(int(x) + 2**63) % 2**64 - 2**63 for x in rows]
-            counters[:, index] = torch.tensor(wrapped, dtype=torch.int64)
+            counters[:, index] = torch.tensor(wrapped, dtype=torch.int64, device="cpu")
         counts = torch.zeros(batch, vocab, dtype=torch.int32, device=device) if history else None
         return cls(counters.to(device), counts)
 
