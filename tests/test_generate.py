@@ -16,6 +16,7 @@ from gptkern.config import GPTConfig
 from gptkern.generate import GenerateOptions, GenerateOutput, executor, loop
 from gptkern.generate.options import Settings
 from gptkern.model import GPT, Attention
+from gptkern.ops.sample import _native
 from gptkern.tokenizer import Tokenizer
 
 
@@ -98,9 +99,11 @@ def test_padding_on_the_right_changes_nothing() -> None:
     right, right_mask = torch.full_like(ids, VOCAB + 5), mask.flip(1)
     right[right_mask.bool()] = ids[mask.bool()]
     options: dict[str, Any] = {"max_new_tokens": 15, "eos_token_id": None, "pad_token_id": 1}
-    assert torch.equal(
-        ours.generate(ids, mask, **options)[:, 9:], ours.generate(right, right_mask, **options)[:, 9:]
-    )
+    left = ours.generate(ids, mask, **options)[:, 9:]
+    assert torch.equal(left, ours.generate(right, right_mask, **options)[:, 9:])
+    for row, padding in enumerate((0, 4, 8)):
+        alone = ours.generate(ids[row : row + 1, padding:], **options)[0, 9 - padding :]
+        assert torch.equal(left[row], alone)
 
 
 class Recorder:
@@ -488,6 +491,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"eos_token_id": [1, -2]}, TypeError, "eos_token_id"),
     ({"seed": -(2**63) - 1}, ValueError, "seed is -9223372036854775809; -9223372036854775808 or more"),
     ({"seed": 2**64}, ValueError, "seed is 18446744073709551616; 64 bits"),
+    ({"length_penalty": 1e5, "num_beams": 2}, ValueError, "length_penalty is 100000.0; -50 to 50"),
+    ({"length_penalty": float("nan"), "num_beams": 2}, ValueError, "length_penalty is nan; -50 to 50"),
     ({"early_stopping": 1, "num_beams": 2}, ValueError, "early_stopping is 1"),
     ({"eos_token_id": 2.5}, TypeError, "eos_token_id is 2.5"),
     ({"eos_token_id": 2**63}, TypeError, "eos_token_id is 9223372036854775808"),
@@ -585,6 +590,90 @@ def test_beam_search_is_that_of_transformers(name: str, options: dict[str, Any])
                 found.sequences_scores, expected.sequences_scores, rtol=1e-4, atol=1e-4
             )
             assert len(found.finish_reasons) == len(found.sequences)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (math.nan, "NaN"),
+        (math.inf, r"\+inf"),
+        (-math.inf, "no token to choose: every one is -inf"),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 2])
+def test_logits_that_are_no_numbers_are_refused(bad: float, message: str, at: int, beams: int) -> None:
+    model = dropping()[1]
+    passes: list[int] = []
+
+    def spoil(module: torch.nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        passes.append(len(logits))
+        if len(passes) == at + 1:
+            # the second prompt's first row
+            logits[beams if at else 1, ..., slice(None) if bad == -math.inf else 7] = bad
+        return logits
+
+    model.lm_head.register_forward_hook(spoil)
+    where = "row 1 of the prompts, beam 0" if beams > 1 else r"logits\[1\]"
+    with pytest.raises(ValueError, match=f"{where}.*{message}"):
+        model.generate(prompts(2, 5), max_new_tokens=6, num_beams=beams, eos_token_id=None)
+    assert len(passes) == at + 1
+
+
+def test_beams_of_a_tiny_vocabulary_are_the_best_of_all_sequences() -> None:
+    torch.manual_seed(0)
+    fields = {
+        "vocab_size": 3,
+        "n_positions": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 8,
+        "eos_token_id": None,
+    }
+    for seed in range(5):
+        torch.manual_seed(seed)
+        ours = GPT(GPTConfig(**fields, initializer_range=1.0)).eval()
+        ids = torch.randint(0, 3, (1, 4))
+        every = torch.cartesian_prod(*[torch.arange(3)] * 4)
+        with torch.no_grad():
+            whole = torch.cat([ids.expand(len(every), -1), every], 1)
+            logprobs = ours(whole).logits[:, 3:-1].double().log_softmax(-1)
+        scores = logprobs.gather(2, every[..., None])[..., 0].sum(1)
+        # 27 beams keep every beginning; the best five of all 81 are found
+        out = detailed(ours, ids, num_beams=27, num_return_sequences=5, max_new_tokens=4, length_penalty=0.0)
+        best = scores.topk(5)
+        assert out.sequences[:, 4:].tolist() == every[best.indices].tolist()
+        assert out.sequences_scores is not None
+        torch.testing.assert_close(out.sequences_scores.double(), best.values, atol=1e-4, rtol=0)
+        # 5 beams: what an exhaustive search that keeps 5 at each step keeps
+        kept: list[tuple[float, list[int]]] = [(0.0, [])]
+        for step in range(4):
+            grown = []
+            for _, tokens in kept:
+                for token in range(3):
+                    new = [*tokens, token]
+                    row = int((every[:, : step + 1] == torch.tensor(new)).all(1).nonzero()[0])
+                    total = logprobs[row, range(step + 1), every[row, : step + 1]].sum().item()
+                    grown.append((total, new))
+            kept = sorted(grown, reverse=True)[:5]
+        out = detailed(ours, ids, num_beams=5, num_return_sequences=5, max_new_tokens=4)
+        assert out.sequences[:, 4:].tolist() == [tokens for _, tokens in kept]
+
+
+@pytest.mark.parametrize("extension", [False, True])
+def test_temperatures_near_nothing_are_greedy(extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if extension:
+        if _native._C is None:
+            pytest.skip("gptkern._C is not built")
+        monkeypatch.setattr(_native, "serves", lambda logits: True)
+    ours = pair("head dim 64")[1]
+    ids = prompts(2, 6, seed=3)
+    expected = ours.generate(ids, max_new_tokens=16, eos_token_id=None)
+    for temperature in (1e-3, 1e-10, 1e-45, 1e-310, 5e-324):
+        found = ours.generate(
+            ids, max_new_tokens=16, eos_token_id=None, do_sample=True, temperature=temperature, seed=1
+        )
+        assert torch.equal(found, expected), temperature
 
 
 def test_beam_search_with_more_beams_than_tokens() -> None:

@@ -259,12 +259,14 @@ def test_logprobs_are_those_before_the_rules() -> None:
     torch.testing.assert_close(out.logprobs[0], expected[:, 0].detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_left_to_choose_is_an_error() -> None:
+@pytest.mark.parametrize("beams", [1, 2])
+def test_nothing_left_to_choose_is_an_error(beams: int) -> None:
     ids = prompts(1, 6)
     with pytest.raises(ValueError, match="bar every token"):
-        greedy(ids, 1, suppress_tokens=list(range(VOCAB)))
+        greedy(ids, 1, suppress_tokens=list(range(VOCAB)), num_beams=beams)
+    others = [t for t in range(VOCAB) if t not in ids]
     with pytest.raises(ValueError, match="bar every token"):
-        greedy(ids, 1, suppress_tokens=[t for t in range(VOCAB) if t not in ids], no_repeat_ngram_size=1)
+        greedy(ids, 1, suppress_tokens=others, no_repeat_ngram_size=1, num_beams=beams)
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class Beam:
 class _Search:
     """The search from one prompt: running beams, best first, and the best complete ones."""
 
+    row: int
     prompt: list[int]
     running: list[Beam] = field(default_factory=lambda: [Beam()])
     complete: list[Beam] = field(default_factory=list)
@@ -53,7 +55,8 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
 
     All searches share each forward pass. One that can no longer improve leaves the batch.
     """
-    searches, rules = [_Search(row) for row in prompts.rows], Rules(settings)
+    searches = [_Search(row, tokens) for row, tokens in enumerate(prompts.rows)]
+    rules = Rules(settings)
     cache = KVCache.for_config(
         model.config,
         max_seqs=len(searches) * settings.num_beams,
@@ -65,6 +68,7 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
     step = Executor(model, cache, rows=len(searches) * settings.num_beams, steps=settings.max_new - 1)
     active = searches
     while True:
+        _check(logits, active)
         scores = _processed(logits.float().log_softmax(-1), active, settings, rules)
         parents = _advance(scores, active, settings, tokenizer)
         sequences = cache.sequences
@@ -75,6 +79,20 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
         tokens = [beam.tokens[-1] for search in active for beam in search.running]
         logits = step(torch.tensor(tokens, device=model.device))
     return [beam for search in searches for beam in search.complete[: settings.num_return_sequences]]
+
+
+def _check(logits: torch.Tensor, searches: Sequence[_Search]) -> None:
+    """Refuse rows of logits that no distribution can be made of, as sampling does."""
+    rows = [(search.row, beam) for search in searches for beam in range(len(search.running))]
+    # The largest is NaN where one is.
+    for (row, beam), largest in zip(rows, logits.amax(-1).tolist(), strict=True):
+        if math.isfinite(largest):
+            continue
+        where = f"generate: row {row} of the prompts, beam {beam}: the logits"
+        if largest == -math.inf:
+            raise ValueError(f"{where} leave no token to choose: every one is -inf")
+        held = "NaN" if math.isnan(largest) else "+inf"
+        raise ValueError(f"{where} hold {held}; numbers and -inf are accepted")
 
 
 def _processed(
@@ -120,6 +138,10 @@ def _advance(
         before = torch.tensor([beam.score for beam in beams], device=logprobs.device)
         total = (logprobs[start : start + len(beams)] + before[:, None]).flatten()
         top = total.topk(min(candidates, total.numel()))
+        if top.values[0] == -math.inf:
+            raise ValueError(
+                f"generate: row {search.row} of the prompts: the options bar every token there is"
+            )
         running: list[Beam] = []
         rows: list[int] = []
         for rank, (score, flat) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True)):

@@ -377,6 +377,9 @@ def _check_ranges(source: str, given: Mapping[str, Any]) -> None:
     for name in ("presence_penalty", "frequency_penalty"):
         if not abs(given.get(name, 0.0)) < float("inf"):
             raise ValueError(f"{source}: {name} is {given[name]}; a finite number is needed")
+    # A length to a greater power may pass what a float holds.
+    if not abs(given.get("length_penalty", 0.0)) <= 50:
+        raise ValueError(f"{source}: length_penalty is {given['length_penalty']}; -50 to 50 is needed")
     if not 0 <= given.get("min_p", 0.0) <= 1:
         raise ValueError(f"{source}: min_p is {given['min_p']}; 0 <= min_p <= 1 is needed")
 

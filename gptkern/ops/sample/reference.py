@@ -98,7 +98,7 @@ def filtered(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(x.shape[1], device=x.device).expand_as(order)
     )
-    x = x / torch.where(greedy, 1, temperature)
+    x = _divided(x, torch.where(greedy, 1, temperature))
     x = x.masked_fill((top_k > 0) & (rank >= top_k), -_INF)
     x = x.masked_fill((top_p < 1) & ~_head(x, order, top_p), -_INF)
     probs = torch.softmax(x, dim=-1)
@@ -115,6 +115,13 @@ def filtered(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     cutoff = torch.minimum(eta, eta.sqrt() * torch.exp(-entropy))
     x = x.masked_fill((log_probs.exp() < cutoff) & (x < x.amax(-1, keepdim=True)), -_INF)
     return torch.where(greedy, only_best, x)
+
+
+def _divided(x: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """``x / temperature``; where that overflows, of the distance to the row's best: the same distribution."""
+    scaled = x / temperature
+    overflown = (scaled.isinf() & x.isfinite()).any(-1, keepdim=True)
+    return torch.where(overflown, (x - x.amax(-1, keepdim=True)) / temperature, scaled)
 
 
 def draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
