@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import pickle
 import random
 import shutil
 from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, GPT2TokenizerFast, OpenAIGPTTokenizer
 
 from gptkern import GPTConfig
 from gptkern.checkpoint import CheckpointError
 from gptkern.model import GPT
 from gptkern.tokenizer import Tokenizer
+from gptkern.train import tokens
+from gptkern.train.data import pair_ids
+from gptkern.train.settings import DataSettings
 
 TEXTS = [
     "",
@@ -249,11 +256,16 @@ def test_named_special_tokens(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}})
     )
+    # as transformers has it: the map is older than the configuration, and stands above it
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (257, 256)
+    (tmp_path / "special_tokens_map.json").unlink()
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (256, 257)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    assert Tokenizer.from_pretrained(tmp_path).eos_token_id == 258
     with pytest.raises(CheckpointError, match="eos_token is '<end>', which is not in its vocabulary"):
-        Tokenizer.from_pretrained(tmp_path)
+        Tokenizer(backend, eos_token="<end>")
 
 
 def test_bad_arguments(gpt2: Tokenizer) -> None:
@@ -261,8 +273,15 @@ def test_bad_arguments(gpt2: Tokenizer) -> None:
         gpt2.encode(b"abc")
     with pytest.raises(ValueError, match="not valid Unicode"):
         gpt2.encode("\ud83d")
-    with pytest.raises(ValueError, match="token id -1 found"):
+    with pytest.raises(ValueError, match="token id -1 found; the vocabulary has 50257 tokens"):
         gpt2.decode([-1])
+    with pytest.raises(ValueError, match="token id 99999 found; the vocabulary has 50257 tokens"):
+        gpt2.decode([99999])
+    with pytest.raises(ValueError, match=r"ids has shape \(2, 3\); one sequence of ids is needed"):
+        gpt2.decode(torch.zeros(2, 3, dtype=torch.int64))
+    for ids in ("abc", [[1, 2]], [1.5], 3, torch.zeros(2), None):
+        with pytest.raises(TypeError, match=r"ids is .*; a sequence of whole numbers is needed"):
+            gpt2.decode(ids)
     with pytest.raises(ValueError, match="token id -1 found"):
         gpt2.stream().push(-1)
 
@@ -280,12 +299,162 @@ def test_bad_files(shared_data: Path, tmp_path: Path) -> None:
         shutil.copyfile(shared_data / "gpt2-tokenizer" / name, tmp_path / name)
     whole = (tmp_path / "vocab.json").read_bytes()
     (tmp_path / "vocab.json").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"vocab\.json, merges\.txt: not a BPE vocabulary"):
+    with pytest.raises(CheckpointError, match=r"vocab\.json: not readable as JSON, or truncated"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "vocab.json").write_bytes(whole)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: not a tokenizer's configuration"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: not readable as JSON, or truncated"):
         Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    merges = (tmp_path / "merges.txt").read_text()
+    (tmp_path / "merges.txt").write_text(merges + "one two three\n")
+    with pytest.raises(
+        CheckpointError, match=r"merges\.txt, line 50002: two tokens .* 'one two three' found"
+    ):
+        Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "merges.txt").write_text(merges + "unheard of\n")
+    with pytest.raises(CheckpointError, match=r"vocab\.json, merges\.txt: not a BPE vocabulary .*unheard"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [-1, 1.5, "1", None, True, 1 << 40])
+def test_vocabularies_of_other_ids_are_refused(tmp_path: Path, damage: object) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": damage}))
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"vocab\.json: not a vocabulary: the id of 'b' is"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+DEEP = '{"a": ' * 1000 + "1" + "}" * 1000
+BAD_TOKENS = ["5", "[5]", "true", '"\\ud800"', '{"content": 5}', '{"content": "<s>", "lstrip": "x"}', "{}"]
+BAD_CONFIGURATIONS = {
+    **{f'{{"eos_token": {token}}}': "eos_token" for token in BAD_TOKENS},
+    **{f'{{"additional_special_tokens": [{token}]}}': "extra_special_tokens" for token in BAD_TOKENS},
+    '{"extra_special_tokens": "<s>"}': "extra_special_tokens",
+    '{"added_tokens_decoder": []}': "added_tokens_decoder",
+    '{"added_tokens_decoder": {"x": {"content": "<s>"}}}': "added_tokens_decoder",
+    '{"added_tokens_decoder": {"300": "<s>"}}': "added_tokens_decoder",
+    '{"add_prefix_space": "yes"}': "add_prefix_space",
+    '{"add_bos_token": [1]}': "add_bos_token",
+    '{"tokenizer_class": 5}': "tokenizer_class",
+    '{"unheard": ' + DEEP + "}": "tokenizer_config.json",
+    "[]": "object is needed",
+    '{"eos_token": ' + "9" * 5000 + "}": "tokenizer_config.json",
+}
+
+
+@pytest.mark.parametrize("files", ["json", "vocabulary"])
+def test_bad_configurations_are_named(tmp_path: Path, files: str) -> None:
+    if files == "json":
+        Tokenizer.bytes()._backend.save(str(tmp_path / "tokenizer.json"))
+    else:
+        (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+        (tmp_path / "merges.txt").write_text("")
+    for content, named in BAD_CONFIGURATIONS.items():
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json") as caught:
+            Tokenizer.from_pretrained(tmp_path)
+        assert named in str(caught.value), content
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": 5}')
+    with pytest.raises(CheckpointError, match=r"special_tokens_map\.json: eos_token is 5"):
+        Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "special_tokens_map.json").unlink()
+    (tmp_path / "added_tokens.json").write_text('{"<s>": "x"}')
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json: the id of '<s>' is 'x'"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+PANICS = {
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {},
+    },
+    "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    "decoder": {"type": "Strip", "content": "a", "start": 5, "stop": 5},
+}
+
+
+@pytest.mark.parametrize("part", PANICS)
+def test_what_panics_in_the_library_is_an_error(tmp_path: Path, part: str) -> None:
+    described = json.loads(Tokenizer.bytes()._backend.to_str()) | {part: PANICS[part]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: .*the tokenizers library failed"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_panics_of_single_texts_are_errors() -> None:
+    tokenizer = word_level("none")
+    tokenizer._backend.decoder = decoders.Strip("s", 1, 1)
+    for call in (lambda: tokenizer.decode([2]), lambda: tokenizer.stream().push(2)):
+        with pytest.raises(CheckpointError, match="cannot decode the ids: the tokenizers library failed"):
+            call()
+
+
+def test_unknown_classes_are_not_guessed(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizer"}')
+    with pytest.raises(CheckpointError, match=r"tokenizer_class is 'RobertaTokenizer'; with vocab\.json"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json"]
+)
+def test_only_regular_files_are_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: a regular file is needed, a FIFO found"):
+        Tokenizer.from_pretrained(tmp_path)
+    assert Tokenizer.find(tmp_path / "absent") is None
+
+
+def test_nothing_of_a_tokenizer_can_be_set(gpt2: Tokenizer) -> None:
+    for name in ("pad_token", "pad_token_id", "eos_token", "padding_side", "vocab_size"):
+        with pytest.raises(AttributeError, match=f"{name} cannot be set: a tokenizer does not change"):
+            setattr(gpt2, name, gpt2.eos_token)
+
+
+def test_characters_without_a_token_are_named() -> None:
+    tokenizer = Tokenizer.characters({char: i for i, char in enumerate("\n ,:EMOR")})
+    assert tokenizer.decode(tokenizer.encode("ROME, ROMEO:")) == "ROME, ROMEO:"
+    with pytest.raises(
+        ValueError, match="the text holds 'é', 'ü', '日', for which the vocabulary of 8 tokens"
+    ):
+        tokenizer.encode("ROMEO: é ü 日 é")
+    with pytest.raises(ValueError, match="'h' and 18 more, for which"):
+        tokenizer.encode("abcdefghijklmnopqrstuvwxyz")
+    tokenizer._backend.add_tokens(["<é>"])
+    assert tokenizer.encode("RO<é>") == [7, 6, 8]
+    with pytest.raises(ValueError, match="the text holds 'é', for"):
+        tokenizer.encode("RO<é>é")
+    with pytest.raises(ValueError, match="the text holds 'é', for"):
+        pickle.loads(pickle.dumps(tokenizer)).encode("é")
+
+
+def begins_and_ends(add_prefix_space: bool = False) -> Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(Tokenizer.bytes()._backend.to_str())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s> </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    return Tokenizer(backend, bos_token="<s>", eos_token="</s>")
+
+
+def test_special_tokens_around_a_text(gpt2: Tokenizer) -> None:
+    tokenizer = begins_and_ends()
+    assert tokenizer.encode("ab") == [256, 97, 98, 257, 257]
+    assert tokenizer.encode("ab", add_special_tokens=False) == [97, 98]
+    assert tokenizer.encode("", add_special_tokens=False) == []
+    assert (tokenizer.prefix_ids, tokenizer.suffix_ids) == ([256], [257, 257])
+    assert (gpt2.prefix_ids, gpt2.suffix_ids) == ([], [])
+    assert Tokenizer.characters({"x": 0}).prefix_ids == []
 
 
 def test_model_and_tokenizer_must_fit(tmp_path: Path) -> None:
@@ -303,3 +472,42 @@ def test_model_and_tokenizer_must_fit(tmp_path: Path) -> None:
     Tokenizer.bytes().save(tmp_path / "small")
     with pytest.raises(CheckpointError, match="vocabularies do not match"):
         GPT.from_pretrained(tmp_path / "small")
+
+
+def test_texts_in_parts_begin_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring after a context, questions with answers, and long documents: one beginning, one end."""
+    tokenizer = begins_and_ends()
+    model = GPT(
+        GPTConfig(vocab_size=258, n_positions=16, n_layer=1, n_head=1, n_embd=8, bos_token_id=3)
+    ).eval()
+    model.tokenizer = tokenizer
+    (whole,) = model.score("ab")
+    assert whole.token_ids == [97, 98, 257, 257]
+    (after,) = model.score("b", context="a")
+    assert after.token_ids == [98]
+    assert after.logprobs == pytest.approx(whole.logprobs[1:2])
+    (begun,) = model.score("a", context="")
+    assert begun.token_ids == [97]
+    assert begun.logprobs == pytest.approx(whole.logprobs[:1])
+    (given,) = model.score("b", context=[256, 97])
+    assert given.logprobs == pytest.approx(after.logprobs)
+
+    pairs = DataSettings(context=8)
+    assert pair_ids(tokenizer, "Q", "A", pairs) == ([256, 81, 10, 65], [-100, -100, 65, 257])
+    ids, targets = pair_ids(tokenizer, "x" * 20, "ABCD", pairs)
+    assert ids == [256, *b"xx\nABCD"]
+    assert targets == [-100, -100, -100, *b"ABCD", 257]
+    ids, targets = pair_ids(tokenizer, "x" * 20, "A" * 20, pairs)
+    assert (ids, targets) == ([256, *b"A" * 7], [*b"A" * 8])
+
+    def document(text: str, tokenizer: Tokenizer, others: int = 0) -> list[int]:
+        found = list(tokens._document_ids(tokenizer, [text, *["x"] * others], DataSettings(workers=1)))
+        assert len(found) > 1 + others
+        return [token for ids in found for token in ids]
+
+    monkeypatch.setattr(tokens, "pieces", functools.partial(tokens.pieces, size=20))
+    text = "word of\n" * 16
+    assert document(text, tokenizer) == tokenizer.encode(text)
+    assert document(text, tokenizer, others=2) == tokenizer.encode(text) + tokenizer.encode("x") * 2
+    spaced = begins_and_ends(add_prefix_space=True)
+    assert document(text, spaced) == spaced.encode(text)

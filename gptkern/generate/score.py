@@ -84,7 +84,7 @@ def score(
     windows: list[_Window] = []
     results: list[tuple[list[int], list[float], list[bool]]] = []
     for index, (body, before) in enumerate(zip(bodies, contexts, strict=True)):
-        ids = _ids(model, body, tokenizer)
+        ids = _ids(model, body, tokenizer, whole=before is None)
         if not ids:
             raise ValueError(f"score: text {index} is empty")
         start = _start(model, before, tokenizer)
@@ -105,8 +105,12 @@ def _several(given: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(plainly)
 
 
-def _ids(model: GPT, text: Prompt, tokenizer: Tokenizer | None) -> list[int]:
-    ids = needed_tokenizer(model, tokenizer).encode(text) if isinstance(text, str) else list(text)
+def _ids(model: GPT, text: Prompt, tokenizer: Tokenizer | None, *, whole: bool) -> list[int]:
+    """Token ids; a beginning token, of a tokenizer that adds one, stands before a whole text alone."""
+    if isinstance(text, str):
+        ids = needed_tokenizer(model, tokenizer).encode(text, add_special_tokens=whole)
+    else:
+        ids = list(text)
     bad = [i for i in ids if not 0 <= i < model.config.vocab_size]
     if bad:
         raise ValueError(
@@ -119,7 +123,9 @@ def _start(model: GPT, context: Prompt | None, tokenizer: Tokenizer | None) -> l
     """What comes before a text: nothing, its context, or for an empty one the beginning-of-text token."""
     if context is None:
         return []
-    ids = _ids(model, context, tokenizer)
+    ids = _ids(model, context, tokenizer, whole=False)
+    if isinstance(context, str):
+        ids = needed_tokenizer(model, tokenizer).prefix_ids + ids
     if ids:
         return ids
     bos = model.config.bos_token_id

@@ -54,7 +54,17 @@ def assemble(settings: Settings, out: Path, group: Processes) -> tuple[Source, O
     model = _model(settings, pretrained, tokenizer)
     if group.first:
         check_ids(shards, model.config.vocab_size)
+        _check_sample_prompt(settings, model)
     return source, _objective(settings, model, labels).to(group.device)
+
+
+def _check_sample_prompt(settings: Settings, model: GPT) -> None:
+    """What samples continue must be text that the tokenizer knows: better told now than after an hour."""
+    if settings.eval.samples and model.tokenizer is not None:
+        try:
+            model.tokenizer.encode(settings.eval.sample_prompt)
+        except ValueError as error:
+            raise SettingsError(f"[eval] sample_prompt: {error}") from error
 
 
 def _all_text(data: DataSettings) -> str:

@@ -215,14 +215,20 @@ def pair_ids(
 ) -> tuple[list[int], list[int]]:
     """Ids of a prompt with its answer and, at each, the next token, or -100 where the prompt goes on.
 
-    What does not fit into the context is cut off the prompt's beginning, then off the answer's end.
+    What does not fit into the context is cut off the prompt's beginning, then off the answer's end. A
+    beginning token, of a tokenizer that has one, stands before the prompt alone and is not cut off.
     """
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else tokenizer.encode(settings.end)
-    asked = tokenizer.encode(prompt + settings.separator)
-    answered = (tokenizer.encode(answer) + end)[: settings.context]
-    asked = asked[max(0, len(asked) + len(answered) - settings.context - 1) :]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else encode(settings.end)
+    asked = encode(prompt + settings.separator)
+    answered = (encode(answer) + end)[: settings.context]
     if not asked:
         raise SettingsError("[data] a prompt is empty, with its separator: one token or more is needed")
+    room = settings.context + 1 - len(answered) - len(tokenizer.prefix_ids)
+    asked = tokenizer.prefix_ids + asked[max(len(asked) - max(room, 0), 0) :]
     ids = asked + answered
     return ids[:-1], [IGNORE_INDEX] * (len(asked) - 1) + answered
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models
 
 from gptkern.checkpoint.replace import replacing, settle
 from gptkern.durable import NewFile
@@ -28,23 +26,23 @@ _CHECKED_AT_ONCE = 1 << 26  # ids
 _PIECE_CHARACTERS = 1 << 20
 # A single line break between two words: no byte-level BPE joins tokens across it.
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")
+# Before a single space, for tokenizers that put one before texts that have none: a piece needs no other.
+_CUT_AT_SPACE = re.compile(r"(?<=\S)(?= \S)")
 
 _worker_tokenizer: Tokenizer
 
 
 def char_tokenizer(text: str) -> Tokenizer:
     """One token a character that occurs in ``text``, ids in the order of code points, as in nanoGPT."""
-    characters = sorted(set(text))
-    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
-    backend.decoder = decoders.Fuse()
-    return Tokenizer(backend)
+    return Tokenizer.characters({character: i for i, character in enumerate(sorted(set(text)))})
 
 
-def pieces(text: str, size: int = _PIECE_CHARACTERS) -> list[str]:
+def pieces(text: str, size: int = _PIECE_CHARACTERS, *, at_spaces: bool = False) -> list[str]:
     """``text`` in pieces of about ``size`` characters that tokenise to the same tokens as the whole."""
     found, start = [], 0
+    places = _CUT_AT_SPACE if at_spaces else _CUT
     while len(text) - start > size:
-        cut = _CUT.search(text, start + size)
+        cut = places.search(text, start + size)
         if cut is None:
             break
         found.append(text[start : cut.end()])
@@ -52,28 +50,28 @@ def pieces(text: str, size: int = _PIECE_CHARACTERS) -> list[str]:
     return [*found, text[start:]]
 
 
-def _start_worker(serialized: str) -> None:
+def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_tokenizer
     # One thread a process: the pool is the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(serialized))
+    _worker_tokenizer = tokenizer
 
 
 def _encode(piece: str) -> list[int]:
-    return _worker_tokenizer.encode(piece)
+    return _worker_tokenizer.encode(piece, add_special_tokens=False)
 
 
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str], workers: int) -> Iterator[list[int]]:
-    """Ids of each text, in order, from ``workers`` processes (0: one a core), with a progress bar."""
+    """Ids of each piece of text, in order, made by ``workers`` processes (0: one a core)."""
     from rich.progress import track
 
     total = sum(map(len, texts))
     workers = min(workers or len(os.sched_getaffinity(0)), len(texts))
     if workers <= 1 or total < 2 * _PIECE_CHARACTERS:
-        yield from map(tokenizer.encode, texts)
+        yield from (tokenizer.encode(text, add_special_tokens=False) for text in texts)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _start_worker, (tokenizer._backend.to_str(),)) as pool:
+    with context.Pool(workers, _start_worker, (tokenizer,)) as pool:
         encoded: Iterable[list[int]] = pool.imap(
             _encode, texts, chunksize=max(1, len(texts) // (64 * workers))
         )
@@ -342,10 +340,17 @@ def _documents(settings: DataSettings) -> tuple[list[str], list[str], str]:
 
 
 def _document_ids(tokenizer: Tokenizer, documents: list[str], settings: DataSettings) -> Iterator[list[int]]:
-    """Ids of the documents, in pieces; an end-of-text token follows each document of several."""
-    parts = [pieces(document) for document in documents]
-    ends = set(itertools.accumulate(map(len, parts)))
+    """Ids of the documents, in pieces; an end-of-text token follows each document of several.
+
+    What the tokenizer puts around texts, as a beginning token, comes once a document.
+    """
+    parts = [pieces(document, at_spaces=tokenizer.adds_space) for document in documents]
+    ends = [0, *itertools.accumulate(map(len, parts))]
     flat = [piece for part in parts for piece in part]
-    closing = [] if tokenizer.eos_token_id is None or len(documents) < 2 else [tokenizer.eos_token_id]
-    for count, ids in enumerate(encode_all(tokenizer, flat, settings.workers), 1):
-        yield ids + closing if count in ends else ids
+    closing = tokenizer.suffix_ids
+    if not closing and len(documents) > 1 and tokenizer.eos_token_id is not None:
+        closing = [tokenizer.eos_token_id]
+    places = set(ends)
+    for place, ids in enumerate(encode_all(tokenizer, flat, settings.workers)):
+        opened = tokenizer.prefix_ids + ids if place in places else ids
+        yield opened + closing if place + 1 in places else opened

@@ -1,0 +1,369 @@
+"""The tokenizer that everything else uses."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from gptkern.checkpoint.errors import CheckpointError, shown
+from gptkern.checkpoint.locate import EMBEDDED, locate
+from gptkern.checkpoint.pending import Files
+from gptkern.checkpoint.pending import read as read_whole
+from gptkern.durable import make_folder, named_folder, write_file
+from gptkern.tokenizer.folder import (
+    ADDED,
+    CONFIG,
+    GENERIC,
+    JSON,
+    MERGES,
+    SPECIAL,
+    TEMPLATE,
+    VOCAB,
+    Parts,
+    find,
+    read,
+)
+from gptkern.tokenizer.library import library_errors
+from gptkern.tokenizer.streams import (
+    ByteStream,
+    TokenStream,
+    WindowStream,
+    WordStream,
+    byte_chars,
+)
+
+# Models pad their vocabulary with rows that stand for no token, to multiples of at most this (64 in nanoGPT,
+# 128 in llm.c and Megatron, times the GPUs that share the matrix).
+_PADDING = 1024
+
+
+class Tokenizer:
+    """Text to ids and back. Nothing of it changes once it is made.
+
+    Args:
+        backend: A tokenizer of the ``tokenizers`` library. It never truncates or pads here.
+        bos_token, eos_token: Its special tokens, by text; None where it has none.
+        unk_token, pad_token: Likewise; what they are for is up to the vocabulary's model and to callers.
+        configuration: What ``save`` writes into ``tokenizer_config.json``, these tokens included.
+        chat_template: What ``save`` writes into ``chat_template.jinja``.
+
+    Raises:
+        CheckpointError: One of the tokens is not in its vocabulary.
+    """
+
+    # what ``save`` writes, and what it takes the place of
+    files = (JSON, CONFIG, TEMPLATE, SPECIAL, VOCAB, MERGES, ADDED)
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        unk_token: str | None = None,
+        pad_token: str | None = None,
+        configuration: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        if configuration is None:
+            configuration = {
+                "tokenizer_class": GENERIC,
+                "bos_token": bos_token,
+                "eos_token": eos_token,
+                "clean_up_tokenization_spaces": False,
+            }
+        self._backend, self._configuration, self._chat_template = backend, configuration, chat_template
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = bool(configuration.get("split_special_tokens"))
+        self._names = {
+            "bos_token": bos_token,
+            "eos_token": eos_token,
+            "unk_token": unk_token,
+            "pad_token": pad_token,
+        }
+        self._ids = {name: self._special_id(name, token) for name, token in self._names.items()}
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_"):
+            raise AttributeError(
+                f"Tokenizer: {name} cannot be set: a tokenizer does not change once it is made. Special "
+                f"tokens are named in {CONFIG}, or as arguments of Tokenizer"
+            )
+        super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake, (self._backend, self._names, self._configuration, self._chat_template)
+
+    def _special_id(self, name: str, token: str | None) -> int | None:
+        token_id = None if token is None else self._backend.token_to_id(token)
+        if token is not None and token_id is None:
+            raise CheckpointError(f"Tokenizer: {name} is {token!r}, which is not in its vocabulary")
+        return token_id
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path = EMBEDDED,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> Tokenizer:
+        """Read ``tokenizer.json``, or ``vocab.json`` and ``merges.txt`` of GPT-2 or GPT-1.
+
+        Ids are those of transformers' AutoTokenizer: added and special tokens, prefix spaces and a
+        beginning token are read from all the files that it reads.
+
+        Args:
+            path_or_hub_id: The folder, a ``tokenizer.json`` itself, a hub id, or ``"embedded"``.
+            revision, local_files_only: As in ``GPT.from_pretrained``.
+
+        Raises:
+            CheckpointError: There is none, or it cannot be read.
+        """
+        path = locate(path_or_hub_id, revision=revision, local_files_only=local_files_only, weights=False)
+        tokenizer = cls.find(path) if path.is_dir() else cls._of(read(Files(path.parent, {}), path))
+        if tokenizer is None:
+            raise CheckpointError(f"{path}: no tokenizer here; {JSON}, or {VOCAB} and {MERGES}, is needed")
+        return tokenizer
+
+    @classmethod
+    def find(cls, folder: Path) -> Tokenizer | None:
+        """The tokenizer in a folder; None where there is none.
+
+        Raises:
+            CheckpointError: There is one and it cannot be read.
+        """
+        parts = read_whole(folder, find)
+        return None if parts is None else cls._of(parts)
+
+    @classmethod
+    def _of(cls, parts: Parts) -> Tokenizer:
+        return _remake(parts.backend, parts.names, parts.configuration, parts.chat_template)
+
+    @classmethod
+    def bytes(cls) -> Tokenizer:
+        """256 tokens, one a byte of UTF-8, each id its byte's value: any text works."""
+        vocab = {char: byte for byte, char in enumerate(byte_chars())}
+        backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        return cls(backend)
+
+    @classmethod
+    def characters(cls, ids: Mapping[str, int]) -> Tokenizer:
+        """One token a character, by their ids; ``encode`` refuses other characters, as nanoGPT's does."""
+        backend = tokenizers.Tokenizer(models.BPE(vocab=dict(ids), merges=[]))
+        backend.decoder = decoders.Fuse()
+        return cls(backend)
+
+    @property
+    def bos_token(self) -> str | None:
+        """The token that begins a text."""
+        return self._names["bos_token"]
+
+    @property
+    def eos_token(self) -> str | None:
+        """The token that ends a text."""
+        return self._names["eos_token"]
+
+    @property
+    def unk_token(self) -> str | None:
+        """The token in the place of what the vocabulary cannot express."""
+        return self._names["unk_token"]
+
+    @property
+    def pad_token(self) -> str | None:
+        """The token that fills rows up."""
+        return self._names["pad_token"]
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of ``bos_token``."""
+        return self._ids["bos_token"]
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of ``eos_token``."""
+        return self._ids["eos_token"]
+
+    @property
+    def unk_token_id(self) -> int | None:
+        """The id of ``unk_token``."""
+        return self._ids["unk_token"]
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id of ``pad_token``."""
+        return self._ids["pad_token"]
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Texts and ids of the tokens that ``skip_special_tokens`` leaves out."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """The ids that ``encode`` puts before a text, as a beginning-of-text token; mostly none."""
+        return self._around[0]
+
+    @cached_property
+    def suffix_ids(self) -> list[int]:
+        """The ids that ``encode`` puts after a text; mostly none."""
+        return self._around[1]
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        added: int = self._backend.num_special_tokens_to_add(False)
+        if not added:
+            return [], []
+        ids, inside = self.encode("a"), self.encode("a", add_special_tokens=False)
+        before = next(start for start in range(added + 1) if ids[start : start + len(inside)] == inside)
+        return ids[:before], ids[before + len(inside) :]
+
+    @property
+    def adds_space(self) -> bool:
+        """Whether ``encode`` takes a text as if a space came before it."""
+        split = self._backend.pre_tokenizer
+        if isinstance(split, pre_tokenizers.Metaspace):
+            return bool(split.prepend_scheme != "never")
+        return isinstance(split, pre_tokenizers.ByteLevel) and bool(split.add_prefix_space)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of ``text``. Special tokens written out in it become their ids, as in transformers.
+
+        Args:
+            text: The text.
+            add_special_tokens: Put around it what the tokenizer puts around texts (``prefix_ids``,
+                ``suffix_ids``). A text that is encoded in parts gets them once: the parts leave them out.
+
+        Raises:
+            TypeError: ``text`` is not a str.
+            ValueError: ``text`` has half of a surrogate pair, which no encoding can express, or characters
+                that the vocabulary has no token for and would lose.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"Tokenizer.encode: text is {type(text).__name__}; a str is needed")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"Tokenizer.encode: text is not valid Unicode: {error}") from error
+        with library_errors("Tokenizer.encode: this tokenizer cannot encode the text"):
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if self._known is not None and not self._known.issuperset(text):
+            self._check_nothing_lost(text)
+        return ids
+
+    @cached_property
+    def _known(self) -> frozenset[str] | None:
+        """The characters that have a token, where others would vanish; None where all become tokens."""
+        model = self._backend.model
+        loses = isinstance(model, models.BPE) and model.unk_token is None and not model.byte_fallback
+        if not loses or self._backend.pre_tokenizer is not None or self._backend.normalizer is not None:
+            return None
+        return frozenset(
+            token for token in self._backend.get_vocab(with_added_tokens=False) if len(token) == 1
+        )
+
+    def _check_nothing_lost(self, text: str) -> None:
+        # Added tokens may hold characters that are no tokens themselves.
+        for added in self._backend.get_added_tokens_decoder().values():
+            text = text.replace(added.content, "")
+        if lost := sorted(set(text) - (self._known or set())):
+            more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
+            raise ValueError(
+                f"Tokenizer.encode: the text holds {', '.join(map(repr, lost[:8]))}{more}, for which the "
+                f"vocabulary of {self.vocab_size} tokens has none: leave them out or replace them"
+            )
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of one sequence of ids; bytes that are no UTF-8 become U+FFFD.
+
+        Ids just beyond the vocabulary, with which models pad theirs, have no text.
+
+        Raises:
+            TypeError: ``ids`` is no sequence of whole numbers.
+            ValueError: An id that is negative or far beyond the vocabulary, a tensor of several dimensions.
+        """
+        checked = _sequence(ids)
+        most = -(-self.vocab_size // _PADDING) * _PADDING
+        for token_id in checked:
+            if not 0 <= token_id < most:
+                raise ValueError(
+                    f"Tokenizer.decode: token id {token_id} found; the vocabulary has {self.vocab_size} "
+                    f"tokens (ids up to {most - 1} are a model's padding)"
+                )
+        with library_errors("Tokenizer.decode: this tokenizer cannot decode the ids"):
+            text: str = self._backend.decode(checked, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def has_token(self, token_id: int) -> bool:
+        """Whether an id stands for a token; those of a model's padded rows do not."""
+        return self._backend.id_to_token(token_id) is not None
+
+    def stream(self, *, skip_special_tokens: bool = False) -> TokenStream:
+        """A decoder of one sequence, token by token, at a cost that does not grow with the sequence."""
+        skipped = frozenset(self.special_tokens.values()) if skip_special_tokens else frozenset()
+        decoder = self._backend.decoder
+        if isinstance(decoder, decoders.ByteLevel):
+            return ByteStream(self._backend, skipped)
+        if isinstance(decoder, decoders.BPEDecoder):
+            return WordStream(self._backend, skipped, decoder.suffix)
+        return WindowStream(self._backend, skipped)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers' AutoTokenizer opens.
+
+        What the tokenizer's own files held beyond that is written back: special tokens, the chat template,
+        keys that have no meaning here. Another tokenizer's files there go.
+        """
+        folder = named_folder("Tokenizer.save", folder)
+        make_folder(folder)
+        written = {
+            JSON: self._backend.to_str(pretty=True),
+            CONFIG: json.dumps(dict(self._configuration), indent=2) + "\n",
+        }
+        if self._chat_template is not None:
+            written[TEMPLATE] = self._chat_template
+        for name, content in written.items():
+            write_file(folder / name, content)
+        for name in set(self.files) - written.keys():
+            (folder / name).unlink(missing_ok=True)
+
+
+def _remake(
+    backend: tokenizers.Tokenizer,
+    names: Mapping[str, str | None],
+    configuration: Mapping[str, Any],
+    chat_template: str | None,
+) -> Tokenizer:
+    named = {name: names.get(name) or None for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    return Tokenizer(backend, **named, configuration=configuration, chat_template=chat_template)
+
+
+def _sequence(ids: Any) -> list[int]:
+    """Token ids as Python's integers."""
+    shape = getattr(ids, "shape", None)
+    if shape is not None and len(shape) != 1:
+        raise ValueError(
+            f"Tokenizer.decode: ids has shape {tuple(shape)}; one sequence of ids is needed: decode each row"
+        )
+    try:
+        return [operator.index(token_id) for token_id in (ids if shape is None else ids.tolist())]
+    except TypeError:
+        raise TypeError(
+            f"Tokenizer.decode: ids is {shown(ids)}; a sequence of whole numbers is needed"
+        ) from None
