@@ -12,6 +12,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 from transformers import DynamicCache, StaticCache
 
+import gptkern
 from gptkern import ops
 from gptkern.transformers import FallbackWarning, attention
 
@@ -259,3 +260,32 @@ def test_continuous_batching_runs_on_it(name: str, monkeypatch: pytest.MonkeyPat
     for prompt, tokens in zip(prompts, expected, strict=True):
         assert by_prompt[tuple(prompt)] == tokens.tolist()
     assert calls
+
+
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "accelerated gpt2"])
+def test_a_compiled_static_cache_takes_one_graph_for_all_tokens(name: str) -> None:
+    """As the library's ``test_generate_compile_model_forward_fullgraph``, with the graphs counted."""
+    reference = _model(name.split()[-1])
+    reference.generation_config.pad_token_id = 0
+    model = copy.deepcopy(reference)
+    if name.startswith("accelerated"):
+        gptkern.accelerate(model, generation="library")
+    else:
+        model.set_attn_implementation("gptkern")
+    compiled = transformers.CompileConfig(backend="eager", fullgraph=True, dynamic=False, mode=None)
+    compiled._compile_all_devices = True
+    options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    ids, mask = _ids(2, 6), _mask("left", 2, 6)
+    expected = reference.generate(ids, attention_mask=mask, **options, disable_compile=True)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
+            found = model.generate(ids, attention_mask=mask, **options, compile_config=compiled)
+        assert torch.equal(found, expected)
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
+    finally:
+        torch._dynamo.reset()

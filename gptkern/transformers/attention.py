@@ -167,7 +167,8 @@ def _masked(
     scaling: float | None,
 ) -> torch.Tensor:
     """PyTorch's attention, for patterns that only a matrix describes."""
-    if query.device.type == "cuda":
+    # One query has no matrix of scores to save; and nothing can be told from inside a compiled graph.
+    if query.device.type == "cuda" and query.shape[2] > 1 and not torch.compiler.is_compiling():
         fallback("attention", LIBRARY, "the mask is a matrix")
     out = F.scaled_dot_product_attention(
         query,

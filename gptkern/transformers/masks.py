@@ -5,7 +5,8 @@ What it hands to the attention function is one of
 - None: every key is visible, up to the causal order aligned to the bottom right;
 - ``(batch, keys)`` bool: which of the first ``keys`` keys are real. It may be shorter than the keys that
   a static cache hands over, and is then their true length, which the library's masks do not tell;
-- ``(batch, 1, queries, keys)`` bool: a pattern that the kernels do not know.
+- ``(batch, 1, queries, keys)`` bool: a pattern that the kernels do not know, and the one query of a static
+  cache's decoding, whose mask is to have one shape from the first token to the last.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ def gptkern_mask(
 ) -> torch.Tensor | None:
     """The mask of one forward pass, as described above; arguments are ``AttentionMaskInterface``'s."""
     static = kv_length > q_length and not isinstance(q_offset, int)
-    compiling = static and torch.compiler.is_compiling()
-    if compiling or not _known(
-        mask_function, local_size, allow_is_causal_skip or q_length == 1, use_vmap, config
-    ):
-        # With a static cache that is compiled, the length is data of the device.
+    # Decoding with a static cache is compiled for the mask's shape: a row of all keys has the same at every
+    # token. The length is data of the device there.
+    compiled = static and (q_length == 1 or torch.compiler.is_compiling())
+    plain = allow_is_causal_skip or q_length == 1
+    if compiled or not _known(mask_function, local_size, plain, use_vmap, config):
         pattern: torch.Tensor | None = sdpa_mask(
             batch_size,
             q_length,
