@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 from generate_support import CONFIGS, VOCAB, left_padded, pair, prompts
 
 from gptkern.config import GPTConfig
-from gptkern.generate import GenerateOptions, GenerateOutput, executor, loop
+from gptkern.generate import GenerateOptions, GenerateOutput, executor, loop, pick
 from gptkern.generate.options import Settings
 from gptkern.model import GPT, Attention
 from gptkern.ops.sample import _native
@@ -618,6 +619,31 @@ def test_logits_that_are_no_numbers_are_refused(bad: float, message: str, at: in
     with pytest.raises(ValueError, match=f"{where}.*{message}"):
         model.generate(prompts(2, 5), max_new_tokens=6, num_beams=beams, eos_token_id=None)
     assert len(passes) == at + 1
+
+
+@pytest.mark.parametrize("speculate", [None, 2])
+def test_what_a_gpu_tells_by_a_status_is_raised(
+    speculate: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if _native._C is None:
+        pytest.skip("gptkern._C is not built")
+    monkeypatch.setattr(_native, "serves", lambda logits: True)
+    monkeypatch.setattr(pick, "sample", functools.partial(pick.sample, validate=False))
+    ours = dropping()[1]
+    ids = prompts(3, 5)
+    options: dict[str, Any] = {"max_new_tokens": 20, "pad_token_id": 0, "speculate": speculate}
+    expected = ours.generate(ids, eos_token_id=None, **options)
+    # the first row leaves before the second meets what is no number
+    eos = int(expected[0, 6])
+    assert eos not in expected[1:, 5:]
+    at = next(i for i in range(9, 25) if expected[1, i] not in expected[1, :i])
+    assert int(expected[1, at]) not in expected[2]
+    ours.lm_head.weight = torch.nn.Parameter(ours.lm_head.weight.detach().clone())
+    ours.transformer.wte.weight.data[int(expected[1, at])] = math.nan
+    for told in (64, 2):
+        monkeypatch.setattr(pick, "_STATUSES_AT_ONCE", told)
+        with pytest.raises(ValueError, match="generate: row 1: the logits hold NaN"):
+            ours.generate(ids, eos_token_id=eos, **options)
 
 
 def test_beams_of_a_tiny_vocabulary_are_the_best_of_all_sequences() -> None:

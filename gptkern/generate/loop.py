@@ -79,6 +79,7 @@ def steps(
         yield Step(rows, tokens, None if picked.logprobs is None else picked.logprobs.tolist(), finished)
         kept = [i for i, reason in enumerate(finished) if reason is None]
         if not kept:
+            picker.check()
             return
         chosen = picked.tokens
         if len(kept) < len(rows):

@@ -10,7 +10,14 @@ import torch
 from gptkern.generate.options import Settings
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.rules import RowRules, Rules
-from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, sample
+from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, _native, sample
+
+_STATUSES_AT_ONCE = 64
+_REASONS = {
+    _native.NAN: "hold NaN; numbers and -inf are accepted",
+    _native.INFINITE: "hold +inf, with their biases; numbers and -inf are accepted",
+    _native.NOTHING_ALLOWED: "leave no token to choose: every one is -inf or barred",
+}
 
 
 class Picker:
@@ -69,13 +76,35 @@ class Picker:
             self._state.add_prompt(prompts.ids[source], mask)
 
         self._vocab_size, self._device = vocab_size, device
+        self._numbers = list(rows)
+        self._unread: list[tuple[list[int], torch.Tensor]] = []
         self._rules = [RowRules(rules, prompts.rows[row // copies]) for row in rows] if rules.changing else []
 
     def __call__(self, logits: torch.Tensor) -> Sampled:
         """Choose from ``(rows, vocab_size)`` logits."""
         if self._rules:
             self._follow_rules()
-        return sample(logits, self._params, state=self._state)
+        return self._noted(self._numbers, sample(logits, self._params, state=self._state))
+
+    def check(self) -> None:
+        """Look whether every draw since the last look could be made. To be called when all are done.
+
+        Raises:
+            ValueError: A row of logits held NaN or +inf, or left no token.
+        """
+        statuses = torch.cat([status for _, status in self._unread]).tolist() if self._unread else []
+        rows = [row for some, _ in self._unread for row in some]
+        self._unread = []
+        for row, status in zip(rows, statuses, strict=True):
+            if status:
+                raise ValueError(f"generate: row {row}: the logits {_REASONS[status]}")
+
+    def _noted(self, rows: list[int], picked: Sampled) -> Sampled:
+        # On a GPU a bad row is told by its status alone. Each look at one waits for the GPU: one for many.
+        self._unread.append((rows, picked.status))
+        if len(self._unread) == _STATUSES_AT_ONCE:
+            self.check()
+        return picked
 
     def push(self, tokens: Sequence[int]) -> None:
         """Tell the rules what came of the last call, one token a row."""
@@ -85,6 +114,7 @@ class Picker:
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone, in this order."""
         self._params, self._state = self._chosen(list(rows))
+        self._numbers = [self._numbers[row] for row in rows]
         if self._rules:
             self._rules = [self._rules[row] for row in rows]
 
@@ -106,7 +136,8 @@ class Picker:
         if state.counts is not None:
             heads = [draft[:index] for draft in drafts for index in range(len(draft) + 1)]
             _count(state.counts, heads)
-        return sample(logits, params, state=replace(state, workspace=None))
+        rows = [self._numbers[owner] for owner in owners]
+        return self._noted(rows, sample(logits, params, state=replace(state, workspace=None)))
 
     def advance(self, tokens: Sequence[Sequence[int]]) -> None:
         """Count what came of ``verify``, each row's tokens."""

@@ -67,6 +67,7 @@ def speculative_steps(
         if over:
             kept = [place for place in range(len(rows)) if place not in over]
             if not kept:
+                picker.check()
                 return
             for place, sequence in enumerate(cache.sequences):
                 if place in over:
