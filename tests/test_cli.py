@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -145,11 +146,43 @@ def test_every_sampling_option_arrives(run: Any, folder: str, monkeypatch: pytes
         "no_repeat_ngram_size": 4,
         "seed": 9,
         "stop_strings": ["\n", "END"],
-        "num_beams": 1,
         "num_return_sequences": 1,
         "speculate": 2,
         "kv_cache_dtype": "fp8",
     }
+
+
+def test_a_checkpoint_has_its_word(
+    run: Any, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options, then generation_config.json, then the command's own defaults."""
+    shutil.copytree(folder, tmp_path / "m")
+    said = {"temperature": 0.3, "repetition_penalty": 1.2, "max_new_tokens": 7}
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(said))
+    seen: dict[str, Any] = {}
+
+    def stream(self: GPT, prompt: str, **options: Any) -> Any:
+        seen.update(self.generation_config | options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(GPT, "stream", stream)
+    model = ("-m", str(tmp_path / "m"), "--seed", "3")
+    run("generate", "a", *model)
+    own = {"do_sample": True, "top_k": 50, "seed": 3}
+    assert {n: seen[n] for n in (*said, *own)} == said | own
+    run("generate", "a", *model, "-t", "0.5", "-n", "9")
+    assert (seen["temperature"], seen["max_new_tokens"], seen["repetition_penalty"]) == (0.5, 9, 1.2)
+    seen.clear()
+    run("generate", "a", "-m", folder, "--greedy")
+    assert seen["do_sample"] is False
+    assert not {"temperature", "top_k", "seed"} & set(seen)
+
+
+def test_an_option_without_effect_is_told(run: Any, folder: str) -> None:
+    common = ("generate", "a", "-m", folder, "-n", "2")
+    for more in (("--greedy", "-t", "0.7"), ("--num-beams", "3", "--temperature", "0.5")):
+        with pytest.warns(UserWarning, match="temperature has no effect"):
+            assert run(*common, *more).code == 0
 
 
 def test_beams(run: Any, folder: str) -> None:
@@ -165,8 +198,9 @@ def test_beams(run: Any, folder: str) -> None:
         (["generate", "x", "-m", "{}", "-n", "64"], 1, "at most 63 is possible"),
         (["generate", "x", "-m", "{}", "--device", "tpu"], 1, "--device is 'tpu'"),
         (["generate", "x", "-m", "{}", "--device", "cuda:77"], 1, "CUDA devices are visible"),
-        (["generate", "x", "--top-k", "-2"], 2, "--top-k"),
-        (["generate", "x", "--top-p", "0"], 2, "0 < P <= 1"),
+        (["generate", "x", "--top-k", "-2"], 1, "top_k is -2; 0 or more is needed"),
+        (["generate", "x", "--top-k", "x"], 2, "--top-k"),
+        (["generate", "x", "--top-p", "0"], 1, "0 < top_p <= 1"),
         (["generate", "x", "--dtype", "int3"], 2, "--dtype"),
         (["generate", "x", "--file", str(ROOT / "pyproject.toml")], 2, "give one of them"),
         (["generate", "x", "--file", "/nowhere"], 2, "/nowhere"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,77 +82,62 @@ Greedy = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
+
+
+def _sampler(metavar: str, help: str, default: str, *names: str) -> Any:
+    """An option of sampling: None unless given, so that the checkpoint has its word. ``generate`` checks it."""
+    shown = f"the checkpoint's, else {default}"
+    return typer.Option(*names, metavar=metavar, help=help, show_default=shown, rich_help_panel=_SAMPLING)
+
+
 Temperature = Annotated[
-    float,
-    typer.Option(
+    float | None,
+    _sampler(
+        "T",
+        "Sharpness of sampling: lower is safer, higher is wilder, 0 is greedy.",
+        "0.8",
         "--temperature",
         "-t",
-        min=0.0,
-        help="Sharpness of sampling: lower is safer, higher is wilder, 0 is greedy.",
-        rich_help_panel=_SAMPLING,
     ),
 ]
-TopK = Annotated[
-    int,
-    typer.Option(
-        min=0, help="Sample from the K most likely tokens only (0 = all).", rich_help_panel=_SAMPLING
-    ),
-]
-
-
-def _positive(value: float | None) -> float | None:
-    if value is not None and value <= 0:
-        raise typer.BadParameter(f"{value:g} is not in the range 0 < P <= 1; 1 turns it off")
-    return value
-
-
+TopK = Annotated[int | None, _sampler("K", "Sample from the K most likely tokens only (0 = all).", "50")]
 TopP = Annotated[
-    float,
-    typer.Option(
-        max=1.0,
-        callback=_positive,
-        metavar="P",
-        help="Nucleus sampling: keep the smallest set of tokens whose probabilities sum to P, 0 < P <= 1 "
-        "(1 = off).",
-        rich_help_panel=_SAMPLING,
+    float | None,
+    _sampler(
+        "P",
+        "Nucleus sampling: keep the smallest set of tokens whose probabilities sum to P, above 0 (1 = off).",
+        "1; 0.95 in chat",
     ),
 ]
 MinP = Annotated[
-    float,
-    typer.Option(
-        min=0.0,
-        max=1.0,
-        help="Drop tokens less likely than MIN_P times the most likely one (0 = off).",
-        rich_help_panel=_SAMPLING,
-    ),
+    float | None,
+    _sampler("P", "Drop tokens less likely than P times the most likely one (0 = off).", "0"),
 ]
 TypicalP = Annotated[
-    float,
-    typer.Option(
-        min=0.0,
-        max=1.0,
-        help="Locally typical sampling: keep the most typical tokens up to this probability (1 = off).",
-        rich_help_panel=_SAMPLING,
-    ),
+    float | None,
+    _sampler("P", "Locally typical sampling: keep the most typical tokens up to P, above 0 (1 = off).", "1"),
+]
+EpsilonCutoff = Annotated[
+    float | None, _sampler("P", "Drop tokens whose probability is below P, less than 1 (0 = off).", "0")
+]
+EtaCutoff = Annotated[
+    float | None,
+    _sampler("P", "Eta sampling: like --epsilon-cutoff, lower where the model is unsure (0 = off).", "0"),
 ]
 RepetitionPenalty = Annotated[
-    float,
-    typer.Option(
-        min=0.0,
-        help="Above 1, discourage tokens that the prompt or the text so far holds (1 = off).",
-        rich_help_panel=_SAMPLING,
-    ),
+    float | None,
+    _sampler("X", "Above 1, discourage tokens of the prompt and of the text so far (1 = off).", "1"),
 ]
 PresencePenalty = Annotated[
-    float,
-    typer.Option(help="Above 0, discourage tokens already generated (0 = off).", rich_help_panel=_SAMPLING),
+    float | None, _sampler("X", "Above 0, discourage tokens already generated (0 = off).", "0")
 ]
 FrequencyPenalty = Annotated[
-    float,
-    typer.Option(
-        help="Above 0, discourage tokens by how often they were generated (0 = off).",
-        rich_help_panel=_SAMPLING,
-    ),
+    float | None,
+    _sampler("X", "Above 0, discourage tokens by how often they were generated (0 = off).", "0"),
+]
+NoRepeatNgram = Annotated[int | None, _sampler("N", "Never repeat a run of N tokens (0 = off).", "0")]
+NumBeams = Annotated[
+    int | None, _sampler("N", "Beam search with N beams, which does not sample (1 = off).", "1")
 ]
 Speculate = Annotated[
     int | None,
@@ -161,32 +147,8 @@ Speculate = Annotated[
         help="Draft up to so many tokens a pass from repeated text: the same result, sooner.",
     ),
 ]
-NoRepeatNgram = Annotated[
-    int,
-    typer.Option(
-        "--no-repeat-ngram-size",
-        min=0,
-        help="Never repeat a run of so many tokens (0 = off).",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-EpsilonCutoff = Annotated[
-    float,
-    typer.Option(
-        min=0.0, max=1.0, help="Drop tokens below this probability (0 = off).", rich_help_panel=_SAMPLING
-    ),
-]
-EtaCutoff = Annotated[
-    float,
-    typer.Option(
-        min=0.0,
-        max=1.0,
-        help="Eta sampling: like --epsilon-cutoff, lower where the model is unsure (0 = off).",
-        rich_help_panel=_SAMPLING,
-    ),
-]
 Seed = Annotated[
-    int | None, typer.Option(min=0, help="The same seed gives the same text.", rich_help_panel=_SAMPLING)
+    int | None, typer.Option(help="The same seed gives the same text.", rich_help_panel=_SAMPLING)
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; repeatable.")]
 
@@ -235,44 +197,36 @@ def _refuse_fallbacks() -> None:
             raise ValueError(f"{finding.subject}: {finding.text}; GPTKERN_STRICT=1 allows no fallback")
 
 
-def sampling(
+def generation(
+    gpt: GPT,
+    fallback: Mapping[str, Any],
     *,
     greedy: bool,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    typical_p: float,
-    epsilon_cutoff: float,
-    eta_cutoff: float,
-    repetition_penalty: float,
-    presence_penalty: float,
-    frequency_penalty: float,
-    no_repeat_ngram_size: int,
     seed: int | None,
     stop: list[str] | None,
+    **given: Any,
 ) -> dict[str, Any]:
-    """These options as ``generate``'s."""
-    options: dict[str, Any] = {
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-        "stop_strings": list(map(unescape, stop or [])),
-    }
-    if greedy or temperature == 0:
-        return options
-    return options | {
-        "do_sample": True,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "typical_p": typical_p,
-        "epsilon_cutoff": epsilon_cutoff,
-        "eta_cutoff": eta_cutoff,
-        "seed": secrets.randbits(32) if seed is None else seed,
-    }
+    """What to give ``generate``: what was asked for, else what the checkpoint says, else ``fallback``.
+
+    Args:
+        fallback: The command's own defaults.
+        given: Further options of ``generate``; None where the user gave none.
+    """
+    from gptkern.generate.options import options_over
+
+    asked = {name: value for name, value in given.items() if value is not None}
+    if stop:
+        asked["stop_strings"] = list(map(unescape, stop))
+    if asked.get("temperature") == 0:
+        del asked["temperature"]
+        greedy = True
+    if greedy:
+        asked["do_sample"] = False
+    options = options_over(fallback, gpt, asked)
+    if options.get("do_sample", gpt.generation_config.get("do_sample")):
+        # Drawn here, so that it can be told.
+        options["seed"] = secrets.randbits(32) if seed is None else seed
+    return options
 
 
 def unescape(text: str) -> str:
@@ -286,10 +240,8 @@ def strict() -> bool:
     return os.environ.get("GPTKERN_STRICT") == "1"
 
 
-def fitting(gpt: GPT, prompt: str, asked: int | None, default: int) -> int:
-    """New tokens: as many as asked for, else the default or what is left of the context."""
-    if asked is not None:
-        return asked
+def fitting(gpt: GPT, prompt: str, default: int) -> int:
+    """The default number of new tokens, or what is left of the context."""
     used = max(1, len(tokenizer_of(gpt).encode(prompt)))
     return max(1, min(default, gpt.config.n_positions - used))
 

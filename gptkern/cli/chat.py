@@ -50,17 +50,17 @@ def chat(
     you: Annotated[str, typer.Option(help="Your name in the transcript.")] = "User",
     bot: Annotated[str, typer.Option(help="The model's name in the transcript.")] = "Bot",
     greedy: o.Greedy = False,
-    temperature: o.Temperature = 0.8,
-    top_k: o.TopK = 50,
-    top_p: o.TopP = 0.95,
-    min_p: o.MinP = 0.0,
-    typical_p: o.TypicalP = 1.0,
-    epsilon_cutoff: o.EpsilonCutoff = 0.0,
-    eta_cutoff: o.EtaCutoff = 0.0,
-    repetition_penalty: o.RepetitionPenalty = 1.0,
-    presence_penalty: o.PresencePenalty = 0.0,
-    frequency_penalty: o.FrequencyPenalty = 0.0,
-    no_repeat_ngram_size: o.NoRepeatNgram = 0,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    min_p: o.MinP = None,
+    typical_p: o.TypicalP = None,
+    epsilon_cutoff: o.EpsilonCutoff = None,
+    eta_cutoff: o.EtaCutoff = None,
+    repetition_penalty: o.RepetitionPenalty = None,
+    presence_penalty: o.PresencePenalty = None,
+    frequency_penalty: o.FrequencyPenalty = None,
+    no_repeat_ngram_size: o.NoRepeatNgram = None,
     seed: o.Seed = None,
     speculate: o.Speculate = None,
     kv_cache_dtype: o.KvCacheDtype = o.CacheDType.auto,
@@ -80,8 +80,13 @@ def chat(
 
     - `gptkern chat --model gpt2-xl --system "A talk between a student and a patient teacher."`
     """
-    options = o.sampling(
+    gpt = o.load(model, device, dtype, weights)
+    options = o.generation(
+        gpt,
+        {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95},
         greedy=greedy,
+        seed=seed,
+        stop=[f"\\n{you}:", f"\\n{bot}:"],
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -93,13 +98,11 @@ def chat(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
-        seed=seed,
-        stop=[f"\\n{you}:", f"\\n{bot}:"],
+        speculate=speculate,
+        kv_cache_dtype=kv_cache_dtype.value,
+        num_beams=1,
+        num_return_sequences=1,
     )
-    options["kv_cache_dtype"] = kv_cache_dtype.value
-    if speculate is not None:
-        options["speculate"] = speculate
-    gpt = o.load(model, device, dtype, weights)
     transcript = Transcript(o.unescape(system), you, bot)
     interactive = terminal.waits_for_a_person()
     if interactive:

@@ -34,23 +34,18 @@ def generate(
     min_new_tokens: o.MinNewTokens = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations to make.")] = 1,
     greedy: o.Greedy = False,
-    temperature: o.Temperature = 0.8,
-    top_k: o.TopK = 50,
-    top_p: o.TopP = 1.0,
-    min_p: o.MinP = 0.0,
-    typical_p: o.TypicalP = 1.0,
-    epsilon_cutoff: o.EpsilonCutoff = 0.0,
-    eta_cutoff: o.EtaCutoff = 0.0,
-    repetition_penalty: o.RepetitionPenalty = 1.0,
-    presence_penalty: o.PresencePenalty = 0.0,
-    frequency_penalty: o.FrequencyPenalty = 0.0,
-    no_repeat_ngram_size: o.NoRepeatNgram = 0,
-    num_beams: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Beam search with so many beams; does not sample.", rich_help_panel="Sampling"
-        ),
-    ] = 1,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    min_p: o.MinP = None,
+    typical_p: o.TypicalP = None,
+    epsilon_cutoff: o.EpsilonCutoff = None,
+    eta_cutoff: o.EtaCutoff = None,
+    repetition_penalty: o.RepetitionPenalty = None,
+    presence_penalty: o.PresencePenalty = None,
+    frequency_penalty: o.FrequencyPenalty = None,
+    no_repeat_ngram_size: o.NoRepeatNgram = None,
+    num_beams: o.NumBeams = None,
     seed: o.Seed = None,
     speculate: o.Speculate = None,
     kv_cache_dtype: o.KvCacheDtype = o.CacheDType.auto,
@@ -79,10 +74,22 @@ def generate(
     UTF-8, and the line break that ends its last line is no part of it. On a terminal, control characters
     that a model writes are spelled out (`\\x1b`); pipes and files get them as they are.
     """
-    if num_beams > 1:
-        greedy = True
-    options = o.sampling(
+    text = _prompt(prompt, file)
+    gpt = o.load(model, device, dtype, weights)
+    fallback = {
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_k": 50,
+        "max_new_tokens": o.fitting(gpt, text, DEFAULT_NEW_TOKENS),
+    }
+    options = o.generation(
+        gpt,
+        fallback,
         greedy=greedy,
+        seed=seed,
+        stop=stop,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -94,21 +101,14 @@ def generate(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
-        seed=seed,
-        stop=stop,
+        num_beams=num_beams,
+        num_return_sequences=num_samples,
+        speculate=speculate,
+        kv_cache_dtype=kv_cache_dtype.value,
     )
-    text = _prompt(prompt, file)
-    gpt = o.load(model, device, dtype, weights)
-    options |= {
-        "max_new_tokens": o.fitting(gpt, text, max_new_tokens, DEFAULT_NEW_TOKENS),
-        "min_new_tokens": min_new_tokens or 0,
-        "num_beams": num_beams,
-        "speculate": speculate,
-        "kv_cache_dtype": kv_cache_dtype.value,
-        "num_return_sequences": num_samples,
-    }
     begin = time.perf_counter()
-    if num_samples == 1 and num_beams == 1 and not json_:
+    beams = options.get("num_beams", gpt.generation_config.get("num_beams")) or 1
+    if num_samples == 1 and beams == 1 and not json_:
         made = [_streamed(gpt, text, options, echo)]
     else:
         made = gpt.generate_text(text, **options)
