@@ -262,6 +262,20 @@ def test_info(run: Any, folder: str) -> None:
     shown = run("info", folder).out
     assert f"{count:,}" in shown
     assert "256 bytes a token, 16.4 kB a full context" in shown
+    # The tied head once; what the file holds beyond its tensors is the header.
+    assert facts["quantization"] is None
+    size = (Path(folder) / "model.safetensors").stat().st_size
+    assert facts["stored_bytes"] < size < facts["stored_bytes"] + 4096
+
+
+def test_info_of_a_quantised_model(run: Any, folder: str, tmp_path: Path) -> None:
+    model = GPT.from_pretrained(folder, weights="int8")
+    model.save_pretrained(tmp_path)
+    facts = json.loads(run("info", str(tmp_path), "--json").out)
+    assert facts["quantization"]["format"] == "int8"
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert facts["stored_bytes"] < size < facts["stored_bytes"] + 4096
+    assert "linear layers in int8, quantised by gptkern" in run("info", str(tmp_path)).out
 
 
 def test_doctor(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ Greedy = Annotated[
 
 
 def _sampler(metavar: str, help: str, default: str, *names: str) -> Any:
-    """An option of sampling: None unless given, so that the checkpoint has its word. ``generate`` checks it."""
+    """An option of sampling: None unless given, when the checkpoint has its word; ``generate`` checks it."""
     shown = f"the checkpoint's, else {default}"
     return typer.Option(*names, metavar=metavar, help=help, show_default=shown, rich_help_panel=_SAMPLING)
 

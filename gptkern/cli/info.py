@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+from gptkern.cli import terminal
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def info(
@@ -33,8 +35,11 @@ def info(
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in facts["config"].items():
-        table.add_row(name, str(value))
+        table.add_row(name, terminal.visible(value))
     table.add_section()
+    kept = facts["quantization"]
+    how = "" if kept is None else f": linear layers in {kept['format']}, quantised by gptkern"
+    table.add_row("weights as stored", f"{readable(facts['stored_bytes'])}{how}")
     table.add_row("parameters", f"{facts['parameters']:,}")
     table.add_row("without embeddings", f"{facts['parameters_without_embeddings']:,}")
     for name, size in facts["bytes"].items():
@@ -53,17 +58,20 @@ def describe(model: str) -> dict[str, Any]:
     from gptkern.checkpoint.locate import locate
 
     path = locate(model, revision=None, local_files_only=False)
-    config = open_checkpoint(path).config
+    contents = open_checkpoint(path)
+    config, quantization = contents.config, contents.quantization
     parameters = config.parameters
     embeddings = (config.vocab_size + config.n_positions) * config.n_embd
     kv = 2 * config.n_layer * config.n_embd
     return {
         "model": str(path),
         "config": asdict(config),
+        "quantization": None if quantization is None else quantization.to_dict(),
+        "stored_bytes": sum(t.data.numel() * t.data.element_size() for t in contents.tensors.values()),
         "parameters": parameters,
         "parameters_without_embeddings": parameters - embeddings,
         "bytes": {name: parameters * size for name, size in DTYPES.items()},
-        "kv_bytes_per_token": {name: kv * size for name, size in DTYPES.items() if name != "int8"},
+        "kv_bytes_per_token": {name: kv * size for name, size in DTYPES.items()},
     }
 
 
