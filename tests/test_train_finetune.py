@@ -226,3 +226,15 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config.write_text("[trian]\n")
     assert run(command) == 1
     assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_classifying_has_no_dropout_whatever_the_mode() -> None:
+    drops = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    shape = {"vocab_size": 256, "n_positions": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    model = GPT(GPTConfig(**shape, **drops, initializer_range=0.5))
+    model.tokenizer = Tokenizer.bytes()
+    classifier = Classification(model, ["a", "b", "c"])
+    texts = [f"text {number}" for number in range(30)]
+    assert classifier.training
+    assert classifier.classify(texts) == classifier.classify(texts) == classifier.eval().classify(texts)
+    assert len(set(classifier.classify(texts))) > 1

@@ -17,14 +17,17 @@ from gptkern.attend import DenseAttend
 from gptkern.model import GPT
 
 
-def hidden_states(model: GPT, ids: torch.Tensor) -> torch.Tensor:
+def hidden_states(model: GPT, ids: torch.Tensor, *, dropout: bool = True) -> torch.Tensor:
     """The last hidden states, ``(rows, seq, width)``. Rows are padded on the right, if at all.
 
     Padding needs no mask: attention is causal, so no token sees what follows it.
+
+    Args:
+        dropout: False leaves it out in training mode too.
     """
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    dropout = model.config.attn_pdrop if model.training else 0.0
-    hidden: torch.Tensor = model.transformer(ids, positions, DenseAttend(dropout))
+    dropout_p = model.config.attn_pdrop if model.training and dropout else 0.0
+    hidden: torch.Tensor = model.transformer(ids, positions, DenseAttend(dropout_p, dropout))
     return hidden
 
 
@@ -73,9 +76,9 @@ class Classification(nn.Module):
         found.head.load_state_dict(load_file(folder / "classifier.safetensors"))
         return found.eval()
 
-    def logits(self, ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor, last: torch.Tensor, *, dropout: bool = True) -> torch.Tensor:
         """``(rows, labels)`` in fp32: ``ids (rows, seq)``, each row's last token at ``last``."""
-        hidden = hidden_states(self.model, ids)
+        hidden = hidden_states(self.model, ids, dropout=dropout)
         rows = torch.arange(len(ids), device=ids.device)
         scores: torch.Tensor = self.head(hidden[rows, last].to(self.head.weight.dtype))
         return scores.float()
@@ -92,7 +95,7 @@ class Classification(nn.Module):
 
     @torch.no_grad()
     def classify(self, texts: list[str]) -> list[str]:
-        """The label of each text."""
+        """The label of each text, without dropout in any mode."""
         tokenizer = self.model.tokenizer
         if tokenizer is None:
             raise ValueError("classify: the model has no tokenizer")
@@ -100,6 +103,6 @@ class Classification(nn.Module):
         found = []
         for text in texts:
             ids = torch.tensor([tokenizer.encode(text)[-self.model.config.n_positions :]], device=device)
-            scores = self.logits(ids, torch.tensor([ids.shape[1] - 1], device=device))
+            scores = self.logits(ids, torch.tensor([ids.shape[1] - 1], device=device), dropout=False)
             found.append(self.labels[int(scores.argmax())])
         return found
