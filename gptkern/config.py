@@ -258,3 +258,7 @@ def _type_of(architectures: object) -> str | None:
         if architectures in [[beginning + head] for head in _HEADS]:
             return model_type
     return None
+
+
+# what of a config.json ``to_dict`` writes, under any of its names
+JSON_FIELDS = {field.name for field in fields(GPTConfig)} | {*_ALIASES, "afn", "architectures"}

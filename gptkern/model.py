@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -193,6 +193,8 @@ class GPT(nn.Module):
         quantization: How the linear layers' weights are kept; None: as they were trained.
         generation_config: The defaults of ``generate`` under transformers' names, as the checkpoint's
             ``generation_config.json`` has them; may be changed.
+        config_extras: Fields of the checkpoint's ``config.json`` that ``config`` has no name for (labels,
+            ``task_specific_params``); saved again.
         kv_scales: Of an fp8 cache, of keys and of values ``(n_layer, n_head)``; None: 1. Saved and
             loaded with the weights. ``gptkern.quantize.kv_scales`` finds them.
     """
@@ -201,6 +203,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.generation_config: dict[str, Any] = of_config(config)
+        self.config_extras: dict[str, Any] = {}
         self.tokenizer: Tokenizer | None = None
         self.quantization: Quantization | None = None
         self.kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -263,6 +266,7 @@ class GPT(nn.Module):
             model.kv_scales = (k_scale, v_scale)
         if contents.generation_config is not None:
             model.generation_config = contents.generation_config
+        model.config_extras = contents.extras
         model.tokenizer = tokenizer
         return model
 
@@ -270,7 +274,8 @@ class GPT(nn.Module):
         """Write a folder that ``from_pretrained`` and transformers open, with the tokenizer if there is one.
 
         It is all or nothing: killed at any point, the old folder or the new one is there. Files of the
-        folder that are no part of a model stay.
+        folder that are no part of a model stay. What the checkpoint said beside the model's shape is written
+        again (``config_extras``, ``generation_config``).
 
         Args:
             folder: Made if it is not there.
@@ -278,18 +283,26 @@ class GPT(nn.Module):
 
         Raises:
             ValueError: ``folder`` is empty text.
-            CheckpointError: ``folder`` is a file, or the tokenizer there or here does not fit the model.
+            CheckpointError: ``folder`` is a file, the tokenizer there or here does not fit the model, or the
+                head is not the embedding that ``config.tie_word_embeddings`` says it is.
             OSError: It could not be written (a full disk): the old model is whole, or the new one.
         """
-        save(
-            self,
-            self.config,
-            folder,
-            self.tokenizer,
-            max_shard_size=max_shard_size,
-            quantization=self.quantization,
-            kv_scales=self.kv_scales,
-        )
+        save(self, folder, max_shard_size=max_shard_size)
+
+    def take_settings(self, other: GPT) -> None:
+        """Take over what belongs to a model beside weights and config: tokenizer, generation's defaults."""
+        self.tokenizer = other.tokenizer
+        self.generation_config = dict(other.generation_config)
+        self.config_extras = dict(other.config_extras)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # to_empty and moves off the meta device make new parameters, one for each place of a shared one
+        head = self.lm_head
+        tied = isinstance(head, nn.Linear) and head.weight is self.transformer.wte.weight
+        super()._apply(fn, recurse)
+        if tied:
+            head.weight = self.transformer.wte.weight
+        return self
 
     def generate(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any

@@ -10,12 +10,19 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, OpenAIGPTLMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OpenAIGPTLMHeadModel,
+)
 
 from gptkern import GPTConfig
 from gptkern.checkpoint import CheckpointError
 from gptkern.model import GPT
 from gptkern.tokenizer import Tokenizer
+from gptkern.train.checkpoints import plain_model
 
 HERE = Path(__file__).parent
 TINY = GPTConfig(vocab_size=300, n_positions=16, n_layer=2, n_head=2, n_embd=16)
@@ -145,6 +152,114 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="No space left"):
         build(TINY, seed=1).save_pretrained(tmp_path)
     assert files(tmp_path) == before
+
+
+def test_what_was_read_is_written_back(tmp_path: Path) -> None:
+    """Everything that transformers kept for this model, and what only its owner knows."""
+    kept = {
+        "pad_token_id": 7,
+        "eos_token_id": [3, 5],
+        "id2label": {0: "bad", 1: "good"},
+        "label2id": {"bad": 0, "good": 1},
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        "summary_first_dropout": 0.25,
+        "n_ctx": 16,
+        "mine": {"deep": [1, None, "é"]},
+    }
+    config = GPT2Config(
+        vocab_size=300, n_positions=16, n_layer=1, n_head=2, n_embd=16, bos_token_id=1, **kept
+    )
+    theirs = GPT2LMHeadModel(config)
+    theirs.generation_config = GenerationConfig(
+        pad_token_id=7, eos_token_id=[3, 5], bos_token_id=1, do_sample=True, top_k=9, mine="too"
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    # code of another model, which does not come along
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoConfig": "own.Config"}}))
+    model = GPT.from_pretrained(tmp_path / "theirs")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "ours")
+    again = GPT2Config.from_pretrained(tmp_path / "ours")
+    for name, value in kept.items():
+        assert getattr(again, name) == value, name
+    before = GPT2Config.from_pretrained(tmp_path / "theirs").to_dict()
+    del before["auto_map"]
+    assert again.to_dict() == before | {"dtype": "bfloat16", "bias": True}
+    assert str(again.dtype) == "torch.bfloat16"
+    assert "auto_map" not in json.loads((tmp_path / "ours" / "config.json").read_text())
+    found = GenerationConfig.from_pretrained(tmp_path / "ours")
+    assert found.to_diff_dict() == theirs.generation_config.to_diff_dict()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").generation_config.top_k == 9
+    model = GPT.from_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "third")
+    assert files(tmp_path / "ours") == files(tmp_path / "third")
+    assert model.generation_config["mine"] == "too"
+    # what a training run saves is such a copy
+    plain_model(model).save_pretrained(tmp_path / "third")
+    assert files(tmp_path / "ours") == files(tmp_path / "third")
+
+
+def test_changed_defaults_of_generate_are_saved(tmp_path: Path) -> None:
+    model = build(TINY)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "generation_config.json").exists()
+    model.generation_config["max_new_tokens"] = 3
+    model.save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).generation_config["max_new_tokens"] == 3
+    # the file belongs to the model that it was saved with
+    build(TINY).save_pretrained(tmp_path)
+    assert not (tmp_path / "generation_config.json").exists()
+    model.generation_config["max_new_tokens"] = torch.tensor(3)
+    with pytest.raises(CheckpointError, match="generation_config cannot be written as JSON"):
+        model.save_pretrained(tmp_path)
+
+
+def test_the_head_stays_tied(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = GPT(TINY)
+    with pytest.raises(CheckpointError, match="is on the meta device: it has no values yet"):
+        model.save_pretrained(tmp_path / "a")
+    model.to_empty(device="cpu")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    source = build(TINY)
+    model.load_state_dict(source.state_dict())
+    model.save_pretrained(tmp_path / "a")
+    source.save_pretrained(tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    with torch.device("meta"):
+        untied = GPT(TINY.replace(tie_word_embeddings=False))
+    untied.to_empty(device="cpu")
+    assert untied.lm_head.weight is not untied.transformer.wte.weight
+
+
+def test_a_head_that_came_apart(tmp_path: Path) -> None:
+    """Two equal matrices are saved once; two that differ would make a folder that does not load."""
+    model = build(TINY)
+    model.save_pretrained(tmp_path / "tied")
+    model.lm_head.weight = torch.nn.Parameter(model.transformer.wte.weight.detach().clone())
+    model.save_pretrained(tmp_path / "equal")
+    assert files(tmp_path / "tied") == files(tmp_path / "equal")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight and transformer\.wte\.weight differ"):
+        model.save_pretrained(tmp_path / "tied")
+    assert files(tmp_path / "tied") == files(tmp_path / "equal")
+    model.config = model.config.replace(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "untied")
+    assert torch.equal(GPT.from_pretrained(tmp_path / "untied").lm_head.weight, model.lm_head.weight)
+    # the other way round: one matrix, of a model whose head is its own
+    model.lm_head.weight = model.transformer.wte.weight
+    model.save_pretrained(tmp_path / "untied")
+    found = GPT.from_pretrained(tmp_path / "untied")
+    assert torch.equal(found.lm_head.weight, found.transformer.wte.weight)
+
+
+def test_dtypes_that_no_file_holds(tmp_path: Path) -> None:
+    model = build(TINY)
+    model.transformer.wpe.weight = torch.nn.Parameter(model.transformer.wpe.weight.to(torch.complex64))
+    with pytest.raises(CheckpointError, match=r"wpe\.weight is torch\.complex64; supported are torch"):
+        model.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(

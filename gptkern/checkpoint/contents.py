@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Contents:
         quantization: How the linear layers' weights are kept, or None.
         kv_scales: Of an fp8 cache, of keys and of values ``(n_layer, n_head)`` fp32, or None.
         generation_config: Its defaults of ``generate``; None where its format has no place for them.
+        extras: What else its ``config.json`` says, for which ``GPTConfig`` has no field.
     """
 
     source: Path
@@ -52,6 +53,7 @@ class Contents:
     quantization: Quantization | None = None
     kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None
     generation_config: dict[str, Any] | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
 
     def turned(self, name: str) -> bool:
         """Whether the tensor of that name is stored transposed."""

@@ -14,12 +14,12 @@ from gptkern.checkpoint.files import check_file_name, read_json
 from gptkern.checkpoint.pending import Files
 from gptkern.checkpoint.pickles import read_torch, state_dict_tensors
 from gptkern.checkpoint.storage import StoredTensor, read_safetensors
-from gptkern.config import GPTConfig
+from gptkern.config import JSON_FIELDS, GPTConfig
 from gptkern.quantize import Quantization
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-KV_SCALES = "kv_scales"
+KV_SCALES, QUANTIZATION = "kv_scales", "quantization_config"
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
@@ -27,13 +27,17 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 # in the order they are looked for, as in transformers
 WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)
 
+# fields of config.json that saving writes anew, from what the model is then; auto_map names code, which
+# does not come along
+_SAVED_ANEW = {*JSON_FIELDS, KV_SCALES, QUANTIZATION, "dtype", "torch_dtype", "auto_map"}
+
 
 def open_folder(files: Files) -> Contents:
     """Open a folder that transformers' ``save_pretrained`` or ours wrote."""
     config = read_config(files / CONFIG)
-    extras = read_json(files / CONFIG)
-    quantization = _read_quantization(files / CONFIG, extras.get("quantization_config"), config)
-    kv_scales = _read_kv_scales(files / CONFIG, extras.get(KV_SCALES), config)
+    said = read_json(files / CONFIG)
+    quantization = _read_quantization(files / CONFIG, said.get(QUANTIZATION), config)
+    kv_scales = _read_kv_scales(files / CONFIG, said.get(KV_SCALES), config)
     found = next((files / name for name in WEIGHTS if (files / name).is_file()), None)
     if found is None:
         raise CheckpointError(f"{files.folder}: no weights here; one of {', '.join(WEIGHTS)} is needed")
@@ -45,7 +49,8 @@ def open_folder(files: Files) -> Contents:
         True,
         quantization,
         kv_scales,
-        _read_generation_config(files, extras, config),
+        _read_generation_config(files, said, config),
+        {name: value for name, value in said.items() if name not in _SAVED_ANEW},
     )
 
 
@@ -59,10 +64,10 @@ def read_config(path: Path) -> GPTConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read_generation_config(files: Files, extras: dict[str, Any], config: GPTConfig) -> dict[str, Any]:
+def _read_generation_config(files: Files, said: dict[str, Any], config: GPTConfig) -> dict[str, Any]:
     """As in transformers, the file alone speaks where there is one."""
     path = files / GENERATION_CONFIG
-    return read_json(path) if path.is_file() else generation.of_json(extras, config)
+    return read_json(path) if path.is_file() else generation.of_json(said, config)
 
 
 def _read_quantization(path: Path, data: Any, config: GPTConfig) -> Quantization | None:

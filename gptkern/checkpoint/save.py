@@ -6,20 +6,30 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from gptkern.checkpoint import generation
 from gptkern.checkpoint.contents import BLOCK_MATRICES, GPT1_NAMES
 from gptkern.checkpoint.errors import CheckpointError
-from gptkern.checkpoint.hf import CONFIG, KV_SCALES, SAFETENSORS, SAFETENSORS_INDEX
+from gptkern.checkpoint.hf import (
+    CONFIG,
+    GENERATION_CONFIG,
+    KV_SCALES,
+    QUANTIZATION,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+)
 from gptkern.checkpoint.load import check_vocabulary
 from gptkern.checkpoint.replace import replacing, settle
-from gptkern.checkpoint.storage import write_safetensors
-from gptkern.config import GPTConfig
-from gptkern.durable import Writer, named_folder
-from gptkern.quantize import Quantization
+from gptkern.checkpoint.storage import DTYPE_NAMES, write_safetensors
+from gptkern.durable import named_folder
 from gptkern.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gptkern.model import GPT
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -28,50 +38,36 @@ Entry = tuple[str, torch.Tensor, bool]
 
 
 def save(
-    model: nn.Module,
-    config: GPTConfig,
-    folder: str | Path,
-    tokenizer: Tokenizer | None,
-    *,
-    max_shard_size: int | str,
-    quantization: Quantization | None = None,
-    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-    beside: Mapping[str, bytes] | None = None,
+    model: GPT, folder: str | Path, *, max_shard_size: int | str, beside: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write config.json, the weights as safetensors and, where there is one, the tokenizer.
+    """Write the model's configuration, its weights as safetensors and, where there is one, its tokenizer.
 
     Args:
         beside: Further files that belong to the model, by name.
 
     Raises:
         ValueError: ``folder`` is empty text.
-        CheckpointError: ``folder`` is a file, ``max_shard_size`` cannot be read, or a tokenizer, given or in
-            the folder, does not fit the model.
+        CheckpointError: ``folder`` is a file, ``max_shard_size`` cannot be read, a tokenizer, the model's or
+            the folder's, does not fit the model, its head and embedding differ and should not, or it has no
+            weights (on the meta device).
         OSError: It could not be written: the old model is whole, or the new one.
     """
     folder = named_folder("save_pretrained", folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: a folder is needed, a file is there")
+    _check_weights(model)
     if folder.is_dir():
         settle(folder)
-    beside = beside or {}
+    tokenizer = model.tokenizer
     kept_tokenizer = tokenizer or Tokenizer.find(folder)
     if kept_tokenizer is not None:
-        check_vocabulary(folder, config, kept_tokenizer.vocab_size)
-    shards = _sharded(_entries(model, config), _bytes(max_shard_size))
-    replaced = {CONFIG, SAFETENSORS, SAFETENSORS_INDEX, *(tokenizer.files if tokenizer else ()), *beside}
+        check_vocabulary(folder, model.config, kept_tokenizer.vocab_size)
+    shards = _sharded(_entries(model), _bytes(max_shard_size))
+    small = _json_files(model) | dict(beside or {})
+    replaced = {GENERATION_CONFIG, SAFETENSORS, SAFETENSORS_INDEX, *(tokenizer.files if tokenizer else ())}
+    replaced |= small.keys()
     with replacing(folder, lambda name: name in replaced or _SHARD.fullmatch(name) is not None) as staging:
-        told: dict[str, object] = {}
-        if quantization is not None:
-            told["quantization_config"] = quantization.to_dict()
-        if kv_scales is not None:
-            # A number for each head of each layer: as decimals they are read back to the bit.
-            told[KV_SCALES] = {
-                name: scale.tolist() for name, scale in zip(("k", "v"), kv_scales, strict=True)
-            }
-        with staging.new_file(CONFIG) as file:
-            _write_json(file, config.to_dict() | {"dtype": _dtype_name(model)} | told)
-        for name, data in beside.items():
+        for name, data in small.items():
             with staging.new_file(name) as file:
                 file.write(data)
         if tokenizer is not None:
@@ -88,14 +84,58 @@ def save(
             weight_map |= {entry[0]: name for entry in shard}
         total = sum(_size(entry) for shard in shards for entry in shard)
         with staging.new_file(SAFETENSORS_INDEX) as file:
-            _write_json(file, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            file.write(_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
-def _entries(model: nn.Module, config: GPTConfig) -> list[Entry]:
+def _json_files(model: GPT) -> dict[str, bytes]:
+    """``config.json``, and ``generation_config.json`` where it says more than that."""
+    config = model.config_extras | model.config.to_dict() | {"dtype": _dtype_name(model)}
+    if model.quantization is not None:
+        config[QUANTIZATION] = model.quantization.to_dict()
+    if model.kv_scales is not None:
+        # A number for each head of each layer: as decimals they are read back to the bit.
+        config[KV_SCALES] = {
+            name: scale.tolist() for name, scale in zip(("k", "v"), model.kv_scales, strict=True)
+        }
+    files = {CONFIG: config}
+    if model.generation_config != generation.of_json(config, model.config):
+        files[GENERATION_CONFIG] = model.generation_config
+    try:
+        return {name: _json(data) for name, data in files.items()}
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"save_pretrained: config_extras or generation_config cannot be written as JSON: {error}"
+        ) from error
+
+
+def _check_weights(model: GPT) -> None:
+    """Raise where the folder could not be written or, once written, not be loaded."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise CheckpointError(f"save_pretrained: {name} is on the meta device: it has no values yet")
+        if tensor.dtype not in DTYPE_NAMES:
+            raise CheckpointError(
+                f"save_pretrained: {name} is {tensor.dtype}; supported are {', '.join(map(str, DTYPE_NAMES))}"
+            )
+    head, embedding = model.lm_head, model.transformer.wte.weight
+    tied = model.config.tie_word_embeddings and isinstance(head, nn.Linear)
+    if tied and head.weight is not embedding and not torch.equal(head.weight, embedding):
+        raise CheckpointError(
+            "save_pretrained: lm_head.weight and transformer.wte.weight differ, and "
+            "config.tie_word_embeddings is True: make them one "
+            "(model.lm_head.weight = model.transformer.wte.weight), or set "
+            "model.config = model.config.replace(tie_word_embeddings=False)"
+        )
+
+
+def _entries(model: GPT) -> list[Entry]:
     """The tensors under transformers' names, a tied head once, and whether to turn each to (in, out)."""
     entries: list[Entry] = []
+    config, tied = model.config, model.config.tie_word_embeddings
     packed = [(name, buffer) for name, buffer in model.named_buffers() if not name.endswith("._like")]
-    for name, parameter in [*model.named_parameters(), *packed]:
+    for name, parameter in [*model.named_parameters(remove_duplicate=False), *packed]:
+        if name == "lm_head.weight" and tied:
+            continue
         theirs = name
         if config.post_norm:
             for ours, gpt1 in GPT1_NAMES.items():
@@ -140,5 +180,5 @@ def _bytes(size: int | str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
-def _write_json(file: Writer, data: dict[str, object]) -> None:
-    file.write((json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
+def _json(data: Mapping[str, object]) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

@@ -32,7 +32,7 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _MOST_DIMENSIONS = 64
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -135,7 +135,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         size = math.prod(shape) * dtype.itemsize
         if start != expected or end - start != size:
             raise CheckpointError(
-                f"{path}: {name}: bytes {start:,} to {end:,} found; shape {shape} in {_DTYPE_NAMES[dtype]} "
+                f"{path}: {name}: bytes {start:,} to {end:,} found; shape {shape} in {DTYPE_NAMES[dtype]} "
                 f"needs {size:,} bytes from {expected:,}"
             )
         expected = end
@@ -200,7 +200,7 @@ def write_safetensors(file: Writer, tensors: list[tuple[str, torch.Tensor, bool]
     for name, tensor, transpose in tensors:
         shape = list(reversed(tensor.shape) if transpose else tensor.shape)
         end = start + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
         start = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)

@@ -87,6 +87,7 @@ def _model(settings: Settings, pretrained: GPT | None, tokenizer: Tokenizer | No
         if rates:
             model = GPT(pretrained.config.replace(**rates))
             model.load_state_dict(pretrained.state_dict())
+            model.take_settings(pretrained)
         model.tokenizer = tokenizer or pretrained.tokenizer
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise SettingsError(

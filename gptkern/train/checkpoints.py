@@ -55,7 +55,7 @@ def plain_model(model: GPT) -> GPT:
         setattr(copy.get_submodule(owner), leaf, nn.Parameter(value))
     if model.config.tie_word_embeddings:
         copy.lm_head.weight = copy.transformer.wte.weight
-    copy.tokenizer = model.tokenizer
+    copy.take_settings(model)
     return copy
 
 
@@ -166,7 +166,7 @@ def export(objective: nn.Module, folder: Path, group: Processes) -> None:
         write_safetensors(packed, [(name, tensor, False) for name, tensor in weights.items()])
         labels = json.dumps(getattr(objective, "labels", [])).encode()
         beside = {"classifier.safetensors": packed.getvalue(), "labels.json": labels}
-    save(copy, copy.config, folder, copy.tokenizer, max_shard_size="5GB", beside=beside)
+    save(copy, folder, max_shard_size="5GB", beside=beside)
 
 
 def _read_notes(folder: Path) -> Checkpoint:
