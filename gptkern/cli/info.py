@@ -38,7 +38,7 @@ def info(
         table.add_row(name, terminal.visible(value))
     table.add_section()
     kept = facts["quantization"]
-    how = "" if kept is None else f": linear layers in {kept['format']}, quantised by gptkern"
+    how = "" if kept is None else f", linear layers in {kept['format']}"
     table.add_row("weights as stored", f"{readable(facts['stored_bytes'])}{how}")
     table.add_row("parameters", f"{facts['parameters']:,}")
     table.add_row("without embeddings", f"{facts['parameters_without_embeddings']:,}")
