@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -257,6 +258,31 @@ def test_dtypes(stored: torch.dtype, asked: torch.dtype | None, hf: GPT2LMHeadMo
         assert parameter.dtype == (asked or stored)
         assert parameter.is_contiguous()
         assert torch.equal(parameter, expected[name].to(asked or stored)), name
+
+
+def test_float64(tmp_path: Path) -> None:
+    """Computed in float64, and drawn from logits in fp32, as in transformers."""
+    hf = reference(initializer_range=0.4, pad_token_id=0).double()
+    hf.save_pretrained(tmp_path)
+    model, theirs = opened_by_both(tmp_path)
+    assert model.dtype == theirs.dtype == torch.float64
+    ids = torch.randint(VOCAB, (2, 8))
+    assert_same_model(model, theirs, 1e-12)
+    options: dict[str, Any]
+    for options in ({"do_sample": False}, {"num_beams": 3}, {"do_sample": False, "repetition_penalty": 1.3}):
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, **options)
+        assert torch.equal(model.generate(ids, max_new_tokens=6, **options), expected)
+    sampling: dict[str, Any] = {"do_sample": True, "top_p": 0.9, "seed": 3, "max_new_tokens": 6}
+    drawn = model.generate(ids, **sampling)
+    score = model.score([[1, 2, 3]])[0]
+    single = GPT.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(drawn, single.generate(ids, **sampling))
+    assert score.total == pytest.approx(single.score([[1, 2, 3]])[0].total, abs=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    assert_same_model(GPT.from_pretrained(tmp_path / "again"), model, 0.0)
+    for weights in ("int8", "fp8", "int4"):
+        quantized = GPT.from_pretrained(tmp_path, weights=weights)
+        assert quantized.generate(ids, max_new_tokens=2).shape == (2, 10)
 
 
 def test_mixed_dtypes_are_kept_exactly(hf: GPT2LMHeadModel, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ class Picker:
         """Choose from ``(rows, vocab_size)`` logits."""
         if self._rules:
             self._follow_rules()
-        return self._noted(self._numbers, sample(logits, self._params, state=self._state))
+        return self._noted(self._numbers, _draw(logits, self._params, self._state))
 
     def check(self) -> None:
         """Look whether every draw since the last look could be made. To be called when all are done.
@@ -137,7 +137,7 @@ class Picker:
             heads = [draft[:index] for draft in drafts for index in range(len(draft) + 1)]
             _count(state.counts, heads)
         rows = [self._numbers[owner] for owner in owners]
-        return self._noted(rows, sample(logits, params, state=replace(state, workspace=None)))
+        return self._noted(rows, _draw(logits, params, replace(state, workspace=None)))
 
     def advance(self, tokens: Sequence[Sequence[int]]) -> None:
         """Count what came of ``verify``, each row's tokens."""
@@ -180,6 +180,13 @@ class Picker:
             return None
         filled = [[*row, *[filling] * (width - len(row))] for row in rows]
         return torch.tensor(filled, dtype=dtype, device=self._device)
+
+
+def _draw(logits: torch.Tensor, params: SamplingParams, state: SamplerState) -> Sampled:
+    """Choose in at most fp32, as transformers does: the sampler takes no float64."""
+    if logits.dtype == torch.float64:
+        logits = logits.float()
+    return sample(logits, params, state=state)
 
 
 def _count(counts: torch.Tensor, tokens: Sequence[Sequence[int]]) -> None:
