@@ -23,13 +23,14 @@ from gptkern import ops
 from gptkern.as_built import untouched
 from gptkern.attend import Attend, DenseAttend, PackedAttend
 from gptkern.checkpoint.generation import of_config
-from gptkern.checkpoint.load import check_quantization, check_vocabulary, load, open_checkpoint
+from gptkern.checkpoint.load import check_quantization, load, open_checkpoint
 from gptkern.checkpoint.locate import EMBEDDED, locate
 from gptkern.checkpoint.save import save
 from gptkern.config import GPTConfig
 from gptkern.ops.linear.reference import ACTIVATIONS
 from gptkern.quantize import Quantization, QuantizedLinear, quantize_model
 from gptkern.tokenizer import Tokenizer
+from gptkern.tokenizer.beside import tokenizer_for
 
 if TYPE_CHECKING:
     from gptkern.cache import KVCache
@@ -223,6 +224,7 @@ class GPT(nn.Module):
         revision: str | None = None,
         local_files_only: bool = False,
         check_finite: bool = False,
+        tokenizer: Tokenizer | str | Path | None = None,
         weights: str | None = None,
         group_size: int | None = None,
         zero_point: bool | None = None,
@@ -237,6 +239,9 @@ class GPT(nn.Module):
             revision: Branch, tag or commit of a hub id.
             local_files_only: Take a hub id from the cache only, as HF_HUB_OFFLINE=1 does.
             check_finite: Refuse weights that are NaN or infinite.
+            tokenizer: Its tokenizer, or where that is: a folder, a ``tokenizer.json`` or a hub id. None takes
+                the one beside the checkpoint: of nanoGPT's files also ``meta.pkl``, of files with GPT-2's
+                vocabulary also GPT-2's from the hub's cache, with a warning.
             weights: ``"int8"``, ``"fp8"`` or ``"int4"`` keeps the linear layers so; None as the checkpoint
                 has them. One that ``gptkern quantize`` wrote is quantised already.
             group_size, zero_point: Of int4: inputs that share a scale (128, 64 or 32; the largest that
@@ -249,9 +254,7 @@ class GPT(nn.Module):
         """
         path = locate(path_or_hub_id, revision=revision, local_files_only=local_files_only)
         contents = open_checkpoint(path)
-        tokenizer = Tokenizer.find(path) if path.is_dir() else None
-        if tokenizer is not None:
-            check_vocabulary(path, contents.config, tokenizer.vocab_size)
+        found_tokenizer = tokenizer_for(contents, tokenizer, local_files_only=local_files_only)
         wanted = None
         if weights is not None:
             wanted = Quantization.make(contents.config, weights, group_size, zero_point)
@@ -267,7 +270,7 @@ class GPT(nn.Module):
         if contents.generation_config is not None:
             model.generation_config = contents.generation_config
         model.config_extras = contents.extras
-        model.tokenizer = tokenizer
+        model.tokenizer = found_tokenizer
         return model
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:

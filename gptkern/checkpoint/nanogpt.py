@@ -68,6 +68,15 @@ def _read_config(path: Path, model_args: Any) -> GPTConfig:
     return config
 
 
+def read_data_set(path: Path) -> str | None:
+    """The name of the data set that a ``ckpt.pt`` was trained on; None where it does not say."""
+    checkpoint = read_torch(path, '{"model": c["model"], "model_args": c["model_args"]}')
+    settings = checkpoint.get("config") if isinstance(checkpoint, dict) else None
+    name = settings.get("dataset") if isinstance(settings, dict) else None
+    plain = isinstance(name, str) and name.isprintable() and name == Path(name).name and name != ".."
+    return name if isinstance(name, str) and plain and name else None
+
+
 def read_meta(path: Path) -> dict[str, int]:
     """The ids of the characters, from the ``meta.pkl`` beside a character-level data set.
 

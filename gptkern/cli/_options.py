@@ -33,6 +33,13 @@ Model = Annotated[
         help="A transformers folder, a nanoGPT .pt, an llm.c .bin, a hub id, or the embedded model.",
     ),
 ]
+TokenizerPath = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        help="Folder, tokenizer.json or hub id of the tokenizer; by default the one beside the model.",
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU where there is one.")
 ]
@@ -153,8 +160,14 @@ Seed = Annotated[
 Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; repeatable.")]
 
 
-def load(model: str, device: str | None, dtype: DType | None, weights: Format | None = None) -> GPT:
-    """The model, on its device."""
+def load(
+    model: str,
+    device: str | None,
+    dtype: DType | None,
+    weights: Format | None = None,
+    tokenizer: str | None = None,
+) -> GPT:
+    """The model, on its device, with its tokenizer."""
     import torch
 
     from gptkern.model import GPT
@@ -162,7 +175,11 @@ def load(model: str, device: str | None, dtype: DType | None, weights: Format | 
     on = chosen_device(device)
     kind = None if dtype is None else getattr(torch, dtype.value)
     return GPT.from_pretrained(
-        model, device=on, dtype=kind, weights=None if weights is None else weights.value
+        model,
+        device=on,
+        dtype=kind,
+        tokenizer=tokenizer,
+        weights=None if weights is None else weights.value,
     )
 
 
@@ -254,6 +271,7 @@ def tokenizer_of(gpt: GPT) -> Tokenizer:
     """
     if gpt.tokenizer is None:
         raise ValueError(
-            "the model has no tokenizer beside it (tokenizer.json, or vocab.json and merges.txt)"
+            "the model has no tokenizer beside it (tokenizer.json, or vocab.json and merges.txt): "
+            "name one by --tokenizer"
         )
     return gpt.tokenizer

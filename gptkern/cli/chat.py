@@ -43,6 +43,7 @@ class Transcript:
 
 def chat(
     model: o.Model = "embedded",
+    tokenizer: o.TokenizerPath = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Most new tokens of one answer.")
     ] = 100,
@@ -80,7 +81,7 @@ def chat(
 
     - `gptkern chat --model gpt2-xl --system "A talk between a student and a patient teacher."`
     """
-    gpt = o.load(model, device, dtype, weights)
+    gpt = o.load(model, device, dtype, weights, tokenizer)
     options = o.generation(
         gpt,
         {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95},

@@ -30,6 +30,7 @@ def generate(
         typer.Option("--file", "-f", help="Read the prompt from a file.", exists=True, dir_okay=False),
     ] = None,
     model: o.Model = "embedded",
+    tokenizer: o.TokenizerPath = None,
     max_new_tokens: o.MaxNewTokens = None,
     min_new_tokens: o.MinNewTokens = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations to make.")] = 1,
@@ -75,7 +76,7 @@ def generate(
     that a model writes are spelled out (`\\x1b`); pipes and files get them as they are.
     """
     text = _prompt(prompt, file)
-    gpt = o.load(model, device, dtype, weights)
+    gpt = o.load(model, device, dtype, weights, tokenizer)
     fallback = {
         "do_sample": True,
         "temperature": 0.8,

@@ -18,6 +18,7 @@ DEFAULT_TOKENS = 32
 def profile(
     prompt: Annotated[str, typer.Argument(help="The text whose continuation is measured.")],
     model: o.Model = "embedded",
+    tokenizer: o.TokenizerPath = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens to measure.")] = DEFAULT_TOKENS,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace (chrome://tracing).")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Operators to list.")] = 12,
@@ -43,7 +44,7 @@ def profile(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    gpt = o.load(model, device, dtype, weights)
+    gpt = o.load(model, device, dtype, weights, tokenizer)
     ids = o.tokenizer_of(gpt).encode(prompt)
     if not ids:
         raise typer.BadParameter("the prompt is empty")

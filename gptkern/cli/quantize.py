@@ -42,6 +42,7 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model that --out holds already.")
     ] = False,
+    tokenizer: o.TokenizerPath = None,
     dtype: o.Dtype = None,
     device: o.Device = None,
 ) -> None:
@@ -64,7 +65,7 @@ def quantize(
 
     _check_out(out, model, overwrite)
     body = None if text is None else terminal.read_text(text)
-    gpt = o.load(model, device, dtype)
+    gpt = o.load(model, device, dtype, tokenizer=tokenizer)
     quantization = Quantization.make(gpt.config, weights.value, group_size, zero_point)
     ids = [] if body is None else _ids(gpt, text, body, text_tokens)
     before = _bytes(gpt)
@@ -79,7 +80,9 @@ def quantize(
         task = progress.add_task("perplexity", total=2 * len(ids))
         quantised = _perplexity(gpt, ids, lambda tokens: progress.advance(task, tokens))
         del gpt
-        original = _perplexity(o.load(model, device, dtype), ids, lambda n: progress.advance(task, n))
+        original = _perplexity(
+            o.load(model, device, dtype, tokenizer=tokenizer), ids, lambda n: progress.advance(task, n)
+        )
     change = quantised / original - 1
     print(f"perplexity {quantised:.4f}, {original:.4f} before ({change:+.2%}), of {len(ids):,} tokens")
 
