@@ -10,6 +10,9 @@ enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // Sums of 2^44-scaled weights must stay below 2^63.
 constexpr int kMaxVocab = 1 << 19;
 
+// Ids are sorted by so many bits. The best tokens of a row and their log-softmax may be asked of as many tokens.
+constexpr int kIdBits = 24;
+
 struct RowParams {
     double temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff;
     double repetition_penalty, presence_penalty, frequency_penalty, min_new_tokens, n_logprobs;
@@ -75,9 +78,9 @@ struct SampleArguments {
     int32_t* status;              // (batch)
     float* probs;                 // (batch, vocab): write the distribution instead of drawing, or null
 
-    const int64_t* draft_tokens;  // (batch, positions - 1): speculation, or null
+    int64_t* accepted;            // (batch): how many drafted tokens were accepted; null: no speculation
+    const int64_t* draft_tokens;  // (batch, positions - 1), whose address may be null where that is empty
     const float* draft_probs;     // (batch, positions - 1, vocab) or null: the draft is certain
-    int64_t* accepted;            // (batch): how many drafted tokens were accepted
     Commit commit;
 };
 

@@ -1,23 +1,24 @@
-// gptkern._C: raw pointers, sizes and a stream handle, no torch. gptkern.ops.sample checks what it passes.
+// gptkern._C: tensors in, checked here (tensor.h), so that no call from Python reads or writes outside of one.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <climits>
+#include <memory>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "cuda_path.h"
 #include "decoder.h"
 #include "isa.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 
 namespace gptkern {
 namespace {
-
-template <class T>
-T* at(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 const CpuPath& best_cpu_path() {
 #ifdef GPTKERN_X86
@@ -40,78 +41,323 @@ void use_cpu_path(const std::string& name) {
     }
 }
 
-using Address = std::uintptr_t;
+using Maybe = py::object;  // a tensor or None
 
+constexpr int kMostThreads = 1024;
+constexpr int kMostVocabTopK = 1 << kIdBits;
+static_assert(sizeof(RowParams) == 12 * sizeof(double) && sizeof(RowCounter) == 3 * sizeof(int64_t));
+
+DType logits_type(const Gate& gate, const char* name, const Tensor& logits) {
+    if (logits.kind > Kind::kBFloat16) {
+        throw py::type_error(std::string(name) + " are of another dtype; float32, float16 and bfloat16 are accepted");
+    }
+    const int last = logits.dims - 1;
+    if (logits.shape[last] > 1 && logits.stride[last] != 1) gate.refuse(name, logits, "a contiguous last dimension");
+    static_assert(static_cast<int>(Kind::kBFloat16) == static_cast<int>(DType::kBFloat16));
+    return static_cast<DType>(logits.kind);
+}
+
+// (batch, n) ids, padded with -1.
+IdLists id_lists(Gate& gate, const char* name, const Maybe& object, int batch) {
+    if (object.is_none()) return {};
+    const Tensor ids = gate.dense(name, object, Kind::kInt32, {batch, kAny});
+    return {reinterpret_cast<const int32_t*>(ids.data), gate.number(name, ids.shape[1], 0, INT_MAX)};
+}
+
+std::uintptr_t workspace_of(Gate& gate, const Maybe& workspace, int64_t rows, int64_t vocab) {
+    if (!gate.on_cuda()) return 0;
+    const Tensor memory = gate.dense("workspace", workspace, Kind::kUInt8, {kAny});
+    if (memory.shape[0] < static_cast<int64_t>(cuda_workspace_bytes(rows, vocab))) {
+        gate.refuse("workspace", memory, "one of workspace_bytes(rows, vocab)");
+    }
+    return reinterpret_cast<std::uintptr_t>(memory.data);
+}
+
+int first_bad(const int32_t* status, int rows) {
+    for (int row = 0; row < rows; ++row) {
+        if (status[row] != kOk) return row;
+    }
+    return -1;
+}
+
+// Samples, verifies drafts (where there is ``accepted``) or writes distributions (where there is ``probs``).
 // Returns the first row that could not be sampled, or -1; on CUDA the statuses are on the device, and
 // nothing is waited for.
-int sample(bool on_cuda, Address stream, Address workspace, int threads, int commit, int dtype, int batch,
-           int positions, int vocab, int64_t row_stride, int64_t position_stride, int logprobs, Address logits,
-           Address params, Address counters, Address counts, Address bias_ids, Address bias_values, int n_bias,
-           Address banned_ids, int n_banned, Address eos_ids, int n_eos, Address bitmask, int64_t bitmask_words,
-           Address tokens, Address token_logprobs, Address top_tokens, Address top_logprobs, Address status,
-           Address probs, Address draft_tokens, Address draft_probs, Address accepted) {
+int sample(const py::object& logits, const py::object& values, const Maybe& bias_ids, const Maybe& bias_values,
+           const Maybe& banned_ids, const Maybe& eos_ids, const Maybe& bitmask, const py::object& counters,
+           const Maybe& counts, const py::object& status, const Maybe& tokens, int64_t width, const Maybe& logprobs,
+           const Maybe& top_tokens, const Maybe& top_logprobs, const Maybe& probs, const Maybe& draft_tokens,
+           const Maybe& draft_probs, const Maybe& accepted, int commit, int64_t threads, std::uintptr_t stream,
+           const Maybe& workspace) {
+    Gate gate("sample");
     SampleArguments a{};
-    a.logits = at<const void>(logits);
-    a.row_stride = row_stride;
-    a.position_stride = position_stride;
-    a.dtype = static_cast<DType>(dtype);
-    a.batch = batch;
-    a.positions = positions;
-    a.vocab = vocab;
-    a.params = at<const RowParams>(params);
-    a.counters = at<RowCounter>(counters);
-    a.counts = at<int32_t>(counts);
-    a.bias = {at<const int32_t>(bias_ids), n_bias};
-    a.banned = {at<const int32_t>(banned_ids), n_banned};
-    a.eos = {at<const int32_t>(eos_ids), n_eos};
-    a.bias_values = at<const float>(bias_values);
-    a.bitmask = at<const int32_t>(bitmask);
-    a.bitmask_words = bitmask_words;
-    a.logprobs = logprobs;
-    a.tokens = at<int64_t>(tokens);
-    a.token_logprobs = at<float>(token_logprobs);
-    a.top_tokens = at<int64_t>(top_tokens);
-    a.top_logprobs = at<float>(top_logprobs);
-    a.status = at<int32_t>(status);
-    a.probs = at<float>(probs);
-    a.draft_tokens = at<const int64_t>(draft_tokens);
-    a.draft_probs = at<const float>(draft_probs);
-    a.accepted = at<int64_t>(accepted);
-    a.commit = static_cast<Commit>(commit);
-    if (batch == 0) return -1;
-    if (on_cuda) {
-        cuda_sample(a, workspace, stream);
+    const bool speculates = !accepted.is_none(), writes_probs = !probs.is_none();
+    const Tensor rows = gate.tensor("logits", logits, speculates ? 3 : 2);
+    a.dtype = logits_type(gate, "logits", rows);
+    a.logits = rows.data;
+    a.row_stride = rows.stride[0];
+    a.position_stride = speculates ? rows.stride[1] : 0;
+    a.batch = gate.number("the batch", rows.shape[0], 0, INT_MAX);
+    a.positions = speculates ? gate.number("the positions", rows.shape[1], 1, INT_MAX) : 1;
+    a.vocab = gate.number("the vocabulary", rows.shape[rows.dims - 1], 1, kMaxVocab);
+    const int64_t batch = a.batch;
+    a.params = reinterpret_cast<const RowParams*>(gate.dense<double>("values", values, {batch, 12}));
+    a.counters = reinterpret_cast<RowCounter*>(gate.dense<int64_t>("counters", counters, {batch, 3}));
+    a.counts = gate.dense_or_none<int32_t>("counts", counts, {batch, a.vocab});
+    a.bias = id_lists(gate, "bias_ids", bias_ids, a.batch);
+    if (bias_ids.is_none() != bias_values.is_none()) gate.refuse("bias_ids and bias_values must be given together");
+    a.bias_values = gate.dense_or_none<float>("bias_values", bias_values, {batch, a.bias.width});
+    a.banned = id_lists(gate, "banned_ids", banned_ids, a.batch);
+    a.eos = id_lists(gate, "eos_ids", eos_ids, a.batch);
+    if (!bitmask.is_none()) {
+        const Tensor mask = gate.dense("bitmask", bitmask, Kind::kInt32, {batch, kAny});
+        if (mask.shape[1] < (a.vocab + 31) / 32) gate.refuse("bitmask", mask, "a bit of each token");
+        a.bitmask = reinterpret_cast<const int32_t*>(mask.data);
+        a.bitmask_words = mask.shape[1];
+    }
+    a.status = gate.dense<int32_t>("status", status, {batch});
+    a.logprobs = -1;
+    if (writes_probs) {
+        a.probs = gate.dense<float>("probs", probs, {batch, a.vocab});
+        if (speculates) gate.refuse("probs and accepted are not to be had together");
+    } else {
+        a.tokens = speculates ? gate.dense<int64_t>("tokens", tokens, {batch, a.positions})
+                              : gate.dense<int64_t>("tokens", tokens, {batch});
+    }
+    if (!writes_probs && !speculates && width >= 0) {
+        a.logprobs = gate.number("width", width, 0, INT_MAX);
+        a.token_logprobs = gate.dense<float>("logprobs", logprobs, {batch});
+        a.top_tokens = gate.dense<int64_t>("top_tokens", top_tokens, {batch, width});
+        a.top_logprobs = gate.dense<float>("top_logprobs", top_logprobs, {batch, width});
+    }
+    const int most_commit = static_cast<int>(gate.on_cuda() ? Commit::kOnly : Commit::kYes);
+    a.commit = static_cast<Commit>(gate.number("commit", commit, 0, most_commit));
+    if (speculates) {
+        a.accepted = gate.dense<int64_t>("accepted", accepted, {batch});
+        if (a.commit != Commit::kOnly) {
+            a.draft_tokens = gate.dense<int64_t>("draft_tokens", draft_tokens, {batch, a.positions - 1});
+            a.draft_probs = gate.dense_or_none<float>("draft_probs", draft_probs, {batch, a.positions - 1, a.vocab});
+        }
+    }
+    const std::uintptr_t memory = workspace_of(gate, workspace, a.batch, a.vocab);
+    const int members = gate.number("threads", threads, 1, kMostThreads);
+    if (a.batch == 0) return -1;
+    const py::gil_scoped_release others_run;
+    if (gate.on_cuda()) {
+        cuda_sample(a, memory, stream);
         return -1;
     }
-    cpu->sample(a, threads);
-    for (int row = 0; row < batch; ++row) {
-        if (a.status[row] != kOk) return row;
-    }
-    return -1;
+    cpu->sample(a, members);
+    return first_bad(a.status, a.batch);
 }
 
-int top_k(bool on_cuda, Address stream, Address workspace, int threads, int dtype, int rows, int vocab,
-          int64_t row_stride, int k, Address logits, Address tokens, Address logprobs, Address status) {
-    const TopKArguments a{at<const void>(logits), row_stride, static_cast<DType>(dtype), rows, vocab, k,
-                          at<int64_t>(tokens), at<float>(logprobs), at<int32_t>(status)};
-    if (rows == 0) return -1;
-    if (on_cuda) {
-        cuda_top_k(a, workspace, stream);
+int top_k(const py::object& logits, int64_t k, const py::object& tokens, const py::object& logprobs,
+          const py::object& status, int64_t threads, std::uintptr_t stream, const Maybe& workspace) {
+    Gate gate("top_k");
+    TopKArguments a{};
+    const Tensor rows = gate.tensor("logits", logits, 2);
+    a.dtype = logits_type(gate, "logits", rows);
+    a.logits = rows.data;
+    a.row_stride = rows.stride[0];
+    a.rows = gate.number("the rows", rows.shape[0], 0, INT_MAX);
+    a.vocab = gate.number("the vocabulary", rows.shape[1], 1, kMostVocabTopK);
+    a.k = gate.number("k", k, 0, a.vocab);
+    a.tokens = gate.dense<int64_t>("tokens", tokens, {a.rows, k});
+    a.logprobs = gate.dense<float>("logprobs", logprobs, {a.rows, k});
+    a.status = gate.dense<int32_t>("status", status, {a.rows});
+    const std::uintptr_t memory = workspace_of(gate, workspace, a.rows, a.vocab);
+    const int members = gate.number("threads", threads, 1, kMostThreads);
+    if (a.rows == 0) return -1;
+    const py::gil_scoped_release others_run;
+    if (gate.on_cuda()) {
+        cuda_top_k(a, memory, stream);
         return -1;
     }
-    cpu->top_k(a, threads);
-    for (int row = 0; row < rows; ++row) {
-        if (a.status[row] != kOk) return row;
-    }
-    return -1;
+    cpu->top_k(a, members);
+    return first_bad(a.status, a.rows);
 }
 
-void decode(Decoder& decoder, Address k, Address v, int64_t block_stride, int64_t page_stride, int64_t slot_stride,
-            int page_size, Address table, int64_t table_stride, Address lengths, Address tokens, int rows,
-            Address logits, int threads) {
-    const CpuCache cache{at<void>(k),  at<void>(v), block_stride, page_stride, slot_stride, page_size,
-                         at<const int32_t>(table), table_stride, at<const int32_t>(lengths)};
-    decoder.step(cache, at<const int64_t>(tokens), rows, at<void>(logits), threads);
+// A model's tensors on their way to a Decoder: each checked, and kept.
+class Weights {
+public:
+    using Norm = std::tuple<py::object, Maybe>;           // weight, bias
+    using Linear = std::tuple<py::object, Maybe, Maybe>;  // weight, bias, scales of int8 weights
+    using Block = std::tuple<Norm, Norm, Linear, Linear, Linear, Linear>;
+
+    Gate gate{"Decoder"};
+    Kind kind = Kind::kOther;
+    std::vector<HeldTensor> held;
+
+    // A matrix with dense rows, of embeddings.
+    Tensor rows(const char* name, const py::object& object) {
+        const Tensor matrix = gate.tensor(name, object, 2);
+        if (matrix.shape[1] > 1 && matrix.stride[1] != 1) gate.refuse(name, matrix, "a matrix of contiguous rows");
+        keep(name, matrix);
+        return matrix;
+    }
+
+    CpuNorm norm(const Norm& given, int64_t width, float eps) {
+        const auto& [weight, bias] = given;
+        return {vector("the weight of a norm", weight, width), vector("the bias of a norm", bias, width), eps};
+    }
+
+    CpuLinear linear(const Linear& given, int64_t outs, int64_t in) {
+        const auto& [weight, bias, scales] = given;
+        const bool packed = !scales.is_none();
+        const Tensor w = gate.tensor("a weight", weight, 2);
+        const bool by_outs = in == 1 || w.stride[1] == 1, by_ins = outs == 1 || w.stride[0] == 1;
+        if (w.shape[0] != outs || w.shape[1] != in || !(by_outs || (by_ins && !packed))) {
+            const int64_t needed[] = {outs, in};
+            gate.refuse("a weight", w, "shape " + shape_of(needed, 2) + " with one dimension contiguous");
+        }
+        if (packed && w.kind != Kind::kInt8) gate.refuse("a weight", w, "int8, as it has scales,");
+        packed ? hold(w) : keep("a weight", w);
+        CpuLinear layer{};
+        layer.weight = w.data;
+        layer.bias = vector("a bias", bias, outs);
+        layer.outs = static_cast<int>(outs);
+        layer.in = static_cast<int>(in);
+        layer.stride = w.stride[by_outs ? 0 : 1];
+        layer.turned = !by_outs;
+        if (packed) {
+            layer.scales = gate.dense<float>("the scales of a weight", scales, {outs});
+            held.emplace_back(scales);
+        }
+        return layer;
+    }
+
+private:
+    void hold(const Tensor& tensor) { held.emplace_back(tensor.object); }
+
+    void keep(const char* name, const Tensor& tensor) {
+        if (tensor.kind != Kind::kFloat32 && tensor.kind != Kind::kBFloat16) {
+            gate.refuse(name, tensor, "float32 or bfloat16");
+        }
+        if (kind == Kind::kOther) kind = tensor.kind;
+        if (tensor.kind != kind) gate.refuse(name, tensor, std::string(name_of(kind)) + ", as are the embeddings,");
+        if (gate.on_cuda()) gate.refuse(name, tensor, "a tensor on the CPU");
+        hold(tensor);
+    }
+
+    const void* vector(const char* name, const Maybe& object, int64_t length) {
+        if (object.is_none()) return nullptr;
+        const Tensor found = gate.dense(name, object, kind, {length});
+        keep(name, found);
+        return found.data;
+    }
+};
+
+// A Decoder with the tensors that it points at, and the places in modules from which they were taken.
+class HoldingDecoder {
+public:
+    HoldingDecoder(int64_t heads, int64_t activation, bool post_norm, float eps, const py::object& tokens,
+                   const py::object& positions, const std::vector<Weights::Block>& blocks,
+                   const std::vector<float>& scales, const std::optional<Weights::Norm>& final_norm,
+                   const Weights::Linear& head, const std::vector<std::pair<py::dict, py::str>>& owners)
+        : decoder_(built(heads, activation, post_norm, eps, tokens, positions, blocks, scales, final_norm, head)) {
+        for (const auto& [dictionary, key] : owners) entries_.emplace_back(dictionary, key);
+    }
+
+    // False, with nothing done, where weights have moved or been replaced since this was made.
+    bool step(const py::object& k, const py::object& v, const py::object& page_table, const py::object& lengths,
+              const py::object& tokens, const py::object& logits, int64_t threads) {
+        for (const HeldEntry& entry : entries_) {
+            if (entry.replaced()) return false;
+        }
+        for (const HeldTensor& tensor : held_) {
+            if (tensor.moved()) return false;
+        }
+        Gate gate("GPT");
+        const CpuModel& m = decoder_->model();
+        const Kind kind = m.dtype == DType::kFloat32 ? Kind::kFloat32 : Kind::kBFloat16;
+        const Tensor keys = cached(gate, "the cache's k", k, kind), values = cached(gate, "the cache's v", v, kind);
+        for (int i = 0; i < keys.dims; ++i) {
+            if (keys.stride[i] != values.stride[i] || keys.shape[i] != values.shape[i]) {
+                gate.refuse("the cache's v", values, "the shape and the strides of its k");
+            }
+        }
+        const int64_t rows = gate.tensor("tokens", tokens, 1).shape[0];
+        const Tensor table = gate.tensor("page_table", page_table, 2), held = gate.tensor("lengths", lengths, 1);
+        if (table.kind != Kind::kInt32 || table.shape[0] < rows || (table.shape[1] > 1 && table.stride[1] != 1)) {
+            gate.refuse("page_table", table, "int32, a contiguous row of each token,");
+        }
+        if (held.kind != Kind::kInt32 || held.shape[0] < rows || !held.contiguous()) {
+            gate.refuse("lengths", held, "int32, one of each token, contiguous,");
+        }
+        const CpuCache cache{keys.data, values.data, keys.stride[0], keys.stride[1], keys.stride[2], keys.shape[1],
+                             gate.number("the page size", keys.shape[2], 1, INT_MAX),
+                             reinterpret_cast<const int32_t*>(table.data), table.shape[1], table.stride[0],
+                             reinterpret_cast<const int32_t*>(held.data)};
+        const auto* const ids = gate.dense<int64_t>("tokens", tokens, {rows});
+        char* const out = gate.dense("logits", logits, kind, {rows, m.vocab}).data;
+        const int count = gate.number("the rows", rows, 0, 1 << 16);
+        const int members = gate.number("threads", threads, 1, kMostThreads);
+        const py::gil_scoped_release others_run;
+        decoder_->step(cache, ids, count, out, members);
+        return true;
+    }
+
+private:
+    Tensor cached(Gate& gate, const char* name, const py::object& object, Kind kind) const {
+        const CpuModel& m = decoder_->model();
+        const Tensor found = gate.tensor(name, object, 5);
+        const bool dense = (m.head_dim == 1 || found.stride[4] == 1) && (m.heads == 1 || found.stride[3] == m.head_dim);
+        if (gate.on_cuda() || found.kind != kind || found.shape[0] != m.blocks || found.shape[3] != m.heads ||
+            found.shape[4] != m.head_dim || !dense) {
+            const int64_t needed[] = {m.blocks, kAny, kAny, m.heads, m.head_dim};
+            gate.refuse(name, found, std::string(name_of(kind)) + " of shape " + shape_of(needed, 5) +
+                                         " on the CPU, its last two dimensions contiguous,");
+        }
+        return found;
+    }
+
+    std::unique_ptr<Decoder> built(int64_t heads, int64_t activation, bool post_norm, float eps,
+                                   const py::object& tokens, const py::object& positions,
+                                   const std::vector<Weights::Block>& blocks, const std::vector<float>& scales,
+                                   const std::optional<Weights::Norm>& final_norm, const Weights::Linear& head) {
+        Weights weights;
+        Gate& gate = weights.gate;
+        const Tensor wte = weights.rows("the token embeddings", tokens), wpe = weights.rows("the positions", positions);
+        const int64_t width = wte.shape[1], vocab = wte.shape[0];
+        if (wpe.shape[1] != width) gate.refuse("the positions", wpe, "a matrix as wide as the token embeddings");
+        if (scales.size() != blocks.size()) gate.refuse("scales must be one of each block");
+        if (post_norm == final_norm.has_value()) gate.refuse("either final_norm or post_norm is needed");
+        CpuModel model{};
+        model.dtype = weights.kind == Kind::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
+        model.width = gate.number("the width", width, 1, INT_MAX / 4);
+        model.vocab = gate.number("the vocabulary", vocab, 1, INT_MAX / 4);
+        model.n_positions = gate.number("the context", wpe.shape[0], 1, INT_MAX / 4);
+        model.heads = gate.number("heads", heads, 1, width);
+        model.activation = static_cast<Activation>(gate.number("activation", activation, 0, 3));
+        model.post_norm = post_norm;
+        model.tokens = wte.data;
+        model.token_stride = wte.stride[0];
+        model.positions = wpe.data;
+        model.position_stride = wpe.stride[0];
+        std::vector<CpuBlock> made;
+        for (size_t i = 0; i < blocks.size(); ++i) {
+            const auto& [norm1, norm2, qkv, projection, fc, out] = blocks[i];
+            const int64_t inner = gate.tensor("a weight", std::get<0>(fc), 2).shape[0];
+            if (i == 0) model.inner = gate.number("the inner width", inner, 1, INT_MAX / 4);
+            made.push_back({weights.norm(norm1, width, eps), weights.norm(norm2, width, eps),
+                            weights.linear(qkv, 3 * width, width), weights.linear(projection, width, width),
+                            weights.linear(fc, model.inner, width), weights.linear(out, width, model.inner),
+                            scales[i]});
+        }
+        if (final_norm.has_value()) model.final_norm = weights.norm(*final_norm, width, eps);
+        model.head = weights.linear(head, vocab, width);
+        held_ = std::move(weights.held);
+        return std::make_unique<Decoder>(model, std::move(made));
+    }
+
+    std::vector<HeldEntry> entries_;
+    std::vector<HeldTensor> held_;
+    std::unique_ptr<Decoder> decoder_;
+};
+
+size_t workspace_bytes(int64_t rows, int64_t vocab) {
+    const Gate gate("workspace_bytes");
+    return cuda_workspace_bytes(gate.number("rows", rows, 0, INT_MAX), gate.number("vocab", vocab, 0, kMostVocabTopK));
 }
 
 std::pair<uint64_t, uint64_t> uniforms(int64_t seed, int64_t request, int64_t step) {
@@ -125,20 +371,32 @@ std::pair<uint64_t, uint64_t> uniforms(int64_t seed, int64_t request, int64_t st
 
 PYBIND11_MODULE(_C, module) {
     using namespace gptkern;
-    const auto free_threads = py::call_guard<py::gil_scoped_release>();
     module.doc() = "gptkern's sampler (gptkern.ops.sample) and the CPU's decode step (gptkern.generate.cpu_step).";
     module.attr("has_cuda") = kHasCuda;
     module.attr("cuda_archs") = kCudaArchs;
     module.attr("max_vocab") = kMaxVocab;
-    module.def("sample", &sample, free_threads);
-    module.def("top_k", &top_k, free_threads);
-    module.def("workspace_bytes", &cuda_workspace_bytes, "Bytes that the CUDA path needs for (rows, vocab).");
+    module.attr("max_vocab_top_k") = kMostVocabTopK;
+    const py::kw_only named;
+    const auto optional = [](const char* name) { return py::arg(name) = py::none(); };
+    module.def("sample", &sample, py::arg("logits"), named, py::arg("values"), optional("bias_ids"),
+               optional("bias_values"), optional("banned_ids"), optional("eos_ids"), optional("bitmask"),
+               py::arg("counters"), optional("counts"), py::arg("status"), optional("tokens"), py::arg("width") = -1,
+               optional("logprobs"), optional("top_tokens"), optional("top_logprobs"), optional("probs"),
+               optional("draft_tokens"), optional("draft_probs"), optional("accepted"), py::arg("commit"),
+               py::arg("threads"), py::arg("stream") = 0, optional("workspace"));
+    module.def("top_k", &top_k, py::arg("logits"), py::arg("k"), named, py::arg("tokens"), py::arg("logprobs"),
+               py::arg("status"), py::arg("threads"), py::arg("stream") = 0, optional("workspace"));
+    module.def("workspace_bytes", &workspace_bytes, "Bytes that the CUDA path needs for (rows, vocab).");
     module.attr("has_decoder") = decoder_supported();
-    py::class_<Decoder>(module, "Decoder", "A model for the CPU's decode step: csrc/decoder.h.")
-        .def(py::init<int, int, int, int, int, int, bool, float, const std::vector<std::vector<int64_t>>&,
-                      const std::vector<float>&, const std::vector<int64_t>&, const std::vector<int64_t>&,
-                      const std::vector<int64_t>&>())
-        .def("step", &decode, free_threads, "One token of every sequence: csrc/decode_cpu.h.");
+    py::class_<HoldingDecoder>(module, "Decoder", "A model for the CPU's decode step: csrc/decoder.h.")
+        .def(py::init<int64_t, int64_t, bool, float, const py::object&, const py::object&,
+                      const std::vector<Weights::Block>&, const std::vector<float>&,
+                      const std::optional<Weights::Norm>&, const Weights::Linear&,
+                      const std::vector<std::pair<py::dict, py::str>>&>(),
+             named, py::arg("heads"), py::arg("activation"), py::arg("post_norm"), py::arg("eps"), py::arg("tokens"),
+             py::arg("positions"), py::arg("blocks"), py::arg("scales"), py::arg("final_norm"), py::arg("head"), py::arg("owners") = std::vector<std::pair<py::dict, py::str>>{})
+        .def("step", &HoldingDecoder::step, py::arg("k"), py::arg("v"), py::arg("page_table"), py::arg("lengths"),
+             py::arg("tokens"), py::arg("logits"), py::arg("threads"), "One token of every sequence; false where weights moved.");
     module.def("decode_path", [] { return cpu_decode_path()->name; });
     module.def("use_decode_path", &use_cpu_decode_path, "Chooses it by name, for tests that compare them.");
     module.def("uniforms", &uniforms, "The two 64-bit uniforms of (seed, request, step).");

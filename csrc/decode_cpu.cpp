@@ -375,7 +375,6 @@ size_t floats(const CpuModel& model, int rows, int longest, int threads) {
 }
 
 void run(const CpuDecode& call, int threads) {
-    const Call held;
     const Places places(*call.model, call.rows, call.longest, threads);
     Team team{&call, &places, {}};
     team.barrier.threads = threads;

@@ -35,13 +35,13 @@ struct CpuBlock {
 
 struct CpuModel {
     DType dtype;  // of the cache, and of all weights that are not int8: fp32 or bf16
-    int blocks, width, heads, head_dim, inner, vocab;
+    int blocks, width, heads, head_dim, inner, vocab, n_positions;
     Activation activation;
     bool post_norm;  // norms follow a branch (GPT-1) instead of preceding it
     const CpuBlock* block;
     CpuNorm final_norm;
     CpuLinear head;
-    const void *tokens, *positions;  // embeddings, (vocab, width) and (positions, width)
+    const void *tokens, *positions;  // embeddings, (vocab, width) and (n_positions, width)
     int64_t token_stride, position_stride;
 };
 
@@ -49,10 +49,10 @@ struct CpuModel {
 // in elements, the same for both.
 struct CpuCache {
     void *k, *v;
-    int64_t block_stride, page_stride, slot_stride;
+    int64_t block_stride, page_stride, slot_stride, pages;
     int page_size;
-    const int32_t* table;  // (rows, pages)
-    int64_t table_stride;
+    const int32_t* table;  // (rows, table_width): pages
+    int64_t table_width, table_stride;
     const int32_t* lengths;  // (rows,): tokens held before this one
 };
 
@@ -70,7 +70,7 @@ struct CpuDecode {
 struct CpuDecodePath {
     const char* name;
     size_t (*floats)(const CpuModel&, int rows, int longest, int threads);
-    void (*run)(const CpuDecode&, int threads);
+    void (*run)(const CpuDecode&, int threads);  // a Call must be held
 };
 
 #ifdef GPTKERN_X86

@@ -12,20 +12,26 @@ namespace gptkern {
 
 class Decoder {
 public:
-    // Each of ``blocks``: weight and bias of norm1 and of norm2, then of qkv, projection, fc and out
-    // seven numbers as in CpuLinear. ``embeddings``: tokens, their stride, positions, their stride.
-    Decoder(int dtype, int width, int heads, int inner, int vocab, int activation, bool post_norm, float eps,
-            const std::vector<std::vector<int64_t>>& blocks, const std::vector<float>& scales,
-            const std::vector<int64_t>& embeddings, const std::vector<int64_t>& final_norm,
-            const std::vector<int64_t>& head);
+    // ``blocks`` are the model's; its own pointer to them, and what follows from the rest, need not be set. Throws
+    // std::invalid_argument for sizes that are not a model's.
+    Decoder(const CpuModel& model, std::vector<CpuBlock> blocks);
     Decoder(const Decoder&) = delete;
     Decoder& operator=(const Decoder&) = delete;
 
+    const CpuModel& model() const { return model_; }
+
+    // Throws std::invalid_argument, having written nothing, for a token that the vocabulary lacks, and for a
+    // sequence that is longer than the context or whose pages the cache lacks.
     void step(const CpuCache& cache, const int64_t* tokens, int rows, void* logits, int threads);
 
 private:
+    // The call's tokens, lengths and pages, checked. Copied, as whoever owns them may change them meanwhile.
+    CpuCache copied(const CpuCache& cache, const int64_t* tokens, int rows);
+
     std::vector<CpuBlock> blocks_;
     CpuModel model_;
+    std::vector<int64_t> tokens_;
+    std::vector<int32_t> lengths_, table_;
     struct Free {
         void operator()(float* memory) const { std::free(memory); }
     };

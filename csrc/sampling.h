@@ -481,10 +481,17 @@ struct LogSoftmax {
 template <class Team>
 GPTKERN_HD LogSoftmax log_softmax(Team& team, uint32_t vocab, const Extremes& e, const float* raw) {
     const float v_max = from_order_key(e.max_key);
-    uint64_t total = 0;
-    team.for_each(vocab, [&](uint32_t i) { total += weight_of(halvings(v_max, raw[i], kLog2E)); });
-    const double relative = static_cast<double>(team.sum(total)) / static_cast<double>(kMaxWeight);
-    return {v_max, std::log(relative)};
+    // In halves: their sums fit where that of more than kMaxVocab weights would not.
+    uint64_t high = 0, low = 0;
+    team.for_each(vocab, [&](uint32_t i) {
+        const uint64_t weight = weight_of(halvings(v_max, raw[i], kLog2E));
+        high += weight >> 32;
+        low += weight & 0xFFFFFFFFu;
+    });
+    high = team.sum(high);
+    low = team.sum(low);
+    const double total = static_cast<double>(high) * 0x1p32 + static_cast<double>(low);
+    return {v_max, std::log(total / static_cast<double>(kMaxWeight))};
 }
 
 // The n most likely tokens of the raw row, most likely first, ties by lower id; padded with -1.
@@ -543,10 +550,13 @@ GPTKERN_HD void count(const SampleArguments& a, int64_t row, int64_t token, int3
     if (a.counts != nullptr) a.counts[row * a.vocab + token] += change;
 }
 
-// Advances the row's state by the tokens it was given.
+// Advances the row's state by the tokens it was given; where they were given by a caller they may be anything.
 GPTKERN_HD void commit_row(const SampleArguments& a, int64_t row) {
     const int64_t drawn = a.accepted != nullptr ? a.accepted[row] + 1 : 1;
-    for (int64_t i = 0; i < drawn; ++i) count(a, row, a.tokens[row * a.positions + i], 1);
+    for (int64_t i = 0; i < drawn && i < a.positions; ++i) {
+        const int64_t token = a.tokens[row * a.positions + i];
+        if (token >= 0 && token < a.vocab) count(a, row, token, 1);
+    }
     a.counters[row].step += drawn;
 }
 

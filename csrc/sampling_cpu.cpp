@@ -96,7 +96,7 @@ void sample(const SampleArguments& asked, int threads) {
     SampleArguments a = asked;
     a.commit = Commit::kNo;
     over_rows(a.batch, a.vocab, threads, [&](CpuTeam& team, int row, const Buffers& buffers) {
-        if (a.draft_tokens != nullptr) {
+        if (a.accepted != nullptr) {
             speculate_row(team, a, row, buffers);
         } else {
             sample_row(team, a, row, buffers);

@@ -116,7 +116,7 @@ void cuda_sample(const SampleArguments& a, std::uintptr_t workspace, std::uintpt
         check(cudaGetLastError());
         return;
     }
-    launch(a.draft_tokens != nullptr ? speculate_kernel : sample_kernel, a, a.batch, workspace, stream);
+    launch(a.accepted != nullptr ? speculate_kernel : sample_kernel, a, a.batch, workspace, stream);
 }
 
 void cuda_top_k(const TopKArguments& a, std::uintptr_t workspace, std::uintptr_t stream) {

@@ -17,8 +17,7 @@ inline namespace GPTKERN_ISA {
 constexpr int kCoarseBins = 2048;
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
-constexpr int kIdBits = 24;
-static_assert(kMaxVocab <= 1 << kIdBits, "an id must fit its digits");
+static_assert(kIdBits % kDigitBits == 0 && kMaxVocab <= 1 << kIdBits, "an id must fit its digits");
 
 // Where a histogram's running sum passes the target: the bin, and the sum before it.
 struct CoarseCrossing {

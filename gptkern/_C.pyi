@@ -1,61 +1,51 @@
-"""The extension: raw addresses and sizes. gptkern.ops.sample checks what it passes on."""
+"""The extension. It takes tensors and checks them: what does not fit raises TypeError or ValueError."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
 
 has_cuda: bool
 cuda_archs: str
 max_vocab: int
+max_vocab_top_k: int
 
 def sample(
-    on_cuda: bool,
-    stream: int,
-    workspace: int,
-    threads: int,
+    logits: Tensor,
+    *,
+    values: Tensor,
+    bias_ids: Tensor | None = None,
+    bias_values: Tensor | None = None,
+    banned_ids: Tensor | None = None,
+    eos_ids: Tensor | None = None,
+    bitmask: Tensor | None = None,
+    counters: Tensor,
+    counts: Tensor | None = None,
+    status: Tensor,
+    tokens: Tensor | None = None,
+    width: int = -1,
+    logprobs: Tensor | None = None,
+    top_tokens: Tensor | None = None,
+    top_logprobs: Tensor | None = None,
+    probs: Tensor | None = None,
+    draft_tokens: Tensor | None = None,
+    draft_probs: Tensor | None = None,
+    accepted: Tensor | None = None,
     commit: int,
-    dtype: int,
-    batch: int,
-    positions: int,
-    vocab: int,
-    row_stride: int,
-    position_stride: int,
-    logprobs: int,
-    logits: int,
-    params: int,
-    counters: int,
-    counts: int,
-    bias_ids: int,
-    bias_values: int,
-    n_bias: int,
-    banned_ids: int,
-    n_banned: int,
-    eos_ids: int,
-    n_eos: int,
-    bitmask: int,
-    bitmask_words: int,
-    tokens: int,
-    token_logprobs: int,
-    top_tokens: int,
-    top_logprobs: int,
-    status: int,
-    probs: int,
-    draft_tokens: int,
-    draft_probs: int,
-    accepted: int,
-    /,
+    threads: int,
+    stream: int = 0,
+    workspace: Tensor | None = None,
 ) -> int: ...
 def top_k(
-    on_cuda: bool,
-    stream: int,
-    workspace: int,
-    threads: int,
-    dtype: int,
-    rows: int,
-    vocab: int,
-    row_stride: int,
+    logits: Tensor,
     k: int,
-    logits: int,
-    tokens: int,
-    logprobs: int,
-    status: int,
-    /,
+    *,
+    tokens: Tensor,
+    logprobs: Tensor,
+    status: Tensor,
+    threads: int,
+    stream: int = 0,
+    workspace: Tensor | None = None,
 ) -> int: ...
 def workspace_bytes(rows: int, vocab: int, /) -> int: ...
 def uniforms(seed: int, request: int, step: int, /) -> tuple[int, int]: ...
@@ -68,38 +58,32 @@ has_decoder: bool
 def decode_path() -> str: ...
 def use_decode_path(name: str, /) -> None: ...
 
+Norm = tuple[Tensor, Tensor | None]
+Linear = tuple[Tensor, Tensor | None, Tensor | None]
+
 class Decoder:
     def __init__(
         self,
-        dtype: int,
-        width: int,
+        *,
         heads: int,
-        inner: int,
-        vocab: int,
         activation: int,
         post_norm: bool,
         eps: float,
-        blocks: list[list[int]],
-        scales: list[float],
-        embeddings: list[int],
-        final_norm: list[int],
-        head: list[int],
-        /,
+        tokens: Tensor,
+        positions: Tensor,
+        blocks: Sequence[tuple[Norm, Norm, Linear, Linear, Linear, Linear]],
+        scales: Sequence[float],
+        final_norm: Norm | None,
+        head: Linear,
+        owners: Sequence[tuple[dict[str, Any], str]] = ...,
     ) -> None: ...
     def step(
         self,
-        k: int,
-        v: int,
-        block_stride: int,
-        page_stride: int,
-        slot_stride: int,
-        page_size: int,
-        table: int,
-        table_stride: int,
-        lengths: int,
-        tokens: int,
-        rows: int,
-        logits: int,
+        k: Tensor,
+        v: Tensor,
+        page_table: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        logits: Tensor,
         threads: int,
-        /,
-    ) -> None: ...
+    ) -> bool: ...

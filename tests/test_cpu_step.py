@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import gptkern
 from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
 from gptkern.generate import cpu_step, executor
@@ -215,13 +218,257 @@ def test_weights_that_change_in_place_are_what_the_next_step_reads() -> None:
     assert not torch.equal(before, after)
 
 
+def _assign(model: GPT) -> None:
+    model.load_state_dict({name: value * 1.01 for name, value in model.state_dict().items()}, assign=True)
+
+
+def _give_data(model: GPT) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.01
+
+
+def _replace_layer(model: GPT) -> None:
+    first = model.transformer.h[0]
+    first.mlp.c_fc = copy.deepcopy(first.mlp.c_fc)
+    with torch.no_grad():
+        first.mlp.c_fc.weight.mul_(1.1)
+
+
+def _transpose_in_place(model: GPT) -> None:
+    for block in model.transformer.h:
+        _turn(block.mlp.c_fc)
+
+
+FOLLOWED: dict[str, Any] = {
+    "load_state_dict(assign=True)": _assign,
+    "p.data =": _give_data,
+    "share_memory": lambda model: model.share_memory(),
+    "quantize_model": lambda model: quantize_model(model, Quantization.make(model.config, "int8")),
+    "a layer replaced": _replace_layer,
+    "weights turned": _transpose_in_place,
+    "to and back": lambda model: model.bfloat16().float(),
+}
+REFUSED: dict[str, Any] = {
+    "to(bfloat16)": lambda model: model.to(torch.bfloat16),
+    "double": lambda model: model.double(),
+    "half": lambda model: model.half(),
+    "to(meta)": lambda model: model.to("meta"),
+    "fp8": lambda model: quantize_model(model, Quantization.make(model.config, "fp8")),
+}
+
+
+@pytest.mark.parametrize("how", FOLLOWED)
+def test_weights_that_move_between_passes_are_followed(how: str) -> None:
+    model = _model(PLAIN, torch.float32, False)
+    with torch.inference_mode():
+        cache = _filled(model, 2, None)
+        step = CpuStep(model, cache)
+        step(_tokens(2, 0, PLAIN))
+    FOLLOWED[how](model)
+    # What is freed is soon written by others.
+    junk = [
+        torch.full((n,), torch.nan)
+        for n in (96, 288, 96 * 96, 96 * 288, 96 * 384, 130 * 96)
+        for _ in range(9)
+    ]
+    with torch.inference_mode():
+        found = step(_tokens(2, 1, PLAIN))
+        for sequence, length in zip(cache.sequences, [8, 7], strict=True):
+            cache.truncate(sequence, length)
+        expected = CpuStep(model, cache)(_tokens(2, 1, PLAIN))
+    del junk
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_weights_that_no_longer_fit_are_refused_by_name(how: str) -> None:
+    model = _model(PLAIN, torch.float32, False)
+    with torch.inference_mode():
+        cache = _filled(model, 2, None)
+        step = CpuStep(model, cache)
+        step(_tokens(2, 0, PLAIN))
+    REFUSED[how](model)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match="GPT: weights changed while generation was under way: the CPU"),
+    ):
+        step(_tokens(2, 1, PLAIN))
+    assert cache.lengths == [8, 7]
+
+
+@pytest.mark.parametrize("how", FOLLOWED | REFUSED)
+def test_an_open_stream_goes_on_or_is_refused_by_name(how: str) -> None:
+    """Whatever happens to the weights between two pieces: no memory is read that is gone."""
+    model = _model(PLAIN, torch.float32, False)
+    model.tokenizer = gptkern.Tokenizer.bytes()
+    stream = model.stream("ab", max_new_tokens=12)
+    next(stream)
+    (FOLLOWED | REFUSED)[how](model)
+    if how in FOLLOWED:
+        list(stream)
+    else:
+        with pytest.raises(RuntimeError, match="GPT: weights changed while"):
+            list(stream)
+
+
+def test_a_storage_that_was_freed_is_refused() -> None:
+    model = _model(PLAIN, torch.float32, False)
+    with torch.inference_mode():
+        cache = _filled(model, 1, None)
+        step = CpuStep(model, cache)
+    model.transformer.h[1].mlp.c_fc.weight.untyped_storage().resize_(0)
+    with torch.inference_mode(), pytest.raises(ValueError, match="a storage that holds all of it"):
+        step(_tokens(1, 0, PLAIN))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_tokens_of_any_integer_dtype_are_the_same_tokens(dtype: torch.dtype) -> None:
+    model = _model(PLAIN, torch.float32, False)
+    logits = []
+    for kind in (torch.int64, dtype):
+        with torch.inference_mode():
+            logits.append(CpuStep(model, _filled(model, 3, 4))(torch.tensor([5, 99, 127]).to(kind)))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.complex64])
+def test_tokens_that_are_no_whole_numbers_are_refused(dtype: torch.dtype) -> None:
+    model = _model(PLAIN, torch.float32, False)
+    cache = _filled(model, 1, None)
+    with torch.inference_mode(), pytest.raises(TypeError, match=f"tokens are {dtype}; whole numbers"):
+        CpuStep(model, cache)(torch.ones(1).to(dtype))
+    assert cache.lengths == [7]
+
+
+def _places(**other: Any) -> dict[str, torch.Tensor]:
+    given = {
+        "tokens": torch.tensor([1, 2]),
+        "page_table": torch.tensor([[0, 1, 2], [3, 4, 5]], dtype=torch.int32),
+        "lengths": torch.tensor([3, 4], dtype=torch.int32),
+    }
+    return given | other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.tensor([1, 10**9])}, r"tokens\[1\] is 1000000000; 0 <= token < 130"),
+        ({"tokens": torch.tensor([[1, 2]])}, "tokens is int64 of shape \\(1, 2\\)"),
+        ({"lengths": torch.tensor([3, 64], dtype=torch.int32)}, "64 tokens, the model's whole context of 64"),
+        ({"lengths": torch.tensor([3, 2**31 - 1], dtype=torch.int32)}, "the model's whole context of 64"),
+        ({"lengths": torch.tensor([3, -1], dtype=torch.int32)}, "a sequence has -1 tokens"),
+        ({"lengths": torch.tensor([3, 12], dtype=torch.int32)}, "its 3 pages of 4 hold no more"),
+        ({"lengths": torch.tensor([3], dtype=torch.int32)}, "lengths is int32 of shape"),
+        ({"lengths": torch.tensor([3, 4])}, "lengths is int64"),
+        ({"lengths": torch.zeros(4, dtype=torch.int32)[::2]}, "lengths is int32 of shape .*strides"),
+        ({"page_table": torch.full((2, 3), 10**6, dtype=torch.int32)}, "names a page that the cache lacks"),
+        ({"page_table": torch.full((2, 3), -1, dtype=torch.int32)}, "names a page that the cache lacks"),
+        ({"page_table": torch.zeros(2, 3)}, "page_table is float32"),
+        ({"page_table": torch.zeros(1, 3, dtype=torch.int32)}, "page_table is int32 of shape \\(1, 3\\)"),
+        ({"page_table": torch.zeros(3, 2, dtype=torch.int32).t()}, "page_table is int32 .*strides"),
+    ],
+)
+def test_places_outside_of_the_cache_are_refused(change: dict[str, Any], message: str) -> None:
+    model = _model(PLAIN, torch.float32, False)
+    with torch.inference_mode():
+        cache = _filled(model, 2, 4)
+        before = cache.k.clone()
+        step = CpuStep(model, cache)
+        with pytest.raises(ValueError, match=message):
+            step.logits(**_places(**change))
+        assert torch.equal(cache.k, before)
+        step.logits(**_places())
+
+
+def _decoder(**change: Any) -> Any:
+    width, inner, vocab = 8, 16, 11
+    matrix, row = torch.zeros, lambda n: (torch.zeros(n), torch.zeros(n))
+    layers = [(3 * width, width), (width, width), (inner, width), (width, inner)]
+    block = (row(width), row(width), *((matrix(*shape), torch.zeros(shape[0]), None) for shape in layers))
+    given: dict[str, Any] = {
+        "heads": 2, "activation": 0, "post_norm": False, "eps": 1e-5, "tokens": matrix(vocab, width),
+        "positions": matrix(9, width), "blocks": [block, block], "scales": [1.0, 1.0],
+        "final_norm": row(width), "head": (matrix(vocab, width), None, None),
+    }  # fmt: skip
+    return _C.Decoder(**given | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"heads": 0},
+        {"heads": 3},
+        {"heads": -1},
+        {"heads": 2**40},
+        {"activation": 4},
+        {"blocks": [], "scales": []},
+        {"scales": [1.0]},
+        {"final_norm": None},
+        {"post_norm": True},
+        {"tokens": torch.zeros(0, 8)},
+        {"tokens": torch.zeros(11, 0)},
+        {"tokens": torch.zeros(8, 11).t()},
+        {"tokens": torch.zeros(11, 8, dtype=torch.float16)},
+        {"tokens": torch.zeros(11, 8, dtype=torch.bfloat16)},
+        {"tokens": torch.zeros(11, 8, device="meta")},
+        {"positions": torch.zeros(9, 7)},
+        {"positions": torch.zeros(0, 8)},
+        {"final_norm": (torch.zeros(7), None)},
+        {"final_norm": (torch.zeros(16)[::2], None)},
+        {"head": (torch.zeros(10, 8), None, None)},
+        {"head": (torch.zeros(22, 16)[::2, ::2], None, None)},
+        {"head": (torch.zeros(11, 8, dtype=torch.int8), None, None)},
+        {"head": (torch.zeros(11, 8, dtype=torch.int8), None, torch.zeros(10))},
+        {"head": (torch.zeros(11, 8), None, torch.zeros(11))},
+        {"head": (torch.zeros(11, 8), torch.zeros(12), None)},
+    ],
+    ids=str,
+)
+def test_what_is_no_decoder_is_refused(change: dict[str, Any]) -> None:
+    _decoder()
+    with pytest.raises((ValueError, TypeError), match=r"(Decoder|GPT): "):
+        _decoder(**change)
+
+
+def test_two_threads_may_share_one_step() -> None:
+    """Working memory is grown under the lock, so that nobody computes in what another has freed."""
+    model = _model(PLAIN, torch.float32, False)
+    with torch.inference_mode():
+        cache = _filled(model, 2, 4)
+        step = CpuStep(model, cache)
+        expected = {rows: CpuStep(model, cache).logits(**_rows_of(rows)) for rows in (1, 2, 13)}
+    wrong = []
+
+    def run() -> None:
+        with torch.inference_mode():
+            for rows in [1, 2, 13] * 20:
+                if not torch.equal(step.logits(**_rows_of(rows)), expected[rows]):
+                    wrong.append(rows)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def _rows_of(rows: int) -> dict[str, torch.Tensor]:
+    """So many rows at the start of a sequence each, whose pages nobody else reads."""
+    return {
+        "tokens": torch.arange(rows),
+        "page_table": torch.arange(rows, dtype=torch.int32)[:, None],
+        "lengths": torch.zeros(rows, dtype=torch.int32),
+    }
+
+
 def test_what_cannot_be_done_changes_nothing() -> None:
     model = _model(PLAIN.replace(n_positions=9), torch.float32, False)
     with torch.inference_mode():
         cache = _filled(model, 1, None)
         step = CpuStep(model, cache)
         for tokens in ([130], [-1]):
-            with pytest.raises(ValueError, match=rf"tokens are \[{tokens[0]}\]; 0 <= token < 130 is needed"):
+            with pytest.raises(ValueError, match=rf"tokens\[0\] is {tokens[0]}; 0 <= token < 130 is needed"):
                 step(torch.tensor(tokens))
         assert cache.lengths == [7]
         step(torch.tensor([1]))

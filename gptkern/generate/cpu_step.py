@@ -8,14 +8,13 @@ embeddings to the logits. Weights of int8 it widens in registers: half of bf16's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from gptkern.model import GPT, Block, Norm
-from gptkern.ops.sample._native import _C, DTYPES
+from gptkern.ops.sample._native import _C
 from gptkern.quantize import QuantizedLinear
 
 if TYPE_CHECKING:
@@ -23,50 +22,63 @@ if TYPE_CHECKING:
 
 # More rows are bound by arithmetic, of which PyTorch's products do more a second.
 MOST_ROWS = 16
+_WHOLE = frozenset(
+    getattr(torch, name)
+    for name in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
+)
 # csrc/decode_cpu.h
 _ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "relu": 2, "silu": 3}
 DTYPES_SERVED = (torch.float32, torch.bfloat16)
+
+
+def unserved(model: GPT, dtype: torch.dtype) -> str | None:
+    """Why the extension cannot read this model's weights beside a cache of ``dtype``; None where it can."""
+    parameters = list(model.parameters())
+    if len({(p.dtype, p.device.type) for p in parameters}) > 1:
+        return "the weights are of several dtypes or on several devices"
+    if model.device.type != "cpu":
+        return f"the CPU's decode step reads weights on the CPU; these are on {model.device}"
+    if model.dtype not in DTYPES_SERVED:
+        return f"the CPU's decode step takes float32 and bfloat16; the weights are {model.dtype}"
+    if dtype != model.dtype:
+        return f"the CPU's decode step keeps keys and values in the weights' {model.dtype}, not in {dtype}"
+    if model.quantization is not None and model.quantization.format != "int8":
+        return f"the CPU's decode step takes quantised weights as int8; these are {model.quantization.format}"
+    if not all(1 in p.stride() if p.dim() > 1 else p.is_contiguous() for p in parameters):
+        return "the CPU's decode step takes matrices whose rows or columns are contiguous"
+    if any(e.weight.stride(1) != 1 for e in (model.transformer.wte, model.transformer.wpe)):
+        return "the CPU's decode step takes embeddings whose rows are contiguous"
+    if model.quantization is not None and not all(b.is_contiguous() for b in model.buffers()):
+        return "the CPU's decode step takes quantised weights that are contiguous"
+    return None
 
 
 class CpuStep:
     """``model(tokens[:, None], cache=cache).logits[:, -1]``, faster.
 
     A row's logits are bitwise the same whatever else is in the batch, and with any number of threads.
+    Weights are read where they lie when a pass begins: what was changed in place, moved or replaced since
+    the last one is what the next one reads.
 
     Args:
-        model: One that ``executor.refused`` has no reason against. Its parameters may change, but must
-            stay in their places.
+        model: One that ``executor.refused`` has no reason against. Its weights may change and move.
         cache: Holds the prompts; every call takes each of its sequences one token on.
     """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
-        config, transformer = model.config, model.transformer
         self._model, self._cache = model, cache
-        blocks = list(transformer.h)
-        self._decoder = _C.Decoder(
-            DTYPES[cache.dtype],
-            config.n_embd,
-            config.n_head,
-            config.inner_dim,
-            config.vocab_size,
-            _ACTIVATIONS[config.activation],
-            config.post_norm,
-            config.layer_norm_epsilon,
-            [list(_block(block)) for block in blocks],
-            [config.attention_scale(layer) for layer in range(len(blocks))],
-            [
-                n
-                for e in (transformer.wte, transformer.wpe)
-                for n in (e.weight.data_ptr(), e.weight.stride(0))
-            ],
-            [0, 0] if transformer.ln_f is None else list(_norm(transformer.ln_f)),
-            list(_linear(model.lm_head)),
-        )
+        self._decoder = _decoder(model)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits ``(rows, vocab_size)`` after ``tokens`` ``(rows,)`` int64."""
+        """Logits ``(rows, vocab_size)`` after ``tokens`` ``(rows,)``, whole numbers of any dtype.
+
+        Raises:
+            TypeError: Tokens that are no whole numbers.
+            ValueError: A token outside the vocabulary, or a sequence at the end of the context; the cache
+                is as it was.
+            RuntimeError: The weights have been given a dtype or a device that this cannot serve.
+        """
         step = self._cache.extend([1] * tokens.shape[0])
-        self._check(tokens, max(step.lengths))
         logits = self.logits(tokens, self._cache.page_table, self._cache.seq_lens)
         step.commit()
         return logits
@@ -77,64 +89,60 @@ class CpuStep:
         Rows may be consecutive tokens of one sequence: each attends to those before it.
 
         Args:
-            tokens: ``(rows,)`` int64.
+            tokens: ``(rows,)``, whole numbers of any dtype.
             page_table: ``(rows or more, pages)`` int32, rows contiguous.
             lengths: ``(rows or more,)`` int32: what each row's sequence holds before its token.
         """
-        cache, rows, tokens = self._cache, tokens.shape[0], tokens.contiguous()
-        logits = torch.empty(rows, self._model.config.vocab_size, dtype=cache.dtype, device="cpu")
-        self._decoder.step(
-            cache.k.data_ptr(),
-            cache.v.data_ptr(),
-            *cache.k.stride()[:3],
-            cache.page_size,
-            page_table.data_ptr(),
-            page_table.stride(0),
-            lengths.data_ptr(),
-            tokens.data_ptr(),
-            rows,
-            logits.data_ptr(),
-            torch.get_num_threads(),
-        )
+        if tokens.dtype not in _WHOLE:
+            raise TypeError(f"GPT: tokens are {tokens.dtype}; whole numbers are accepted")
+        cache, tokens = self._cache, tokens.to(torch.int64).contiguous()
+        logits = torch.empty(tokens.shape[0], self._model.config.vocab_size, dtype=cache.dtype, device="cpu")
+        arguments = (cache.k, cache.v, page_table, lengths, tokens, logits, torch.get_num_threads())
+        while not self._decoder.step(*arguments):
+            reason = unserved(self._model, cache.dtype)
+            if reason is not None:
+                raise RuntimeError(f"GPT: weights changed while generation was under way: {reason}")
+            self._decoder = _decoder(self._model)
         return logits
 
-    def _check(self, tokens: torch.Tensor, longest: int) -> None:
-        config = self._model.config
-        if longest >= config.n_positions:
-            raise ValueError(
-                f"GPT: a sequence has {longest} tokens, the model's whole context of {config.n_positions}"
-            )
-        if not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
-            raise ValueError(f"GPT: tokens are {tokens.tolist()}; 0 <= token < {config.vocab_size} is needed")
 
-
-def _block(block: nn.Module) -> Iterator[int]:
-    """csrc/decoder.h"""
-    assert isinstance(block, Block)
-    for norm in (block.ln_1, block.ln_2):
-        yield from _norm(norm)
-    for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-        yield from _linear(layer)
-
-
-def _norm(norm: Norm) -> tuple[int, int]:
-    return norm.weight.data_ptr(), 0 if norm.bias is None else norm.bias.data_ptr()
-
-
-def _linear(layer: nn.Linear | QuantizedLinear) -> tuple[int, ...]:
-    bias = layer.bias
-    if isinstance(layer, QuantizedLinear):
-        values = layer.values
-        address = 0 if bias is None else bias.data_ptr()
-        return values.data_ptr(), address, *values.shape, values.stride(0), 0, layer.scales.data_ptr()
-    weight = layer.weight
-    # Weights of transformers' GPT-2 are kept the other way round, and come here as a view.
-    turned = weight.stride(1) != 1
-    return (
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        *weight.shape,
-        weight.stride(0 if not turned else 1),
-        int(turned),
-        0,
+def _decoder(model: GPT) -> Any:
+    """The extension's view of the model's weights where they lie now."""
+    config, transformer = model.config, model.transformer
+    blocks = list(transformer.h)
+    return _C.Decoder(
+        heads=config.n_head,
+        activation=_ACTIVATIONS[config.activation],
+        post_norm=config.post_norm,
+        eps=config.layer_norm_epsilon,
+        tokens=transformer.wte.weight,
+        positions=transformer.wpe.weight,
+        blocks=[_block(block) for block in blocks],
+        scales=[config.attention_scale(layer) for layer in range(len(blocks))],
+        final_norm=None if transformer.ln_f is None else _norm(transformer.ln_f),
+        head=_linear(model.lm_head),
+        owners=[
+            (entries, name)
+            for module in model.modules()
+            for entries in (module._modules, module._parameters, module._buffers)
+            for name in entries
+        ],
     )
+
+
+def _block(block: nn.Module) -> tuple[tuple[torch.Tensor | None, ...], ...]:
+    assert isinstance(block, Block)
+    layers = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+    return _norm(block.ln_1), _norm(block.ln_2), *map(_linear, layers)
+
+
+def _norm(norm: Norm) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return norm.weight, norm.bias
+
+
+def _linear(
+    layer: nn.Linear | QuantizedLinear,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    if isinstance(layer, QuantizedLinear):
+        return layer.values, layer.bias, layer.scales
+    return layer.weight, layer.bias, None

@@ -15,7 +15,7 @@ from torch import nn
 
 from gptkern.as_built import Blueprint, Watch, forwards_of, own_method, skeleton, untouched
 from gptkern.decode import DecodeStep
-from gptkern.generate.cpu_step import DTYPES_SERVED, MOST_ROWS, CpuStep
+from gptkern.generate.cpu_step import MOST_ROWS, CpuStep, unserved
 from gptkern.model import GPT, LINEAR, MLP, NORM, Attention, Block, Norm, Transformer
 from gptkern.ops._dispatch import use_kernel
 from gptkern.ops.sample._native import _C
@@ -65,21 +65,7 @@ def _refused_by_cpu(model: GPT, dtype: torch.dtype) -> str | None:
         return "gptkern._C is not built"
     if not _C.has_decoder:
         return "the CPU's decode step needs AVX2, which this processor lacks"
-    parameters = list(model.parameters())
-    kinds = {(p.dtype, p.device.type) for p in parameters}
-    if len(kinds) > 1:
-        return "the weights are of several dtypes or on several devices"
-    if model.dtype not in DTYPES_SERVED:
-        return f"the CPU's decode step takes float32 and bfloat16; the weights are {model.dtype}"
-    if dtype != model.dtype:
-        return f"the CPU's decode step keeps keys and values in the weights' {model.dtype}, not in {dtype}"
-    if model.quantization is not None and model.quantization.format != "int8":
-        return f"the CPU's decode step takes quantised weights as int8; these are {model.quantization.format}"
-    if not all(p.dim() == 1 or 1 in p.stride() for p in parameters):
-        return "the CPU's decode step takes matrices whose rows or columns are contiguous"
-    if model.quantization is not None and not all(b.is_contiguous() for b in model.buffers()):
-        return "the CPU's decode step takes quantised weights that are contiguous"
-    return None
+    return unserved(model, dtype)
 
 
 def pays(model: GPT, rows: int, steps: int) -> bool:

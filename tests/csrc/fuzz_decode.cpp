@@ -31,7 +31,6 @@ public:
         }
     }
 
-    int64_t address() const { return reinterpret_cast<int64_t>(at_.get()); }
     void* get() const { return at_.get(); }
     bool same(const Numbers& other) const { return std::memcmp(at_.get(), other.at_.get(), bytes_) == 0; }
     void take(const Numbers& other) { std::memcpy(at_.get(), other.at_.get(), bytes_); }
@@ -51,34 +50,47 @@ class Random {
 public:
     explicit Random(const Shape& s) : s_(s) {}
 
-    std::vector<int64_t> linear(int outs, int in) {
-        if (between(0, 2) == 0) return bytes(outs, in);
-        const bool turned = between(0, 1);
-        const int64_t stride = (turned ? outs : in) + between(0, 3);
-        const size_t count = static_cast<size_t>(stride) * ((turned ? in : outs) - 1) + (turned ? outs : in);
-        return {numbers(count), between(0, 1) ? numbers(outs) : 0, outs, in, stride, turned, 0};
+    CpuLinear linear(int outs, int in) {
+        CpuLinear layer{};
+        layer.outs = outs;
+        layer.in = in;
+        const bool packed = between(0, 2) == 0;
+        layer.turned = !packed && between(0, 1);
+        layer.stride = (layer.turned ? outs : in) + between(0, 3);
+        const size_t count = static_cast<size_t>(layer.stride) * ((layer.turned ? in : outs) - 1) + (layer.turned ? outs : in);
+        if (packed) {
+            layer.weight = bytes(count);
+            layer.scales = scales(outs);
+        } else {
+            layer.weight = numbers(count);
+        }
+        if (between(0, 1)) layer.bias = numbers(outs);
+        return layer;
     }
 
-    // int8 weights and a scale of each output.
-    std::vector<int64_t> bytes(int outs, int in) {
-        const int64_t stride = in + between(0, 3);
-        const size_t count = static_cast<size_t>(stride) * (outs - 1) + in;
-        bytes_.emplace_back(new int8_t[count]);
-        for (size_t i = 0; i < count; ++i) bytes_.back()[i] = static_cast<int8_t>(between(-127, 127));
-        scales_.emplace_back(new float[outs]);
-        for (int i = 0; i < outs; ++i) scales_.back()[i] = 0.001f * static_cast<float>(between(1, 9));
-        return {reinterpret_cast<int64_t>(bytes_.back().get()), between(0, 1) ? numbers(outs) : 0, outs, in, stride, 0,
-                reinterpret_cast<int64_t>(scales_.back().get())};
+    CpuNorm norm() {
+        const void* const weight = numbers(s_.width);
+        return {weight, between(0, 1) ? numbers(s_.width) : nullptr, 1e-5f};
     }
 
-    std::vector<int64_t> norm() { return {numbers(s_.width), between(0, 1) ? numbers(s_.width) : 0}; }
-
-    int64_t numbers(size_t count) {
+    const void* numbers(size_t count) {
         kept_.push_back(std::make_unique<Numbers>(s_.dtype, count));
-        return kept_.back()->address();
+        return kept_.back()->get();
     }
 
 private:
+    const void* bytes(size_t count) {
+        bytes_.emplace_back(new int8_t[count]);
+        for (size_t i = 0; i < count; ++i) bytes_.back()[i] = static_cast<int8_t>(between(-127, 127));
+        return bytes_.back().get();
+    }
+
+    const float* scales(int outs) {
+        scales_.emplace_back(new float[outs]);
+        for (int i = 0; i < outs; ++i) scales_.back()[i] = 0.001f * static_cast<float>(between(1, 9));
+        return scales_.back().get();
+    }
+
     Shape s_;
     std::vector<std::unique_ptr<Numbers>> kept_;
     std::vector<std::unique_ptr<int8_t[]>> bytes_;
@@ -89,24 +101,28 @@ bool check(int threads) {
     const Shape s;
     Random random(s);
     const bool post_norm = between(0, 1);
-    std::vector<std::vector<int64_t>> blocks(s.blocks);
-    for (auto& block : blocks) {
-        const auto append = [&block](const std::vector<int64_t>& more) {
-            block.insert(block.end(), more.begin(), more.end());
-        };
-        append(random.norm());
-        append(random.norm());
-        append(random.linear(3 * s.width, s.width));
-        append(random.linear(s.width, s.width));
-        append(random.linear(s.inner, s.width));
-        append(random.linear(s.width, s.inner));
+    std::vector<CpuBlock> blocks;
+    for (int i = 0; i < s.blocks; ++i) {
+        blocks.push_back({random.norm(), random.norm(), random.linear(3 * s.width, s.width),
+                          random.linear(s.width, s.width), random.linear(s.inner, s.width),
+                          random.linear(s.width, s.inner), 0.1f});
     }
     const int capacity = s.page_size * s.pages;
-    Decoder decoder(static_cast<int>(s.dtype), s.width, s.heads, s.inner, s.vocab, between(0, 3), post_norm, 1e-5f,
-                    blocks, std::vector<float>(s.blocks, 0.1f),
-                    {random.numbers(static_cast<size_t>(s.vocab) * s.width), s.width,
-                     random.numbers(static_cast<size_t>(capacity) * s.width), s.width},
-                    post_norm ? std::vector<int64_t>{0, 0} : random.norm(), random.linear(s.vocab, s.width));
+    CpuModel model{};
+    model.dtype = s.dtype;
+    model.width = s.width;
+    model.heads = s.heads;
+    model.inner = s.inner;
+    model.vocab = s.vocab;
+    model.n_positions = capacity;
+    model.activation = static_cast<Activation>(between(0, 3));
+    model.post_norm = post_norm;
+    model.tokens = random.numbers(static_cast<size_t>(s.vocab) * s.width);
+    model.positions = random.numbers(static_cast<size_t>(capacity) * s.width);
+    model.token_stride = model.position_stride = s.width;
+    if (!post_norm) model.final_norm = random.norm();
+    model.head = random.linear(s.vocab, s.width);
+    Decoder decoder(model, blocks);
     const size_t slots = static_cast<size_t>(s.rows) * capacity;
     const size_t cached = s.blocks * slots * s.width;
     const Numbers k(s.dtype, cached), v(s.dtype, cached);
@@ -129,7 +145,7 @@ bool check(int threads) {
         results[which] = std::make_unique<Numbers>(s.dtype, static_cast<size_t>(s.rows) * s.vocab);
         const int64_t slot = s.width, page = slot * s.page_size;
         const CpuCache cache{keys[which]->get(), values.get(), static_cast<int64_t>(slots) * s.width, page, slot,
-                             s.page_size, table.data(), s.pages, lengths.data()};
+                             s.rows * s.pages, s.page_size, table.data(), s.pages, s.pages, lengths.data()};
         decoder.step(cache, tokens.data(), s.rows, results[which]->get(), which ? threads : 1);
     }
     return results[0]->same(*results[1]) && keys[0]->same(*keys[1]);

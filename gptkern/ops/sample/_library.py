@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from gptkern.ops.sample import _native
+from gptkern.ops.sample import _native, checks
 from gptkern.ops.sample.params import SamplerState, SamplingParams
 
 _library = torch.library.Library("gptkern", "FRAGMENT")
@@ -20,11 +22,14 @@ _library.define(
     "speculative_accept(Tensor draft_tokens, Tensor? draft_probs, Tensor target_logits, "
     f"{_PARAMS}, {_STATE}) -> (Tensor, Tensor, Tensor)"
 )
+_library.define(
+    f"sampling_probs(Tensor logits, {_PARAMS}, Tensor counters, Tensor? counts) -> (Tensor, Tensor)"
+)
 _library.define("top_k_rows(Tensor logits, int k) -> (Tensor, Tensor, Tensor)")
 
-Maybe = torch.Tensor | None
 Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Two = tuple[torch.Tensor, torch.Tensor]
 
 
 def sample_outputs(logits: torch.Tensor, logprobs: int) -> dict[str, torch.Tensor]:
@@ -37,6 +42,14 @@ def sample_outputs(logits: torch.Tensor, logprobs: int) -> dict[str, torch.Tenso
         "top_tokens": torch.empty(scored, width, dtype=torch.int64, device=device),
         "top_logprobs": torch.empty(scored, width, dtype=torch.float32, device=device),
         "status": torch.empty(batch, dtype=torch.int32, device=device),
+    }
+
+
+def probs_outputs(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Where distributions are written."""
+    return {
+        "probs": torch.empty(logits.shape, dtype=torch.float32, device=logits.device),
+        "status": torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device),
     }
 
 
@@ -61,72 +74,56 @@ def top_k_outputs(logits: torch.Tensor, k: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _sample(
-    logits: torch.Tensor,
-    values: torch.Tensor,
-    bias_ids: Maybe,
-    bias_values: Maybe,
-    banned_ids: Maybe,
-    eos_ids: Maybe,
-    bitmask: Maybe,
-    counters: torch.Tensor,
-    counts: Maybe,
-    logprobs: int,
-) -> Five:
+def _sample(logits: torch.Tensor, *rest: Any) -> Five:
+    params, state, logprobs = SamplingParams(*rest[:6]), SamplerState(*rest[6:8]), rest[8]
+    checks.rows("sample", logits, params, state)
     out = sample_outputs(logits, logprobs)
-    params = SamplingParams(values, bias_ids, bias_values, banned_ids, eos_ids, bitmask)
-    _native.sample(logits, params, SamplerState(counters, counts), logprobs, _native.COMMIT, **out)
+    if not _native.traced(logits):
+        _native.sample(logits, params, state, logprobs, _native.COMMIT, **out)
     return out["tokens"], out["logprobs"], out["top_tokens"], out["top_logprobs"], out["status"]
 
 
+def _probs(logits: torch.Tensor, *rest: Any) -> Two:
+    params, state = SamplingParams(*rest[:6]), SamplerState(*rest[6:])
+    checks.rows("sampling_probs", logits, params, state)
+    out = probs_outputs(logits)
+    if not _native.traced(logits):
+        _native.sample(logits, params, state, -1, _native.KEEP_STATE, **out)
+    return out["probs"], out["status"]
+
+
 def _accept(
-    draft_tokens: torch.Tensor,
-    draft_probs: Maybe,
-    target_logits: torch.Tensor,
-    values: torch.Tensor,
-    bias_ids: Maybe,
-    bias_values: Maybe,
-    banned_ids: Maybe,
-    eos_ids: Maybe,
-    bitmask: Maybe,
-    counters: torch.Tensor,
-    counts: Maybe,
+    draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None, target_logits: torch.Tensor, *rest: Any
 ) -> Three:
+    params, state = SamplingParams(*rest[:6]), SamplerState(*rest[6:])
+    op = "speculative_accept"
+    checks.rows(op, target_logits, params, state, dim=3)
+    checks.drafts(op, draft_tokens, draft_probs, target_logits)
     out = accept_outputs(target_logits)
-    params = SamplingParams(values, bias_ids, bias_values, banned_ids, eos_ids, bitmask)
-    state = SamplerState(counters, counts)
-    drafts = {"draft_tokens": draft_tokens, "draft_probs": draft_probs}
-    _native.sample(target_logits, params, state, -1, _native.COMMIT, **out, **drafts)  # type: ignore[arg-type]
+    if not _native.traced(target_logits):
+        drafts = {
+            "draft_tokens": draft_tokens.contiguous(),
+            "draft_probs": None if draft_probs is None else draft_probs.contiguous(),
+        }
+        _native.sample(target_logits, params, state, -1, _native.COMMIT, **out, **drafts)
     return out["tokens"], out["accepted"], out["status"]
 
 
 def _top_k_rows(logits: torch.Tensor, k: int) -> Three:
+    checks.best("top_k_rows", logits, k)
     out = top_k_outputs(logits, k)
-    _native.top_k(logits, k, **out)
+    if not _native.traced(logits):
+        _native.top_k(logits, k, **out)
     return out["tokens"], out["logprobs"], out["status"]
 
 
-for _backend in ("CPU", "CUDA"):
-    _library.impl("sample", _sample, _backend)
-    _library.impl("speculative_accept", _accept, _backend)
-    _library.impl("top_k_rows", _top_k_rows, _backend)
-
-
-@torch.library.register_fake("gptkern::sample")
-def _(logits: torch.Tensor, *rest: object) -> Five:
-    logprobs = rest[-1]
-    assert isinstance(logprobs, int)
-    out = sample_outputs(logits, logprobs)
-    return out["tokens"], out["logprobs"], out["top_tokens"], out["top_logprobs"], out["status"]
-
-
-@torch.library.register_fake("gptkern::speculative_accept")
-def _(draft_tokens: torch.Tensor, draft_probs: Maybe, target_logits: torch.Tensor, *rest: object) -> Three:
-    out = accept_outputs(target_logits)
-    return out["tokens"], out["accepted"], out["status"]
-
-
-@torch.library.register_fake("gptkern::top_k_rows")
-def _(logits: torch.Tensor, k: int) -> Three:
-    out = top_k_outputs(logits, k)
-    return out["tokens"], out["logprobs"], out["status"]
+# The fake kernel is the kernel without its last step: the same checks, the same outputs.
+for _name, _kernel in (
+    ("sample", _sample),
+    ("sampling_probs", _probs),
+    ("speculative_accept", _accept),
+    ("top_k_rows", _top_k_rows),
+):
+    for _backend in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _backend)
+    torch.library.register_fake(f"gptkern::{_name}", _kernel)

@@ -1,4 +1,4 @@
-"""The extension's calls: tensors in, addresses out. Whoever calls has checked the arguments."""
+"""The extension's calls. It checks what it is given; which argument is at fault, ``checks`` says better."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gptkern.ops import _dispatch, _launch
 from gptkern.ops.sample.params import SamplerState, SamplingParams
@@ -47,23 +48,26 @@ def serves(logits: torch.Tensor) -> bool:
     return False
 
 
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def traced(logits: torch.Tensor) -> bool:
+    """Whether nothing is to be computed, or not yet: tensors without memory, or a graph being traced."""
+    return torch.compiler.is_compiling() or isinstance(logits, FakeTensor) or logits.is_meta
 
 
-def _width(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.shape[1]
-
-
-def _stream_and_workspace(logits: torch.Tensor, rows: int, state: SamplerState | None) -> tuple[int, int]:
-    """What a call on CUDA needs besides its tensors; the workspace is kept in the state."""
+def _machine(logits: torch.Tensor, rows: int, state: SamplerState | None) -> dict[str, Any]:
+    """Threads, and what a call on CUDA needs besides its tensors; the workspace is kept in the state."""
+    threads = {"threads": torch.get_num_threads()}
+    if not logits.is_cuda:
+        return threads
     needed = _C.workspace_bytes(rows, logits.shape[-1])
     workspace = None if state is None else state.workspace
     if workspace is None or workspace.numel() < needed or workspace.device != logits.device:
         workspace = torch.empty(needed, dtype=torch.uint8, device=logits.device)
         if state is not None:
             state.workspace = workspace
-    return torch.cuda.current_stream(logits.device).cuda_stream, workspace.data_ptr()
+    return threads | {
+        "stream": torch.cuda.current_stream(logits.device).cuda_stream,
+        "workspace": workspace,
+    }
 
 
 def sample(
@@ -72,35 +76,28 @@ def sample(
     state: SamplerState,
     width: int,
     commit: int,
-    *,
-    status: torch.Tensor,
-    tokens: torch.Tensor | None = None,
-    logprobs: torch.Tensor | None = None,
-    top_tokens: torch.Tensor | None = None,
-    top_logprobs: torch.Tensor | None = None,
-    probs: torch.Tensor | None = None,
-    draft_tokens: torch.Tensor | None = None,
-    draft_probs: torch.Tensor | None = None,
-    accepted: torch.Tensor | None = None,
+    **out: torch.Tensor | None,
 ) -> int:
-    """Sample, verify drafts or write distributions: the first bad row on the CPU, -1 if none and on CUDA."""
-    on_cuda = logits.device.type == "cuda"
-    shape = logits.shape
-    stream, workspace = _stream_and_workspace(logits, shape[0], state) if on_cuda else (0, 0)
+    """Sample, verify drafts or write distributions: the first bad row on the CPU, -1 if none and on CUDA.
+
+    ``out`` are the tensors that ``_C.sample`` writes, and the drafts where there are any.
+    """
     with _launch.on_device(logits):
         bad: int = _C.sample(
-            on_cuda, stream, workspace, torch.get_num_threads(), commit,
-            DTYPES[logits.dtype], shape[0], 1 if len(shape) == 2 else shape[1], shape[-1],
-            logits.stride(0), 0 if len(shape) == 2 else logits.stride(1), width,
-            logits.data_ptr(), params.values.data_ptr(), state.counters.data_ptr(), _pointer(state.counts),
-            _pointer(params.bias_ids), _pointer(params.bias_values), _width(params.bias_ids),
-            _pointer(params.banned_ids), _width(params.banned_ids),
-            _pointer(params.eos_ids), _width(params.eos_ids),
-            _pointer(params.bitmask), _width(params.bitmask),
-            _pointer(tokens), _pointer(logprobs), _pointer(top_tokens), _pointer(top_logprobs),
-            status.data_ptr(), _pointer(probs),
-            _pointer(draft_tokens), _pointer(draft_probs), _pointer(accepted),
-        )  # fmt: skip
+            logits,
+            values=params.values,
+            bias_ids=params.bias_ids,
+            bias_values=params.bias_values,
+            banned_ids=params.banned_ids,
+            eos_ids=params.eos_ids,
+            bitmask=params.bitmask,
+            counters=state.counters,
+            counts=state.counts,
+            width=width,
+            commit=commit,
+            **out,
+            **_machine(logits, logits.shape[0], state),
+        )
     return bad
 
 
@@ -108,12 +105,13 @@ def top_k(
     logits: torch.Tensor, k: int, tokens: torch.Tensor, logprobs: torch.Tensor, status: torch.Tensor
 ) -> int:
     """The k most likely tokens of each row of ``logits`` ``(rows, vocab)``; returns as :func:`sample`."""
-    on_cuda = logits.device.type == "cuda"
-    rows, vocab = logits.shape
-    stream, workspace = _stream_and_workspace(logits, rows, None) if on_cuda else (0, 0)
     with _launch.on_device(logits):
         bad: int = _C.top_k(
-            on_cuda, stream, workspace, torch.get_num_threads(), DTYPES[logits.dtype], rows, vocab,
-            logits.stride(0), k, logits.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), status.data_ptr(),
-        )  # fmt: skip
+            logits,
+            k,
+            tokens=tokens,
+            logprobs=logprobs,
+            status=status,
+            **_machine(logits, logits.shape[0], None),
+        )
     return bad

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from gptkern.ops import _checks
-from gptkern.ops.sample import _library, _native, reference
+from gptkern.ops.sample import _library, _native, checks, reference
 from gptkern.ops.sample.params import SamplerState, SamplingParams, check_values
 
 
@@ -92,12 +92,12 @@ def sample(
             token id outside the vocabulary, tensors that do not fit.
         TypeError: A dtype that is not accepted.
     """
-    _check("sample", logits, params, state)
+    checks.rows("sample", logits, params, state)
     if rng not in ("philox", "torch"):
         raise ValueError(f"sample: rng is {rng!r}; accepted are 'philox' and 'torch'")
     if rng == "torch" or not _native.serves(logits):
         return _sample_reference(logits, params, state, rng)
-    if torch.compiler.is_compiling():
+    if _native.traced(logits):
         width = -1 if params.max_logprobs is None else params.max_logprobs
         out = torch.ops.gptkern.sample(logits, *_tensors(params), state.counters, state.counts, width)
         return _sampled(width, *out)
@@ -109,65 +109,18 @@ def sampling_probs(logits: torch.Tensor, params: SamplingParams, *, state: Sampl
 
     Arguments and errors are those of :func:`sample`. A row that cannot be sampled on CUDA is all 0.
     """
-    _check("sampling_probs", logits, params, state)
+    checks.rows("sampling_probs", logits, params, state)
     if not _native.serves(logits):
         return torch.softmax(_filtered(logits.double(), params, state), dim=-1).float()
-    probs = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    status = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
-    bad = _native.sample(logits, params, state, -1, _native.KEEP_STATE, status=status, probs=probs)
+    if _native.traced(logits):
+        probs: torch.Tensor
+        probs, _ = torch.ops.gptkern.sampling_probs(logits, *_tensors(params), state.counters, state.counts)
+        return probs
+    out = _library.probs_outputs(logits)
+    bad = _native.sample(logits, params, state, -1, _native.KEEP_STATE, **out)
     if bad >= 0:
-        _refuse("sampling_probs", logits, params, state, bad, int(status[bad]))
-    return probs
-
-
-def _check(op: str, logits: torch.Tensor, params: SamplingParams, state: SamplerState, dim: int = 2) -> None:
-    _checks.tensor(op, "logits", logits, dim=dim)
-    batch, vocab = logits.shape[0], logits.shape[-1]
-    if logits.dtype not in _native.DTYPES:
-        _checks.dtype(op, "logits", logits, _checks.KERNEL_FLOATS)
-    if logits.stride(-1) != 1:
-        _checks.last_dim_contiguous(op, "logits", logits)
-    if not 0 < vocab <= 2**19:
-        raise ValueError(f"{op}: logits have {vocab} tokens; 1 to 2**19 are accepted")
-    if params.values.shape[0] != batch or state.counters.shape[0] != batch:
-        raise ValueError(
-            f"{op}: logits have {batch} rows, params {params.values.shape[0]} and state "
-            f"{state.counters.shape[0]}; all must have the same number"
-        )
-    device = logits.device
-    for name, value in (
-        ("params.values", params.values),
-        ("params.bias_ids", params.bias_ids),
-        ("params.bias_values", params.bias_values),
-        ("params.banned_ids", params.banned_ids),
-        ("params.eos_ids", params.eos_ids),
-        ("params.bitmask", params.bitmask),
-        ("state.counters", state.counters),
-        ("state.counts", state.counts),
-    ):
-        if value is None:
-            continue
-        if value.device != device:
-            raise ValueError(
-                f"{op}: logits are on {device} and {name} on {value.device}; one device is needed"
-            )
-        if value.shape[0] != batch or not value.is_contiguous():
-            raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, strides {value.stride()}; "
-                             f"{batch} contiguous rows are needed")  # fmt: skip
-    _check_layout(op, params, state, vocab)
-
-
-def _check_layout(op: str, params: SamplingParams, state: SamplerState, vocab: int) -> None:
-    counts, bitmask = state.counts, params.bitmask
-    if counts is not None and (counts.dtype is not torch.int32 or counts.shape[1] != vocab):
-        raise ValueError(
-            f"{op}: state.counts is {counts.dtype} {tuple(counts.shape)}; int32 with {vocab} columns"
-        )
-    if bitmask is not None and (bitmask.dtype is not torch.int32 or bitmask.shape[1] * 32 < vocab):
-        raise ValueError(
-            f"{op}: params.bitmask is {bitmask.dtype} {tuple(bitmask.shape)}; int32 with at least "
-            f"{-(-vocab // 32)} words a row is needed"
-        )
+        _refuse("sampling_probs", logits, params, state, bad, int(out["status"][bad]))
+    return out["probs"]
 
 
 def _sample(logits: torch.Tensor, params: SamplingParams, state: SamplerState, validate: bool) -> Sampled:
@@ -309,7 +262,7 @@ def top_k_logprobs(
     """Beam search's step: the k best continuations over all of a sequence's beams.
 
     Args:
-        logits: ``(batch, beams, vocab)`` fp32, fp16 or bf16, contiguous.
+        logits: ``(batch, beams, vocab)`` fp32, fp16 or bf16, contiguous; at most 2^24 tokens.
         k: How many continuations, at most ``beams * vocab``.
         scores: ``(batch, beams)`` fp32, the beams' sums of log-probabilities so far; None: 0.
 
@@ -321,7 +274,7 @@ def top_k_logprobs(
         ValueError: k out of range, NaN or +inf in the logits, shapes that do not fit.
     """
     _checks.tensor("top_k_logprobs", "logits", logits, dim=3)
-    _checks.dtype("top_k_logprobs", "logits", logits, _checks.KERNEL_FLOATS)
+    checks.vocabulary("top_k_logprobs", logits, checks.MOST_TOKENS_TOP_K)
     batch, beams, vocab = logits.shape
     if not 1 <= k <= beams * vocab:
         raise ValueError(f"top_k_logprobs: k is {k}; 1 to beams * vocab = {beams * vocab} is needed")
@@ -336,7 +289,7 @@ def top_k_logprobs(
         values = values + scores[..., None]
     best, index = torch.sort(values.flatten(1), dim=-1, descending=True, stable=True)
     chosen = index[:, :k]
-    return best[:, :k], chosen // per_beam, tokens.reshape(batch, -1).gather(1, chosen)
+    return best[:, :k], chosen // per_beam, tokens.reshape(batch, beams * per_beam).gather(1, chosen)
 
 
 def _best_of_rows(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -344,7 +297,7 @@ def _best_of_rows(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
         if not bool((logits < float("inf")).all()):
             raise ValueError("top_k_logprobs: logits hold NaN or +inf; numbers and -inf are accepted")
         return reference.top_k_logprobs(logits, k)
-    if torch.compiler.is_compiling():
+    if _native.traced(logits):
         tokens, logprobs, _ = torch.ops.gptkern.top_k_rows(logits, k)
         return logprobs, tokens.clamp(min=0)
     out = _library.top_k_outputs(logits, k)
@@ -380,21 +333,13 @@ def speculative_accept(
         ValueError, TypeError: As :func:`sample`; a drafted token outside the vocabulary.
     """
     op = "speculative_accept"
-    _check(op, target_logits, params, state, dim=3)
-    batch, positions, vocab = target_logits.shape
-    for name, value, dtype, shape in (
-        ("draft_tokens", draft_tokens, torch.int64, (batch, positions - 1)),
-        ("draft_probs", draft_probs, torch.float32, (batch, positions - 1, vocab)),
-    ):
-        if value is not None:
-            _checks.dtype(op, name, value, (dtype,))
-            _checks.shape(op, name, value, shape, "target_logits have one position more")
-            _checks.same_device(op, target_logits=target_logits, **{name: value})
+    checks.rows(op, target_logits, params, state, dim=3)
+    checks.drafts(op, draft_tokens, draft_probs, target_logits)
     draft_tokens = draft_tokens.contiguous()
     draft_probs = None if draft_probs is None else draft_probs.contiguous()
     if not _native.serves(target_logits):
         return _accept_reference(draft_tokens, draft_probs, target_logits, params, state)
-    if torch.compiler.is_compiling():
+    if _native.traced(target_logits):
         given = torch.ops.gptkern.speculative_accept(
             draft_tokens, draft_probs, target_logits, *_tensors(params), state.counters, state.counts
         )
@@ -403,7 +348,7 @@ def speculative_accept(
     on_cuda = target_logits.device.type == "cuda"
     validate = not on_cuda if validate is None else validate
     commit = _native.KEEP_STATE if on_cuda and validate else _native.COMMIT
-    drafts = {"draft_tokens": draft_tokens} | ({} if draft_probs is None else {"draft_probs": draft_probs})
+    drafts = {"draft_tokens": draft_tokens, "draft_probs": draft_probs}
     bad = _native.sample(target_logits, params, state, -1, commit, **out, **drafts)
     if on_cuda and validate:
         bad = _first_bad(out["status"])

@@ -36,10 +36,11 @@ Ids = Sequence[int] | Sequence[Sequence[int]]
 
 
 def _per_row(name: str, value: Number, batch: int) -> torch.Tensor:
-    column = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten()
-    if column.numel() not in (1, batch):
+    column = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    if column.dim() and tuple(column.shape) != (batch,):
         raise ValueError(
-            f"SamplingParams: {name} has {column.numel()} values; one, or one for each of {batch} rows"
+            f"SamplingParams: {name} has shape {tuple(column.shape)}; "
+            f"a number, or one for each of {batch} rows, shape ({batch},), is needed"
         )
     return column
 
@@ -287,6 +288,10 @@ class SamplerState:
         batch, vocab = self.counts.shape
         if ids.dim() != 2 or ids.shape[0] != batch:
             raise ValueError(f"SamplerState: ids has shape {tuple(ids.shape)}; ({batch}, seq) is needed")
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(
+                f"SamplerState: mask has shape {tuple(mask.shape)}; ids' shape {tuple(ids.shape)} is needed"
+            )
         keep = (ids >= 0) & (ids < vocab)
         if mask is not None:
             keep = keep & (mask != 0)

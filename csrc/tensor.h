@@ -1,0 +1,131 @@
+// Tensors as Python hands them over, and what a call asks of them. Nothing of torch is needed to build this:
+// a tensor's attributes tell where its elements lie and how far its storage reaches.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "arguments.h"
+
+namespace gptkern {
+
+enum class Kind : int { kFloat32 = 0, kFloat16, kBFloat16, kFloat64, kInt64, kInt32, kInt8, kUInt8, kOther };
+
+constexpr int64_t kAny = -1;  // in a shape: whatever comes
+
+struct Tensor {
+    static constexpr int kMostDims = 5;
+
+    char* data;
+    Kind kind;
+    int dims;
+    int64_t shape[kMostDims], stride[kMostDims];
+    int64_t bytes;  // from ``data`` to the end of the storage
+    int device;     // -1: the CPU; otherwise the GPU's number
+    pybind11::handle object;
+
+    bool contiguous() const;
+    // Whether every element lies within the storage.
+    bool within() const;
+};
+
+template <class T>
+struct KindOf;
+template <>
+struct KindOf<float> {
+    static constexpr Kind value = Kind::kFloat32;
+};
+template <>
+struct KindOf<double> {
+    static constexpr Kind value = Kind::kFloat64;
+};
+template <>
+struct KindOf<int64_t> {
+    static constexpr Kind value = Kind::kInt64;
+};
+template <>
+struct KindOf<int32_t> {
+    static constexpr Kind value = Kind::kInt32;
+};
+template <>
+struct KindOf<int8_t> {
+    static constexpr Kind value = Kind::kInt8;
+};
+template <>
+struct KindOf<uint8_t> {
+    static constexpr Kind value = Kind::kUInt8;
+};
+
+// Checks the arguments of one call. What does not fit raises TypeError or ValueError with the call's name, the
+// argument's, what came and what is needed. All tensors of a call lie on one device.
+class Gate {
+public:
+    explicit Gate(const char* call) : call_(call) {}
+
+    bool on_cuda() const { return device_ >= 0; }
+    int device() const { return device_; }
+
+    // A tensor on the call's device (the first one decides), all of whose elements can be reached. Of any strides.
+    Tensor tensor(const char* name, pybind11::handle object, int dims);
+
+    // The elements of a contiguous tensor of this dtype and shape.
+    template <class T>
+    T* dense(const char* name, pybind11::handle object, std::initializer_list<int64_t> shape) {
+        return reinterpret_cast<T*>(dense(name, object, KindOf<T>::value, shape).data);
+    }
+
+    // The same, or null for None.
+    template <class T>
+    T* dense_or_none(const char* name, pybind11::handle object, std::initializer_list<int64_t> shape) {
+        return object.is_none() ? nullptr : dense<T>(name, object, shape);
+    }
+
+    Tensor dense(const char* name, pybind11::handle object, Kind kind, std::initializer_list<int64_t> shape);
+
+    // A number between two others, as an int.
+    int number(const char* name, int64_t value, int64_t least, int64_t most) const;
+
+    [[noreturn]] void refuse(const char* name, const Tensor& tensor, const std::string& needed) const;
+    [[noreturn]] void refuse(const std::string& why) const;
+
+private:
+    Tensor read(const char* name, pybind11::handle object) const;
+
+    const char* call_;
+    int device_ = kNoDevice;
+    static constexpr int kNoDevice = -2;
+};
+
+const char* name_of(Kind kind);
+std::string shape_of(const int64_t* sizes, int dims);
+
+// What is pointed at for longer than a call: the tensor, where it lay, and an alias that keeps the memory when the
+// tensor is given another. (A storage that is resized takes the memory along, but then the address has changed.)
+class HeldTensor {
+public:
+    explicit HeldTensor(pybind11::handle tensor);
+
+    bool moved() const;
+
+private:
+    pybind11::object tensor_, alias_;
+    std::uintptr_t address_;
+};
+
+// An entry of a module's dictionary of parameters, buffers or modules.
+class HeldEntry {
+public:
+    HeldEntry(pybind11::dict dictionary, pybind11::str key);
+
+    bool replaced() const;
+
+private:
+    pybind11::dict dictionary_;
+    pybind11::str key_;
+    pybind11::object value_;
+};
+
+}  // namespace gptkern

@@ -1,0 +1,121 @@
+"""What the sampler's calls accept, said of the argument at fault.
+
+Public functions, registered operators and their fake kernels all pass here; nothing in it reads a tensor's
+values or memory, so that ``torch.compile`` can trace it. The extension checks again what keeps it within the
+tensors that it is given, storages included.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gptkern.ops import _checks
+from gptkern.ops.sample.params import COUNTERS, PARAMETERS, SamplerState, SamplingParams
+
+MOST_TOKENS = 2**19  # csrc/arguments.h
+MOST_TOKENS_TOP_K = 2**24
+
+
+def vocabulary(op: str, logits: torch.Tensor, most: int) -> None:
+    """The dtype, and 1 to ``most`` tokens in the last dimension."""
+    _checks.dtype(op, "logits", logits, _checks.KERNEL_FLOATS)
+    if not 0 < logits.shape[-1] <= most:
+        raise ValueError(f"{op}: logits have {logits.shape[-1]} tokens; 1 to {most} are accepted")
+
+
+def rows(op: str, logits: torch.Tensor, params: SamplingParams, state: SamplerState, dim: int = 2) -> None:
+    """Logits ``(batch, vocab)``, or of three dimensions, with parameters and a state of as many rows."""
+    _checks.tensor(op, "logits", logits, dim=dim)
+    vocabulary(op, logits, MOST_TOKENS)
+    _checks.last_dim_contiguous(op, "logits", logits)
+    batch, vocab = logits.shape[0], logits.shape[-1]
+    _checks.tensor(op, "params.values", params.values, dim=2)
+    _checks.tensor(op, "state.counters", state.counters, dim=2)
+    if params.values.shape[0] != batch or state.counters.shape[0] != batch:
+        raise ValueError(
+            f"{op}: logits have {batch} rows, params {params.values.shape[0]} and state "
+            f"{state.counters.shape[0]}; all must have the same number"
+        )
+    _row_of_each(op, "params.values", logits, params.values, torch.float64, len(PARAMETERS))
+    _row_of_each(op, "state.counters", logits, state.counters, torch.int64, len(COUNTERS))
+    if state.counts is not None:
+        _row_of_each(op, "state.counts", logits, state.counts, torch.int32, vocab)
+    for name, ids in (
+        ("params.bias_ids", params.bias_ids),
+        ("params.banned_ids", params.banned_ids),
+        ("params.eos_ids", params.eos_ids),
+    ):
+        if ids is not None:
+            _row_of_each(op, name, logits, ids, torch.int32)
+    if (params.bias_ids is None) != (params.bias_values is None):
+        raise ValueError(f"{op}: params has only one of bias_ids and bias_values; give both or neither")
+    if params.bias_ids is not None and params.bias_values is not None:
+        width = params.bias_ids.shape[1]
+        _row_of_each(op, "params.bias_values", logits, params.bias_values, torch.float32, width)
+    if params.bitmask is not None:
+        _row_of_each(op, "params.bitmask", logits, params.bitmask, torch.int32)
+        if params.bitmask.shape[1] * 32 < vocab:
+            raise ValueError(
+                f"{op}: params.bitmask has {params.bitmask.shape[1]} words a row; at least "
+                f"{-(-vocab // 32)} are needed"
+            )
+
+
+def _row_of_each(
+    op: str,
+    name: str,
+    logits: torch.Tensor,
+    value: torch.Tensor,
+    dtype: torch.dtype,
+    columns: int | None = None,
+) -> None:
+    """``value`` is ``(batch, columns)`` (None: any number of them), contiguous, beside the logits."""
+    _checks.tensor(op, name, value, dim=2)
+    _checks.dtype(op, name, value, (dtype,))
+    batch, found = value.shape
+    if value.device != logits.device:
+        raise ValueError(
+            f"{op}: logits are on {logits.device} and {name} on {value.device}; one device is needed"
+        )
+    if batch != logits.shape[0] or (columns is not None and found != columns) or not value.is_contiguous():
+        wanted = "any number" if columns is None else columns
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(value.shape)}, strides {value.stride()}; "
+            f"{logits.shape[0]} contiguous rows of {wanted} are needed"
+        )
+
+
+def drafts(
+    op: str, draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None, target_logits: torch.Tensor
+) -> None:
+    """Drafts of one position fewer than ``target_logits`` ``(batch, n + 1, vocab)``."""
+    batch, positions, vocab = target_logits.shape
+    if positions < 1:
+        raise ValueError(f"{op}: target_logits have no position; one more than there are drafts is needed")
+    _draft(op, "draft_tokens", draft_tokens, target_logits, torch.int64, (batch, positions - 1))
+    if draft_probs is not None:
+        _draft(op, "draft_probs", draft_probs, target_logits, torch.float32, (batch, positions - 1, vocab))
+
+
+def _draft(
+    op: str,
+    name: str,
+    value: torch.Tensor,
+    target_logits: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+) -> None:
+    _checks.tensor(op, name, value)
+    _checks.dtype(op, name, value, (dtype,))
+    _checks.shape(op, name, value, shape, "target_logits have one position more")
+    if value.device != target_logits.device:
+        raise ValueError(f"{op}: target_logits are on {target_logits.device} and {name} on {value.device}")
+
+
+def best(op: str, logits: torch.Tensor, k: int) -> None:
+    """Logits ``(rows, vocab)`` of which the ``k`` best are asked for."""
+    _checks.tensor(op, "logits", logits, dim=2)
+    vocabulary(op, logits, MOST_TOKENS_TOP_K)
+    _checks.last_dim_contiguous(op, "logits", logits)
+    if not 0 <= k <= logits.shape[1]:
+        raise ValueError(f"{op}: k is {k}; 0 to {logits.shape[1]} are accepted")
