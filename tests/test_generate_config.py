@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import gptkern
 from gptkern.checkpoint import generation
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.config import GPTConfig
@@ -100,6 +101,15 @@ def test_a_checkpoint_s_word_is_the_default_as_in_transformers(
     ours.tokenizer = Tokenizer.bytes()
     (completion,) = ours.generate_text(PROMPT.tolist(), **given)
     assert completion.token_ids == expected[0, 5:].tolist()
+
+
+def test_the_drop_in_agrees(folder: Path) -> None:
+    said = {"eos_token_id": [96, 54], "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "max_length": 24}
+    theirs, ours = opened(folder, said | {"pad_token_id": 3})
+    ids = torch.cat([PROMPT, PROMPT + 1])
+    expected = theirs.generate(ids)
+    assert torch.equal(gptkern.accelerate(theirs).generate(ids), expected)
+    assert torch.equal(ours.generate(ids), expected)
 
 
 def test_padding_is_taken_for_padding(folder: Path) -> None:
