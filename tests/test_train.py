@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import shutil
 import signal
 from pathlib import Path
@@ -25,8 +26,9 @@ from gptkern.train import DivergedError, Lion, Settings, SettingsError, Trainer,
 from gptkern.train import checkpoints as checkpoints_module
 from gptkern.train.data import Examples, Windows, load_classes, load_pairs, pair_ids, shuffled
 from gptkern.train.evaluate import evaluate
+from gptkern.train.lock import locked
 from gptkern.train.logs import read_log
-from gptkern.train.processes import Processes
+from gptkern.train.processes import Processes, processes
 from gptkern.train.schedule import share
 from gptkern.train.settings import DataSettings, EvalSettings, OptimizerSettings, ScheduleSettings
 from gptkern.train.tokens import (
@@ -87,6 +89,18 @@ def assert_same_weights(a: Path, b: Path) -> None:
         ({"train": {"steps": 2.5}}, r"\[train\] steps is 2.5; int is needed"),
         ({"train": {"seed": -1}}, r"\[train\] seed is -1; 0 or more"),
         ({"train": {"seed": 1 << 64}}, r"\[train\] seed is 18446744073709551616; a number below 2\^64"),
+        ({"train": {"device": "gpu"}}, r"device is 'gpu'; 'cuda', 'cuda:N', 'cpu' or '' is needed"),
+        ({"train": {"device": "cuda:x"}}, "device is 'cuda:x'"),
+        ({"train": {"z_loss": math.inf}}, r"\[train\] z_loss is inf; a finite number"),
+        ({"optimizer": {"lr": math.inf}}, r"\[optimizer\] lr is inf; a finite number"),
+        ({"optimizer": {"eps": math.nan}}, r"\[optimizer\] eps is nan"),
+        ({"schedule": {"final": math.inf}}, r"\[schedule\] final is inf"),
+        ({"lora": {"alpha": math.nan}}, r"\[lora\] alpha is nan; a finite number"),
+        ({"lora": {"targets": []}}, r"\[lora\] targets is empty"),
+        ({"model": {"from": 3}}, r"\[model\] from is 3; a folder or a hub id"),
+        ({"model": {"from": ""}}, r"\[model\] from is ''"),
+        ({"model": {"dropout": "much"}}, r"\[model\] dropout is 'much'; 0 <= dropout < 1"),
+        ({"model": {"vocab_size": 0}}, r"\[model\] vocab_size is 0; a positive integer"),
         ({"train": {"steps": True}}, r"\[train\] steps is True"),
         ({"train": 3}, "a table"),
         ({"optimizer": {"name": "adamx"}}, "accepted are adamw"),
@@ -549,6 +563,85 @@ def test_another_model_is_not_resumed(text_file: Path, tmp_path: Path) -> None:
     train(tiny(text_file, train={"steps": 2}), tmp_path / "run")
     with pytest.raises(SettingsError, match=r"n_embd is 32.*began with 16"):
         train(tiny(text_file, model={"n_embd": 32}), tmp_path / "run", resume=True)
+
+
+def test_another_text_is_not_resumed(text_file: Path, tmp_path: Path) -> None:
+    """Characters are the vocabulary: of another number, or others of that number."""
+    train(tiny(text_file, train={"steps": 2}), tmp_path / "run")
+    before = weights(tmp_path / "run" / "model")
+    for text, message in (
+        (TEXT + "%", r"vocab_size is 19 .*began with 18: --resume"),
+        (TEXT.replace("q", "%"), r"token \d+ is '.*began with '"),
+    ):
+        text_file.write_text(text)
+        with pytest.raises(SettingsError, match=message):
+            train(tiny(text_file), tmp_path / "run", resume=True)
+    assert all(
+        torch.equal(before[name], value) for name, value in weights(tmp_path / "run" / "model").items()
+    )
+    text_file.write_text(TEXT * 2)
+    assert train(tiny(text_file), tmp_path / "run", resume=True).finished
+
+
+def test_other_labels_are_not_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+
+    def run(*labels: str, **more: Any) -> Any:
+        path.write_text("".join(json.dumps({"text": "x", "label": w}) + "\n" for w in labels * 9))
+        settings = tiny(path, data={"kind": "classes", "tokenizer": "bytes"}, train={"steps": 2})
+        return train(settings, tmp_path / "run", **more)
+
+    run("good", "bad")
+    with pytest.raises(SettingsError, match=r"labels are \['fine', 'good'\].*began with \['bad', 'good'\]"):
+        run("good", "fine", resume=True)
+    with pytest.raises(SettingsError, match="labels are"):
+        run("good", "bad", "odd", resume=True)
+
+
+def test_shapes_beyond_memory_are_refused(text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"\[model\] of this shape cannot be made"):
+        train(tiny(text_file, model={"n_embd": (1 << 31) - 2, "vocab_size": (1 << 31) - 1}), tmp_path / "run")
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(SettingsError, match="PyTorch finds no GPU"), processes(name):
+            pass
+    with processes("") as group:
+        assert group.device == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with processes("cuda:1") as group:
+        assert group.device == torch.device("cuda:1")
+    with pytest.raises(SettingsError, match="cuda:2 is wanted, PyTorch finds 2"), processes("cuda:2"):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SettingsError, match="3 processes take a GPU each"), processes("cuda:1"):
+        pass
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SettingsError, match="cuda:2 is wanted, PyTorch finds 2"), processes("cuda"):
+        pass
+
+
+def test_one_trainer_a_folder(text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"):
+        who = f"process {os.getpid()} on '{platform.node()}', since '20"
+        with pytest.raises(SettingsError, match=rf"run: {who}.* trains into this folder"):
+            train(tiny(text_file), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    # of one that was killed while it held the lock, the file alone is left
+    (tmp_path / "run" / ".lock").write_text('{"pid": 1, "host": "elsewhere", "since": "yesterday"}')
+    assert train(tiny(text_file, train={"steps": 1}), tmp_path / "run").finished
+
+
+def test_the_lock_is_no_way_to_other_files(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / ".lock").symlink_to(tmp_path / "file")
+    with pytest.raises(OSError, match=r"\.lock"), locked(tmp_path):
+        pass
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_divergence_names_step_rows_and_checkpoint(text_file: Path, tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ from gptkern.train.logs import read_log
 
 WORKER = """
 import json, sys, torch
+from pathlib import Path
 from gptkern.train import Settings, train
 torch.set_num_threads(1)
-train(Settings.from_dict(json.loads(sys.argv[1])), sys.argv[2], resume=True)
+begun = any(Path(sys.argv[2]).glob("checkpoints/step-*"))
+train(Settings.from_dict(json.loads(sys.argv[1])), sys.argv[2], resume=begun)
 """
 BASE: dict[str, dict[str, Any]] = {
     "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.1},

@@ -74,6 +74,13 @@ def locate(
     return _Hub(name, revision, local_files_only).fetch(weights)
 
 
+def _model_of_run(path: Path) -> Path:
+    """A training run's folder stands for its best model, or the newest where no best one is kept."""
+    if (path / CONFIG).exists() or not (path / "checkpoints").is_dir():
+        return path
+    return next((path / name for name in ("best", "model") if (path / name / CONFIG).exists()), path)
+
+
 class _Hub:
     """One repository of the hub at one revision."""
 

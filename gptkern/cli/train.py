@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,7 @@ def train(
     ] = None,
     val_data: Annotated[list[Path] | None, typer.Option(help="In place of [data] val_path.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="In place of [train] steps.")] = None,
-    device: Annotated[str | None, typer.Option(help="In place of [train] device: cuda or cpu.")] = None,
+    device: Annotated[str | None, typer.Option(help="In place of [train] device.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     find_lr: Annotated[
         bool, typer.Option("--find-lr", help="Only find a learning rate: a range test and its plot.")
@@ -27,12 +28,13 @@ def train(
     find_batch: Annotated[
         bool, typer.Option("--find-batch", help="Only find the largest and the fastest batch that fits.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Evaluations without a bar.")] = False,
 ) -> None:
     """Train a model as CONFIG says, into the folder --out.
 
     The folder gets log.jsonl, checkpoints, model (the newest weights) and best (those of the lowest held-out
-    loss); both open with `gptkern generate --model`. SIGTERM and Ctrl-C save and exit; --resume goes on.
+    loss); both open with `gptkern generate --model`. SIGTERM and Ctrl-C save and exit (143 and 130);
+    --resume goes on.
 
     Examples:
 
@@ -51,7 +53,10 @@ def train(
     if find_batch:
         _find_batch(settings, out)
     if not (find_lr or find_batch):
-        run(settings, out, resume=resume, shown=not quiet)
+        result = run(settings, out, resume=resume, shown=True, bar=not quiet)
+        if not result.finished:
+            # As a shell tells a program that a signal ended, so that `train && next` does not go on.
+            raise typer.Exit(128 + (result.signal or signal.SIGINT))
 
 
 def _changed(
@@ -88,4 +93,9 @@ def _find_batch(settings: Settings, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     found = find_batch(settings, out, tell=print)
     largest = max(found.speeds)
-    print(f"recommended: [train] micro_batch_size = {found.suggestion}; the largest that fits: {largest}")
+    reasons = {
+        "memory": "the largest that fits",
+        "batch_size": "[train] batch_size, beyond which a step has no sequences",
+        "time": "where the search ended, after a minute; larger ones may fit",
+    }
+    print(f"recommended: [train] micro_batch_size = {found.suggestion}; {largest} is {reasons[found.limit]}")

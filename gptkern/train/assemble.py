@@ -30,6 +30,11 @@ def assemble(settings: Settings, out: Path, group: Processes) -> tuple[Source, O
     pretrained = (
         GPT.from_pretrained(settings.model["from"], dtype=torch.float32) if "from" in settings.model else None
     )
+    if pretrained is not None and pretrained.quantization is not None:
+        raise SettingsError(
+            f"[model] from: {settings.model['from']} is quantised to {pretrained.quantization.format}, "
+            "and its matrices cannot be trained: name the model that it was made of"
+        )
     own = pretrained.tokenizer if pretrained is not None else None
     data, seed = settings.data, settings.train.seed
     vocab_size = settings.model.get("vocab_size") if pretrained is None else pretrained.config.vocab_size
@@ -94,13 +99,22 @@ def _model(settings: Settings, pretrained: GPT | None, tokenizer: Tokenizer | No
                 f"[data] tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
             )
     else:
-        model = GPT(_fresh_config(settings, rates, tokenizer))
+        model = _fresh_model(_fresh_config(settings, rates, tokenizer))
         model.tokenizer = tokenizer
     if settings.data.context > model.config.n_positions:
         raise SettingsError(
             f"[data] context is {settings.data.context}; the model's is {model.config.n_positions}"
         )
     return model.train()
+
+
+def _fresh_model(config: GPTConfig) -> GPT:
+    # Sizes beyond the memory or beyond int64 come as one of several errors.
+    try:
+        return GPT(config)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        first = str(error).splitlines()[0][:200]
+        raise SettingsError(f"[model] of this shape cannot be made: {first}") from error
 
 
 def _fresh_config(settings: Settings, rates: dict[str, Any], tokenizer: Tokenizer | None) -> GPTConfig:
@@ -128,6 +142,9 @@ def _fresh_config(settings: Settings, rates: dict[str, Any], tokenizer: Tokenize
 def _objective(settings: Settings, model: GPT, labels: list[str]) -> Objective:
     train, lora = settings.train, settings.lora
     if lora.rank:
+        width = model.config.n_embd
+        if lora.rank > width:
+            raise SettingsError(f"[lora] rank is {lora.rank}; at most the model's width, {width}, is of use")
         try:
             add_lora(model, lora.rank, lora.alpha, lora.targets)
         except ValueError as error:

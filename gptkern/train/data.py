@@ -63,6 +63,10 @@ class Batch:
 class Source(Protocol):
     """Where batches come from."""
 
+    def describe(self) -> str:
+        """How much there is, in words."""
+        ...
+
     def training_batch(self, step: int, size: int) -> Batch:
         """The ``size`` rows of step ``step``."""
         ...
@@ -119,6 +123,10 @@ class Windows:
                 f"[data] context is {context}; the training tokens, {lengths.max()}, must be more than it"
             )
 
+    def describe(self) -> str:
+        train, val = (sum(map(len, shards)) for shards in (self.train, self.val))
+        return f"{train:,} tokens to train on, {val:,} held out"
+
     def training_batch(self, step: int, size: int) -> Batch:
         count = int(self.ends[-1])
         epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
@@ -167,6 +175,9 @@ class Examples:
         if not train:
             raise SettingsError("[data] path: no examples to train on")
         self.train, self.val, self.seed = train, val, seed
+
+    def describe(self) -> str:
+        return f"{len(self.train):,} examples to train on, {len(self.val):,} held out"
 
     def training_batch(self, step: int, size: int) -> Batch:
         rows = [self._row(step * size + i) for i in range(size)]

@@ -18,6 +18,8 @@ from gptkern.train.trainer import Trainer
 
 _LOWEST, _HIGHEST = 1e-6, 1.0
 _SMOOTHING, _DIVERGED = 0.9, 3.0
+_CLEAR = 0.05  # a loss has risen again when it is this share of the whole fall above its lowest
+_LONGEST = 60.0  # seconds that a search of batch sizes takes, and the one it is at when they are over
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,27 @@ class RateTest:
 
 @dataclass(frozen=True)
 class BatchTest:
-    """Sequences of one forward pass, tokens a second with each, and the one to take."""
+    """Sequences of one forward pass.
+
+    Attributes:
+        speeds: Tokens a second with each number that was tried and fits.
+        suggestion: The one to take.
+        limit: Why no larger ones were tried: ``memory``, ``time``, or ``batch_size``: a step has no more.
+    """
 
     speeds: dict[int, float]
     suggestion: int
+    limit: str
 
 
 def find_lr(settings: Settings, out: Path, tries: int = 100) -> RateTest:
     """Raise the learning rate a little each step until the loss diverges (Smith 2017, section 3.3).
 
-    The suggestion is a third of where the smoothed loss was lowest: beyond it training is about to
-    diverge, and rates much below it only take longer. A fresh model is trained; nothing of it is kept.
+    See ``suggest`` for the one that is recommended. A fresh model is trained; nothing of it is kept.
 
     Raises:
-        SettingsError: Several processes, or a loss that is no number from the first step.
+        SettingsError: Several processes, a loss that is no number from the first step, or one that no rate
+            lowers.
     """
     constant = dataclasses.replace(settings.schedule, name="constant", warmup=0)
     settings = dataclasses.replace(settings, schedule=constant)
@@ -71,16 +80,44 @@ def find_lr(settings: Settings, out: Path, tries: int = 100) -> RateTest:
             losses.append(smoothed)
     if not rates:
         raise SettingsError("--find-lr: the loss is no number from the first step on")
-    return RateTest(rates, losses, rates[losses.index(min(losses))] / 3.0)
+    return RateTest(rates, losses, suggest(rates, losses))
+
+
+def suggest(rates: list[float], losses: list[float]) -> float:
+    """The rate at which the smoothed loss falls fastest, before its first clear minimum.
+
+    A minimum is clear when the loss then rises by a twentieth of its whole fall. Lower ones may follow at
+    higher rates, where the loss comes and goes: a run that begins there ends worse.
+
+    Raises:
+        SettingsError: The loss never falls.
+    """
+    fall = losses[0] - min(losses)
+    if not fall > 0.0:
+        raise SettingsError("--find-lr: no learning rate lowers the loss: is there anything to learn?")
+    lowest = 0
+    for place, loss in enumerate(losses):
+        if loss < losses[lowest]:
+            lowest = place
+        # Noise of the first losses is no minimum: nothing has fallen there yet.
+        elif loss > losses[lowest] + _CLEAR * fall and losses[lowest] < losses[0] - 0.5 * fall:
+            break
+    reach = max(1, len(losses) // 20)
+
+    def slope(place: int) -> float:
+        before, after = max(0, place - reach), min(lowest, place + reach)
+        return (losses[after] - losses[before]) / (after - before)
+
+    return rates[min(range(lowest + 1), key=slope)]
 
 
 def find_batch(
-    settings: Settings, out: Path, *, largest: int = 4096, tell: Callable[[str], None] = lambda text: None
+    settings: Settings, out: Path, *, tell: Callable[[str], None] = lambda text: None
 ) -> BatchTest:
-    """Try ``micro_batch_size`` 1, 2, 4, ... until memory runs out, then between the last two.
+    """Try ``micro_batch_size`` 1, 2, 4, ... to ``batch_size``; where memory runs out, between the last two.
 
-    The suggestion is the smallest within 3% of the fastest: a larger one only takes memory. A fresh
-    model is trained; nothing of it is kept.
+    It ends after a minute and the step it is at. The suggestion is the smallest within 3% of the fastest: a
+    larger one only takes memory. A fresh model is trained; nothing of it is kept.
 
     Raises:
         SettingsError: Several processes, or not even one sequence fits.
@@ -89,6 +126,7 @@ def find_batch(
     with processes(settings.train.device) as group:
         _alone(group, "--find-batch")
         trainer = Trainer(settings, out, group)
+        end = time.monotonic() + _LONGEST
 
         def fits(size: int) -> bool:
             speed = _speed(trainer, group, size)
@@ -97,17 +135,29 @@ def find_batch(
                 speeds[size] = speed
             return speed > 0.0
 
-        size = 1
-        while size <= largest and fits(size):
-            size *= 2
-        low, high = size // 2, min(size, largest)
-        while low and high - low > max(1, low // 8):
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
+        limit = _search(fits, settings.train.batch_size, lambda: time.monotonic() > end)
     if not speeds:
         raise SettingsError("--find-batch: one sequence does not fit: shorten [data] context, or the model")
     best = max(speeds.values())
-    return BatchTest(speeds, min(size for size, speed in speeds.items() if speed >= 0.97 * best))
+    return BatchTest(speeds, min(size for size, speed in speeds.items() if speed >= 0.97 * best), limit)
+
+
+def _search(fits: Callable[[int], bool], largest: int, late: Callable[[], bool]) -> str:
+    """Try the powers of two below ``largest``, and it; returns what the search ended at."""
+    low = 0
+    for size in [*(1 << n for n in range((largest - 1).bit_length())), largest]:
+        if not fits(size):
+            high = size
+            break
+        if late() and size < largest:
+            return "time"
+        low = size
+    else:
+        return "batch_size"
+    while low and high - low > max(1, low // 8) and not late():
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return "memory"
 
 
 def _speed(trainer: Trainer, group: Processes, size: int) -> float:

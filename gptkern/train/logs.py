@@ -98,9 +98,15 @@ def _truncate(path: Path, step: int) -> None:
 
 
 class Progress:
-    """A bar with loss, tokens a second, model FLOP utilisation and the time left; silent if not ``shown``."""
+    """Lines on stderr, and below them a bar: loss, tokens a second, model FLOP utilisation, the time left.
 
-    def __init__(self, step: int, steps: int, shown: bool) -> None:
+    Args:
+        step, steps: How far the run is, and its end.
+        shown: Without it nothing is told.
+        bar: Without it the lines alone.
+    """
+
+    def __init__(self, step: int, steps: int, shown: bool, bar: bool) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -112,7 +118,7 @@ class Progress:
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not shown,
+            disable=not (shown and bar),
         )
         self._task = self._bar.add_task("train", total=steps, completed=step, status="")
 
@@ -134,7 +140,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class Speed:

@@ -53,20 +53,38 @@ def processes(device: str) -> Iterator[Processes]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingsError(f"[train] device is {device!r}; PyTorch finds no GPU here")
+    chosen = _device(device, world)
     if world == 1:
-        yield Processes(0, 1, torch.device(name))
+        yield Processes(0, 1, chosen)
         return
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(name)
-    dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Processes(rank, world, torch.device(name))
+        yield Processes(rank, world, chosen)
     finally:
         dist.destroy_process_group()
+
+
+def _device(name: str, world: int) -> torch.device:
+    """The device of [train] device; with several processes, this one's GPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    chosen = torch.device(name or ("cuda" if count else "cpu"))
+    if chosen.type == "cpu":
+        return chosen
+    if not count:
+        raise SettingsError(f"[train] device is {name!r}; PyTorch finds no GPU here")
+    if world > 1:
+        if ":" in name:
+            raise SettingsError(
+                f"[train] device is {name!r}; {world} processes take a GPU each: 'cuda' is needed"
+            )
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if (chosen.index or 0) >= count:
+        raise SettingsError(
+            f"[train] device is {name!r}: {chosen} is wanted, PyTorch finds {count} GPUs here"
+        )
+    return chosen
 
 
 def spread(objective: nn.Module, group: Processes, strategy: str) -> nn.Module:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,6 +24,7 @@ OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 STRATEGIES = ("ddp", "fsdp")
 PRECISIONS = ("float32", "bfloat16")
+_DEVICE = re.compile(r"(cpu|cuda(:\d{1,3})?)?")
 
 
 class SettingsError(ValueError):
@@ -36,6 +39,11 @@ def _one_of(section: str, name: str, value: str, accepted: tuple[str, ...]) -> N
 def _at_least(section: str, name: str, value: float, least: float) -> None:
     if not value >= least:
         raise SettingsError(f"[{section}] {name} is {value}; {least} or more is needed")
+
+
+def _finite(section: str, name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise SettingsError(f"[{section}] {name} is {value}; a finite number is needed")
 
 
 def _share(section: str, name: str, value: float) -> None:
@@ -96,7 +104,7 @@ class TrainSettings:
         z_loss, label_smoothing: As in ``ops.linear_cross_entropy``.
         gradient_checkpointing: Recompute each block in the backward pass.
         compile: ``torch.compile`` the model.
-        device: ``cuda``, ``cpu``, or ``""``: the GPU where there is one.
+        device: ``cuda``, ``cuda:N`` (one GPU of several), ``cpu``, or ``""``: the GPU where there is one.
         seed: Weights, batches and dropout; 0 to 2^64 - 1.
         strategy: With several processes, ``ddp`` (a copy each) or ``fsdp`` (weights spread).
     """
@@ -119,9 +127,12 @@ class TrainSettings:
             _at_least("train", name, getattr(self, name), 1)
         for name in ("micro_batch_size", "grad_clip", "z_loss", "seed"):
             _at_least("train", name, getattr(self, name), 0)
+        _finite("train", "z_loss", self.z_loss)
         if self.seed >= 1 << 64:
             raise SettingsError(f"[train] seed is {self.seed}; a number below 2^64 is needed")
         _share("train", "label_smoothing", self.label_smoothing)
+        if not _DEVICE.fullmatch(self.device):
+            raise SettingsError(f"[train] device is {self.device!r}; 'cuda', 'cuda:N', 'cpu' or '' is needed")
         _one_of("train", "precision", self.precision, PRECISIONS)
         _one_of("train", "strategy", self.strategy, STRATEGIES)
 
@@ -149,6 +160,7 @@ class OptimizerSettings:
         _one_of("optimizer", "name", self.name, OPTIMIZERS)
         for name in ("lr", "muon_lr", "weight_decay", "eps"):
             _at_least("optimizer", name, getattr(self, name), 0)
+            _finite("optimizer", name, getattr(self, name))
         for name in ("beta1", "beta2", "momentum"):
             _share("optimizer", name, getattr(self, name))
 
@@ -171,6 +183,7 @@ class ScheduleSettings:
         _one_of("schedule", "name", self.name, SCHEDULES)
         for name in ("warmup", "final", "decay"):
             _at_least("schedule", name, getattr(self, name), 0)
+        _finite("schedule", "final", self.final)
 
 
 @dataclass(frozen=True)
@@ -242,6 +255,9 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         _at_least("lora", "rank", self.rank, 0)
+        _finite("lora", "alpha", self.alpha)
+        if not self.targets:
+            raise SettingsError("[lora] targets is empty; ends of matrices' names are needed, as attn.c_attn")
 
 
 @dataclass(frozen=True)
@@ -261,6 +277,8 @@ class Settings:
     def __post_init__(self) -> None:
         known = {f.name for f in fields(GPTConfig)} | {"from", "dropout"}
         _check_names("[model] ", self.model, known)
+        if not isinstance(self.model.get("from", "a"), str) or self.model.get("from") == "":
+            raise SettingsError(f"[model] from is {self.model['from']!r}; a folder or a hub id is needed")
         if "from" in self.model and self.model.keys() - {"from", "dropout"}:
             other = sorted(self.model.keys() - {"from", "dropout"})
             raise SettingsError(
@@ -269,6 +287,9 @@ class Settings:
         vocab_size = self.model.get("vocab_size", 1)
         if type(vocab_size) is not int or vocab_size < 1:
             raise SettingsError(f"[model] vocab_size is {vocab_size!r}; a positive integer is needed")
+        dropout = self.model.get("dropout", 0.0)
+        if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0.0 <= dropout < 1.0:
+            raise SettingsError(f"[model] dropout is {dropout!r}; 0 <= dropout < 1 is needed")
         if "from" not in self.model and self.lora.rank:
             raise SettingsError("[lora] adapts a trained model: [model] from is needed")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gptkern.checkpoint.errors import CheckpointError
 from gptkern.train.assemble import Objective, assemble
-from gptkern.train.checkpoints import NOTES, Checkpoint, Store, check_writable, export, plain_model
+from gptkern.train.checkpoints import Store, check_writable, export, plain_model
 from gptkern.train.data import Batch
 from gptkern.train.evaluate import computing, evaluate, sample_texts
+from gptkern.train.lock import locked
 from gptkern.train.logs import Log, Progress, Speed, flops_per_token, peak_flops
+from gptkern.train.objective import Classification
 from gptkern.train.optimizers import make_optimizers, set_learning_rate
 from gptkern.train.processes import Processes, no_sync, processes, spread, whole
+from gptkern.train.resume import check_same_model, check_same_run
 from gptkern.train.schedule import share
 from gptkern.train.settings import Settings, SettingsError
 
@@ -32,11 +36,19 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: at which step, whether that was the last, and its last evaluation."""
+    """How a run ended.
+
+    Attributes:
+        step: Steps that are done.
+        finished: Whether these are all; if not, it was asked to stop.
+        metrics: The last evaluation.
+        signal: The signal that asked this process to stop; 0 where none did.
+    """
 
     step: int
     finished: bool
     metrics: dict[str, float]
+    signal: int = 0
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -51,7 +63,7 @@ class _Signals:
     """SIGTERM and Ctrl-C ask for a stop after the current step; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -65,7 +77,7 @@ class _Signals:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = number
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -137,7 +149,9 @@ class Trainer:
 class _Run:
     """A trainer with its files."""
 
-    def __init__(self, settings: Settings, out: Path, group: Processes, resume: bool, shown: bool) -> None:
+    def __init__(
+        self, settings: Settings, out: Path, group: Processes, resume: bool, shown: bool, bar: bool
+    ) -> None:
         self.settings, self.out, self.group = settings, out, group
         self.store = Store(out, settings.checkpoint.keep, group)
         newest = self.store.newest()
@@ -145,9 +159,13 @@ class _Run:
             raise SettingsError(
                 f"{out} holds a run at step {newest.step}: --resume goes on with it; else give another folder"
             )
+        if resume and newest is None:
+            raise SettingsError(f"{out}: no checkpoint to go on from: begin the run without --resume")
         if newest is not None:
-            _check_same_run(settings, newest)
+            check_same_run(settings, newest)
         self.trainer = Trainer(settings, out, group)
+        if newest is not None:
+            check_same_model(self.trainer.objective, newest)
         self.start, self.best = 0, math.inf
         self.store.clear_unfinished()
         if newest is not None:
@@ -157,7 +175,7 @@ class _Run:
             check_writable(out, self._bytes_needed())
         self.saved = newest.folder if newest is not None else None
         self.log = Log(out, self.start, settings.log.tensorboard) if group.first else None
-        self.progress = Progress(self.start, settings.train.steps, shown and group.first)
+        self.progress = Progress(self.start, settings.train.steps, shown and group.first, bar)
         self.speed = Speed()
         self.metrics: dict[str, float] = {}
         self.pending: _Report | None = None
@@ -173,19 +191,60 @@ class _Run:
 
     def loop(self) -> Result:
         """Train to the end, or until asked to stop."""
-        settings = self.settings
-        steps = settings.train.steps
+        steps = self.settings.train.steps
+        if self.start == steps:
+            self.progress.say(f"{self.out} is at step {steps} of {steps}: nothing is left to do")
+            return Result(steps, True, self.metrics)
+        self._tell_start()
         self.trainer.objective.train()
-        with _Signals() as signals, self.progress:
-            for step in range(self.start, steps):
-                batch = self.trainer.source.training_batch(step, settings.train.batch_size)
-                report = self.trainer.step(step, batch, signals.asked)
-                self.speed.add(batch.ids.numel())
-                stop = self._read(report)
-                self._after(step + 1, stop)
-                if stop:
-                    return Result(step + 1, step + 1 == steps, self.metrics)
-        return Result(max(steps, self.start), True, self.metrics)
+        try:
+            with _Signals() as signals, self.progress:
+                result = self._steps(signals)
+        except KeyboardInterrupt:
+            good = self.saved or "none yet"
+            self.progress.say(f"stopped at once; nothing was saved now; the last checkpoint: {good}")
+            raise
+        self._tell_end(result)
+        return result
+
+    def _steps(self, signals: _Signals) -> Result:
+        steps = self.settings.train.steps
+        for step in range(self.start, steps):
+            batch = self.trainer.source.training_batch(step, self.settings.train.batch_size)
+            report = self.trainer.step(step, batch, bool(signals.asked))
+            self.speed.add(batch.ids.numel())
+            stop = self._read(report)
+            self._after(step + 1, stop)
+            if stop:
+                return Result(step + 1, step + 1 == steps, self.metrics, signals.asked)
+        return Result(steps, True, self.metrics, signals.asked)
+
+    def _tell_start(self) -> None:
+        settings, objective = self.settings, self.trainer.objective
+        everything = sum(p.numel() for p in objective.parameters())
+        trained = sum(p.numel() for p in self.trainer.trained)
+        part = "" if trained == everything else f", {trained:,} of them trained"
+        processes = f", {self.group.world} processes" if self.group.world > 1 else ""
+        context = min(settings.data.context, objective.model.config.n_positions)
+        where = f"on {self.group.device}{processes} in {settings.train.precision}"
+        self.progress.say(f"{everything:,} parameters{part}, {where}")
+        self.progress.say(f"{self.trainer.source.describe()}; {settings.train.batch_size} x {context} a step")
+        self.progress.say(f"steps {self.start + 1:,} to {settings.train.steps:,}, into {self.out}")
+
+    def _tell_end(self, result: Result) -> None:
+        if not result.finished:
+            self.progress.say(f"stopped at step {result.step} and saved: {self.saved}")
+            self.progress.say("to go on: the same command with --resume")
+            return
+        self.progress.say(f"done: {result.step} steps; the newest weights: {self.out / 'model'}")
+        model = self.out / "model"
+        if self.settings.checkpoint.best and (self.out / "best").is_dir():
+            model = self.out / "best"
+            self.progress.say(f"those of the lowest held-out loss, {self.best:.4f}: {model}")
+        if isinstance(self.trainer.objective, Classification):
+            self.progress.say(f'to classify: gptkern.train.Classification.from_pretrained("{model}")')
+        elif self.trainer.objective.model.tokenizer is not None:
+            self.progress.say(f"to try it: gptkern generate --model {shlex.quote(str(model))} 'Once'")
 
     def _read(self, report: _Report) -> bool:
         """Look at a step's numbers; on a GPU at those of the step before, so that it need not wait.
@@ -224,8 +283,6 @@ class _Run:
             if self.pending is not None:
                 self._look(self.pending)
             self._save(done)
-            if stop and not last:
-                self.progress.say(f"stopped and saved at step {done}; --resume goes on from here")
 
     def _report_step(self, done: int) -> None:
         rate = self.speed.take()
@@ -278,27 +335,13 @@ class _Run:
         self.speed.take()
 
 
-def _check_same_run(settings: Settings, checkpoint: Checkpoint) -> None:
-    """A run goes on with the model and the data it began with."""
-    now = settings.to_dict()
-    for section in ("model", "data", "lora"):
-        before = checkpoint.settings.get(section)
-        if not isinstance(before, dict):
-            raise CheckpointError(f"{checkpoint.folder / NOTES}: settings have no table {section}")
-        for key in (before.keys() | now[section].keys()) - {"path", "val_path", "workers"}:
-            began, asked = before.get(key), now[section].get(key)
-            if began != asked:
-                raise SettingsError(
-                    f"[{section}] {key} is {asked!r}; the run of {checkpoint.folder} began with {began!r}"
-                )
-
-
 def train(
     settings: Settings,
     out: str | Path,
     *,
     resume: bool = False,
     shown: bool = False,
+    bar: bool = True,
     started: Callable[[Trainer], None] | None = None,
 ) -> Result:
     """Run ``settings`` into the folder ``out``.
@@ -309,21 +352,23 @@ def train(
     Args:
         settings: What to do.
         out: The run's folder.
-        resume: Go on from its newest checkpoint; from the beginning where there is none.
-        shown: Progress on stderr.
+        resume: Go on from its newest checkpoint, which must be there.
+        shown: Tell on stderr how it goes.
+        bar: Where it is told, with a bar that moves.
         started: Called with the trainer before the first step.
 
     Raises:
-        SettingsError: The run cannot start; nothing was changed.
+        SettingsError: The run cannot start, or another one trains into ``out``; nothing was changed.
         DivergedError: The loss or gradient became NaN or infinite; the last checkpoint is whole.
         OSError: A checkpoint could not be written; the one before it is whole.
     """
     out = Path(out)
-    with processes(settings.train.device) as group:
+    with processes(settings.train.device) as group, contextlib.ExitStack() as held:
         if group.first:
             check_writable(out, 0)
+            held.enter_context(locked(out))
         group.barrier()
-        run = _Run(settings, out, group, resume, shown)
+        run = _Run(settings, out, group, resume, shown, bar)
         try:
             if started is not None:
                 started(run.trainer)
