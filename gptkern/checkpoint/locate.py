@@ -58,7 +58,7 @@ def locate(
     try:
         path = Path(path_or_hub_id).expanduser()
         if path.exists():
-            return path
+            return _model_of_run(path)
     # a user that is not there (RuntimeError), a name too long for any file
     except (RuntimeError, OSError) as error:
         raise CheckpointError(
