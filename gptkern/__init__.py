@@ -8,6 +8,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from gptkern import _at_import
+
 if TYPE_CHECKING:
     from gptkern import ops
     from gptkern.cache import KVCache
@@ -70,3 +72,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES, "__version__"})
+
+
+_at_import.install()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -289,3 +291,46 @@ def test_a_compiled_static_cache_takes_one_graph_for_all_tokens(name: str) -> No
         assert not counters["graph_break"]
     finally:
         torch._dynamo.reset()
+
+
+LLAMA = """
+config = transformers.LlamaConfig(vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+    intermediate_size=8)
+model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="gptkern")
+assert "gptkern.transformers" not in sys.modules
+logits = model(torch.tensor([[1, 2, 3]])).logits
+assert "gptkern.transformers.attention" in sys.modules
+model.set_attn_implementation("eager")
+torch.testing.assert_close(model(torch.tensor([[1, 2, 3]])).logits, logits, atol=1e-5, rtol=1e-5)
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import gptkern; assert not {'torch', 'transformers'} & set(sys.modules); import transformers, torch",
+        "import transformers, torch; from transformers import LlamaForCausalLM; import gptkern",
+    ],
+)
+def test_importing_gptkern_is_enough_whichever_is_first(first: str) -> None:
+    subprocess.run([sys.executable, "-c", f"import sys; {first}\n{LLAMA}"], check=True)
+
+
+def test_probing_for_the_librarys_module_does_not_lose_it() -> None:
+    probed = "import gptkern, importlib.util; assert importlib.util.find_spec('transformers.modeling_utils')"
+    code = f"import sys; {probed}\nimport transformers, torch\n{LLAMA}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_explain_of_models_that_take_the_attention_alone() -> None:
+    for name in ("llama", "gpt2"):
+        model = _model(name)
+        assert {r.route for r in gptkern.explain(model)} == {"library"}
+        assert gptkern.explain(model)[0].reason == "attn_implementation is 'eager'"
+        model.set_attn_implementation("gptkern")
+        routes = {r.part: r for r in gptkern.explain(model)}
+        assert routes.pop("attention").route == "reference"
+        assert {r.route for r in routes.values()} == {"library"}
+    assert "not accelerated" in routes["generate"].reason
+    with pytest.raises(TypeError, match="model is a int"):
+        gptkern.explain(3)

@@ -10,6 +10,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+import gptkern
 from gptkern import cli
 from gptkern.transformers import engine, verify
 
@@ -59,6 +60,33 @@ def test_speed_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found.library > 0
     assert found.gptkern > 0
     assert found.floor == pytest.approx(sum(p.numel() * 4 for p in model.parameters()) / 1e9)
+
+
+def test_the_embedded_model_is_at_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["verify", "embedded", "--cases", "1", "--no-speed"]) == 0
+    assert "3 of 3 comparisons agree" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_checkpoints_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers gives random weights for one, which agree with themselves."""
+    gptkern.GPT.from_pretrained(checkpoint(tmp_path / "dense"), weights="int8").save_pretrained(
+        tmp_path / "int8"
+    )
+    assert cli.run(["verify", str(tmp_path / "int8"), "--cases", "1", "--no-speed"]) == 1
+    told = "was quantised by gptkern, which transformers does not read"
+    assert told in capsys.readouterr().err
+    with pytest.raises(ValueError, match=told):
+        gptkern.transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "int8")
+    random = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    with pytest.raises(ValueError, match=told):
+        gptkern.accelerate(random)
+
+
+def test_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ckpt.pt").touch()
+    assert cli.run(["verify", str(tmp_path / "ckpt.pt")]) == 1
+    assert "is a file; verify takes a folder that transformers opens" in capsys.readouterr().err
 
 
 def test_other_models_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from gptkern.cli import _options as o
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="A GPT-2 or GPT-1 checkpoint: a folder or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A GPT-2 or GPT-1 checkpoint: folder, hub id, or embedded.")],
     cases: Annotated[int, typer.Option(min=1, help="Random settings to compare.")] = 10,
     seed: Annotated[int, typer.Option(help="Of those settings.")] = 0,
     dtype: o.Dtype = None,

@@ -6,7 +6,7 @@
     from gptkern.transformers import GPT2LMHeadModel, GPT2Tokenizer         # or one line changed
     AutoModelForCausalLM.from_pretrained(..., attn_implementation="gptkern")  # or any other model
 
-Importing this package registers ``"gptkern"`` and ``"paged|gptkern"`` with ``AttentionInterface``.
+``import gptkern`` is enough for the last.
 """
 
 from transformers import GPT2Tokenizer, GPT2TokenizerFast, OpenAIGPTTokenizer

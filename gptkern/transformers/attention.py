@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -11,44 +10,16 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from gptkern import ops
+from gptkern._at_import import NAME, PAGED
 from gptkern.routes import LIBRARY, fallback
 from gptkern.transformers.masks import gptkern_mask
 
-NAME = "gptkern"
-PAGED = "paged|gptkern"
-
 
 def register() -> None:
-    """Make both names known to transformers."""
+    """Put the functions themselves in the places that ``import gptkern`` has taken for them."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, gptkern_mask)
     AttentionInterface.register(PAGED, paged_attention_forward)
-    # Packed sequences are told apart by their cumulative lengths.
-    AttentionMaskInterface.register(PAGED, lambda *args, **kwargs: None)
-    _admit_to_continuous_batching()
-
-
-def _admit_to_continuous_batching() -> None:
-    """Let continuous batching take models whose attention is gptkern's.
-
-    Up to transformers 5.22 it took every registered name that began with "paged|". Since then that prefix is
-    cut off, and its gate knows the library's own functions alone.
-    """
-    try:
-        from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
-    except ImportError:
-        return
-    gate = getattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn", None)
-    if gate is None or hasattr(gate, "_gptkern_admits"):
-        return
-
-    @functools.wraps(gate)
-    def admitting(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if model.config._attn_implementation != NAME:
-            return gate(self, model, *args, **kwargs)
-
-    admitting._gptkern_admits = True  # type: ignore[attr-defined]
-    ContinuousBatchingManager.switch_to_cb_friendly_attn = admitting
 
 
 def attention_forward(

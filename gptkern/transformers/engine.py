@@ -18,12 +18,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.openai import modeling_openai as gpt1
 
+from gptkern._at_import import NAME
 from gptkern.as_built import Blueprint, Watch, own_method, skeleton
 from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
 from gptkern.generate.executor import Executor
 from gptkern.model import GPT, GPTOutput
-from gptkern.transformers.attention import NAME
 from gptkern.transformers.modules import CACHE, FORWARDS, INSTEAD, activation_of
 
 # What ``_sample`` may be given beside it; anything else is an input that the engine does not know.

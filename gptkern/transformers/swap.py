@@ -9,10 +9,11 @@ import transformers
 from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
+from gptkern._at_import import NAME, PAGED
 from gptkern.as_built import untouched
 from gptkern.ops._dispatch import use_kernel
+from gptkern.quantize import METHOD
 from gptkern.routes import Explanation, Route
-from gptkern.transformers.attention import NAME
 from gptkern.transformers.engine import known_attention, refused_config, refused_model
 from gptkern.transformers.models import LIBRARY_CLASSES, LanguageModel, accelerated_class
 from gptkern.transformers.modules import NORM, SWAPS, LayerNorm, activation_of, as_library
@@ -105,28 +106,33 @@ def is_accelerated(model: Any) -> bool:
 
 
 def explain(model: Any, generation_config: Any = None) -> Explanation:
-    """How each part of a model runs, and why.
-
-    Args:
-        model: One of ``SUPPORTED``, accelerated or not.
-        generation_config: What ``generate`` is asked about; the model's own when None.
+    """How each part of a model of transformers runs, and why: see ``gptkern.explain``.
 
     Raises:
-        TypeError: A model of another class.
+        TypeError: No such model.
     """
-    _check(model, "auto", "torch")
-    if not is_accelerated(model):
-        reason = "not accelerated: gptkern.accelerate(model)"
-        return Explanation(
-            Route(part, "library", reason) for part in ("attention", "norm", "mlp", "loss", "generate")
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise TypeError(
+            f"explain: model is a {type(model).__name__}; a GPT or a transformers model is needed"
         )
-    parts = (_attention_route, _norm_route, _mlp_route, _loss_route)
-    return Explanation([*(part(model) for part in parts), _generate_route(model, generation_config)])
+    if not _supported(model):
+        reason = f"a {type(model).__name__}: gptkern.accelerate takes {', '.join(SUPPORTED)}"
+    elif not is_accelerated(model):
+        reason = "not accelerated: gptkern.accelerate(model)"
+    else:
+        parts = (_attention_route, _norm_route, _mlp_route, _loss_route)
+        return Explanation([*(part(model) for part in parts), _generate_route(model, generation_config)])
+    others = (Route(part, "library", reason) for part in ("norm", "mlp", "loss", "generate"))
+    return Explanation([_attention_route(model), *others])
+
+
+def _supported(model: Any) -> bool:
+    names = {cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("transformers.")}
+    return bool(names & set(SUPPORTED))
 
 
 def _check(model: Any, generation: str, rng: str) -> None:
-    names = {cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("transformers.")}
-    if not names & set(SUPPORTED):
+    if not _supported(model):
         raise TypeError(
             f"accelerate: model is a {type(model).__name__}; supported are {', '.join(SUPPORTED)}"
         )
@@ -134,6 +140,7 @@ def _check(model: Any, generation: str, rng: str) -> None:
         raise ValueError(f"accelerate: generation is {generation!r}; 'auto' or 'library' is needed")
     if rng not in ("torch", "philox"):
         raise ValueError(f"accelerate: rng is {rng!r}; 'torch' or 'philox' is needed")
+    refuse_quantised(model.config)
     config = model.config
     head_dim = config.n_embd // config.n_head
     if head_dim > MAX_HEAD_DIM:
@@ -144,6 +151,21 @@ def _check(model: Any, generation: str, rng: str) -> None:
         name = getattr(config, "activation_function", None) or config.afn
         raise ValueError(
             f"accelerate: the model's activation is {name!r}; gelu, relu and silu forms are supported"
+        )
+
+
+def refuse_quantised(config: Any) -> None:
+    """Refuse the checkpoints of ``gptkern quantize``: transformers skips their weights, and draws new ones.
+
+    Raises:
+        ValueError: ``config`` is of one.
+    """
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    if method == METHOD:
+        raise ValueError(
+            "accelerate: the checkpoint was quantised by gptkern, which transformers does not read: open it "
+            "by gptkern.GPT.from_pretrained, or open the one that it was made from"
         )
 
 
@@ -181,7 +203,8 @@ def _ops_route(model: Any) -> Literal["kernel", "reference"]:
 
 
 def _attention_route(model: Any) -> Route:
-    if model.config.model_type != "openai-gpt" and model.config._attn_implementation != NAME:
+    by_class = model.config.model_type == "openai-gpt" and is_accelerated(model)
+    if not by_class and model.config._attn_implementation not in (NAME, PAGED):
         return Route("attention", "library", f"attn_implementation is {model.config._attn_implementation!r}")
     return Route(
         "attention", _ops_route(model), "flash_attention; with output_attentions the library's expression"

@@ -17,7 +17,9 @@ import torch
 import transformers
 
 from gptkern.bench import ceilings
-from gptkern.transformers.swap import Explanation, accelerate, explain
+from gptkern.checkpoint.locate import locate
+from gptkern.routes import Explanation
+from gptkern.transformers.swap import accelerate, explain, refuse_quantised
 
 _LONGEST_PROMPT = 48
 _NEW = 12
@@ -58,8 +60,20 @@ class Speed:
 
 
 def load(name: str, *, dtype: torch.dtype | None, device: torch.device) -> Any:
-    """A checkpoint as transformers loads it, in evaluation mode."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    """A checkpoint as transformers loads it, in evaluation mode.
+
+    Args:
+        name: A folder, a hub id, or ``"embedded"``, the package's own model.
+
+    Raises:
+        CheckpointError: There is none.
+        ValueError: A single file, or weights that ``gptkern quantize`` wrote.
+    """
+    folder = locate(name, revision=None, local_files_only=False)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; verify takes a folder that transformers opens")
+    refuse_quantised(transformers.AutoConfig.from_pretrained(folder))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
     return model.eval().to(device)
 
 
