@@ -78,6 +78,9 @@ def hub(tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
     model = reference(vocab_size=300)
     model.save_pretrained(Hub.folder)
     Tokenizer.bytes().save(Hub.folder)
+    (Hub.folder / "added_tokens.json").write_text("{}")
+    (Hub.folder / "chat_template.jinja").write_text("{{ messages }}")
+    (Hub.folder / "modeling_evil.py").write_text("never fetched")
     shutil.copy(Hub.folder / "model.safetensors", Hub.folder / "pytorch_model.bin")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -114,6 +117,10 @@ def test_hub(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
     assert load(hub, cache, REPOSITORY) == expected
     # only what is needed: no second copy of the weights, no files that are not there
     assert not [path for path in Hub.requests if path.endswith((".bin", "vocab.json", ".index.json"))]
+    fetched = {path.name for path in cache.glob("hub/models--*/snapshots/*/*")}
+    assert fetched >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert fetched >= {"tokenizer_config.json", "added_tokens.json", "chat_template.jinja"}
+    assert "modeling_evil.py" not in fetched
     Hub.requests.clear()
     assert load(hub, cache, REPOSITORY, local=True) == expected
     assert not [path for path in Hub.requests if REPOSITORY in path]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from gptkern.checkpoint import CheckpointError
 from gptkern.config import GPTConfig
 from gptkern.model import GPT
 from gptkern.tokenizer import Tokenizer
@@ -114,6 +115,19 @@ def test_classification(model_folder: Path, tmp_path: Path) -> None:
     assert result.metrics["accuracy"] > 0.9
     classifier = Classification.from_pretrained(tmp_path / "run" / "model")
     assert classifier.classify(["it is odd 3", "it is good 7"]) == ["odd", "good"]
+    labels = tmp_path / "run" / "model" / "labels.json"
+    for content, message in (
+        ("{}", "a list of labels is needed, {} found"),
+        ("[1, 2, 3]", r"a list of labels is needed, \[1, 2, 3\] found"),
+        ("[" * 100_000, "no labels of a classifier"),
+        ('["a", "b"]', r"classifier\.safetensors: weight of shape \(2, 16\) is needed"),
+    ):
+        labels.write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            Classification.from_pretrained(labels.parent)
+    labels.unlink()
+    with pytest.raises(CheckpointError, match=r"labels\.json: no such file"):
+        Classification.from_pretrained(labels.parent)
 
 
 def test_a_context_beyond_the_models_is_refused(model_folder: Path, tmp_path: Path) -> None:

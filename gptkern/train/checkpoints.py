@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from gptkern.checkpoint.errors import CheckpointError
+from gptkern.checkpoint.files import LARGEST_JSON, read_bytes
 from gptkern.checkpoint.save import save
 from gptkern.checkpoint.storage import write_safetensors
 from gptkern.durable import flush, make_folder, new_file, write_file
@@ -172,7 +173,7 @@ def export(objective: nn.Module, folder: Path, group: Processes) -> None:
 def _read_notes(folder: Path) -> Checkpoint:
     path = folder / NOTES
     try:
-        notes = json.loads(path.read_bytes())
+        notes = json.loads(read_bytes(path, LARGEST_JSON))
         step, best, settings = notes["step"], notes["best"], notes["settings"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not the notes of a run: {error!r}") from error

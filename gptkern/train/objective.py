@@ -9,11 +9,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from gptkern import ops
 from gptkern.attend import DenseAttend
+from gptkern.checkpoint.errors import CheckpointError, first_line, shown
+from gptkern.checkpoint.files import LARGEST_JSON, read_bytes
+from gptkern.checkpoint.storage import read_safetensors
 from gptkern.model import GPT
 
 
@@ -67,13 +69,17 @@ class Classification(nn.Module):
         """The classifier that a run wrote into its ``model``, ``best`` or a checkpoint, in evaluation mode.
 
         Raises:
-            CheckpointError: There is no model there.
-            OSError: There is no classifier's head with it.
+            CheckpointError: There is no model there, or no classifier's head with it; one is damaged.
         """
         folder = Path(folder)
-        labels = json.loads((folder / "labels.json").read_text())
+        labels = _read_labels(folder / "labels.json")
         found = cls(GPT.from_pretrained(folder), labels)
-        found.head.load_state_dict(load_file(folder / "classifier.safetensors"))
+        path = folder / "classifier.safetensors"
+        weights = read_safetensors(path)
+        for name, parameter in found.head.named_parameters():
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise CheckpointError(f"{path}: {name} of shape {tuple(parameter.shape)} is needed")
+        found.head.load_state_dict({name: stored.data for name, stored in weights.items()}, strict=False)
         return found.eval()
 
     def logits(self, ids: torch.Tensor, last: torch.Tensor, *, dropout: bool = True) -> torch.Tensor:
@@ -106,3 +112,15 @@ class Classification(nn.Module):
             scores = self.logits(ids, torch.tensor([ids.shape[1] - 1], device=device), dropout=False)
             found.append(self.labels[int(scores.argmax())])
         return found
+
+
+def _read_labels(path: Path) -> list[str]:
+    try:
+        labels = json.loads(read_bytes(path, LARGEST_JSON))
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: no labels of a classifier: {first_line(error)}") from error
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+        raise CheckpointError(f"{path}: a list of labels is needed, {shown(labels)} found")
+    return labels

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gptkern.checkpoint.files import LARGEST_JSON, read_bytes
 from gptkern.checkpoint.replace import replacing, settle
 from gptkern.durable import NewFile
 from gptkern.tokenizer import Tokenizer
@@ -314,7 +315,7 @@ def _tokenise(settings: DataSettings, own: Tokenizer | None, cache: Path) -> Non
 def _read_stamp(path: Path) -> Any:
     """What the tokens were made of; None where that cannot be read: they are then made anew."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_bytes(path, LARGEST_JSON))
     except (OSError, ValueError, RecursionError):
         return None
 
