@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from gptkern.ops import _launch
 
 Backend = Literal["auto", "reference", "kernel"]
 
@@ -55,6 +58,16 @@ def use_kernel(tensor: torch.Tensor) -> bool:
             )
         return INTERPRETED
     raise ValueError(f"tensors are on device {device!r}; gptkern's ops run on 'cuda' and 'cpu'")
+
+
+def traced(tensor: torch.Tensor) -> bool:
+    """Whether a call on ``tensor`` has shapes and no values: the registered op then takes it.
+
+    So it is under ``torch.compile``, of fake tensors, and of meta tensors where no launches are recorded.
+    """
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return True
+    return tensor.device.type == "meta" and not _launch.recording()
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

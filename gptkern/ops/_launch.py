@@ -94,6 +94,11 @@ def record(arch: int) -> Iterator[list[Launch]]:
         _recorded_arch = previous
 
 
+def recording() -> bool:
+    """Whether launches are collected, of meta tensors as well (see ``record``)."""
+    return _recorded_arch is not None
+
+
 def on_device(tensor: torch.Tensor) -> Any:
     """Context that makes ``tensor``'s GPU current, as Triton launches on the current one."""
     if tensor.device.type == "cuda":

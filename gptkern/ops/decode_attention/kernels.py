@@ -23,21 +23,29 @@ from gptkern.ops._pdl import prefetch, wait
 
 @triton.jit
 def cache_pages(
-    table_ptr, first, tokens, mask, page_size, IN_PAGE: tl.constexpr, CACHE: tl.constexpr = ""
+    table_ptr, first, tokens, mask, page_size, page_count, IN_PAGE: tl.constexpr, CACHE: tl.constexpr = ""
 ):  # fmt: skip
     """(page, offset in it) of consecutive tokens of one sequence; one page for all of them if IN_PAGE.
 
-    int64: a page's number times its stride passes 2^31 in pools of a few GB.
+    A page that the cache does not have becomes one that it has: nothing beyond it is read. int64: a page's
+    number times its stride passes 2^31 in pools of a few GB.
     """
     if IN_PAGE:
-        pages = tl.load(table_ptr + first // page_size, cache_modifier=CACHE).to(tl.int64)
+        pages = tl.load(table_ptr + first // page_size, cache_modifier=CACHE)
         offsets = (first % page_size + tokens - first).to(tl.int64)
     else:
-        pages = tl.load(table_ptr + tokens // page_size, mask=mask, other=0, cache_modifier=CACHE).to(
-            tl.int64
-        )
+        pages = tl.load(table_ptr + tokens // page_size, mask=mask, other=0, cache_modifier=CACHE)
         offsets = (tokens % page_size).to(tl.int64)
-    return pages, offsets
+    return tl.maximum(tl.minimum(pages, page_count - 1), 0).to(tl.int64), offsets
+
+
+@triton.jit
+def lacks_pages(table_ptr, begin, end, page_size, page_count, SPLIT: tl.constexpr):
+    """Whether tokens ``begin <= t < end`` of one split lie in a page that the cache does not have."""
+    tokens = begin // SPLIT * SPLIT + tl.arange(0, SPLIT)
+    inside = (tokens >= begin) & (tokens < end)
+    pages = tl.load(table_ptr + tokens // page_size, mask=inside, other=0)
+    return tl.max((inside & ((pages < 0) | (pages >= page_count))).to(tl.int32), 0) > 0
 
 
 @triton.jit
@@ -83,21 +91,24 @@ def combine_splits(
 
 @triton.jit
 def attend_split(
-    q, k_ptr, v_ptr, table_ptr, begin, end, page_size, scale_log2,
+    q, k_ptr, v_ptr, table_ptr, begin, end, page_size, page_count, scale_log2,
     stride_kp, stride_ks, stride_vp, stride_vs,
     HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    IN_PAGE: tl.constexpr,
+    SPLIT: tl.constexpr, IN_PAGE: tl.constexpr,
 ):  # fmt: skip
-    """(acc, row_max, row_sum) over tokens ``begin <= t < end`` of one split."""
+    """(acc, row_max, row_sum) over tokens ``begin <= t < end`` of one split; NaN if the cache lacks one."""
     dims = tl.arange(0, BLOCK_D)
     row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    # Told by the scale, which the loop holds anyway: the loop itself then is as without the question.
+    lost = lacks_pages(table_ptr, begin, end, page_size, page_count, SPLIT)
+    scale_log2 = tl.where(lost, float("nan"), scale_log2)
     for first in tl.range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         valid = (tokens >= begin) & (tokens < end)
         mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
-        pages, offsets = cache_pages(table_ptr, first, tokens, valid, page_size, IN_PAGE)
+        pages, offsets = cache_pages(table_ptr, first, tokens, valid, page_size, page_count, IN_PAGE)
         k_rows = pages * stride_kp + offsets * stride_ks
         v_rows = pages * stride_vp + offsets * stride_vs
         k = tl.load(k_ptr + k_rows[:, None] + dims[None, :], mask=mask, other=0.0)
@@ -112,20 +123,26 @@ def attend_split(
 
 
 @triton.jit
-def attended_tokens(lens_ptr, starts_ptr, row, window):
-    """(first token, end) of what a sequence's query attends to."""
+def attended_tokens(lens_ptr, starts_ptr, row, window, max_pages, page_size, page_count):
+    """(first token, end, pages of the cache) of what a sequence's query attends to.
+
+    A length that the page table has no room for counts as one token, and no page as there: its result is
+    NaN, and nothing beyond the table or the cache is read. A cache without pages gives no token.
+    """
     # .cg: this may come before the wait for the kernel before, when this multiprocessor's L1 can still hold
     # the line that an earlier step read. L2 has the length that the last step wrote.
-    end = tl.load(lens_ptr + row, cache_modifier=".cg")
+    length = tl.load(lens_ptr + row, cache_modifier=".cg")
+    possible = (length >= 0) & (length <= max_pages * page_size) & (page_count > 0)
+    end = tl.where(possible, length, tl.minimum(tl.minimum(max_pages, page_count), 1))
     begin = tl.maximum(end - window, 0)
     if starts_ptr is not None:
         begin = tl.maximum(begin, tl.load(starts_ptr + row))
-    return begin, end
+    return begin, end, tl.where(possible, page_count, 0)
 
 
 @triton.jit
 def prefetch_split(
-    k_ptr, v_ptr, table_ptr, row, kv_head, split, begin, end, page_size,
+    k_ptr, v_ptr, table_ptr, row, kv_head, split, begin, end, page_size, page_count,
     stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
@@ -137,9 +154,9 @@ def prefetch_split(
     lines = tl.arange(0, BLOCK_D // LINE if BLOCK_D > LINE else 1) * LINE
     tokens = split * SPLIT + tl.arange(0, SPLIT)
     valid = (tokens >= begin) & (tokens < end)
-    wanted = valid[:, None] & (lines < HEAD_DIM)[None, :]
     # .cg for the reason given in attended_tokens.
-    pages, offsets = cache_pages(table_ptr, 0, tokens, valid, page_size, False, ".cg")
+    pages, offsets = cache_pages(table_ptr, 0, tokens, valid, page_size, page_count, False, ".cg")
+    wanted = valid[:, None] & (lines < HEAD_DIM)[None, :]
     prefetch(k_ptr + (pages * stride_kp + offsets * stride_ks)[:, None] + lines[None, :], wanted, COMPILED)
     prefetch(v_ptr + (pages * stride_vp + offsets * stride_vs)[:, None] + lines[None, :], wanted, COMPILED)
 
@@ -147,7 +164,7 @@ def prefetch_split(
 @triton.jit
 def attend_sequence(
     q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, acc_ptr, stats_ptr, counter_ptr, k_scale_ptr, v_scale_ptr,
-    scale_log2, page_size, max_splits, begin, end,
+    scale_log2, page_size, page_count, max_splits, begin, end,
     stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
     row, kv_head, program, programs, head_block, head_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -156,7 +173,7 @@ def attend_sequence(
 ):  # fmt: skip
     """One program's splits of one sequence's head; the last to come of its programs stores the output."""
     first = begin // SPLIT
-    last = tl.maximum((end + SPLIT - 1) // SPLIT, first)
+    last = tl.where(begin < end, (end + SPLIT - 1) // SPLIT, first)
     table_ptr += row.to(tl.int64) * stride_tb
     k_ptr += kv_head.to(tl.int64) * stride_kh
     v_ptr += kv_head.to(tl.int64) * stride_vh
@@ -177,9 +194,9 @@ def attend_sequence(
     for split in range(first + program, last, programs):
         acc, row_max, row_sum = attend_split(
             q, k_ptr, v_ptr, table_ptr,
-            tl.maximum(split * SPLIT, begin), tl.minimum(split * SPLIT + SPLIT, end), page_size, scale_log2,
-            stride_kp, stride_ks, stride_vp, stride_vs,
-            HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, IN_PAGE,
+            tl.maximum(split * SPLIT, begin), tl.minimum(split * SPLIT + SPLIT, end), page_size, page_count,
+            scale_log2, stride_kp, stride_ks, stride_vp, stride_vs,
+            HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT, IN_PAGE,
         )  # fmt: skip
         if k_scale_ptr is not None:
             acc *= v_scale
@@ -211,7 +228,7 @@ def attend_sequence(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["max_splits", "window"])
+@triton.jit(do_not_specialize=["max_splits", "window", "max_pages", "page_count"])
 def decode_attention_kernel(
     q_ptr,  # (batch, heads, head_dim)
     k_ptr,  # (pages, page_size, kv_heads, head_dim)
@@ -225,7 +242,7 @@ def decode_attention_kernel(
     counter_ptr,  # (batch * kv_heads * head blocks,) int32, zero before and after
     k_scale_ptr,  # (kv_heads,) fp32, or None: what keys and values of the cache are multiplied by
     v_scale_ptr,
-    scale_log2, window, page_size, max_splits,
+    scale_log2, window, page_size, max_pages, page_count, max_splits,
     stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
@@ -236,18 +253,20 @@ def decode_attention_kernel(
     row = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
     program, programs = tl.program_id(1), tl.num_programs(1)
-    begin, end = attended_tokens(lens_ptr, starts_ptr, row, window)
+    begin, end, page_count = attended_tokens(
+        lens_ptr, starts_ptr, row, window, max_pages, page_size, page_count
+    )  # fmt: skip
     if PREFETCH and PDL:
         prefetch_split(
             k_ptr, v_ptr, table_ptr, row, kv_head, begin // SPLIT + program, begin, end, page_size,
-            stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
+            page_count, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
             HEAD_DIM, BLOCK_D, SPLIT, PDL,
         )  # fmt: skip
     if PREFETCH:
         wait(PDL)
     attend_sequence(
         q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, acc_ptr, stats_ptr, counter_ptr, k_scale_ptr, v_scale_ptr,
-        scale_log2, page_size, max_splits, begin, end,
+        scale_log2, page_size, page_count, max_splits, begin, end,
         stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
         row, kv_head, program, programs, tl.program_id(2), tl.num_programs(2),
         KV_HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT, IN_PAGE,
@@ -260,10 +279,10 @@ def append_kv_kernel(
     v_ptr,  # (tokens, kv_heads, head_dim)
     k_cache_ptr,  # (pages, page_size, kv_heads, head_dim)
     v_cache_ptr,
-    slots_ptr,  # (tokens,) int64, -1: nothing
+    slots_ptr,  # (tokens,) int64; where the cache has no such slot nothing is written
     k_scale_ptr,  # (kv_heads,) fp32, or None: what the cache is multiplied by
     v_scale_ptr,
-    page_size,
+    page_size, page_count,
     stride_kt, stride_kh, stride_vt, stride_vh,
     stride_kp, stride_ks, stride_kch, stride_vp, stride_vs, stride_vch,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -273,8 +292,8 @@ def append_kv_kernel(
     slot = tl.load(slots_ptr + token)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     dims = tl.arange(0, BLOCK_D)[None, :]
-    mask = (heads < KV_HEADS) & (dims < HEAD_DIM) & (slot >= 0)
     page, offset = slot // page_size, slot % page_size
+    mask = (heads < KV_HEADS) & (dims < HEAD_DIM) & (slot >= 0) & (page < page_count)
     k = tl.load(k_ptr + token * stride_kt + heads * stride_kh + dims, mask=mask, other=0.0)
     v = tl.load(v_ptr + token * stride_vt + heads * stride_vh + dims, mask=mask, other=0.0)
     k_at = k_cache_ptr + page * stride_kp + offset * stride_ks + heads * stride_kch + dims

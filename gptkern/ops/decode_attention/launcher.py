@@ -34,7 +34,7 @@ def attend(
 ) -> torch.Tensor:
     """Decode attention by the kernel."""
     batch, heads, head_dim = q.shape
-    _, page_size, kv_heads, _ = k_cache.shape
+    page_count, page_size, kv_heads, _ = k_cache.shape
     group = heads // kv_heads
     capacity = page_table.shape[1] * page_size
     config = _launch.config(
@@ -52,13 +52,14 @@ def attend(
     stats = torch.empty((batch, heads, max_splits, 2), dtype=torch.float32, device=q.device)
     rows = batch * kv_heads
     wanted = _PROGRAMS_PER_SM * _launch.multiprocessors(q.device)
-    programs = min(max_splits, triton.cdiv(wanted, max(rows * head_blocks, 1)))
+    programs = max(1, min(max_splits, triton.cdiv(wanted, max(rows * head_blocks, 1))))
     with _launch.on_device(q):
         _launch.launch(
             kernels.decode_attention_kernel, (rows, programs, head_blocks),
             q, k_cache, v_cache, out, page_table, seq_lens, starts, acc, stats,
             counters(q.device, rows * head_blocks), *(scales or (None, None)),
-            scale * LOG2E, _UNLIMITED if window is None else window, page_size, max_splits,
+            scale * LOG2E, _UNLIMITED if window is None else window,
+            page_size, page_table.shape[1], page_count, max_splits,
             *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], page_table.stride(0),
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_H=block_h,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
@@ -82,7 +83,7 @@ def append(
     with _launch.on_device(k):
         _launch.launch(
             kernels.append_kv_kernel, (tokens, triton.cdiv(kv_heads, block_h)),
-            k, v, k_cache, v_cache, slots, *(scales or (None, None)), k_cache.shape[1],
+            k, v, k_cache, v_cache, slots, *(scales or (None, None)), k_cache.shape[1], k_cache.shape[0],
             *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
             KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip

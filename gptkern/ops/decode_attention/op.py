@@ -7,7 +7,7 @@ import math
 import torch
 
 from gptkern.ops import _checks, _launch
-from gptkern.ops._dispatch import needs_grad, use_kernel
+from gptkern.ops._dispatch import needs_grad, traced, use_kernel
 from gptkern.ops.decode_attention import launcher, reference
 from gptkern.ops.decode_attention.reference import Scales
 
@@ -37,8 +37,10 @@ def decode_attention(
         k_cache, v_cache: ``(pages, page_size, kv_heads, head_dim)`` of q's dtype; heads is a multiple
             of kv_heads, query head i attends with ``i // (heads / kv_heads)``.
         page_table: ``(batch, max_pages)`` int32: the pages of each sequence, in order. Pages past a
-            sequence's length are never looked at. Entries are not compared with the cache on a GPU.
-        seq_lens: ``(batch,)`` int32: tokens each sequence attends, the newest included; 0 gives zeros.
+            sequence's length are never looked at.
+        seq_lens: ``(batch,)`` int32: tokens each sequence attends, the newest included; 0 gives zeros. A
+            page that the cache does not have, or a length that the page table has no room for, is an
+            error on a CPU; on a GPU, where looking would stall, it makes that sequence's result NaN.
         scale: Factor on the scores; ``1 / sqrt(head_dim)`` when None.
         window: Attend to the newest ``window`` tokens only.
         prefetch: On sm_90 and newer, begin to fetch pages while the kernel before this one in the
@@ -72,14 +74,26 @@ def append_kv(
         k, v: ``(tokens, kv_heads, head_dim)``, any floating dtype: cast to the cache's. Any strides with
             a contiguous last dimension.
         k_cache, v_cache: ``(pages, page_size, kv_heads, head_dim)``.
-        slots: ``(tokens,)`` int64, ``page * page_size + offset`` of each token; -1 writes nothing. No
-            two tokens may have one slot.
+        slots: ``(tokens,)`` int64, ``page * page_size + offset`` of each token; a negative one writes
+            nothing. No two tokens may have one slot. One beyond the cache is an error on a CPU; on a GPU,
+            where looking would stall, it writes nothing.
         scales: Of an fp8 cache, as of ``decode_attention``; what is beyond its range is kept as its largest.
 
     Raises:
         TypeError, ValueError: an argument is not as described here.
     """
-    op = "append_kv"
+    _check_append("append_kv", k, v, k_cache, v_cache, slots, scales)
+    if traced(k):
+        torch.ops.gptkern.append_kv(k, v, k_cache, v_cache, slots)
+    else:
+        run = launcher.append if use_kernel(k) else reference.append_kv
+        run(k.detach(), v.detach(), k_cache, v_cache, slots, scales)
+
+
+def _check_append(
+    op: str, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slots: torch.Tensor, scales: Scales,
+) -> None:  # fmt: skip
     check_cache(op, k_cache, v_cache, scales)
     for name, value in (("k", k), ("v", v)):
         _checks.tensor(op, name, value, dim=3)
@@ -90,11 +104,16 @@ def append_kv(
     _checks.dtype(op, "slots", slots, (torch.int64,))
     _checks.shape(op, "slots", slots, k.shape[:1], "one per token")
     _checks.same_device(op, k=k, v=v, k_cache=k_cache, v_cache=v_cache, slots=slots)
-    if torch.compiler.is_compiling():
-        torch.ops.gptkern.append_kv(k, v, k_cache, v_cache, slots)
-    else:
-        run = launcher.append if use_kernel(k) else reference.append_kv
-        run(k.detach(), v.detach(), k_cache, v_cache, slots, scales)
+    check_slots(op, k_cache, slots)
+
+
+def check_slots(op: str, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    """On a CPU, raise for a slot beyond the cache."""
+    if slots.device.type != "cpu" or not slots.numel() or traced(slots):
+        return
+    count = cache.shape[0] * cache.shape[1]
+    if int(slots.max()) >= count:
+        raise ValueError(f"{op}: slots holds {int(slots.max())}; the cache has slots 0 to {count - 1}")
 
 
 def attend(
@@ -113,11 +132,8 @@ def attend(
     """``decode_attention`` under the name ``op``, from token ``starts[i]`` of each sequence on."""
     _check(op, q, k_cache, v_cache, page_table, seq_lens, starts, scales)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"{op}: scale is {scale}; a finite number is needed")
-    if window is not None and window < 1:
-        raise ValueError(f"{op}: window is {window}; at least 1 is needed, or None")
-    if torch.compiler.is_compiling():
+    _check_settings(op, scale, window)
+    if traced(q):
         out: torch.Tensor = torch.ops.gptkern.decode_attention(
             q, k_cache, v_cache, page_table, seq_lens, scale, window, starts
         )
@@ -131,6 +147,13 @@ def attend(
     return launcher.attend(q, k_cache, v_cache, page_table, seq_lens, scale, window, starts, prefetch, scales)
 
 
+def _check_settings(op: str, scale: float, window: int | None) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"{op}: scale is {scale}; a finite number is needed")
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window is {window}; at least 1 is needed, or None")
+
+
 def _attend(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -141,6 +164,8 @@ def _attend(
     window: int | None,
     starts: torch.Tensor | None,
 ) -> torch.Tensor:
+    _check("decode_attention", q, k_cache, v_cache, page_table, seq_lens, starts, None)
+    _check_settings("decode_attention", scale, window)
     run = launcher.attend if use_kernel(q) else reference.decode_attention
     return run(q, k_cache, v_cache, page_table, seq_lens, scale, window, starts)
 
@@ -148,6 +173,7 @@ def _attend(
 def _append(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
 ) -> None:
+    _check_append("append_kv", k, v, k_cache, v_cache, slots, None)
     run = launcher.append if use_kernel(k) else reference.append_kv
     run(k, v, k_cache, v_cache, slots)
 
@@ -172,7 +198,7 @@ def check_cache(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor, scales: S
 def _check_scales(op: str, k_cache: torch.Tensor, scales: Scales) -> None:
     if scales is None:
         return
-    if torch.compiler.is_compiling():
+    if traced(k_cache):
         raise ValueError(f"{op}: the cache is fp8; torch.compile takes it in 16 or 32 bits")
     if k_cache.device.type != "cpu" and _launch.arch(k_cache.device) < 89:
         raise ValueError(f"{op}: the cache is fp8; that needs compute capability 8.9 or newer")
@@ -221,12 +247,18 @@ def _check(
             raise ValueError(f"{op}: {name} has {value.shape[0]} rows, q {batch}: one per sequence is needed")
         _checks.last_dim_contiguous(op, name, value)
     _checks.same_device(op, q=q, k_cache=k_cache, v_cache=v_cache, **lists)
-    if seq_lens.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+    if seq_lens.device.type == "cpu" and batch and not traced(seq_lens):
         longest = int(seq_lens.max())
         if int(seq_lens.min()) < 0 or longest > page_table.shape[1] * k_cache.shape[1]:
             raise ValueError(
                 f"{op}: seq_lens goes from {int(seq_lens.min())} to {longest}; "
                 f"{page_table.shape[1]} pages hold 0 to {page_table.shape[1] * k_cache.shape[1]} tokens"
+            )
+        needed = torch.arange(page_table.shape[1])[None, :] * k_cache.shape[1] < seq_lens[:, None]
+        strange = page_table[needed & ((page_table < 0) | (page_table >= k_cache.shape[0]))]
+        if strange.numel():
+            raise ValueError(
+                f"{op}: page_table holds {int(strange[0])}; the cache has pages 0 to {k_cache.shape[0] - 1}"
             )
 
 

@@ -93,5 +93,7 @@ def append_kv(
         # As bytes: PyTorch does not write fp8 by index on every device.
         k, v = (to_fp8(new, of).view(torch.uint8) for new, of in zip((k, v), scales, strict=True))
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    k_cache.flatten(0, 1).index_copy_(0, slots, k.to(k_cache.dtype))
-    v_cache.flatten(0, 1).index_copy_(0, slots, v.to(v_cache.dtype))
+    # By page and offset: of a cache that is a slice, pages and offsets do not flatten into one dimension.
+    places = slots // k_cache.shape[1], slots % k_cache.shape[1]
+    k_cache.index_put_(places, k.to(k_cache.dtype))
+    v_cache.index_put_(places, v.to(v_cache.dtype))

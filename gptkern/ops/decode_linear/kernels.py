@@ -180,13 +180,16 @@ def prefetch_weights(
 
 @triton.jit
 def store_kv(
-    result, k_cache_ptr, v_cache_ptr, slots, column, mask, k_scale_ptr, v_scale_ptr, page_size,
+    result, k_cache_ptr, v_cache_ptr, slots, column, mask, k_scale_ptr, v_scale_ptr, page_size, page_count,
     stride_kp, stride_ks, stride_vp, stride_vs,
     KV_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Write what of ``result`` (outputs, rows) is keys or values to the rows' slots; column 0 is key 0."""
+    """Write what of ``result`` (outputs, rows) is keys or values to the rows' slots; column 0 is key 0.
+
+    Where the cache has no such slot nothing is written.
+    """
     pages, offsets = slots // page_size, slots % page_size
-    mask = mask & (slots >= 0)[None, :] & (column >= 0)
+    mask = mask & ((slots >= 0) & (pages < page_count))[None, :] & (column >= 0)
     k_at = (pages * stride_kp + offsets * stride_ks)[None, :] + column
     k_mask, k = mask & (column < KV_WIDTH), result
     if k_scale_ptr is not None:
@@ -206,8 +209,8 @@ def store_kv(
 def linear_tile(
     x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, normed_ptr,
     k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr, counter_ptr, scale_ptr, zero_ptr, k_scale_ptr,
-    v_scale_ptr, row_count, eps, page_size, stride_weight, stride_kp, stride_ks, stride_vp, stride_vs,
-    tile, tiles, split, row_block,
+    v_scale_ptr, row_count, eps, page_size, page_count, stride_weight, stride_kp, stride_ks, stride_vp,
+    stride_vs, tile, tiles, split, row_block,
     N: tl.constexpr, K: tl.constexpr, KV_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     SPLIT_K: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -253,11 +256,12 @@ def linear_tile(
             slots = tl.load(slots_ptr + numbers, mask=row_mask, other=-1)
             store_kv(
                 result, k_cache_ptr, v_cache_ptr, slots, (outputs - WIDTH)[:, None], mask, k_scale_ptr,
-                v_scale_ptr, page_size, stride_kp, stride_ks, stride_vp, stride_vs, KV_WIDTH, HEAD_DIM,
+                v_scale_ptr, page_size, page_count, stride_kp, stride_ks, stride_vp, stride_vs,
+                KV_WIDTH, HEAD_DIM,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["row_count"])
+@triton.jit(do_not_specialize=["row_count", "page_count"])
 def decode_linear_kernel(
     x_ptr,  # (rows, K), contiguous
     weight_ptr,  # (N, K); with GROUP (N, K / 2), two weights a byte
@@ -276,7 +280,7 @@ def decode_linear_kernel(
     zero_ptr,  # (N, K / GROUP) uint8, or None
     k_scale_ptr,  # (KV_WIDTH / HEAD_DIM,) fp32: of an fp8 cache; or None
     v_scale_ptr,
-    row_count, eps, page_size, stride_weight, stride_kp, stride_ks, stride_vp, stride_vs,
+    row_count, eps, page_size, page_count, stride_weight, stride_kp, stride_ks, stride_vp, stride_vs,
     N: tl.constexpr, K: tl.constexpr, KV_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     SPLIT_K: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -290,7 +294,7 @@ def decode_linear_kernel(
     linear_tile(
         x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, normed_ptr,
         k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr, counter_ptr, scale_ptr, zero_ptr, k_scale_ptr,
-        v_scale_ptr, row_count, eps, page_size, stride_weight, stride_kp, stride_ks, stride_vp, stride_vs,
-        tile, tl.num_programs(0), split, row_block,
+        v_scale_ptr, row_count, eps, page_size, page_count, stride_weight, stride_kp, stride_ks, stride_vp,
+        stride_vs, tile, tl.num_programs(0), split, row_block,
         N, K, KV_WIDTH, ACTIVATION, BLOCK_R, BLOCK_N, BLOCK_K, BLOCK_S, SPLIT_K, GROUP, HEAD_DIM,
     )  # fmt: skip

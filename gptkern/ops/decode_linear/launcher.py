@@ -74,16 +74,18 @@ def decode_linear(
         partial = torch.empty(shape, dtype=torch.float32, device=device)
         counter = counters(device, row_blocks * tiles)
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
-    strides: tuple[Any, ...] = (1, 0, 0, 0, 0)
+    page_size, page_count = 1, 0
+    strides: tuple[Any, ...] = (0, 0, 0, 0)
     if k_cache is not None and v_cache is not None:
-        strides = (k_cache.shape[1], *k_cache.stride()[:2], *v_cache.stride()[:2])
+        page_count, page_size = k_cache.shape[:2]
+        strides = (*k_cache.stride()[:2], *v_cache.stride()[:2])
     with _launch.on_device(x):
         _launch.launch(
             kernels.decode_linear_kernel, (tiles, split_k, row_blocks),
             x, weight, bias, norm_weight, norm_bias, residual, out, normed_out, k_cache, v_cache, slots,
             out if partial is None else partial, out if counter is None else counter, scales, zeros,
             *(cache_scales or (None, None)),
-            rows, eps, strides[0], weight.stride(0), *strides[1:],
+            rows, eps, page_size, page_count, weight.stride(0), *strides,
             N=outputs, K=width, KV_WIDTH=kv_width, ACTIVATION=activation,
             BLOCK_R=block_r, BLOCK_S=MOMENT_COLUMNS,
             HEAD_DIM=1 if k_cache is None else k_cache.shape[3], **_pdl.options(device), **config,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from gptkern.ops import _checks, _launch
-from gptkern.ops._dispatch import needs_grad, use_kernel
-from gptkern.ops.decode_attention.op import check_cache
+from gptkern.ops._dispatch import needs_grad, traced, use_kernel
+from gptkern.ops.decode_attention.op import check_cache, check_slots
 from gptkern.ops.decode_attention.reference import Scales
 from gptkern.ops.decode_linear import launcher, reference
 from gptkern.ops.decode_linear.formats import QuantizedWeight
@@ -50,13 +50,8 @@ def decode_linear(
     """
     op = "decode_linear"
     _check(op, x, weight, bias, norm, normed_out)
-    if activation != "none" and activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}, none")
-    if residual is not None:
-        _checks.tensor(op, "residual", residual)
-        _checks.shape(op, "residual", residual, (x.shape[0], weight.shape[0]), "rows and outputs")
-        _check_like(op, "residual", residual, x)
-    compiling = _compiling(op, weight)
+    _check_epilogue(op, x, weight, activation, residual)
+    compiling = _compiling(op, x, weight)
     if not (compiling or use_kernel(x)):
         return reference.decode_linear(x, weight, bias, norm, activation, residual, normed_out)
     _check_no_grad(op, x, weight, bias, residual, norm)
@@ -87,7 +82,7 @@ def decode_qkv(
             queries, then of the keys, then of the values.
         k_cache, v_cache: ``(pages, page_size, kv_heads, head_dim)`` of x's dtype, changed in place; the
             last two dimensions contiguous.
-        slots: ``(rows,)`` int64, ``page * page_size + offset`` of each row; -1 writes nothing.
+        slots: ``(rows,)`` int64, as of ``append_kv``.
         scales: Of an fp8 cache, as of ``decode_attention``.
 
     Returns:
@@ -98,24 +93,8 @@ def decode_qkv(
     """
     op = "decode_qkv"
     _check(op, x, weight, bias, norm, normed_out)
-    for name, kept in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _checks.tensor(op, name, kept, dim=4)
-        _checks.shape(op, name, kept, k_cache.shape, "the shape of k_cache")
-        if scales is None and kept.dtype != x.dtype:
-            raise TypeError(f"{op}: {name} is {kept.dtype}, x {x.dtype}: one dtype is needed")
-        if kept.stride()[2:] != (kept.shape[3], 1):
-            raise ValueError(f"{op}: {name} has strides {kept.stride()}; a token's heads must be contiguous")
-    check_cache(op, k_cache, v_cache, scales)
-    width = k_cache.shape[2] * k_cache.shape[3]
-    if weight.shape[0] <= 2 * width:
-        raise ValueError(
-            f"{op}: weight has {weight.shape[0]} rows; keys and values alone are {2 * width} by the cache"
-        )
-    _checks.tensor(op, "slots", slots, dim=1)
-    _checks.dtype(op, "slots", slots, (torch.int64,))
-    _checks.shape(op, "slots", slots, x.shape[:1], "one per row")
-    _checks.same_device(op, x=x, k_cache=k_cache, v_cache=v_cache, slots=slots)
-    compiling = _compiling(op, weight)
+    _check_kv(op, x, weight, k_cache, v_cache, slots, scales)
+    compiling = _compiling(op, x, weight)
     if not (compiling or use_kernel(x)):
         return reference.decode_qkv(x, weight, bias, norm, k_cache, v_cache, slots, normed_out, scales)
     _check_no_grad(op, x, weight, bias, None, norm)
@@ -172,8 +151,52 @@ def _check(
         _check_like(op, "normed_out", normed_out, x)
 
 
-def _compiling(op: str, weight: torch.Tensor | QuantizedWeight) -> bool:
-    compiling = torch.compiler.is_compiling()
+def _check_epilogue(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
+    activation: str,
+    residual: torch.Tensor | None,
+) -> None:
+    if activation != "none" and activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}, none")
+    if residual is not None:
+        _checks.tensor(op, "residual", residual)
+        _checks.shape(op, "residual", residual, (x.shape[0], weight.shape[0]), "rows and outputs")
+        _check_like(op, "residual", residual, x)
+
+
+def _check_kv(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    scales: Scales,
+) -> None:
+    for name, kept in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _checks.tensor(op, name, kept, dim=4)
+        _checks.shape(op, name, kept, k_cache.shape, "the shape of k_cache")
+        if scales is None and kept.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} is {kept.dtype}, x {x.dtype}: one dtype is needed")
+        if kept.stride()[2:] != (kept.shape[3], 1):
+            raise ValueError(f"{op}: {name} has strides {kept.stride()}; a token's heads must be contiguous")
+    check_cache(op, k_cache, v_cache, scales)
+    width = k_cache.shape[2] * k_cache.shape[3]
+    if weight.shape[0] <= 2 * width:
+        raise ValueError(
+            f"{op}: weight has {weight.shape[0]} rows; keys and values alone are {2 * width} by the cache"
+        )
+    _checks.tensor(op, "slots", slots, dim=1)
+    _checks.dtype(op, "slots", slots, (torch.int64,))
+    _checks.shape(op, "slots", slots, x.shape[:1], "one per row")
+    _checks.same_device(op, x=x, k_cache=k_cache, v_cache=v_cache, slots=slots)
+    check_slots(op, k_cache, slots)
+
+
+def _compiling(op: str, x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> bool:
+    compiling = traced(x)
     if compiling and isinstance(weight, QuantizedWeight):
         raise ValueError(
             f"{op}: weight is a QuantizedWeight; torch.compile takes tensors: give .dequantize()"
@@ -218,6 +241,8 @@ def _linear(
     normed_out: torch.Tensor | None,
 ) -> torch.Tensor:
     norm = None if norm_weight is None else (norm_weight, norm_bias, eps)
+    _check("decode_linear", x, weight, bias, norm, normed_out)
+    _check_epilogue("decode_linear", x, weight, activation, residual)
     if use_kernel(x):
         return launcher.decode_linear(x, weight, bias, norm, activation, residual, normed_out, None)
     return reference.decode_linear(x, weight, bias, norm, activation, residual, normed_out)
@@ -236,6 +261,8 @@ def _qkv(
     normed_out: torch.Tensor | None,
 ) -> torch.Tensor:
     norm = None if norm_weight is None else (norm_weight, norm_bias, eps)
+    _check("decode_qkv", x, weight, bias, norm, normed_out)
+    _check_kv("decode_qkv", x, weight, k_cache, v_cache, slots, None)
     if use_kernel(x):
         cache = (k_cache, v_cache, slots)
         return launcher.decode_linear(x, weight, bias, norm, "none", None, normed_out, cache)

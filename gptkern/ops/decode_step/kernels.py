@@ -100,8 +100,8 @@ def prefetch_matrix(table_ptr, program, MATRIX: tl.constexpr, CUT: tl.constexpr,
 
 @triton.jit
 def prefetch_next(
-    weights_ptr, k_ptr, v_ptr, page_table_ptr, lens_ptr, row_count, page_size, programs_per_head,
-    stride_kp, stride_ks, stride_vp, stride_vs, stride_tb, program, kind, last_layer,
+    weights_ptr, k_ptr, v_ptr, page_table_ptr, lens_ptr, row_count, page_size, max_pages, page_count,
+    programs_per_head, stride_kp, stride_ks, stride_vp, stride_vs, stride_tb, program, kind, last_layer,
     QKV_CUT: tl.constexpr, OUT_CUT: tl.constexpr, FC_CUT: tl.constexpr, PROJ_CUT: tl.constexpr,
     HEAD_CUT: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, WEIGHT: tl.constexpr,
@@ -114,10 +114,12 @@ def prefetch_next(
         sequence = program // programs_per_head
         row, head = sequence // HEADS, sequence % HEADS
         if row < row_count:
-            begin, end = attended_tokens(lens_ptr, None, row, 2147483647)
+            begin, end, held = attended_tokens(
+                lens_ptr, None, row, 2147483647, max_pages, page_size, page_count
+            )  # fmt: skip
             split = begin // SPLIT + program % programs_per_head
             prefetch_split(
-                k_ptr, v_ptr, page_table_ptr, row, head, split, begin, end, page_size,
+                k_ptr, v_ptr, page_table_ptr, row, head, split, begin, end, page_size, held,
                 stride_kp, stride_ks, HEAD_DIM, stride_vp, stride_vs, HEAD_DIM, stride_tb,
                 HEAD_DIM, BLOCK_D, SPLIT, True,
             )  # fmt: skip
@@ -136,7 +138,7 @@ def prefetch_next(
 @triton.jit
 def linear_phase(
     x_ptr, residual_ptr, out_ptr, normed_ptr, table_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr,
-    counter_ptr, k_scale_ptr, v_scale_ptr, row_count, eps, page_size,
+    counter_ptr, k_scale_ptr, v_scale_ptr, row_count, eps, page_size, page_count,
     stride_kp, stride_ks, stride_vp, stride_vs, program, programs,
     MATRIX: tl.constexpr, CUT: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KV_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -157,13 +159,18 @@ def linear_phase(
         linear_tile(
             x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, normed_ptr,
             k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr, counter_ptr, scale_ptr, zero_ptr, k_scale_ptr,
-            v_scale_ptr, row_count, eps, page_size, STRIDE, stride_kp, stride_ks, stride_vp, stride_vs,
-            item % TILES, TILES, item // TILES, 0,
+            v_scale_ptr, row_count, eps, page_size, page_count, STRIDE, stride_kp, stride_ks, stride_vp,
+            stride_vs, item % TILES, TILES, item // TILES, 0,
             CUT[0], CUT[1], KV_WIDTH, ACTIVATION, ROWS, CUT[2], CUT[3], BLOCK_S, CUT[4], CUT[5], HEAD_DIM,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_phase", "end_phase", "row_count", "max_splits", "programs_per_head"])
+@triton.jit(
+    do_not_specialize=[
+        *("first_phase", "end_phase", "row_count", "max_splits", "programs_per_head"),
+        *("words", "positions", "max_pages", "page_count"),
+    ]
+)
 def persistent_step_kernel(
     tokens_ptr,  # (rows,) int64
     live_ptr,  # (1,) int32: rows from here on are padding
@@ -191,7 +198,8 @@ def persistent_step_kernel(
     counter_ptr,  # int32, zero before and after: tiles of a layer, heads of attention
     barrier_ptr,  # (64,) int32, zero before and after: arrivals at 0, programs that left at 32
     logits_ptr,  # (rows, vocabulary)
-    row_count, first_phase, end_phase, eps, page_size, max_splits, programs_per_head,
+    row_count, first_phase, end_phase, eps, words, positions, page_size, max_pages, page_count,
+    max_splits, programs_per_head,
     stride_token, stride_position, stride_tb,
     stride_kl, stride_kp, stride_ks, stride_vl, stride_vp, stride_vs,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
@@ -216,27 +224,27 @@ def persistent_step_kernel(
             for row in range(program, row_count, programs):
                 embed_row(
                     tokens_ptr, live_ptr, token_weight_ptr, position_weight_ptr, page_table_ptr, lens_ptr,
-                    kept_ptr if POST_NORM else x_ptr, slots_ptr, page_size,
+                    kept_ptr if POST_NORM else x_ptr, slots_ptr, words, positions, max_pages, page_size,
                     stride_token, stride_position, stride_tb, row, WIDTH, EMBED_BLOCK,
                 )  # fmt: skip
         elif phase == LAYERS * PHASES_PER_LAYER + 1:
             linear_phase(
                 x_ptr, None, logits_ptr, None, weights_ptr, None, None, None, partial_ptr, counter_ptr,
-                None, None, row_count, eps, page_size, 0, 0, 0, 0, program, programs,
+                None, None, row_count, eps, 1, 0, 0, 0, 0, 0, program, programs,
                 HEAD, HEAD_CUT, NORM_1, BIAS, False, "none", 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         elif POST_NORM and phase == 1:
             # The embeddings have no norm before them.
             linear_phase(
                 kept_ptr, None, q_ptr, None, weights_ptr, layer_k_ptr, layer_v_ptr, slots_ptr, partial_ptr,
-                counter_ptr, layer_k_scale_ptr, layer_v_scale_ptr, row_count, eps, page_size,
+                counter_ptr, layer_k_scale_ptr, layer_v_scale_ptr, row_count, eps, page_size, page_count,
                 stride_kp, stride_ks, stride_vp, stride_vs, program, programs,
                 QKV, QKV_CUT, -1, False, BIAS, "none", WIDTH, HEAD_DIM, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         elif kind == 0:
             linear_phase(
                 x_ptr, None, q_ptr, kept_ptr, weights_ptr, layer_k_ptr, layer_v_ptr, slots_ptr, partial_ptr,
-                counter_ptr, layer_k_scale_ptr, layer_v_scale_ptr, row_count, eps, page_size,
+                counter_ptr, layer_k_scale_ptr, layer_v_scale_ptr, row_count, eps, page_size, page_count,
                 stride_kp, stride_ks, stride_vp, stride_vs, program, programs,
                 QKV, QKV_CUT, NORM_1, BIAS, BIAS, "none", WIDTH, HEAD_DIM, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
@@ -246,33 +254,36 @@ def persistent_step_kernel(
             for item in tl.range(program, items, programs, disable_licm=True):
                 sequence = item // programs_per_head
                 row, head = sequence // HEADS, sequence % HEADS
-                begin, end = attended_tokens(lens_ptr, None, row, 2147483647)
+                begin, end, held = attended_tokens(
+                    lens_ptr, None, row, 2147483647, max_pages, page_size, page_count
+                )  # fmt: skip
                 attend_sequence(
                     q_ptr, layer_k_ptr, layer_v_ptr, attended_ptr, page_table_ptr, acc_ptr, stats_ptr,
-                    counter_ptr, layer_k_scale_ptr, layer_v_scale_ptr, scale_log2, page_size, max_splits,
-                    begin, end, WIDTH, HEAD_DIM, stride_kp, stride_ks, HEAD_DIM, stride_vp, stride_vs,
-                    HEAD_DIM, stride_tb, row, head, item % programs_per_head, programs_per_head, 0, 1,
+                    counter_ptr, layer_k_scale_ptr, layer_v_scale_ptr, scale_log2, page_size, held,
+                    max_splits, begin, end, WIDTH, HEAD_DIM, stride_kp, stride_ks, HEAD_DIM,
+                    stride_vp, stride_vs, HEAD_DIM, stride_tb,
+                    row, head, item % programs_per_head, programs_per_head, 0, 1,
                     HEADS, 1, HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT, IN_PAGE,
                 )  # fmt: skip
         elif kind == 2:
             linear_phase(
                 attended_ptr, kept_ptr if POST_NORM else x_ptr, middle_ptr, None, weights_ptr,
                 None, None, None, partial_ptr, counter_ptr,
-                None, None, row_count, eps, page_size, 0, 0, 0, 0, program, programs,
+                None, None, row_count, eps, 1, 0, 0, 0, 0, 0, program, programs,
                 OUT, OUT_CUT, -1, False, BIAS, "none", 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         elif kind == 3:
             linear_phase(
                 middle_ptr, None, inner_ptr, kept_middle_ptr, weights_ptr,
                 None, None, None, partial_ptr, counter_ptr,
-                None, None, row_count, eps, page_size, 0, 0, 0, 0, program, programs,
+                None, None, row_count, eps, 1, 0, 0, 0, 0, 0, program, programs,
                 FC, FC_CUT, NORM_2, BIAS, BIAS, ACTIVATION, 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         else:
             linear_phase(
                 inner_ptr, kept_middle_ptr if POST_NORM else middle_ptr, x_ptr, None, weights_ptr,
                 None, None, None, partial_ptr, counter_ptr,
-                None, None, row_count, eps, page_size, 0, 0, 0, 0, program, programs,
+                None, None, row_count, eps, 1, 0, 0, 0, 0, 0, program, programs,
                 PROJ, PROJ_CUT, -1, False, BIAS, "none", 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         if phase + 1 < end_phase:
@@ -280,8 +291,8 @@ def persistent_step_kernel(
             if COMPILED:
                 prefetch_next(
                     weights_ptr, layer_k_ptr, layer_v_ptr, page_table_ptr, lens_ptr, row_count, page_size,
-                    programs_per_head, stride_kp, stride_ks, stride_vp, stride_vs, stride_tb,
-                    program, kind, layer == LAYERS - 1,
+                    max_pages, page_count, programs_per_head, stride_kp, stride_ks, stride_vp, stride_vs,
+                    stride_tb, program, kind, layer == LAYERS - 1,
                     QKV_CUT, OUT_CUT, FC_CUT, PROJ_CUT, HEAD_CUT, HEADS, HEAD_DIM, BLOCK_D, SPLIT, WEIGHT,
                 )  # fmt: skip
             await_arrivals(barrier_ptr, (phase + 1 - first_phase) * programs, COMPILED)

@@ -61,7 +61,7 @@ def launch_step(
     layer = weights.layers[0]
     linears = (layer.qkv, layer.out, layer.fc, layer.proj, weights.head)
     cuts = [_Cut(linear, dtype, device) for linear in linears]
-    layers, _, page_size, heads, head_dim = k_cache.shape
+    layers, page_count, page_size, heads, head_dim = k_cache.shape
     attention = _attention(head_dim, page_size, page_table.shape[1] * page_size, dtype, device)
     max_splits = triton.cdiv(page_table.shape[1] * page_size, attention["SPLIT"])
     kind = "fp32" if dtype == torch.float32 else "half"
@@ -87,7 +87,9 @@ def launch_step(
         counter[_BARRIER:], counter[:_BARRIER], logits, rows,
     )  # fmt: skip
     numbers = (
-        weights.eps, page_size, max_splits, min(max_splits, triton.cdiv(programs, rows * heads)),
+        weights.eps, weights.token_weight.shape[0], weights.position_weight.shape[0],
+        page_size, page_table.shape[1], page_count,
+        max_splits, min(max_splits, triton.cdiv(programs, rows * heads)),
         weights.token_weight.stride(0), weights.position_weight.stride(0), page_table.stride(0),
         *k_cache.stride()[:3], *v_cache.stride()[:3],
     )  # fmt: skip

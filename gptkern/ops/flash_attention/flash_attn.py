@@ -106,7 +106,7 @@ def flash_attn_varlen_func(
     q, k, v = op.cast(q, k, v)
     op.check(name, q, k, v, 3)
     packing = Packing(cu_seqlens_q, cu_seqlens_k)
-    op.check_packing(name, q, packing, max_seqlen_q, max_seqlen_k)
+    op.check_packing(name, q, k.shape[0], packing, max_seqlen_q, max_seqlen_k)
     options = op.make_options(
         name,
         q,

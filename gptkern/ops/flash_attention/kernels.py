@@ -22,11 +22,12 @@ from gptkern.ops._device import LN2, LOG2E, dropout_keep, online_softmax, tanh
 
 
 @triton.jit
-def sequence(cu_seqlens_ptr, batch, max_seq, VARLEN: tl.constexpr):
-    """First row and length of a sequence."""
+def sequence(cu_seqlens_ptr, batch, max_seq, tokens, VARLEN: tl.constexpr):
+    """First row and length of a sequence; of packed tokens none but those that there are."""
     if VARLEN:
-        first = tl.load(cu_seqlens_ptr + batch)
-        return first, tl.load(cu_seqlens_ptr + batch + 1) - first
+        first = tl.maximum(tl.load(cu_seqlens_ptr + batch), 0)
+        end = tl.minimum(tl.load(cu_seqlens_ptr + batch + 1), tokens)
+        return first, tl.maximum(end - first, 0)
     else:
         return batch * 0, max_seq
 
@@ -155,6 +156,8 @@ def flash_attention_forward(
     group,
     max_seq_q,
     max_seq_k,
+    tokens_q,  # of all sequences; of a packed batch alone
+    tokens_k,
     window_left,
     window_right,
     scale,
@@ -191,8 +194,8 @@ def flash_attention_forward(
     start_m = (blocks_m - 1 - pid % blocks_m) * BLOCK_M
     head = pid // blocks_m % heads
     batch = pid // blocks_m // heads
-    first_q, seq_q = sequence(cu_seqlens_q_ptr, batch, max_seq_q, VARLEN)
-    first_k, seq_k = sequence(cu_seqlens_k_ptr, batch, max_seq_k, VARLEN)
+    first_q, seq_q = sequence(cu_seqlens_q_ptr, batch, max_seq_q, tokens_q, VARLEN)
+    first_k, seq_k = sequence(cu_seqlens_k_ptr, batch, max_seq_k, tokens_k, VARLEN)
     if start_m >= seq_q:
         return
     q_ptr += head_offset(batch, first_q, head, stride_qb, stride_qs, stride_qh)

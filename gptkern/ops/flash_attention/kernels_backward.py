@@ -69,6 +69,8 @@ def flash_attention_dq(
     group,
     max_seq_q,
     max_seq_k,
+    tokens_q,  # of all sequences; of a packed batch alone
+    tokens_k,
     window_left,
     window_right,
     scale,
@@ -106,8 +108,8 @@ def flash_attention_dq(
     start_m = (blocks_m - 1 - pid % blocks_m) * BLOCK_M
     head = pid // blocks_m % heads
     batch = pid // blocks_m // heads
-    first_q, seq_q = sequence(cu_seqlens_q_ptr, batch, max_seq_q, VARLEN)
-    first_k, seq_k = sequence(cu_seqlens_k_ptr, batch, max_seq_k, VARLEN)
+    first_q, seq_q = sequence(cu_seqlens_q_ptr, batch, max_seq_q, tokens_q, VARLEN)
+    first_k, seq_k = sequence(cu_seqlens_k_ptr, batch, max_seq_k, tokens_k, VARLEN)
     if start_m >= seq_q:
         return
     q_ptr += head_offset(batch, first_q, head, stride_qb, stride_qs, stride_qh)
@@ -185,6 +187,8 @@ def flash_attention_dkdv(
     group,
     max_seq_q,
     max_seq_k,
+    tokens_q,  # of all sequences; of a packed batch alone
+    tokens_k,
     window_left,
     window_right,
     scale,
@@ -223,8 +227,8 @@ def flash_attention_dkdv(
     start_n = pid % blocks_n * BLOCK_N
     head_k = pid // blocks_n % heads_k
     batch = pid // blocks_n // heads_k
-    first_q, seq_q = sequence(cu_seqlens_q_ptr, batch, max_seq_q, VARLEN)
-    first_k, seq_k = sequence(cu_seqlens_k_ptr, batch, max_seq_k, VARLEN)
+    first_q, seq_q = sequence(cu_seqlens_q_ptr, batch, max_seq_q, tokens_q, VARLEN)
+    first_k, seq_k = sequence(cu_seqlens_k_ptr, batch, max_seq_k, tokens_k, VARLEN)
     if start_n >= seq_k:
         return
     k_ptr += head_offset(batch, first_k, head_k, stride_kb, stride_ks, stride_kh)

@@ -44,6 +44,12 @@ def _lse_strides(lse: torch.Tensor, packed: bool) -> tuple[int, int]:
     return (0, lse.stride(0)) if packed else (lse.stride(0), lse.stride(1))
 
 
+def _kernel_options(q: torch.Tensor, k: torch.Tensor, packed: bool, o: Options) -> tuple[Any, ...]:
+    """Sizes and settings in the kernels' order."""
+    tokens = (q.shape[0], k.shape[0]) if packed else (0, 0)
+    return (*o[:2], *tokens, *o[2:])
+
+
 def _sequences(q: torch.Tensor, packing: Packing) -> int:
     return q.shape[0] if packing.cu_seqlens_q is None else packing.cu_seqlens_q.shape[0] - 1
 
@@ -91,7 +97,7 @@ def forward(
             flash_attention_forward,
             grid,
             *(q, k, v, out, lse, *packing, seed),
-            *(heads, heads // k.shape[-2], *o),
+            *(heads, heads // k.shape[-2], *_kernel_options(q, k, packed, o)),
             *_strides(q, packed),
             *_strides(k, packed),
             *_strides(v, packed),
@@ -125,6 +131,7 @@ def backward(
     delta = torch.empty_like(lse)
     heads, heads_k, sequences = q.shape[-2], k.shape[-2], _sequences(q, packing)
     constants = _constants(q, packing, o)
+    settings = _kernel_options(q, k, packed, o)
     inputs = (*_strides(q, packed), *_strides(k, packed), *_strides(v, packed))
     config = _config("flash_attention_dq", q, constants)
     with _launch.on_device(q):
@@ -132,7 +139,7 @@ def backward(
             flash_attention_dq,
             (-(-o.max_seqlen_q // config["BLOCK_M"]) * heads * sequences,),
             *(q, k, v, out, do, lse, dlse, delta, dq, *packing, seed),
-            *(heads, heads // heads_k, *o, *inputs),
+            *(heads, heads // heads_k, *settings, *inputs),
             *(*_strides(out, packed), *_strides(do, packed), *_lse_strides(lse, packed)),
             **constants,
             **config,
@@ -142,7 +149,7 @@ def backward(
             flash_attention_dkdv,
             (-(-o.max_seqlen_k // config["BLOCK_N"]) * heads_k * sequences,),
             *(q, k, v, do, lse, delta, dk, dv, *packing, seed),
-            *(heads_k, heads // heads_k, *o, *inputs),
+            *(heads_k, heads // heads_k, *settings, *inputs),
             *(*_strides(do, packed), *_strides(dk, packed), *_lse_strides(lse, packed)),
             **constants,
             **config,

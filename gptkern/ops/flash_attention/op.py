@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Literal, overload
 
 import torch
 
 from gptkern.ops import _checks
-from gptkern.ops._dispatch import autocast_dtype, needs_grad, use_kernel
+from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
 from gptkern.ops.flash_attention import launcher, reference
 from gptkern.ops.flash_attention.launcher import Options, Packing
 
@@ -149,7 +150,8 @@ def flash_attention_varlen(
         q: ``(tokens_q, heads, head_dim)``, otherwise as in ``flash_attention``.
         k: ``(tokens_k, heads_k, head_dim)``.
         v: as k.
-        cu_seqlens_q: ``(sequences + 1,)`` int32 on q's device: 0, then the running total of lengths.
+        cu_seqlens_q: ``(sequences + 1,)`` int32 on q's device: 0, then the running total of lengths. On a
+            GPU, where looking would stall, what decreases or passes the last token is cut off there.
         cu_seqlens_k: the same of k; sequences of q and k may differ in length.
         max_seqlen_q: at least the longest length in ``cu_seqlens_q``. Not compared with it, which
             would wait for the GPU: rows past it are not computed.
@@ -167,7 +169,7 @@ def flash_attention_varlen(
     q, k, v = cast(q, k, v)
     check(name, q, k, v, 3)
     packing = Packing(cu_seqlens_q, cu_seqlens_k)
-    check_packing(name, q, packing, max_seqlen_q, max_seqlen_k)
+    check_packing(name, q, k.shape[0], packing, max_seqlen_q, max_seqlen_k)
     span = _span(name, causal, window)
     options = make_options(name, q, max_seqlen_q, max_seqlen_k, span, scale, softcap, dropout_p)
     return attend(q, k, v, packing, options, return_lse)
@@ -178,7 +180,7 @@ def attend(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Checked arguments to a result: which implementation runs, and what autograd sees of it."""
     packed = packing.cu_seqlens_q is not None
-    compiling = torch.compiler.is_compiling()
+    compiling = traced(q)
     if not use_kernel(q) and not (packed and compiling):
         if not (packed or return_lse) and _cpu_expresses(options):
             causal = options.window_right == 0
@@ -234,7 +236,9 @@ def check(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dim: int) 
     _checks.shape(op, "v", v, k.shape, "the shape of k")
 
 
-def check_packing(op: str, q: torch.Tensor, packing: Packing, max_seqlen_q: int, max_seqlen_k: int) -> None:
+def check_packing(
+    op: str, q: torch.Tensor, tokens_k: int, packing: Packing, max_seqlen_q: int, max_seqlen_k: int
+) -> None:
     for name, cu_seqlens in zip(packing._fields, packing, strict=True):
         _checks.tensor(op, name, cu_seqlens, dim=1)
         assert cu_seqlens is not None
@@ -257,6 +261,24 @@ def check_packing(op: str, q: torch.Tensor, packing: Packing, max_seqlen_q: int,
     for name, value in limits.items():
         if isinstance(value, torch.Tensor) or value < 0:
             raise ValueError(f"{op}: {name} is {value!r}; an int of at least 0 is needed")
+
+    if q.device.type == "cpu" and not traced(q):
+        for name, cu_seqlens, tokens in zip(packing._fields, packing, (q.shape[0], tokens_k), strict=True):
+            _check_starts(op, name, cu_seqlens, tokens)
+
+
+def _check_starts(op: str, name: str, cu_seqlens: Any, tokens: int) -> None:
+    """On a GPU, where looking would stall, kernels keep to the tokens that there are."""
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] > tokens or any(a > b for a, b in pairwise(starts)):
+        raise ValueError(
+            f"{op}: {name} is {_short(starts)}; 0 and then the running total of lengths is needed, "
+            f"at most {tokens}"
+        )
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"{str(values[:8])[:-1]}, ...]"
 
 
 def _span(op: str, causal: bool, window: int | None) -> tuple[int, int]:
@@ -352,6 +374,39 @@ def _seeded(seed: torch.Tensor | None) -> Iterator[None]:
         yield
 
 
+def _check_op(
+    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, seed: Any, o: Options
+) -> None:
+    """What the public functions have checked, of a call that did not come through them."""
+    packed = packing.cu_seqlens_q is not None or packing.cu_seqlens_k is not None
+    check(op, q, k, v, 3 if packed else 4)
+    if packed:
+        check_packing(op, q, k.shape[0], packing, o.max_seqlen_q, o.max_seqlen_k)
+    elif (o.max_seqlen_q, o.max_seqlen_k) != (q.shape[1], k.shape[1]):
+        raise ValueError(
+            f"{op}: max_seqlen_q and max_seqlen_k are {o.max_seqlen_q} and {o.max_seqlen_k}; "
+            f"q and k have {q.shape[1]} and {k.shape[1]} positions"
+        )
+    if min(o.window_left, o.window_right) < UNLIMITED:
+        raise ValueError(f"{op}: the window is {o.window_left}, {o.window_right}; -1 or more is accepted")
+    make_options(op, q, 0, 0, (0, 0), o.scale, o.softcap or None, o.dropout_p)
+    if o.dropout_p > 0.0:
+        _checks.tensor(op, "seed", seed, dim=1)
+        _checks.dtype(op, "seed", seed, (torch.int64,))
+        _checks.shape(op, "seed", seed, (1,))
+        _checks.same_device(op, q=q, seed=seed)
+
+
+def _check_grads(q: torch.Tensor, packed: bool, **values: torch.Tensor | None) -> None:
+    op = "flash_attention_backward"
+    for name, value in values.items():
+        if value is not None:
+            rows = "lse" in name
+            _checks.shape(op, name, value, launcher.lse_shape(q, packed) if rows else q.shape)
+            _checks.dtype(op, name, value, (torch.float32,) if rows else (q.dtype,))
+    _checks.same_device(op, q=q, **values)
+
+
 def _op_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -362,6 +417,7 @@ def _op_forward(
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     packing, o = Packing(cu_seqlens_q, cu_seqlens_k), Options(*options)
+    _check_op("flash_attention", q, k, v, packing, seed, o)
     if use_kernel(q):
         return launcher.forward(q, k, v, packing, seed, o)
     with _seeded(seed):
@@ -383,6 +439,8 @@ def _op_backward(
     *options: Any,
 ) -> tuple[torch.Tensor, ...]:
     packing, o = Packing(cu_seqlens_q, cu_seqlens_k), Options(*options)
+    _check_op("flash_attention_backward", q, k, v, packing, seed, o)
+    _check_grads(q, cu_seqlens_q is not None, do=do, dlse=dlse, out=out, lse=lse)
     if use_kernel(q):
         return launcher.backward(do, dlse, q, k, v, out, lse, packing, seed, o)
     with torch.enable_grad(), _seeded(seed):

@@ -76,7 +76,8 @@ def attention_varlen(
         )
         outs.append(out[0])
         lses.append(lse[0])
-    outs.append(torch.zeros_like(q[q_starts[-1] :]))
+    # 0 whatever stands there, and of q all the same where autograd looks.
+    outs.append(q[q_starts[-1] :].masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0))
     dtype = torch.promote_types(q.dtype, torch.float32)
     lses.append(torch.zeros(q.shape[1], outs[-1].shape[0], device=q.device, dtype=dtype))
     return torch.cat(outs), torch.cat(lses, dim=1)

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from gptkern.ops import _checks
 from gptkern.ops._dispatch import use_kernel
 from gptkern.ops.gelu_mlp import launcher, reference
+from gptkern.ops.linear import checks
 from gptkern.ops.linear.launcher import matrix, matrix_of_grad
 
 _library = torch.library.Library("gptkern", "FRAGMENT")
@@ -22,6 +24,20 @@ _library.define(
 )
 
 
+def _check_layers(
+    op: str,
+    x: torch.Tensor,
+    w_fc: torch.Tensor,
+    b_fc: torch.Tensor | None,
+    w_proj: torch.Tensor,
+    b_proj: torch.Tensor | None,
+    activation: str,
+) -> None:
+    checks.activation(op, activation)
+    checks.layer(op, x, x.shape[-1], ("w_fc", "b_fc"), w_fc, b_fc)
+    checks.layer(op, x, w_fc.shape[0], ("w_proj", "b_proj"), w_proj, b_proj)
+
+
 def _forward(
     x: torch.Tensor,
     w_fc: torch.Tensor,
@@ -32,7 +48,14 @@ def _forward(
     activation: str,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not use_kernel(x):
+    op = "gelu_mlp"
+    checks.tensors(op, x=x, w_fc=w_fc, b_fc=b_fc, w_proj=w_proj, b_proj=b_proj, residual=residual)
+    _check_layers(op, x, w_fc, b_fc, w_proj, b_proj, activation)
+    if residual is not None:
+        checks.residual(op, x, residual, w_proj.shape[0])
+    if use_kernel(x):
+        checks.kernel_inputs(op, max(w_fc.shape[0], w_proj.shape[0]), x=x, residual=residual)
+    else:
         out = reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, activation, residual)
         kept = x.new_empty(math.prod(x.shape[:-1]) if save else 0, w_fc.shape[0])
         return out, kept, torch.empty_like(kept)  # never read: the reference's backward recomputes them
@@ -53,8 +76,14 @@ def _backward(
     activation: str,
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[torch.Tensor, ...]:
+    op = "gelu_mlp_backward"
+    checks.tensors(op, dout=dout, x=x, w_fc=w_fc, b_fc=b_fc, w_proj=w_proj)
+    _check_layers(op, x, w_fc, b_fc, w_proj, None, activation)
+    _checks.shape(op, "dout", dout, (*x.shape[:-1], w_proj.shape[0]))
     grads: tuple[torch.Tensor | None, ...]
     if use_kernel(x):
+        checks.kept(op, x, w_fc.shape[0], pre=pre, hidden=hidden)
+        checks.kernel_inputs(op, max(w_fc.shape[0], w_proj.shape[0]), x=x)
         grads = launcher.backward(dout, x, w_fc, b_fc, w_proj, pre, hidden, activation, needs)
     else:
         dx, dw_fc, db_fc, dw_proj, db_proj = reference.gelu_mlp_backward(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gptkern.ops._dispatch import autocast_dtype, needs_grad, use_kernel
+from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
 from gptkern.ops.gelu_mlp import autograd, launcher, reference
 from gptkern.ops.linear import checks
 from gptkern.ops.linear.op import cast
@@ -66,7 +66,7 @@ def gelu_mlp(
     checks.kernel_inputs(op, max(w_fc.shape[0], w_proj.shape[0]), x=x, residual=residual)
     grad = needs_grad(x, w_fc, b_fc, w_proj, b_proj, residual)
     save = grad and not recompute
-    if torch.compiler.is_compiling():
+    if traced(x):
         operands = (x, w_fc, b_fc, w_proj, b_proj, residual)
         out: torch.Tensor = torch.ops.gptkern.gelu_mlp(*operands, activation, save)[0]
         return out

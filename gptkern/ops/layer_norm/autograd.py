@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from gptkern.ops import _checks
 from gptkern.ops._dispatch import INTERPRETED, autocast_dtype
 from gptkern.ops.layer_norm import launcher
+from gptkern.ops.layer_norm.checks import check, check_kernel
 
 Maybe = torch.Tensor | None
 
@@ -77,7 +79,37 @@ def _given(value: Maybe, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(0) if value is None else value
 
 
+def _check_seed(op: str, x: torch.Tensor, dropout_p: float, seed: Maybe) -> None:
+    if seed is not None or dropout_p > 0.0:
+        _checks.tensor(op, "seed", seed)
+        assert seed is not None
+        _checks.shape(op, "seed", seed, (1,))
+        _checks.dtype(op, "seed", seed, (torch.int64,))
+        _checks.same_device(op, x=x, seed=seed)
+
+
+def _check_backward(
+    d_out: torch.Tensor, d_total: Maybe, total: torch.Tensor, weight: torch.Tensor, stats: torch.Tensor,
+    dropout_p: float, seed: Maybe, centered: bool, *_: Any,
+) -> None:  # fmt: skip
+    op = "norm_backward"
+    check(op, total, None, weight, None)
+    check_kernel(op, d_out=d_out, d_total=d_total, total=total, weight=weight)
+    for name, value in (("d_out", d_out), ("d_total", d_total)):
+        if value is not None:
+            _checks.shape(op, name, value, total.shape)
+            _checks.dtype(op, name, value)
+    _checks.shape(op, "stats", stats, (1 + centered, total.numel() // total.shape[-1]))
+    _checks.dtype(op, "stats", stats, (torch.float32,))
+    if not stats.is_contiguous():
+        raise ValueError(f"{op}: stats has strides {stats.stride()}; contiguous is needed")
+    _checks.probability(op, "dropout_p", dropout_p)
+    _check_seed(op, total, dropout_p, seed)
+    _checks.same_device(op, total=total, d_out=d_out, d_total=d_total, stats=stats)
+
+
 def _norm_backward(d_out: torch.Tensor, d_total: Maybe, total: torch.Tensor, *rest: Any) -> Any:
+    _check_backward(d_out, d_total, total, *rest)
     return tuple(_given(grad, total) for grad in launcher.backward(d_out, d_total, total, *rest))
 
 
@@ -128,6 +160,8 @@ def _register_norm(name: str, *, centered: bool) -> None:
 
     def run(*args: Any) -> Any:
         x, weight, bias, eps, dtype = split(args)
+        check(name, x, None, weight, bias)
+        check_kernel(name, x=x, weight=weight, bias=bias)
         out, _, stats = launcher.forward(name, x, None, weight, bias, eps, 0.0, None, centered, dtype, True)
         return out, stats
 
@@ -163,6 +197,9 @@ def _register_add_norm(name: str, *, centered: bool) -> None:
 
     def run(*args: Any) -> Any:
         x, residual, weight, bias, eps, dropout_p, seed, dtype = split(args)
+        check(name, x, residual, weight, bias, dropout_p)
+        check_kernel(name, x=x, residual=residual, weight=weight, bias=bias)
+        _check_seed(name, x, dropout_p, seed)
         return launcher.forward(name, x, residual, weight, bias, eps, dropout_p, seed, centered, dtype, True)
 
     def fake(*args: Any) -> Any:

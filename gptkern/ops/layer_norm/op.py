@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gptkern.ops._dispatch import needs_grad, use_kernel
+from gptkern.ops._dispatch import needs_grad, traced, use_kernel
 from gptkern.ops.layer_norm import autograd, launcher, reference
 from gptkern.ops.layer_norm.checks import check, check_kernel
 
@@ -35,7 +35,7 @@ def layer_norm(
     if not use_kernel(x):
         return reference.layer_norm(x, weight, bias, eps).to(dtype)
     check_kernel("layer_norm", x=x, weight=weight, bias=bias)
-    if torch.compiler.is_compiling():
+    if traced(x):
         out: torch.Tensor = torch.ops.gptkern.layer_norm(x, weight, bias, eps, dtype)[0]
     elif needs_grad(x, weight, bias):
         out = autograd.Norm.apply("layer_norm", x, None, weight, bias, eps, 0.0, None, True, dtype)
@@ -76,7 +76,7 @@ def add_layer_norm(
         return normed.to(dtype), total
     check_kernel("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)
     seed = autograd.new_seed(x, dropout_p)
-    if torch.compiler.is_compiling():
+    if traced(x):
         op = torch.ops.gptkern.add_layer_norm
         normed, total, _ = op(x, residual, weight, bias, eps, dropout_p, seed, dtype)
         return normed, total

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from gptkern.ops import _checks
 from gptkern.ops._dispatch import use_kernel
-from gptkern.ops.linear import launcher, reference
+from gptkern.ops.linear import checks, launcher, reference
 
 _library = torch.library.Library("gptkern", "FRAGMENT")
 _library.define(
@@ -29,7 +30,14 @@ def _forward(
     activation: str,
     save_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    op = "linear"
+    checks.activation(op, activation)
+    checks.tensors(op, x=x, weight=weight, bias=bias, residual=residual)
+    checks.layer(op, x, x.shape[-1], ("weight", "bias"), weight, bias)
+    if residual is not None:
+        checks.residual(op, x, residual, weight.shape[0])
     if use_kernel(x):
+        checks.kernel_inputs(op, weight.shape[0], x=x, residual=residual)
         out, pre = launcher.forward(x, weight, bias, residual, activation, save_pre)
     else:
         shaped = reference.linear_act(x, weight, bias, "none")
@@ -47,8 +55,15 @@ def _backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[torch.Tensor, ...]:
+    op = "linear_backward"
+    checks.activation(op, activation)
+    checks.tensors(op, dout=dout, x=x, weight=weight)
+    checks.layer(op, x, x.shape[-1], ("weight", ""), weight, None)
+    _checks.shape(op, "dout", dout, (*x.shape[:-1], weight.shape[0]))
+    checks.kept(op, x, weight.shape[0], pre=pre)
     grads: tuple[torch.Tensor | None, ...]
     if use_kernel(x):
+        checks.kernel_inputs(op, weight.shape[0], x=x)
         grads = launcher.backward(dout, x, weight, pre, activation, *needs)
     else:
         dout_rows = launcher.matrix_of_grad(dout, x.dtype)

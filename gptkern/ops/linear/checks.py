@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -60,6 +61,17 @@ def residual(op: str, x: torch.Tensor, value: torch.Tensor, features: int) -> No
     _checks.shape(op, "residual", value, (*x.shape[:-1], features))
     accepted = [x.dtype] if x.dtype == torch.float64 else [x.dtype, torch.float32]
     _checks.dtype(op, "residual", value, accepted)
+
+
+def kept(op: str, x: torch.Tensor, features: int, **values: torch.Tensor | None) -> None:
+    """What a forward pass kept for its backward pass: a matrix of ``features`` columns of ``x``'s dtype."""
+    for name, value in values.items():
+        if value is not None:
+            _checks.shape(op, name, value, (math.prod(x.shape[:-1]), features))
+            _checks.dtype(op, name, value, [x.dtype])
+            if not value.is_contiguous():
+                raise ValueError(f"{op}: {name} has strides {value.stride()}; contiguous is needed")
+    _checks.same_device(op, x=x, **values)
 
 
 def kernel_inputs(op: str, features: int, **values: torch.Tensor | None) -> None:

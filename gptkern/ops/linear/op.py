@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 from gptkern.ops import _checks
-from gptkern.ops._dispatch import autocast_dtype, needs_grad, use_kernel
+from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
 from gptkern.ops.linear import autograd, checks, launcher, reference
 
 
@@ -93,7 +93,7 @@ def _linear(
         return reference.linear_act(x, weight, bias, activation)
     checks.kernel_inputs(op, weight.shape[0], x=x, residual=residual)
     grad = needs_grad(x, weight, bias, residual)
-    if torch.compiler.is_compiling():
+    if traced(x):
         save_pre = grad and activation != "none"
         out: torch.Tensor = torch.ops.gptkern.linear(x, weight, bias, residual, activation, save_pre)[0]
         return out

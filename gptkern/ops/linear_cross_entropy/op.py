@@ -15,7 +15,7 @@ import torch
 import triton
 
 from gptkern.ops import _checks, _launch
-from gptkern.ops._dispatch import autocast_dtype, needs_grad, use_kernel
+from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
 from gptkern.ops.linear_cross_entropy import kernels, reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -66,7 +66,7 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(hidden, weight, targets, *settings)
     cast = autocast_dtype(hidden)
     cast = cast if cast is not None and hidden.dtype != torch.float64 else None
-    if torch.compiler.is_compiling():
+    if traced(hidden):
         grads = torch.is_grad_enabled()
         loss: torch.Tensor = torch.ops.gptkern.linear_cross_entropy(
             hidden, weight, targets, *settings, cast or hidden.dtype,
@@ -86,7 +86,9 @@ def _check(
     reduction: str,
     z_loss: float,
     label_smoothing: float,
+    compute: torch.dtype | None = None,
 ) -> None:
+    """Raise for what is not accepted; ``compute`` is the dtype that both are cast to, autocast's if None."""
     _checks.tensor(_OP, "hidden", hidden)
     _checks.tensor(_OP, "weight", weight, dim=2)
     _checks.tensor(_OP, "targets", targets)
@@ -95,7 +97,7 @@ def _check(
     accepted = _checks.KERNEL_FLOATS if hidden.device.type == "cuda" else _checks.FLOATS
     _checks.dtype(_OP, "hidden", hidden, accepted)
     _checks.dtype(_OP, "weight", weight, accepted)
-    if hidden.dtype != weight.dtype and autocast_dtype(hidden) is None:
+    if hidden.dtype != weight.dtype and (compute or autocast_dtype(hidden)) is None:
         raise TypeError(f"{_OP}: weight is {weight.dtype}, hidden {hidden.dtype}: they must be the same")
     _checks.dtype(_OP, "targets", targets, (torch.int64,))
     _checks.same_device(_OP, hidden=hidden, weight=weight, targets=targets)
@@ -112,13 +114,15 @@ def _check(
             f"{_OP}: hidden has strides {hidden.stride()}; its leading dimensions must be viewable as one: "
             "call hidden.contiguous() if a copy is acceptable"
         ) from None
+    if compute is not None and compute not in accepted:
+        raise TypeError(f"{_OP}: compute is {compute}; a floating dtype that hidden may have is needed")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{_OP}: reduction is {reduction!r}; accepted are {', '.join(REDUCTIONS)}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{_OP}: label_smoothing is {label_smoothing}; 0 to 1 is accepted")
     if not z_loss >= 0.0:
         raise ValueError(f"{_OP}: z_loss is {z_loss}; 0 or more is accepted")
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if targets.device.type == "cpu" and not traced(targets):
         outside = targets[(targets != ignore_index) & ((targets < 0) | (targets >= weight.shape[0]))]
         if outside.numel():
             raise ValueError(
@@ -281,14 +285,16 @@ def _forward(
     """The loss and, where asked for and the loss is a scalar, both gradients in their inputs' dtypes."""
     rows, wanted = hidden.view(-1, hidden.shape[-1]).to(compute), targets.reshape(-1)
     cast_weight = weight.to(compute)
-    scale = torch.ones((), device=hidden.device)
+    mean_of = scale = torch.ones((), device=hidden.device)
     if reduction == "mean":
-        scale = 1.0 / (wanted != ignore_index).sum()
+        counted = (wanted != ignore_index).sum()
+        # Where no token counts the loss is 0 * inf, which is NaN, and no gradient is anything but 0.
+        mean_of, scale = 1.0 / counted, 1.0 / counted.clamp(min=1)
     grads = (hidden_grad, weight_grad) if reduction != "none" else (False, False)
     losses, dhidden, dweight = _run(
         rows, cast_weight, wanted, ignore_index, z_loss, label_smoothing, scale, *grads
     )
-    loss = losses.view(targets.shape) if reduction == "none" else losses.sum() * scale
+    loss = losses.view(targets.shape) if reduction == "none" else losses.sum() * mean_of
     if grads[0]:
         dhidden = dhidden.view(hidden.shape)
     return loss, dhidden.to(hidden.dtype), dweight.to(weight.dtype)
@@ -308,8 +314,10 @@ def _backward_per_token(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients for ``reduction="none"``, ``grad`` having one number a token."""
     rows, wanted = hidden.view(-1, hidden.shape[-1]).to(compute), targets.reshape(-1)
+    # An ignored token has no gradient, whatever comes from above: 0 times NaN is NaN.
+    upstream = grad.reshape(-1).masked_fill(wanted == ignore_index, 0.0)
     _, dhidden, dweight = _run(
-        rows, weight.to(compute), wanted, ignore_index, z_loss, label_smoothing, grad.reshape(-1),
+        rows, weight.to(compute), wanted, ignore_index, z_loss, label_smoothing, upstream,
         hidden_grad, weight_grad,
     )  # fmt: skip
     return (dhidden.view(hidden.shape) if hidden_grad else dhidden).to(hidden.dtype), dweight.to(weight.dtype)
@@ -363,9 +371,31 @@ _library.define(
     "int ignore_index, float z_loss, float label_smoothing, ScalarType compute, bool hidden_grad, "
     "bool weight_grad) -> (Tensor, Tensor)"
 )
+
+
+def _op_forward(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int, reduction: str,
+    z_loss: float, label_smoothing: float, compute: torch.dtype, *grads: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    settings = (ignore_index, reduction, z_loss, label_smoothing)
+    _check(hidden, weight, targets, *settings, compute)
+    return _forward(hidden, weight, targets, *settings, compute, *grads)
+
+
+def _op_backward(
+    grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int,
+    z_loss: float, label_smoothing: float, compute: torch.dtype, *grads: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    _check(hidden, weight, targets, ignore_index, "none", z_loss, label_smoothing, compute)
+    _checks.shape(_OP, "grad", grad, targets.shape, "one a token")
+    _checks.same_device(_OP, grad=grad, hidden=hidden)
+    settings = (ignore_index, z_loss, label_smoothing, compute)
+    return _backward_per_token(grad, hidden, weight, targets, *settings, *grads)
+
+
 for _key in ("CUDA", "CPU"):
-    _library.impl("linear_cross_entropy", _forward, _key)
-    _library.impl("linear_cross_entropy_backward", _backward_per_token, _key)
+    _library.impl("linear_cross_entropy", _op_forward, _key)
+    _library.impl("linear_cross_entropy_backward", _op_backward, _key)
 
 
 @torch.library.register_fake("gptkern::linear_cross_entropy")

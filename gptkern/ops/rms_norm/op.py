@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from gptkern.ops._dispatch import needs_grad, use_kernel
+from gptkern.ops._dispatch import needs_grad, traced, use_kernel
 from gptkern.ops.layer_norm import autograd, launcher
 from gptkern.ops.layer_norm.checks import check, check_kernel
 from gptkern.ops.rms_norm import reference
@@ -36,7 +36,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     if not use_kernel(x):
         return reference.rms_norm(x, weight, eps).to(dtype)
     check_kernel("rms_norm", x=x, weight=weight)
-    if torch.compiler.is_compiling():
+    if traced(x):
         out: torch.Tensor = torch.ops.gptkern.rms_norm(x, weight, eps, dtype)[0]
     elif needs_grad(x, weight):
         out = autograd.Norm.apply("rms_norm", x, None, weight, None, eps, 0.0, None, False, dtype)
@@ -76,7 +76,7 @@ def add_rms_norm(
         return normed.to(dtype), total
     check_kernel("add_rms_norm", x=x, residual=residual, weight=weight)
     seed = autograd.new_seed(x, dropout_p)
-    if torch.compiler.is_compiling():
+    if traced(x):
         op = torch.ops.gptkern.add_rms_norm
         normed, total, _ = op(x, residual, weight, eps, dropout_p, seed, dtype)
         return normed, total
