@@ -317,11 +317,18 @@ def test_bad_files(shared_data: Path, tmp_path: Path) -> None:
         Tokenizer.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [-1, 1.5, "1", None, True, 1 << 40])
+@pytest.mark.parametrize("damage", [-1, 1.5, "1", None, True, 1 << 40, [0]])
 def test_vocabularies_of_other_ids_are_refused(tmp_path: Path, damage: object) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": damage}))
     (tmp_path / "merges.txt").write_text("")
     with pytest.raises(CheckpointError, match=r"vocab\.json: not a vocabulary: the id of 'b' is"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_vocabularies_with_an_id_twice_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "c": 0}))
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"vocab\.json: not a vocabulary: 'a' and 'c' have one id, 0"):
         Tokenizer.from_pretrained(tmp_path)
 
 

@@ -157,7 +157,9 @@ def _from_json(
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     merges: Merges = [(left, right) for left, right in pairs]
     with library_errors(f"{path}: model"):
-        backend = family.build(model["vocab"], merges, *_build_options(family, configuration, special))
+        backend = family.build(
+            _distinct(path, model["vocab"]), merges, *_build_options(family, configuration, special)
+        )
     backend.post_processor = described.post_processor
     if _DECODER not in configuration:
         special.added |= described.get_added_tokens_decoder()
@@ -195,6 +197,17 @@ def _read_vocabulary(path: Path) -> Vocabulary:
                 f"{path}: not a vocabulary: the id of {shown(token)} is {shown(token_id)}; "
                 "a whole number, 0 or more, is needed"
             )
+    return _distinct(path, vocab)
+
+
+def _distinct(path: Path, vocab: Vocabulary) -> Vocabulary:
+    tokens = {token_id: token for token, token_id in vocab.items()}
+    if len(tokens) < len(vocab):
+        first = next(token for token, token_id in vocab.items() if tokens[token_id] != token)
+        raise CheckpointError(
+            f"{path}: not a vocabulary: {shown(first)} and {shown(tokens[vocab[first]])} have one id, "
+            f"{vocab[first]}"
+        )
     return vocab
 
 
@@ -247,7 +260,8 @@ def _read_special(files: Files, configuration: dict[str, Any]) -> _Special:
 
 def _join_map(configuration: dict[str, Any], in_map: dict[str, Any]) -> None:
     for name, value in in_map.items():
-        if name == _ADDITIONAL and _extra_tokens(configuration):
+        is_token = name in (_EXTRA, _ADDITIONAL) or (name.endswith("_token") and name not in _SWITCHES)
+        if not is_token or (name == _ADDITIONAL and _extra_tokens(configuration)):
             continue
         if isinstance(value, list):
             tokens = [_special_object(token) for token in value]
