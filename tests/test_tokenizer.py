@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -370,6 +371,38 @@ def test_bad_configurations_are_named(tmp_path: Path, files: str) -> None:
     (tmp_path / "added_tokens.json").write_text('{"<s>": "x"}')
     with pytest.raises(CheckpointError, match=r"added_tokens\.json: the id of '<s>' is 'x'"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "\x00", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["content", "__type", "lstrip", "0", "257", "x"]), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+FIELDS = ["bos_token", "x_token", "extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"]
+FIELDS += ["add_bos_token", "add_prefix_space", "tokenizer_class", "chat_template", "model_max_length"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]),
+    st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, min_size=1, max_size=3) | JSON_VALUES,
+)
+def test_any_configuration_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, name: str, content: object
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (folder / "merges.txt").write_text("")
+    (folder / name).write_text(json.dumps(content))
+    with contextlib.suppress(CheckpointError):
+        tokenizer = Tokenizer.from_pretrained(folder)
+        tokenizer.save(folder / "again")
+        assert Tokenizer.from_pretrained(folder / "again").encode("ab") == tokenizer.encode("ab")
 
 
 PANICS = {

@@ -24,6 +24,7 @@ from gptkern.model import GPT
 from gptkern.tokenizer import Tokenizer
 from gptkern.train import DivergedError, Lion, Settings, SettingsError, Trainer, make_optimizers, train
 from gptkern.train import checkpoints as checkpoints_module
+from gptkern.train.assemble import assemble
 from gptkern.train.data import Examples, Windows, load_classes, load_pairs, pair_ids, shuffled
 from gptkern.train.evaluate import evaluate
 from gptkern.train.lock import locked
@@ -351,6 +352,22 @@ def test_char_tokenizer_knows_escaped_characters(tmp_path: Path) -> None:
     settings = tiny(path, data={"kind": "pairs"})
     tokenizer = Trainer(settings, tmp_path / "run", ALONE).objective.model.tokenizer
     assert tokenizer.decode(tokenizer.encode("café? 日")) == "café? 日"
+
+
+def test_characters_that_the_tokenizer_lacks_are_told_at_the_start(text_file: Path, tmp_path: Path) -> None:
+    """A text for a model of other characters, and a prompt for samples: neither loses any in silence."""
+    samples = {"eval": {"samples": 1, "sample_prompt": "é"}}
+    with pytest.raises(
+        SettingsError, match=r"\[eval\] sample_prompt: .* holds 'é', for which the vocabulary"
+    ):
+        assemble(tiny(text_file, **samples), tmp_path / "run", ALONE)
+    model = GPT(GPTConfig(vocab_size=3, n_positions=16, n_layer=1, n_head=1, n_embd=8))
+    model.tokenizer = char_tokenizer("abc")
+    model.save_pretrained(tmp_path / "model")
+    other = tiny(text_file, data={"tokenizer": ""})
+    other = dataclasses.replace(other, model={"from": str(tmp_path / "model")})
+    with pytest.raises(ValueError, match=r"the text holds '\\n', ' ', ',', '.', ':', 'T', 'e', 'h' and"):
+        assemble(other, tmp_path / "run", ALONE)
 
 
 @pytest.mark.parametrize("seed", [2**24, 2**32, 2**63 - 1, 2**64 - 1])

@@ -65,7 +65,7 @@ def assemble(settings: Settings, out: Path, group: Processes) -> tuple[Source, O
 
 def _check_sample_prompt(settings: Settings, model: GPT) -> None:
     """What samples continue must be text that the tokenizer knows: better told now than after an hour."""
-    if settings.eval.samples and model.tokenizer is not None:
+    if settings.eval.samples and settings.data.kind != "classes" and model.tokenizer is not None:
         try:
             model.tokenizer.encode(settings.eval.sample_prompt)
         except ValueError as error:
