@@ -16,6 +16,7 @@ from generate_support import CONFIGS, VOCAB, left_padded, pair, prompts
 from gptkern.config import GPTConfig
 from gptkern.generate import GenerateOptions, GenerateOutput, executor, loop, pick
 from gptkern.generate.options import Settings
+from gptkern.generate.run import prepare
 from gptkern.model import GPT, Attention
 from gptkern.ops.sample import _native
 from gptkern.tokenizer import Tokenizer
@@ -509,6 +510,30 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         pair("odd width")[1].generate(prompts(1, 6), **options)
+
+
+ANYTHING: list[Any] = [
+    True, -1, 0, 3, 1.5, math.nan, -math.inf, 10**400, -(10**400), 2**63, 2**64, "x", "", b"x", object(), 1j,
+    [], {}, [[1]], [1, 2], [[]], [None], [[None]], [10**400], [[10**400]], [([1], 2.0)], [([1], None)],
+    {1: 2.0}, {1: 10**400}, {(1, 2): -(10**400)}, {(1,): "x"}, {"a": 1.0}, {1, 2}, range(3), iter([1]),
+    torch.tensor([3, 4]), torch.tensor([]), torch.tensor([[1, 2]]), torch.tensor(math.nan), np.array([3, 4]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(GenerateOptions.__annotations__))
+@pytest.mark.filterwarnings("ignore:generate:UserWarning")
+def test_whatever_is_given_is_taken_or_refused_by_name(name: str) -> None:
+    ours = dropping(n_layer=1)[1]
+    ids = prompts(1, 4)
+    for value in ANYTHING:
+        for source in ("generate", "generation_config"):
+            ours.generation_config = {name: value} if source == "generation_config" else {}
+            refusal = "generate: none"
+            try:
+                prepare(ours, ids, None, {name: value} if source == "generate" else {})  # type: ignore[misc]
+            except (TypeError, ValueError) as error:
+                refusal = str(error)
+            assert refusal.startswith(("generate: ", f"{source}: ")), value
 
 
 def test_bad_prompts() -> None:

@@ -199,7 +199,7 @@ def _defaults(options: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, 
     for alike in (_LONGEST, _SHORTEST):
         if any(options.get(name) is not None for name in alike):
             found = {name: value for name, value in found.items() if name not in alike}
-    if not options.get("do_sample", found.get("do_sample")):
+    if plain(options.get("do_sample", found.get("do_sample"))) is not True:
         found = {name: value for name, value in found.items() if name not in _SAMPLING_ALONE}
     return found
 
@@ -442,7 +442,8 @@ def _eos(source: str, value: Any) -> tuple[int, ...]:
 
 def _stop_strings(given: Mapping[str, Any]) -> tuple[str, ...]:
     value = given.get("stop_strings", ())
-    strings = (value,) if isinstance(value, str) else tuple(value)
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    strings = tuple(value) if several else (value,)
     if not all(isinstance(s, str) and s for s in strings):
         raise ValueError(
             f"generate: stop_strings is {value!r}; one string or several, none empty, are needed"

@@ -141,6 +141,7 @@ def _ids(name: str, value: Any, vocab_size: int, beyond: Sequence[int] = ()) -> 
 def _bias(name: str, ids: Any, bias: Any) -> float:
     if not isinstance(bias, int | float) or isinstance(bias, bool):
         raise TypeError(f"generate: {name} gives {ids!r} {bias!r}; a number is needed")
-    if not bias < float("inf"):
+    # Logits are fp32 when it is added.
+    if bias != -float("inf") and not abs(bias) < 3e38:
         raise ValueError(f"generate: {name} gives {ids!r} {bias}; a finite number or -inf is needed")
     return float(bias)

@@ -83,7 +83,11 @@ def stream(
     tokenizer = needed_tokenizer(model, tokenizer)
     prompts, settings = prepare(model, *batch(tokenizer, [prompt]), options)
     if settings.num_beams > 1 or settings.num_return_sequences > 1:
-        raise ValueError("stream: num_beams and num_return_sequences must be 1; generate_text takes more")
+        raise ValueError(
+            f"stream: num_beams is {settings.num_beams}, num_return_sequences is "
+            f"{settings.num_return_sequences}: both must be 1, and be given where the checkpoint says "
+            "otherwise; generate_text takes more"
+        )
     (text,) = row_texts(prompts, settings, tokenizer)
     return TextStream(model, prompts, settings, text)
 
