@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import io
 import json
 import math
 import os
 import pickle
 import platform
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -545,7 +547,7 @@ def test_a_run_and_its_folder(text_file: Path, tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "run" / "model", tmp_path / "run" / "checkpoints" / names[-1])
     model = GPT.from_pretrained(tmp_path / "run" / "best")
     assert model.tokenizer is not None
-    with pytest.raises(SettingsError, match="holds a run at step 6"):
+    with pytest.raises(SettingsError, match="holds a run, step-00000006: --resume"):
         train(tiny(text_file), tmp_path / "run")
     assert train(tiny(text_file), tmp_path / "run", resume=True).step == 6
 
@@ -707,10 +709,76 @@ def test_full_disk_leaves_the_old_checkpoint(
         write(folder, *rest)
 
     monkeypatch.setattr(checkpoints_module, "write_state", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space left on device; the last checkpoint, .*02, is whole"):
         train(tiny(text_file), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     assert train(tiny(text_file), tmp_path / "run", resume=True).finished
+
+
+def test_files_that_cannot_grow_leave_no_remains(text_file: Path, tmp_path: Path) -> None:
+    """As a full disk: the system refuses the state's file, and the message names it."""
+    settings = tiny(text_file, eval={"every": 0})
+    train(settings.replace("train", steps=2), tmp_path / "run")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match=r"file sizes.*step-00000002, is whole: '.*/checkpoints/writing-"):
+            train(
+                settings,
+                tmp_path / "run",
+                resume=True,
+                started=lambda trainer: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1])),
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert train(settings, tmp_path / "run", resume=True).finished
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("state/rank-00000.safetensors", "flipped"),
+        ("run.json", "cut"),
+        ("contents.json", "gone"),
+        ("config.json", "gone"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    file: str, damage: str, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny(text_file)
+    train(settings.replace("train", steps=4), tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000004"
+
+    def harm(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content[:-1] if damage == "cut" else content)
+        if damage == "gone":
+            path.unlink()
+
+    harm(newest / file)
+    assert train(settings, tmp_path / "run", resume=True, shown=True).finished
+    told = capsys.readouterr().err
+    assert "a checkpoint is passed over, and put aside" in told
+    assert "steps 3 to 6" in told
+    names = sorted(path.name for path in newest.parent.iterdir())
+    assert names == ["damaged-step-00000004", "step-00000004", "step-00000006"]
+    for folder in newest.parent.glob("step-*"):
+        harm(folder / file)
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*step-00000006.*; .*step-00000004"):
+        train(settings, tmp_path / "run", resume=True)
+
+
+def test_tokenising_leaves_the_staging_folders_of_others(text_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "tokens" / ".gptkern-staging-other"
+    other.mkdir(parents=True)
+    held = os.open(other, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    settings = DataSettings(path=[str(text_file)], tokenizer="char")
+    assert len(load_split(settings, None, tmp_path / "tokens", writer=True).train[0])
+    assert other.is_dir()
+    os.close(held)
 
 
 class Marker:
@@ -742,8 +810,8 @@ def test_resuming_runs_no_code_of_the_folder(text_file: Path, tmp_path: Path) ->
             except (SettingsError, CheckpointError) as raised:
                 error = str(raised)
             assert not marker.exists(), file
-            # Tokens are made anew and the newest model is written anew: these alone are read.
-            if file.name in ("run.json", "rank-00000.safetensors", "log.jsonl"):
+            # Tokens are made anew and the newest model is written anew: the rest is read.
+            if file.is_relative_to(checkpoint) and file not in files[:2]:
                 assert file.name in error
     assert checkpoint / "state" / "rank-00000.safetensors" in files
 

@@ -308,7 +308,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plot", str(out)]) == 0
     assert (out / "plot.png").exists()
     assert run(command) == 1
-    assert "holds a run at step 4" in capsys.readouterr().err
+    assert "holds a run, step-00000004" in capsys.readouterr().err
     assert run([*command, "--resume"]) == 0
     assert "is at step 4 of 4: nothing is left to do" in capsys.readouterr().err
     assert run([*command, "--resume", "--steps", "3"]) == 1

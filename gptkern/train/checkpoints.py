@@ -2,18 +2,19 @@
 
 ``checkpoints/step-00000500`` holds the model (``config.json``, ``model.safetensors``, the tokenizer: what
 ``GPT.from_pretrained`` and transformers open), ``state`` (weights and optimizer as they are trained; any
-number of processes can read it) and ``run.json``. It is written under another name, flushed, and
-renamed. The data's position and the random numbers follow from the seed and the step, so the step is
-all that has to be kept of them.
+number of processes can read it), ``run.json``, and ``contents.json``: the other files' sizes and
+checksums, by which a damaged checkpoint is told. It is written under another name, flushed, and renamed.
+The data's position and the random numbers follow from the seed and the step, so the step is all that has
+to be kept of them.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,18 @@ import torch
 from torch import nn
 
 from gptkern.checkpoint.errors import CheckpointError
-from gptkern.checkpoint.files import LARGEST_JSON, read_bytes
+from gptkern.checkpoint.files import LARGEST_JSON, read_bytes, read_json
 from gptkern.checkpoint.save import save
 from gptkern.checkpoint.storage import write_safetensors
-from gptkern.durable import flush, make_folder, new_file, write_file
+from gptkern.durable import flush, identity, make_folder, new_file, write_file
 from gptkern.model import GPT
 from gptkern.train.processes import Processes, whole
 from gptkern.train.settings import SettingsError
 from gptkern.train.state import read_state, state_tensors, write_state
 
 NOTES = "run.json"
-_STEP, _WRITING, _STATE = "step-", "writing-", "state"
+_CONTENTS = "contents.json"
+_STEP, _WRITING, _DAMAGED, _STATE = "step-", "writing-", "damaged-", "state"
 
 
 @dataclass(frozen=True)
@@ -82,19 +84,38 @@ class Store:
 
     def __init__(self, folder: Path, keep: int, group: Processes) -> None:
         self.root, self.keep, self.group = folder / "checkpoints", keep, group
+        self.passed_over: dict[Path, str] = {}
 
-    def all(self) -> list[Checkpoint]:
-        """Oldest first."""
-        return sorted(self._found(), key=lambda checkpoint: checkpoint.step)
-
-    def _found(self) -> Iterator[Checkpoint]:
-        for folder in self.root.glob(f"{_STEP}*"):
-            yield _read_notes(folder)
+    def folders(self) -> list[Path]:
+        """All there are, oldest first."""
+        found = [folder for folder in self.root.glob(f"{_STEP}*") if _number(folder) >= 0]
+        return sorted(found, key=_number)
 
     def newest(self) -> Checkpoint | None:
-        """The one to go on from; None where there is none."""
-        found = self.all()
-        return found[-1] if found else None
+        """The newest that is whole, by its files' sizes and checksums; None where there is none at all.
+
+        ``passed_over`` then says which newer ones are not; every process must ask.
+
+        Raises:
+            CheckpointError: There are checkpoints, and none is whole.
+        """
+        folders = self.folders()
+        if not folders:
+            return None
+        chosen = 0
+        if self.group.first:
+            for folder in reversed(folders):
+                try:
+                    _check_whole(folder)
+                    chosen = _number(folder)
+                    break
+                except CheckpointError as error:
+                    self.passed_over[folder] = str(error)
+            else:
+                told = "; ".join(self.passed_over.values())
+                raise CheckpointError(f"{self.root}: no checkpoint is whole: {told}")
+        number = int(self.group.total(float(chosen))[0])
+        return _read_notes(next(folder for folder in folders if _number(folder) == number))
 
     def save(
         self,
@@ -115,11 +136,11 @@ class Store:
             make_folder(staging / _STATE)
         self.group.barrier()
         try:
-            write_state(staging / _STATE, state_tensors(objective, optimizers), self.group.rank)
-            self.group.barrier()
+            self._write_state(staging / _STATE, state_tensors(objective, optimizers))
             export(objective, staging, self.group)
             if self.group.first:
                 write_file(staging / NOTES, json.dumps({"step": step, **notes}, indent=1))
+                write_file(staging / _CONTENTS, json.dumps(_identities(staging), indent=1))
                 flush(staging / _STATE)
                 flush(staging)
                 if final.exists():
@@ -131,12 +152,22 @@ class Store:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
         if self.group.first:
-            for old in self.all()[: -self.keep]:
+            for old in self.folders()[: -self.keep]:
                 # Renamed first: a folder half removed must not look like a checkpoint.
-                os.rename(old.folder, gone := self.root / f"{_WRITING}{old.folder.name}")
+                os.rename(old, gone := self.root / f"{_WRITING}{old.name}")
                 shutil.rmtree(gone)
         self.group.barrier()
         return final
+
+    def _write_state(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """Every process's part; where one could not write its own, all of them say so."""
+        problem = None
+        try:
+            write_state(folder, tensors, self.group.rank)
+        except OSError as error:
+            problem = error
+        if self.group.total(float(problem is not None))[0]:
+            raise problem or OSError(errno.EIO, "another process could not write its part", str(folder))
 
     def load(
         self, checkpoint: Checkpoint, objective: nn.Module, optimizers: list[torch.optim.Optimizer]
@@ -146,10 +177,14 @@ class Store:
         read_state(checkpoint.folder / _STATE, state_tensors(objective, optimizers))
 
     def clear_unfinished(self) -> None:
-        """Remove what a kill left half written."""
+        """Remove what a kill left half written, and put aside what was passed over."""
         if self.group.first:
             for folder in self.root.glob(f"{_WRITING}*"):
                 shutil.rmtree(folder)
+            for folder in self.passed_over:
+                aside = self.root / f"{_DAMAGED}{folder.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(folder, aside)
 
 
 def export(objective: nn.Module, folder: Path, group: Processes) -> None:
@@ -168,6 +203,41 @@ def export(objective: nn.Module, folder: Path, group: Processes) -> None:
         labels = json.dumps(getattr(objective, "labels", [])).encode()
         beside = {"classifier.safetensors": packed.getvalue(), "labels.json": labels}
     save(copy, folder, max_shard_size="5GB", beside=beside)
+
+
+def _number(folder: Path) -> int:
+    """The step in a checkpoint's name; -1 where there is none."""
+    digits = folder.name.removeprefix(_STEP)
+    return int(digits) if digits.isascii() and digits.isdigit() else -1
+
+
+def _identities(folder: Path) -> dict[str, list[int]]:
+    """Sizes and checksums of the files in a folder and those below it, by relative name."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink() and (known := identity(path)) is not None:
+            found[str(path.relative_to(folder))] = list(known)
+    return found
+
+
+def _check_whole(folder: Path) -> None:
+    """Compare a checkpoint's files with what it says of them.
+
+    Raises:
+        CheckpointError: One is missing or another; the message names it.
+    """
+    wanted = read_json(folder / _CONTENTS)
+    try:
+        found = _identities(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+    for name, told in wanted.items():
+        if name not in found:
+            raise CheckpointError(f"{folder / name}: missing")
+        if found[name] != told:
+            raise CheckpointError(
+                f"{folder / name}: damaged: size and checksum are {found[name]}, written were {told}"
+            )
 
 
 def _read_notes(folder: Path) -> Checkpoint:

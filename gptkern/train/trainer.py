@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import shlex
 import signal
@@ -154,11 +155,11 @@ class _Run:
     ) -> None:
         self.settings, self.out, self.group = settings, out, group
         self.store = Store(out, settings.checkpoint.keep, group)
-        newest = self.store.newest()
-        if newest is not None and not resume:
+        if not resume and (begun := self.store.folders()):
             raise SettingsError(
-                f"{out} holds a run at step {newest.step}: --resume goes on with it; else give another folder"
+                f"{out} holds a run, {begun[-1].name}: --resume goes on with it; else give another folder"
             )
+        newest = self.store.newest()
         if resume and newest is None:
             raise SettingsError(f"{out}: no checkpoint to go on from: begin the run without --resume")
         if newest is not None:
@@ -186,7 +187,7 @@ class _Run:
         objective = self.trainer.objective
         trained = sum(p.numel() * p.element_size() for p in self.trainer.trained)
         model = sum(p.numel() * p.element_size() for p in objective.parameters())
-        missing = max(0, self.settings.checkpoint.keep + 1 - len(self.store.all()))
+        missing = max(0, self.settings.checkpoint.keep + 1 - len(self.store.folders()))
         return missing * (3 * trained + model) + 2 * model
 
     def loop(self) -> Result:
@@ -195,15 +196,21 @@ class _Run:
         if self.start == steps:
             self.progress.say(f"{self.out} is at step {steps} of {steps}: nothing is left to do")
             return Result(steps, True, self.metrics)
+        for problem in self.store.passed_over.values():
+            self.progress.say(f"a checkpoint is passed over, and put aside: {problem}")
         self._tell_start()
         self.trainer.objective.train()
         try:
             with _Signals() as signals, self.progress:
                 result = self._steps(signals)
         except KeyboardInterrupt:
-            good = self.saved or "none yet"
-            self.progress.say(f"stopped at once; nothing was saved now; the last checkpoint: {good}")
+            self.progress.say(f"stopped at once; {self._last_checkpoint()}")
             raise
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(
+                error.errno or errno.EIO, f"{reason}; {self._last_checkpoint()}", error.filename
+            ) from error
         self._tell_end(result)
         return result
 
@@ -218,6 +225,9 @@ class _Run:
             if stop:
                 return Result(step + 1, step + 1 == steps, self.metrics, signals.asked)
         return Result(steps, True, self.metrics, signals.asked)
+
+    def _last_checkpoint(self) -> str:
+        return f"the last checkpoint, {self.saved}, is whole" if self.saved else "there is no checkpoint yet"
 
     def _tell_start(self) -> None:
         settings, objective = self.settings, self.trainer.objective
@@ -360,7 +370,8 @@ def train(
     Raises:
         SettingsError: The run cannot start, or another one trains into ``out``; nothing was changed.
         DivergedError: The loss or gradient became NaN or infinite; the last checkpoint is whole.
-        OSError: A checkpoint could not be written; the one before it is whole.
+        CheckpointError: The run's checkpoints are damaged, all of them.
+        OSError: A file of the run could not be written; the last checkpoint is whole.
     """
     out = Path(out)
     with processes(settings.train.device) as group, contextlib.ExitStack() as held:
