@@ -229,6 +229,7 @@ HUGE = b"\x8a\x08" + (2**62).to_bytes(8, "little")
     ("content", "message"),
     [
         (tensor(FOUR, b"K\x00", b"K\x04\x85", b"K\x01\x85"), None),
+        (tensor(FOUR, b"K\x00", b"K\x04\x85", b"K\x01\x85").replace(b"ctorch\n", b"ctorch.cuda\n"), None),
         (tensor(FOUR, b"K\x01", b"K\x04\x85", b"K\x01\x85"), "from element 1 found; its data has 4 elements"),
         (tensor(FOUR, b"K\x00", HUGE + b"\x85", b"K\x00\x85"), "each of which may be used once"),
         (tensor(FOUR, b"K\x00", HUGE + HUGE + b"\x86", b"K\x00K\x00\x86"), "each of which may be used once"),

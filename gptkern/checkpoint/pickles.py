@@ -397,7 +397,7 @@ _TORCH_NAMES: dict[tuple[str, str], Any] = {
     ("torch._tensor", "_rebuild_from_type_v2"): _unsupported("one of a class of its own"),
     ("torch.serialization", "_get_layout"): _Opaque,
     ("torch.storage", "UntypedStorage"): torch.uint8,
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+    **{(module, name): dtype for module in ("torch", "torch.cuda") for name, dtype in _STORAGES.items()},
     **{("torch", str(dtype)[6:]): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
     **{("torch", name): dtype for name, dtype in _QUANTISED.items()},
     **{
