@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils import _pytree as pytree
 
-from gptkern.ops._dispatch import backend
+from gptkern.ops._dispatch import asked, backend
 from gptkern.ops._samples import Call, tensors
 
 __all__ = ["DTYPES", "Call", "assert_accurate", "check", "check_values", "layouts"]
@@ -50,12 +50,14 @@ def check(
         sample_inputs: Arguments as a tuple or, with keywords, a ``Call``; on the GPU, or on the CPU
             with ``TRITON_INTERPRET=1`` in the environment. Small shapes: the interpreter is slow.
         reference: The plain PyTorch expression, differentiable, in any dtype, float64 included. By
-            default what ``op`` itself does under ``gptkern.backend("reference")``.
+            default what ``op`` itself does under ``gptkern.backend("reference")``; an op that does the same
+            there as always would be compared with itself, and needs one.
         dtypes: In which to run. Floating tensors of the dtype of the first one are converted, others
             stay as they are.
 
     Raises:
         AssertionError: names what differs, where, and by how much.
+        ValueError: ``reference`` is missing, or is ``op`` itself.
 
     Example::
 
@@ -65,6 +67,8 @@ def check(
         x = torch.randn(4, 17, requires_grad=True)
         check(layer_norm, [(x, torch.ones(17, requires_grad=True))])
     """
+    if reference is op:
+        raise ValueError("check: reference is op itself; give the plain PyTorch expression")
     calls = [c if isinstance(c, Call) else Call(tuple(c)) for c in sample_inputs]
     for number, call in enumerate(calls):
         for dtype in dtypes:
@@ -195,6 +199,8 @@ def _variants(call: Call) -> Iterator[tuple[str, Call]]:
 
 def check_values(op: Op, call: Call, *, reference: Op | None = None, what: str = "call") -> None:
     """The first half of ``check``: results and gradients of one call, its inputs in every layout."""
+    if reference is None:
+        _refuse_itself(op, call)
     with backend("reference"):
         plain, exact = _run(reference or op, call), _run(reference or op, _double(call))
 
@@ -213,6 +219,17 @@ def check_values(op: Op, call: Call, *, reference: Op | None = None, what: str =
         except ValueError as refusal:
             if "strides" not in str(refusal):
                 raise
+
+
+def _refuse_itself(op: Op, call: Call) -> None:
+    """An op that asks for no backend does one thing: without a reference it would be compared with itself."""
+    with asked() as answers, backend("reference"), torch.no_grad():
+        op(*call.args, **call.kwargs)
+    if not answers:
+        raise ValueError(
+            f"check: {getattr(op, '__name__', op)} does the same under gptkern.backend('reference') as "
+            "elsewhere: it would be compared with itself. Give reference=, the plain PyTorch expression"
+        )
 
 
 class _Recorder(torch.fx.Interpreter):

@@ -28,9 +28,6 @@ import gptkern
 from gptkern.ops._dispatch import INTERPRETED
 
 if INTERPRETED:
-    import interpreter_bf16
-
-    interpreter_bf16.install()
     # Triton asks for the setting whenever a kernel is defined. It is kept in this process alone:
     # subprocesses that tests start (command line, ahead-of-time compilation) must not inherit it.
     triton.knobs.propagate_env = False

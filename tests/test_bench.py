@@ -20,6 +20,7 @@ from gptkern.bench.ceilings import Ceilings
 from gptkern.bench.problem import TOLERANCE, Problem, Unavailable, error, expected_of
 from gptkern.bench.run import Results, Row, run
 from gptkern.bench.suites import _models
+from gptkern.ops import _samples
 from gptkern.ops._aot import Report
 
 CPU = torch.device("cpu")
@@ -323,6 +324,29 @@ def test_the_command_names_every_suite() -> None:
 def _failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     code = gptkern.cli.run(list(arguments))
     return code, capsys.readouterr().err
+
+
+def test_an_op_that_launches_nothing_is_not_inspected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fake kernel of a registered op launches nothing: an empty table is no pass."""
+
+    def registered(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.gptkern.layer_norm(x, weight, None, 1e-5, x.dtype)[0]
+        return out
+
+    def make(device: torch.device, dtype: torch.dtype) -> _samples.Call:
+        return _samples.Call((torch.empty(4, 8, device=device), torch.empty(8, device=device)))
+
+    monkeypatch.setattr(_samples, "samples", lambda op: [_samples.Sample("4 x 8", registered, make)])
+    code, text = _failure(capsys, "inspect", "layer_norm", "--arch", "90")
+    assert code == 1
+    assert "registered, sample '4 x 8': no kernel was launched" in text
+    monkeypatch.setattr(_samples, "samples", lambda op: [])
+    code, text = _failure(capsys, "inspect", "layer_norm", "--arch", "90")
+    assert (code, "layer_norm has no sample for sm_90" in text) == (1, True)
+    code, text = _failure(capsys, "inspect", "decode_embed", "--arch", "90", "--floor")
+    assert (code, "decode_embed has no problems" in text) == (1, True)
 
 
 def test_the_command_refuses_what_it_does_not_know(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -214,3 +216,50 @@ def test_e4m3_is_rounded_and_widened_by_value(dtype: torch.dtype) -> None:
     assert torch.equal(kept.float().nan_to_num(9.0), expected.float().nan_to_num(9.0))
     assert torch.equal(back.nan_to_num(9.0), expected.to(dtype).nan_to_num(9.0))
     assert back.isnan().equal(x.isnan())
+
+
+READ = """
+from gptkern.ops._dispatch import INTERPRETED
+from triton import knobs
+assert knobs.runtime.interpret == INTERPRETED
+"""
+OUTSIDE = """
+import torch
+import gptkern
+from gptkern import ops
+from gptkern.testing import Call, check_values
+
+def leaf(*shape):
+    return torch.randn(shape).bfloat16().requires_grad_()
+
+layer = leaf(3, 24), leaf(40, 24), leaf(40)
+check_values(ops.linear, Call(layer))
+check_values(ops.gelu_mlp, Call((*layer, leaf(24, 40), leaf(24))))
+check_values(ops.flash_attention, Call((leaf(1, 9, 2, 16), leaf(1, 9, 2, 16), leaf(1, 9, 2, 16))))
+
+torch.manual_seed(0)
+sizes = dict(vocab_size=61, n_positions=32, n_layer=1, n_head=2, n_embd=32, initializer_range=0.4)
+config = gptkern.GPTConfig(**sizes)
+model = gptkern.GPT(config).bfloat16().eval()
+prompt = torch.tensor([[5, 9, 33, 12, 7]])
+tokens = model.generate(prompt, max_new_tokens=3, do_sample=False)
+with gptkern.backend("reference"):
+    assert torch.equal(tokens, model.generate(prompt, max_new_tokens=3, do_sample=False)), tokens
+"""
+
+
+def _run(code: str, setting: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": setting}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_bf16_is_right_outside_the_test_suite() -> None:
+    """The variable alone, as people set it: the package mends the interpreter."""
+    _run(OUTSIDE, "1")
+
+
+def test_the_variable_is_read_as_triton_reads_it() -> None:
+    _run(READ, "True")

@@ -38,13 +38,38 @@ def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
         (lambda x, w, b, eps: _plain(x, w, b.detach(), eps), "tensor 3 .* error"),
         (lambda x, w, b, eps: _plain(x, w, b, eps).double(), "float64; .*float32 is right"),
         (lambda x, w, b, eps: _plain(x.as_strided(x.shape, (51, 17, 1)), w, b, eps), "argument 0"),
-        (_plain, "no registered op"),
+        (lambda x, w, b, eps: _plain(x, w, b, eps), "no registered op"),
     ],
     ids=["values", "gradient", "dtype", "layout", "registration"],
 )
 def test_what_is_wrong_is_named(wrong: Callable[..., Any], message: str) -> None:
     with pytest.raises((AssertionError, RuntimeError), match=message):
         check(wrong, _inputs(), reference=_plain, dtypes=[torch.float32])
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return 3 * grad
+
+
+def _doubled(x: torch.Tensor) -> torch.Tensor:
+    return _Doubled.apply(x)  # type: ignore[no-any-return]
+
+
+def test_an_op_is_not_compared_with_itself() -> None:
+    """One that asks for no backend does the same under each: its wrong gradient would pass."""
+    x = torch.randn(3, 5, requires_grad=True)
+    with pytest.raises(ValueError, match=r"_doubled does the same .* Give reference="):
+        check(_doubled, [(x,)])
+    with pytest.raises(ValueError, match="reference is op itself"):
+        check(_doubled, [(x,)], reference=_doubled)
+    with pytest.raises(AssertionError, match=r"tensor 1 .* error"):
+        check(_doubled, [(x,)], reference=lambda x: 2 * x)
 
 
 def test_wrong_fake_kernel_is_caught() -> None:

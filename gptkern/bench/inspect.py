@@ -107,7 +107,7 @@ def compiled(
     ``per`` says of what there is one report: ``binary``, ``row`` (of the launch table, by dtype), ``kernel``.
 
     Raises:
-        ValueError: There is no such op or architecture.
+        ValueError: There is no such op or architecture, or a sample launches nothing.
     """
     known = _samples.ops()
     for op in ops:
@@ -116,7 +116,11 @@ def compiled(
     for arch in archs:
         if arch not in _launch.ARCHS:
             raise ValueError(f"inspect: no launch table serves sm_{arch}; there are {_launch.ARCHS}")
-    return [report for op in ops or known for report in islice(_aot.reports(op, archs, per), most)]
+    found = {op: list(islice(_aot.reports(op, archs, per), most)) for op in ops or known}
+    for op in ops:
+        if not found[op]:
+            raise ValueError(f"inspect: {op} has no sample for {', '.join(f'sm_{arch}' for arch in archs)}")
+    return [report for reports in found.values() for report in reports]
 
 
 def table(archs: tuple[int, ...], most: int | None = None) -> str:
@@ -125,7 +129,14 @@ def table(archs: tuple[int, ...], most: int | None = None) -> str:
 
 
 def floors(ops: Sequence[str], arch: int) -> list[str]:
-    """Bytes, operations and the least time on ``arch``, by datasheet, of the GPU problems of these ops."""
+    """Bytes, operations and the least time on ``arch``, by datasheet, of the GPU problems of these ops.
+
+    Raises:
+        ValueError: One of them has no problems.
+    """
+    for op in ops:
+        if op not in suites.OPS:
+            raise ValueError(f"inspect: {op} has no problems in gptkern/bench/suites to tell least times of")
     copy, matmul = DATASHEET[arch]
     lines = []
     device = torch.device("cuda")

@@ -37,7 +37,8 @@ def inspect(
 
     For each kernel and launch configuration: registers, local memory (spills), shared memory, blocks a
     multiprocessor holds, the matrix instruction, the widest load, the code's size. Exits with 1 where a
-    kernel spills, does not fit, or misses its matrix instruction, and where --diff finds a difference.
+    kernel spills, does not fit, or misses its matrix instruction, and where --diff finds a difference. An op
+    that launches no kernel is an error.
 
     Examples:
 
@@ -55,6 +56,7 @@ def inspect(
 
     archs = tuple(arch or _launch.ARCHS)
     before = None if diff is None else report.load(diff)
+    floors = {each: report.floors(ops or [], each) for each in archs} if floor else {}
     found = report.compiled(ops or [], archs, per=per.value)
     lines: list[str] = []
     if before is not None:
@@ -64,10 +66,9 @@ def inspect(
             print(f"{diff} was compiled by triton {before[1]}, this is {triton.__version__}")
     else:
         print(_aot.as_table(found))
-    if floor:
-        for each in archs:
-            print(f"\nleast times on sm_{each} ({report.NAMES[each]}, by datasheet)")
-            print("\n".join(report.floors(ops or [], each)))
+    for each, times in floors.items():
+        print(f"\nleast times on sm_{each} ({report.NAMES[each]}, by datasheet)")
+        print("\n".join(times))
     if save is not None:
         report.save(found, save)
     return int(bool(lines) or any(item.problems for item in found))

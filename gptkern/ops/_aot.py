@@ -131,7 +131,11 @@ def _compiling_for(arch: int) -> Iterator[None]:
 
 
 def record_sample(sample: _samples.Sample, dtype: torch.dtype, arch: int) -> list[_launch.Launch]:
-    """What ``sample`` launches on ``arch``: without gradients, then with them and the backward pass."""
+    """What ``sample`` launches on ``arch``: without gradients, then with them and the backward pass.
+
+    Raises:
+        ValueError: It launches nothing.
+    """
     with _launch.record(arch) as launches:
         call = sample.make(torch.device("meta"), dtype)
         with torch.no_grad():
@@ -141,6 +145,12 @@ def record_sample(sample: _samples.Sample, dtype: torch.dtype, arch: int) -> lis
         if inputs:
             outputs = [t for t in _samples.tensors(sample.op(*call.args, **call.kwargs)) if t.requires_grad]
             torch.autograd.grad(outputs, inputs, [torch.empty_like(t) for t in outputs], allow_unused=True)
+    if not launches:
+        raise ValueError(
+            f"{getattr(sample.op, '__name__', sample.op)}, sample {sample.name!r}: no kernel was launched on "
+            f"meta tensors for sm_{arch}. An op that calls torch.ops there reaches its fake kernel: outside "
+            "torch.compile it must call its launcher, which must launch through gptkern.ops._launch.launch"
+        )
     return launches
 
 

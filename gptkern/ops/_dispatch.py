@@ -1,7 +1,8 @@
 """Which implementation a call takes: the Triton kernel or the PyTorch reference.
 
 CUDA tensors run the kernel. CPU tensors run the reference, or the kernel under Triton's
-interpreter when ``TRITON_INTERPRET=1`` was set before Triton was imported.
+interpreter when ``TRITON_INTERPRET=1`` was set before Triton was imported; it is then mended first, as
+alone it computes bf16 wrongly (see ``_interpreter``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from gptkern.ops import _launch
 
 Backend = Literal["auto", "reference", "kernel"]
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")  # as Triton
+if INTERPRETED:
+    from gptkern.ops import _interpreter
+
+    _interpreter.install()
 
 _backend: Backend = "auto"
 
@@ -41,8 +46,29 @@ def backend(name: Backend) -> Iterator[None]:
         _backend = previous
 
 
+_answers: list[bool] | None = None
+
+
+@contextmanager
+def asked() -> Iterator[list[bool]]:
+    """Collects what ops called inside are told by ``use_kernel``: nothing where none of them asks."""
+    global _answers
+    previous, _answers = _answers, []
+    try:
+        yield _answers
+    finally:
+        _answers = previous
+
+
 def use_kernel(tensor: torch.Tensor) -> bool:
     """Whether a call on ``tensor`` runs the Triton kernel (the tensors' agreement is checked apart)."""
+    answer = _uses_kernel(tensor)
+    if _answers is not None:
+        _answers.append(answer)
+    return answer
+
+
+def _uses_kernel(tensor: torch.Tensor) -> bool:
     if _backend == "reference":
         return False
     device = tensor.device.type
