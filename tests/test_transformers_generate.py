@@ -131,6 +131,24 @@ def test_the_gpt_of_2018(mode: str) -> None:
 
 
 @pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.int8], ids=str)
+@pytest.mark.parametrize("mode", ["greedy", "sampling", "beams"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt1"])
+def test_ids_of_any_integer_dtype(kind: str, mode: str, dtype: torch.dtype) -> None:
+    """The library takes int32 beside int64, and returns int64."""
+    theirs, ours = twins(kind)
+    ids, _ = prompt(2, 6, False)
+    options = MODES[mode] | {"max_new_tokens": 6, "pad_token_id": 59, "repetition_penalty": 1.2}
+    torch.manual_seed(11)
+    expected = theirs.generate(ids, **options)
+    torch.manual_seed(11)
+    found = ours.generate(ids.to(dtype), **options)
+    assert torch.equal(found, expected)
+    if dtype == torch.int32:
+        assert found.dtype == theirs.generate(ids.to(dtype), max_new_tokens=2).dtype
+
+
+@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("padded", [False, True])
 def test_going_on_from_a_cache(cache: type, padded: bool) -> None:

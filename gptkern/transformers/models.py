@@ -71,6 +71,8 @@ def _on_engine(model: Any, name: str, loop: Any, input_ids: torch.Tensor, kwargs
     if reason is not None:
         fallback("generate", LIBRARY, reason)
         return loop(input_ids, **kwargs)
+    # Whatever integers they came as: the library, too, gives its results as int64.
+    input_ids = input_ids.long()
     past, mask = inputs.get(CACHE), inputs.get("attention_mask")
     engine = EngineCache(model, input_ids.shape[0], config.max_length, past, mask)
     options = None
