@@ -239,7 +239,7 @@ class GPT(nn.Module):
             revision: Branch, tag or commit of a hub id.
             local_files_only: Take a hub id from the cache only, as HF_HUB_OFFLINE=1 does.
             check_finite: Refuse weights that are NaN or infinite.
-            tokenizer: Its tokenizer, or where that is: a folder, a ``tokenizer.json`` or a hub id. None takes
+            tokenizer: Its tokenizer, or where that is: what ``Tokenizer.from_pretrained`` takes. None takes
                 the one beside the checkpoint: of nanoGPT's files also ``meta.pkl``, of files with GPT-2's
                 vocabulary also GPT-2's from the hub's cache, with a warning.
             weights: ``"int8"``, ``"fp8"`` or ``"int4"`` keeps the linear layers so; None as the checkpoint

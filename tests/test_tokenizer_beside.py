@@ -72,6 +72,10 @@ def test_nanogpts_characters(tmp_path: Path) -> None:
         assert model.tokenizer.encode("ROMEO") == [CHARACTERS[c] for c in "ROMEO"]
         with pytest.raises(ValueError, match="'日', for which the vocabulary of 115 tokens has none"):
             model.tokenizer.encode("日")
+    elsewhere = nanogpt(tmp_path / "elsewhere" / "runs" / "ckpt.pt", dataset="shakespeare_char")
+    named = tmp_path / "data" / "shakespeare_char" / "meta.pkl"
+    assert GPT.from_pretrained(elsewhere).tokenizer is None
+    assert GPT.from_pretrained(elsewhere, tokenizer=named).tokenizer.decode([50, 47]) == "RO"
     shutil.rmtree(tmp_path / "data")
     meta(tmp_path / "out" / "meta.pkl")
     assert GPT.from_pretrained(path).tokenizer.decode([50, 47]) == "RO"

@@ -37,7 +37,7 @@ TokenizerPath = Annotated[
     str | None,
     typer.Option(
         "--tokenizer",
-        help="Folder, tokenizer.json or hub id of the tokenizer; by default the one beside the model.",
+        help="The tokenizer: a folder, tokenizer.json, meta.pkl, or hub id; by default beside the model.",
     ),
 ]
 Device = Annotated[

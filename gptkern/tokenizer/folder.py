@@ -61,8 +61,8 @@ class Parts:
 class _Special:
     """The special tokens that files name; a value of None says that there is none of that name."""
 
-    named: dict[str, Token | None] = field(default_factory=dict)
-    extra: list[Token] = field(default_factory=list)
+    named: dict[str, Token | None]
+    extra: list[Token]
     added: dict[int, AddedToken] = field(default_factory=dict)
 
 
@@ -230,19 +230,17 @@ def _read_merges(path: Path) -> Merges:
 def _read_special(files: Files, configuration: dict[str, Any]) -> _Special:
     """The special and added tokens of all files; those of the map join ``configuration``, and win over it."""
     path = files / CONFIG
-    special = _Special()
-    _read_names(path, configuration)
+    special = _Special(*_read_names(path, configuration))
     if _DECODER in configuration:
         special.added = _read_decoder(path, configuration[_DECODER])
-    elif (files / SPECIAL).exists():
+        return special
+    if (files / SPECIAL).exists():
         in_map = read_json(files / SPECIAL)
         _read_names(files / SPECIAL, in_map)
         _join_map(configuration, in_map)
-        path = path if path.exists() else files / SPECIAL
-    named, extra = _read_names(path, configuration)
-    special.named, special.extra = named, extra
-    if _DECODER not in configuration and (files / ADDED).exists():
-        special_texts = {text_of(token) for token in (*named.values(), *extra) if token is not None}
+        special = _Special(*_read_names(path, configuration))
+    if (files / ADDED).exists():
+        special_texts = {text_of(token) for token in (*special.named.values(), *special.extra) if token}
         for text, token_id in read_json(files / ADDED).items():
             where = f"{files / ADDED}: the id of {shown(text)}"
             _check_text(where, text)
@@ -250,11 +248,6 @@ def _read_special(files: Files, configuration: dict[str, Any]) -> _Special:
             special.added[_read_id(where, token_id)] = AddedToken(
                 text, normalized=not is_special, special=is_special
             )
-    by_text = {token.content: token for token in special.added.values()}
-    special.named = {
-        name: token if token is None else by_text.get(text_of(token), token)
-        for name, token in special.named.items()
-    }
     return special
 
 

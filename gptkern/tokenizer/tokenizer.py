@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from gptkern.checkpoint.errors import CheckpointError, shown
 from gptkern.checkpoint.locate import EMBEDDED, locate
+from gptkern.checkpoint.nanogpt import read_meta
 from gptkern.checkpoint.pending import Files
 from gptkern.checkpoint.pending import read as read_whole
 from gptkern.durable import make_folder, named_folder, write_file
@@ -122,13 +123,16 @@ class Tokenizer:
         beginning token are read from all the files that it reads.
 
         Args:
-            path_or_hub_id: The folder, a ``tokenizer.json`` itself, a hub id, or ``"embedded"``.
+            path_or_hub_id: The folder, a ``tokenizer.json`` or nanoGPT's ``meta.pkl`` itself, a hub id, or
+                ``"embedded"``.
             revision, local_files_only: As in ``GPT.from_pretrained``.
 
         Raises:
             CheckpointError: There is none, or it cannot be read.
         """
         path = locate(path_or_hub_id, revision=revision, local_files_only=local_files_only, weights=False)
+        if path.suffix == ".pkl":
+            return cls.characters(read_meta(path))
         tokenizer = cls.find(path) if path.is_dir() else cls._of(read(Files(path.parent, {}), path))
         if tokenizer is None:
             raise CheckpointError(f"{path}: no tokenizer here; {JSON}, or {VOCAB} and {MERGES}, is needed")
