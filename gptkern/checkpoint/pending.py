@@ -118,8 +118,14 @@ def _elsewhere(folder: Path) -> dict[str, Path]:
     pending = folder / PENDING
     if not os.path.lexists(pending):
         return {}
-    changes = recognise(pending)
-    if not fits(folder, changes):
+    try:
+        changes = recognise(pending)
+        up_to_date = fits(folder, changes)
+    except OSError as error:
+        raise CheckpointError(
+            f"{pending}: a save that was cut off left this, and it cannot be read: {error}"
+        ) from error
+    if not up_to_date:
         warnings.warn(
             f"{folder}: a save that was cut off, in {PENDING}, is passed over: "
             "other files were saved here since",
@@ -138,13 +144,10 @@ def recognise(pending: Path) -> dict[str, Change]:
 
     Raises:
         CheckpointError: It is not what a save leaves behind.
+        OSError: It cannot be read, and so nothing is known of it.
     """
     try:
         return _recognise(pending)
-    except OSError as error:
-        raise CheckpointError(
-            f"{pending}: a save that was cut off left this, and it cannot be read: {error}"
-        ) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{pending}: not what a save of gptkern leaves behind ({error}), and so the model beside it may "
@@ -203,13 +206,17 @@ def is_plain(name: str) -> bool:
 
 
 def fits(folder: Path, changes: Mapping[str, Change]) -> bool:
-    """Whether every file of ``folder`` is the one that the save found, or the one that it put there."""
-    try:
-        return all(
-            identity(folder / name) in _allowed(folder, name, change) for name, change in changes.items()
-        )
-    except OSError:
-        return False
+    """Whether every file of ``folder`` is the one that the save found, or the one that it put there.
+
+    Raises:
+        OSError: One cannot be read.
+    """
+    for name, change in changes.items():
+        if not (folder / name).is_file() and os.path.lexists(folder / name):
+            return False
+        if identity(folder / name) not in _allowed(folder, name, change):
+            return False
+    return True
 
 
 def _allowed(folder: Path, name: str, change: Change) -> tuple[Identity | None, ...]:

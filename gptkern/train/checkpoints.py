@@ -26,7 +26,7 @@ from gptkern.checkpoint.errors import CheckpointError
 from gptkern.checkpoint.files import LARGEST_JSON, read_bytes, read_json
 from gptkern.checkpoint.save import save
 from gptkern.checkpoint.storage import write_safetensors
-from gptkern.durable import flush, identity, make_folder, new_file, write_file
+from gptkern.durable import flush, identity, make_folder, naming, new_file, write_file
 from gptkern.model import GPT
 from gptkern.train.processes import Processes, whole
 from gptkern.train.settings import SettingsError
@@ -143,10 +143,7 @@ class Store:
                 write_file(staging / _CONTENTS, json.dumps(_identities(staging), indent=1))
                 flush(staging / _STATE)
                 flush(staging)
-                if final.exists():
-                    shutil.rmtree(final)
-                os.rename(staging, final)
-                flush(self.root)
+                self._put(staging, final)
         except BaseException:
             if self.group.first:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -168,6 +165,17 @@ class Store:
             problem = error
         if self.group.total(float(problem is not None))[0]:
             raise problem or OSError(errno.EIO, "another process could not write its part", str(folder))
+
+    def _put(self, staging: Path, final: Path) -> None:
+        """Give a whole checkpoint its name; one that has it, and was passed over for damage, goes."""
+        before = self.root / f"{_WRITING}{final.name}"
+        with naming(final):
+            if final.exists():
+                shutil.rmtree(before, ignore_errors=True)
+                os.rename(final, before)
+            os.rename(staging, final)
+            flush(self.root)
+            shutil.rmtree(before, ignore_errors=True)
 
     def load(
         self, checkpoint: Checkpoint, objective: nn.Module, optimizers: list[torch.optim.Optimizer]
