@@ -391,7 +391,10 @@ def _check_modes(given: Mapping[str, Any], beams: int, returned: int, sampling: 
             "more than one sequence needs do_sample=True, or at least as many beams"
         )
     if beams > 1 and sampling:
-        raise ValueError(f"generate: num_beams is {beams} with do_sample=True; beam search does not sample")
+        raise ValueError(
+            f"generate: num_beams is {beams} with do_sample=True; beam search does not sample: "
+            "give do_sample=False, also where the checkpoint says True"
+        )
     if beams > 1 and "speculate" in given:
         raise ValueError(f"generate: speculate with num_beams {beams}; beam search does not speculate")
     if not sampling:
