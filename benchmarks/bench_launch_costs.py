@@ -40,6 +40,39 @@ def empty_kernel(x_ptr, PDL: tl.constexpr):
     _pdl.wait(PDL)
 
 
+def barrier(per_sm: int) -> float:
+    """Microseconds of a barrier of ``per_sm`` programs a multiprocessor."""
+    device = torch.device("cuda")
+    counters = torch.zeros(64, dtype=torch.int32, device=device)
+    grid = (per_sm * _launch.multiprocessors(device),)
+
+    def call(count: int) -> None:
+        barriers_kernel[grid](counters, count, num_warps=4, launch_cooperative_grid=True)
+
+    few, many = _microseconds(lambda: call(1)), _microseconds(lambda: call(1 + MORE))
+    assert not counters.any()
+    return (many - few) / MORE
+
+
+def node(dependent: bool) -> float:
+    """Microseconds that one more empty kernel in a graph takes, launched as a dependent one or not."""
+    device = torch.device("cuda")
+    options = {**_pdl.options(device)} if dependent else {"PDL": False}
+    x = torch.zeros(1, device=device)
+    grid = (_launch.multiprocessors(device),)
+
+    def captured(count: int) -> torch.cuda.CUDAGraph:
+        empty_kernel[grid](x, num_warps=4, **options)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                empty_kernel[grid](x, num_warps=4, **options)
+        return graph
+
+    few, many = (_microseconds(captured(count).replay) for count in (1, 1 + MORE))
+    return (many - few) / MORE
+
+
 def _microseconds(call: Callable[[], object]) -> float:
     for _ in range(5):
         call()
@@ -54,46 +87,20 @@ def _microseconds(call: Callable[[], object]) -> float:
     return median(found)
 
 
-def _report(benchmark: BenchmarkFixture, name: str, few: float, many: float) -> None:
-    cost = (many - few) / MORE
-    benchmark.extra_info["microseconds"] = cost
-    print(f"\n{name}: {cost:.2f} us ({torch.cuda.get_device_name()})")
-
-
 @pytest.mark.parametrize("per_sm", [1, 2])
 def test_a_grid_barrier(benchmark: BenchmarkFixture, per_sm: int) -> None:
-    device = torch.device("cuda")
-    barrier = torch.zeros(64, dtype=torch.int32, device=device)
-    grid = (per_sm * _launch.multiprocessors(device),)
-
-    def call(count: int) -> None:
-        barriers_kernel[grid](barrier, count, num_warps=4, launch_cooperative_grid=True)
-
-    few, many = _microseconds(lambda: call(1)), _microseconds(lambda: call(1 + MORE))
-    assert not barrier.any()
-    benchmark.pedantic(call, (1 + MORE,), rounds=1)
-    _report(benchmark, f"a barrier of {grid[0]} programs", few, many)
+    _report(benchmark, f"a barrier of {per_sm} programs a multiprocessor", lambda: barrier(per_sm))
 
 
 @pytest.mark.parametrize("dependent", [False, True])
 def test_a_graph_node(benchmark: BenchmarkFixture, dependent: bool) -> None:
-    device = torch.device("cuda")
-    options = _pdl.options(device)
-    if dependent and not options["PDL"]:
+    if dependent and not _pdl.options(torch.device("cuda"))["PDL"]:
         pytest.skip("programmatic dependent launch needs sm_90")
-    options = options if dependent else {"PDL": False}
-    x = torch.zeros(1, device=device)
-    grid = (_launch.multiprocessors(device),)
+    name = "a dependent launch in a graph" if dependent else "a graph node"
+    _report(benchmark, name, lambda: node(dependent))
 
-    def captured(count: int) -> torch.cuda.CUDAGraph:
-        empty_kernel[grid](x, num_warps=4, **options)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(count):
-                empty_kernel[grid](x, num_warps=4, **options)
-        return graph
 
-    graphs = [captured(1), captured(1 + MORE)]
-    few, many = (_microseconds(graph.replay) for graph in graphs)
-    benchmark.pedantic(graphs[1].replay, rounds=1)
-    _report(benchmark, "a dependent launch in a graph" if dependent else "a graph node", few, many)
+def _report(benchmark: BenchmarkFixture, name: str, measure: Callable[[], float]) -> None:
+    cost = benchmark.pedantic(measure, rounds=1)
+    benchmark.extra_info["microseconds"] = cost
+    print(f"\n{name}: {cost:.2f} us ({torch.cuda.get_device_name()})")

@@ -163,6 +163,7 @@ def _converted(call: Call, dtype: torch.dtype) -> Call:
 
 def _run(op: Op, call: Call) -> list[torch.Tensor]:
     """Results, then gradients of what requires grad, for fixed gradients of the results."""
+    call = _apart(call)
     results = tensors(op(*call.args, **call.kwargs))
     inputs = [t for t in tensors((call.args, call.kwargs)) if t.requires_grad]
     outputs = [t for t in results if t.requires_grad]
@@ -176,6 +177,18 @@ def _run(op: Op, call: Call) -> list[torch.Tensor]:
             inputs, torch.autograd.grad(outputs, inputs, grads, allow_unused=True), strict=True
         )
     ]
+
+
+def _apart(call: Call) -> Call:
+    """``call`` with integers of its own: an op may advance lengths in place, and is called again."""
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.is_floating_point():
+            return value
+        return value.new_empty_strided(value.shape, value.stride()).copy_(value)
+
+    args, kwargs = pytree.tree_map(copied, (call.args, call.kwargs))
+    return Call(args, kwargs)
 
 
 def _double(call: Call) -> Call:

@@ -1,0 +1,193 @@
+"""Stages that are commands of their own: the kernel tests, sanitizers, the soak, tuning, the drop-in."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from stages import Row, Scope, tiny
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+# The files whose tests run kernels on the device, the quickest to tell something first.
+TESTS = [
+    *(
+        f"tests/ops/test_{name}.py"
+        for name in ("decode_attention", "decode_linear", "flash_attention", "linear")
+    ),
+    *(f"tests/ops/test_{name}.py" for name in ("gelu_mlp", "layer_norm", "rms_norm", "linear_cross_entropy")),
+    *("tests/ops/test_sample_devices.py", "tests/test_persistent_step.py", "tests/test_decode.py"),
+]
+
+
+def tests(scope: Scope) -> Iterator[Row]:
+    """The kernel tests, compiled, eight processes on one card."""
+    files = TESTS[:1] if scope.dry else [name for name in TESTS if (ROOT / name).exists()]
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not scope.dry else ["-p", "no:xdist"]
+    # Without the options of pyproject.toml: they ask for plugins that may not be there.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "-x",
+        *workers,
+    ]
+    command += ["-m", "kernels and not slow", *files]
+    if scope.dry:
+        command += ["-k", "test_bad_arguments"]
+    else:
+        command.remove("-x")
+    done = _run(command, scope)
+    print(done.stdout)
+    for name in re.findall(r"^(?:FAILED|ERROR) (\S+.*)$", done.stdout, re.M):
+        yield Row(name[:150], ok=False)
+    last = done.stdout.strip().splitlines()[-1:] or ["no output"]
+    yield Row("pytest", ok=done.returncode == 0, note=last[0].strip("= "))
+
+
+def soak(scope: Scope) -> Iterator[Row]:
+    """5,000 persistent steps, every tenth cycle compared with separate launches."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import soak_persistent
+
+    from gptkern.bench.suites import _models as models
+
+    config = models.GPT2.replace(n_positions=soak_persistent.CONTEXT + soak_persistent.CYCLE + 1)
+    steps, dtype = 5000, torch.bfloat16
+    if scope.dry:
+        config, steps, dtype = tiny(models.GPT2), 2, torch.float32
+    for batch in (1, 8)[: 1 if scope.dry else None]:
+        began = time.monotonic()
+        compared = soak_persistent.soak(config, scope.device, dtype, batch=batch, steps=steps)
+        seconds = time.monotonic() - began
+        yield Row(
+            f"{steps} persistent steps of {batch}",
+            ok=True,
+            note=f"{compared} cycles compared, {seconds:.0f} s",
+        )
+
+
+def sanitizers(scope: Scope) -> Iterator[Row]:
+    """compute-sanitizer over one small script: every way in which programs of a launch work together."""
+    script = [sys.executable, str(HERE / "sanitized.py")]
+    if scope.dry:
+        done = _run(script, scope)
+        yield Row("the script alone", ok=done.returncode == 0, note=done.stdout[-200:])
+        return
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        yield Row("compute-sanitizer", note="not on PATH")
+        return
+    for kind in ("memcheck", "racecheck", "synccheck"):
+        done = _run([tool, "--tool", kind, "--error-exitcode", "9", *script], scope)
+        print(done.stdout)
+        told = [
+            line
+            for line in done.stdout.splitlines()
+            if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line
+        ]
+        yield Row(kind, ok=done.returncode == 0, note=(told or done.stdout.strip().splitlines() or [""])[-1])
+        if scope.late:
+            return
+
+
+def tune(scope: Scope) -> Iterator[Row]:
+    """The decode kernels' launch rows against their neighbours, until time is up."""
+    from gptkern.bench import tune as tuning
+    from gptkern.ops import _launch
+
+    if scope.dry:
+        found = tuning.places(["decode_linear"], 90)
+        yield Row("rows that would be tuned", note=str(len(found)))
+        return
+    arch = _launch.arch(scope.device)
+    for place in tuning.places(["decode_linear", "decode_attention", "layer_norm"], arch):
+        if scope.late:
+            return
+        row, ratio = tuning.tuned(place, scope.device)
+        changed = {name: value for name, value in row.items() if place.row.get(name) != value}
+        yield Row(place.name, value=ratio, unit="x the time", note=str(changed or "as it was"))
+
+
+def drop_in(scope: Scope) -> Iterator[Row]:
+    """``generate`` of transformers' GPT-2 124M in bf16, before and after ``gptkern.accelerate``."""
+    if importlib.util.find_spec("transformers") is None:
+        yield Row("transformers", note="not installed")
+        return
+    import copy
+
+    import transformers
+
+    import gptkern
+
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2} if scope.dry else {}
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**sizes, eos_token_id=None, bos_token_id=None)
+    dtype = torch.float32 if scope.dry else torch.bfloat16
+    library = transformers.GPT2LMHeadModel(config).eval().to(scope.device, dtype)
+    ours = gptkern.accelerate(copy.deepcopy(library))
+    new = 2 if scope.dry else 128
+    for batch in (1, 8):
+        ids = torch.randint(config.vocab_size, (batch, 32), device=scope.device)
+        mask = torch.ones_like(ids)
+        seconds: dict[str, list[float]] = {"transformers": [], "gptkern": []}
+        for _ in range(1 if scope.dry else 4):
+            for name, model in (("transformers", library), ("gptkern", ours)):
+                began = time.perf_counter()
+                model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
+                if scope.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - began)
+        best = {name: min(times) for name, times in seconds.items()}
+        for name, least in best.items():
+            rate = batch * new / least
+            yield Row(
+                f"generate, batch {batch}, {name}", value=rate, unit="tokens/s", note=f"{least * 1e3:.0f} ms"
+            )
+
+
+def profile(scope: Scope) -> Iterator[Row]:
+    """Where a decode step's time goes, kernel by kernel."""
+    from gptkern import backend
+    from gptkern.bench.profile import profile as measure
+    from gptkern.model import GPT
+
+    with backend("reference" if scope.dry else "auto"):
+        model = GPT.from_pretrained(device=scope.device, dtype=torch.float32 if scope.dry else torch.bfloat16)
+        assert model.tokenizer is not None
+        found = measure(model, model.tokenizer.encode("ROMEO:"), 2 if scope.dry else 32, None)
+    for operator in found.operators[:12]:
+        yield Row(
+            operator.name[:52],
+            value=operator.seconds * 1e6,
+            unit="us",
+            note=f"{operator.calls:g} calls a token",
+        )
+
+
+def _run(command: Sequence[str], scope: Scope) -> subprocess.CompletedProcess[str]:
+    """A command with the stage's own limit; its output, both streams together."""
+    limit = None if scope.deadline == float("inf") else max(1.0, scope.deadline - time.monotonic())
+    with tempfile.TemporaryFile("w+") as out:
+        try:
+            code = subprocess.run(
+                command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, timeout=limit, check=False
+            )
+            returned = code.returncode
+        except subprocess.TimeoutExpired:
+            returned = 124
+        out.seek(0)
+        return subprocess.CompletedProcess(list(command), returned, out.read())
