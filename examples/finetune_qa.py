@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 
 from gptkern.model import GPT
-from gptkern.train import Settings, train
+from gptkern.train import Settings, SettingsError, train
 
 
 def write_questions(path: Path) -> None:
@@ -49,7 +49,10 @@ def main() -> None:
             "lora": {"rank": 8, "alpha": 16.0, "targets": ["c_attn", "c_proj", "c_fc"]},
         }
     )
-    result = train(settings, args.out / "run", shown=True)
+    try:
+        result = train(settings, args.out / "run", shown=True)
+    except SettingsError as error:
+        parser.exit(1, f"{error}\n")
     print(f"held-out loss {result.metrics['val_loss']:.3f}")
 
     model = GPT.from_pretrained(args.out / "run" / "model")

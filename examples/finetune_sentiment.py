@@ -14,7 +14,7 @@ import json
 import random
 from pathlib import Path
 
-from gptkern.train import Settings, train
+from gptkern.train import Settings, SettingsError, train
 from gptkern.train.objective import Classification
 
 THINGS = ["film", "book", "meal", "hotel", "song", "phone", "game", "show"]
@@ -57,7 +57,10 @@ def main() -> None:
             "eval": {"every": max(1, args.steps // 3)},
         }
     )
-    result = train(settings, args.out / "run", shown=True)
+    try:
+        result = train(settings, args.out / "run", shown=True)
+    except SettingsError as error:
+        parser.exit(1, f"{error}\n")
     print(f"held-out accuracy {result.metrics['accuracy']:.0%}")
 
     classifier = Classification.from_pretrained(args.out / "run" / "model")

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from gptkern.model import GPT
-from gptkern.train import Settings, train
+from gptkern.train import Settings, SettingsError, train
 
 
 def main() -> None:
@@ -33,7 +33,10 @@ def main() -> None:
             "eval": {"every": max(1, args.steps // 3), "tokens": 20000},
         }
     )
-    result = train(settings, args.out, shown=True)
+    try:
+        result = train(settings, args.out, shown=True)
+    except SettingsError as error:
+        parser.exit(1, f"{error}\n")
     print(f"held-out loss {result.metrics['val_loss']:.3f} nats a character")
 
     model = GPT.from_pretrained(args.out / "model")

@@ -104,6 +104,8 @@ def assert_same_weights(a: Path, b: Path) -> None:
         ({"model": {"from": ""}}, r"\[model\] from is ''"),
         ({"model": {"dropout": "much"}}, r"\[model\] dropout is 'much'; 0 <= dropout < 1"),
         ({"model": {"vocab_size": 0}}, r"\[model\] vocab_size is 0; a positive integer"),
+        ({"train": {"batch_size": 10**30}}, r"batch_size is 10+; a number below 2\^53"),
+        ({"data": {"context": 1 << 53}}, r"context is 9007199254740992; a number below 2\^53"),
         ({"train": {"steps": True}}, r"\[train\] steps is True"),
         ({"train": 3}, "a table"),
         ({"optimizer": {"name": "adamx"}}, "accepted are adamw"),

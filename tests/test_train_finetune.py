@@ -234,7 +234,7 @@ def test_plot_of_odd_logs_and_names(tmp_path: Path) -> None:
             plot_run(folder, tmp_path / "plot.png")
 
 
-def run_example(name: str, *arguments: object) -> str:
+def run_example(name: str, *arguments: object, code: int = 0) -> str:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     finished = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
@@ -243,8 +243,8 @@ def run_example(name: str, *arguments: object) -> str:
         text=True,
         timeout=240,
     )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stdout
+    assert finished.returncode == code, finished.stderr[-3000:]
+    return finished.stderr if code else finished.stdout
 
 
 def test_example_pretrain(tmp_path: Path) -> None:
@@ -269,6 +269,9 @@ def test_example_train_embedded_saves_its_tokenizer(tmp_path: Path, monkeypatch:
 def test_example_sentiment(model_folder: Path, tmp_path: Path) -> None:
     out = run_example("finetune_sentiment.py", "--out", tmp_path, "--model", model_folder)
     assert "held-out accuracy" in out
+    again = run_example("finetune_sentiment.py", "--out", tmp_path, "--model", model_folder, code=1)
+    assert again.startswith(f"{tmp_path / 'run'} holds a run")
+    assert "Traceback" not in again
 
 
 def test_example_qa(model_folder: Path, tmp_path: Path) -> None:

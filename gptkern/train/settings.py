@@ -36,9 +36,12 @@ def _one_of(section: str, name: str, value: str, accepted: tuple[str, ...]) -> N
         raise SettingsError(f"[{section}] {name} is {value!r}; accepted are {', '.join(accepted)}")
 
 
-def _at_least(section: str, name: str, value: float, least: float) -> None:
+def _at_least(section: str, name: str, value: float, least: float, bits: int = 53) -> None:
     if not value >= least:
         raise SettingsError(f"[{section}] {name} is {value}; {least} or more is needed")
+    # Whole numbers go into arithmetic of 64 bits, products of two of them too.
+    if isinstance(value, int) and value >= 1 << bits:
+        raise SettingsError(f"[{section}] {name} is {value}; a number below 2^{bits} is needed")
 
 
 def _finite(section: str, name: str, value: float) -> None:
@@ -125,11 +128,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             _at_least("train", name, getattr(self, name), 1)
-        for name in ("micro_batch_size", "grad_clip", "z_loss", "seed"):
+        for name in ("micro_batch_size", "grad_clip", "z_loss"):
             _at_least("train", name, getattr(self, name), 0)
         _finite("train", "z_loss", self.z_loss)
-        if self.seed >= 1 << 64:
-            raise SettingsError(f"[train] seed is {self.seed}; a number below 2^64 is needed")
+        _at_least("train", "seed", self.seed, 0, bits=64)
         _share("train", "label_smoothing", self.label_smoothing)
         if not _DEVICE.fullmatch(self.device):
             raise SettingsError(f"[train] device is {self.device!r}; 'cuda', 'cuda:N', 'cpu' or '' is needed")
