@@ -103,7 +103,7 @@ def test_a_module_s_state_dict_and_what_stands_beside_one(tmp_path: Path) -> Non
     torch.save(others | {"model": module.state_dict()}, path)
     found = read_torch(path, "c")
     assert isinstance(found, dict)
-    assert (found["size"], found["dtype"], found["bytes"]) == ((1, 2), torch.bfloat16, b"\x00\xff")
+    assert (found["size"], found["dtype"]) == ((1, 2), torch.bfloat16)
     for name, stored in state_dict_tensors(path, found["model"]).items():
         same(stored.data, module.state_dict()[name])
 
@@ -225,9 +225,32 @@ FOUR = b"K\x04"
 HUGE = b"\x8a\x08" + (2**62).to_bytes(8, "little")
 
 
+# (), ((), ()), ... each holding the one before twice: short in memory, 2^80 in text and in hashing
+DOUBLED = b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(80))
+DOUBLES = b"]" + b"".join(
+    b"q" + bytes([i]) + b"0]h" + bytes([i]) + b"ah" + bytes([i]) + b"a" for i in range(80)
+)
+REPEATED = b"X" + (1 << 20).to_bytes(4, "little") + b"x" * (1 << 20) + b"q\x000]"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (pickled(b"}", DOUBLED, b"Ns"), "keys of text or numbers are needed, tuple found"),
+        (pickled(b"}(", DOUBLED, b"Nu"), "keys of text or numbers are needed, tuple found"),
+        (pickled(b"(", DOUBLED, b"Nd"), "keys of text or numbers are needed, tuple found"),
+        (b"\x80\x04\x8f(" + DOUBLED + b"\x90.", "keys of text or numbers are needed, tuple found"),
+        (b"\x80\x04(" + DOUBLED + b"\x91.", "keys of text or numbers are needed, tuple found"),
+        (pickled(b"}\x8a\xff" + b"\x7f" * 255 + b"Ns"), "keys of text or numbers are needed, int found"),
+        (pickled(torch_call("collections.OrderedDict", b"(" + DOUBLES + b"t")), "truncated"),
+        (pickled(b"}", storage(FOUR, DOUBLED), b"Ns"), "a storage's key, text, is needed"),
+        (tensor(FOUR, b"K\x00", DOUBLED, b"K\x01\x85"), r"shape is .*\.\.\..*; integers"),
+        (tensor(DOUBLES, b"K\x00", b"K\x04\x85", b"K\x01\x85"), r"offset and length is .*; integers"),
+        (pickled(b"}X\x01\x00\x00\x00a", DOUBLES, b"s"), "'a' is list; names with tensors are needed"),
+        (
+            pickled(REPEATED, (torch_call("_codecs.encode", b"(h\x00Nt") + b"a") * 20_000),
+            "a state dict is needed, list",  # 20 GB, were they copied
+        ),
         (tensor(FOUR, b"K\x00", b"K\x04\x85", b"K\x01\x85"), None),
         (tensor(FOUR, b"K\x00", b"K\x04\x85", b"K\x01\x85").replace(b"ctorch\n", b"ctorch.cuda\n"), None),
         (tensor(FOUR, b"K\x01", b"K\x04\x85", b"K\x01\x85"), "from element 1 found; its data has 4 elements"),

@@ -18,7 +18,7 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,15 +47,16 @@ class _Opaque:
         pass
 
 
-@dataclass(frozen=True)
+# without a repr of their fields: what a pickle puts there may be small in memory and endless in text
+@dataclass(frozen=True, repr=False)
 class _Storage:
     archive: _Archive
     dtype: torch.dtype
-    key: object
+    key: str
     count: object
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Tensor:
     """A tensor as it was pickled; nothing of it is checked yet."""
 
@@ -81,7 +82,7 @@ class _Archive:
     path: Path
     raw: torch.Tensor
     swapped: bool = False
-    places: dict[object, tuple[int, int]] = field(default_factory=dict)
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def read_plain(path: Path) -> object:
@@ -153,10 +154,9 @@ def _stored(path: Path, name: str, tensor: _Tensor) -> StoredTensor:
     offset, claimed = tensor_sizes(where, "offset and length", (tensor.offset, storage.count))
     if len(shape) != len(stride):
         raise CheckpointError(f"{where}: {len(shape)} sizes and {len(stride)} strides found")
-    try:
-        start, size = storage.archive.places[storage.key]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{where}: its data, {shown(storage.key)}, is not in the file") from error
+    if storage.key not in storage.archive.places:
+        raise CheckpointError(f"{where}: its data, {shown(storage.key)}, is not in the file")
+    start, size = storage.archive.places[storage.key]
     if claimed * storage.dtype.itemsize != size:
         raise CheckpointError(
             f"{where}: {claimed * storage.dtype.itemsize:,} bytes of data expected, {size:,} found"
@@ -240,7 +240,7 @@ def _read_legacy(archive: _Archive, way_out: str) -> object:
     system = _unpickle(archive, stream, way_out)
     little = system.get("little_endian", True) if isinstance(system, dict) else True
     archive.swapped = bool(little) != (sys.byteorder == "little")
-    storages: dict[object, _Storage] = {}
+    storages: dict[str, _Storage] = {}
     result = _unpickle(archive, stream, way_out, storages)
     keys = _unpickle(archive, stream, way_out)
     at = stream.tell()
@@ -261,7 +261,7 @@ def _read_legacy(archive: _Archive, way_out: str) -> object:
 
 
 def _unpickle(
-    archive: _Archive, stream: io.BytesIO, way_out: str, storages: dict[object, _Storage] | None = None
+    archive: _Archive, stream: io.BytesIO, way_out: str, storages: dict[str, _Storage] | None = None
 ) -> object:
     path = archive.path
     try:
@@ -281,6 +281,28 @@ def _unpickle(
         ) from error
 
 
+def _hashing(operation: Callable[[Any], None], hashed: slice) -> Callable[[Any], None]:
+    """The same operation, for keys and members that are text or numbers.
+
+    The hash of a tuple of tuples that each hold the one before twice takes for ever, that of a long integer
+    as long as it is.
+    """
+
+    def checked(unpickler: Any) -> None:
+        for key in unpickler.stack[hashed]:
+            if not isinstance(key, str | bytes | float | None) and not _is_small(key):
+                raise pickle.UnpicklingError(
+                    f"keys of text or numbers are needed, {type(key).__name__} found"
+                )
+        operation(unpickler)
+
+    return checked
+
+
+def _is_small(value: object) -> bool:
+    return isinstance(value, int) and -(2**63) <= value < 2**64
+
+
 class _Unpickler(pickle._Unpickler):
     """Python's own, not the one in C: that one allocates whatever a damaged memo index says."""
 
@@ -289,7 +311,7 @@ class _Unpickler(pickle._Unpickler):
         stream: io.BytesIO,
         names: dict[tuple[str, str], Any],
         archive: _Archive | None = None,
-        storages: dict[object, _Storage] | None = None,
+        storages: dict[str, _Storage] | None = None,
     ) -> None:
         super().__init__(stream, encoding="utf-8")
         self.names, self.archive = names, archive
@@ -305,6 +327,8 @@ class _Unpickler(pickle._Unpickler):
         if self.archive is None or not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise pickle.UnpicklingError("a storage is needed")
         _, dtype, key, _, count = pid[:5]
+        if not isinstance(key, str):
+            raise pickle.UnpicklingError("a storage's key, text, is needed")
         if len(pid) > 5 and pid[5] is not None:
             return _Unsupported("a view of a storage")
         if not isinstance(dtype, torch.dtype):
@@ -317,7 +341,20 @@ class _Unpickler(pickle._Unpickler):
         """An object's attributes: a state dict's _metadata, which nothing here needs."""
         self.stack.pop()  # type: ignore[attr-defined]
 
-    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        **{
+            code[0]: _hashing(pickle._Unpickler.dispatch[code[0]], hashed)
+            for code, hashed in (
+                (pickle.SETITEM, slice(-2, -1)),
+                (pickle.SETITEMS, slice(None, None, 2)),
+                (pickle.DICT, slice(None, None, 2)),
+                (pickle.ADDITEMS, slice(None)),
+                (pickle.FROZENSET, slice(None)),
+            )
+        },
+    }
 
 
 def _tensor_v2(
@@ -346,16 +383,13 @@ def _unsupported(kind: str) -> Callable[..., _Unsupported]:
     return lambda *_: _Unsupported(kind)
 
 
-def _tuple(values: Iterable[object] = ()) -> tuple[object, ...]:
-    return tuple(values)
+# nothing is copied: a call takes a few bytes, and may be given the same large value again and again
+def _size(values: tuple[object, ...] = ()) -> tuple[object, ...]:
+    return values
 
 
-def _dict(*pairs: Any) -> dict[object, object]:
-    return dict(*pairs)
-
-
-def _bytes(text: str, _: str) -> bytes:
-    return text.encode("latin1")
+def _dict() -> dict[object, object]:
+    return {}
 
 
 _STORAGES = {
@@ -381,8 +415,8 @@ _QUANTISED = {
 }
 _TORCH_NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _dict,
-    ("_codecs", "encode"): _bytes,
-    ("torch", "Size"): _tuple,
+    ("_codecs", "encode"): _Opaque,
+    ("torch", "Size"): _size,
     ("torch", "device"): _Opaque,
     ("torch._utils", "_rebuild_tensor"): _tensor_v2,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor_v2,
