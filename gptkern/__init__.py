@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from gptkern import _at_import
+from gptkern import _at_import, _checkout
 
 if TYPE_CHECKING:
     from gptkern import ops
@@ -75,3 +75,4 @@ def __dir__() -> list[str]:
 
 
 _at_import.install()
+_checkout.warn()

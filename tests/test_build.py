@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -95,3 +100,31 @@ def test_the_extension_knows_itself() -> None:
     assert _C.max_vocab == 2**19
     with pytest.raises(ValueError, match="sse9"):
         _C.use_cpu_path("sse9")
+
+
+def test_a_checkout_without_the_extension_says_so_once(tmp_path: Path) -> None:
+    """Started inside the clone, Python imports the clone, whatever pip has installed elsewhere."""
+    shutil.copytree(
+        ROOT / "gptkern", tmp_path / "gptkern", ignore=shutil.ignore_patterns("_C*.so", "__pycache__")
+    )
+    (tmp_path / "csrc").mkdir()
+    # Without site no other checkout that is installed for editing lends its extension.
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-S", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout + done.stderr
+
+    assert "gptkern" not in run("-c", "import gptkern")
+    (tmp_path / "setup.py").touch()
+    said = run("-c", "import gptkern, gptkern.config")
+    assert said.count("is not built") == 1
+    assert f"source checkout {tmp_path}" in said
+    assert "`pip install -e .`" in said

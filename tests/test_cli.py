@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import gptkern.cli
+from gptkern import _checkout
 from gptkern.cli import doctor as doctor_command
 from gptkern.cli import info as info_command
 from gptkern.cli._options import unescape
@@ -294,6 +295,16 @@ def test_doctor_says_which_decode_step_is_in_use(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = {finding.subject: finding.text for finding in doctor_command._extension()}
     assert "the persistent step (DecodeStep(persistent=True)) is off" in found["decode step on CUDA"]
+
+
+def test_doctor_in_a_checkout_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what the import has said, and lists everything that is slower for it."""
+    monkeypatch.delattr(gptkern, "_C", raising=False)
+    monkeypatch.setitem(sys.modules, "gptkern._C", None)
+    monkeypatch.setattr(_checkout, "warning", lambda: "gptkern comes from the source checkout /clone")
+    found = {finding.subject: finding for finding in doctor_command._extension()}
+    assert "the source checkout /clone" in found["sampler"].text
+    assert {found[name].verdict for name in ("sampler", "decode step on CPU")} == {"fallback"}
 
 
 def test_strict_refuses_fallbacks(run: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

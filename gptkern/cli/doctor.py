@@ -105,9 +105,11 @@ def _extension() -> Iterator[Finding]:
     try:
         from gptkern import _C
     except ImportError as error:
-        yield Finding(
-            "sampler", "fallback", f"plain PyTorch: gptkern._C cannot be loaded ({error}): pip install ."
-        )
+        from gptkern import _checkout
+
+        why = _checkout.warning() or f"gptkern._C cannot be loaded ({error}): pip install ."
+        yield Finding("sampler", "fallback", f"plain PyTorch: {why}")
+        yield Finding("decode step on CPU", "fallback", "PyTorch's operators: gptkern._C is not loaded")
         return
     yield Finding("sampler on CPU", "ok", f"C++, {_C.cpu_path()}")
     if _C.has_decoder:

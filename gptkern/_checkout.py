@@ -1,0 +1,31 @@
+"""Whether Python took gptkern from a source checkout in which the extension is not built.
+
+Started inside a clone, Python imports the clone and not what ``pip install .`` has put elsewhere.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+_ROOT = Path(__file__).parent.parent
+
+
+def warning(root: Path = _ROOT) -> str | None:
+    """What happens in such a checkout and what to type; None anywhere else."""
+    if find_spec("gptkern._C") is not None or not (
+        (root / "setup.py").is_file() and (root / "csrc").is_dir()
+    ):
+        return None
+    return (
+        f"gptkern comes from the source checkout {root}, where its extension is not built, so that sampling "
+        "and generation on a CPU are many times slower: type `pip install -e .` there, or start Python in "
+        "another folder to use the gptkern that is installed"
+    )
+
+
+def warn() -> None:
+    text = warning()
+    if text is not None:
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
