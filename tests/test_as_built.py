@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize
@@ -17,6 +18,7 @@ from gptkern import routes
 from gptkern.config import GPTConfig
 from gptkern.generate import executor
 from gptkern.model import GPT, MLP, Block
+from gptkern.train.objective import LanguageModelling, hidden_states
 
 NEW = 6
 PROMPT = torch.tensor([[5, 9, 33, 12, 7]])
@@ -307,6 +309,22 @@ def test_training_calls_the_hooks_of_fused_layers() -> None:
     loss.backward()
     # The model's own output is a dataclass, whose tensors PyTorch's backward hooks do not see.
     assert set(calls) >= set(CALLED) - {"", "transformer.h.1", "transformer.wte", "transformer.wpe"}
+
+
+def test_a_hooked_head_is_called_in_training() -> None:
+    objective = LanguageModelling(model_of(), z_loss=1e-3, label_smoothing=0.1).train()
+    targets = torch.tensor([[9, 33, -100, 7, 1]])
+    fused = objective(PROMPT, targets)
+    calls = []
+    handle = objective.model.lm_head.register_forward_hook(lambda *a: calls.append(1))
+    torch.testing.assert_close(objective(PROMPT, targets), fused)
+    assert calls
+    handle.remove()
+    objective.model.lm_head.register_forward_hook(lambda m, a, out: 2 * out)
+    logits = 2 * objective.model.lm_head.forward(hidden_states(objective.model, PROMPT))[0]
+    expected = F.cross_entropy(logits, targets[0], reduction="sum", label_smoothing=0.1)
+    expected = expected + 1e-3 * logits[targets[0] >= 0].logsumexp(-1).square().sum()
+    torch.testing.assert_close(objective(PROMPT, targets), expected)
 
 
 def test_explain_of_a_model_as_built() -> None:

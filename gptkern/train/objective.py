@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from gptkern import ops
+from gptkern.as_built import untouched
 from gptkern.attend import DenseAttend
 from gptkern.checkpoint.errors import CheckpointError, first_line, shown
 from gptkern.checkpoint.files import LARGEST_JSON, read_bytes
 from gptkern.checkpoint.storage import read_safetensors
-from gptkern.model import GPT
+from gptkern.model import GPT, LINEAR
+from gptkern.ops.linear_cross_entropy.reference import logit_losses
 
 
 def hidden_states(model: GPT, ids: torch.Tensor, *, dropout: bool = True) -> torch.Tensor:
@@ -46,8 +48,11 @@ class LanguageModelling(nn.Module):
     ) -> torch.Tensor:
         """The sum of the losses of ``targets (rows, seq)``; in evaluation without z-loss or smoothing."""
         extras = (self.z_loss, self.label_smoothing) if self.training else (0.0, 0.0)
-        hidden = hidden_states(self.model, ids)
-        return ops.linear_cross_entropy(hidden, self.model.lm_head.weight, targets, -100, "sum", *extras)
+        hidden, head = hidden_states(self.model, ids), self.model.lm_head
+        if untouched(head, *LINEAR) and getattr(head, "bias", None) is None:
+            return ops.linear_cross_entropy(hidden, head.weight, targets, -100, "sum", *extras)
+        # A head that somebody hooked or put in is called, at the price of its logits.
+        return logit_losses(head(hidden).flatten(0, -2), targets.flatten(), -100, *extras).sum()
 
 
 class Classification(nn.Module):

@@ -39,14 +39,21 @@ def accelerate(model: Any, *, generation: Generation = "auto", rng: Rng = "torch
     Parameters are shared, not copied; their names and the state dict stay. It either completes or leaves
     the model as it was.
 
+    A model whose modules are hooked, replaced or changed, or whose class overrides what generation calls,
+    computes what the library computes with it: that part, or the whole of ``generate``, takes the library's
+    way and says so once. Whether it is so is looked at whenever a generation begins; a module that is hooked
+    or put in while one is under way ends it with a ``RuntimeError``.
+
     Args:
         model: One of ``SUPPORTED``, or of a subclass.
         generation: ``"auto"`` runs ``generate`` on gptkern's engine where the call is one it takes, and
             on the library's loop, saying so once, where not; ``"library"`` keeps the library's loop.
         rng: How ``generate`` samples. ``"torch"`` draws what the library draws from torch's generator: the
             same tokens as before, by its own processors. ``"philox"`` draws the same distribution with
-            gptkern's sampler, faster, from a seed taken from torch's generator. Greedy search takes the
-            sampler with either.
+            gptkern's sampler, faster: a draw depends on one seed a call, taken from torch's generator, on
+            the row's number in the batch, and on how many tokens the row has made. The same call after
+            the same ``torch.manual_seed`` gives the same tokens; a prompt in another row, others. Greedy
+            search takes the sampler with either.
 
     Returns:
         The same model.

@@ -21,15 +21,21 @@ def token_losses(
     label_smoothing: float,
 ) -> torch.Tensor:
     """Losses of ``hidden (tokens, width)``, in fp32 or, for float64 input, float64; 0 where ignored."""
-    logits = F.linear(hidden, weight)
+    return logit_losses(F.linear(hidden, weight), targets, ignore_index, z_loss, label_smoothing)
+
+
+def logit_losses(
+    logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, z_loss: float, label_smoothing: float
+) -> torch.Tensor:
+    """The same of the logits ``(tokens, vocab)`` themselves."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = F.cross_entropy(
+    found = F.cross_entropy(
         logits, targets, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
     )
     if z_loss:
         squares = logits.logsumexp(-1).square()
-        losses = losses + z_loss * squares.masked_fill(targets == ignore_index, 0.0)
-    return losses
+        found = found + z_loss * squares.masked_fill(targets == ignore_index, 0.0)
+    return found
 
 
 def linear_cross_entropy(
