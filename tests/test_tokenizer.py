@@ -551,3 +551,20 @@ def test_texts_in_parts_begin_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert document(text, tokenizer, others=2) == tokenizer.encode(text) + tokenizer.encode("x") * 2
     spaced = begins_and_ends(add_prefix_space=True)
     assert document(text, spaced) == spaced.encode(text)
+
+
+def test_added_tokens_without_a_row_are_told(tmp_path: Path) -> None:
+    """As with transformers a model loads whose embedding was not resized for them; using them is an error."""
+    model = GPT(GPTConfig(vocab_size=256, n_positions=8, n_layer=1, n_head=1, n_embd=8))
+    model.save_pretrained(tmp_path)
+    backend = tokenizers.Tokenizer.from_str(Tokenizer.bytes()._backend.to_str())
+    backend.add_special_tokens(["[PAD]"])
+    Tokenizer(backend, pad_token="[PAD]").save(tmp_path)
+    with pytest.warns(
+        UserWarning, match="ids up to 256, the model's vocab_size is 256: texts with the added"
+    ):
+        again = GPT.from_pretrained(tmp_path)
+    assert again.tokenizer.encode("a[PAD]") == [97, 256]
+    assert len(again.generate_text("a", max_new_tokens=1)) == 1
+    with pytest.raises(ValueError, match="holds 256; token ids from 0 to 255 are accepted"):
+        again.generate_text("a[PAD]", max_new_tokens=1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +20,9 @@ from gptkern.checkpoint.pending import Files, read
 from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import GPTConfig
 from gptkern.quantize import Quantization, QuantizedLinear, empty_layers
+
+if TYPE_CHECKING:
+    from gptkern.tokenizer import Tokenizer
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LAYER = re.compile(r"transformer\.h\.([0-9]+)\.")
@@ -143,13 +147,18 @@ def check_quantization(
             )
 
 
-def check_vocabulary(source: Path, config: GPTConfig, tokenizer_size: int) -> None:
-    """A tokenizer must not make ids that the model has no row for; rows without a token are padding."""
-    if tokenizer_size > config.vocab_size:
-        raise CheckpointError(
-            f"{source}: vocabularies do not match: the tokenizer has ids up to {tokenizer_size - 1}, "
-            f"the model's vocab_size is {config.vocab_size}"
-        )
+def check_vocabulary(source: Path, config: GPTConfig, tokenizer: Tokenizer) -> None:
+    """A tokenizer must not make ids that the model has no row for; rows without a token are padding.
+
+    Added tokens without a row are told alone: texts seldom hold them, and transformers lets people add some
+    (for padding, above all) without giving the model rows for them.
+    """
+    last = tokenizer.vocab_size - 1
+    ids = f"the tokenizer has ids up to {last}, the model's vocab_size is {config.vocab_size}"
+    if tokenizer.base_vocab_size > config.vocab_size:
+        raise CheckpointError(f"{source}: vocabularies do not match: {ids}")
+    if tokenizer.vocab_size > config.vocab_size:
+        warnings.warn(f"{source}: {ids}: texts with the added tokens beyond it are refused", stacklevel=2)
 
 
 def _check_sizes(contents: Contents) -> None:

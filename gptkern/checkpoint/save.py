@@ -61,7 +61,7 @@ def save(
     tokenizer = model.tokenizer
     kept_tokenizer = tokenizer or Tokenizer.find(folder)
     if kept_tokenizer is not None:
-        check_vocabulary(folder, model.config, kept_tokenizer.vocab_size)
+        check_vocabulary(folder, model.config, kept_tokenizer)
     shards = _sharded(_entries(model), _bytes(max_shard_size))
     small = _json_files(model) | dict(beside or {})
     replaced = {GENERATION_CONFIG, SAFETENSORS, SAFETENSORS_INDEX, *(tokenizer.files if tokenizer else ())}

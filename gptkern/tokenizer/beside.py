@@ -44,18 +44,18 @@ def tokenizer_for(
     if tokenizer is None:
         tokenizer = Tokenizer.find(contents.source)
     if tokenizer is not None:
-        check_vocabulary(contents.source, contents.config, tokenizer.vocab_size)
+        check_vocabulary(contents.source, contents.config, tokenizer)
     return tokenizer
 
 
 def _beside_file(contents: Contents) -> Tokenizer | None:
     path, size = contents.source, contents.config.vocab_size
     tokenizer = Tokenizer.find(path.parent)
-    if tokenizer is not None and tokenizer.vocab_size > size:
+    if tokenizer is not None and tokenizer.base_vocab_size > size:
         # The folder is shared with other files, and a tokenizer there may be another model's.
         warnings.warn(
-            f"{path}: the tokenizer in its folder is passed over: it has {tokenizer.vocab_size} tokens, the "
-            f"model {size}",
+            f"{path}: the tokenizer in its folder is passed over: it has {tokenizer.base_vocab_size} tokens, "
+            f"the model {size}",
             stacklevel=2,
         )
         tokenizer = None

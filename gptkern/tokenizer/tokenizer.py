@@ -213,6 +213,11 @@ class Tokenizer:
         """One more than the largest id."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @cached_property
+    def base_vocab_size(self) -> int:
+        """One more than the largest id of the vocabulary itself, without the tokens added to it."""
+        return max(self._backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+
     @property
     def special_tokens(self) -> dict[str, int]:
         """Texts and ids of the tokens that ``skip_special_tokens`` leaves out."""
