@@ -38,18 +38,24 @@ def sampler(scope: Scope) -> Iterator[Row]:
     """The CUDA sampler gives the CPU's bits: tokens, statuses, counters, top log-probabilities."""
     vocabularies = (67,) if scope.dry else (50257, 128256)
     dtypes = (torch.float32,) if scope.dry else (torch.float32, torch.bfloat16, torch.float16)
-    for vocab, batch in itertools.product(vocabularies, BATCHES):
-        for dtype in dtypes:
-            logits = (3 * torch.randn(batch, vocab)).to(dtype)
-            different = [
-                str(settings)
-                for settings in FILTERS
-                if not _same(_drawn(logits, settings, "cpu"), _drawn(logits, settings, scope.device))
-            ]
-            name = f"sampler {batch} x {vocab}, {str(dtype).removeprefix('torch.')}"
-            yield Row(name, ok=not different, note=", ".join(different))
-            if scope.late:
-                return
+    for vocab, batch, dtype in itertools.product(vocabularies, BATCHES, dtypes):
+        different = sampler_differences(batch, vocab, dtype, scope.device)
+        name = f"sampler {batch} x {vocab}, {str(dtype).removeprefix('torch.')}"
+        yield Row(name, ok=not different, note=", ".join(map(str, different)))
+        if scope.late:
+            return
+
+
+def sampler_differences(
+    batch: int, vocab: int, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, float]]:
+    """The settings under which two calls on ``device`` give other bits than on the CPU."""
+    logits = (3 * torch.randn(batch, vocab)).to(dtype)
+    return [
+        settings
+        for settings in FILTERS
+        if not _same(_drawn(logits, settings, "cpu"), _drawn(logits, settings, device))
+    ]
 
 
 def _drawn(logits: torch.Tensor, settings: dict[str, float], where: torch.device | str) -> list[torch.Tensor]:
