@@ -233,6 +233,10 @@ def test_bin_shards(tmp_path: Path) -> None:
     split = load_split(DataSettings(kind="bin", path=[str(tmp_path)]), None, tmp_path / "c", writer=True)
     assert [len(shard) for shard in split.train] == [50, 40]
     assert split.train[1][:3].tolist() == [0, 1, 2]
+    with pytest.raises(SettingsError, match="tokenizer is 'char', which is made of a text"):
+        load_split(
+            DataSettings(kind="bin", path=[str(tmp_path)], tokenizer="char"), None, tmp_path, writer=True
+        )
     with pytest.raises(SettingsError, match="no token shards"):
         load_split(DataSettings(kind="bin", path=[str(tmp_path.parent)]), None, tmp_path, writer=True)
 

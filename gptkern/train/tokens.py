@@ -260,6 +260,10 @@ def load_split(
             come without a tokenizer.
     """
     if settings.kind == "bin":
+        if settings.tokenizer == "char":
+            raise SettingsError(
+                "[data] tokenizer is 'char', which is made of a text; shards have none: name a folder, or ''"
+            )
         tokenizer = None if not settings.tokenizer and own is None else choose_tokenizer(settings, own, "")
         return _bin_split(settings, tokenizer, vocab_size)
     if writer:
