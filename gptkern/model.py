@@ -22,9 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from gptkern import ops
 from gptkern.as_built import untouched
 from gptkern.attend import Attend, DenseAttend, PackedAttend
+from gptkern.checkpoint.contents import Contents
 from gptkern.checkpoint.generation import of_config
+from gptkern.checkpoint.hf import CONFIG
 from gptkern.checkpoint.load import check_quantization, load, open_checkpoint
 from gptkern.checkpoint.locate import EMBEDDED, locate
+from gptkern.checkpoint.pending import Files, read
 from gptkern.checkpoint.save import save
 from gptkern.config import GPTConfig
 from gptkern.ops.linear.reference import ACTIVATIONS
@@ -253,8 +256,14 @@ class GPT(nn.Module):
             ValueError: ``weights`` that this model or device cannot take, before any weight is read.
         """
         path = locate(path_or_hub_id, revision=revision, local_files_only=local_files_only)
-        contents = open_checkpoint(path)
-        found_tokenizer = tokenizer_for(contents, tokenizer, local_files_only=local_files_only)
+
+        def opened(files: Files) -> tuple[Contents, Tokenizer | None]:
+            # Every save replaces it: asked for here, weights and tokenizer are of one save.
+            _ = files / CONFIG
+            contents = open_checkpoint(path)
+            return contents, tokenizer_for(contents, tokenizer, local_files_only=local_files_only)
+
+        contents, found_tokenizer = read(path, opened) if path.is_dir() else opened(Files(path.parent, {}))
         wanted = None
         if weights is not None:
             wanted = Quantization.make(contents.config, weights, group_size, zero_point)

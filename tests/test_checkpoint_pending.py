@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from gptkern import GPTConfig
+from gptkern import model as model_module
 from gptkern.checkpoint import CheckpointError
+from gptkern.checkpoint.pending import check_settled
 from gptkern.cli.info import describe
 from gptkern.model import GPT
 from gptkern.tokenizer import Tokenizer
@@ -217,6 +219,10 @@ def test_a_save_that_was_cut_off_is_read_through(
     assert found is not None
     assert found.encode("ab") == [97, 98]
     assert tree(folder) == before
+    # transformers would take the half that is in its place
+    with pytest.raises(CheckpointError, match="a save was cut off there when it was complete"):
+        check_settled(folder)
+    assert tree(folder) == before
     # a copy is as good: nothing depends on times or inodes
     shutil.copytree(folder, copy)
     assert same(GPT.from_pretrained(copy), new)
@@ -254,6 +260,24 @@ def test_a_newer_model_is_never_overwritten(
     assert len(weights) > 1000
     assert torch.equal(GPT.from_pretrained(tmp_path).transformer.wte.weight, newer.transformer.wte.weight)
     assert len(list(tmp_path.glob(".gptkern-aside-*/model.safetensors"))) == 1
+
+
+def test_weights_and_tokenizer_are_of_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = build(0), build(1)
+    new.tokenizer = Tokenizer.characters({chr(65 + number): number for number in range(26)})
+    old.save_pretrained(tmp_path)
+    find, saves = model_module.tokenizer_for, [new]
+
+    def save_first(*args: object, **options: object) -> object:
+        if saves:
+            saves.pop().save_pretrained(tmp_path)
+        return find(*args, **options)
+
+    monkeypatch.setattr(model_module, "tokenizer_for", save_first)
+    found = GPT.from_pretrained(tmp_path)
+    assert found.tokenizer is not None
+    assert found.tokenizer.encode("C") == [2]
+    assert same(found, new)
 
 
 def test_a_damaged_pending_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

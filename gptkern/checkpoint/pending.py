@@ -59,6 +59,19 @@ class Change:
     old: Identity | None
 
 
+def check_settled(folder: Path) -> None:
+    """Refuse a folder that other programs would see half replaced.
+
+    Raises:
+        CheckpointError: A save was cut off there when it was complete.
+    """
+    if _elsewhere(folder):
+        raise CheckpointError(
+            f"{folder}: a save was cut off there when it was complete, and others would see half of it. "
+            f"Save it again: GPT.from_pretrained({str(folder)!r}) and then save_pretrained({str(folder)!r})"
+        )
+
+
 class Files:
     """A folder's files by name: ``files / "config.json"`` is where that file's contents are.
 

@@ -18,6 +18,7 @@ import transformers
 
 from gptkern.bench import ceilings
 from gptkern.checkpoint.locate import locate
+from gptkern.checkpoint.pending import check_settled
 from gptkern.routes import Explanation
 from gptkern.transformers.swap import accelerate, explain, refuse_quantised
 
@@ -66,12 +67,13 @@ def load(name: str, *, dtype: torch.dtype | None, device: torch.device) -> Any:
         name: A folder, a hub id, or ``"embedded"``, the package's own model.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is none, or a save was cut off there.
         ValueError: A single file, or weights that ``gptkern quantize`` wrote.
     """
     folder = locate(name, revision=None, local_files_only=False)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; verify takes a folder that transformers opens")
+    check_settled(folder)
     refuse_quantised(transformers.AutoConfig.from_pretrained(folder))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
     return model.eval().to(device)
