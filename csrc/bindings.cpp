@@ -85,10 +85,11 @@ int first_bad(const int32_t* status, int rows) {
 // nothing is waited for.
 int sample(const py::object& logits, const py::object& values, const Maybe& bias_ids, const Maybe& bias_values,
            const Maybe& banned_ids, const Maybe& eos_ids, const Maybe& bitmask, const py::object& counters,
-           const Maybe& counts, const py::object& status, const Maybe& tokens, int64_t width, const Maybe& logprobs,
+           const Maybe& counts, const py::object& status, const Maybe& tokens, const py::object& width,
+           const Maybe& logprobs,
            const Maybe& top_tokens, const Maybe& top_logprobs, const Maybe& probs, const Maybe& draft_tokens,
-           const Maybe& draft_probs, const Maybe& accepted, int commit, int64_t threads, std::uintptr_t stream,
-           const Maybe& workspace) {
+           const Maybe& draft_probs, const Maybe& accepted, const py::object& commit, const py::object& threads,
+           const py::object& stream, const Maybe& workspace) {
     Gate gate("sample");
     SampleArguments a{};
     const bool speculates = !accepted.is_none(), writes_probs = !probs.is_none();
@@ -124,11 +125,12 @@ int sample(const py::object& logits, const py::object& values, const Maybe& bias
         a.tokens = speculates ? gate.dense<int64_t>("tokens", tokens, {batch, a.positions})
                               : gate.dense<int64_t>("tokens", tokens, {batch});
     }
-    if (!writes_probs && !speculates && width >= 0) {
-        a.logprobs = gate.number("width", width, 0, INT_MAX);
+    const int asked = gate.number("width", width, INT_MIN, INT_MAX);  // below 0: no log-probabilities
+    if (!writes_probs && !speculates && asked >= 0) {
+        a.logprobs = asked;
         a.token_logprobs = gate.dense<float>("logprobs", logprobs, {batch});
-        a.top_tokens = gate.dense<int64_t>("top_tokens", top_tokens, {batch, width});
-        a.top_logprobs = gate.dense<float>("top_logprobs", top_logprobs, {batch, width});
+        a.top_tokens = gate.dense<int64_t>("top_tokens", top_tokens, {batch, asked});
+        a.top_logprobs = gate.dense<float>("top_logprobs", top_logprobs, {batch, asked});
     }
     const int most_commit = static_cast<int>(gate.on_cuda() ? Commit::kOnly : Commit::kYes);
     a.commit = static_cast<Commit>(gate.number("commit", commit, 0, most_commit));
@@ -141,18 +143,19 @@ int sample(const py::object& logits, const py::object& values, const Maybe& bias
     }
     const std::uintptr_t memory = workspace_of(gate, workspace, a.batch, a.vocab);
     const int members = gate.number("threads", threads, 1, kMostThreads);
+    const auto queue = gate.as<std::uintptr_t>("stream", stream);
     if (a.batch == 0) return -1;
     const py::gil_scoped_release others_run;
     if (gate.on_cuda()) {
-        cuda_sample(a, memory, stream);
+        cuda_sample(a, memory, queue);
         return -1;
     }
     cpu->sample(a, members);
     return first_bad(a.status, a.batch);
 }
 
-int top_k(const py::object& logits, int64_t k, const py::object& tokens, const py::object& logprobs,
-          const py::object& status, int64_t threads, std::uintptr_t stream, const Maybe& workspace) {
+int top_k(const py::object& logits, const py::object& k, const py::object& tokens, const py::object& logprobs,
+          const py::object& status, const py::object& threads, const py::object& stream, const Maybe& workspace) {
     Gate gate("top_k");
     TopKArguments a{};
     const Tensor rows = gate.tensor("logits", logits, 2);
@@ -162,15 +165,16 @@ int top_k(const py::object& logits, int64_t k, const py::object& tokens, const p
     a.rows = gate.number("the rows", rows.shape[0], 0, INT_MAX);
     a.vocab = gate.number("the vocabulary", rows.shape[1], 1, kMostVocabTopK);
     a.k = gate.number("k", k, 0, a.vocab);
-    a.tokens = gate.dense<int64_t>("tokens", tokens, {a.rows, k});
-    a.logprobs = gate.dense<float>("logprobs", logprobs, {a.rows, k});
+    a.tokens = gate.dense<int64_t>("tokens", tokens, {a.rows, a.k});
+    a.logprobs = gate.dense<float>("logprobs", logprobs, {a.rows, a.k});
     a.status = gate.dense<int32_t>("status", status, {a.rows});
     const std::uintptr_t memory = workspace_of(gate, workspace, a.rows, a.vocab);
     const int members = gate.number("threads", threads, 1, kMostThreads);
+    const auto queue = gate.as<std::uintptr_t>("stream", stream);
     if (a.rows == 0) return -1;
     const py::gil_scoped_release others_run;
     if (gate.on_cuda()) {
-        cuda_top_k(a, memory, stream);
+        cuda_top_k(a, memory, queue);
         return -1;
     }
     cpu->top_k(a, members);
@@ -250,17 +254,26 @@ private:
 // A Decoder with the tensors that it points at, and the places in modules from which they were taken.
 class HoldingDecoder {
 public:
-    HoldingDecoder(int64_t heads, int64_t activation, bool post_norm, float eps, const py::object& tokens,
-                   const py::object& positions, const std::vector<Weights::Block>& blocks,
-                   const std::vector<float>& scales, const std::optional<Weights::Norm>& final_norm,
-                   const Weights::Linear& head, const std::vector<std::pair<py::dict, py::str>>& owners)
-        : decoder_(built(heads, activation, post_norm, eps, tokens, positions, blocks, scales, final_norm, head)) {
-        for (const auto& [dictionary, key] : owners) entries_.emplace_back(dictionary, key);
+    HoldingDecoder(const py::object& heads, const py::object& activation, const py::object& post_norm,
+                   const py::object& eps, const py::object& tokens, const py::object& positions,
+                   const py::object& blocks, const py::object& scales, const py::object& final_norm,
+                   const py::object& head, const py::object& owners) {
+        Weights weights;
+        const Gate& gate = weights.gate;
+        CpuModel model{};
+        model.post_norm = gate.as<bool>("post_norm", post_norm);
+        model.activation = static_cast<Activation>(gate.number("activation", activation, 0, 3));
+        build(weights, model, heads, gate.as<float>("eps", eps), tokens, positions,
+              gate.as<std::vector<Weights::Block>>("blocks", blocks), gate.as<std::vector<float>>("scales", scales),
+              gate.as<std::optional<Weights::Norm>>("final_norm", final_norm), gate.as<Weights::Linear>("head", head));
+        held_ = std::move(weights.held);
+        using Owners = std::vector<std::pair<py::dict, py::str>>;
+        for (const auto& [dictionary, key] : gate.as<Owners>("owners", owners)) entries_.emplace_back(dictionary, key);
     }
 
     // False, with nothing done, where weights have moved or been replaced since this was made.
     bool step(const py::object& k, const py::object& v, const py::object& page_table, const py::object& lengths,
-              const py::object& tokens, const py::object& logits, int64_t threads) {
+              const py::object& tokens, const py::object& logits, const py::object& threads) {
         for (const HeldEntry& entry : entries_) {
             if (entry.replaced()) return false;
         }
@@ -311,25 +324,20 @@ private:
         return found;
     }
 
-    std::unique_ptr<Decoder> built(int64_t heads, int64_t activation, bool post_norm, float eps,
-                                   const py::object& tokens, const py::object& positions,
-                                   const std::vector<Weights::Block>& blocks, const std::vector<float>& scales,
-                                   const std::optional<Weights::Norm>& final_norm, const Weights::Linear& head) {
-        Weights weights;
+    void build(Weights& weights, CpuModel& model, const py::object& heads, float eps, const py::object& tokens,
+               const py::object& positions, const std::vector<Weights::Block>& blocks, const std::vector<float>& scales,
+               const std::optional<Weights::Norm>& final_norm, const Weights::Linear& head) {
         Gate& gate = weights.gate;
         const Tensor wte = weights.rows("the token embeddings", tokens), wpe = weights.rows("the positions", positions);
         const int64_t width = wte.shape[1], vocab = wte.shape[0];
         if (wpe.shape[1] != width) gate.refuse("the positions", wpe, "a matrix as wide as the token embeddings");
         if (scales.size() != blocks.size()) gate.refuse("scales must be one of each block");
-        if (post_norm == final_norm.has_value()) gate.refuse("either final_norm or post_norm is needed");
-        CpuModel model{};
+        if (model.post_norm == final_norm.has_value()) gate.refuse("either final_norm or post_norm is needed");
         model.dtype = weights.kind == Kind::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
         model.width = gate.number("the width", width, 1, INT_MAX / 4);
         model.vocab = gate.number("the vocabulary", vocab, 1, INT_MAX / 4);
         model.n_positions = gate.number("the context", wpe.shape[0], 1, INT_MAX / 4);
         model.heads = gate.number("heads", heads, 1, width);
-        model.activation = static_cast<Activation>(gate.number("activation", activation, 0, 3));
-        model.post_norm = post_norm;
         model.tokens = wte.data;
         model.token_stride = wte.stride[0];
         model.positions = wpe.data;
@@ -346,8 +354,7 @@ private:
         }
         if (final_norm.has_value()) model.final_norm = weights.norm(*final_norm, width, eps);
         model.head = weights.linear(head, vocab, width);
-        held_ = std::move(weights.held);
-        return std::make_unique<Decoder>(model, std::move(made));
+        decoder_ = std::make_unique<Decoder>(model, std::move(made));
     }
 
     std::vector<HeldEntry> entries_;
@@ -389,12 +396,11 @@ PYBIND11_MODULE(_C, module) {
     module.def("workspace_bytes", &workspace_bytes, "Bytes that the CUDA path needs for (rows, vocab).");
     module.attr("has_decoder") = decoder_supported();
     py::class_<HoldingDecoder>(module, "Decoder", "A model for the CPU's decode step: csrc/decoder.h.")
-        .def(py::init<int64_t, int64_t, bool, float, const py::object&, const py::object&,
-                      const std::vector<Weights::Block>&, const std::vector<float>&,
-                      const std::optional<Weights::Norm>&, const Weights::Linear&,
-                      const std::vector<std::pair<py::dict, py::str>>&>(),
+        .def(py::init<const py::object&, const py::object&, const py::object&, const py::object&, const py::object&,
+                      const py::object&, const py::object&, const py::object&, const py::object&, const py::object&,
+                      const py::object&>(),
              named, py::arg("heads"), py::arg("activation"), py::arg("post_norm"), py::arg("eps"), py::arg("tokens"),
-             py::arg("positions"), py::arg("blocks"), py::arg("scales"), py::arg("final_norm"), py::arg("head"), py::arg("owners") = std::vector<std::pair<py::dict, py::str>>{})
+             py::arg("positions"), py::arg("blocks"), py::arg("scales"), py::arg("final_norm"), py::arg("head"), py::arg("owners") = py::tuple())
         .def("step", &HoldingDecoder::step, py::arg("k"), py::arg("v"), py::arg("page_table"), py::arg("lengths"),
              py::arg("tokens"), py::arg("logits"), py::arg("threads"), "One token of every sequence; false where weights moved.");
     module.def("decode_path", [] { return cpu_decode_path()->name; });

@@ -1,31 +1,55 @@
 #include "tensor.h"
 
+#include <algorithm>
+#include <stdexcept>
 #include <utility>
 
 namespace gptkern {
 namespace py = pybind11;
 namespace {
 
+// DLPack's view of a tensor, and of its table of functions the one that fills such a view in: version 1 of its
+// C exchange protocol (dmlc/dlpack, include/dlpack/dlpack.h), which every torch.Tensor offers.
+struct View {
+    char* data;
+    int32_t device_type, device;
+    int32_t dims;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t *shape, *stride;
+    uint64_t byte_offset;
+};
+struct Exchange {
+    uint32_t major, minor;
+    const void* older;
+    const void *allocate, *export_owned, *import_owned;
+    int (*view)(void* object, View* out);
+};
+constexpr int32_t kOnCpu = 1, kOnCuda = 2;
+
 struct Described {
     const char* name;
-    int bytes;
+    uint8_t code, bits;
+    int bytes() const { return bits / 8; }
 };
-constexpr Described kKinds[] = {{"float32", 4}, {"float16", 2}, {"bfloat16", 2}, {"float64", 8},
-                                {"int64", 8},   {"int32", 4},   {"int8", 1},     {"uint8", 1}};
+constexpr Described kKinds[] = {{"float32", 2, 32}, {"float16", 2, 16}, {"bfloat16", 4, 16}, {"float64", 2, 64},
+                                {"int64", 0, 64},   {"int32", 0, 32},   {"int8", 0, 8},      {"uint8", 1, 8}};
+constexpr int kKindCount = static_cast<int>(Kind::kOther);
 
 // What is asked of a tensor at every call, made once and never freed: the interpreter may end first.
 struct Torch {
-    py::object tensor_type, dtypes[static_cast<int>(Kind::kOther)];
-    py::str data_ptr{"data_ptr"}, shape{"shape"}, stride{"stride"}, dtype{"dtype"}, is_cpu{"is_cpu"},
-        is_cuda{"is_cuda"}, get_device{"get_device"}, untyped_storage{"untyped_storage"}, nbytes{"nbytes"},
-        storage_offset{"storage_offset"}, detach{"detach"};
+    py::object tensor_type;
+    const Exchange* exchange;
+    py::str dtype{"dtype"}, untyped_storage{"untyped_storage"}, nbytes{"nbytes"}, storage_offset{"storage_offset"},
+        detach{"detach"};
 
     Torch() {
-        const py::module_ torch = py::module_::import("torch");
-        tensor_type = torch.attr("Tensor");
-        for (int i = 0; i < static_cast<int>(Kind::kOther); ++i) dtypes[i] = torch.attr(kKinds[i].name);
-        for (py::str* name : {&data_ptr, &shape, &stride, &dtype, &is_cpu, &is_cuda, &get_device, &untyped_storage,
-                              &nbytes, &storage_offset, &detach}) {
+        tensor_type = py::module_::import("torch").attr("Tensor");
+        exchange = tensor_type.attr("__dlpack_c_exchange_api__").cast<py::capsule>().get_pointer<const Exchange>();
+        if (exchange->major != 1 || exchange->view == nullptr) {
+            throw std::runtime_error("gptkern._C: this PyTorch has another DLPack exchange than version 1");
+        }
+        for (py::str* name : {&dtype, &untyped_storage, &nbytes, &storage_offset, &detach}) {
             PyUnicode_InternInPlace(&name->ptr());
         }
     }
@@ -41,10 +65,10 @@ const Torch& torch() {
     return *made;
 }
 
-py::object get(py::handle object, const py::str& name) {
-    PyObject* const value = PyObject_GetAttr(object.ptr(), name.ptr());
-    if (value == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(value);
+View view_of(py::handle tensor) {
+    View view;
+    if (torch().exchange->view(tensor.ptr(), &view) != 0) throw py::error_already_set();
+    return view;
 }
 
 py::object call(py::handle object, const py::str& name) {
@@ -59,19 +83,8 @@ int64_t whole(py::handle number) {
     return value;
 }
 
-// Addresses have the top bit set on no machine, but data_ptr() may say so of tagged ones.
-uintptr_t address(py::handle number) {
-    const unsigned long long value = PyLong_AsUnsignedLongLong(number.ptr());
-    if (value == static_cast<unsigned long long>(-1) && PyErr_Occurred()) throw py::error_already_set();
-    return static_cast<uintptr_t>(value);
-}
-
-void sizes(const py::object& tuple, int dims, int64_t* out) {
-    for (int i = 0; i < dims; ++i) out[i] = whole(PyTuple_GET_ITEM(tuple.ptr(), i));
-}
-
 std::string described(const Tensor& t) {
-    std::string text = t.kind == Kind::kOther ? std::string(py::str(get(t.object, torch().dtype))) : name_of(t.kind);
+    std::string text = t.kind == Kind::kOther ? std::string(py::str(t.object.attr(torch().dtype))) : name_of(t.kind);
     text += " of shape " + shape_of(t.shape, t.dims);
     if (!t.contiguous()) text += ", strides " + shape_of(t.stride, t.dims);
     return text;
@@ -111,7 +124,7 @@ bool Tensor::within() const {
     if (empty(*this)) return true;
     __int128 last = 0;
     for (int i = 0; i < dims; ++i) last += static_cast<__int128>(shape[i] - 1) * stride[i];
-    return data != nullptr && kind != Kind::kOther && (last + 1) * kKinds[static_cast<int>(kind)].bytes <= bytes;
+    return data != nullptr && kind != Kind::kOther && (last + 1) * kKinds[static_cast<int>(kind)].bytes() <= bytes;
 }
 
 Tensor Gate::read(const char* name, py::handle object) const {
@@ -123,28 +136,20 @@ Tensor Gate::read(const char* name, py::handle object) const {
     Tensor tensor{};
     tensor.object = object;
     try {
-        const py::object shape = get(object, t.shape), stride = call(object, t.stride);
-        const int64_t dims = PyTuple_Check(shape.ptr()) && PyTuple_Check(stride.ptr())
-                                 ? static_cast<int64_t>(PyTuple_GET_SIZE(shape.ptr()))
-                                 : Tensor::kMostDims + 1;
-        if (dims > Tensor::kMostDims || PyTuple_GET_SIZE(stride.ptr()) != dims) refuse("a tensor has too many dimensions");
-        tensor.dims = static_cast<int>(dims);
-        sizes(shape, tensor.dims, tensor.shape);
-        sizes(stride, tensor.dims, tensor.stride);
-        const py::object dtype = get(object, t.dtype);
+        const View view = view_of(object);
+        if (view.dims > Tensor::kMostDims) refuse(std::string(name) + " has " + std::to_string(view.dims) + " dimensions");
+        tensor.dims = view.dims;
+        std::copy(view.shape, view.shape + view.dims, tensor.shape);
+        std::copy(view.stride, view.stride + view.dims, tensor.stride);
         int kind = 0;
-        while (kind < static_cast<int>(Kind::kOther) && !dtype.is(t.dtypes[kind])) ++kind;
+        while (kind < kKindCount && (view.code != kKinds[kind].code || view.bits != kKinds[kind].bits)) ++kind;
         tensor.kind = static_cast<Kind>(kind);
-        if (get(object, t.is_cpu).ptr() == Py_True) {
-            tensor.device = -1;
-        } else if (get(object, t.is_cuda).ptr() == Py_True) {
-            tensor.device = static_cast<int>(whole(call(object, t.get_device)));
-        } else {
+        if (view.device_type != kOnCpu && view.device_type != kOnCuda) {
             refuse(std::string(name) + " is on neither a CPU nor a CUDA device");
         }
-        tensor.data = reinterpret_cast<char*>(address(call(object, t.data_ptr)));
-        const int size = kind < static_cast<int>(Kind::kOther) ? kKinds[kind].bytes : 1;
-        tensor.bytes = whole(call(call(object, t.untyped_storage), t.nbytes)) - whole(call(object, t.storage_offset)) * size;
+        tensor.device = view.device_type == kOnCpu ? -1 : view.device;
+        tensor.data = view.data + view.byte_offset;
+        tensor.bytes = whole(call(call(object, t.untyped_storage), t.nbytes)) - whole(call(object, t.storage_offset)) * (view.bits / 8);
     } catch (const py::error_already_set& error) {
         // A sparse tensor, or one that a transform of functions has wrapped.
         throw py::type_error(std::string(call_) + ": " + name + " has no memory of its own to read: " + error.what());
@@ -188,6 +193,23 @@ int Gate::number(const char* name, int64_t value, int64_t least, int64_t most) c
     return static_cast<int>(value);
 }
 
+int Gate::number(const char* name, py::handle value, int64_t least, int64_t most) const {
+    const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+    if (!index) {
+        PyErr_Clear();
+        refuse_type(name, value);
+    }
+    int beyond = 0;
+    const long long found = PyLong_AsLongLongAndOverflow(index.ptr(), &beyond);
+    if (beyond != 0) refuse(std::string(name) + " is beyond 64 bits; " + std::to_string(least) + " to " + std::to_string(most) + " are accepted");
+    return number(name, static_cast<int64_t>(found), least, most);
+}
+
+void Gate::refuse_type(const char* name, py::handle value) const {
+    throw py::type_error(std::string(call_) + ": " + name + " is of type " + Py_TYPE(value.ptr())->tp_name +
+                         ", or holds what is not accepted");
+}
+
 void Gate::refuse(const char* name, const Tensor& tensor, const std::string& needed) const {
     refuse(std::string(name) + " is " + described(tensor) + "; " + needed + " is needed");
 }
@@ -195,10 +217,20 @@ void Gate::refuse(const char* name, const Tensor& tensor, const std::string& nee
 void Gate::refuse(const std::string& why) const { throw py::value_error(std::string(call_) + ": " + why); }
 
 HeldTensor::HeldTensor(py::handle tensor)
-    : tensor_(py::reinterpret_borrow<py::object>(tensor)), alias_(call(tensor, torch().detach)),
-      address_(address(call(tensor, torch().data_ptr))) {}
+    : tensor_(py::reinterpret_borrow<py::object>(tensor)), alias_(call(tensor, torch().detach)), dims_(0) {
+    const View view = view_of(tensor);
+    data_ = view.data;
+    code_ = view.code;
+    dims_ = std::min(view.dims, static_cast<int32_t>(kMostDims));
+    std::copy(view.shape, view.shape + dims_, shape_);
+    std::copy(view.stride, view.stride + dims_, stride_);
+}
 
-bool HeldTensor::moved() const { return address(call(tensor_, torch().data_ptr)) != address_; }
+bool HeldTensor::moved() const {
+    const View view = view_of(tensor_);
+    return view.data != data_ || view.code != code_ || view.dims != dims_ ||
+           !std::equal(shape_, shape_ + dims_, view.shape) || !std::equal(stride_, stride_ + dims_, view.stride);
+}
 
 HeldEntry::HeldEntry(py::dict dictionary, py::str key)
     : dictionary_(std::move(dictionary)), key_(std::move(key)), value_(dictionary_[key_]) {}

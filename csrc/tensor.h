@@ -1,5 +1,5 @@
 // Tensors as Python hands them over, and what a call asks of them. Nothing of torch is needed to build this:
-// a tensor's attributes tell where its elements lie and how far its storage reaches.
+// DLPack's protocol tells where its elements lie, and its storage how far that reaches.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -87,9 +87,22 @@ public:
 
     // A number between two others, as an int.
     int number(const char* name, int64_t value, int64_t least, int64_t most) const;
+    int number(const char* name, pybind11::handle value, int64_t least, int64_t most) const;
+
+    // A Python object as a C++ value. Arguments are taken as objects, not as values: where pybind11 fails to
+    // convert one, its message prints them all, and PyTorch crashes when it prints a tensor without memory.
+    template <class T>
+    T as(const char* name, pybind11::handle value) const {
+        try {
+            return value.cast<T>();
+        } catch (const pybind11::cast_error&) {
+            refuse_type(name, value);
+        }
+    }
 
     [[noreturn]] void refuse(const char* name, const Tensor& tensor, const std::string& needed) const;
     [[noreturn]] void refuse(const std::string& why) const;
+    [[noreturn]] void refuse_type(const char* name, pybind11::handle value) const;
 
 private:
     Tensor read(const char* name, pybind11::handle object) const;
@@ -102,7 +115,7 @@ private:
 const char* name_of(Kind kind);
 std::string shape_of(const int64_t* sizes, int dims);
 
-// What is pointed at for longer than a call: the tensor, where it lay, and an alias that keeps the memory when the
+// What is pointed at for longer than a call: the tensor, how it lay, and an alias that keeps the memory when the
 // tensor is given another. (A storage that is resized takes the memory along, but then the address has changed.)
 class HeldTensor {
 public:
@@ -111,8 +124,12 @@ public:
     bool moved() const;
 
 private:
+    static constexpr int kMostDims = 2;
     pybind11::object tensor_, alias_;
-    std::uintptr_t address_;
+    const void* data_;
+    uint8_t code_;
+    int32_t dims_;
+    int64_t shape_[kMostDims], stride_[kMostDims];
 };
 
 // An entry of a module's dictionary of parameters, buffers or modules.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,49 @@ def test_cuda_compiles_without_warnings_or_spills(arch: int, tmp_path: Path) -> 
     )
     assert len(usage) == 4
     assert all(numbers == ("0", "0", "0") for numbers in usage), done.stderr
+
+
+@pytest.fixture(scope="module")
+def sanitised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extension's CPU part under the address and undefined behaviour sanitizers."""
+    cmake = shutil.which("cmake")
+    if shutil.which("g++") is None or cmake is None or shutil.which("ninja") is None:
+        pytest.skip("no g++, cmake or ninja")
+    pybind11 = pytest.importorskip("pybind11")
+    folder = tmp_path_factory.mktemp("sanitised")
+    options = {
+        "CMAKE_CXX_COMPILER": "g++",
+        "CMAKE_CXX_FLAGS": "-O1 -g -fno-omit-frame-pointer "
+        "-fsanitize=address,undefined -fno-sanitize-recover=all",
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(folder),
+        "GPTKERN_MODULE_FILE": "_C.so",
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "GPTKERN_CUDA": "OFF",
+    }
+    defines = [f"-D{name}={value}" for name, value in options.items()]
+    build = folder / "build"
+    subprocess.run([cmake, "-S", str(CSRC), "-B", str(build), "-G", "Ninja", *defines], check=True)
+    subprocess.run([cmake, "--build", str(build)], check=True)
+    return folder / "_C.so"
+
+
+def _library(name: str) -> str:
+    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("calls", [pytest.param(1000, marks=pytest.mark.ci), 10_000])
+def test_random_calls_from_python_under_sanitizers(sanitised: Path, calls: int) -> None:
+    # libstdc++ too: the sanitizer looks for what it throws exceptions with when a process starts.
+    environment = os.environ | {
+        "LD_PRELOAD": f"{_library('libasan.so')} {_library('libstdc++.so')}",
+        # torch and Python themselves keep memory to the end.
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    command = [sys.executable, str(HERE / "fuzz_boundary.py"), str(calls), "0", str(sanitised)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{calls} calls" in done.stdout

@@ -392,7 +392,7 @@ def test_fake_tensors_give_fake_results() -> None:
 def test_fake_tensors_among_real_ones_are_refused() -> None:
     with FakeTensorMode():
         values = torch.ones(BATCH, 12, dtype=torch.float64)
-    with pytest.raises((ValueError, TypeError)), pytest.warns(UserWarning, match="FakeTensor"):
+    with pytest.raises(ValueError, match=r"values is .* a storage that holds all of it"):
         sample(torch.zeros(BATCH, VOCAB), SamplingParams(values), state=SamplerState.make(BATCH, VOCAB))
 
 
