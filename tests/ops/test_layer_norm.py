@@ -15,7 +15,7 @@ from norm_cases import add_layer_norm, call, few_programs, grid, layer_norm, lea
 import gptkern
 from gptkern.ops import _dispatch, _samples
 from gptkern.ops.layer_norm import launcher
-from gptkern.testing import DTYPES, Call, assert_accurate, check, check_values
+from gptkern.testing import DTYPES, Call, assert_accurate, check, check_values, norm_terms
 
 OPS = (layer_norm, add_layer_norm)
 KERNELS = torch.cuda.is_available() or _dispatch.INTERPRETED
@@ -354,3 +354,25 @@ def test_kernels_refuse_float64_by_name() -> None:
         layer_norm(X.double(), W)
     with gptkern.backend("reference"):
         assert layer_norm(X.double(), W).dtype == torch.float64
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 1e3, 1e6])
+@pytest.mark.parametrize("width", [2, 3, 17, 129])
+def test_small_steps_beside_a_large_mean(width: int, mean: float) -> None:
+    """Rows of ``mean + i * 1e-3``, where E[x^2] - E[x]^2 has no digit left, and dx is what terms leave."""
+    x = (mean + 1e-3 * torch.arange(4 * width).float().view(4, width)).requires_grad_()
+    weight, bias, d_out = leaf(width), leaf(width), torch.randn(4, width)
+
+    def run(dtype: torch.dtype, op: Any) -> list[torch.Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+        out = op(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, d_out.to(dtype))]
+
+    def expression(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (width,), weight, bias)
+
+    got, rough = run(torch.float32, layer_norm), run(torch.float32, expression)
+    exact = run(torch.float64, expression)
+    terms = norm_terms(x, weight, d_out, 1e-5)
+    for name, *tensors in zip(("out", "dx", "dweight", "dbias"), got, rough, exact, strict=True):
+        assert_accurate(*tensors, name, terms=terms.get(name, 0.0))
