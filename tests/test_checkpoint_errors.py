@@ -327,7 +327,8 @@ def test_json_that_no_configuration_is(folder: Path) -> None:
         ('{"a":' * 50_000, "not readable as JSON"),
         ('{"n_layer": ' + "9" * 5000 + "}", "not readable as JSON"),
         ('{"model_type": "gpt2", "n_embd": 1e400}', "n_embd is inf; a positive integer"),
-        ('{"model_type": "gpt2", "eos_token_id": ' + "[" * 400 + "]" * 400 + "}", "eos_token_id is"),
+        ('{"model_type": "gpt2", "eos_token_id": ' + "[" * 50 + "]" * 50 + "}", "eos_token_id is"),
+        ('{"model_type": "gpt2", "x": ' + "[" * 400 + "]" * 400 + "}", "more than 100 deep"),
         ("\x00", "not readable as JSON"),
         (" " * ((16 << 20) + 1), "16,777,217 bytes found; at most 16,777,216 are read"),
     ):

@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ from gptkern.checkpoint.errors import CheckpointError, first_line, shown
 
 LARGEST_JSON = 16 << 20
 LARGEST_VOCABULARY = 256 << 20
+_DEEPEST_JSON = 100
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -104,7 +106,17 @@ def parse_json(path: Path, content: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not readable as JSON, or truncated: {first_line(error)}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: a JSON object is needed, {type(data).__name__} found")
-    return data
+    level: list[Any] = [data]
+    for _ in range(_DEEPEST_JSON):
+        level = [inner for value in level for inner in _inside(value) if isinstance(inner, dict | list)]
+        if not level:
+            return data
+    # whoever walks through it does so by calling itself
+    raise CheckpointError(f"{path}: lists and objects within one another more than {_DEEPEST_JSON} deep")
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def map_file(path: Path) -> torch.Tensor:
