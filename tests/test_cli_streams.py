@@ -21,6 +21,7 @@ from gptkern.cli import terminal
 from gptkern.config import GPTConfig
 from gptkern.model import GPT
 from gptkern.tokenizer import Tokenizer
+from gptkern.train.logs import Progress
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "a\x1b]52;c;aGk=\x07b\x9b2Jc\x7f"  # to the clipboard, clear the screen by C1, delete
@@ -151,6 +152,20 @@ def test_messages_and_tables_are_filtered_too(
     assert gptkern.cli.run(["info", str(tmp_path / "\x1b]0;title\x07")]) == 1
     assert "\\x1b]0;title\\x07" in err.getvalue()
     assert "\x1b" not in err.getvalue()
+
+
+def test_paths_and_samples_of_a_run_are_filtered_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, err = _Terminal(), _Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    run_folder = tmp_path / HOSTILE
+    run_folder.mkdir()
+    (run_folder / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert gptkern.cli.run(["plot", str(run_folder)]) == 0
+    Progress(0, 1, shown=True, bar=False).say(f"ROMEO: {HOSTILE}")
+    for shown in (out.getvalue(), err.getvalue()):
+        assert terminal.visible(HOSTILE, _Terminal()) in shown
+        assert "]52;c" not in shown.replace("\\x1b]52;c", "")
 
 
 def test_json_keeps_every_character(command: Any, folder: str) -> None:

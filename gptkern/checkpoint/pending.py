@@ -215,7 +215,9 @@ def manifest(changes: Mapping[str, Change]) -> str:
 
 def is_plain(name: str) -> bool:
     """Whether it is the name of a file in the folder itself, of a kind that a model or its tokens have."""
-    return name == os.path.basename(name) and not name.startswith(".") and name.endswith(_SUFFIXES)
+    plain = name == os.path.basename(name) and not name.startswith(".") and name.endswith(_SUFFIXES)
+    # what the system takes as a name: no zero byte, no lone surrogate, not too long
+    return plain and name.isprintable() and len(os.fsencode(name)) <= 255
 
 
 def fits(folder: Path, changes: Mapping[str, Change]) -> bool:

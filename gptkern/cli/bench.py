@@ -56,7 +56,7 @@ def bench(
     _print(found)
     if out is not None:
         for path in session.write(found, out, _sections(where, quick)):
-            print(path)
+            terminal.write(str(path))
     return 0
 
 

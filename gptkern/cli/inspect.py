@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from gptkern.cli import terminal
+
 
 class Per(Enum):
     """Of what there is one report."""
@@ -61,9 +63,9 @@ def inspect(
     lines: list[str] = []
     if before is not None:
         lines = report.diff(before[0], found)
-        print("\n".join(lines) or "the machine code is the same")
+        terminal.write("\n".join(lines) or "the machine code is the same")
         if lines and before[1] != triton.__version__:
-            print(f"{diff} was compiled by triton {before[1]}, this is {triton.__version__}")
+            terminal.write(f"{diff} was compiled by triton {before[1]}, this is {triton.__version__}")
     else:
         print(_aot.as_table(found))
     for each, times in floors.items():

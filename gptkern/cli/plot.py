@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from gptkern.cli import terminal
+
 
 def plot(
     run: Annotated[Path, typer.Argument(help="The folder of a run of `gptkern train`.")],
@@ -20,4 +22,4 @@ def plot(
 
     path = out or run / "plot.png"
     plot_run(run, path)
-    print(path)
+    terminal.write(str(path))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gptkern.cli import terminal
+
 if TYPE_CHECKING:
     from gptkern.train import Settings
 
@@ -84,7 +86,7 @@ def _find_lr(settings: Settings, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     found = find_lr(settings, out)
     plot_lr(found.rates, found.losses, found.suggestion, out / "find_lr.png")
-    print(f"recommended: [optimizer] lr = {found.suggestion:.1e} (the test: {out / 'find_lr.png'})")
+    terminal.write(f"recommended: [optimizer] lr = {found.suggestion:.1e} (the test: {out / 'find_lr.png'})")
 
 
 def _find_batch(settings: Settings, out: Path) -> None:

@@ -139,7 +139,11 @@ class Progress:
         self._bar.update(self._task, completed=step, status=status)
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """A line above the bar. Paths and samples come from anywhere: they must not command a terminal."""
+        # imported here: the command line imports this package
+        from gptkern.cli.terminal import visible
+
+        text = visible(text, self.console.file)
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
