@@ -138,6 +138,18 @@ def write_file(path: Path, data: Data | str) -> None:
         raise
 
 
+def no_link(path: Path) -> Path:
+    """The path of a file to write whose name the program chose, in a folder that may come from anywhere.
+
+    Raises:
+        OSError: It is a link, which would have a file written that nobody named.
+    """
+    if path.is_symlink():
+        told = f"a link to {os.readlink(path)!r}: nothing is written through it; remove it first"
+        raise OSError(errno.ELOOP, told, str(path))
+    return path
+
+
 def named_folder(caller: str, folder: str | Path) -> Path:
     """The folder as a path.
 

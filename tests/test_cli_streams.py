@@ -21,7 +21,7 @@ from gptkern.cli import terminal
 from gptkern.config import GPTConfig
 from gptkern.model import GPT
 from gptkern.tokenizer import Tokenizer
-from gptkern.train.logs import Progress
+from gptkern.train.logs import Log, Progress
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "a\x1b]52;c;aGk=\x07b\x9b2Jc\x7f"  # to the clipboard, clear the screen by C1, delete
@@ -166,6 +166,24 @@ def test_paths_and_samples_of_a_run_are_filtered_too(tmp_path: Path, monkeypatch
     for shown in (out.getvalue(), err.getvalue()):
         assert terminal.visible(HOSTILE, _Terminal()) in shown
         assert "]52;c" not in shown.replace("\\x1b]52;c", "")
+
+
+def test_a_runs_links_have_no_other_file_written(command: Any, tmp_path: Path) -> None:
+    folder, other = tmp_path / "run", tmp_path / "other"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (folder / "plot.png").symlink_to(other)
+    other.write_text("mine")
+    code, _, err = command("plot", str(folder))
+    assert code == 1
+    assert "a link to" in err
+    (folder / "log.jsonl").unlink()
+    (folder / "log.jsonl").symlink_to(tmp_path / "new")
+    with pytest.raises(OSError, match="a link to"):
+        Log(folder, 0, tensorboard=False)
+    assert other.read_text() == "mine"
+    assert not (tmp_path / "new").exists()
+    assert command("plot", str(folder), "--out", str(tmp_path / "named.png"))[0] == 1  # no log
 
 
 def test_json_keeps_every_character(command: Any, folder: str) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gptkern.cli import terminal
+from gptkern.durable import no_link
 
 
 def plot(
@@ -20,6 +21,6 @@ def plot(
     """
     from gptkern.train.plot import plot_run
 
-    path = out or run / "plot.png"
+    path = out or no_link(run / "plot.png")
     plot_run(run, path)
     terminal.write(str(path))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptkern.cli import terminal
+from gptkern.durable import no_link
 
 if TYPE_CHECKING:
     from gptkern.train import Settings
@@ -84,9 +85,10 @@ def _find_lr(settings: Settings, out: Path) -> None:
     from gptkern.train.plot import plot_lr
 
     out.mkdir(parents=True, exist_ok=True)
+    picture = no_link(out / "find_lr.png")
     found = find_lr(settings, out)
-    plot_lr(found.rates, found.losses, found.suggestion, out / "find_lr.png")
-    terminal.write(f"recommended: [optimizer] lr = {found.suggestion:.1e} (the test: {out / 'find_lr.png'})")
+    plot_lr(found.rates, found.losses, found.suggestion, picture)
+    terminal.write(f"recommended: [optimizer] lr = {found.suggestion:.1e} (the test: {picture})")
 
 
 def _find_batch(settings: Settings, out: Path) -> None:

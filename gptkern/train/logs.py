@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gptkern.durable import naming, write_file
+from gptkern.durable import naming, no_link, write_file
 from gptkern.train.settings import SettingsError
 
 # Dense bf16 peaks, from the data sheets, by a part of the device's name.
@@ -38,7 +38,7 @@ class Log:
     """A run's log files; on resuming, lines beyond ``step`` are dropped, so that each is there once."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
-        self.path = folder / "log.jsonl"
+        self.path = no_link(folder / "log.jsonl")
         _truncate(self.path, step)
         with naming(self.path):
             self._file = self.path.open("a", encoding="utf-8")
