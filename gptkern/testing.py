@@ -248,7 +248,9 @@ def _run(op: Op, call: Call) -> list[torch.Tensor]:
     if not inputs or not outputs:
         return results
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(t.shape, generator=generator).to(torch.bfloat16).to(t) for t in outputs]
+    grads = [
+        torch.randn(t.shape, generator=generator, device="cpu").to(torch.bfloat16).to(t) for t in outputs
+    ]
     return results + [
         torch.zeros_like(x) if grad is None else grad
         for x, grad in zip(

@@ -73,6 +73,18 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def on_device(device: torch.device) -> Generator[None]:
+    """Makes ``device`` the default of the test's tensors: ``pytest.mark.usefixtures("on_device")``.
+
+    Random numbers from a generator are drawn on the CPU, by ``device="cpu"``, and moved.
+    """
+    if device.type == "cpu" and not INTERPRETED:
+        pytest.skip("no GPU, and kernels are not interpreted here")
+    with device:
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of tokenizers and text that tests read."""

@@ -15,9 +15,6 @@ from gptkern.bench import environment, launch_file, tune
 from gptkern.ops import _launch, _samples
 from gptkern.ops.layer_norm.op import layer_norm
 
-CPU = torch.device("cpu")
-ARCH = 90
-
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_a_table_is_written_as_it_was_read(arch: int, tmp_path: Path) -> None:
@@ -72,11 +69,16 @@ def _norm(rows: int, width: int) -> _samples.Make:
 
 
 @pytest.fixture
-def places(monkeypatch: pytest.MonkeyPatch) -> list[tune.Place]:
+def arch(device: torch.device) -> int:
+    return _launch.arch(device)
+
+
+@pytest.fixture
+def places(arch: int, monkeypatch: pytest.MonkeyPatch) -> list[tune.Place]:
     """The rows of layer norm at a small width, forward and backward."""
     small = [_samples.Sample("small", layer_norm, _norm(5, 96), dtypes=(torch.float32,))]
     monkeypatch.setattr(_samples, "samples", lambda op: small)
-    return tune.places(["layer_norm"], ARCH)
+    return tune.places(["layer_norm"], arch)
 
 
 @pytest.mark.kernels
@@ -90,20 +92,22 @@ def test_places_are_the_rows_that_the_samples_ask_for(places: list[tune.Place]) 
 
 
 @pytest.mark.kernels
-def test_a_row_is_timed_by_the_launches_that_it_decides(places: list[tune.Place]) -> None:
+def test_a_row_is_timed_by_the_launches_that_it_decides(
+    places: list[tune.Place], device: torch.device
+) -> None:
     backward = places[1]
-    bench = tune._Bench(backward, CPU, lambda call: 1.0)
+    bench = tune._Bench(backward, device, lambda call: 1.0)
     case = backward.cases[0]
     decided = bench._decided(case, backward.row)
-    launches, _ = tune._run(case, CPU)
+    launches, _ = tune._run(case, device)
     assert [launches[i].name for i in decided] == ["norm_backward_kernel"]
 
 
 @pytest.mark.kernels
 def test_a_candidate_with_other_results_is_no_candidate(
-    places: list[tune.Place], monkeypatch: pytest.MonkeyPatch
+    places: list[tune.Place], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = tune._Bench(places[0], CPU, lambda call: 1.0)
+    bench = tune._Bench(places[0], device, lambda call: 1.0)
     row = places[0].row
     assert bench.measure(row) == 1.0
     assert bench.measure({**row, "num_warps": 2 * row["num_warps"]}) == 1.0
@@ -120,41 +124,45 @@ def test_a_candidate_with_other_results_is_no_candidate(
 
 @pytest.mark.kernels
 def test_the_tuned_rows_are_written_with_where_they_were_measured(
-    places: list[tune.Place], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    places: list[tune.Place],
+    arch: int,
+    device: torch.device,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tune._Bench, "sound", lambda self, row: True)
-    path = tmp_path / "sm90.toml"
-    shutil.copyfile(_launch.table_file(ARCH), path)
+    path = tmp_path / "table.toml"
+    shutil.copyfile(_launch.table_file(arch), path)
     before, _ = launch_file.read(path)
     # More warps are faster, in this invented world.
     monkeypatch.setattr(tune._Bench, "measure", lambda self, row: 1.0 / row["num_warps"])
-    found = list(tune.tune(places[:1], path, CPU))
+    found = list(tune.tune(places[:1], path, device))
     assert [(place.name, row["num_warps"]) for place, row, _ in found] == [("norm_forward, row 1", 16)]
     after, _ = launch_file.read(path)
     row = after["norm_forward"].pop(0)
-    assert row == {**before["norm_forward"].pop(0), "num_warps": 16, "measured": tune.note(CPU)}
+    assert row == {**before["norm_forward"].pop(0), "num_warps": 16, "measured": tune.note(device)}
     assert after == before
-    assert _launch.table(ARCH)["norm_forward"][0]["num_warps"] != 16
+    assert _launch.table(arch)["norm_forward"][0]["num_warps"] != 16
 
-    assert tune.pending(places, path, CPU, again=False) == places[1:]
-    assert tune.pending(places, path, CPU, again=True) == places
+    assert tune.pending(places, path, device, again=False) == places[1:]
+    assert tune.pending(places, path, device, again=True) == places
     monkeypatch.setattr(environment, "device_name", lambda device: "another")
-    assert tune.pending(places, path, CPU, again=False) == places
+    assert tune.pending(places, path, device, again=False) == places
     launch_file.write({**after, "norm_backward": []}, "# rows are missing", path)
     with pytest.raises(ValueError, match="its rows of norm_backward are not those of the package"):
-        tune.pending(places[1:2], path, CPU, again=False)
+        tune.pending(places[1:2], path, device, again=False)
 
 
 @pytest.mark.kernels
-def test_trying_a_row_is_undone(places: list[tune.Place]) -> None:
+def test_trying_a_row_is_undone(places: list[tune.Place], arch: int, device: torch.device) -> None:
     place = places[0]
     before = dict(place.row)
     asked = {"width": 96}
-    with pytest.raises(KeyError), _launch.trying(ARCH, place.kernel, place.index, {**before, "num_warps": 1}):
-        assert _launch.config(place.kernel, CPU, **asked)["num_warps"] == 1
+    with pytest.raises(KeyError), _launch.trying(arch, place.kernel, place.index, {**before, "num_warps": 1}):
+        assert _launch.config(place.kernel, device, **asked)["num_warps"] == 1
         raise KeyError
     assert place.row == before
-    assert _launch.config(place.kernel, CPU, **asked)["num_warps"] == before["num_warps"]
+    assert _launch.config(place.kernel, device, **asked)["num_warps"] == before["num_warps"]
 
 
 def test_the_command_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def prefilled(
         max_len=40,
         page_size=page_size,
         dtype=model.dtype,
+        device=model.device,
     )
     with torch.no_grad(), backend("reference"):
         for prompt in prompts:
@@ -164,6 +165,7 @@ def test_the_end_of_the_context_and_of_the_cache() -> None:
 
 
 @pytest.mark.kernels
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("model_type", ["gpt2", "openai-gpt"])
 def test_kernels_agree_with_the_references(model_type: str) -> None:
     model = make_model(torch.float32, model_type=model_type, n_layer=2)
@@ -177,6 +179,7 @@ def test_kernels_agree_with_the_references(model_type: str) -> None:
 
 
 @pytest.mark.kernels
+@pytest.mark.usefixtures("on_device")
 def test_five_launches_a_layer() -> None:
     model = make_model(torch.float32, n_layer=2)
     step = DecodeStep(model, prefilled(model, PROMPTS))
@@ -186,14 +189,16 @@ def test_five_launches_a_layer() -> None:
         names.append(launch.name)
         return True
 
-    with _launch.observe(note):
-        step(torch.tensor([1, 2, 3]))
+    # The step itself: on a GPU a call is the replay of a graph.
+    with _launch.observe(note), torch.no_grad():
+        step.run(3)
     layer = ["decode_linear_kernel", "decode_attention_kernel", *["decode_linear_kernel"] * 3]
     assert names == ["decode_embed_kernel", *layer, *layer, "decode_linear_kernel"]
     assert Counter(names).total() == 2 + 5 * 2
 
 
 @pytest.mark.kernels
+@pytest.mark.usefixtures("on_device")
 def test_a_sequence_is_bitwise_the_same_alone_in_a_batch_and_in_other_pages() -> None:
     model = make_model(torch.float32, n_layer=1)
     together = DecodeStep(model, prefilled(model, PROMPTS, page_size=4))(torch.tensor([7, 8, 9]))
@@ -203,6 +208,7 @@ def test_a_sequence_is_bitwise_the_same_alone_in_a_batch_and_in_other_pages() ->
 
 
 @pytest.mark.kernels
+@pytest.mark.usefixtures("on_device")
 def test_padding_of_a_bucket_writes_nothing() -> None:
     model = make_model(torch.float32, n_layer=1)
     cache = prefilled(model, PROMPTS, page_size=4, max_seqs=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def filled(pages: int, size: int, heads: int, dim: int) -> tuple[Any, Any]:
 
 
 @PATHS
+@pytest.mark.usefixtures("on_device")
 def test_every_number_is_kept_rounded_to_even_and_the_rest_saturates(backend: Any) -> None:
     bytes_ = torch.arange(256, dtype=torch.uint8)
     exact = bytes_.view(FP8).float()
@@ -53,6 +55,7 @@ def test_every_number_is_kept_rounded_to_even_and_the_rest_saturates(backend: An
 
 
 @PATHS
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 3, 16), (4, 2, 40)])
 def test_attention_is_that_of_the_widened_cache(
@@ -75,6 +78,7 @@ def test_attention_is_that_of_the_widened_cache(
 
 
 @PATHS
+@pytest.mark.usefixtures("on_device")
 def test_queries_keys_and_values_reach_the_cache(backend: Any) -> None:
     x, weight = torch.randn(4, 48), torch.randn(3 * 48, 48) * 0.3
     caches = [torch.zeros(2, 8, 3, 16, dtype=FP8) for _ in range(2)]
@@ -138,13 +142,12 @@ def test_a_checkpoints_scales_that_do_not_fit_are_named(tmp_path: Path, scales: 
 
 
 @pytest.mark.kernels
-def test_the_decode_step_steps_as_the_model_does() -> None:
-    gpt = pair("head dim 64")[1]
-    ids = prompts(2, 9)
+def test_the_decode_step_steps_as_the_model_does(device: torch.device) -> None:
+    gpt = copy.deepcopy(pair("head dim 64")[1]).to(device)
+    ids = prompts(2, 9).to(device)
+    shape = {"max_seqs": 2, "max_len": 16, "page_size": 4}
     with torch.no_grad():
-        held = [
-            KVCache.for_config(gpt.config, max_seqs=2, max_len=16, page_size=4, dtype=FP8) for _ in range(2)
-        ]
+        held = [KVCache.for_config(gpt.config, **shape, dtype=FP8, device=device) for _ in range(2)]
         assert held[0].bytes_per_token * 4 == 2 * 4 * gpt.config.n_layer * gpt.config.n_embd
         for cache in held:
             gpt(ids[:, :8], cache=cache)

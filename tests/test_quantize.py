@@ -95,12 +95,16 @@ def test_casts_and_moves_leave_the_packed_weights_alone(options: dict[str, Any],
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", KINDS, ids=kind_of)
 def test_the_decode_step_reads_the_packed_weights(
-    options: dict[str, Any], dtype: torch.dtype, folder: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
 ) -> None:
-    made = GPT.from_pretrained(folder, dtype=dtype, **options)
-    ids = torch.randint(97, (2, 6), generator=torch.Generator().manual_seed(1))
+    made = GPT.from_pretrained(folder, dtype=dtype, **options).to(device)
+    ids = torch.randint(97, (2, 6), generator=torch.Generator().manual_seed(1)).to(device)
     with torch.no_grad():
-        cache = KVCache.for_config(CONFIG, max_seqs=2, max_len=16, page_size=4, dtype=dtype)
+        cache = KVCache.for_config(CONFIG, max_seqs=2, max_len=16, page_size=4, dtype=dtype, device=device)
         made(ids[:, :5], cache=cache)
         step = DecodeStep(made, cache)
         assert any(t is made.lm_head.values for t in step._parameters)

@@ -230,9 +230,12 @@ def test_a_streamer_gets_the_same_steps() -> None:
     assert plain.values == found.values
 
 
-@pytest.mark.parametrize("kernels", [False, True])
-def test_rows_are_bitwise_the_plain_step_and_rejects_leave_no_trace(kernels: bool) -> None:
-    gpt = pair("head dim 16, one head")[1]
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=pytest.mark.kernels)])
+def test_rows_are_bitwise_the_plain_step_and_rejects_leave_no_trace(
+    kernels: bool, device: torch.device
+) -> None:
+    where = device if kernels else torch.device("cpu")
+    gpt = copy.deepcopy(pair("head dim 16, one head")[1]).to(where)
     kind: Any = DecodeStep if kernels else CpuStep
     if not kernels and not _C.has_decoder:
         pytest.skip("this processor has no AVX2")
@@ -240,9 +243,9 @@ def test_rows_are_bitwise_the_plain_step_and_rejects_leave_no_trace(kernels: boo
     with torch.inference_mode(), ops.backend("kernel" if kernels else "reference"):
 
         def cache() -> KVCache:
-            made = KVCache.for_config(gpt.config, max_seqs=3, max_len=40, page_size=4)
+            made = KVCache.for_config(gpt.config, max_seqs=3, max_len=40, page_size=4, device=where)
             made.allocate(3)
-            gpt(torch.tensor([[1, 2, 3]] * 3), cache=made)
+            gpt(torch.tensor([[1, 2, 3]] * 3, device=where), cache=made)
             return made
 
         held = cache()
@@ -255,7 +258,7 @@ def test_rows_are_bitwise_the_plain_step_and_rejects_leave_no_trace(kernels: boo
             plain = cache()
             step = kind(gpt, plain)
             for token in ids:
-                given = torch.tensor([token if r == row else 8 for r in range(3)])
+                given = torch.tensor([token if r == row else 8 for r in range(3)], device=where)
                 assert torch.equal(step(given)[row], logits[at])
                 at += 1
         passes.keep([1, 1, 2])

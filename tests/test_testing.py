@@ -13,7 +13,7 @@ from gptkern import testing
 from gptkern.ops import layer_norm
 from gptkern.testing import Call, assert_accurate, check, layouts
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("on_device")]
 
 
 def _inputs() -> list[Call]:

@@ -228,9 +228,9 @@ def test_inputs_beside_ids() -> None:
 
 
 @pytest.mark.kernels
-def test_the_kernels_and_the_fused_loss_compute_it() -> None:
-    model = build("GPT2LMHeadModel", n_layer=1).train()
-    given = inputs("GPT2LMHeadModel")
+def test_the_kernels_and_the_fused_loss_compute_it(device: torch.device) -> None:
+    model = build("GPT2LMHeadModel", n_layer=1).train().to(device)
+    given = {name: value.to(device) for name, value in inputs("GPT2LMHeadModel").items()}
     with gptkern.backend("reference"):
         expected = results(model, given)
         counted = model(**given, num_items_in_batch=30).loss

@@ -224,11 +224,12 @@ def test_softcap_and_scaling_arrive() -> None:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("kind", ["none", "left", "right"])
-def test_the_kernels_compute_it(kind: str) -> None:
-    reference = _model("mistral")
+def test_the_kernels_compute_it(kind: str, device: torch.device) -> None:
+    reference = _model("mistral").to(device)
     model = copy.deepcopy(reference)
     model.set_attn_implementation("gptkern")
-    ids, mask = _ids(2, 7), _mask(kind, 2, 7)
+    ids, mask = _ids(2, 7).to(device), _mask(kind, 2, 7)
+    mask = None if mask is None else mask.to(device)
     real = torch.ones(2, 7, dtype=torch.bool) if mask is None else mask.bool()
     found = model(ids, attention_mask=mask).logits[real]
     torch.testing.assert_close(found, reference(ids, attention_mask=mask).logits[real], atol=1e-4, rtol=1e-4)

@@ -75,7 +75,7 @@ def test_zero_rows_and_outliers_stay_finite() -> None:
         assert found[1, 5] == pytest.approx(1e30, rel=0.3)
 
 
-@pytest.mark.kernels
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", KINDS, ids=kind_of)
 @pytest.mark.parametrize("rows", [1, 3, 17])
@@ -103,7 +103,7 @@ def test_the_kernel_against_the_dequantised_matrix(
     assert_accurate(found, residual + F.linear(x, weight.dequantize(dtype)), exact)
 
 
-@pytest.mark.kernels
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("options", KINDS, ids=kind_of)
 def test_a_row_is_bitwise_the_same_alone_and_among_others(options: dict[str, Any]) -> None:
     # Up to 16 rows: beyond them the interpreter's products of other tile shapes sum in another order.
@@ -113,7 +113,7 @@ def test_a_row_is_bitwise_the_same_alone_and_among_others(options: dict[str, Any
         assert torch.equal(decode_linear(x[row : row + 1], weight)[0], whole[row])
 
 
-@pytest.mark.kernels
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("options", KINDS, ids=kind_of)
 def test_queries_keys_and_values_reach_their_places(options: dict[str, Any]) -> None:
     weight, x = quantize(drawn(3 * 128, 128), **options), drawn(4, 128)

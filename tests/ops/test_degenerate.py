@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
 
 import gptkern
 from gptkern import ops
@@ -26,6 +27,7 @@ SAMPLER = {
     "top_k_logprobs",
 }
 NO_OP = {"backend"}
+pytestmark = pytest.mark.usefixtures("on_device")
 NAN = float("nan")
 
 
@@ -37,10 +39,21 @@ class Row(NamedTuple):
     plain: Callable[..., Any]
     terms: float = 0.0  # as of gptkern.testing.assert_accurate
 
+    def on(self, device: torch.device) -> Row:
+        """The row for a test: the table's are made on the CPU, when the file is read."""
+
+        def moved(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.detach().to(device).requires_grad_(value.requires_grad)
+
+        args, kwargs = pytree.tree_map(moved, (self.call.args, self.call.kwargs))
+        return self._replace(call=Call(args, kwargs))
+
 
 def leaf(*shape: int, value: float | None = None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(sum(shape) + len(shape))
-    x = torch.randn(shape, generator=generator) if value is None else torch.full(shape, value)
+    x = torch.randn(shape, generator=generator, device="cpu") if value is None else torch.full(shape, value)
     return x.requires_grad_()
 
 
@@ -473,13 +486,13 @@ def assert_same(op: Callable[..., Any], row: Row) -> None:
     ("name", "row"),
     [pytest.param(name, row, id=f"{name}: {row.case}") for name, rows in ROWS.items() for row in rows],
 )
-def test_as_plain_pytorch(name: str, row: Row, implementation: Any) -> None:
+def test_as_plain_pytorch(name: str, row: Row, implementation: Any, device: torch.device) -> None:
     with gptkern.backend(implementation):
-        assert_same(FUNCTIONS.get(name, getattr(ops, name)), row)
+        assert_same(FUNCTIONS.get(name, getattr(ops, name)), row.on(device))
 
 
 @pytest.mark.parametrize("implementation", ["kernel", "reference"])
-def test_gradients_of_ignored_tokens(implementation: Any) -> None:
-    row = loss_of_weighed_tokens()
+def test_gradients_of_ignored_tokens(implementation: Any, device: torch.device) -> None:
+    row = loss_of_weighed_tokens().on(device)
     with gptkern.backend(implementation):
         assert_same(weighed, row)

@@ -198,9 +198,13 @@ def good(**changes: Any) -> dict[str, Any]:
     ],
     ids=lambda value: None if isinstance(value, dict | type) else value,
 )
-def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments(
+    changes: dict[str, Any], error: type[Exception], message: str, device: torch.device
+) -> None:
+    given = good(**changes)
+    given |= {name: value.to(device) for name, value in given.items() if isinstance(value, torch.Tensor)}
     with pytest.raises(error, match=message) as raised:
-        flash_attention(**good(**changes))
+        flash_attention(**given)
     assert str(raised.value).startswith("flash_attention: ")
 
 

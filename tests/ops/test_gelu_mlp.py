@@ -8,13 +8,12 @@ import pytest
 import torch
 
 import gptkern
-from gptkern.ops import _dispatch, _launch, _samples
+from gptkern.ops import _launch, _samples
 from gptkern.ops.gelu_mlp import gelu_mlp
 from gptkern.testing import DTYPES, Call, check, check_values
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", "none")
-KERNELS = torch.cuda.is_available() or _dispatch.INTERPRETED
-needs_kernels = pytest.mark.skipif(not KERNELS, reason="no GPU, and kernels are not interpreted here")
+needs_kernels = pytest.mark.usefixtures("on_device")
 
 
 def call(tokens: int, width: int, hidden: int, dtype: torch.dtype = torch.float32, **settings: Any) -> Call:
@@ -64,9 +63,9 @@ def test_no_tokens() -> None:
 
 @pytest.mark.slow
 @needs_kernels
-def test_samples() -> None:
+def test_samples(device: torch.device) -> None:
     for sample in _samples.checks("gelu_mlp"):
-        check_values(sample.op, sample.make(torch.device("cpu"), torch.float32), what=sample.name)
+        check_values(sample.op, sample.make(device, torch.float32), what=sample.name)
 
 
 @pytest.mark.slow
@@ -166,9 +165,9 @@ def test_launches() -> None:
 
 
 @needs_kernels
-def test_autocast_with_the_residual_in_fp32() -> None:
+def test_autocast_with_the_residual_in_fp32(device: torch.device) -> None:
     given = call(5, 8, 16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         out = gelu_mlp(*given.args, **given.kwargs)
         inner = gelu_mlp(*given.args)
     assert (out.dtype, inner.dtype) == (torch.float32, torch.bfloat16)

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from norm_cases import add_layer_norm, call, few_programs, grid, layer_norm, leaf
 
 import gptkern
-from gptkern.ops import _dispatch, _samples
+from gptkern.ops import _samples
 from gptkern.ops.layer_norm import launcher
 from gptkern.testing import DTYPES, Call, assert_accurate, check, check_values, norm_terms
 
 OPS = (layer_norm, add_layer_norm)
-KERNELS = torch.cuda.is_available() or _dispatch.INTERPRETED
-needs_kernels = pytest.mark.skipif(not KERNELS, reason="no GPU, and kernels are not interpreted here")
+needs_kernels = pytest.mark.usefixtures("on_device")
 
 
 @pytest.mark.parametrize(("width", "dtype"), grid())
@@ -48,9 +47,9 @@ def test_extreme_values(op: Any, dtype: torch.dtype, values: dict[str, float]) -
 
 
 @needs_kernels
-def test_checks() -> None:
+def test_checks(device: torch.device) -> None:
     for sample in _samples.checks("layer_norm"):
-        check_values(sample.op, sample.make(torch.device("cpu"), torch.float32), what=sample.name)
+        check_values(sample.op, sample.make(device, torch.float32), what=sample.name)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -195,9 +194,7 @@ def test_mixed_dtypes() -> None:
 @pytest.mark.parametrize("implementation", ["reference", "kernel"])
 @needs_kernels
 def test_autocast_gives_its_dtype_and_keeps_the_residual(implementation: Any, device: torch.device) -> None:
-    x, residual, weight, bias = (
-        t.detach().to(device) for t in call(add_layer_norm, 4, 33, dtype=torch.float32).args
-    )
+    x, residual, weight, bias = (t.detach() for t in call(add_layer_norm, 4, 33, dtype=torch.float32).args)
     with gptkern.backend(implementation), torch.autocast(device.type, torch.bfloat16):
         normed, total = add_layer_norm(x, residual, weight, bias)
         alone = layer_norm(x, weight, bias)
@@ -350,14 +347,16 @@ def test_bad_residuals_are_named(
 
 @needs_kernels
 def test_kernels_refuse_float64_by_name() -> None:
+    x, weight = torch.ones(2, 8, dtype=torch.float64), torch.ones(8)
     with pytest.raises(TypeError, match="x is float64"):
-        layer_norm(X.double(), W)
+        layer_norm(x, weight)
     with gptkern.backend("reference"):
-        assert layer_norm(X.double(), W).dtype == torch.float64
+        assert layer_norm(x, weight).dtype == torch.float64
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.0, 1e3, 1e6])
 @pytest.mark.parametrize("width", [2, 3, 17, 129])
+@needs_kernels
 def test_small_steps_beside_a_large_mean(width: int, mean: float) -> None:
     """Rows of ``mean + i * 1e-3``, where E[x^2] - E[x]^2 has no digit left, and dx is what terms leave."""
     x = (mean + 1e-3 * torch.arange(4 * width).float().view(4, width)).requires_grad_()

@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptkern
-from gptkern.ops import _dispatch, _launch, _samples
+from gptkern.ops import _launch, _samples
 from gptkern.ops.linear import launcher, linear, linear_act, linear_residual
 from gptkern.testing import DTYPES, Call, check, check_values
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", "none")
-KERNELS = torch.cuda.is_available() or _dispatch.INTERPRETED
-needs_kernels = pytest.mark.skipif(not KERNELS, reason="no GPU, and kernels are not interpreted here")
+needs_kernels = pytest.mark.usefixtures("on_device")
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
@@ -79,9 +78,9 @@ def test_empty(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.slow
 @needs_kernels
-def test_samples() -> None:
+def test_samples(device: torch.device) -> None:
     for sample in _samples.checks("linear"):
-        check_values(sample.op, sample.make(torch.device("cpu"), torch.float32), what=sample.name)
+        check_values(sample.op, sample.make(device, torch.float32), what=sample.name)
 
 
 @pytest.mark.slow
@@ -277,9 +276,9 @@ def test_residual_in_fp32() -> None:
 
 
 @needs_kernels
-def test_autocast() -> None:
+def test_autocast(device: torch.device) -> None:
     x, weight, bias = act_call(9, 24, 16, "none").args
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         out = linear_act(x, weight, bias)
         compiled = torch.compile(linear_act, fullgraph=True, backend="aot_eager")(x, weight, bias)
     assert out.dtype == torch.bfloat16
@@ -334,4 +333,4 @@ def test_wrong_arguments(wrong: Any, error: type[Exception], message: str) -> No
 @needs_kernels
 def test_rows_that_do_not_merge_are_refused() -> None:
     with pytest.raises(ValueError, match=r"x has shape .* must merge into one"):
-        linear_act(torch.zeros(3, 4, 8).transpose(0, 1), W, B)
+        linear_act(torch.zeros(3, 4, 8).transpose(0, 1), torch.zeros(6, 8), None)

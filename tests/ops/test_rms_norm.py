@@ -9,13 +9,9 @@ import pytest
 import torch
 from norm_cases import add_rms_norm, call, few_programs, grid, rms_norm
 
-from gptkern.ops import _dispatch
 from gptkern.testing import check, check_values
 
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or _dispatch.INTERPRETED),
-    reason="no GPU, and kernels are not interpreted here",
-)
+pytestmark = pytest.mark.usefixtures("on_device")
 
 OPS = (rms_norm, add_rms_norm)
 

@@ -254,7 +254,10 @@ def _check(
                 f"{op}: seq_lens goes from {int(seq_lens.min())} to {longest}; "
                 f"{page_table.shape[1]} pages hold 0 to {page_table.shape[1] * k_cache.shape[1]} tokens"
             )
-        needed = torch.arange(page_table.shape[1])[None, :] * k_cache.shape[1] < seq_lens[:, None]
+        needed = (
+            torch.arange(page_table.shape[1], device=page_table.device)[None, :] * k_cache.shape[1]
+            < seq_lens[:, None]
+        )
         strange = page_table[needed & ((page_table < 0) | (page_table >= k_cache.shape[0]))]
         if strange.numel():
             raise ValueError(
