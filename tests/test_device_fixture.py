@@ -13,7 +13,6 @@ import pytest
 HERE = Path(__file__).parent
 # Of arguments, which are checked before anything is launched, and of what a CPU alone does.
 OF_NO_KERNEL = {
-    "test_an_error_inside_restores_the_choice",
     "test_bad_arguments",
     "test_bad_arguments_are_named",
     "test_bad_caches_are_named",
@@ -27,7 +26,7 @@ OF_NO_KERNEL = {
 @pytest.mark.ci
 @pytest.mark.timeout(900)
 def test_no_kernel_test_gives_a_kernel_cpu_tensors(tmp_path: Path) -> None:
-    """With a stand-in for the GPU; see ``gpu_stand_in``. The sampler's tests are of the CPU's sampler."""
+    """With a stand-in; see ``gpu_stand_in``. The sampler and the dispatch are tested on the CPU."""
     found = tmp_path / "found.json"
     paths = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {
@@ -46,7 +45,13 @@ def test_no_kernel_test_gives_a_kernel_cpu_tensors(tmp_path: Path) -> None:
         "-o",
         "addopts=",
     ]
-    chosen = ["-m", "kernels and not slow and not gpu", "--ignore-glob=*test_sample*", str(HERE)]
+    chosen = [
+        "-m",
+        "kernels and not slow and not gpu",
+        "--ignore-glob=*test_sample*",
+        "--ignore-glob=*test_dispatch*",
+        str(HERE),
+    ]
     done = subprocess.run(
         [*command, "-q", "--tb=no", *chosen],
         cwd=HERE.parent,

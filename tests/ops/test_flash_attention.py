@@ -367,14 +367,16 @@ def test_same_bits_every_time_and_in_any_batch(device: torch.device) -> None:
 
 @pytest.mark.parametrize("level", [1.0, 30.0, 200.0, 1e4])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_gradients_at_large_scores(dtype: torch.dtype, level: float, set_tiles: SetTiles) -> None:
+def test_gradients_at_large_scores(
+    dtype: torch.dtype, level: float, device: torch.device, set_tiles: SetTiles
+) -> None:
     """Within the bound that ``gptkern.testing`` states; for scores of size 1 that is the common one."""
     set_tiles(32, 32)
-    qkv = inputs(Case(1, 40, 40, 2, 1, 16, dtype), torch.device("cpu"))
+    qkv = inputs(Case(1, 40, 40, 2, 1, 16, dtype), device)
     q, k, _ = (t.detach().float() for t in qkv)
     scores = torch.einsum("bqhd,bkgd->bhqk", q, k) / 4
     qkv[0] = (q * (level / scores.abs().max())).to(dtype).requires_grad_()
-    do = torch.randn(qkv[0].shape).to(dtype)
+    do = torch.randn(qkv[0].shape, device=device).to(dtype)
     exact, rough = plain(qkv, torch.float64, do), plain(qkv, dtype, do)
     out = flash_attention(*qkv)
     assert isinstance(out, torch.Tensor)
@@ -384,11 +386,11 @@ def test_gradients_at_large_scores(dtype: torch.dtype, level: float, set_tiles: 
         assert_accurate(got, rough[name], exact[name], name, terms=terms[name])
 
 
-def test_expanded_keys_and_an_expanded_gradient(set_tiles: SetTiles) -> None:
+def test_expanded_keys_and_an_expanded_gradient(device: torch.device, set_tiles: SetTiles) -> None:
     """k, v and the gradient of stride 0 are as their copies."""
     set_tiles(32, 32)
-    q, k, v = inputs(Case(2, 33, 20, 2, 2, 16), torch.device("cpu"))
-    k, v, do = k[:1, :, :1], v[:1, :, :1], torch.randn(1, 1, 2, 16)
+    q, k, v = inputs(Case(2, 33, 20, 2, 2, 16), device)
+    k, v, do = k[:1, :, :1], v[:1, :, :1], torch.randn(1, 1, 2, 16, device=device)
 
     def grads(copy: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, ...]:
         wide = [copy(t.expand(2, 20, 2, 16)) for t in (k, v)]
