@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptkern import GPTConfig, backend
 from gptkern.cache import KVCache
 from gptkern.decode import DecodeStep
 from gptkern.model import GPT
 from gptkern.ops import _launch
+from gptkern.ops._samples import tensors
 from gptkern.ops.decode_attention.reference import FP8
-from gptkern.ops.decode_step import StepWeights, persistent_step
+from gptkern.ops.decode_step import Linear, StepWeights, persistent_step
+from gptkern.ops.decode_step.weights import flat
 from gptkern.ops.sample import SamplerState, SamplingParams
 from gptkern.quantize import Quantization, quantize_model
 
@@ -278,6 +282,133 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
         with pytest.raises((ValueError, TypeError), match=message):
             persistent_step(**{**given, **changes})
     assert torch.equal(cache.seq_lens, before)
+
+
+def arguments(
+    device: torch.device, dtype: torch.dtype = torch.float32, kind: str = "plain", **changes: Any
+) -> dict[str, Any]:
+    """A call of a model with one layer, and nothing in it that requires grad."""
+    model = make_model(device, dtype, n_layer=1, **changes)
+    if kind != "plain":
+        options: dict[str, Any] = {"group_size": 32, "zero_point": True} if kind == "int4" else {}
+        quantize_model(model, Quantization.make(model.config, kind, **options))
+    cache = filled(model.requires_grad_(False), [5, 2], fp8=kind == "fp8")
+    cache.reserve([1, 1])
+    return {
+        "weights": _weights(model),
+        "tokens": torch.tensor([7, 8], device=device),
+        "live": torch.full((1,), 2, dtype=torch.int32, device=device),
+        "k_cache": cache.k,
+        "v_cache": cache.v,
+        "page_table": cache.page_table,
+        "seq_lens": cache.seq_lens,
+        "scales": cache.all_scales,
+    }
+
+
+def mapped(value: Any, change: Any) -> Any:
+    """``value`` with every tensor in it changed, those in dataclasses too."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(mapped(item, change) for item in value)
+    if isinstance(value, dict):
+        return {name: mapped(item, change) for name, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{f.name: mapped(getattr(value, f.name), change) for f in fields(value)})
+    return value
+
+
+# (dtype, what is packed, changes of the model)
+KINDS = [
+    pytest.param(torch.float32, "plain", {}, id="plain"),
+    pytest.param(torch.bfloat16, "plain", {"model_type": "openai-gpt"}, id="norms after their branches"),
+    pytest.param(torch.float32, "int4", {"n_embd": 64}, id="int4 with zeros"),
+    pytest.param(torch.bfloat16, "fp8", {"bias": False}, id="fp8, its cache too, without bias"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "kind", "changes"), KINDS)
+def test_it_compiles_without_a_graph_break(
+    device: torch.device, dtype: torch.dtype, kind: str, changes: dict[str, Any]
+) -> None:
+    """The compiled call gives the bits of the eager one, in the logits and in what it changes in place."""
+    torch.compiler.reset()
+    given = arguments(device, dtype, kind, **changes)
+    weights = given.pop("weights")
+    alike = mapped(given, torch.clone)
+
+    def step(**call: Any) -> torch.Tensor:
+        return persistent_step(weights, **call) * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**given), step(**alike))
+    for got, expected in zip(tensors(given), tensors(alike), strict=True):
+        assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+    assert given["seq_lens"].tolist() == [6, 3]
+
+
+def test_weights_gathered_in_a_compiled_function(device: torch.device) -> None:
+    """A head that the compiled function itself computes is read at its own address."""
+    torch.compiler.reset()
+    given = arguments(device)
+    weights = given.pop("weights")
+    alike = mapped(given, torch.clone)
+
+    def step(head: torch.Tensor, **call: Any) -> torch.Tensor:
+        return persistent_step(replace(weights, head=Linear(head * 2)), **call)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    head = weights.head.weight
+    assert torch.equal(compiled(head, **given), step(head, **alike))
+
+
+@pytest.mark.parametrize("where", ["meta", "fake"])
+@pytest.mark.parametrize("kind", ["plain", "int4"])
+def test_shapes_alone(device: torch.device, where: str, kind: str) -> None:
+    mode = FakeTensorMode()
+    given = arguments(device, torch.bfloat16, kind)
+    bare = mapped(given, (lambda t: t.to("meta")) if where == "meta" else mode.from_tensor)
+    with mode if where == "fake" else nullcontext(), _launch.observe(lambda _: pytest.fail("a launch")):
+        logits = persistent_step(**bare)
+    assert (logits.shape, logits.dtype) == ((2, VOCABULARY), torch.bfloat16)
+    assert logits.device == bare["tokens"].device
+
+
+def test_opcheck(device: torch.device) -> None:
+    given = arguments(device)
+    weights = given.pop("weights")
+    assert given.pop("scales") is None
+    torch.library.opcheck(torch.ops.gptkern.persistent_step, (*flat(weights), *given.values(), None, None))
+
+
+def test_the_registered_op_refuses_what_the_function_refuses(device: torch.device) -> None:
+    given = arguments(device)
+    weights, scales = flat(given.pop("weights")), (None, None)
+    assert given.pop("scales") is None
+    op = torch.ops.gptkern.persistent_step
+    short = {**given, "seq_lens": given["seq_lens"][:1]}
+    with pytest.raises(ValueError, match=r"seq_lens has shape \(1,\); \(2,\) is needed"):
+        op(*weights, *short.values(), *scales)
+    with pytest.raises(ValueError, match="k_scale and v_scale: both or neither"):
+        op(*weights, *given.values(), torch.ones(1, 2, device=device), None)
+    tokens, positions, tensors, *settings = weights
+    with pytest.raises(ValueError, match="39 tensors for 1 layers; 40 are needed"):
+        op(tokens, positions, tensors[:-1], *settings, *given.values(), *scales)
+    with pytest.raises(ValueError, match="a weight is None"):
+        op(tokens, positions, [None] * len(tensors), *settings, *given.values(), *scales)
+
+
+def test_a_weight_that_requires_grad_is_refused(device: torch.device) -> None:
+    given = arguments(device)
+    given["weights"].norm[0].requires_grad_()
+    before = given["seq_lens"].clone()
+    for call in (persistent_step, torch.compile(persistent_step, backend="aot_eager", fullgraph=True)):
+        with pytest.raises(Exception, match="a weight requires grad; it is forward only"):
+            call(**given)
+        assert torch.equal(given["seq_lens"], before)
+    with torch.no_grad():
+        persistent_step(**given)
 
 
 def test_launch_rows_agree_on_warps() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from gptkern.ops import _checks
-from gptkern.ops._dispatch import use_kernel
+from gptkern.ops._dispatch import needs_grad, traced, use_kernel
 from gptkern.ops.decode_attention.reference import FP8, Scales
 from gptkern.ops.decode_step.launcher import launch_step
-from gptkern.ops.decode_step.weights import StepWeights
+from gptkern.ops.decode_step.weights import COLUMNS, MATRICES, StepWeights, flat, unflat
 
 # With more sequences than this the weights are no longer most of what a step reads.
 MOST_ROWS = 8
@@ -44,8 +46,27 @@ def persistent_step(
         ``(rows, vocabulary)`` in the weights' dtype.
 
     Raises:
-        TypeError, ValueError: an argument is not as described here, or on a CPU without the interpreter.
+        TypeError, ValueError: an argument is not as described here, a weight requires grad, or on a CPU
+            without the interpreter.
     """
+    _check(weights, tokens, live, k_cache, v_cache, page_table, seq_lens, scales)
+    # Every tensor of a large model: nobody looks at them where no gradients are kept.
+    if torch.is_grad_enabled() and needs_grad(
+        weights.token_weight, weights.position_weight, *(t for row in weights.rows() for t in row)
+    ):
+        raise ValueError("persistent_step: a weight requires grad; it is forward only: use torch.no_grad()")
+    if traced(weights.token_weight):
+        logits: torch.Tensor = torch.ops.gptkern.persistent_step(
+            *flat(weights), tokens, live, k_cache, v_cache, page_table, seq_lens, *(scales or (None, None))
+        )
+        return logits
+    return launch_step(weights, tokens, live, k_cache, v_cache, page_table, seq_lens, scales)
+
+
+def _check(
+    weights: StepWeights, tokens: torch.Tensor, live: torch.Tensor, k_cache: torch.Tensor,
+    v_cache: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, scales: Scales,
+) -> None:  # fmt: skip
     op = "persistent_step"
     if not use_kernel(weights.token_weight):
         raise ValueError(f"{op}: the weights are on {weights.token_weight.device}; a CUDA device is needed")
@@ -80,4 +101,65 @@ def persistent_step(
         op, weights=weights.token_weight, tokens=tokens, live=live, k_cache=k_cache, v_cache=v_cache,
         page_table=page_table, seq_lens=seq_lens,
     )  # fmt: skip
-    return launch_step(weights, tokens, live, k_cache, v_cache, page_table, seq_lens, scales)
+
+
+def _step(
+    token_weight: torch.Tensor,
+    position_weight: torch.Tensor,
+    weights: Sequence[torch.Tensor | None],
+    attention_scales: Sequence[float],
+    heads: int,
+    eps: float,
+    activation: str,
+    format: str | None,
+    tokens: torch.Tensor,
+    live: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    model = unflat(token_weight, position_weight, weights, attention_scales, heads, eps, activation, format)
+    if (k_scale is None) != (v_scale is None):
+        raise ValueError("persistent_step: k_scale and v_scale: both or neither are needed")
+    scales = None if k_scale is None or v_scale is None else (k_scale, v_scale)
+    given = (model, tokens, live, k_cache, v_cache, page_table, seq_lens, scales)
+    _check(*given)
+    return launch_step(*given)
+
+
+_library = torch.library.Library("gptkern", "FRAGMENT")
+_library.define(
+    "persistent_step(Tensor token_weight, Tensor position_weight, Tensor?[] weights, "
+    "float[] attention_scales, SymInt heads, float eps, str activation, str? format, Tensor tokens, "
+    "Tensor live, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor(c!) seq_lens, "
+    "Tensor? k_scale, Tensor? v_scale) -> Tensor"
+)
+for _key in ("CUDA", "CPU"):
+    _library.impl("persistent_step", _step, _key)
+
+
+@torch.library.register_fake("gptkern::persistent_step", lib=_library)
+def _(
+    token_weight: torch.Tensor,
+    position_weight: torch.Tensor,
+    weights: Sequence[torch.Tensor | None],
+    attention_scales: Sequence[float],
+    heads: int,
+    eps: float,
+    activation: str,
+    format: str | None,
+    tokens: torch.Tensor,
+    live: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    head = weights[len(weights) - COLUMNS + MATRICES]
+    assert head is not None
+    return token_weight.new_empty((tokens.shape[0], head.shape[0]))

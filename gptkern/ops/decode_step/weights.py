@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from gptkern.ops._dispatch import traced
 from gptkern.ops.decode_attention.launcher import LOG2E
 from gptkern.ops.decode_linear.formats import QuantizedWeight
-from gptkern.ops.decode_linear.launcher import packed_values
 from gptkern.ops.decode_step import kernels
 
 # What an address must be a multiple of, for loads of 16 bytes.
 _ALIGNMENT = 16
+# The kernel's table: its columns, and where in a row the norms and the matrices begin.
+COLUMNS: int = kernels.COLUMNS.value
+_NORM_1: int = kernels.NORM_1.value
+_NORM_2: int = kernels.NORM_2.value
+MATRICES: int = kernels.MATRICES.value
 
 NormWeights = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -60,7 +66,7 @@ class StepWeights:
 
     Raises:
         ValueError: Layers that are not alike (shape, bias, format), or a weight that is not contiguous or
-            whose address is no multiple of 16.
+            whose address is no multiple of 16 (under ``torch.compile`` addresses are seen when it runs).
     """
 
     token_weight: torch.Tensor
@@ -92,11 +98,12 @@ class StepWeights:
         biases = [part[1] if isinstance(part, tuple) else part.bias for part in _parts(self.layers[0])]
         if len({bias is None for bias in (*biases, self.norm[1])}) > 1 or self.head.bias is not None:
             raise ValueError("StepWeights: all norms and layers must have a bias or none, and the head none")
-        for tensor in self._tensors():
-            if not tensor.is_contiguous() or tensor.data_ptr() % _ALIGNMENT:
+        for tensor in (tensor for row in self.rows() for tensor in row if tensor is not None):
+            address = 0 if traced(tensor) else tensor.data_ptr()
+            if not tensor.is_contiguous() or address % _ALIGNMENT:
                 raise ValueError(
                     f"StepWeights: a weight of shape {tuple(tensor.shape)} has strides {tensor.stride()} and "
-                    f"address {tensor.data_ptr():#x}; contiguous and a multiple of {_ALIGNMENT} is needed"
+                    f"address {address:#x}; contiguous and a multiple of {_ALIGNMENT} is needed"
                 )
 
     @property
@@ -104,10 +111,8 @@ class StepWeights:
         """Whether a branch is added to the norm of what it is given, not to that itself."""
         return self.layers[0].norm_1 is None
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        yield from (tensor for row in self._rows() for tensor in row if tensor is not None)
-
-    def _rows(self) -> Iterator[list[torch.Tensor | None]]:
+    def rows(self) -> Iterator[list[torch.Tensor | None]]:
+        """The tensors of each layer, then of the head, in the columns of the kernel's table."""
         for layer in self.layers:
             matrices = (layer.qkv, layer.out, layer.fc, layer.proj)
             yield [
@@ -115,28 +120,106 @@ class StepWeights:
                 *layer.norm_2,
                 *(t for matrix in matrices for t in _fields(matrix)),
             ]
-        columns: int = kernels.COLUMNS.value
         head = [*self.norm, None, None, *_fields(self.head)]
-        yield head + [None] * (columns - len(head))
+        yield head + [None] * (COLUMNS - len(head))
 
     @functools.cached_property
     def table(self) -> torch.Tensor:
         """The addresses, ``(layers + 1, columns)`` int64 on the weights' device; 0 where there is nothing."""
-        rows = [[0 if t is None else t.data_ptr() for t in row] for row in self._rows()]
-        return torch.tensor(rows, dtype=torch.int64).to(self.token_weight.device)
+        rows = (tuple(0 if t is None else t.data_ptr() for t in row) for row in self.rows())
+        return _on_device(tuple(rows), torch.int64, self.token_weight.device)
 
     @functools.cached_property
     def attention_scales(self) -> torch.Tensor:
         """What each layer's scores are multiplied by, ``(layers,)`` fp32, for powers of 2."""
-        scales = [layer.attention_scale * LOG2E for layer in self.layers]
-        return torch.tensor(scales, dtype=torch.float32).to(self.token_weight.device)
+        scales = tuple(layer.attention_scale * LOG2E for layer in self.layers)
+        return _on_device(scales, torch.float32, self.token_weight.device)
+
+
+# What the registered op is given of a StepWeights: tensors, and settings that a schema can name.
+Flat = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None], list[float], int, float, str, str | None]
+
+
+def flat(weights: StepWeights) -> Flat:
+    """(token weight, position weight, all rows, attention scales, heads, eps, activation, format)."""
+    first = weights.layers[0].qkv.weight
+    return (
+        weights.token_weight,
+        weights.position_weight,
+        [tensor for row in weights.rows() for tensor in row],
+        [layer.attention_scale for layer in weights.layers],
+        weights.heads,
+        weights.eps,
+        weights.activation,
+        first.format if isinstance(first, QuantizedWeight) else None,
+    )
+
+
+def unflat(
+    token_weight: torch.Tensor,
+    position_weight: torch.Tensor,
+    tensors: Sequence[torch.Tensor | None],
+    attention_scales: Sequence[float],
+    heads: int,
+    eps: float,
+    activation: str,
+    format: str | None,
+) -> StepWeights:
+    """The weights that ``flat`` was given."""
+    count = len(attention_scales)
+    if len(tensors) != (count + 1) * COLUMNS:
+        raise ValueError(
+            f"StepWeights: {len(tensors)} tensors for {count} layers; {(count + 1) * COLUMNS} are needed"
+        )
+
+    def norm(row: Sequence[torch.Tensor | None], column: int) -> NormWeights:
+        return _needed(row[column]), row[column + 1]
+
+    def linear(row: Sequence[torch.Tensor | None], matrix: int) -> Linear:
+        at = MATRICES + 4 * matrix
+        values, bias, scales, zeros = _needed(row[at]), *row[at + 1 : at + 4]
+        return Linear(
+            values if format is None else QuantizedWeight(format, values, _needed(scales), zeros), bias
+        )
+
+    def layer(row: Sequence[torch.Tensor | None], attention_scale: float) -> LayerWeights:
+        qkv, out, fc, proj = (linear(row, matrix) for matrix in range(4))
+        norm_1 = None if row[_NORM_1] is None else norm(row, _NORM_1)
+        return LayerWeights(norm_1, qkv, out, norm(row, _NORM_2), fc, proj, attention_scale)
+
+    *layers, head = (tensors[at : at + COLUMNS] for at in range(0, len(tensors), COLUMNS))
+    return StepWeights(
+        token_weight,
+        position_weight,
+        tuple(layer(row, scale) for row, scale in zip(layers, attention_scales, strict=True)),
+        norm(head, _NORM_1),
+        linear(head, 0),
+        heads=heads,
+        eps=eps,
+        activation=activation,
+    )
+
+
+def _needed(tensor: torch.Tensor | None) -> torch.Tensor:
+    if tensor is None:
+        raise ValueError("StepWeights: a weight is None; only norm_1 of the first layer and biases may be")
+    return tensor
+
+
+# The registered op makes a StepWeights at every call: the copy, for which a host would wait and which a
+# graph capture forbids, is made once for one set of addresses.
+@functools.lru_cache(maxsize=64)
+def _on_device(numbers: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype).to(device)
 
 
 def _fields(linear: Linear) -> tuple[torch.Tensor | None, ...]:
     """(values, bias, scales, zeros)."""
-    packed = linear.weight if isinstance(linear.weight, QuantizedWeight) else None
-    scales, zeros = (None, None) if packed is None else (packed.scales, packed.zeros)
-    return packed_values(linear.weight), linear.bias, scales, zeros
+    weight = linear.weight
+    if isinstance(weight, QuantizedWeight):
+        return weight.values, linear.bias, weight.scales, weight.zeros
+    return weight, linear.bias, None, None
 
 
 def _parts(layer: LayerWeights) -> tuple[NormWeights | Linear, ...]:
