@@ -2,8 +2,11 @@
 // allocates or waits, so that calls can be captured in a graph.
 //
 // How many blocks share a row follows the number of rows; results do not depend on it.
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda_path.h"
 #include "cuda_team.cuh"
@@ -70,9 +73,21 @@ void check(cudaError_t error) {
 
 // Code for sm_90 and newer knows clusters; older code that runs on a newer GPU does not.
 bool has_clusters(const void* kernel) {
-    cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, kernel));
-    return attributes.ptxVersion >= 90;
+    // Asked once a kernel and device: the driver takes a microsecond to answer, which is a tenth of a draw.
+    static std::mutex mutex;
+    static std::map<std::pair<const void*, int>, bool> known;
+    int device;
+    check(cudaGetDevice(&device));
+    const std::lock_guard lock(mutex);
+    const auto [place, fresh] = known.try_emplace({kernel, device}, false);
+    if (fresh) {
+        cudaFuncAttributes attributes;
+        const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+        if (error != cudaSuccess) known.erase(place);
+        check(error);
+        place->second = attributes.ptxVersion >= 90;
+    }
+    return place->second;
 }
 
 // Enough blocks a row to fill the GPU with few rows, fewer where the rows fill it.

@@ -128,7 +128,7 @@ def chat(
             transcript.turns.append((said, answer))
             if "seed" in options:
                 # The same words a second time shall not get the same answer.
-                options["seed"] += 1
+                options["seed"] = (options["seed"] + 1) % 2**64
 
 
 class TooLong(ValueError):
