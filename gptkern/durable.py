@@ -106,20 +106,27 @@ def new_file(path: Path) -> Iterator[NewFile]:
         raise
 
 
-def write_file(path: Path, data: Data | str) -> None:
+def write_file(path: Path, data: Data | str, *, through_links: bool = True) -> None:
     """Write a file whole, in the place of one that is there; text as UTF-8.
 
     It keeps the permissions of the one it replaces. What is no regular file (a pipe, ``/dev/stdout``) is
     written into.
 
+    Args:
+        through_links: Write what a link leads to. False puts the file in the link's place: for names that the
+            program chose, in a folder that may come from anywhere.
+
     Raises:
         OSError: It cannot be written; the one that was there is untouched.
     """
     data = data.encode() if isinstance(data, str) else data
-    path = Path(os.path.realpath(path))
+    if through_links:
+        path = Path(os.path.realpath(path))
     mode = None
     with naming(path), contextlib.suppress(FileNotFoundError):
-        mode = path.stat().st_mode
+        mode = path.lstat().st_mode
+    if mode is not None and stat.S_ISLNK(mode):
+        mode = None
     if mode is not None and not stat.S_ISREG(mode):
         with naming(path):
             path.write_bytes(data)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -205,3 +207,24 @@ def test_a_caller_s_own_defaults_stand_behind_the_checkpoint_s(folder: Path) -> 
     # the checkpoint's beams do not sample
     assert options_over(fallback, ours, {"max_new_tokens": 3}) == {"max_new_tokens": 3}
     assert options_over(fallback, ours, {"do_sample": False}) == {"do_sample": False}
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("kind", ["dangling", "loop", "fifo", "folder"])
+def test_what_is_no_file_is_refused_and_not_passed_over(
+    folder: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    path = tmp_path / "m" / name
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(name if kind == "loop" else "nothing")
+    if name == "tokenizer_config.json":
+        Tokenizer.bytes().save(tmp_path / "t")
+        shutil.copy(tmp_path / "t" / "tokenizer.json", tmp_path / "m")
+    with pytest.raises(CheckpointError, match=name):
+        GPT.from_pretrained(tmp_path / "m")

@@ -568,3 +568,15 @@ def test_added_tokens_without_a_row_are_told(tmp_path: Path) -> None:
     assert len(again.generate_text("a", max_new_tokens=1)) == 1
     with pytest.raises(ValueError, match="holds 256; token ids from 0 to 255 are accepted"):
         again.generate_text("a[PAD]", max_new_tokens=1)
+
+
+def test_saving_replaces_links_and_writes_through_none(tmp_path: Path) -> None:
+    blob = tmp_path / "blob"
+    blob.write_text("somebody's")
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).symlink_to(blob)
+    Tokenizer.bytes().save(folder)
+    assert blob.read_text() == "somebody's"
+    assert Tokenizer.from_pretrained(folder).encode("a") == [97]

@@ -835,3 +835,15 @@ def test_load_pairs_reads_jsonl(tmp_path: Path) -> None:
     batch = source.training_batch(0, 3)
     assert batch.counted == 3 * 4
     assert len(list(source.held_out(0, 8))) == 1
+
+
+@pytest.mark.parametrize("name", ["model", "best", "tokens", "checkpoints"])
+def test_a_runs_folders_lead_nowhere_else(name: str, text_file: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "mine"
+    elsewhere.mkdir()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).symlink_to(elsewhere)
+    with pytest.raises(OSError, match="nothing is written through it"):
+        train(tiny(text_file), run)
+    assert not list(elsewhere.iterdir())

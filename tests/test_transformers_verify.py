@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 transformers = pytest.importorskip("transformers")
 
@@ -95,4 +96,17 @@ def test_other_models_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     assert cli.run(["verify", str(tmp_path)]) == 1
-    assert "supported are GPT2LMHeadModel" in capsys.readouterr().err
+    assert "model_type is 'llama'; supported are gpt2, openai-gpt" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_there_are_no_agreement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers draws what it does not find; the two models would be the same random ones."""
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32, n_positions=16)
+    config.save_pretrained(tmp_path)
+    save_file({"something.else": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert cli.run(["verify", str(tmp_path), "--no-speed"]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "something.else" in told.err or "missing" in told.err

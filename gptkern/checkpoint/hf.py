@@ -38,7 +38,7 @@ def open_folder(files: Files) -> Contents:
     said = read_json(files / CONFIG)
     quantization = _read_quantization(files / CONFIG, said.get(QUANTIZATION), config)
     kv_scales = _read_kv_scales(files / CONFIG, said.get(KV_SCALES), config)
-    found = next((files / name for name in WEIGHTS if (files / name).is_file()), None)
+    found = next((files / name for name in WEIGHTS if name in files), None)
     if found is None:
         raise CheckpointError(f"{files.folder}: no weights here; one of {', '.join(WEIGHTS)} is needed")
     tensors = _read_shards(files, found) if found.suffix == ".json" else _read_weights(found)
@@ -66,8 +66,9 @@ def read_config(path: Path) -> GPTConfig:
 
 def _read_generation_config(files: Files, said: dict[str, Any], config: GPTConfig) -> dict[str, Any]:
     """As in transformers, the file alone speaks where there is one."""
-    path = files / GENERATION_CONFIG
-    return read_json(path) if path.is_file() else generation.of_json(said, config)
+    if GENERATION_CONFIG not in files:
+        return generation.of_json(said, config)
+    return read_json(files / GENERATION_CONFIG)
 
 
 def _read_quantization(path: Path, data: Any, config: GPTConfig) -> Quantization | None:
@@ -113,7 +114,7 @@ def _read_weights(path: Path) -> dict[str, StoredTensor]:
 def _read_shards(files: Files, index: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for name in shard_names(index):
-        if not (files / name).is_file():
+        if name not in files:
             raise CheckpointError(f"{index}: {name}, which it names, is missing")
         for tensor_name, tensor in _read_weights(files / name).items():
             if tensor_name in tensors:

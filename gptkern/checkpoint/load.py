@@ -71,7 +71,7 @@ def _open_file(path: Path) -> Contents:
 
 
 def _open_folder(files: Files) -> Contents:
-    if not (files / hf.CONFIG).exists() and (files / "ckpt.pt").is_file():
+    if hf.CONFIG not in files and "ckpt.pt" in files:
         return nanogpt.open_file(files / "ckpt.pt")
     return hf.open_folder(files)
 

@@ -89,6 +89,13 @@ class Files:
         self._asked.setdefault(path, _mark(path))
         return path
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is anything of that name.
+
+        A device or a link to nothing is for the reader to refuse, and not to be passed over.
+        """
+        return os.path.lexists(self / name)
+
     def unchanged(self) -> bool:
         """Whether every file that was asked for is still the one that it was."""
         return all(_mark(path) == mark for path, mark in self._asked.items())

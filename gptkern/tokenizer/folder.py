@@ -72,9 +72,9 @@ def find(files: Files) -> Parts | None:
     Raises:
         CheckpointError: There is one and it cannot be read.
     """
-    if (files / JSON).exists():
+    if JSON in files:
         return read(files, files / JSON)
-    if (files / VOCAB).exists() and (files / MERGES).exists():
+    if VOCAB in files and MERGES in files:
         return read(files, None)
     return None
 
@@ -85,7 +85,7 @@ def read(files: Files, tokenizer_json: Path | None) -> Parts:
     Raises:
         CheckpointError: It cannot be read.
     """
-    configuration = read_json(files / CONFIG) if (files / CONFIG).exists() else {}
+    configuration = read_json(files / CONFIG) if CONFIG in files else {}
     _check_types(files / CONFIG, configuration)
     special = _read_special(files, configuration)
     declared = _declared_class(files, configuration)
@@ -105,7 +105,7 @@ def read(files: Files, tokenizer_json: Path | None) -> Parts:
         backend.no_padding()
     _try(backend, source)
     configuration["tokenizer_class"] = family.class_name if family else declared or GENERIC
-    template = read_text(files / TEMPLATE, LARGEST_VOCABULARY) if (files / TEMPLATE).exists() else None
+    template = read_text(files / TEMPLATE, LARGEST_VOCABULARY) if TEMPLATE in files else None
     return Parts(backend, configuration, names, template)
 
 
@@ -128,7 +128,7 @@ def _check_types(path: Path, configuration: dict[str, Any]) -> None:
 def _declared_class(files: Files, configuration: dict[str, Any]) -> str:
     """The class that the files name, without the ending Fast, or ``""``."""
     declared = configuration.get("tokenizer_class")
-    if declared is None and (files / "config.json").exists():
+    if declared is None and "config.json" in files:
         declared = read_json(files / "config.json").get("tokenizer_class")
     if not isinstance(declared, str):
         return ""
@@ -138,7 +138,7 @@ def _declared_class(files: Files, configuration: dict[str, Any]) -> str:
 def _family(files: Files, declared: str) -> Family | None:
     if declared:
         return _FAMILIES.get(declared)
-    if not (files / "config.json").exists():
+    if "config.json" not in files:
         return None
     model_type = read_json(files / "config.json").get("model_type")
     return _OF_MODEL.get(model_type) if isinstance(model_type, str) else None
@@ -234,12 +234,12 @@ def _read_special(files: Files, configuration: dict[str, Any]) -> _Special:
     if _DECODER in configuration:
         special.added = _read_decoder(path, configuration[_DECODER])
         return special
-    if (files / SPECIAL).exists():
+    if SPECIAL in files:
         in_map = read_json(files / SPECIAL)
         _read_names(files / SPECIAL, in_map)
         _join_map(configuration, in_map)
         special = _Special(*_read_names(path, configuration))
-    if (files / ADDED).exists():
+    if ADDED in files:
         special_texts = {text_of(token) for token in (*special.named.values(), *special.extra) if token}
         for text, token_id in read_json(files / ADDED).items():
             where = f"{files / ADDED}: the id of {shown(text)}"

@@ -348,7 +348,7 @@ class Tokenizer:
         if self._chat_template is not None:
             written[TEMPLATE] = self._chat_template
         for name, content in written.items():
-            write_file(folder / name, content)
+            write_file(folder / name, content, through_links=False)
         for name in set(self.files) - written.keys():
             (folder / name).unlink(missing_ok=True)
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from gptkern.durable import no_link
 from gptkern.train.assemble import Objective, assemble
 from gptkern.train.checkpoints import Store, check_writable, export, plain_model
 from gptkern.train.data import Batch
@@ -29,6 +30,9 @@ from gptkern.train.processes import Processes, no_sync, processes, spread, whole
 from gptkern.train.resume import check_same_model, check_same_run
 from gptkern.train.schedule import share
 from gptkern.train.settings import Settings, SettingsError
+
+# What a run writes into, in its folder; none may lead elsewhere, to somebody's model or checkpoints.
+_FOLDERS = ("model", "best", "tokens", "checkpoints")
 
 
 class DivergedError(RuntimeError):
@@ -378,6 +382,8 @@ def train(
         if group.first:
             check_writable(out, 0)
             held.enter_context(locked(out))
+            for name in _FOLDERS:
+                no_link(out / name)
         group.barrier()
         run = _Run(settings, out, group, resume, shown, bar)
         try:

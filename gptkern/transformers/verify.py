@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from gptkern.bench import ceilings
+from gptkern.checkpoint.load import open_checkpoint
 from gptkern.checkpoint.locate import locate
 from gptkern.checkpoint.pending import check_settled
 from gptkern.routes import Explanation
@@ -74,6 +75,8 @@ def load(name: str, *, dtype: torch.dtype | None, device: torch.device) -> Any:
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; verify takes a folder that transformers opens")
     check_settled(folder)
+    # transformers would draw weights that it does not find, and the comparison would be with itself.
+    open_checkpoint(folder)
     refuse_quantised(transformers.AutoConfig.from_pretrained(folder))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
     return model.eval().to(device)
