@@ -179,6 +179,23 @@ def test_a_checkpoint_has_its_word(
     assert not {"temperature", "top_k", "seed"} & set(seen)
 
 
+def test_beams_do_not_sample_whatever_the_checkpoint_says(run: Any, folder: str, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"do_sample": True}))
+    beams = ("-n", "4", "--num-beams", "2")
+    done = run("generate", "To", "-m", str(tmp_path / "m"), *beams)
+    assert (done.code, done.out) == (0, run("generate", "To", "-m", folder, *beams).out)
+
+
+def test_chat_wants_a_tokenizer_before_anybody_types(run: Any, folder: str, tmp_path: Path) -> None:
+    model = GPT.from_pretrained(folder)
+    model.tokenizer = None
+    model.save_pretrained(tmp_path)
+    done = run("chat", "-m", str(tmp_path), stdin="")
+    assert done.code == 1
+    assert "meta.pkl" in done.err and "--tokenizer" in done.err
+
+
 def test_an_option_without_effect_is_told(run: Any, folder: str) -> None:
     common = ("generate", "a", "-m", folder, "-n", "2")
     for more in (("--greedy", "-t", "0.7"), ("--num-beams", "3", "--temperature", "0.5")):
@@ -195,6 +212,9 @@ def test_beams(run: Any, folder: str) -> None:
     ("arguments", "code", "message"),
     [
         (["generate", "x", "-m", "/nowhere"], 1, "/nowhere"),
+        (["generate", "x", "-m", "./nope"], 1, "nope: no such file or folder"),
+        (["generate", "x", "-m", "{}", "--tokenizer", "nope.pkl"], 1, "nope.pkl: no such file or folder"),
+        (["train", "nope.toml", "--out", "run"], 1, "nope.toml: No such file or directory"),
         (["generate", "x" * 64, "-m", "{}"], 1, "the prompt has 64 tokens, the model's context is 64"),
         (["generate", "x", "-m", "{}", "-n", "64"], 1, "at most 63 is possible"),
         (["generate", "x", "-m", "{}", "--device", "tpu"], 1, "--device is 'tpu'"),

@@ -27,13 +27,12 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
 )
 
 _EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "embedded"
 _PATIENCE = 10.0  # seconds until the hub counts as out of reach
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_FILES = (".pt", ".bin", ".safetensors", ".pkl", ".json", ".gguf", ".toml", ".txt")
 
 
 def locate(
@@ -65,11 +64,7 @@ def locate(
             f"{shown(str(path_or_hub_id))}: cannot be opened: {first_line(error)}"
         ) from error
     name = str(path_or_hub_id)
-    if (
-        isinstance(path_or_hub_id, Path)
-        or not _HUB_ID.fullmatch(name)
-        or path.suffix in (".pt", ".bin", ".safetensors")
-    ):
+    if isinstance(path_or_hub_id, Path) or not _HUB_ID.fullmatch(name) or path.suffix in _FILES:
         raise CheckpointError(f"{path}: no such file or folder")
     return _Hub(name, revision, local_files_only).fetch(weights)
 

@@ -137,4 +137,4 @@ def run(arguments: list[str]) -> int:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    terminal.tell(f"warning: {message}")
+    terminal.tell(f"warning: {str(message).removeprefix('gptkern: ')}")

@@ -75,7 +75,7 @@ MaxNewTokens = Annotated[
         "--max-new-tokens",
         "-n",
         min=1,
-        help="Most tokens to generate; by default 256, or what is left of the context.",
+        help="Most tokens to generate; by default as the checkpoint says, else 256 or what the context holds.",
     ),
 ]
 MinNewTokens = Annotated[
@@ -237,7 +237,7 @@ def generation(
     if asked.get("temperature") == 0:
         del asked["temperature"]
         greedy = True
-    if greedy:
+    if greedy or asked.get("num_beams", 1) > 1:
         asked["do_sample"] = False
     options = options_over(fallback, gpt, asked)
     if options.get("do_sample", gpt.generation_config.get("do_sample")):
@@ -271,7 +271,7 @@ def tokenizer_of(gpt: GPT) -> Tokenizer:
     """
     if gpt.tokenizer is None:
         raise ValueError(
-            "the model has no tokenizer beside it (tokenizer.json, or vocab.json and merges.txt): "
-            "name one by --tokenizer"
+            "the model has no tokenizer beside it (tokenizer.json, vocab.json and merges.txt, or nanoGPT's "
+            "meta.pkl): name one by --tokenizer"
         )
     return gpt.tokenizer

@@ -82,6 +82,7 @@ def chat(
     - `gptkern chat --model gpt2-xl --system "A talk between a student and a patient teacher."`
     """
     gpt = o.load(model, device, dtype, weights, tokenizer)
+    o.tokenizer_of(gpt)  # told before anybody types
     options = o.generation(
         gpt,
         {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95},

@@ -322,7 +322,9 @@ class Settings:
         """
         try:
             return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, SettingsError) as error:
+        except OSError as error:
+            raise SettingsError(f"{path}: {error.strerror or error}") from error
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError, SettingsError) as error:
             raise SettingsError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
