@@ -75,7 +75,7 @@ MaxNewTokens = Annotated[
         "--max-new-tokens",
         "-n",
         min=1,
-        help="Most tokens to generate; by default as the checkpoint says, else 256 or what the context holds.",
+        help="Most tokens to generate; by default as the checkpoint says, else 256 or what still fits.",
     ),
 ]
 MinNewTokens = Annotated[
