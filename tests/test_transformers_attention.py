@@ -164,6 +164,25 @@ def test_every_step_of_a_cache_gives_eagers_logits(pair: tuple[Any, Any], cache:
     torch.testing.assert_close(found[1][real], found[0][real], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("width", [7, 9, 10])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_mask_that_ends_elsewhere_than_the_queries_is_taken_as_the_library_takes_it(
+    width: int, queries: int
+) -> None:
+    """PEFT's soft prompts hand such masks over: narrower than the keys in one case, wider in another."""
+    model = _model("gpt2")
+    tokens = torch.randint(67, (2, 8 + queries))
+    mask = torch.ones(2, width + queries - 1, dtype=torch.int64)
+    mask[0, 3:5] = 0
+    outputs = []
+    for implementation in ("sdpa", "gptkern"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            past = model(tokens[:, :8], use_cache=True).past_key_values
+            outputs.append(model(tokens[:, 8:], attention_mask=mask, past_key_values=past).logits)
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
 def test_packed_sequences_stay_apart() -> None:
     reference = _model("llama")
     model = copy.deepcopy(reference)

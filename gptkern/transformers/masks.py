@@ -44,7 +44,11 @@ def gptkern_mask(
     # token. The length is data of the device there.
     compiled = static and (q_length == 1 or torch.compiler.is_compiling())
     plain = allow_is_causal_skip or q_length == 1
-    if compiled or not _known(mask_function, local_size, plain, use_vmap, config):
+    # Lengths alone tell where the queries stand only where the mask ends with the last of them. PEFT's soft
+    # prompts give narrower and wider ones.
+    known = q_offset + q_length if isinstance(q_offset, int) else None
+    odd = attention_mask is not None and known not in (None, attention_mask.shape[-1])
+    if compiled or odd or not _known(mask_function, local_size, plain, use_vmap, config):
         pattern: torch.Tensor | None = sdpa_mask(
             batch_size,
             q_length,

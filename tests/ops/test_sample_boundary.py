@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -408,3 +409,15 @@ def test_probabilities_compile_as_a_whole() -> None:
 def test_meta_tensors_have_no_memory_to_write() -> None:
     params, state = SamplingParams.make(2, VOCAB, device="meta"), SamplerState.make(2, VOCAB, device="meta")
     assert sample(torch.zeros(2, VOCAB, device="meta"), params, state=state).tokens.is_meta
+
+
+@pytest.mark.parametrize("seed", [np.int64(-3), np.uint64(2**64 - 3), torch.tensor(-3), [-3, np.int32(-3)]])
+def test_a_seed_may_be_a_number_of_numpy_or_a_tensor(seed: Any) -> None:
+    state = SamplerState.make(2, VOCAB, seed=seed)
+    assert torch.equal(state.counters, SamplerState.make(2, VOCAB, seed=-3).counters)
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 1.5, "1", [1, None]])
+def test_a_seed_of_more_than_64_bits_or_no_whole_number_is_refused(seed: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="SamplerState: seed is"):
+        SamplerState.make(2, VOCAB, seed=seed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,6 +233,22 @@ def check_values(op: str, values: list[float], row: int, vocab: int, max_logprob
             raise ValueError(f"{op}: {name}[{row}] is {value:g}; {accepted.format(vocab=vocab)} is needed")
 
 
+def _row_numbers(name: str, given: Any, batch: int) -> list[int]:
+    """The seed or request of each row, of 64 bits; tensors and NumPy's numbers are taken too."""
+    plain = given.tolist() if hasattr(given, "tolist") else given
+    if plain is None:
+        return list(range(batch))
+    rows = [plain] * batch if not isinstance(plain, Iterable) or isinstance(plain, str) else list(plain)
+    for row in rows:
+        try:
+            number = operator.index(row)
+        except TypeError:
+            raise TypeError(f"SamplerState: {name} is or holds {row!r}; a whole number is needed") from None
+        if not -(2**63) <= number < 2**64:
+            raise ValueError(f"SamplerState: {name} is {number}; 64 bits, -2**63 to 2**64 - 1, are needed")
+    return [operator.index(row) for row in rows]
+
+
 @dataclass
 class SamplerState:
     """What sampling remembers from step to step; advanced in place, on the device, by every call.
@@ -270,13 +287,11 @@ class SamplerState:
             seed = int(torch.randint(2**62, (), device="cpu").item())
         counters = torch.zeros(batch, len(COUNTERS), dtype=torch.int64, device="cpu")
         for index, (name, given) in enumerate((("seed", seed), ("request", request))):
-            rows = (
-                range(batch) if given is None else [given] * batch if isinstance(given, int) else list(given)
-            )
+            rows = _row_numbers(name, given, batch)
             if len(rows) != batch:
                 raise ValueError(f"SamplerState: {name} has {len(rows)} values; one for each of {batch} rows")
             # Seeds are 64 bits, signed or not.
-            wrapped = [(int(x) + 2**63) % 2**64 - 2**63 for x in rows]
+            wrapped = [(x + 2**63) % 2**64 - 2**63 for x in rows]
             counters[:, index] = torch.tensor(wrapped, dtype=torch.int64, device="cpu")
         counts = torch.zeros(batch, vocab, dtype=torch.int32, device=device) if history else None
         return cls(counters.to(device), counts)
