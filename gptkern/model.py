@@ -117,10 +117,9 @@ NORM = (Norm.forward,)
 
 
 def add_norm(
-    norm: nn.Module, x: torch.Tensor, residual: torch.Tensor, dropout_p: float, attend: Attend
+    norm: nn.Module, x: torch.Tensor, residual: torch.Tensor, dropout_p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of ``residual + dropout(x)``, and that sum; in one pass where ``norm`` may be fused."""
-    dropout_p = dropout_p if norm.training and attend.dropout else 0.0
     if isinstance(norm, Norm) and untouched(norm, *NORM):
         return norm.add(x, residual, dropout_p)
     residual = residual + F.dropout(x, dropout_p)
@@ -143,15 +142,16 @@ class Block(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor | None, attend: Attend
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``(x, residual)`` to the next such pair; the residual is None where nothing is to be added."""
+        dropout_p = self.resid_pdrop if self.training and attend.dropout else 0.0
         if self.post_norm:
-            h, _ = add_norm(self.ln_1, self.attn(x, attend), x, self.resid_pdrop, attend)
-            h, _ = add_norm(self.ln_2, self.mlp(h), h, self.resid_pdrop, attend)
+            h, _ = add_norm(self.ln_1, self.attn(x, attend), x, dropout_p)
+            h, _ = add_norm(self.ln_2, self.mlp(h), h, dropout_p)
             return h, None
         if residual is None:
             h, residual = self.ln_1(x), x
         else:
-            h, residual = add_norm(self.ln_1, x, residual, self.resid_pdrop, attend)
-        h, residual = add_norm(self.ln_2, self.attn(h, attend), residual, self.resid_pdrop, attend)
+            h, residual = add_norm(self.ln_1, x, residual, dropout_p)
+        h, residual = add_norm(self.ln_2, self.attn(h, attend), residual, dropout_p)
         return self.mlp(h), residual
 
 
@@ -179,7 +179,8 @@ class Transformer(nn.Module):
         if self.ln_f is None:
             return x
         assert residual is not None
-        return add_norm(self.ln_f, x, residual, self.resid_pdrop, attend)[0]
+        dropout_p = self.resid_pdrop if self.training and attend.dropout else 0.0
+        return add_norm(self.ln_f, x, residual, dropout_p)[0]
 
 
 class GPT(nn.Module):

@@ -352,3 +352,17 @@ def test_the_check_costs_little_and_sees_only_changes() -> None:
     assert executor.changed(model) is None
     model.config = CONFIG.replace(layer_norm_epsilon=0.5)
     assert executor.changed(model) == "transformer.h.0.ln_1 has eps 1e-05, where the config gives 0.5"
+
+
+@pytest.mark.parametrize("place", ["ln_f", "ln_1", "ln_2"])
+def test_a_fresh_module_in_a_norms_place_brings_no_dropout(place: str) -> None:
+    """A new module is in training mode; dropout is the model's to decide."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    model = GPT(GPTConfig(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    owner = model.transformer if place == "ln_f" else model.transformer.h[1]
+    setattr(owner, place, torch.nn.Identity())
+    ids = torch.arange(12)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)

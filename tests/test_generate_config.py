@@ -228,3 +228,22 @@ def test_what_is_no_file_is_refused_and_not_passed_over(
         shutil.copy(tmp_path / "t" / "tokenizer.json", tmp_path / "m")
     with pytest.raises(CheckpointError, match=name):
         GPT.from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "said", [{"pad_token_id": -1}, {"eos_token_id": -1}, {"eos_token_id": [-1], "pad_token_id": -1}]
+)
+def test_a_token_below_0_is_none(folder: Path, said: dict[str, Any]) -> None:
+    theirs, ours = opened(folder, said)
+    expected = theirs.generate(PROMPT, max_new_tokens=5, do_sample=False)
+    assert torch.equal(ours.generate(PROMPT, max_new_tokens=5), expected)
+
+
+def test_biases_are_fp32_whatever_pytorchs_default_is(folder: Path) -> None:
+    _, model = opened(folder, None)
+    expected = model.generate(PROMPT, max_new_tokens=5, sequence_bias={(3,): 2.0})
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(model.generate(PROMPT, max_new_tokens=5, sequence_bias={(3,): 2.0}), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -167,6 +167,7 @@ def merged(options: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any
         TypeError, ValueError: An unknown option, or one of the wrong type or out of range.
     """
     _check_names(options)
+    said = _meant(said)
     _tell_unsupported(said)
     given, defaults = _checked("generate", options), _checked("generation_config", _defaults(options, said))
     asked = defaults | given
@@ -189,6 +190,18 @@ def options_over(fallback: Mapping[str, Any], model: GPT, options: Mapping[str, 
         idle.add("do_sample")
     own = _defaults(options, {n: v for n, v in fallback.items() if n not in idle} | said)
     return {name: value for name, value in own.items() if name not in said} | dict(options)
+
+
+def _meant(said: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's word without token ids below 0, by which some mean that there is none."""
+
+    def real(value: Any) -> bool:
+        return not isinstance(value, int) or value >= 0
+
+    kept = {name: value for name, value in said.items() if name not in _TOKENS or real(value)}
+    if isinstance(eos := kept.get("eos_token_id"), list):
+        kept["eos_token_id"] = [token for token in eos if real(token)] or None
+    return kept
 
 
 def _defaults(options: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,6 +287,7 @@ def settle(
     )
 
 
+_TOKENS = {"eos_token_id", "pad_token_id"}
 _LONGEST = {"max_length", "max_new_tokens"}
 _SHORTEST = {"min_length", "min_new_tokens"}
 

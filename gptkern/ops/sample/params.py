@@ -192,7 +192,7 @@ def _bias_rows(
     rows = _id_rows("logit_bias", [list(m) for m in mappings], len(mappings), vocab)
     if not isinstance(bias, Mapping) and len(rows) != batch:
         raise ValueError(f"SamplingParams: logit_bias has {len(rows)} mappings; one for each of {batch} rows")
-    values = torch.zeros(len(rows), max(len(row) for row in rows), device="cpu")
+    values = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.float32, device="cpu")
     for row, mapping in enumerate(mappings):
         for column, (token, value) in enumerate(mapping.items()):
             if not value < float("inf"):
@@ -238,7 +238,8 @@ def _row_numbers(name: str, given: Any, batch: int) -> list[int]:
     plain = given.tolist() if hasattr(given, "tolist") else given
     if plain is None:
         return list(range(batch))
-    rows = [plain] * batch if not isinstance(plain, Iterable) or isinstance(plain, str) else list(plain)
+    single = not isinstance(plain, Iterable) or isinstance(plain, str)
+    rows: list[Any] = [plain] * batch if single else list(plain)
     for row in rows:
         try:
             number = operator.index(row)
