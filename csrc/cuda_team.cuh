@@ -148,17 +148,13 @@ public:
 
     __device__ CoarseCrossing find_bin(uint64_t target) {
         cluster_sync();
-        if (rank_ == 0) {
-            // Plain loads by one reader: no 64-bit atomics on another block's shared memory are needed.
+        if (rank_ != 0) {
             for (int i = threadIdx.x; i < kCoarseBins; i += kThreads) {
-                Count total = memory_.bins[i];
-                for (uint32_t other = 1; other < blocks_; ++other) total += memory_of(memory_, other).bins[i];
-                memory_.bins[i] = total;
+                if (memory_.bins[i] != 0) atomicAdd(&leader_.bins[i], memory_.bins[i]);
             }
-            __syncthreads();
-            find_own_bin(target);
         }
-        // The others keep their bins until these were read.
+        cluster_sync();
+        if (rank_ == 0) find_own_bin(target);
         cluster_sync();
         return leader_.bin;
     }

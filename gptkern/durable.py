@@ -55,7 +55,14 @@ class NewFile:
         self.path = path
         self.identity: Identity = (0, 0)
         with naming(path):
-            self._file = open(path, "xb")  # noqa: SIM115
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            self._file = os.fdopen(descriptor, "wb")
+        except BaseException:  # no memory for the file's object: the file is there already
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+            path.unlink()
+            raise
 
     def write(self, data: Data, /) -> None:
         """Append."""

@@ -151,8 +151,9 @@ class Store:
         if self.group.first:
             for old in self.folders()[: -self.keep]:
                 # Renamed first: a folder half removed must not look like a checkpoint.
-                os.rename(old, gone := self.root / f"{_WRITING}{old.name}")
-                shutil.rmtree(gone)
+                with naming(old):
+                    os.rename(old, gone := self.root / f"{_WRITING}{old.name}")
+                    shutil.rmtree(gone)
         self.group.barrier()
         return final
 
@@ -192,7 +193,8 @@ class Store:
             for folder in self.passed_over:
                 aside = self.root / f"{_DAMAGED}{folder.name}"
                 shutil.rmtree(aside, ignore_errors=True)
-                os.rename(folder, aside)
+                with naming(folder):
+                    os.rename(folder, aside)
 
 
 def export(objective: nn.Module, folder: Path, group: Processes) -> None:
