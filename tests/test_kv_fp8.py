@@ -206,6 +206,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_attention(q, k, v, table, lens, scales=(scales[0][:1], scales[1]))
 
 
+@pytest.mark.timeout(1200)  # bf16 on a processor without such instructions
 @pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.parametrize("calibrated", [False, True])

@@ -174,6 +174,7 @@ def test_the_command_writes_and_tells(
     assert "the original would be lost" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(1200)  # bf16 on a processor without such instructions
 @pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.timeout(600)
