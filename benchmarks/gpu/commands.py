@@ -42,14 +42,11 @@ def tests(scope: Scope) -> Iterator[Row]:
         "-p",
         "no:cacheprovider",
         "-q",
-        "-x",
         *workers,
     ]
     command += ["-m", "kernels and not slow", *files]
     if scope.dry:
         command += ["-k", "test_bad_arguments"]
-    else:
-        command.remove("-x")
     done = _run(command, scope)
     print(done.stdout)
     for name in re.findall(r"^(?:FAILED|ERROR) (\S+.*)$", done.stdout, re.M):

@@ -71,11 +71,16 @@ def _row(
 ) -> Row:
     def measured() -> Row:
         found = microseconds(scope, make, sets)
-        rates = [f"{flops / found * 1e-6:.0f} TFLOP/s"] if flops else []
-        rates += [f"{moved / found * 1e-6:.2f} TB/s"] if moved else []
-        return Row(name, value=found, unit="us", note=", ".join(rates))
+        return _figure(name, found, flops, moved)
 
     return guarded(name, measured)
+
+
+def _figure(name: str, found: float, flops: float, moved: float) -> Row:
+    """Microseconds, and the rates that they are."""
+    rates = [f"{flops / found * 1e-6:.0f} TFLOP/s"] if flops else []
+    rates += [f"{moved / found * 1e-6:.2f} TB/s"] if moved else []
+    return Row(name, value=found, unit="us", note=", ".join(rates))
 
 
 class _Sizes:
@@ -279,6 +284,4 @@ def _timed(
         found = (time.perf_counter() - began) * 1e6
     else:
         found = replayed(call)
-    rates = [f"{flops / found * 1e-6:.0f} TFLOP/s"] if flops else []
-    rates += [f"{moved / found * 1e-6:.2f} TB/s"] if moved else []
-    return Row(name, value=found, unit="us", note=", ".join(rates))
+    return _figure(name, found, flops, moved)
