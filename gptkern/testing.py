@@ -13,8 +13,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils import _pytree as pytree
 
+from gptkern.ops._cases import Call, tensors
 from gptkern.ops._dispatch import asked, backend
-from gptkern.ops._samples import Call, tensors
 
 __all__ = [
     "DTYPES",

@@ -20,7 +20,7 @@ from gptkern.bench.ceilings import Ceilings
 from gptkern.bench.problem import TOLERANCE, Problem, Unavailable, error, expected_of
 from gptkern.bench.run import Results, Row, run
 from gptkern.bench.suites import _models
-from gptkern.ops import _samples
+from gptkern.ops import _cases
 from gptkern.ops._aot import Report
 
 CPU = torch.device("cpu")
@@ -335,16 +335,16 @@ def test_an_op_that_launches_nothing_is_not_inspected(
         out: torch.Tensor = torch.ops.gptkern.layer_norm(x, weight, None, 1e-5, x.dtype)[0]
         return out
 
-    def make(device: torch.device, dtype: torch.dtype) -> _samples.Call:
-        return _samples.Call((torch.empty(4, 8, device=device), torch.empty(8, device=device)))
+    def make(device: torch.device, dtype: torch.dtype) -> _cases.Call:
+        return _cases.Call((torch.empty(4, 8, device=device), torch.empty(8, device=device)))
 
-    monkeypatch.setattr(_samples, "samples", lambda op: [_samples.Sample("4 x 8", registered, make)])
+    monkeypatch.setattr(_cases, "cases", lambda op: [_cases.Case("4 x 8", registered, make)])
     code, text = _failure(capsys, "inspect", "layer_norm", "--arch", "90")
     assert code == 1
-    assert "registered, sample '4 x 8': no kernel was launched" in text
-    monkeypatch.setattr(_samples, "samples", lambda op: [])
+    assert "registered, case '4 x 8': no kernel was launched" in text
+    monkeypatch.setattr(_cases, "cases", lambda op: [])
     code, text = _failure(capsys, "inspect", "layer_norm", "--arch", "90")
-    assert (code, "layer_norm has no sample for sm_90" in text) == (1, True)
+    assert (code, "layer_norm has no case for sm_90" in text) == (1, True)
     code, text = _failure(capsys, "inspect", "decode_embed", "--arch", "90", "--floor")
     assert (code, "decode_embed has no problems" in text) == (1, True)
 
@@ -380,7 +380,7 @@ def _report(**changed: Any) -> Report:
         name: {"str": "", "int": 0, "bool": False}.get(str(field.type), ())
         for name, field in Report.__dataclass_fields__.items()
     }
-    fields |= {"op": "linear", "sample": "s", "dtype": "bfloat16", "kernel": "linear", "arch": 90}
+    fields |= {"op": "linear", "case": "s", "dtype": "bfloat16", "kernel": "linear", "arch": 90}
     return Report(**fields | {"registers": 64} | changed)
 
 

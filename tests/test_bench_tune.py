@@ -12,7 +12,7 @@ import torch
 
 import gptkern.cli
 from gptkern.bench import environment, launch_file, tune
-from gptkern.ops import _launch, _samples
+from gptkern.ops import _cases, _launch
 from gptkern.ops.layer_norm.op import layer_norm
 
 
@@ -58,12 +58,12 @@ def test_climbing_passes_over_what_fails_spills_or_gains_nothing() -> None:
     assert tune.climb(start, lambda row: 1.0 - 1e-4 * row["BLOCK"] / 64, lambda row: True) == (start, 1.0)
 
 
-def _norm(rows: int, width: int) -> _samples.Make:
-    def make(device: torch.device, dtype: torch.dtype) -> _samples.Call:
+def _norm(rows: int, width: int) -> _cases.Make:
+    def make(device: torch.device, dtype: torch.dtype) -> _cases.Call:
         def value(*shape: int) -> torch.Tensor:
-            return _samples.tensor(*shape, device=device, dtype=dtype)
+            return _cases.tensor(*shape, device=device, dtype=dtype)
 
-        return _samples.Call((value(rows, width), value(width), value(width)))
+        return _cases.Call((value(rows, width), value(width), value(width)))
 
     return make
 
@@ -76,13 +76,13 @@ def arch(device: torch.device) -> int:
 @pytest.fixture
 def places(arch: int, monkeypatch: pytest.MonkeyPatch) -> list[tune.Place]:
     """The rows of layer norm at a small width, forward and backward."""
-    small = [_samples.Sample("small", layer_norm, _norm(5, 96), dtypes=(torch.float32,))]
-    monkeypatch.setattr(_samples, "samples", lambda op: small)
+    small = [_cases.Case("small", layer_norm, _norm(5, 96), dtypes=(torch.float32,))]
+    monkeypatch.setattr(_cases, "cases", lambda op: small)
     return tune.places(["layer_norm"], arch)
 
 
 @pytest.mark.kernels
-def test_places_are_the_rows_that_the_samples_ask_for(places: list[tune.Place]) -> None:
+def test_places_are_the_rows_that_the_cases_ask_for(places: list[tune.Place]) -> None:
     assert [place.name for place in places] == [
         "norm_forward, row 1",
         "norm_backward, row 1",

@@ -15,7 +15,7 @@ from gptkern.cache import KVCache
 from gptkern.decode import DecodeStep
 from gptkern.model import GPT
 from gptkern.ops import _launch
-from gptkern.ops._samples import tensors
+from gptkern.ops._cases import tensors
 from gptkern.ops.decode_attention.reference import FP8
 from gptkern.ops.decode_step import Linear, StepWeights, persistent_step
 from gptkern.ops.decode_step.weights import flat

@@ -13,7 +13,7 @@ from gptkern.bench.suites import _models as models
 from gptkern.bench.suites.decode_step import filled
 from gptkern.decode import DecodeStep
 from gptkern.model import GPT
-from gptkern.ops import _samples
+from gptkern.ops import _cases
 from gptkern.ops.decode_step import MOST_ROWS
 from gptkern.ops.sample import SamplerState, SamplingParams, sample
 from gptkern.testing import DTYPES, check_values
@@ -77,14 +77,12 @@ def _same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 def ops(scope: Scope) -> Iterator[Row]:
     """Every op's small calls, values and gradients, in every dtype against float64."""
-    for op in _samples.ops()[: 2 if scope.dry else None]:
-        for case in _samples.checks(op)[: 1 if scope.dry else None]:
+    for op in _cases.ops()[: 2 if scope.dry else None]:
+        for case in _cases.checks(op)[: 1 if scope.dry else None]:
             for dtype in DTYPES[: 1 if scope.dry else None]:
                 name = f"{op}: {case.name}, {str(dtype).removeprefix('torch.')}"
 
-                def checked(
-                    case: _samples.Sample = case, dtype: torch.dtype = dtype, name: str = name
-                ) -> Row:
+                def checked(case: _cases.Case = case, dtype: torch.dtype = dtype, name: str = name) -> Row:
                     check_values(case.op, case.make(scope.device, dtype), what=case.name)
                     return Row(name, ok=True)
 

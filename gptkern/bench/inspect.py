@@ -18,7 +18,7 @@ import triton
 from gptkern.bench import suites
 from gptkern.bench.tables import seconds_text
 from gptkern.durable import write_file
-from gptkern.ops import _aot, _launch, _samples
+from gptkern.ops import _aot, _cases, _launch
 from gptkern.ops._aot import Report
 
 # Bytes a second and bf16 operations a second by datasheet: A100 80GB SXM, L40S, H100 SXM, B200.
@@ -39,13 +39,13 @@ Key = tuple[str, str, str, str, int, int]
 
 
 def index(reports: Iterable[Report]) -> dict[Key, Report]:
-    """Reports by what identifies a kernel in another run: op, sample, dtype, kernel, architecture.
+    """Reports by what identifies a kernel in another run: op, case, dtype, kernel, architecture.
 
-    The last part counts variants of one kernel within one sample, in their order.
+    The last part counts variants of one kernel within one case, in their order.
     """
     found: dict[Key, Report] = {}
     for report in reports:
-        name = (report.op, report.sample, report.dtype, report.kernel, report.arch)
+        name = (report.op, report.case, report.dtype, report.kernel, report.arch)
         variant = 0
         while (*name, variant) in found:
             variant += 1
@@ -107,9 +107,9 @@ def compiled(
     ``per`` says of what there is one report: ``binary``, ``row`` (of the launch table, by dtype), ``kernel``.
 
     Raises:
-        ValueError: There is no such op or architecture, or a sample launches nothing.
+        ValueError: There is no such op or architecture, or a case launches nothing.
     """
-    known = _samples.ops()
+    known = _cases.ops()
     for op in ops:
         if op not in known:
             raise ValueError(f"inspect: there is no op {op!r}; there are {', '.join(known)}")
@@ -119,7 +119,7 @@ def compiled(
     found = {op: list(islice(_aot.reports(op, archs, per), most)) for op in ops or known}
     for op in ops:
         if not found[op]:
-            raise ValueError(f"inspect: {op} has no sample for {', '.join(f'sm_{arch}' for arch in archs)}")
+            raise ValueError(f"inspect: {op} has no case for {', '.join(f'sm_{arch}' for arch in archs)}")
     return [report for reports in found.values() for report in reports]
 
 

@@ -1,6 +1,6 @@
-"""Tuning the launch table: for each row, the neighbouring configurations that the samples run faster with.
+"""Tuning the launch table: for each row, the neighbouring configurations that the cases run faster with.
 
-A row is timed by the launches that it decides: those of the op's samples that ask for it. A candidate
+A row is timed by the launches that it decides: those of the op's cases that ask for it. A candidate
 must give the same results within the dtype's rounding, and machine code without a problem (``_aot``).
 The search climbs: it takes the first neighbour that is faster by more than the noise, and goes on
 from there until none is.
@@ -19,7 +19,7 @@ import torch
 
 from gptkern.bench import environment, launch_file, timing
 from gptkern.bench.problem import TOLERANCE
-from gptkern.ops import _aot, _launch, _samples
+from gptkern.ops import _aot, _cases, _launch
 
 # What a candidate must gain to be taken: less is noise.
 LEAST_GAIN = 0.02
@@ -31,11 +31,11 @@ Measure = Callable[[Row], float]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One sample call, in one dtype."""
+class TypedCase:
+    """One case, in one dtype."""
 
     op: str
-    sample: _samples.Sample
+    case: _cases.Case
     dtype: torch.dtype
 
 
@@ -46,7 +46,7 @@ class Place:
     arch: int
     kernel: str
     index: int
-    cases: tuple[Case, ...]
+    cases: tuple[TypedCase, ...]
 
     @property
     def name(self) -> str:
@@ -60,15 +60,15 @@ class Place:
 
 
 def places(ops: Iterable[str], arch: int) -> list[Place]:
-    """The rows that the samples of these ops ask for, in the table's order."""
-    found: dict[tuple[str, int], list[Case]] = {}
+    """The rows that the cases of these ops ask for, in the table's order."""
+    found: dict[tuple[str, int], list[TypedCase]] = {}
     for op in ops:
-        for sample in _samples.samples(op):
-            for dtype in sample.dtypes if sample.archs is None or arch in sample.archs else ():
+        for case in _cases.cases(op):
+            for dtype in case.dtypes if case.archs is None or arch in case.archs else ():
                 _launch.forget()
-                _aot.record_sample(sample, dtype, arch)
+                _aot.record_case(case, dtype, arch)
                 for _, kernel, index in sorted(_launch.rows_asked):
-                    found.setdefault((kernel, index), []).append(Case(op, sample, dtype))
+                    found.setdefault((kernel, index), []).append(TypedCase(op, case, dtype))
     order = list(_launch.table(arch))
     keys = sorted(found, key=lambda key: (order.index(key[0]), key[1]))
     return [Place(arch, *key, tuple(found[key])) for key in keys]
@@ -152,13 +152,13 @@ class _Bench:
         """Whether the machine code of every case is without a problem."""
         arch = self._place.arch
         return not any(
-            _aot.inspect(case.op, case.sample, case.dtype, launches[i], arch).problems
+            _aot.inspect(case.op, case.case, case.dtype, launches[i], arch).problems
             for case in self._place.cases
             for launches in [self._recorded(case, row)]
             for i in self._decided(case, row)
         )
 
-    def _one(self, number: int, case: Case, row: Row) -> float:
+    def _one(self, number: int, case: TypedCase, row: Row) -> float:
         place = self._place
         decided = self._decided(case, row)
         with _launch.trying(place.arch, place.kernel, place.index, row):
@@ -176,7 +176,7 @@ class _Bench:
         with _launch.on_device(self._expected[number][0]):
             return self._timer(again)
 
-    def _decided(self, case: Case, row: Row) -> list[int]:
+    def _decided(self, case: TypedCase, row: Row) -> list[int]:
         """Which of the case's launches the row decides: those that another number of warps in it changes."""
         warps = row["num_warps"]
         probe = {**row, "num_warps": warps // 2 if warps > 1 else 2}
@@ -187,13 +187,13 @@ class _Bench:
             if a.kwargs["num_warps"] != b.kwargs["num_warps"]
         ]
 
-    def _recorded(self, case: Case, row: Row) -> list[_launch.Launch]:
+    def _recorded(self, case: TypedCase, row: Row) -> list[_launch.Launch]:
         with _launch.trying(self._place.arch, self._place.kernel, self._place.index, row):
-            return _aot.record_sample(case.sample, case.dtype, self._place.arch)
+            return _aot.record_case(case.case, case.dtype, self._place.arch)
 
 
-def _run(case: Case, device: torch.device) -> tuple[list[_launch.Launch], list[torch.Tensor]]:
-    """The launches of a case, made for real in ``record_sample``'s order, and its results and gradients."""
+def _run(case: TypedCase, device: torch.device) -> tuple[list[_launch.Launch], list[torch.Tensor]]:
+    """The launches of a case, made for real in ``record_case``'s order, and its results and gradients."""
     launches: list[_launch.Launch] = []
 
     def keep(item: _launch.Launch) -> bool:
@@ -202,16 +202,14 @@ def _run(case: Case, device: torch.device) -> tuple[list[_launch.Launch], list[t
 
     torch.manual_seed(0)
     with _launch.observe(keep):
-        call = case.sample.make(device, case.dtype)
+        call = case.case.make(device, case.dtype)
         with torch.no_grad():
-            results = _samples.tensors(case.sample.op(*call.args, **call.kwargs))
+            results = _cases.tensors(case.case.op(*call.args, **call.kwargs))
         torch.manual_seed(0)
-        call = case.sample.make(device, case.dtype)
-        inputs = [t for t in _samples.tensors((call.args, call.kwargs)) if t.requires_grad]
+        call = case.case.make(device, case.dtype)
+        inputs = [t for t in _cases.tensors((call.args, call.kwargs)) if t.requires_grad]
         if inputs:
-            outputs = [
-                t for t in _samples.tensors(case.sample.op(*call.args, **call.kwargs)) if t.requires_grad
-            ]
+            outputs = [t for t in _cases.tensors(case.case.op(*call.args, **call.kwargs)) if t.requires_grad]
             seeds = [torch.randn_like(t) for t in outputs]
             results += [
                 t for t in torch.autograd.grad(outputs, inputs, seeds, allow_unused=True) if t is not None

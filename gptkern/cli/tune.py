@@ -39,9 +39,9 @@ def tune(
 
     from gptkern.bench import tune as tuning
     from gptkern.durable import write_file
-    from gptkern.ops import _launch, _samples
+    from gptkern.ops import _cases, _launch
 
-    known = _samples.ops()
+    known = _cases.ops()
     for op in ops or ():
         if op not in known:
             raise ValueError(f"tune: there is no op {op!r}; there are {', '.join(known)}")

@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels, without a GPU: registers, spills, shared memory, instructions.
 
-Every op's ``SAMPLES`` (see ``_samples``) are called on meta tensors while launches are recorded
+Every op's ``CASES`` (see ``_cases``) are called on meta tensors while launches are recorded
 (``_launch.record``); each recorded launch is compiled by Triton's own just-in-time path, told that
 the current GPU is of the asked architecture, so that argument types, divisibility by 16 and values
 equal to 1 are specialised as in a real launch. The machine code is then read.
@@ -34,7 +34,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from gptkern.durable import write_file
-from gptkern.ops import _launch, _samples
+from gptkern.ops import _cases, _launch
 from gptkern.ops._dispatch import INTERPRETED
 
 _REGISTERS_PER_SM = 65536
@@ -83,7 +83,7 @@ class Report:
     """
 
     op: str
-    sample: str
+    case: str
     dtype: str
     kernel: str
     arch: int
@@ -130,26 +130,26 @@ def _compiling_for(arch: int) -> Iterator[None]:
         config._active = previous
 
 
-def record_sample(sample: _samples.Sample, dtype: torch.dtype, arch: int) -> list[_launch.Launch]:
-    """What ``sample`` launches on ``arch``: without gradients, then with them and the backward pass.
+def record_case(case: _cases.Case, dtype: torch.dtype, arch: int) -> list[_launch.Launch]:
+    """What ``case`` launches on ``arch``: without gradients, then with them and the backward pass.
 
     Raises:
         ValueError: It launches nothing.
     """
     with _launch.record(arch) as launches:
-        call = sample.make(torch.device("meta"), dtype)
+        call = case.make(torch.device("meta"), dtype)
         with torch.no_grad():
-            sample.op(*call.args, **call.kwargs)
-        call = sample.make(torch.device("meta"), dtype)
-        inputs = [t for t in _samples.tensors((call.args, call.kwargs)) if t.requires_grad]
+            case.op(*call.args, **call.kwargs)
+        call = case.make(torch.device("meta"), dtype)
+        inputs = [t for t in _cases.tensors((call.args, call.kwargs)) if t.requires_grad]
         if inputs:
-            outputs = [t for t in _samples.tensors(sample.op(*call.args, **call.kwargs)) if t.requires_grad]
+            outputs = [t for t in _cases.tensors(case.op(*call.args, **call.kwargs)) if t.requires_grad]
             torch.autograd.grad(outputs, inputs, [torch.empty_like(t) for t in outputs], allow_unused=True)
     if not launches:
         raise ValueError(
-            f"{getattr(sample.op, '__name__', sample.op)}, sample {sample.name!r}: no kernel was launched on "
+            f"{getattr(case.op, '__name__', case.op)}, case {case.name!r}: no kernel was launched on "
             f"meta tensors for sm_{arch}. An op that calls torch.ops there reaches its fake kernel: outside "
-            "torch.compile it must call its launcher, which must launch through gptkern.ops._launch.launch"
+            "torch.compile it must launch through gptkern.ops._launch.launch"
         )
     return launches
 
@@ -233,22 +233,20 @@ def _threads(ptx: str, num_warps: int) -> int:
     return int(required.group(1)) if required else 32 * num_warps
 
 
-def _problems(sample: _samples.Sample, report: Report) -> Iterator[str]:
+def _problems(case: _cases.Case, report: Report) -> Iterator[str]:
     if report.local_bytes:
         yield f"spills {report.local_bytes} bytes a thread to local memory"
     room = _LIMITS[report.arch].shared_per_block
     if report.shared_bytes > room:
         yield f"needs {report.shared_bytes} bytes of shared memory; sm_{report.arch} has {room} a block"
     half = report.dtype in ("float16", "bfloat16")
-    if report.arch == 90 and half and report.matrix == "mma.sync" and report.kernel not in sample.mma_sync:
+    if report.arch == 90 and half and report.matrix == "mma.sync" and report.kernel not in case.mma_sync:
         yield "multiplies with mma.sync, not wgmma"
-    if report.serialised and report.kernel not in sample.serialised:
+    if report.serialised and report.kernel not in case.serialised:
         yield "ptxas serialises its wgmma instructions"
 
 
-def inspect(
-    op: str, sample: _samples.Sample, dtype: torch.dtype, launch: _launch.Launch, arch: int
-) -> Report:
+def inspect(op: str, case: _cases.Case, dtype: torch.dtype, launch: _launch.Launch, arch: int) -> Report:
     """Compile one recorded launch and read its machine code."""
     compiled = compile_launch(launch, arch)
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
@@ -260,7 +258,7 @@ def inspect(
             matrix = name
     report = Report(
         op=op,
-        sample=sample.name,
+        case=case.name,
         dtype=str(dtype).removeprefix("torch."),
         kernel=launch.name,
         arch=arch,
@@ -277,7 +275,7 @@ def inspect(
         code_bytes=_code_bytes(cubin),
         problems=(),
     )
-    return dataclasses.replace(report, problems=tuple(_problems(sample, report)))
+    return dataclasses.replace(report, problems=tuple(_problems(case, report)))
 
 
 def _kind(launch: _launch.Launch, dtype: torch.dtype, arch: int, per: str) -> tuple[Any, ...]:
@@ -288,36 +286,36 @@ def _kind(launch: _launch.Launch, dtype: torch.dtype, arch: int, per: str) -> tu
     return (launch.name, dtype, *sorted(item for item in launch.kwargs.items() if item[0] in said))
 
 
-def _served(op: str, arch: int) -> list[_samples.Sample]:
-    return [sample for sample in _samples.samples(op) if sample.archs is None or arch in sample.archs]
+def _served(op: str, arch: int) -> list[_cases.Case]:
+    return [case for case in _cases.cases(op) if case.archs is None or arch in case.archs]
 
 
 def reports(op: str, archs: tuple[int, ...] = _launch.ARCHS, per: str = "binary") -> Iterator[Report]:
-    """Reports of what the samples of ``op`` compile to.
+    """Reports of what the cases of ``op`` compile to.
 
     ``per`` is of what there is one: of every different "binary", of every launch "row" and dtype, or of
     every "kernel".
     """
     for arch in archs:
         seen = set()
-        for sample in _served(op, arch):
-            for dtype in sample.dtypes:
-                for launch in record_sample(sample, dtype, arch):
+        for case in _served(op, arch):
+            for dtype in case.dtypes:
+                for launch in record_case(case, dtype, arch):
                     if per == "binary":
                         kind = (compile_launch(launch, arch).hash,)
                     else:
                         kind = _kind(launch, dtype, arch, per)
                     if kind not in seen:
                         seen.add(kind)
-                        yield inspect(op, sample, dtype, launch, arch)
+                        yield inspect(op, case, dtype, launch, arch)
 
 
-def rows_without_sample(arch: int) -> list[str]:
-    """Rows of the launch table of ``arch`` that no op's samples ask for, and so nothing compiles."""
-    for op in _samples.ops():
-        for sample in _served(op, arch):
-            for dtype in sample.dtypes:
-                record_sample(sample, dtype, arch)
+def rows_without_case(arch: int) -> list[str]:
+    """Rows of the launch table of ``arch`` that no op's cases ask for, and so nothing compiles."""
+    for op in _cases.ops():
+        for case in _served(op, arch):
+            for dtype in case.dtypes:
+                record_case(case, dtype, arch)
     return [
         f"sm_{arch}: {kernel}, row {index + 1}"
         for kernel, rows in _launch.table(arch).items()
@@ -341,7 +339,7 @@ _COLUMNS = (
     "widest_load",
     "bulk",
     "code_bytes",
-    "sample",
+    "case",
 )
 
 
@@ -359,7 +357,7 @@ def as_table(found: list[Report]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 1 where a kernel has a problem or a launch row has no sample."""
+    """Print the table; 1 where a kernel has a problem or a launch row has no case."""
     parser = argparse.ArgumentParser(prog="python -m gptkern.ops._aot", description=__doc__.split("\n")[0])
     parser.add_argument("--op", action="append", help="only this op (repeatable)")
     parser.add_argument(
@@ -376,14 +374,14 @@ def main(arguments: list[str] | None = None) -> int:
         help="one report of every different binary (default), launch row or kernel",
     )
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
-    parser.add_argument("--rows", action="store_true", help="only list launch rows without a sample")
+    parser.add_argument("--rows", action="store_true", help="only list launch rows without a case")
     asked = parser.parse_args(arguments)
     archs = tuple(asked.arch or _launch.ARCHS)
     if asked.rows:
-        missing = [row for arch in archs for row in rows_without_sample(arch)]
+        missing = [row for arch in archs for row in rows_without_case(arch)]
         print("\n".join(missing))
         return int(bool(missing))
-    found = [report for op in asked.op or _samples.ops() for report in reports(op, archs, asked.per)]
+    found = [report for op in asked.op or _cases.ops() for report in reports(op, archs, asked.per)]
     print(as_table(found))
     if asked.json:
         write_file(asked.json, json.dumps([dataclasses.asdict(report) for report in found], indent=1))

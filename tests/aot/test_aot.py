@@ -17,7 +17,7 @@ import pytest
 import triton
 
 from gptkern.bench import inspect as baseline
-from gptkern.ops import _aot, _launch, _samples
+from gptkern.ops import _aot, _cases, _launch
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINE = ROOT / "benchmarks" / "machine_code.json"
@@ -33,7 +33,7 @@ def _compile(op: str, archs: Iterable[int], per: str) -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
 
 
-@pytest.mark.parametrize(("op", "second"), list(zip(_samples.ops(), cycle((80, 100)), strict=False)))
+@pytest.mark.parametrize(("op", "second"), list(zip(_cases.ops(), cycle((80, 100)), strict=False)))
 def test_kernels_compile(op: str, second: int) -> None:
     """Every kernel once for sm_90, and once for one of the others."""
     _compile(op, (90, second), "kernel")
@@ -42,7 +42,7 @@ def test_kernels_compile(op: str, second: int) -> None:
 @pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("op", _samples.ops())
+@pytest.mark.parametrize("op", _cases.ops())
 def test_launch_rows_compile(op: str) -> None:
     """Every launch row once, to the machine code that the committed baseline describes."""
     inspect = "from gptkern.cli import main; main()"
@@ -59,14 +59,14 @@ def test_launch_rows_compile(op: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("op", _samples.ops())
-def test_samples_compile(op: str) -> None:
+@pytest.mark.parametrize("op", _cases.ops())
+def test_cases_compile(op: str) -> None:
     _compile(op, _launch.ARCHS, "binary")
 
 
-def test_every_launch_row_is_compiled_by_a_sample() -> None:
+def test_every_launch_row_is_compiled_by_a_case() -> None:
     done = _run("--rows", "--arch", "80", "--arch", "90", "--arch", "100")
-    assert done.returncode == 0, f"rows without a sample:\n{done.stdout}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, f"rows without a case:\n{done.stdout}\n{done.stderr[-4000:]}"
 
 
 # What the occupancy calculator of CUDA's toolkit gives.
@@ -94,7 +94,7 @@ def test_blocks_per_sm(arch: int, threads: int, registers: int, shared: int, exp
 
 _SOUND = _aot.Report(
     op="linear",
-    sample="a call",
+    case="a call",
     dtype="bfloat16",
     kernel="linear",
     arch=90,
@@ -129,9 +129,7 @@ _SOUND = _aot.Report(
 )
 def test_problems_are_named(changes: dict[str, Any], problem: str | None) -> None:
     declared = frozenset({"declared"})
-    sample = _samples.Sample(
-        "a call", print, lambda *_: _samples.Call(()), mma_sync=declared, serialised=declared
-    )
-    found = list(_aot._problems(sample, replace(_SOUND, **changes)))
+    case = _cases.Case("a call", print, lambda *_: _cases.Call(()), mma_sync=declared, serialised=declared)
+    found = list(_aot._problems(case, replace(_SOUND, **changes)))
     assert len(found) == (problem is not None)
     assert all(problem in text for text in found)

@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 _INSPECT = """
 import json, sys
 import torch
-from gptkern.ops import _aot, _samples
+from gptkern.ops import _aot, _cases
 
 found = []
 for op, name in json.loads(sys.argv[1]):
-    sample = next(s for s in _samples.samples(op) if s.name == name)
-    launch = _aot.record_sample(sample, torch.bfloat16, 90)[0]
-    report = _aot.inspect(op, sample, torch.bfloat16, launch, 90)
+    case = next(s for s in _cases.cases(op) if s.name == name)
+    launch = _aot.record_case(case, torch.bfloat16, 90)[0]
+    report = _aot.inspect(op, case, torch.bfloat16, launch, 90)
     found.append([report.widest_load, report.local_bytes, _aot.compile_launch(launch, 90).asm["ptx"]])
 print(json.dumps(found))
 """
@@ -61,7 +61,7 @@ def test_weights_stream_wide_and_before_the_wait() -> None:
 _LAYOUTS = """
 import json, re
 import torch
-from gptkern.ops import _aot, _samples
+from gptkern.ops import _aot, _cases
 from gptkern.ops.decode_linear import decode_linear
 
 found = []
@@ -70,10 +70,10 @@ for outputs in (3072, 50257):
         def make(device, dtype):
             shapes = (rows, 768), (outputs, 768), (768,)
             x, weight, scale = (torch.empty(s, device=device, dtype=dtype) for s in shapes)
-            return _samples.Call((x, weight), {"norm": (scale, scale, 1e-5)})
+            return _cases.Call((x, weight), {"norm": (scale, scale, 1e-5)})
 
-        sample = _samples.Sample("rows", decode_linear, make)
-        launch = _aot.record_sample(sample, torch.bfloat16, 90)[0]
+        case = _cases.Case("rows", decode_linear, make)
+        launch = _aot.record_case(case, torch.bfloat16, 90)[0]
         ttgir = _aot.compile_launch(launch, 90).asm["ttgir"]
         layouts = dict(re.findall(r"^(#\\w+) = (.*)$", ttgir, re.M))
         sums = {layouts[name] for name in re.findall(r"\\}\\) : \\(tensor<\\S+, (#\\w+)>", ttgir)}

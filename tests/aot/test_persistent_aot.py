@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _STEP = """
 import json, re, subprocess, sys, tempfile
 import torch
-from gptkern.ops import _aot, _launch, _samples
+from gptkern.ops import _aot, _launch, _cases
 
 def sass(kernel):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -25,8 +25,8 @@ def sass(kernel):
         command = [_aot._cuobjdump(), "-sass", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-sample = _samples.samples("decode_step")[0]
-launches = _aot.record_sample(sample, torch.bfloat16, 90)
+case = _cases.cases("decode_step")[0]
+launches = _aot.record_case(case, torch.bfloat16, 90)
 kernel = _aot.compile_launch(launches[0], 90)
 print(json.dumps({
     "launches": [list(launch.grid) for launch in launches],
@@ -46,7 +46,7 @@ for arch in _launch.ARCHS:
     rows = {row["dtype"]: row for row in _launch.table(arch)["persistent_step"]}
     for report in _aot.reports("decode_step", (arch,)):
         row = rows["fp32" if report.dtype == "float32" else "half"]
-        name = f"sm_{arch}, {report.sample}"
+        name = f"sm_{arch}, {report.case}"
         wanted = row["PROGRAMS_PER_SM"]
         found.append([name, report.local_bytes, report.widest_load, report.blocks_per_sm, wanted])
 print(json.dumps(found))

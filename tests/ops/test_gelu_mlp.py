@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gptkern
-from gptkern.ops import _launch, _samples
+from gptkern.ops import _cases, _launch
 from gptkern.ops.gelu_mlp import gelu_mlp
 from gptkern.testing import DTYPES, Call, check, check_values
 
@@ -63,9 +63,9 @@ def test_no_tokens() -> None:
 
 @pytest.mark.slow
 @needs_kernels
-def test_samples(device: torch.device) -> None:
-    for sample in _samples.checks("gelu_mlp"):
-        check_values(sample.op, sample.make(device, torch.float32), what=sample.name)
+def test_cases(device: torch.device) -> None:
+    for case in _cases.checks("gelu_mlp"):
+        check_values(case.op, case.make(device, torch.float32), what=case.name)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from norm_cases import add_layer_norm, call, few_programs, grid, layer_norm, leaf
 
 import gptkern
-from gptkern.ops import _samples
+from gptkern.ops import _cases
 from gptkern.ops.layer_norm import launcher
 from gptkern.testing import DTYPES, Call, assert_accurate, check, check_values, norm_terms
 
@@ -48,8 +48,8 @@ def test_extreme_values(op: Any, dtype: torch.dtype, values: dict[str, float]) -
 
 @needs_kernels
 def test_checks(device: torch.device) -> None:
-    for sample in _samples.checks("layer_norm"):
-        check_values(sample.op, sample.make(device, torch.float32), what=sample.name)
+    for case in _cases.checks("layer_norm"):
+        check_values(case.op, case.make(device, torch.float32), what=case.name)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -59,7 +59,7 @@ def test_registration(op: Any) -> None:
 
 
 def _all(op: Any, given: Call) -> list[torch.Tensor]:
-    results = _samples.tensors(op(*given.args, **given.kwargs))
+    results = _cases.tensors(op(*given.args, **given.kwargs))
     grads = [torch.linspace(-1, 1, t.numel()).view_as(t).to(t) for t in results]
     return results + list(torch.autograd.grad(results, given.args, grads))
 
@@ -77,7 +77,7 @@ def test_rows_do_not_depend_on_their_number(op: Any, width: int, monkeypatch: py
     for index in by_row:
         assert torch.equal(many[index], few[index])
     with torch.no_grad():
-        alone = _samples.tensors(op(*(t[7:8] if t.dim() == 2 else t for t in given.args)))
+        alone = _cases.tensors(op(*(t[7:8] if t.dim() == 2 else t for t in given.args)))
     for whole, one in zip(many, alone, strict=False):
         assert torch.equal(whole[7:8], one)
     assert len(by_row) == rows - 1
@@ -256,13 +256,13 @@ def test_any_shape_and_layout(
     plain = call(op, *shape, width, dtype=dtype)
     given = Call((x.requires_grad_(), *plain.args[1:]))
     with gptkern.backend("reference"):
-        expected = _samples.tensors(op(*given.args))
-        exact = _samples.tensors(op(*(t.detach().double() for t in given.args)))
+        expected = _cases.tensors(op(*given.args))
+        exact = _cases.tensors(op(*(t.detach().double() for t in given.args)))
     if len(shape) == 3 and not _rows_nest(x):
         with pytest.raises(ValueError, match="two nested strides"):
             op(*given.args)
         return
-    got = _samples.tensors(op(*given.args))
+    got = _cases.tensors(op(*given.args))
     for a, b, c in zip(got, expected, exact, strict=True):
         assert_accurate(a, b, c)
         assert a.is_contiguous()

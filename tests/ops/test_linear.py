@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptkern
-from gptkern.ops import _launch, _samples
+from gptkern.ops import _cases, _launch
 from gptkern.ops.linear import launcher, linear, linear_act, linear_residual
 from gptkern.testing import DTYPES, Call, check, check_values
 
@@ -78,9 +78,9 @@ def test_empty(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.slow
 @needs_kernels
-def test_samples(device: torch.device) -> None:
-    for sample in _samples.checks("linear"):
-        check_values(sample.op, sample.make(device, torch.float32), what=sample.name)
+def test_cases(device: torch.device) -> None:
+    for case in _cases.checks("linear"):
+        check_values(case.op, case.make(device, torch.float32), what=case.name)
 
 
 @pytest.mark.slow

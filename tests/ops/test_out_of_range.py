@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 import gptkern
 from gptkern import ops
+from gptkern.ops._cases import tensors
 from gptkern.ops._dispatch import INTERPRETED
-from gptkern.ops._samples import tensors
 from gptkern.ops.decode_attention import launcher as decode
 from gptkern.ops.decode_embed.op import _launch_kernel
 from gptkern.ops.decode_linear import launcher as decode_linear

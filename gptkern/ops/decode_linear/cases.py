@@ -1,4 +1,4 @@
-"""Sample calls of the decode step's linear layers, at GPT-2's shapes and at small ones."""
+"""Example calls of the decode step's linear layers, at GPT-2's shapes and at small ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gptkern.ops._samples import Call, Make, Sample, tensor
+from gptkern.ops._cases import Call, Case, Make, tensor
 from gptkern.ops.decode_attention.reference import FP8
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_linear.op import decode_linear, decode_qkv
@@ -74,24 +74,22 @@ def _qkv(rows: int, width: int, heads: int, *, post_norm: bool = False, fp8: boo
 
 
 _SIZES = {"124M": (768, 12), "355M": (1024, 16), "774M": (1280, 20), "1.5B": (1600, 25)}
-SAMPLES = [
+CASES = [
     sample
     for size, (width, heads) in _SIZES.items()
     for sample in (
-        Sample(f"{size} qkv", decode_qkv, _qkv(1, width, heads), mma_sync=_N),
-        Sample(f"{size} out", decode_linear, _linear(1, width, width, norm=False), mma_sync=_N),
-        Sample(
-            f"{size} fc", decode_linear, _linear(1, width, 4 * width, activation="gelu_tanh"), mma_sync=_N
-        ),
-        Sample(f"{size} proj", decode_linear, _linear(1, 4 * width, width, norm=False), mma_sync=_N),
+        Case(f"{size} qkv", decode_qkv, _qkv(1, width, heads), mma_sync=_N),
+        Case(f"{size} out", decode_linear, _linear(1, width, width, norm=False), mma_sync=_N),
+        Case(f"{size} fc", decode_linear, _linear(1, width, 4 * width, activation="gelu_tanh"), mma_sync=_N),
+        Case(f"{size} proj", decode_linear, _linear(1, 4 * width, width, norm=False), mma_sync=_N),
     )
 ] + [
-    Sample("124M head", decode_linear, _linear(1, 768, 50257)),
-    Sample("124M head, 64 rows", decode_linear, _linear(64, 768, 50257)),
-    Sample("124M qkv, 64 rows, post-norm", decode_qkv, _qkv(64, 768, 12, post_norm=True), mma_sync=_N),
-    Sample("1.5B proj, 64 rows", decode_linear, _linear(64, 6400, 1600, norm=False), mma_sync=_N),
-    Sample("124M out, fp32", decode_linear, _linear(1, 768, 768, norm=False), dtypes=_FP32),
-    Sample("124M fc, fp32, 64 rows", decode_linear, _linear(64, 768, 3072), dtypes=_FP32),
+    Case("124M head", decode_linear, _linear(1, 768, 50257)),
+    Case("124M head, 64 rows", decode_linear, _linear(64, 768, 50257)),
+    Case("124M qkv, 64 rows, post-norm", decode_qkv, _qkv(64, 768, 12, post_norm=True), mma_sync=_N),
+    Case("1.5B proj, 64 rows", decode_linear, _linear(64, 6400, 1600, norm=False), mma_sync=_N),
+    Case("124M out, fp32", decode_linear, _linear(1, 768, 768, norm=False), dtypes=_FP32),
+    Case("124M fc, fp32, 64 rows", decode_linear, _linear(64, 768, 3072), dtypes=_FP32),
 ]
 # Group sizes that divide the widths; fp8 is converted from sm_89 on.
 _FORMATS: dict[str, tuple[str, int, bool]] = {
@@ -100,8 +98,8 @@ _FORMATS: dict[str, tuple[str, int, bool]] = {
     "int4, groups of 64": ("int4", 64, False),
     "int4, groups of 64, zeros": ("int4", 64, True),
 }
-SAMPLES += [
-    Sample(
+CASES += [
+    Case(
         f"{size} {name}, {format}",
         decode_linear,
         _linear(rows, *shape, norm=norm, weights=packed),
@@ -118,27 +116,27 @@ SAMPLES += [
     )
     for format, packed in _FORMATS.items()
 ] + [
-    Sample(
+    Case(
         "124M proj, int8, fp32", decode_linear, _linear(1, 3072, 768, weights=_FORMATS["int8"]), dtypes=_FP32
     ),
-    Sample(
+    Case(
         "124M fc, int4, fp32", decode_linear, _linear(1, 768, 3072, weights=("int4", 128, True)), dtypes=_FP32
     ),
-    Sample(
+    Case(
         "124M fc, int4, groups of 128",
         decode_linear,
         _linear(1, 768, 3072, weights=("int4", 128, True)),
         mma_sync=_N,
     ),
-    Sample(
+    Case(
         "124M fc, int4, groups of 32",
         decode_linear,
         _linear(1, 768, 3072, weights=("int4", 32, True)),
         mma_sync=_N,
     ),
 ]
-SAMPLES += [
-    Sample(
+CASES += [
+    Case(
         f"{size} qkv, fp8 cache",
         decode_qkv,
         _qkv(1, width, heads, fp8=True),
@@ -148,7 +146,7 @@ SAMPLES += [
     for size, (width, heads) in _SIZES.items()
 ]
 CHECKS = [
-    Sample("norm, 3 x 40 to 20", decode_linear, _linear(3, 40, 20)),
-    Sample("residual, 17 x 100 to 33", decode_linear, _linear(17, 100, 33, norm=False, activation="relu")),
-    Sample("qkv, 5 x 40", decode_qkv, _qkv(5, 40, 2)),
+    Case("norm, 3 x 40 to 20", decode_linear, _linear(3, 40, 20)),
+    Case("residual, 17 x 100 to 33", decode_linear, _linear(17, 100, 33, norm=False, activation="relu")),
+    Case("qkv, 5 x 40", decode_qkv, _qkv(5, 40, 2)),
 ]

@@ -1,4 +1,4 @@
-"""Sample calls of the perceptron: GPT-2's shapes to compile, small ones to compute."""
+"""Example calls of the perceptron: GPT-2's shapes to compile, small ones to compute."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gptkern.ops._samples import Call, Make, Sample, tensor
+from gptkern.ops._cases import Call, Case, Make, tensor
 from gptkern.ops.gelu_mlp.op import gelu_mlp
 
 _BOTH = (torch.bfloat16, torch.float32)
@@ -31,28 +31,28 @@ def _inputs(
     return make
 
 
-SAMPLES = [
+CASES = [
     *(
-        Sample(f"{name}, 16384 tokens x 768", gelu_mlp, _inputs(16384, 768, 3072, activation=name), _BOTH)
+        Case(f"{name}, 16384 tokens x 768", gelu_mlp, _inputs(16384, 768, 3072, activation=name), _BOTH)
         for name in ("gelu_tanh", "gelu", "relu", "silu")
     ),
-    Sample("recomputed", gelu_mlp, _inputs(16384, 768, 3072, recompute=True)),
-    Sample("weights (in, out)", gelu_mlp, _inputs(16384, 768, 3072, transposed=True)),
-    Sample("1600 wide", gelu_mlp, _inputs(8192, 1600, 6400)),
-    Sample("64 tokens", gelu_mlp, _inputs(64, 768, 3072)),
-    Sample("1024 tokens", gelu_mlp, _inputs(1024, 768, 3072)),
-    Sample("no descriptors, no bias", gelu_mlp, _inputs(8192, 1023, 4093, bias=False), _BOTH),
-    Sample("no descriptors", gelu_mlp, _inputs(8192, 1023, 4093)),
+    Case("recomputed", gelu_mlp, _inputs(16384, 768, 3072, recompute=True)),
+    Case("weights (in, out)", gelu_mlp, _inputs(16384, 768, 3072, transposed=True)),
+    Case("1600 wide", gelu_mlp, _inputs(8192, 1600, 6400)),
+    Case("64 tokens", gelu_mlp, _inputs(64, 768, 3072)),
+    Case("1024 tokens", gelu_mlp, _inputs(1024, 768, 3072)),
+    Case("no descriptors, no bias", gelu_mlp, _inputs(8192, 1023, 4093, bias=False), _BOTH),
+    Case("no descriptors", gelu_mlp, _inputs(8192, 1023, 4093)),
 ]
 
 CHECKS = [
-    Sample("no tokens", gelu_mlp, _inputs(0, 5, 20)),
-    Sample("one of each", gelu_mlp, _inputs(1, 1, 1)),
+    Case("no tokens", gelu_mlp, _inputs(0, 5, 20)),
+    Case("one of each", gelu_mlp, _inputs(1, 1, 1)),
     *(
-        Sample(f"{name}, 33 tokens x 24", gelu_mlp, _inputs(33, 24, 96, activation=name))
+        Case(f"{name}, 33 tokens x 24", gelu_mlp, _inputs(33, 24, 96, activation=name))
         for name in ("gelu_tanh", "gelu", "relu", "silu", "none")
     ),
-    Sample("recomputed", gelu_mlp, _inputs(65, 17, 40, recompute=True)),
-    Sample("weights (in, out)", gelu_mlp, _inputs(9, 16, 64, transposed=True)),
-    Sample("no bias", gelu_mlp, _inputs(7, 16, 24, bias=False)),
+    Case("recomputed", gelu_mlp, _inputs(65, 17, 40, recompute=True)),
+    Case("weights (in, out)", gelu_mlp, _inputs(9, 16, 64, transposed=True)),
+    Case("no bias", gelu_mlp, _inputs(7, 16, 24, bias=False)),
 ]

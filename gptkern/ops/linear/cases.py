@@ -1,4 +1,4 @@
-"""Sample calls of the linear layers: GPT-2's shapes to compile, small ones to compute."""
+"""Example calls of the linear layers: GPT-2's shapes to compile, small ones to compute."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gptkern.ops._samples import Call, Make, Sample, tensor
+from gptkern.ops._cases import Call, Case, Make, tensor
 from gptkern.ops.linear.op import linear, linear_act, linear_residual
 
 _BOTH = (torch.bfloat16, torch.float32)
@@ -50,36 +50,36 @@ def _weight(
     return weight.t() if transposed else weight
 
 
-SAMPLES = [
+CASES = [
     *(
-        Sample(f"{name}, 16384 tokens, 768 to 3072", linear_act, _act(16384, 768, 3072, name), _BOTH)
+        Case(f"{name}, 16384 tokens, 768 to 3072", linear_act, _act(16384, 768, 3072, name), _BOTH)
         for name in ("gelu_tanh", "gelu", "relu", "silu")
     ),
-    Sample("weights (in, out)", linear_act, _act(16384, 768, 3072, "gelu_tanh", True)),
-    Sample("1600 wide", linear_act, _act(8192, 1600, 6400, "gelu_tanh")),
-    Sample("64 tokens", linear_act, _act(64, 768, 3072, "gelu_tanh")),
-    Sample("1024 tokens", linear_act, _act(1024, 768, 3072, "gelu_tanh")),
-    Sample("1023 features, no descriptors", linear_act, _act(8192, 1023, 4093, "gelu_tanh"), _BOTH),
-    Sample("1023 features of 64 tokens", linear_act, _act(64, 1023, 253, "gelu_tanh")),
-    Sample("residual, 16384 tokens, 3072 to 768", linear_residual, _residual(16384, 3072, 768), _BOTH),
-    Sample("residual in fp32", linear_residual, _residual(16384, 3072, 768, wide=True)),
-    Sample("residual, weights (in, out)", linear_residual, _residual(16384, 3072, 768, True)),
-    Sample("residual, 1024 tokens", linear_residual, _residual(1024, 3072, 768)),
-    Sample("residual, 4096 tokens", linear_residual, _residual(4096, 3072, 768)),
-    Sample("residual, no descriptors", linear_residual, _residual(8192, 3071, 1021)),
-    Sample("qkv without a bias", linear, _plain(65536, 768, 2304)),
-    Sample("small layer", linear, _plain(512, 128, 384)),
+    Case("weights (in, out)", linear_act, _act(16384, 768, 3072, "gelu_tanh", True)),
+    Case("1600 wide", linear_act, _act(8192, 1600, 6400, "gelu_tanh")),
+    Case("64 tokens", linear_act, _act(64, 768, 3072, "gelu_tanh")),
+    Case("1024 tokens", linear_act, _act(1024, 768, 3072, "gelu_tanh")),
+    Case("1023 features, no descriptors", linear_act, _act(8192, 1023, 4093, "gelu_tanh"), _BOTH),
+    Case("1023 features of 64 tokens", linear_act, _act(64, 1023, 253, "gelu_tanh")),
+    Case("residual, 16384 tokens, 3072 to 768", linear_residual, _residual(16384, 3072, 768), _BOTH),
+    Case("residual in fp32", linear_residual, _residual(16384, 3072, 768, wide=True)),
+    Case("residual, weights (in, out)", linear_residual, _residual(16384, 3072, 768, True)),
+    Case("residual, 1024 tokens", linear_residual, _residual(1024, 3072, 768)),
+    Case("residual, 4096 tokens", linear_residual, _residual(4096, 3072, 768)),
+    Case("residual, no descriptors", linear_residual, _residual(8192, 3071, 1021)),
+    Case("qkv without a bias", linear, _plain(65536, 768, 2304)),
+    Case("small layer", linear, _plain(512, 128, 384)),
 ]
 
 CHECKS = [
-    Sample("one of each", linear_act, _act(1, 1, 1, "gelu_tanh")),
-    Sample("no tokens", linear_act, _act(0, 5, 7, "silu")),
+    Case("one of each", linear_act, _act(1, 1, 1, "gelu_tanh")),
+    Case("no tokens", linear_act, _act(0, 5, 7, "silu")),
     *(
-        Sample(f"{name}, 65 tokens, 17 to 33", linear_act, _act(65, 17, 33, name))
+        Case(f"{name}, 65 tokens, 17 to 33", linear_act, _act(65, 17, 33, name))
         for name in ("gelu_tanh", "gelu", "relu", "silu", "none")
     ),
-    Sample("weights (in, out)", linear_act, _act(9, 24, 40, "gelu_tanh", True)),
-    Sample("residual", linear_residual, _residual(33, 40, 24)),
-    Sample("residual, weights (in, out)", linear_residual, _residual(7, 16, 72, True)),
-    Sample("plain", linear, _plain(5, 72, 3)),
+    Case("weights (in, out)", linear_act, _act(9, 24, 40, "gelu_tanh", True)),
+    Case("residual", linear_residual, _residual(33, 40, 24)),
+    Case("residual, weights (in, out)", linear_residual, _residual(7, 16, 72, True)),
+    Case("plain", linear, _plain(5, 72, 3)),
 ]

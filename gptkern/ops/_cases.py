@@ -1,8 +1,8 @@
-"""Sample calls of every op: one registry that compiles ahead of time, inspects and checks share.
+"""Example calls of every op: one registry for the ahead-of-time build, ``gptkern inspect`` and the checks.
 
-An op takes part by a file ``gptkern/ops/<op>/samples.py``, found by name, with two lists:
+An op takes part by its file ``gptkern/ops/<op>/cases.py``, found by name, with two lists:
 
-``SAMPLES``
+``CASES``
     Calls at the shapes of real models (GPT-2 124M to 1.5B, training and decode), one for every
     row of the launch tables. They are never computed: the ahead-of-time build (``_aot``) makes
     them on meta tensors and compiles what they would launch for sm_80, sm_89, sm_90 and sm_100.
@@ -18,8 +18,8 @@ Example::
             return Call((x, weight), {"eps": 1e-5})
         return make
 
-    SAMPLES = [Sample("layer_norm 65536 x 768", layer_norm, _inputs(65536, 768))]
-    CHECKS = [Sample("layer_norm 3 x 17", layer_norm, _inputs(3, 17))]
+    CASES = [Case("layer_norm 65536 x 768", layer_norm, _inputs(65536, 768))]
+    CHECKS = [Case("layer_norm 3 x 17", layer_norm, _inputs(3, 17))]
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ Make = Callable[[torch.device, torch.dtype], Call]
 
 
 @dataclass(frozen=True)
-class Sample:
+class Case:
     """One call of an op.
 
     Args:
         name: what it shows.
         op: the public function.
         make: fresh arguments on a device in a dtype. What requires grad is differentiated.
-        dtypes: the dtypes in which it is compiled ahead of time; one is enough for most samples.
+        dtypes: the dtypes in which it is compiled ahead of time; one is enough for most cases.
         mma_sync: names of kernels whose tile is too narrow for ``wgmma`` on sm_90 by design (decode,
             where one sequence is one row): ``mma.sync`` is accepted from them.
         archs: the architectures it is compiled for, where not all of them serve it.
         serialised: names of kernels in which ptxas cannot overlap ``wgmma`` instructions and which are
-            accepted so; the sample says why.
+            accepted so; the case says why.
     """
 
     name: str
@@ -94,21 +94,21 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def ops() -> list[str]:
-    """Names of the ops that have samples."""
+    """Names of the ops that have cases."""
     import gptkern.ops
 
     return [
         module.name
         for module in pkgutil.iter_modules(gptkern.ops.__path__)
-        if module.ispkg and importlib.util.find_spec(f"gptkern.ops.{module.name}.samples")
+        if module.ispkg and importlib.util.find_spec(f"gptkern.ops.{module.name}.cases")
     ]
 
 
-def samples(op: str) -> list[Sample]:
+def cases(op: str) -> list[Case]:
     """The calls of ``op`` at the shapes of real models."""
-    return list(importlib.import_module(f"gptkern.ops.{op}.samples").SAMPLES)
+    return list(importlib.import_module(f"gptkern.ops.{op}.cases").CASES)
 
 
-def checks(op: str) -> list[Sample]:
+def checks(op: str) -> list[Case]:
     """The small calls of ``op`` that are computed and compared."""
-    return list(importlib.import_module(f"gptkern.ops.{op}.samples").CHECKS)
+    return list(importlib.import_module(f"gptkern.ops.{op}.cases").CHECKS)

@@ -1,4 +1,4 @@
-"""Sample calls of decode attention: one for every launch row, and small ones that are computed."""
+"""Example calls of decode attention: one for every launch row, and small ones that are computed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gptkern.ops._samples import Call, Make, Sample, tensor
+from gptkern.ops._cases import Call, Case, Make, tensor
 from gptkern.ops.decode_attention.op import append_kv, decode_attention
 from gptkern.ops.decode_attention.reference import FP8
 
@@ -62,29 +62,29 @@ def _append(tokens: int, heads: int, dim: int, fp8: bool = False) -> Make:
     return make
 
 
-SAMPLES = [
-    Sample("124M step", decode_attention, _attend(1, 12, 12, 64, 1, 1024, prefetch=True), mma_sync=_N),
-    Sample("124M, context 1024", decode_attention, _attend(1, 12, 12, 64, 1, 1024), mma_sync=_N),
-    Sample("124M, context 1024, batch 64", decode_attention, _attend(64, 12, 12, 64, 64, 16), mma_sync=_N),
-    Sample(
+CASES = [
+    Case("124M step", decode_attention, _attend(1, 12, 12, 64, 1, 1024, prefetch=True), mma_sync=_N),
+    Case("124M, context 1024", decode_attention, _attend(1, 12, 12, 64, 1, 1024), mma_sync=_N),
+    Case("124M, context 1024, batch 64", decode_attention, _attend(64, 12, 12, 64, 64, 16), mma_sync=_N),
+    Case(
         "8 heads a key, context 16k",
         decode_attention,
         _attend(8, 32, 4, 128, 64, 256),
         mma_sync=_N,
     ),
-    Sample("context 128k", decode_attention, _attend(1, 25, 25, 64, 512, 256), mma_sync=_N),
-    Sample("head dim 256", decode_attention, _attend(1, 8, 1, 256, 16, 256), mma_sync=_N),
-    Sample("head dim 256, context 16k", decode_attention, _attend(1, 8, 1, 256, 64, 256), mma_sync=_N),
-    Sample("fp32", decode_attention, _attend(1, 12, 12, 64, 16, 64), dtypes=_FP32),
-    Sample("fp32, context 16k", decode_attention, _attend(1, 12, 12, 64, 256, 64), dtypes=_FP32),
-    Sample("fp32, head dim 256", decode_attention, _attend(1, 8, 1, 256, 16, 256), dtypes=_FP32),
-    Sample("fp32, head dim 256, context 16k", decode_attention, _attend(1, 8, 1, 256, 64, 256), dtypes=_FP32),
-    Sample("append 124M", append_kv, _append(64, 12, 64)),
+    Case("context 128k", decode_attention, _attend(1, 25, 25, 64, 512, 256), mma_sync=_N),
+    Case("head dim 256", decode_attention, _attend(1, 8, 1, 256, 16, 256), mma_sync=_N),
+    Case("head dim 256, context 16k", decode_attention, _attend(1, 8, 1, 256, 64, 256), mma_sync=_N),
+    Case("fp32", decode_attention, _attend(1, 12, 12, 64, 16, 64), dtypes=_FP32),
+    Case("fp32, context 16k", decode_attention, _attend(1, 12, 12, 64, 256, 64), dtypes=_FP32),
+    Case("fp32, head dim 256", decode_attention, _attend(1, 8, 1, 256, 16, 256), dtypes=_FP32),
+    Case("fp32, head dim 256, context 16k", decode_attention, _attend(1, 8, 1, 256, 64, 256), dtypes=_FP32),
+    Case("append 124M", append_kv, _append(64, 12, 64)),
 ]
 # e4m3 is converted from sm_89 on.
 _E4M3 = (89, 90, 100)
-SAMPLES += [
-    Sample(
+CASES += [
+    Case(
         f"{size} step, fp8",
         decode_attention,
         _attend(1, heads, heads, 64, 1, 1024, prefetch=True, fp8=True),
@@ -93,17 +93,17 @@ SAMPLES += [
     )
     for size, heads in (("124M", 12), ("1.5B", 25))
 ] + [
-    Sample(
+    Case(
         "8 heads a key, context 16k, fp8",
         decode_attention,
         _attend(8, 32, 4, 128, 64, 256, fp8=True),
         mma_sync=_N,
         archs=_E4M3,
     ),
-    Sample("append 124M, fp8", append_kv, _append(64, 12, 64, fp8=True), archs=_E4M3),
+    Case("append 124M, fp8", append_kv, _append(64, 12, 64, fp8=True), archs=_E4M3),
 ]
 CHECKS = [
-    Sample("5 sequences over 3 pages of 16", decode_attention, _attend(5, 4, 2, 20, 3, 16)),
-    Sample("1 sequence of 1 token", decode_attention, _attend(1, 3, 1, 16, 1, 4)),
-    Sample("append 7 x 3 x 20", append_kv, _append(7, 3, 20)),
+    Case("5 sequences over 3 pages of 16", decode_attention, _attend(5, 4, 2, 20, 3, 16)),
+    Case("1 sequence of 1 token", decode_attention, _attend(1, 3, 1, 16, 1, 4)),
+    Case("append 7 x 3 x 20", append_kv, _append(7, 3, 20)),
 ]

@@ -1,10 +1,10 @@
-"""Sample calls of the decode step's embedding."""
+"""Example calls of the decode step's embedding."""
 
 from __future__ import annotations
 
 import torch
 
-from gptkern.ops._samples import Call, Make, Sample, tensor
+from gptkern.ops._cases import Call, Case, Make, tensor
 from gptkern.ops.decode_embed.op import decode_embed
 
 
@@ -22,5 +22,5 @@ def _embed(rows: int, vocabulary: int, width: int) -> Make:
     return make
 
 
-SAMPLES = [Sample("124M", decode_embed, _embed(8, 50257, 768))]
-CHECKS = [Sample("3 rows of 20", decode_embed, _embed(3, 11, 20))]
+CASES = [Case("124M", decode_embed, _embed(8, 50257, 768))]
+CHECKS = [Case("3 rows of 20", decode_embed, _embed(3, 11, 20))]

@@ -1,4 +1,4 @@
-"""Sample calls of attention: one for every row of the launch tables, and small ones to check."""
+"""Example calls of attention: one for every row of the launch tables, and small ones to check."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gptkern.ops._samples import Call, Make, Sample, tensor
+from gptkern.ops._cases import Call, Case, Make, tensor
 from gptkern.ops.flash_attention.op import flash_attention, flash_attention_varlen
 
 
@@ -41,46 +41,46 @@ _ALL = (torch.bfloat16, torch.float32)
 # The random numbers take the registers that overlapping products would keep their accumulators in.
 _DROPOUT = frozenset({"flash_attention_forward", "flash_attention_dq", "flash_attention_dkdv"})
 
-SAMPLES = [
-    Sample("GPT-2 124M training, 64 x 1024", flash_attention, _dense(64, 1024, 1024, 12, 12, 64), _ALL),
-    Sample("GPT-2 1.5B prompt, 1 x 1000", flash_attention, _dense(1, 1000, 1000, 25, 25, 64)),
-    Sample("not causal", flash_attention, _dense(4, 4096, 4096, 16, 16, 64, causal=False)),
-    Sample(
+CASES = [
+    Case("GPT-2 124M training, 64 x 1024", flash_attention, _dense(64, 1024, 1024, 12, 12, 64), _ALL),
+    Case("GPT-2 1.5B prompt, 1 x 1000", flash_attention, _dense(1, 1000, 1000, 25, 25, 64)),
+    Case("not causal", flash_attention, _dense(4, 4096, 4096, 16, 16, 64, causal=False)),
+    Case(
         "dropout",
         flash_attention,
         _dense(64, 1024, 1024, 12, 12, 64, dropout_p=0.1),
         _ALL,
         serialised=_DROPOUT,
     ),
-    Sample("packed", flash_attention_varlen, _packed([1024, 517, 33], 12, 12, 64)),
-    Sample("head dim 128", flash_attention, _dense(4, 4096, 4096, 16, 16, 128), _ALL),
-    Sample("head dim 128, grouped, window", flash_attention, _dense(2, 4096, 4096, 32, 8, 128, window=1024)),
-    Sample("head dim 128, packed, grouped", flash_attention_varlen, _packed([1024, 517, 33], 32, 8, 128)),
-    Sample("head dim 128, softcap", flash_attention, _dense(2, 4096, 4096, 16, 8, 128, softcap=50.0)),
-    Sample(
+    Case("packed", flash_attention_varlen, _packed([1024, 517, 33], 12, 12, 64)),
+    Case("head dim 128", flash_attention, _dense(4, 4096, 4096, 16, 16, 128), _ALL),
+    Case("head dim 128, grouped, window", flash_attention, _dense(2, 4096, 4096, 32, 8, 128, window=1024)),
+    Case("head dim 128, packed, grouped", flash_attention_varlen, _packed([1024, 517, 33], 32, 8, 128)),
+    Case("head dim 128, softcap", flash_attention, _dense(2, 4096, 4096, 16, 8, 128, softcap=50.0)),
+    Case(
         "head dim 128, dropout",
         flash_attention,
         _dense(2, 4096, 4096, 16, 16, 128, dropout_p=0.1),
         serialised=_DROPOUT,
     ),
-    Sample("head dim 80", flash_attention, _dense(2, 2048, 2048, 32, 32, 80)),
-    Sample("head dim 256", flash_attention, _dense(2, 4096, 4096, 16, 8, 256)),
-    Sample("head dim 256, window", flash_attention, _dense(2, 4096, 4096, 16, 8, 256, window=512)),
-    Sample(
+    Case("head dim 80", flash_attention, _dense(2, 2048, 2048, 32, 32, 80)),
+    Case("head dim 256", flash_attention, _dense(2, 4096, 4096, 16, 8, 256)),
+    Case("head dim 256, window", flash_attention, _dense(2, 4096, 4096, 16, 8, 256, window=512)),
+    Case(
         "head dim 256, softcap, window",
         flash_attention,
         _dense(2, 4096, 4096, 8, 4, 256, softcap=50.0, window=512),
         # Both accumulators of 64 keys and the softcap do not fit in registers; 32 keys are too few for wgmma.
         mma_sync=frozenset({"flash_attention_dkdv"}),
     ),
-    Sample(
+    Case(
         "dropout, fp32, head dim 128",
         flash_attention,
         _dense(2, 1024, 1024, 8, 8, 128, dropout_p=0.1),
         (torch.float32,),
     ),
-    Sample("head dim 256, fp32", flash_attention, _dense(1, 1024, 1024, 8, 8, 256), (torch.float32,)),
-    Sample(
+    Case("head dim 256, fp32", flash_attention, _dense(1, 1024, 1024, 8, 8, 256), (torch.float32,)),
+    Case(
         "head dim 256, fp32, dropout, softcap, window",
         flash_attention,
         _dense(1, 1024, 1024, 8, 4, 256, dropout_p=0.1, softcap=50.0, window=100),
@@ -89,12 +89,12 @@ SAMPLES = [
 ]
 
 CHECKS = [
-    Sample("causal", flash_attention, _dense(2, 33, 33, 2, 2, 16)),
-    Sample("not causal, head dim 24", flash_attention, _dense(1, 17, 40, 2, 2, 24, causal=False)),
-    Sample("grouped, window, softcap", flash_attention, _dense(1, 20, 37, 4, 2, 16, window=9, softcap=5.0)),
-    Sample("queries that see nothing", flash_attention, _dense(1, 21, 9, 2, 1, 16, return_lse=True)),
-    Sample("one query", flash_attention, _dense(2, 1, 19, 2, 1, 16)),
-    Sample("empty batch", flash_attention, _dense(0, 5, 5, 2, 2, 16)),
-    Sample("packed", flash_attention_varlen, _packed([5, 0, 18, 1], 2, 1, 16)),
-    Sample("packed, window", flash_attention_varlen, _packed([20, 7], 2, 2, 16, window=4)),
+    Case("causal", flash_attention, _dense(2, 33, 33, 2, 2, 16)),
+    Case("not causal, head dim 24", flash_attention, _dense(1, 17, 40, 2, 2, 24, causal=False)),
+    Case("grouped, window, softcap", flash_attention, _dense(1, 20, 37, 4, 2, 16, window=9, softcap=5.0)),
+    Case("queries that see nothing", flash_attention, _dense(1, 21, 9, 2, 1, 16, return_lse=True)),
+    Case("one query", flash_attention, _dense(2, 1, 19, 2, 1, 16)),
+    Case("empty batch", flash_attention, _dense(0, 5, 5, 2, 2, 16)),
+    Case("packed", flash_attention_varlen, _packed([5, 0, 18, 1], 2, 1, 16)),
+    Case("packed, window", flash_attention_varlen, _packed([20, 7], 2, 2, 16, window=4)),
 ]

@@ -1,12 +1,12 @@
-"""Sample calls of the persistent step: GPT-2's sizes and every kind of weights, and a small one."""
+"""Example calls of the persistent step: GPT-2's sizes and every kind of weights, and a small one."""
 
 from __future__ import annotations
 
 import torch
 
-from gptkern.ops._samples import Call, Make, Sample, tensor
+from gptkern.ops._cases import Call, Case, Make, tensor
 from gptkern.ops.decode_attention.reference import FP8
-from gptkern.ops.decode_linear.samples import Packed, packed_matrix
+from gptkern.ops.decode_linear.cases import Packed, packed_matrix
 from gptkern.ops.decode_step.op import persistent_step
 from gptkern.ops.decode_step.weights import LayerWeights, Linear, StepWeights
 
@@ -66,15 +66,15 @@ def _step(
     return make
 
 
-SAMPLES = [
-    Sample("124M", persistent_step, _step(1, 768, 12), mma_sync=_N),
-    Sample("355M", persistent_step, _step(1, 1024, 16), mma_sync=_N),
-    Sample("1.5B", persistent_step, _step(8, 1600, 25), mma_sync=_N),
-    Sample("GPT-1", persistent_step, _step(1, 768, 12, vocabulary=40478, post_norm=True), mma_sync=_N),
-    Sample("124M, fp32", persistent_step, _step(1, 768, 12), dtypes=_FP32),
-    Sample("124M, int8", persistent_step, _step(1, 768, 12, weights=("int8", 0, False)), mma_sync=_N),
-    Sample("124M, int4", persistent_step, _step(1, 768, 12, weights=("int4", 128, True)), mma_sync=_N),
-    Sample(
+CASES = [
+    Case("124M", persistent_step, _step(1, 768, 12), mma_sync=_N),
+    Case("355M", persistent_step, _step(1, 1024, 16), mma_sync=_N),
+    Case("1.5B", persistent_step, _step(8, 1600, 25), mma_sync=_N),
+    Case("GPT-1", persistent_step, _step(1, 768, 12, vocabulary=40478, post_norm=True), mma_sync=_N),
+    Case("124M, fp32", persistent_step, _step(1, 768, 12), dtypes=_FP32),
+    Case("124M, int8", persistent_step, _step(1, 768, 12, weights=("int8", 0, False)), mma_sync=_N),
+    Case("124M, int4", persistent_step, _step(1, 768, 12, weights=("int4", 128, True)), mma_sync=_N),
+    Case(
         "124M, fp8, fp8 cache",
         persistent_step,
         _step(1, 768, 12, weights=("fp8", 0, False), fp8_cache=True),
@@ -82,4 +82,4 @@ SAMPLES = [
         archs=(89, 90, 100),
     ),
 ]
-CHECKS: list[Sample] = []
+CHECKS: list[Case] = []

@@ -1,4 +1,4 @@
-"""Sample calls of the fused head and loss: GPT-2's shapes to compile, small ones to compute."""
+"""Example calls of the fused head and loss: GPT-2's shapes to compile, small ones to compute."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gptkern.ops._samples import Call, Make, Sample, tensor
+from gptkern.ops._cases import Call, Case, Make, tensor
 from gptkern.ops.linear_cross_entropy.op import linear_cross_entropy
 
 _BOTH = (torch.bfloat16, torch.float32)
@@ -22,11 +22,11 @@ def _inputs(tokens: int, width: int, vocab: int, **settings: Any) -> Make:
     return make
 
 
-SAMPLES = [
-    Sample("65536 tokens x 768, GPT-2's vocabulary", linear_cross_entropy, _inputs(65536, 768, 50257), _BOTH),
-    Sample("8192 tokens x 1600", linear_cross_entropy, _inputs(8192, 1600, 50257)),
-    Sample("a loss a token", linear_cross_entropy, _inputs(8192, 768, 50257, reduction="none")),
-    Sample(
+CASES = [
+    Case("65536 tokens x 768, GPT-2's vocabulary", linear_cross_entropy, _inputs(65536, 768, 50257), _BOTH),
+    Case("8192 tokens x 1600", linear_cross_entropy, _inputs(8192, 1600, 50257)),
+    Case("a loss a token", linear_cross_entropy, _inputs(8192, 768, 50257, reduction="none")),
+    Case(
         "smoothed, with z-loss",
         linear_cross_entropy,
         _inputs(8192, 1280, 50257, z_loss=1e-4, label_smoothing=0.1),
@@ -34,10 +34,10 @@ SAMPLES = [
 ]
 
 CHECKS = [
-    Sample("5 tokens x 24, 11 words", linear_cross_entropy, _inputs(5, 24, 11)),
-    Sample("133 tokens x 40, 517 words", linear_cross_entropy, _inputs(133, 40, 517)),
-    Sample("a loss a token", linear_cross_entropy, _inputs(9, 16, 300, reduction="none")),
-    Sample(
+    Case("5 tokens x 24, 11 words", linear_cross_entropy, _inputs(5, 24, 11)),
+    Case("133 tokens x 40, 517 words", linear_cross_entropy, _inputs(133, 40, 517)),
+    Case("a loss a token", linear_cross_entropy, _inputs(9, 16, 300, reduction="none")),
+    Case(
         "smoothed sum with z-loss",
         linear_cross_entropy,
         _inputs(17, 33, 70, reduction="sum", z_loss=1e-3, label_smoothing=0.1),
