@@ -1,43 +1,54 @@
 """gptkern: a kernel-accelerated GPT runtime.
 
-The public names are loaded when they are first used, so that the command line's ``--help`` need not
+Public names and subpackages are imported at their first use, so that the command line's ``--help`` need not
 wait for PyTorch.
 """
 
-from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from gptkern import _at_import, _checkout
+from gptkern._lazy import lazily
 
 if TYPE_CHECKING:
-    from gptkern import ops
+    from gptkern import bench, checkpoint, generate, ops, quantize, testing, tokenizer, train, transformers
     from gptkern.cache import KVCache
     from gptkern.checkpoint import CheckpointError
     from gptkern.config import GPTConfig
+    from gptkern.drop_in import accelerate, restore
     from gptkern.generate import Completion, GenerateOutput, Score
     from gptkern.model import GPT, GPTOutput
     from gptkern.ops import backend
     from gptkern.routes import FallbackWarning, explain
     from gptkern.tokenizer import Tokenizer
-    from gptkern.transformers import accelerate, restore
 
+    __version__: str
+
+# Where each public name is defined; "" is a submodule of this package.
 _HOMES = {
-    "GPT": "model",
-    "GPTConfig": "config",
-    "GPTOutput": "model",
-    "KVCache": "cache",
-    "Tokenizer": "tokenizer",
-    "CheckpointError": "checkpoint",
-    "Completion": "generate",
-    "GenerateOutput": "generate",
-    "Score": "generate",
-    "accelerate": "transformers",
-    "backend": "ops",
-    "explain": "routes",
-    "FallbackWarning": "routes",
+    "GPT": "gptkern.model",
+    "CheckpointError": "gptkern.checkpoint",
+    "Completion": "gptkern.generate",
+    "FallbackWarning": "gptkern.routes",
+    "GPTConfig": "gptkern.config",
+    "GPTOutput": "gptkern.model",
+    "GenerateOutput": "gptkern.generate",
+    "KVCache": "gptkern.cache",
+    "Score": "gptkern.generate",
+    "Tokenizer": "gptkern.tokenizer",
+    "accelerate": "gptkern.drop_in",
+    "backend": "gptkern.ops",
+    "bench": "",
+    "checkpoint": "",
+    "explain": "gptkern.routes",
+    "generate": "",
     "ops": "",
-    "restore": "transformers",
+    "quantize": "",
+    "restore": "gptkern.drop_in",
+    "testing": "",
+    "tokenizer": "",
+    "train": "",
+    "transformers": "",
 }
 
 __all__ = [
@@ -53,25 +64,28 @@ __all__ = [
     "Tokenizer",
     "accelerate",
     "backend",
+    "bench",
+    "checkpoint",
     "explain",
+    "generate",
     "ops",
+    "quantize",
     "restore",
+    "testing",
+    "tokenizer",
+    "train",
+    "transformers",
 ]
+
+_get, _names = lazily(__name__, _HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return version("gptkern")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gptkern' has no attribute {name!r}")
-    home = _HOMES[name]
-    value = getattr(import_module(f"gptkern.{home}"), name) if home else import_module(f"gptkern.{name}")
-    globals()[name] = value
-    return value
+    return version("gptkern") if name == "__version__" else _get(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, "__version__"})
+    return sorted({*_names(), "__version__"})
 
 
 _at_import.install()

@@ -28,7 +28,7 @@ COMMANDS = {
     "profile": "bench",
     "tune": "",
     "inspect": "",
-    "verify": "",
+    "verify": "transformers",
 }
 _INTERRUPTED = 130
 # typer carries a copy of click in newer versions, which has no public name.

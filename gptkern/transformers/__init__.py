@@ -6,25 +6,50 @@
     from gptkern.transformers import GPT2LMHeadModel, GPT2Tokenizer         # or one line changed
     AutoModelForCausalLM.from_pretrained(..., attn_implementation="gptkern")  # or any other model
 
-``import gptkern`` is enough for the last.
+``import gptkern`` is enough for the last. Names are imported at their first use; all but the warning and the
+two ``explain`` returns need transformers: ``pip install 'gptkern[transformers]'``.
 """
 
-from transformers import GPT2Tokenizer, GPT2TokenizerFast, OpenAIGPTTokenizer
+from typing import TYPE_CHECKING, Any
 
-from gptkern.routes import Explanation, FallbackWarning, Route
-from gptkern.transformers import attention
-from gptkern.transformers.classes import (
-    GPT2DoubleHeadsModel,
-    GPT2ForQuestionAnswering,
-    GPT2ForSequenceClassification,
-    GPT2ForTokenClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
-    OpenAIGPTLMHeadModel,
-)
-from gptkern.transformers.swap import SUPPORTED, accelerate, explain, restore
+from gptkern._lazy import lazily
+from gptkern.drop_in import accelerate, needs_transformers, restore
 
-attention.register()
+if TYPE_CHECKING:
+    from transformers import GPT2Tokenizer, GPT2TokenizerFast, OpenAIGPTTokenizer
+
+    from gptkern.routes import Explanation, FallbackWarning, Route
+    from gptkern.transformers.classes import (
+        GPT2DoubleHeadsModel,
+        GPT2ForQuestionAnswering,
+        GPT2ForSequenceClassification,
+        GPT2ForTokenClassification,
+        GPT2LMHeadModel,
+        GPT2Model,
+        OpenAIGPTLMHeadModel,
+    )
+    from gptkern.transformers.swap import SUPPORTED, explain
+
+_CLASSES = "gptkern.transformers.classes"
+_HOMES = {
+    "SUPPORTED": "gptkern.transformers.swap",
+    "Explanation": "gptkern.routes",
+    "FallbackWarning": "gptkern.routes",
+    "GPT2DoubleHeadsModel": _CLASSES,
+    "GPT2ForQuestionAnswering": _CLASSES,
+    "GPT2ForSequenceClassification": _CLASSES,
+    "GPT2ForTokenClassification": _CLASSES,
+    "GPT2LMHeadModel": _CLASSES,
+    "GPT2Model": _CLASSES,
+    "GPT2Tokenizer": "transformers",
+    "GPT2TokenizerFast": "transformers",
+    "OpenAIGPTLMHeadModel": _CLASSES,
+    "OpenAIGPTTokenizer": "transformers",
+    "Route": "gptkern.routes",
+    "accelerate": "gptkern.drop_in",
+    "explain": "gptkern.transformers.swap",
+    "restore": "gptkern.drop_in",
+}
 
 __all__ = [
     "SUPPORTED",
@@ -45,3 +70,14 @@ __all__ = [
     "explain",
     "restore",
 ]
+
+_get, __dir__ = lazily(__name__, _HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        return _get(name)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise needs_transformers(f"gptkern.transformers.{name}") from None

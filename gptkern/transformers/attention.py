@@ -292,3 +292,6 @@ def _all_of(
     kwargs.setdefault("max_length_k", dict.fromkeys(kwargs["cu_seq_lens_k"], 0))
     keys, values = cache.update(**told, kwargs=kwargs)
     return keys[0].transpose(0, 1), values[0].transpose(0, 1)
+
+
+register()

@@ -11,6 +11,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 from gptkern._at_import import NAME, PAGED
 from gptkern.as_built import untouched
+from gptkern.drop_in import Generation, Rng
 from gptkern.ops._dispatch import use_kernel
 from gptkern.quantize import METHOD
 from gptkern.routes import Explanation, Route
@@ -29,39 +30,10 @@ SUPPORTED = (
 )
 MAX_HEAD_DIM = 256
 NORMS = (NORM, LayerNorm.forward)
-Generation = Literal["auto", "library"]
-Rng = Literal["torch", "philox"]
 
 
 def accelerate(model: Any, *, generation: Generation = "auto", rng: Rng = "torch") -> Any:
-    """Put a loaded transformers model on gptkern's ops, in place: attention, norms, MLP, loss, ``generate``.
-
-    Parameters are shared, not copied; their names and the state dict stay. It either completes or leaves
-    the model as it was.
-
-    A model whose modules are hooked, replaced or changed, or whose class overrides what generation calls,
-    computes what the library computes with it: that part, or the whole of ``generate``, takes the library's
-    way and says so once. Whether it is so is looked at whenever a generation begins; a module that is hooked
-    or put in while one is under way ends it with a ``RuntimeError``.
-
-    Args:
-        model: One of ``SUPPORTED``, or of a subclass.
-        generation: ``"auto"`` runs ``generate`` on gptkern's engine where the call is one it takes, and
-            on the library's loop, saying so once, where not; ``"library"`` keeps the library's loop.
-        rng: How ``generate`` samples. ``"torch"`` draws what the library draws from torch's generator: the
-            same tokens as before, by its own processors. ``"philox"`` draws the same distribution with
-            gptkern's sampler, faster: a draw depends on one seed a call, taken from torch's generator, on
-            the row's number in the batch, and on how many tokens the row has made. The same call after
-            the same ``torch.manual_seed`` gives the same tokens; a prompt in another row, others. Greedy
-            search takes the sampler with either.
-
-    Returns:
-        The same model.
-
-    Raises:
-        TypeError: A model of another class.
-        ValueError: A head dimension, activation, ``generation`` or ``rng`` that is not supported.
-    """
+    """Put a loaded transformers model on gptkern's ops, in place: see ``gptkern.accelerate``."""
     _check(model, generation, rng)
     if is_accelerated(model):
         if isinstance(model, LanguageModel):
@@ -82,11 +54,7 @@ def accelerate(model: Any, *, generation: Generation = "auto", rng: Rng = "torch
 
 
 def restore(model: Any) -> Any:
-    """Undo ``accelerate``; the same model. One that is not accelerated stays as it is.
-
-    Raises:
-        TypeError: No transformers model.
-    """
+    """Undo ``accelerate``: see ``gptkern.restore``."""
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"restore: model is a {type(model).__name__}; a transformers model is needed")
     backwards = {new: old for old, new in SWAPS.items()} | {LayerNorm: nn.LayerNorm}
