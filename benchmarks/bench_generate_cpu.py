@@ -21,7 +21,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from gptkern.bench.suites import _models as models
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 
 PROMPT, NEW = 32, 128
 ROUNDS = int(os.environ.get("GPTKERN_BENCH_ROUNDS", "3"))

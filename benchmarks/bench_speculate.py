@@ -21,7 +21,7 @@ from gptkern.bench.suites import _models as models
 from gptkern.cache import KVCache
 from gptkern.generate.executor import Executor
 from gptkern.generate.verify import Verify
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS, CONTEXT = 15, 128

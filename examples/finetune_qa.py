@@ -13,7 +13,7 @@ import json
 import random
 from pathlib import Path
 
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.train import Settings, SettingsError, train
 
 

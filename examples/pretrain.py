@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.train import Settings, SettingsError, train
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from gptkern.config import GPTConfig
 from gptkern.durable import write_file
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 
 CONFIG = GPTConfig(

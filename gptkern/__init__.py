@@ -16,22 +16,23 @@ if TYPE_CHECKING:
     from gptkern.checkpoint import CheckpointError
     from gptkern.config import GPTConfig
     from gptkern.drop_in import accelerate, restore
+    from gptkern.environment import FallbackWarning
     from gptkern.generate import Completion, GenerateOutput, Score
-    from gptkern.model import GPT, GPTOutput
+    from gptkern.gpt import GPT, explain
+    from gptkern.model.decoder import GPTOutput
     from gptkern.ops import backend
-    from gptkern.routes import FallbackWarning, explain
     from gptkern.tokenizer import Tokenizer
 
     __version__: str
 
 # Where each public name is defined; "" is a submodule of this package.
 _HOMES = {
-    "GPT": "gptkern.model",
+    "GPT": "gptkern.gpt",
     "CheckpointError": "gptkern.checkpoint",
     "Completion": "gptkern.generate",
-    "FallbackWarning": "gptkern.routes",
+    "FallbackWarning": "gptkern.environment",
     "GPTConfig": "gptkern.config",
-    "GPTOutput": "gptkern.model",
+    "GPTOutput": "gptkern.model.decoder",
     "GenerateOutput": "gptkern.generate",
     "KVCache": "gptkern.cache",
     "Score": "gptkern.generate",
@@ -40,7 +41,7 @@ _HOMES = {
     "backend": "gptkern.ops",
     "bench": "",
     "checkpoint": "",
-    "explain": "gptkern.routes",
+    "explain": "gptkern.gpt",
     "generate": "",
     "ops": "",
     "quantize": "",

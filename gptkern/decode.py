@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from gptkern.model import GPT, Block, Norm
+from gptkern.model.decoder import Block, Decoder, Norm
 from gptkern.ops._counters import Pool, counters_from
 from gptkern.ops._dispatch import use_kernel
 from gptkern.ops._launch import on_device
@@ -68,7 +68,7 @@ class DecodeStep:
 
     def __init__(
         self,
-        model: GPT,
+        model: Decoder,
         cache: KVCache,
         params: SamplingParams | None = None,
         state: SamplerState | None = None,
@@ -275,7 +275,7 @@ def _norm(norm: Norm | None) -> tuple[torch.Tensor, torch.Tensor | None, float] 
     return None if norm is None else (norm.weight, norm.bias, norm.eps)
 
 
-def _step_weights(model: GPT) -> StepWeights:
+def _step_weights(model: Decoder) -> StepWeights:
     """The model's weights where they lie now."""
 
     def linear(layer: nn.Linear | QuantizedLinear) -> Linear:

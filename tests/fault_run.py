@@ -27,7 +27,7 @@ import torch
 from gptkern import GPTConfig
 from gptkern.checkpoint import CheckpointError
 from gptkern.durable import write_file
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.ops import SamplerState, SamplingParams, sample
 from gptkern.quantize import Quantization, quantize_model
 from gptkern.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gptkern.config import GPTConfig
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 
 VOCAB = 211
 # name -> fields of transformers' config: head dims 8 to 128, odd widths, every activation, every switch

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from gptkern import GPTConfig
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "fcntl.flock")

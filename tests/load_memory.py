@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 
 
 def status() -> dict[str, int]:

@@ -14,10 +14,11 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize
 
 import gptkern
-from gptkern import routes
+from gptkern import environment
 from gptkern.config import GPTConfig
 from gptkern.generate import executor
-from gptkern.model import GPT, MLP, Block
+from gptkern.gpt import GPT
+from gptkern.model.decoder import MLP, Block
 from gptkern.train.objective import LanguageModelling, hidden_states
 
 NEW = 6
@@ -55,7 +56,7 @@ CALLED = (*LAYERS, "", "transformer", "transformer.h.1", "transformer.h.1.attn",
 @pytest.fixture(autouse=True)
 def untold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warnings that were given before do not count."""
-    monkeypatch.setattr(routes, "_told", set())
+    monkeypatch.setattr(environment, "_told", set())
 
 
 def model_of(**changes: Any) -> GPT:

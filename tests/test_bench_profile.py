@@ -11,7 +11,7 @@ import torch
 import gptkern.cli
 from gptkern.bench.profile import PROFILED, launches, profile
 from gptkern.config import GPTConfig
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 
 CONFIG = GPTConfig(vocab_size=256, n_positions=64, n_layer=2, n_head=2, n_embd=32)

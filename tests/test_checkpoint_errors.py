@@ -17,7 +17,7 @@ from checkpoint_files import reference, write_llmc, write_nanogpt
 from safetensors.torch import load_file, save_file
 
 from gptkern.checkpoint import CheckpointError
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 
 
 @pytest.fixture
@@ -307,7 +307,7 @@ def test_no_network_says_how_to_get_the_model(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "from gptkern.model import GPT; GPT.from_pretrained('openai-community/gpt2', revision='v1')",
+            "from gptkern.gpt import GPT; GPT.from_pretrained('openai-community/gpt2', revision='v1')",
         ],
         env=os.environ
         | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])},

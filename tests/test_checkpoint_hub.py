@@ -21,7 +21,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "someone/gpt"
 SCRIPT = """
 import sys
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 name, options = sys.argv[1], {"revision": sys.argv[2] or None, "local_files_only": sys.argv[3] == "local"}
 try:

@@ -18,7 +18,7 @@ from transformers import GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 from gptkern import GPTConfig
 from gptkern.checkpoint.storage import write_safetensors
 from gptkern.durable import new_file
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 
 HERE = Path(__file__).parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from gptkern import GPTConfig
-from gptkern import model as model_module
+from gptkern import gpt as model_module
 from gptkern.checkpoint import CheckpointError
 from gptkern.checkpoint.pending import check_settled
 from gptkern.cli.info import describe
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 
 TINY = GPTConfig(vocab_size=256, n_positions=16, n_layer=2, n_head=2, n_embd=16, eos_token_id=None)

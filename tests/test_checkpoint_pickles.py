@@ -21,7 +21,7 @@ from torch import nn
 from gptkern.checkpoint import CheckpointError
 from gptkern.checkpoint.nanogpt import read_meta
 from gptkern.checkpoint.pickles import LARGEST_PICKLE, read_torch, state_dict_tensors
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from transformers import (
 
 from gptkern import GPTConfig
 from gptkern.checkpoint import CheckpointError
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 from gptkern.train.checkpoints import plain_model
 
@@ -294,7 +294,7 @@ def test_killed_at_any_time(tmp_path: Path) -> None:
     new.save_pretrained(tmp_path / "new")
     new.save_pretrained(tmp_path / "model")
     script = (
-        "import sys; from gptkern.model import GPT\n"
+        "import sys; from gptkern.gpt import GPT\n"
         "models = [GPT.from_pretrained(path) for path in sys.argv[1:3]]\n"
         "print('ready', flush=True)\n"
         "while True:\n    for model in models: model.save_pretrained(sys.argv[3])\n"

@@ -24,7 +24,7 @@ from gptkern.cli import info as info_command
 from gptkern.cli._options import unescape
 from gptkern.cli.chat import Transcript
 from gptkern.config import GPTConfig
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ import gptkern.cli
 from gptkern.cli import quantize as quantize_command
 from gptkern.cli import terminal
 from gptkern.config import GPTConfig
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 from gptkern.train.logs import Log, Progress
 

@@ -16,7 +16,7 @@ from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
 from gptkern.generate import cpu_step, executor
 from gptkern.generate.cpu_step import CpuStep
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.ops.sample._native import _C
 from gptkern.quantize import Quantization, QuantizedLinear, quantize_model
 from gptkern.testing import assert_accurate

@@ -13,7 +13,7 @@ import torch
 from gptkern import GPTConfig, backend
 from gptkern.cache import CacheFullError, KVCache
 from gptkern.decode import DecodeStep, _Graphs
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.ops import _launch
 from gptkern.ops._counters import Pool, counters, counters_from
 from gptkern.ops.sample import SamplerState, SamplingParams, sample

@@ -16,7 +16,7 @@ import torch
 
 from gptkern import GPTConfig
 from gptkern.durable import identity, make_folder, naming, new_file, write_file
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 from gptkern.train.tokens import write_tokens
 

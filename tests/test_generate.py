@@ -17,7 +17,8 @@ from gptkern.config import GPTConfig
 from gptkern.generate import GenerateOptions, GenerateOutput, executor, loop, pick
 from gptkern.generate.options import Settings
 from gptkern.generate.run import prepare
-from gptkern.model import GPT, Attention
+from gptkern.gpt import GPT
+from gptkern.model.decoder import Attention
 from gptkern.ops.sample import _native
 from gptkern.tokenizer import Tokenizer
 

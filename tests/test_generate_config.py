@@ -18,7 +18,7 @@ from gptkern.checkpoint.errors import CheckpointError
 from gptkern.config import GPTConfig
 from gptkern.generate import GenerateOptions
 from gptkern.generate.options import options_over
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 
 PROMPT = torch.tensor([[5, 9, 33, 12, 7]])

@@ -15,7 +15,7 @@ import torch
 
 from gptkern.config import GPTConfig
 from gptkern.generate.stopping import RowText
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 
 

@@ -15,7 +15,7 @@ from gptkern import cli, ops
 from gptkern.cache import KVCache
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.decode import DecodeStep
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.ops import append_kv, decode_attention
 from gptkern.ops.decode_attention import reference
 from gptkern.ops.decode_linear import decode_linear, decode_qkv

@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from gptkern.checkpoint.contents import BLOCK_MATRICES, GPT1_NAMES
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 
 VOCAB, CONTEXT = 131, 48
 

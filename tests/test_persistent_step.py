@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gptkern import GPTConfig, backend
 from gptkern.cache import KVCache
 from gptkern.decode import DecodeStep
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.ops import _launch
 from gptkern.ops._cases import tensors
 from gptkern.ops.decode_attention.reference import FP8

@@ -14,7 +14,7 @@ from gptkern.cache import KVCache
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.config import GPTConfig
 from gptkern.decode import DecodeStep
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.quantize import QuantizedLinear
 from gptkern.testing import assert_accurate
 

@@ -16,7 +16,7 @@ import gptkern
 import gptkern.cli
 import gptkern.ops
 from gptkern.generate import GenerateOptions
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

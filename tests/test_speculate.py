@@ -19,7 +19,7 @@ from gptkern.generate.cpu_step import CpuStep
 from gptkern.generate.executor import Executor
 from gptkern.generate.lookup import Lookup
 from gptkern.generate.run import GenerateOutput
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.ops import _dispatch
 from gptkern.ops.sample._native import _C
 

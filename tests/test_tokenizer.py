@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, GPT2TokenizerFast, OpenAIGPTTokenizer
 
 from gptkern import GPTConfig
 from gptkern.checkpoint import CheckpointError
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 from gptkern.train import tokens
 from gptkern.train.data import pair_ids

@@ -22,7 +22,7 @@ import torch
 
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.config import GPTConfig
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 from gptkern.train import DivergedError, Lion, Settings, SettingsError, Trainer, make_optimizers, train
 from gptkern.train import checkpoints as checkpoints_module

@@ -17,7 +17,7 @@ import torch
 
 from gptkern.checkpoint import CheckpointError
 from gptkern.config import GPTConfig
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 from gptkern.train import Settings, SettingsError, Trainer, add_lora, merge_lora, train
 from gptkern.train.find import _search, find_batch, find_lr, suggest

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.train import Settings, train
 from gptkern.train.logs import read_log
 

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 import gptkern
 import gptkern.transformers as drop_in
-from gptkern import routes
+from gptkern import environment
 from gptkern.transformers.modules import SWAPS
 
 GPT2_CLASSES = [name for name in drop_in.SUPPORTED if name.startswith("GPT2")]
@@ -341,7 +341,7 @@ def test_explain() -> None:
 
 
 def test_a_fallback_warns_once_and_strict_makes_it_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes, "_told", set())
+    monkeypatch.setattr(environment, "_told", set())
     model = gptkern.accelerate(build("GPT2LMHeadModel")).eval()
     ids = torch.randint(0, 59, (1, 5))
     options = {"max_new_tokens": 3, "use_cache": False, "do_sample": False}
@@ -356,5 +356,5 @@ def test_a_fallback_warns_once_and_strict_makes_it_an_error(monkeypatch: pytest.
 
 
 def test_importing_gptkern_does_not_import_transformers() -> None:
-    code = "import sys, gptkern, gptkern.model, gptkern.generate; assert 'transformers' not in sys.modules"
+    code = "import sys, gptkern, gptkern.gpt, gptkern.generate; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

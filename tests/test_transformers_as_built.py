@@ -20,7 +20,7 @@ from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.pytorch_utils import Conv1D
 
 import gptkern
-from gptkern import routes
+from gptkern import environment
 from gptkern.transformers import engine
 
 IDS = torch.tensor([[5, 9, 33, 12, 7]])
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::gptkern.FallbackWarning", "igno
 @pytest.fixture(autouse=True)
 def untold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warnings that were given before do not count."""
-    monkeypatch.setattr(routes, "_told", set())
+    monkeypatch.setattr(environment, "_told", set())
 
 
 def logits(model: Any) -> torch.Tensor:

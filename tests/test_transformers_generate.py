@@ -237,9 +237,9 @@ def test_training_mode_keeps_its_dropout() -> None:
 
 
 def _untold() -> bool:
-    from gptkern import routes
+    from gptkern import environment
 
-    return not any("training mode" in reason for _, reason in routes._told)
+    return not any("training mode" in reason for _, reason in environment._told)
 
 
 @pytest.mark.usefixtures("strict")

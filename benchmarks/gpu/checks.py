@@ -12,7 +12,7 @@ from gptkern import backend
 from gptkern.bench.suites import _models as models
 from gptkern.bench.suites.decode_step import filled
 from gptkern.decode import DecodeStep
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.ops import _cases
 from gptkern.ops.decode_step import MOST_ROWS
 from gptkern.ops.sample import SamplerState, SamplingParams, sample

@@ -160,7 +160,7 @@ def profile(scope: Scope) -> Iterator[Row]:
     """Where a decode step's time goes, kernel by kernel."""
     from gptkern import backend
     from gptkern.bench.profile import profile as measure
-    from gptkern.model import GPT
+    from gptkern.gpt import GPT
 
     with backend("reference" if scope.dry else "auto"):
         model = GPT.from_pretrained(device=scope.device, dtype=torch.float32 if scope.dry else torch.bfloat16)

@@ -19,7 +19,7 @@ from gptkern.cache import KVCache
 from gptkern.decode import DecodeStep
 from gptkern.durable import write_file
 from gptkern.generate.executor import LEAST_STEPS, Executor
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.ops import _launch, backend
 
 PROFILED = 8

@@ -29,7 +29,7 @@ from gptkern.durable import named_folder
 from gptkern.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from gptkern.model import GPT
+    from gptkern.gpt import GPT
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from gptkern.model import GPT
+    from gptkern.gpt import GPT
     from gptkern.tokenizer import Tokenizer
 
 _SAMPLING = "Sampling"
@@ -170,7 +170,7 @@ def load(
     """The model, on its device, with its tokenizer."""
     import torch
 
-    from gptkern.model import GPT
+    from gptkern.gpt import GPT
 
     on = chosen_device(device)
     kind = None if dtype is None else getattr(torch, dtype.value)

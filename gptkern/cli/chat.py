@@ -13,7 +13,7 @@ from gptkern.cli import _options as o
 from gptkern.cli import terminal
 
 if TYPE_CHECKING:
-    from gptkern.model import GPT
+    from gptkern.gpt import GPT
 
 _HELP = "/reset begins anew, /exit (or Ctrl-D) ends, Ctrl-C stops an answer."
 

@@ -16,7 +16,7 @@ from gptkern.cli import terminal
 
 if TYPE_CHECKING:
     from gptkern.generate import Completion
-    from gptkern.model import GPT
+    from gptkern.gpt import GPT
 
 DEFAULT_NEW_TOKENS = 256
 

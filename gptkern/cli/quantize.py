@@ -13,7 +13,7 @@ from gptkern.cli import _options as o
 from gptkern.cli import terminal
 
 if TYPE_CHECKING:
-    from gptkern.model import GPT
+    from gptkern.gpt import GPT
 
 # Of the text: two passes over so many take GPT-2 124M about a minute on two CPU cores.
 DEFAULT_TEXT_TOKENS = 20_000

@@ -20,7 +20,7 @@ from gptkern.generate.step import FinishReason
 from gptkern.generate.stopping import RowText
 
 if TYPE_CHECKING:
-    from gptkern.model import GPT
+    from gptkern.gpt import GPT
     from gptkern.tokenizer import Tokenizer
 
 

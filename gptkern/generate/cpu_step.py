@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gptkern.model import GPT, Block, Norm
+from gptkern.model.decoder import Block, Decoder, Norm
 from gptkern.ops.sample._native import _C
 from gptkern.quantize import QuantizedLinear
 
@@ -31,7 +31,7 @@ _ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "relu": 2, "silu": 3}
 DTYPES_SERVED = (torch.float32, torch.bfloat16)
 
 
-def unserved(model: GPT, dtype: torch.dtype) -> str | None:
+def unserved(model: Decoder, dtype: torch.dtype) -> str | None:
     """Why the extension cannot read this model's weights beside a cache of ``dtype``; None where it can."""
     parameters = list(model.parameters())
     if len({(p.dtype, p.device.type) for p in parameters}) > 1:
@@ -65,7 +65,7 @@ class CpuStep:
         cache: Holds the prompts; every call takes each of its sequences one token on.
     """
 
-    def __init__(self, model: GPT, cache: KVCache) -> None:
+    def __init__(self, model: Decoder, cache: KVCache) -> None:
         self._model, self._cache = model, cache
         self._decoder = _decoder(model)
 
@@ -106,7 +106,7 @@ class CpuStep:
         return logits
 
 
-def _decoder(model: GPT) -> Any:
+def _decoder(model: Decoder) -> Any:
     """The extension's view of the model's weights where they lie now."""
     config, transformer = model.config, model.transformer
     blocks = list(transformer.h)

@@ -15,29 +15,30 @@ from torch import nn
 
 from gptkern.as_built import Blueprint, Watch, forwards_of, own_method, skeleton, untouched
 from gptkern.decode import DecodeStep
+from gptkern.environment import fallback
 from gptkern.generate.cpu_step import MOST_ROWS, CpuStep, unserved
-from gptkern.model import GPT, LINEAR, MLP, NORM, Attention, Block, Norm, Transformer
+from gptkern.model.decoder import LINEAR, MLP, NORM, Attention, Block, Decoder, Norm, Transformer
 from gptkern.ops._dispatch import use_kernel
 from gptkern.ops.sample._native import _C
 from gptkern.quantize import QuantizedLinear
-from gptkern.routes import Route, fallback
+from gptkern.routes import Route
 
 if TYPE_CHECKING:
     from gptkern.cache import KVCache
     from gptkern.config import GPTConfig
-    from gptkern.model import GPTOutput
+    from gptkern.model.decoder import GPTOutput
 
 # Capturing a graph takes as long as it saves in about ten steps.
 LEAST_STEPS = 16
 _LAYERS = "the model's layers one by one"
-_GPT_FORWARD = GPT.forward
+_GPT_FORWARD = Decoder.forward
 _PASS = ("__call__", "forward")
 _TORCHS: tuple[type, ...] = (nn.Embedding, nn.ModuleList, nn.Linear)
 _OURS: tuple[type, ...] = (QuantizedLinear, Transformer, Block, Norm, Attention, MLP)
 _FORWARDS = {kind: forwards_of(kind) for kind in (*_TORCHS, *_OURS)}
 
 
-def changed(model: GPT) -> str | None:
+def changed(model: Decoder) -> str | None:
     """What makes ``model`` other than as built, so that its weights do not say all; None: nothing does."""
     if type(model).forward is not _GPT_FORWARD or own_method(model, _PASS) is not None:
         return f"the model, a {type(model).__name__}, has a forward of its own"
@@ -46,11 +47,11 @@ def changed(model: GPT) -> str | None:
 
 @functools.lru_cache(maxsize=8)
 def _blueprint(config: GPTConfig) -> Blueprint:
-    built = skeleton(lambda: GPT(config))
+    built = skeleton(lambda: Decoder(config))
     return Blueprint(built, forwards=_FORWARDS, instead={nn.Linear: (QuantizedLinear,)})
 
 
-def refused(model: GPT, dtype: torch.dtype) -> str | None:
+def refused(model: Decoder, dtype: torch.dtype) -> str | None:
     """Why nothing but the layers themselves can decode, with a cache of ``dtype``; None where a step can."""
     reason = changed(model)
     if reason is None and torch.is_autocast_enabled(model.device.type):
@@ -60,7 +61,7 @@ def refused(model: GPT, dtype: torch.dtype) -> str | None:
     return reason
 
 
-def _refused_by_cpu(model: GPT, dtype: torch.dtype) -> str | None:
+def _refused_by_cpu(model: Decoder, dtype: torch.dtype) -> str | None:
     if _C is None:
         return "gptkern._C is not built"
     if not _C.has_decoder:
@@ -68,7 +69,7 @@ def _refused_by_cpu(model: GPT, dtype: torch.dtype) -> str | None:
     return unserved(model, dtype)
 
 
-def pays(model: GPT, rows: int, steps: int) -> bool:
+def pays(model: Decoder, rows: int, steps: int) -> bool:
     """Whether a step that could decode is faster than the layers themselves."""
     return steps >= LEAST_STEPS if use_kernel(model.transformer.wte.weight) else rows <= MOST_ROWS
 
@@ -87,7 +88,7 @@ class Executor:
         RuntimeError: Only the layers themselves serve, and ``GPTKERN_STRICT=1`` is set.
     """
 
-    def __init__(self, model: GPT, cache: KVCache, *, rows: int, steps: int) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, *, rows: int, steps: int) -> None:
         self._model, self._cache = model, cache
         self.step: CpuStep | DecodeStep | None = None
         if not pays(model, rows, steps):
@@ -115,7 +116,7 @@ class Executor:
         return changed(self._model) if self.step is not None and self._watch.stirred() else None
 
 
-def routes(model: GPT) -> Iterator[Route]:
+def routes(model: Decoder) -> Iterator[Route]:
     """How the parts of a model run: a batch of the usual size, for long enough."""
     kernel = use_kernel(model.transformer.wte.weight)
     ops: Literal["kernel", "reference"] = "kernel" if kernel else "reference"

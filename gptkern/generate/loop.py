@@ -18,7 +18,8 @@ from gptkern.generate.stopping import RowText
 from gptkern.generate.verify import verifier
 
 if TYPE_CHECKING:
-    from gptkern.model import GPT, GPTOutput
+    from gptkern.gpt import GPT
+from gptkern.model.decoder import GPTOutput
 
 # Where the next step is under way before the host looks at this one's tokens. A row that turns out to
 # have finished has then computed one token too many, which nobody sees.

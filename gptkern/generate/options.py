@@ -13,7 +13,7 @@ from gptkern.config import GPTConfig
 from gptkern.generate.rules import bad_words, biased, suppressed
 
 if TYPE_CHECKING:
-    from gptkern.model import GPT
+    from gptkern.gpt import GPT
 
 DEFAULT_NEW_TOKENS = 20
 EarlyStopping = bool | Literal["never"]

@@ -15,7 +15,7 @@ from gptkern.generate.run import needed_tokenizer
 
 if TYPE_CHECKING:
     from gptkern.generate.text import Prompt
-    from gptkern.model import GPT
+    from gptkern.gpt import GPT
     from gptkern.tokenizer import Tokenizer
 
 # A forward pass takes windows up to so many tokens together, the head so many rows: logits of GPT-2's

@@ -19,7 +19,7 @@ from gptkern.generate.stopping import RowText
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from gptkern.model import GPT
+    from gptkern.gpt import GPT
     from gptkern.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]

@@ -18,7 +18,7 @@ from gptkern.generate.executor import Executor
 
 if TYPE_CHECKING:
     from gptkern.cache import KVCache
-    from gptkern.model import GPT
+    from gptkern.gpt import GPT
 
 
 class Verify:

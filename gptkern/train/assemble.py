@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gptkern.config import GPTConfig
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 from gptkern.train.data import Array, Source, Windows, load_classes, load_pairs
 from gptkern.train.lora import add_lora

@@ -27,7 +27,7 @@ from gptkern.checkpoint.files import LARGEST_JSON, read_bytes, read_json
 from gptkern.checkpoint.save import save
 from gptkern.checkpoint.storage import write_safetensors
 from gptkern.durable import flush, identity, make_folder, naming, new_file, write_file
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 from gptkern.train.processes import Processes, whole
 from gptkern.train.settings import SettingsError
 from gptkern.train.state import read_state, state_tensors, write_state

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from gptkern.model import IGNORE_INDEX
+from gptkern.model.decoder import IGNORE_INDEX
 from gptkern.tokenizer import Tokenizer
 from gptkern.train.settings import DataSettings, SettingsError
 from gptkern.train.tokens import read_jsonl

@@ -17,7 +17,8 @@ from gptkern.attend import DenseAttend
 from gptkern.checkpoint.errors import CheckpointError, first_line, shown
 from gptkern.checkpoint.files import LARGEST_JSON, read_bytes
 from gptkern.checkpoint.storage import read_safetensors
-from gptkern.model import GPT, LINEAR
+from gptkern.gpt import GPT
+from gptkern.model.decoder import LINEAR
 from gptkern.ops.linear_cross_entropy.reference import logit_losses
 
 

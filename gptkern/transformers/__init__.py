@@ -18,7 +18,8 @@ from gptkern.drop_in import accelerate, needs_transformers, restore
 if TYPE_CHECKING:
     from transformers import GPT2Tokenizer, GPT2TokenizerFast, OpenAIGPTTokenizer
 
-    from gptkern.routes import Explanation, FallbackWarning, Route
+    from gptkern.environment import FallbackWarning
+    from gptkern.routes import Explanation, Route
     from gptkern.transformers.classes import (
         GPT2DoubleHeadsModel,
         GPT2ForQuestionAnswering,
@@ -34,7 +35,7 @@ _CLASSES = "gptkern.transformers.classes"
 _HOMES = {
     "SUPPORTED": "gptkern.transformers.swap",
     "Explanation": "gptkern.routes",
-    "FallbackWarning": "gptkern.routes",
+    "FallbackWarning": "gptkern.environment",
     "GPT2DoubleHeadsModel": _CLASSES,
     "GPT2ForQuestionAnswering": _CLASSES,
     "GPT2ForSequenceClassification": _CLASSES,

@@ -11,7 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from gptkern import ops
 from gptkern._at_import import NAME, PAGED
-from gptkern.routes import LIBRARY, fallback
+from gptkern.environment import fallback
+from gptkern.routes import LIBRARY
 from gptkern.transformers.masks import gptkern_mask
 
 

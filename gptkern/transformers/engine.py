@@ -23,13 +23,13 @@ from gptkern.as_built import Blueprint, Watch, own_method, skeleton
 from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
 from gptkern.generate.executor import Executor
-from gptkern.model import GPT, GPTOutput
+from gptkern.model.decoder import Decoder, GPTOutput
 from gptkern.transformers.modules import CACHE, FORWARDS, INSTEAD, activation_of
 
 # What ``_sample`` may be given beside it; anything else is an input that the engine does not know.
 _KNOWN_INPUTS = {"attention_mask", "use_cache", CACHE, "logits_to_keep", "position_ids"}
 _GPT1_NAMES = {"wte": "tokens_embed", "wpe": "positions_embed"}
-_views: WeakKeyDictionary[nn.Module, tuple[str, GPT]] = WeakKeyDictionary()
+_views: WeakKeyDictionary[nn.Module, tuple[str, Decoder]] = WeakKeyDictionary()
 _blueprints: WeakKeyDictionary[nn.Module, tuple[str, Blueprint]] = WeakKeyDictionary()
 _LIBRARY_CLASSES = (gpt2.GPT2LMHeadModel, gpt1.OpenAIGPTLMHeadModel)
 # What the engine or its loop does in the place of the library's methods.
@@ -50,15 +50,15 @@ _LIBRARY_METHODS = {
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def view(model: Any) -> GPT:
-    """A ``GPT`` over the model's own weights: what an optimizer step changes in one changes in the other."""
+def view(model: Any) -> Decoder:
+    """A ``Decoder`` over the model's own weights: an optimizer step on one is seen by the other."""
     key, found = _views.get(model, ("", None))
     sources = _sources(model)
     if found is not None and key == _shape_key(model):
         parameters = dict(found.named_parameters(remove_duplicate=False))
         if all(p.data_ptr() == sources[name].data_ptr() for name, p in parameters.items()):
             return found
-    made = skeleton(lambda: GPT(gpt_config(model)))
+    made = skeleton(lambda: Decoder(gpt_config(model)))
     for name, source in sources.items():
         owner, _, leaf = name.rpartition(".")
         setattr(made.get_submodule(owner), leaf, nn.Parameter(source.detach(), requires_grad=False))

@@ -12,9 +12,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput, CausalLMOutputWithCrossAttentions
 
 from gptkern.as_built import untouched
+from gptkern.environment import fallback
 from gptkern.ops import linear_cross_entropy
 from gptkern.ops._dispatch import use_kernel
-from gptkern.routes import LIBRARY, fallback
+from gptkern.routes import LIBRARY
 from gptkern.transformers.engine import (
     EngineCache,
     library_takes_over,

@@ -12,7 +12,7 @@ import torch
 from gptkern.bench.problem import Unavailable
 from gptkern.bench.suites._providers import installed
 from gptkern.config import GPTConfig
-from gptkern.model import GPT
+from gptkern.gpt import GPT
 
 GPT2 = GPTConfig(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 SMALL = GPT2.replace(n_layer=4, n_head=4, n_embd=256, vocab_size=8192, bos_token_id=None, eos_token_id=None)

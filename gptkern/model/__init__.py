@@ -1,0 +1,1 @@
+"""The description of a decoder and its modules."""
