@@ -174,16 +174,15 @@ def test_the_command_writes_and_tells(
     assert "the original would be lost" in capsys.readouterr().err
 
 
-@pytest.mark.timeout(1200)  # bf16 on a processor without such instructions
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.timeout(600)
 def test_perplexity_hardly_changes(shared_data: Path) -> None:
     text = (shared_data / "tinyshakespeare.txt").read_text()
-    held_out = text[len(text) * 9 // 10 :]
+    held_out = text[len(text) * 9 // 10 :][:40_000]
 
+    # fp32: bf16 takes many times as long on a processor without its instructions
     def perplexity(**options: Any) -> float:
-        model = GPT.from_pretrained(dtype=torch.bfloat16, **options)
+        model = GPT.from_pretrained(dtype=torch.float32, **options)
         return model.score(held_out, stride=256)[0].perplexity
 
     with ops.backend("reference"):
