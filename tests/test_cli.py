@@ -21,7 +21,7 @@ import gptkern.cli
 from gptkern import _checkout
 from gptkern.cli import doctor as doctor_command
 from gptkern.cli import info as info_command
-from gptkern.cli._options import unescape
+from gptkern.cli._generation import unescape
 from gptkern.cli.chat import Transcript
 from gptkern.config import GPTConfig
 from gptkern.gpt import GPT

@@ -16,8 +16,8 @@ import gptkern
 from gptkern.checkpoint import generation
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.config import GPTConfig
+from gptkern.engine.settings import options_over
 from gptkern.generate import GenerateOptions
-from gptkern.generate.options import options_over
 from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 
@@ -202,11 +202,11 @@ def test_a_fresh_model_speaks_by_its_config() -> None:
 def test_a_caller_s_own_defaults_stand_behind_the_checkpoint_s(folder: Path) -> None:
     ours = opened(folder, {"temperature": 0.3, "max_length": 30, "num_beams": 2})[1]
     fallback = {"do_sample": True, "temperature": 0.8, "top_k": 50, "max_new_tokens": 256}
-    found = options_over(fallback, ours, {"top_p": 0.9, "num_beams": 1})
+    found = options_over(fallback, ours.generation_config, {"top_p": 0.9, "num_beams": 1})
     assert found == {"do_sample": True, "top_k": 50, "top_p": 0.9, "num_beams": 1}
     # the checkpoint's beams do not sample
-    assert options_over(fallback, ours, {"max_new_tokens": 3}) == {"max_new_tokens": 3}
-    assert options_over(fallback, ours, {"do_sample": False}) == {"do_sample": False}
+    assert options_over(fallback, ours.generation_config, {"max_new_tokens": 3}) == {"max_new_tokens": 3}
+    assert options_over(fallback, ours.generation_config, {"do_sample": False}) == {"do_sample": False}
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "tokenizer_config.json"])

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptkern.cli import _generation as g
 from gptkern.cli import _options as o
 from gptkern.cli import terminal
 
 if TYPE_CHECKING:
     from gptkern.gpt import GPT
 
+FALLBACK = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
 _HELP = "/reset begins anew, /exit (or Ctrl-D) ends, Ctrl-C stops an answer."
 
 
@@ -41,6 +43,10 @@ class Transcript:
         return "\n".join([*lines, f"{self.you}: {said}", f"{self.bot}:"])
 
 
+@g.generation_options(
+    FALLBACK,
+    without=("max_new_tokens", "min_new_tokens", "num_beams", "num_return_sequences", "stop_strings"),
+)
 def chat(
     model: o.Model = "embedded",
     tokenizer: o.TokenizerPath = None,
@@ -50,24 +56,11 @@ def chat(
     system: Annotated[str, typer.Option("--system", help="Text that the conversation begins with.")] = "",
     you: Annotated[str, typer.Option(help="Your name in the transcript.")] = "User",
     bot: Annotated[str, typer.Option(help="The model's name in the transcript.")] = "Bot",
-    greedy: o.Greedy = False,
-    temperature: o.Temperature = None,
-    top_k: o.TopK = None,
-    top_p: o.TopP = None,
-    min_p: o.MinP = None,
-    typical_p: o.TypicalP = None,
-    epsilon_cutoff: o.EpsilonCutoff = None,
-    eta_cutoff: o.EtaCutoff = None,
-    repetition_penalty: o.RepetitionPenalty = None,
-    presence_penalty: o.PresencePenalty = None,
-    frequency_penalty: o.FrequencyPenalty = None,
-    no_repeat_ngram_size: o.NoRepeatNgram = None,
-    seed: o.Seed = None,
-    speculate: o.Speculate = None,
-    kv_cache_dtype: o.KvCacheDtype = o.CacheDType.auto,
+    greedy: g.Greedy = False,
     dtype: o.Dtype = None,
     weights: o.Weights = None,
     device: o.Device = None,
+    **asked: Any,
 ) -> None:
     """Talk with a model; the conversation is kept.
 
@@ -83,29 +76,13 @@ def chat(
     """
     gpt = o.load(model, device, dtype, weights, tokenizer)
     o.tokenizer_of(gpt)  # told before anybody types
-    options = o.generation(
-        gpt,
-        {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95},
-        greedy=greedy,
-        seed=seed,
-        stop=[f"\\n{you}:", f"\\n{bot}:"],
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        typical_p=typical_p,
-        epsilon_cutoff=epsilon_cutoff,
-        eta_cutoff=eta_cutoff,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        speculate=speculate,
-        kv_cache_dtype=kv_cache_dtype.value,
-        num_beams=1,
-        num_return_sequences=1,
-    )
-    transcript = Transcript(o.unescape(system), you, bot)
+    asked |= {
+        "stop_strings": [f"\\n{you}:", f"\\n{bot}:"],
+        "num_beams": 1,
+        "num_return_sequences": 1,
+    }
+    options = g.generation(gpt, FALLBACK, asked, greedy=greedy)
+    transcript = Transcript(g.unescape(system), you, bot)
     interactive = terminal.waits_for_a_person()
     if interactive:
         print(_HELP, file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptkern.cli import _generation as g
 from gptkern.cli import _options as o
 from gptkern.cli import terminal
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from gptkern.gpt import GPT
 
 DEFAULT_NEW_TOKENS = 256
+FALLBACK = {"do_sample": True, "temperature": 0.8, "top_k": 50}
 
 
+@g.generation_options(FALLBACK)
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The text to continue; - reads it from standard input.")
@@ -31,26 +34,7 @@ def generate(
     ] = None,
     model: o.Model = "embedded",
     tokenizer: o.TokenizerPath = None,
-    max_new_tokens: o.MaxNewTokens = None,
-    min_new_tokens: o.MinNewTokens = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Continuations to make.")] = 1,
-    greedy: o.Greedy = False,
-    temperature: o.Temperature = None,
-    top_k: o.TopK = None,
-    top_p: o.TopP = None,
-    min_p: o.MinP = None,
-    typical_p: o.TypicalP = None,
-    epsilon_cutoff: o.EpsilonCutoff = None,
-    eta_cutoff: o.EtaCutoff = None,
-    repetition_penalty: o.RepetitionPenalty = None,
-    presence_penalty: o.PresencePenalty = None,
-    frequency_penalty: o.FrequencyPenalty = None,
-    no_repeat_ngram_size: o.NoRepeatNgram = None,
-    num_beams: o.NumBeams = None,
-    seed: o.Seed = None,
-    speculate: o.Speculate = None,
-    kv_cache_dtype: o.KvCacheDtype = o.CacheDType.auto,
-    stop: o.Stop = None,
+    greedy: g.Greedy = False,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     json_: Annotated[
         bool, typer.Option("--json", help="One JSON object a continuation, when all are made.")
@@ -58,6 +42,7 @@ def generate(
     dtype: o.Dtype = None,
     weights: o.Weights = None,
     device: o.Device = None,
+    **asked: Any,
 ) -> None:
     """Continue a text, printing it as it is made.
 
@@ -77,39 +62,12 @@ def generate(
     """
     text = _prompt(prompt, file)
     gpt = o.load(model, device, dtype, weights, tokenizer)
-    fallback = {
-        "do_sample": True,
-        "temperature": 0.8,
-        "top_k": 50,
-        "max_new_tokens": o.fitting(gpt, text, DEFAULT_NEW_TOKENS),
-    }
-    options = o.generation(
-        gpt,
-        fallback,
-        greedy=greedy,
-        seed=seed,
-        stop=stop,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        typical_p=typical_p,
-        epsilon_cutoff=epsilon_cutoff,
-        eta_cutoff=eta_cutoff,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        num_beams=num_beams,
-        num_return_sequences=num_samples,
-        speculate=speculate,
-        kv_cache_dtype=kv_cache_dtype.value,
-    )
+    fallback = {**FALLBACK, "max_new_tokens": o.fitting(gpt, text, DEFAULT_NEW_TOKENS)}
+    samples = asked.setdefault("num_return_sequences", 1)
+    options = g.generation(gpt, fallback, asked, greedy=greedy)
     begin = time.perf_counter()
     beams = options.get("num_beams", gpt.generation_config.get("num_beams")) or 1
-    if num_samples == 1 and beams == 1 and not json_:
+    if samples == 1 and beams == 1 and not json_:
         made = [_streamed(gpt, text, options, echo)]
     else:
         made = gpt.generate_text(text, **options)

@@ -1,6 +1,6 @@
 """Using a model: generate ids, stream or complete text, score text."""
 
-from gptkern.generate.options import GenerateOptions
+from gptkern.engine.options import GenerateOptions
 from gptkern.generate.run import GenerateOutput, generate
 from gptkern.generate.score import Score, score
 from gptkern.generate.text import Completion, TextStream, generate_text, stream

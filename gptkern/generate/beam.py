@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptkern.cache import KVCache
+from gptkern.engine.settings import Settings
 from gptkern.generate.executor import Executor
 from gptkern.generate.loop import prefill
-from gptkern.generate.options import Settings
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.rules import RowRules, Rules
 from gptkern.generate.step import FinishReason

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptkern.cache import KVCache
+from gptkern.engine.settings import Settings
 from gptkern.generate.executor import Executor
-from gptkern.generate.options import Settings
 from gptkern.generate.pick import Picker
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.speculate import speculative_steps

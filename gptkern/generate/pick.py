@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from gptkern.generate.options import Settings
+from gptkern.engine.settings import Settings
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.rules import RowRules, Rules
 from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, _native, sample

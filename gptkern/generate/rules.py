@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gptkern.generate.options import Settings
+    from gptkern.engine.settings import Settings
 
 Tokens = tuple[int, ...]
 
@@ -82,66 +82,3 @@ class RowRules:
 
     def _ends_with(self, ids: Tokens) -> bool:
         return tuple(self._tokens[-len(ids) :]) == ids
-
-
-def suppressed(given: Mapping[str, Any], vocab_size: int) -> Tokens:
-    """The option ``suppress_tokens``, checked."""
-    value = _sequence("suppress_tokens", given.get("suppress_tokens", ()))
-    return _ids("suppress_tokens", value, vocab_size) if value else ()
-
-
-def bad_words(given: Mapping[str, Any], eos: Sequence[int], vocab_size: int) -> tuple[Tokens, ...]:
-    """The option ``bad_words_ids``, checked; as in transformers, an end-of-text token is no word."""
-    name = "bad_words_ids"
-    words = [_ids(name, word, vocab_size, eos) for word in _sequence(name, given.get(name, ()))]
-    return tuple(word for word in words if len(word) > 1 or word[0] not in eos)
-
-
-def biased(given: Mapping[str, Any], vocab_size: int) -> tuple[tuple[Tokens, float], ...]:
-    """The options ``sequence_bias`` and ``logit_bias``, checked and joined."""
-    found: dict[Tokens, float] = {}
-    value = given.get("sequence_bias", {})
-    pairs = value.items() if isinstance(value, Mapping) else _sequence("sequence_bias", value)
-    for pair in pairs:
-        if len(_sequence("sequence_bias", pair)) != 2:
-            raise ValueError(f"generate: sequence_bias holds {pair!r}; token ids and a bias are needed")
-        ids = _ids("sequence_bias", pair[0], vocab_size)
-        found[ids] = _bias("sequence_bias", ids, pair[1])
-    by_token = given.get("logit_bias", {})
-    if not isinstance(by_token, Mapping):
-        raise TypeError(
-            f"generate: logit_bias is {type(by_token).__name__}; a mapping of token ids to biases is needed"
-        )
-    for token, bias in by_token.items():
-        ids = _ids("logit_bias", (token,), vocab_size)
-        found[ids] = found.get(ids, 0.0) + _bias("logit_bias", token, bias)
-    return tuple(found.items())
-
-
-def _sequence(name: str, value: Any) -> Sequence[Any]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"generate: {name} is or holds {value!r}; a list is needed")
-    return value
-
-
-def _ids(name: str, value: Any, vocab_size: int, beyond: Sequence[int] = ()) -> Tokens:
-    ids = tuple(_sequence(name, value))
-    if not ids:
-        raise ValueError(f"generate: {name} holds an empty list; one token id or more is needed")
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool):
-            raise TypeError(f"generate: {name} holds {token!r}; token ids are needed")
-        if not 0 <= token < vocab_size and token not in beyond:
-            raise ValueError(
-                f"generate: {name} holds {token}; token ids from 0 to {vocab_size - 1} are accepted"
-            )
-    return ids
-
-
-def _bias(name: str, ids: Any, bias: Any) -> float:
-    if not isinstance(bias, int | float) or isinstance(bias, bool):
-        raise TypeError(f"generate: {name} gives {ids!r} {bias!r}; a number is needed")
-    # Logits are fp32 when it is added.
-    if bias != -float("inf") and not abs(bias) < 3e38:
-        raise ValueError(f"generate: {name} gives {ids!r} {bias}; a finite number or -inf is needed")
-    return float(bias)

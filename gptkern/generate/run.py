@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from gptkern.engine.options import GenerateOptions
+from gptkern.engine.settings import Settings, merged, settle
 from gptkern.generate.beam import beam_search
 from gptkern.generate.loop import steps
-from gptkern.generate.options import GenerateOptions, Settings, merged, settle
 from gptkern.generate.prompt import Prompts, prompts
 from gptkern.generate.step import FinishReason, Step
 from gptkern.generate.stopping import RowText

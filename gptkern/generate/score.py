@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from gptkern.attend import PackedAttend
-from gptkern.generate.options import plain
+from gptkern.engine.option_checks import plain
 from gptkern.generate.run import needed_tokenizer
 
 if TYPE_CHECKING:

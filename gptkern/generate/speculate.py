@@ -17,7 +17,7 @@ from gptkern.generate.step import FinishReason, Step, finish
 
 if TYPE_CHECKING:
     from gptkern.cache import KVCache
-    from gptkern.generate.options import Settings
+    from gptkern.engine.settings import Settings
     from gptkern.generate.pick import Picker
     from gptkern.generate.prompt import Prompts
     from gptkern.generate.stopping import RowText

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gptkern.generate.options import Settings
+from gptkern.engine.settings import Settings
 from gptkern.generate.stopping import RowText
 
 FinishReason = Literal["stop", "length"]

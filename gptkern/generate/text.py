@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gptkern.engine.option_checks import plain
+from gptkern.engine.options import GenerateOptions
+from gptkern.engine.settings import Settings
 from gptkern.generate.beam import beam_search
 from gptkern.generate.loop import steps
-from gptkern.generate.options import GenerateOptions, Settings, plain
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.run import needed_tokenizer, prepare, row_texts
 from gptkern.generate.step import FinishReason

@@ -13,6 +13,7 @@ import torch
 from transformers.generation import logits_process as library
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from gptkern.engine.options import TABLE, Option
 from gptkern.ops.sample import SamplerState, SamplingParams, sample
 from gptkern.transformers.engine import EngineCache
 
@@ -23,7 +24,25 @@ def _minimum(length: int, processor: Any) -> Options:
     return {"min_new_tokens": max(length, 0), "eos_token_id": processor.eos_token_id.tolist()}
 
 
-# What each of the library's processors asks of the sampler, given the width of the prompt. In the order in
+# The library's warper of each option that shapes the draw, and the attribute that holds the option's value.
+_WARPERS: dict[str, tuple[type, str]] = {
+    "temperature": (library.TemperatureLogitsWarper, "temperature"),
+    "top_k": (library.TopKLogitsWarper, "top_k"),
+    "top_p": (library.TopPLogitsWarper, "top_p"),
+    "min_p": (library.MinPLogitsWarper, "min_p"),
+    "typical_p": (library.TypicalLogitsWarper, "mass"),
+    "epsilon_cutoff": (library.EpsilonLogitsWarper, "epsilon"),
+    "eta_cutoff": (library.EtaLogitsWarper, "epsilon"),
+}
+
+
+def _warper(option: Option) -> tuple[type, Callable[[Any, int], Options]]:
+    warper, attribute = _WARPERS[option.name]
+    number = type(option.default)
+    return warper, lambda processor, _: {option.name: number(getattr(processor, attribute))}
+
+
+# The sampler's arguments for each of the library's processors, given the width of the prompt. In the order in
 # which the sampler applies them, which is the library's.
 _OPTIONS: dict[type, Callable[[Any, int], Options]] = {
     library.RepetitionPenaltyLogitsProcessor: lambda p, _: {
@@ -35,13 +54,7 @@ _OPTIONS: dict[type, Callable[[Any, int], Options]] = {
         p.min_new_tokens + p.prompt_length_to_skip - width, p
     ),
     library.SuppressTokensLogitsProcessor: lambda p, _: {"banned": p.suppress_tokens.tolist()},
-    library.TemperatureLogitsWarper: lambda p, _: {"temperature": p.temperature},
-    library.TopKLogitsWarper: lambda p, _: {"top_k": p.top_k},
-    library.TopPLogitsWarper: lambda p, _: {"top_p": p.top_p},
-    library.MinPLogitsWarper: lambda p, _: {"min_p": p.min_p},
-    library.TypicalLogitsWarper: lambda p, _: {"typical_p": p.mass},
-    library.EpsilonLogitsWarper: lambda p, _: {"epsilon_cutoff": p.epsilon},
-    library.EtaLogitsWarper: lambda p, _: {"eta_cutoff": float(p.epsilon)},
+    **dict(_warper(option) for option in TABLE if option.draws),
 }
 
 

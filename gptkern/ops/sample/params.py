@@ -9,26 +9,9 @@ from typing import Any
 
 import torch
 
-PARAMETERS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "min_new_tokens",
-    "n_logprobs",
-)
-_NEUTRAL = dict.fromkeys(PARAMETERS, 0.0) | {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-}
+from gptkern.sampler_columns import COLUMNS
+
+PARAMETERS = tuple(column.name for column in COLUMNS)
 COUNTERS = ("seed", "request", "step")
 IN_PROMPT = 1 << 30
 
@@ -203,34 +186,16 @@ def _bias_rows(
     return rows, values.expand(batch, -1).contiguous() if values.shape[1] else None
 
 
-# name: (accepts, what is accepted), in the order in which the kernel checks them
-_RANGES: dict[str, tuple[Any, str]] = {
-    "temperature": (lambda x, vocab: 0 <= x < float("inf"), "a finite number >= 0"),
-    "top_k": (
-        lambda x, vocab: 0 <= x <= vocab and x == int(x),
-        "a whole number from 0 to the vocabulary's {vocab}",
-    ),
-    "top_p": (lambda x, vocab: 0 < x <= 1, "0 < top_p <= 1"),
-    "min_p": (lambda x, vocab: 0 <= x <= 1, "0 <= min_p <= 1"),
-    "typical_p": (lambda x, vocab: 0 < x <= 1, "0 < typical_p <= 1"),
-    "epsilon_cutoff": (lambda x, vocab: 0 <= x < 1, "0 <= epsilon_cutoff < 1"),
-    "eta_cutoff": (lambda x, vocab: 0 <= x < 1, "0 <= eta_cutoff < 1"),
-    "repetition_penalty": (lambda x, vocab: 0 < x < float("inf"), "a finite number > 0"),
-    "presence_penalty": (lambda x, vocab: abs(x) < float("inf"), "a finite number"),
-    "frequency_penalty": (lambda x, vocab: abs(x) < float("inf"), "a finite number"),
-    "min_new_tokens": (lambda x, vocab: 0 <= x < 2**31 and x == int(x), "a whole number >= 0"),
-    "n_logprobs": (lambda x, vocab: 0 <= x <= vocab and x == int(x), "a whole number from 0 to {vocab}"),
-}
-
-
 def check_values(op: str, values: list[float], row: int, vocab: int, max_logprobs: int | None = None) -> None:
     """Raise for the first of one row's parameters that is outside its range."""
     if max_logprobs is not None and values[-1] > max_logprobs:
         raise ValueError(f"{op}: n_logprobs[{row}] is {values[-1]:g}; at most max_logprobs, {max_logprobs}")
-    for name, value in zip(PARAMETERS, values, strict=True):
-        accepts, accepted = _RANGES[name]
-        if not accepts(value, vocab):
-            raise ValueError(f"{op}: {name}[{row}] is {value:g}; {accepted.format(vocab=vocab)} is needed")
+    for column, value in zip(COLUMNS, values, strict=True):
+        accepted = column.range.accepts(value) and (not column.within_vocab or value <= vocab)
+        if not accepted or (column.whole and value != int(value)):
+            words = f"a whole number, {column.range.words}" if column.whole else column.range.words
+            most = f", at most the vocabulary's {vocab}," if column.within_vocab else ""
+            raise ValueError(f"{op}: {column.name}[{row}] is {value:g}; {words}{most} is needed")
 
 
 def _row_numbers(name: str, given: Any, batch: int) -> list[int]:
