@@ -4,54 +4,26 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import typer.main
+from documents import ROOT, WIDTH, accept, blocks, commands, embedded_for_gpt2, tensors
 
 import gptkern
-import gptkern.cli
 import gptkern.ops
 from gptkern.generate import GenerateOptions
 from gptkern.gpt import GPT
 
-ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
-SNIPPETS = [code for language, code in BLOCKS if language == "python"]
-SHELL = [line for language, code in BLOCKS if not language for line in code.splitlines()]
-WIDTH = 64
-
-
-def tensors() -> dict[str, torch.Tensor]:
-    """What a reader has already: the tensors that the kernels' snippet only names."""
-    x = torch.randn(2, 8, WIDTH)
-    return {
-        **{name: torch.randn(2, 8, 4, 16) for name in "qkv"},
-        "x": x,
-        "residual": torch.randn_like(x),
-        "weight": torch.ones(WIDTH),
-        "bias": torch.zeros(WIDTH),
-        "w_fc": torch.randn(4 * WIDTH, WIDTH),
-        "b_fc": torch.zeros(4 * WIDTH),
-        "w_proj": torch.randn(WIDTH, 4 * WIDTH),
-        "b_proj": torch.zeros(WIDTH),
-    }
+SNIPPETS = blocks(TEXT, "python")
+SHELL = [line for code in blocks(TEXT, "") for line in code.splitlines()]
 
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded model stands in for the one on the hub."""
-    load = GPT.from_pretrained
-
-    def local(name: str = "embedded", **options: Any) -> GPT:
-        assert name in ("gpt2", "embedded"), f"{name}: nothing stands in for it"
-        return load("embedded", **options)
-
-    monkeypatch.setattr(GPT, "from_pretrained", local)
+    monkeypatch.setattr(GPT, "from_pretrained", embedded_for_gpt2)
 
 
 @pytest.mark.usefixtures("offline")
@@ -69,41 +41,14 @@ def test_snippets_run_one_after_another(capsys: pytest.CaptureFixture[str]) -> N
     assert names["y"].shape == (2, 8, WIDTH)
 
 
-def commands() -> Iterator[list[str]]:
-    """The arguments of every gptkern command in the text."""
-    for line in SHELL:
-        for part in re.split(r"\||&&", line):
-            words = shlex.split(part, comments=True)
-            if words and words[0] == "gptkern":
-                yield words[1:]
-
-
-def leaves(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command that has no commands below it, with its name in full."""
-    if not hasattr(command, "commands"):
-        yield path.strip(), command
-    for name, below in getattr(command, "commands", {}).items():
-        yield from leaves(below, f"{path} {name}")
-
-
-@pytest.mark.parametrize("arguments", list(commands()), ids=" ".join)
+@pytest.mark.parametrize("arguments", list(commands(TEXT, "")), ids=" ".join)
 def test_commands_are_accepted(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for name in ("tinyshakespeare.txt", "old.json", "new.json"):
-        (tmp_path / name).write_text("{}")
-    (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
-    app = typer.main.get_command(gptkern.cli.build())
-    called: list[str] = []
-    for path, command in leaves(app):
-        command.callback = lambda path=path, **options: called.append(path)
-    app(args=arguments, prog_name="gptkern", standalone_mode=False)
-    assert len(called) == 1
-    assert " ".join(arguments).startswith(called[0])
+    accept(arguments, tmp_path)
 
 
 def test_commands_are_found() -> None:
-    assert len(list(commands())) >= 10
+    assert len(list(commands(TEXT, ""))) >= 10
 
 
 def rows(after: str) -> list[str]:

@@ -1,0 +1,159 @@
+"""What mkdocs runs while it builds the pages: references that are made from what they describe.
+
+A page says by a comment where one goes; ``MARKS`` lists them. Nothing of it is committed, so it is never old.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any, get_type_hints
+
+import typer.main
+
+import gptkern.cli
+
+_HIDDEN = ("help", "install_completion", "show_completion")
+_KINDS = {
+    "str": "TEXT",
+    "int": "N",
+    "float": "X",
+    "path": "PATH",
+    "file": "FILE",
+    "list[str]": "TEXT",
+    "list[int]": "N",
+}
+_KINDS["list[Path]"] = "PATH"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """A page's Markdown with the references in the places of their marks."""
+    for mark, make in MARKS.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, make())
+    return markdown
+
+
+def commands() -> str:
+    """Every command: its text, its arguments and its options, as Markdown."""
+    app: Any = typer.main.get_command(gptkern.cli.build())
+    return "\n\n".join(_command(name, command) for name, command in app.commands.items())
+
+
+def _command(name: str, command: Any) -> str:
+    context = command.make_context(name, [], resilient_parsing=True)
+    parts = [f"## gptkern {name}", _text(command.help or "")]
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option" and p.name not in _HIDDEN]
+    if arguments:
+        parts.append(_table(context, "argument", arguments))
+    for title, group in _panels(options).items():
+        parts.append(f"**{title}**")
+        parts.append(_table(context, "option", group))
+    return "\n\n".join(parts)
+
+
+def _panels(options: list[Any]) -> dict[str, list[Any]]:
+    """Options under the titles that ``--help`` gives them."""
+    panels: dict[str, list[Any]] = {}
+    for option in options:
+        panels.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(option)
+    return panels
+
+
+def _text(help_: str) -> str:
+    """A docstring as Markdown: what follows typer's form feed is not for readers; lists get a blank line."""
+    lines: list[str] = []
+    for line in help_.partition("\f")[0].strip().splitlines():
+        if (
+            line.startswith(("- ", "* "))
+            and lines
+            and lines[-1].strip()
+            and not lines[-1].startswith(("- ", "* ", " "))
+        ):
+            lines.append("")
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _table(context: Any, kind: str, parameters: list[Any]) -> str:
+    return "\n".join([f"| {kind} | meaning |", "|---|---|", *(_row(context, p) for p in parameters)])
+
+
+def _row(context: Any, parameter: Any) -> str:
+    meaning = " ".join(_words(parameter)).replace("|", "\\|")
+    return f"| {_names(context, parameter)} | {meaning} |"
+
+
+def _names(context: Any, parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return f"`{parameter.metavar or parameter.name}`"
+    spelled = [*reversed(parameter.opts), *parameter.secondary_opts]
+    value = "" if parameter.is_flag else f" {_value(context, parameter)}"
+    return ", ".join(f"`{name}{value if name.startswith('--') else ''}`" for name in spelled)
+
+
+def _value(context: Any, parameter: Any) -> str:
+    """What stands for the value: its metavar, its choices, or its type in capitals."""
+    kind: str = parameter.metavar or parameter.display_type(context).strip("<>")
+    return _KINDS.get(kind.partition(" ")[0], kind)
+
+
+def _words(parameter: Any) -> Iterator[str]:
+    if parameter.help:
+        yield parameter.help
+    if parameter.required:
+        yield "Required."
+    default = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
+    shown = getattr(default, "value", default)
+    if parameter.show_default and not callable(shown) and shown not in (None, False, True, "", [], ()):
+        yield f"Default: {shown}."
+
+
+def training_keys() -> str:
+    """Every table and key of a training file, from the dataclasses that read it, as Markdown."""
+    from gptkern.train.settings import Settings
+
+    sections = get_type_hints(Settings)
+    parts = [_keys(name, section) for name, section in sections.items() if dataclasses.is_dataclass(section)]
+    return "\n\n".join(parts)
+
+
+def _keys(name: str, section: Any) -> str:
+    meanings = dict(_attributes(section.__doc__ or ""))
+    rows = [
+        f"| `{field.name}` | `{_toml(_default(field))}` | {meanings.get(field.name, '')} |"
+        for field in dataclasses.fields(section)
+    ]
+    return "\n".join([f"### [{name}]", "", "| key | default | meaning |", "|---|---|---|", *rows])
+
+
+def _attributes(docstring: str) -> Iterator[tuple[str, str]]:
+    """(name, meaning) of what a docstring's ``Attributes:`` lists; names that share a meaning each get it."""
+    listed = docstring.partition("Attributes:")[2]
+    for names, meaning in re.findall(
+        r"^ *([a-z_, ]+): (.+?)(?=^ *[a-z_, ]+: |\Z)", listed, re.MULTILINE | re.DOTALL
+    ):
+        words = " ".join(meaning.replace("``", "`").split())
+        for name in names.split(","):
+            yield name.strip(), words
+
+
+def _default(field: Any) -> Any:
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return f'"{value}"'.replace("\n", "\\n") if isinstance(value, str) else str(value)
+
+
+MARKS = {
+    "<!-- every command and its options: scripts/docs_hooks.py -->": commands,
+    "<!-- every key of a training file: scripts/docs_hooks.py -->": training_keys,
+}

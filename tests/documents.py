@@ -1,0 +1,111 @@
+"""What the tests of README and docs share: code blocks, commands, and the tensors that snippets only name."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer.main
+
+import gptkern.cli
+from gptkern import GPT
+
+ROOT = Path(__file__).parents[1]
+WIDTH = 64
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of one language; indented ones, in notes and lists, are not taken."""
+    found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [code for named, code in found if named == language]
+
+
+def commands(text: str, language: str) -> Iterator[list[str]]:
+    """The arguments of every gptkern command in a page's shell blocks."""
+    for block in blocks(text, language):
+        for line in block.splitlines():
+            for part in re.split(r"\||&&", line):
+                words = shlex.split(part, comments=True)
+                words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+                if words and words[0] == "gptkern":
+                    yield words[1:]
+
+
+def accept(arguments: list[str], folder: Path) -> None:
+    """Parse a command as ``gptkern`` does, without running it.
+
+    Args:
+        folder: Where the command is typed: files that it names are made there.
+    """
+    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("tinyshakespeare.txt", "prompt.txt", "held-out.txt", "my.toml", "old.json", "new.json"):
+        (folder / name).write_text("{}")
+    (folder / "run").mkdir()
+    app = typer.main.get_command(gptkern.cli.build())
+    called: list[str] = []
+    for path, command in _leaves(app):
+        command.callback = lambda path=path, **options: called.append(path)
+    app(args=arguments, prog_name="gptkern", standalone_mode=False)
+    assert len(called) == 1
+    assert " ".join(arguments).startswith(called[0])
+
+
+def _leaves(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command that has no commands below it, with its name in full."""
+    if not hasattr(command, "commands"):
+        yield path.strip(), command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from _leaves(below, f"{path} {name}")
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """What a reader has already: the tensors that the kernels' snippets only name."""
+    x = torch.randn(2, 8, WIDTH)
+    return {
+        **{name: torch.randn(2, 8, 4, 16) for name in "qkv"},
+        "x": x,
+        "residual": torch.randn_like(x),
+        "weight": torch.ones(WIDTH),
+        "bias": torch.zeros(WIDTH),
+        "w_fc": torch.randn(4 * WIDTH, WIDTH),
+        "b_fc": torch.zeros(4 * WIDTH),
+        "w_proj": torch.randn(WIDTH, 4 * WIDTH),
+        "b_proj": torch.zeros(WIDTH),
+    }
+
+
+def embedded_for_gpt2(name: str | Path = "embedded", _load: Any = GPT.from_pretrained, **options: Any) -> GPT:
+    """``GPT.from_pretrained`` in which the embedded model stands in for the one on the hub."""
+    model: GPT = _load("embedded" if name == "gpt2" else name, **options)
+    return model
+
+
+def links(text: str) -> Iterator[str]:
+    """The targets of a page's Markdown links, those in code left out."""
+    plain = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", plain):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            yield target
+
+
+def anchors(text: str) -> set[str]:
+    """The names by which a page's headings are linked to."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    """A page's links to files and headings that are not there."""
+    wrong = []
+    for target in links(page.read_text()):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
+            wrong.append(target)
+    return wrong
