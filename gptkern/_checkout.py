@@ -5,9 +5,10 @@ Started inside a clone, Python imports the clone and not what ``pip install .`` 
 
 from __future__ import annotations
 
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
+
+from gptkern import _warn
 
 _ROOT = Path(__file__).parent.parent
 
@@ -28,4 +29,4 @@ def warning(root: Path = _ROOT) -> str | None:
 def warn() -> None:
     text = warning()
     if text is not None:
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
+        _warn.warn(text, RuntimeWarning)

@@ -20,6 +20,9 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+# Models pad their vocabulary with rows that stand for no token, to multiples of at most this (64 in nanoGPT,
+# 128 in llm.c and Megatron, times the GPUs that share the matrix).
+VOCAB_PADDING = 1024
 MODEL_TYPES = ("gpt2", "openai-gpt")
 _ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel"}
 # transformers' classes of the two, by what follows their common beginning

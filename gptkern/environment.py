@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
+
+from gptkern._warn import warn
 
 _told: set[tuple[str, str]] = set()
 
@@ -28,4 +29,4 @@ def fallback(part: str, instead: str, reason: str) -> None:
         raise RuntimeError(f"{message} (GPTKERN_STRICT=1 makes this an error)")
     if (part, reason) not in _told:
         _told.add((part, reason))
-        warnings.warn(message, FallbackWarning, stacklevel=4)
+        warn(message, FallbackWarning)

@@ -15,6 +15,7 @@ from gptkern.checkpoint.hf import CONFIG
 from gptkern.checkpoint.load import check_quantization, load, open_checkpoint
 from gptkern.checkpoint.locate import EMBEDDED, locate
 from gptkern.checkpoint.pending import Files, read
+from gptkern.checkpoint.placing import checked_device, checked_dtype
 from gptkern.checkpoint.save import save
 from gptkern.config import GPTConfig
 from gptkern.generate import Completion, GenerateOutput, Score, TextStream
@@ -58,7 +59,7 @@ class GPT(Decoder):
         cls,
         path_or_hub_id: str | Path = EMBEDDED,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -73,7 +74,7 @@ class GPT(Decoder):
         Args:
             path_or_hub_id: A folder of transformers' (``gpt2``, ``distilgpt2``, ``openai-gpt``), a nanoGPT
                 ``ckpt.pt``, an llm.c GPT-2 ``.bin``, a hub id, or ``"embedded"``, the package's own model.
-            dtype: The weights' floating-point type; None keeps the checkpoint's.
+            dtype: The weights' floating-point type, or its name, ``"bfloat16"``; None keeps the checkpoint's.
             device: Where they go; PyTorch's default device when None.
             revision: Branch, tag or commit of a hub id.
             local_files_only: Take a hub id from the cache only, as HF_HUB_OFFLINE=1 does.
@@ -89,8 +90,10 @@ class GPT(Decoder):
         Raises:
             CheckpointError: Nothing there, damaged, of another architecture or shape; the message names
                 file, tensor, expected and found.
-            ValueError: ``weights`` that this model or device cannot take, before any weight is read.
+            ValueError: ``weights`` that this model or device cannot take, a dtype that weights cannot have, a
+                device that is not there; before any weight is read.
         """
+        dtype, device = checked_dtype(dtype), checked_device(device)
         path = locate(path_or_hub_id, revision=revision, local_files_only=local_files_only)
 
         def opened(files: Files) -> tuple[Contents, Tokenizer | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -177,7 +178,21 @@ def test_tensors(folder: Path) -> None:
         lambda t: t[name].mul_(1e6), "are NaN or infinite in float16", check_finite=True, dtype=torch.float16
     )
     GPT.from_pretrained(folder, check_finite=True)
-    refuse(folder, "dtype torch.int8 asked for", dtype=torch.int8)
+    for dtype in (torch.int8, "int8", "fp16", "", 16):
+        with pytest.raises(ValueError, match=re.escape(f"dtype is {dtype!r}; accepted are float32, float16")):
+            GPT.from_pretrained(folder, dtype=dtype)
+    assert GPT.from_pretrained(folder, dtype="bfloat16").dtype == torch.bfloat16
+    for device in ("gpu", "cuda:99", "cuda:-1", 3.5):
+        with pytest.raises(ValueError, match=re.escape(f"device is {device!r}")):
+            GPT.from_pretrained(folder, device=device)
+
+
+def test_files_of_other_programs_are_named(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    refuse(tmp_path / "model.gguf", r"model\.gguf: a GGUF file, which gptkern does not read")
+    (tmp_path / "notes.txt").write_text("hi")
+    refuse(tmp_path / "notes.txt", "a transformers folder, nanoGPT's ckpt.pt or llm.c's .bin is needed")
+    refuse("", "the checkpoint's name is empty text")
 
 
 def test_untied_head_is_missing(folder: Path) -> None:

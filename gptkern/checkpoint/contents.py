@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gptkern._warn import warn
 from gptkern.checkpoint.errors import CheckpointError, some
 from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import GPTConfig
@@ -88,7 +88,5 @@ def by_parameter_name(tensors: dict[str, StoredTensor]) -> dict[str, StoredTenso
         result[name] = tensor
     if left_out:
         file = tensors[left_out[0]].file
-        warnings.warn(
-            f"{file}: of another head, and left out: {some(left_out)}: this is a language model", stacklevel=2
-        )
+        warn(f"{file}: of another head, and left out: {some(left_out)}: this is a language model")
     return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,19 +11,20 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from gptkern._warn import warn
 from gptkern.checkpoint import hf, llmc, nanogpt
 from gptkern.checkpoint.contents import Contents
 from gptkern.checkpoint.errors import CheckpointError, some
 from gptkern.checkpoint.files import open_regular
 from gptkern.checkpoint.pending import Files, read
+from gptkern.checkpoint.placing import FLOATS, checked_device, checked_dtype
 from gptkern.checkpoint.storage import StoredTensor
-from gptkern.config import GPTConfig
+from gptkern.config import VOCAB_PADDING, GPTConfig
 from gptkern.quantize import Quantization, QuantizedLinear, empty_layers
 
 if TYPE_CHECKING:
     from gptkern.tokenizer import Tokenizer
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LAYER = re.compile(r"transformer\.h\.([0-9]+)\.")
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 _CHECKED_AT_ONCE = 1 << 22
@@ -60,12 +60,19 @@ def _open_file(path: Path) -> Contents:
         raise CheckpointError(f"{path}: a part of a checkpoint: give its folder, {path.parent}")
     with open_regular(path) as file:
         start = file.read(4)
+    if start == b"GGUF":
+        raise CheckpointError(f"{path}: a GGUF file, which gptkern does not read: give the original's folder")
     if int.from_bytes(start, "little") == llmc.MAGIC:
         return llmc.open_file(path)
     if path.suffix == ".bin":
         raise CheckpointError(
             f"{path}: not an llm.c GPT-2 file: magic {llmc.MAGIC} expected, "
             f"{int.from_bytes(start, 'little')} found"
+        )
+    if not start.startswith((b"PK", b"\x80")):  # a zip archive, a pickle
+        raise CheckpointError(
+            f"{path}: not a PyTorch checkpoint, or truncated: a transformers folder, nanoGPT's ckpt.pt or "
+            "llm.c's .bin is needed"
         )
     return nanogpt.open_file(path)
 
@@ -80,7 +87,7 @@ def load(
     model_class: type[Model],
     contents: Contents,
     *,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     device: torch.device | str | None,
     check_finite: bool,
 ) -> Model:
@@ -88,9 +95,9 @@ def load(
 
     Raises:
         CheckpointError: Tensors missing, too many, of another shape or dtype, or (on request) not finite.
+        ValueError: A dtype that weights cannot have, a device that is not there.
     """
-    if dtype is not None and dtype not in _FLOATS:
-        raise CheckpointError(f"{contents.source}: dtype {dtype} asked for; accepted are {_FLOATS}")
+    dtype, device = checked_dtype(dtype), checked_device(device)
     with torch.device("meta"), _NoInitialValues():
         model = model_class(contents.config)
         if contents.quantization is not None:
@@ -103,7 +110,6 @@ def load(
         _check_shape(contents, name, tensors[name], shape)
         _check_dtype(tensors[name], packed.get(name))
     dtype = dtype or _common_dtype({name: tensors[name] for name in expected if name not in packed})
-    device = torch.get_default_device() if device is None else torch.device(device)
     for name in expected:
         stored = tensors[name]
         source = stored.data.t() if contents.turned(name) else stored.data
@@ -129,7 +135,7 @@ def check_quantization(
     """Whether a checkpoint can be had in these bits on this device, before its weights are read.
 
     Raises:
-        ValueError: It is in fewer bits already; fp8 on a GPU that has none.
+        ValueError: It is in fewer bits already; fp8 on a GPU that has none; a device that is not there.
     """
     found = contents.quantization
     if wanted is not None and found is not None:
@@ -137,7 +143,7 @@ def check_quantization(
             f"{contents.source}: weights is {wanted.format!r}, the checkpoint is {found.format} already: "
             "leave weights out, or quantise the original"
         )
-    kept, where = wanted or found, torch.device(device or torch.get_default_device())
+    kept, where = wanted or found, checked_device(device)
     if kept is not None and kept.format == "fp8" and where.type == "cuda":
         capability = torch.cuda.get_device_capability(where)
         if capability < (8, 9):
@@ -148,8 +154,9 @@ def check_quantization(
 
 
 def check_vocabulary(source: Path, config: GPTConfig, tokenizer: Tokenizer) -> None:
-    """A tokenizer must not make ids that the model has no row for; rows without a token are padding.
+    """A tokenizer must not make ids that the model has no row for; a few rows without a token are padding.
 
+    Many more rows than tokens are told: the tokenizer is likely another model's, and half the text vanishes.
     Added tokens without a row are told alone: texts seldom hold them, and transformers lets people add some
     (for padding, above all) without giving the model rows for them.
     """
@@ -158,7 +165,12 @@ def check_vocabulary(source: Path, config: GPTConfig, tokenizer: Tokenizer) -> N
     if tokenizer.base_vocab_size > config.vocab_size:
         raise CheckpointError(f"{source}: vocabularies do not match: {ids}")
     if tokenizer.vocab_size > config.vocab_size:
-        warnings.warn(f"{source}: {ids}: texts with the added tokens beyond it are refused", stacklevel=2)
+        warn(f"{source}: {ids}: texts with the added tokens beyond it are refused")
+    if -(-tokenizer.vocab_size // VOCAB_PADDING) * VOCAB_PADDING < config.vocab_size:
+        warn(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
+            f"{config.vocab_size}: is it another model's? What the model writes beyond them has no text"
+        )
 
 
 def _check_sizes(contents: Contents) -> None:
@@ -197,7 +209,7 @@ def _more_exact(head: StoredTensor, embedding: StoredTensor) -> StoredTensor:
     """Of a tied head and its copy the one that the other was rounded from."""
     if head.same_place(embedding):
         return embedding
-    if head.shape == embedding.shape and head.dtype in _FLOATS and embedding.dtype in _FLOATS:
+    if head.shape == embedding.shape and head.dtype in FLOATS and embedding.dtype in FLOATS:
         for exact, copy in ((embedding, head), (head, embedding)):
             equal = torch.equal(exact.data.to(copy.dtype), copy.data)
             copy.release()
@@ -234,7 +246,7 @@ def _check_shape(contents: Contents, name: str, stored: StoredTensor, shape: tup
 
 
 def _check_dtype(stored: StoredTensor, packed: torch.Tensor | None) -> None:
-    dtypes = _FLOATS if packed is None else (packed.dtype,)
+    dtypes = FLOATS if packed is None else (packed.dtype,)
     if stored.dtype not in dtypes:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         found_dtype = str(stored.dtype).removeprefix("torch.")

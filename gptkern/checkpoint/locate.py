@@ -54,6 +54,8 @@ def locate(
         if not _EMBEDDED_FOLDER.is_dir():
             raise CheckpointError(f"{_EMBEDDED_FOLDER}: the embedded model is missing: install gptkern again")
         return _EMBEDDED_FOLDER
+    if path_or_hub_id == "":
+        raise CheckpointError("the checkpoint's name is empty text: give a folder, a file or a hub id")
     try:
         path = Path(path_or_hub_id).expanduser()
         if path.exists():

@@ -26,12 +26,12 @@ import json
 import os
 import stat
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gptkern._warn import warn
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.durable import Identity, identity
 
@@ -146,10 +146,9 @@ def _elsewhere(folder: Path) -> dict[str, Path]:
             f"{pending}: a save that was cut off left this, and it cannot be read: {error}"
         ) from error
     if not up_to_date:
-        warnings.warn(
+        warn(
             f"{folder}: a save that was cut off, in {PENDING}, is passed over: "
-            "other files were saved here since",
-            stacklevel=2,
+            "other files were saved here since"
         )
         return {}
     return {

@@ -23,10 +23,10 @@ import secrets
 import stat
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from gptkern._warn import warn
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.checkpoint.pending import (
     MANIFEST,
@@ -185,7 +185,7 @@ def _set_aside(pending: Path, reason: str) -> None:
     aside = pending.with_name(_ASIDE + secrets.token_hex(4))
     os.rename(pending, aside)
     flush(pending.parent)
-    warnings.warn(f"{reason}. It is kept as {aside}", stacklevel=2)
+    warn(f"{reason}. It is kept as {aside}")
 
 
 def _clear_abandoned(folder: Path) -> None:
@@ -238,6 +238,6 @@ def _lock(descriptor: int, folder: Path, wait: bool) -> None:
                 f"{folder}: another program has held its lock for {_PATIENCE:.0f} s; nothing was saved"
             )
         if waited > _SILENCE and not told:
-            warnings.warn(f"{folder}: waiting for another program that holds its lock", stacklevel=2)
+            warn(f"{folder}: waiting for another program that holds its lock")
             told = True
         time.sleep(_PAUSE)

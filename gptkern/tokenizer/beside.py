@@ -7,9 +7,9 @@ a vocabulary of GPT-2's size is GPT-2's.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
+from gptkern._warn import warn
 from gptkern.checkpoint.contents import Contents
 from gptkern.checkpoint.load import check_vocabulary
 from gptkern.checkpoint.nanogpt import read_data_set, read_meta
@@ -53,12 +53,13 @@ def _beside_file(contents: Contents) -> Tokenizer | None:
     tokenizer = Tokenizer.find(path.parent)
     if tokenizer is not None and tokenizer.base_vocab_size > size:
         # The folder is shared with other files, and a tokenizer there may be another model's.
-        warnings.warn(
+        warn(
             f"{path}: the tokenizer in its folder is passed over: it has {tokenizer.base_vocab_size} tokens, "
-            f"the model {size}",
-            stacklevel=2,
+            f"the model {size}"
         )
         tokenizer = None
+    if tokenizer is not None:
+        check_vocabulary(path, contents.config, tokenizer)
     return tokenizer or _characters(path, size) or (_cached_gpt2(path) if size in _GPT2_SIZES else None)
 
 
@@ -82,10 +83,9 @@ def _cached_gpt2(path: Path) -> Tokenizer | None:
         for names in ((JSON,), (VOCAB, MERGES)):
             found = [try_to_load_from_cache(repository, name) for name in names]
             if all(isinstance(file, str) for file in found):
-                warnings.warn(
+                warn(
                     f"{path}: no tokenizer beside it; GPT-2's is taken, from the hub's cache, because the "
-                    "vocabulary has GPT-2's size. Name another one if that is wrong",
-                    stacklevel=2,
+                    "vocabulary has GPT-2's size. Name another one if that is wrong"
                 )
                 return Tokenizer.find(Path(str(found[0])).parent)
     return None

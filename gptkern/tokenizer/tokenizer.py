@@ -17,6 +17,7 @@ from gptkern.checkpoint.locate import EMBEDDED, locate
 from gptkern.checkpoint.nanogpt import read_meta
 from gptkern.checkpoint.pending import Files
 from gptkern.checkpoint.pending import read as read_whole
+from gptkern.config import VOCAB_PADDING
 from gptkern.durable import make_folder, named_folder, write_file
 from gptkern.tokenizer.folder import (
     ADDED,
@@ -39,10 +40,6 @@ from gptkern.tokenizer.streams import (
     WordStream,
     byte_chars,
 )
-
-# Models pad their vocabulary with rows that stand for no token, to multiples of at most this (64 in nanoGPT,
-# 128 in llm.c and Megatron, times the GPUs that share the matrix).
-_PADDING = 1024
 
 
 class Tokenizer:
@@ -308,7 +305,7 @@ class Tokenizer:
             ValueError: An id that is negative or far beyond the vocabulary, a tensor of several dimensions.
         """
         checked = _sequence(ids)
-        most = -(-self.vocab_size // _PADDING) * _PADDING
+        most = -(-self.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
         for token_id in checked:
             if not 0 <= token_id < most:
                 raise ValueError(
