@@ -10,10 +10,10 @@
 #include <utility>
 #include <vector>
 
-#include "cuda_path.h"
-#include "decoder.h"
-#include "isa.h"
-#include "tensor.h"
+#include "common/tensor.h"
+#include "decode/decoder.h"
+#include "sampling/cpu_path.h"
+#include "sampling/cuda_path.h"
 
 namespace py = pybind11;
 
@@ -44,31 +44,30 @@ void use_cpu_path(const std::string& name) {
 using Maybe = py::object;  // a tensor or None
 
 constexpr int kMostThreads = 1024;
-constexpr int kMostVocabTopK = 1 << kIdBits;
 static_assert(sizeof(RowParams) == 12 * sizeof(double) && sizeof(RowCounter) == 3 * sizeof(int64_t));
 
-DType logits_type(const Gate& gate, const char* name, const Tensor& logits) {
+DType logits_type(const Checker& check, const char* name, const Tensor& logits) {
     if (logits.kind > Kind::kBFloat16) {
         throw py::type_error(std::string(name) + " are of another dtype; float32, float16 and bfloat16 are accepted");
     }
     const int last = logits.dims - 1;
-    if (logits.shape[last] > 1 && logits.stride[last] != 1) gate.refuse(name, logits, "a contiguous last dimension");
+    if (logits.shape[last] > 1 && logits.stride[last] != 1) check.refuse(name, logits, "a contiguous last dimension");
     static_assert(static_cast<int>(Kind::kBFloat16) == static_cast<int>(DType::kBFloat16));
     return static_cast<DType>(logits.kind);
 }
 
 // (batch, n) ids, padded with -1.
-IdLists id_lists(Gate& gate, const char* name, const Maybe& object, int batch) {
+IdLists id_lists(Checker& check, const char* name, const Maybe& object, int batch) {
     if (object.is_none()) return {};
-    const Tensor ids = gate.dense(name, object, Kind::kInt32, {batch, kAny});
-    return {reinterpret_cast<const int32_t*>(ids.data), gate.number(name, ids.shape[1], 0, INT_MAX)};
+    const Tensor ids = check.dense(name, object, Kind::kInt32, {batch, kAny});
+    return {reinterpret_cast<const int32_t*>(ids.data), check.number(name, ids.shape[1], 0, INT_MAX)};
 }
 
-std::uintptr_t workspace_of(Gate& gate, const Maybe& workspace, int64_t rows, int64_t vocab) {
-    if (!gate.on_cuda()) return 0;
-    const Tensor memory = gate.dense("workspace", workspace, Kind::kUInt8, {kAny});
+std::uintptr_t workspace_of(Checker& check, const Maybe& workspace, int64_t rows, int64_t vocab) {
+    if (!check.on_cuda()) return 0;
+    const Tensor memory = check.dense("workspace", workspace, Kind::kUInt8, {kAny});
     if (memory.shape[0] < static_cast<int64_t>(cuda_workspace_bytes(rows, vocab))) {
-        gate.refuse("workspace", memory, "one of workspace_bytes(rows, vocab)");
+        check.refuse("workspace", memory, "one of workspace_bytes(rows, vocab)");
     }
     return reinterpret_cast<std::uintptr_t>(memory.data);
 }
@@ -90,63 +89,63 @@ int sample(const py::object& logits, const py::object& values, const Maybe& bias
            const Maybe& top_tokens, const Maybe& top_logprobs, const Maybe& probs, const Maybe& draft_tokens,
            const Maybe& draft_probs, const Maybe& accepted, const py::object& commit, const py::object& threads,
            const py::object& stream, const Maybe& workspace) {
-    Gate gate("sample");
+    Checker check("sample");
     SampleArguments a{};
     const bool speculates = !accepted.is_none(), writes_probs = !probs.is_none();
-    const Tensor rows = gate.tensor("logits", logits, speculates ? 3 : 2);
-    a.dtype = logits_type(gate, "logits", rows);
+    const Tensor rows = check.tensor("logits", logits, speculates ? 3 : 2);
+    a.dtype = logits_type(check, "logits", rows);
     a.logits = rows.data;
     a.row_stride = rows.stride[0];
     a.position_stride = speculates ? rows.stride[1] : 0;
-    a.batch = gate.number("the batch", rows.shape[0], 0, INT_MAX);
-    a.positions = speculates ? gate.number("the positions", rows.shape[1], 1, INT_MAX) : 1;
-    a.vocab = gate.number("the vocabulary", rows.shape[rows.dims - 1], 1, kMaxVocab);
+    a.batch = check.number("the batch", rows.shape[0], 0, INT_MAX);
+    a.positions = speculates ? check.number("the positions", rows.shape[1], 1, INT_MAX) : 1;
+    a.vocab = check.number("the vocabulary", rows.shape[rows.dims - 1], 1, kMaxVocab);
     const int64_t batch = a.batch;
-    a.params = reinterpret_cast<const RowParams*>(gate.dense<double>("values", values, {batch, 12}));
-    a.counters = reinterpret_cast<RowCounter*>(gate.dense<int64_t>("counters", counters, {batch, 3}));
-    a.counts = gate.dense_or_none<int32_t>("counts", counts, {batch, a.vocab});
-    a.bias = id_lists(gate, "bias_ids", bias_ids, a.batch);
-    if (bias_ids.is_none() != bias_values.is_none()) gate.refuse("bias_ids and bias_values must be given together");
-    a.bias_values = gate.dense_or_none<float>("bias_values", bias_values, {batch, a.bias.width});
-    a.banned = id_lists(gate, "banned_ids", banned_ids, a.batch);
-    a.eos = id_lists(gate, "eos_ids", eos_ids, a.batch);
+    a.params = reinterpret_cast<const RowParams*>(check.dense<double>("values", values, {batch, 12}));
+    a.counters = reinterpret_cast<RowCounter*>(check.dense<int64_t>("counters", counters, {batch, 3}));
+    a.counts = check.dense_or_none<int32_t>("counts", counts, {batch, a.vocab});
+    a.bias = id_lists(check, "bias_ids", bias_ids, a.batch);
+    if (bias_ids.is_none() != bias_values.is_none()) check.refuse("bias_ids and bias_values must be given together");
+    a.bias_values = check.dense_or_none<float>("bias_values", bias_values, {batch, a.bias.width});
+    a.banned = id_lists(check, "banned_ids", banned_ids, a.batch);
+    a.eos = id_lists(check, "eos_ids", eos_ids, a.batch);
     if (!bitmask.is_none()) {
-        const Tensor mask = gate.dense("bitmask", bitmask, Kind::kInt32, {batch, kAny});
-        if (mask.shape[1] < (a.vocab + 31) / 32) gate.refuse("bitmask", mask, "a bit of each token");
+        const Tensor mask = check.dense("bitmask", bitmask, Kind::kInt32, {batch, kAny});
+        if (mask.shape[1] < (a.vocab + 31) / 32) check.refuse("bitmask", mask, "a bit of each token");
         a.bitmask = reinterpret_cast<const int32_t*>(mask.data);
         a.bitmask_words = mask.shape[1];
     }
-    a.status = gate.dense<int32_t>("status", status, {batch});
+    a.status = check.dense<int32_t>("status", status, {batch});
     a.logprobs = -1;
     if (writes_probs) {
-        a.probs = gate.dense<float>("probs", probs, {batch, a.vocab});
-        if (speculates) gate.refuse("probs and accepted are not to be had together");
+        a.probs = check.dense<float>("probs", probs, {batch, a.vocab});
+        if (speculates) check.refuse("probs and accepted are not to be had together");
     } else {
-        a.tokens = speculates ? gate.dense<int64_t>("tokens", tokens, {batch, a.positions})
-                              : gate.dense<int64_t>("tokens", tokens, {batch});
+        a.tokens = speculates ? check.dense<int64_t>("tokens", tokens, {batch, a.positions})
+                              : check.dense<int64_t>("tokens", tokens, {batch});
     }
-    const int asked = gate.number("width", width, INT_MIN, INT_MAX);  // below 0: no log-probabilities
+    const int asked = check.number("width", width, INT_MIN, INT_MAX);  // below 0: no log-probabilities
     if (!writes_probs && !speculates && asked >= 0) {
         a.logprobs = asked;
-        a.token_logprobs = gate.dense<float>("logprobs", logprobs, {batch});
-        a.top_tokens = gate.dense<int64_t>("top_tokens", top_tokens, {batch, asked});
-        a.top_logprobs = gate.dense<float>("top_logprobs", top_logprobs, {batch, asked});
+        a.token_logprobs = check.dense<float>("logprobs", logprobs, {batch});
+        a.top_tokens = check.dense<int64_t>("top_tokens", top_tokens, {batch, asked});
+        a.top_logprobs = check.dense<float>("top_logprobs", top_logprobs, {batch, asked});
     }
-    const int most_commit = static_cast<int>(gate.on_cuda() ? Commit::kOnly : Commit::kYes);
-    a.commit = static_cast<Commit>(gate.number("commit", commit, 0, most_commit));
+    const int most_commit = static_cast<int>(check.on_cuda() ? Commit::kOnly : Commit::kYes);
+    a.commit = static_cast<Commit>(check.number("commit", commit, 0, most_commit));
     if (speculates) {
-        a.accepted = gate.dense<int64_t>("accepted", accepted, {batch});
+        a.accepted = check.dense<int64_t>("accepted", accepted, {batch});
         if (a.commit != Commit::kOnly) {
-            a.draft_tokens = gate.dense<int64_t>("draft_tokens", draft_tokens, {batch, a.positions - 1});
-            a.draft_probs = gate.dense_or_none<float>("draft_probs", draft_probs, {batch, a.positions - 1, a.vocab});
+            a.draft_tokens = check.dense<int64_t>("draft_tokens", draft_tokens, {batch, a.positions - 1});
+            a.draft_probs = check.dense_or_none<float>("draft_probs", draft_probs, {batch, a.positions - 1, a.vocab});
         }
     }
-    const std::uintptr_t memory = workspace_of(gate, workspace, a.batch, a.vocab);
-    const int members = gate.number("threads", threads, 1, kMostThreads);
-    const auto queue = gate.as<std::uintptr_t>("stream", stream);
+    const std::uintptr_t memory = workspace_of(check, workspace, a.batch, a.vocab);
+    const int members = check.number("threads", threads, 1, kMostThreads);
+    const auto queue = check.as<std::uintptr_t>("stream", stream);
     if (a.batch == 0) return -1;
     const py::gil_scoped_release others_run;
-    if (gate.on_cuda()) {
+    if (check.on_cuda()) {
         cuda_sample(a, memory, queue);
         return -1;
     }
@@ -156,24 +155,24 @@ int sample(const py::object& logits, const py::object& values, const Maybe& bias
 
 int top_k(const py::object& logits, const py::object& k, const py::object& tokens, const py::object& logprobs,
           const py::object& status, const py::object& threads, const py::object& stream, const Maybe& workspace) {
-    Gate gate("top_k");
+    Checker check("top_k");
     TopKArguments a{};
-    const Tensor rows = gate.tensor("logits", logits, 2);
-    a.dtype = logits_type(gate, "logits", rows);
+    const Tensor rows = check.tensor("logits", logits, 2);
+    a.dtype = logits_type(check, "logits", rows);
     a.logits = rows.data;
     a.row_stride = rows.stride[0];
-    a.rows = gate.number("the rows", rows.shape[0], 0, INT_MAX);
-    a.vocab = gate.number("the vocabulary", rows.shape[1], 1, kMostVocabTopK);
-    a.k = gate.number("k", k, 0, a.vocab);
-    a.tokens = gate.dense<int64_t>("tokens", tokens, {a.rows, a.k});
-    a.logprobs = gate.dense<float>("logprobs", logprobs, {a.rows, a.k});
-    a.status = gate.dense<int32_t>("status", status, {a.rows});
-    const std::uintptr_t memory = workspace_of(gate, workspace, a.rows, a.vocab);
-    const int members = gate.number("threads", threads, 1, kMostThreads);
-    const auto queue = gate.as<std::uintptr_t>("stream", stream);
+    a.rows = check.number("the rows", rows.shape[0], 0, INT_MAX);
+    a.vocab = check.number("the vocabulary", rows.shape[1], 1, kMaxVocabTopK);
+    a.k = check.number("k", k, 0, a.vocab);
+    a.tokens = check.dense<int64_t>("tokens", tokens, {a.rows, a.k});
+    a.logprobs = check.dense<float>("logprobs", logprobs, {a.rows, a.k});
+    a.status = check.dense<int32_t>("status", status, {a.rows});
+    const std::uintptr_t memory = workspace_of(check, workspace, a.rows, a.vocab);
+    const int members = check.number("threads", threads, 1, kMostThreads);
+    const auto queue = check.as<std::uintptr_t>("stream", stream);
     if (a.rows == 0) return -1;
     const py::gil_scoped_release others_run;
-    if (gate.on_cuda()) {
+    if (check.on_cuda()) {
         cuda_top_k(a, memory, queue);
         return -1;
     }
@@ -188,14 +187,14 @@ public:
     using Linear = std::tuple<py::object, Maybe, Maybe>;  // weight, bias, scales of int8 weights
     using Block = std::tuple<Norm, Norm, Linear, Linear, Linear, Linear>;
 
-    Gate gate{"Decoder"};
+    Checker check{"Decoder"};
     Kind kind = Kind::kOther;
     std::vector<HeldTensor> held;
 
     // A matrix with dense rows, of embeddings.
     Tensor rows(const char* name, const py::object& object) {
-        const Tensor matrix = gate.tensor(name, object, 2);
-        if (matrix.shape[1] > 1 && matrix.stride[1] != 1) gate.refuse(name, matrix, "a matrix of contiguous rows");
+        const Tensor matrix = check.tensor(name, object, 2);
+        if (matrix.shape[1] > 1 && matrix.stride[1] != 1) check.refuse(name, matrix, "a matrix of contiguous rows");
         keep(name, matrix);
         return matrix;
     }
@@ -208,13 +207,13 @@ public:
     CpuLinear linear(const Linear& given, int64_t outs, int64_t in) {
         const auto& [weight, bias, scales] = given;
         const bool packed = !scales.is_none();
-        const Tensor w = gate.tensor("a weight", weight, 2);
+        const Tensor w = check.tensor("a weight", weight, 2);
         const bool by_outs = in == 1 || w.stride[1] == 1, by_ins = outs == 1 || w.stride[0] == 1;
         if (w.shape[0] != outs || w.shape[1] != in || !(by_outs || (by_ins && !packed))) {
             const int64_t needed[] = {outs, in};
-            gate.refuse("a weight", w, "shape " + shape_of(needed, 2) + " with one dimension contiguous");
+            check.refuse("a weight", w, "shape " + shape_of(needed, 2) + " with one dimension contiguous");
         }
-        if (packed && w.kind != Kind::kInt8) gate.refuse("a weight", w, "int8, as it has scales,");
+        if (packed && w.kind != Kind::kInt8) check.refuse("a weight", w, "int8, as it has scales,");
         packed ? hold(w) : keep("a weight", w);
         CpuLinear layer{};
         layer.weight = w.data;
@@ -222,9 +221,9 @@ public:
         layer.outs = static_cast<int>(outs);
         layer.in = static_cast<int>(in);
         layer.stride = w.stride[by_outs ? 0 : 1];
-        layer.turned = !by_outs;
+        layer.transposed = !by_outs;
         if (packed) {
-            layer.scales = gate.dense<float>("the scales of a weight", scales, {outs});
+            layer.scales = check.dense<float>("the scales of a weight", scales, {outs});
             held.emplace_back(scales);
         }
         return layer;
@@ -235,17 +234,17 @@ private:
 
     void keep(const char* name, const Tensor& tensor) {
         if (tensor.kind != Kind::kFloat32 && tensor.kind != Kind::kBFloat16) {
-            gate.refuse(name, tensor, "float32 or bfloat16");
+            check.refuse(name, tensor, "float32 or bfloat16");
         }
         if (kind == Kind::kOther) kind = tensor.kind;
-        if (tensor.kind != kind) gate.refuse(name, tensor, std::string(name_of(kind)) + ", as are the embeddings,");
-        if (gate.on_cuda()) gate.refuse(name, tensor, "a tensor on the CPU");
+        if (tensor.kind != kind) check.refuse(name, tensor, std::string(name_of(kind)) + ", as are the embeddings,");
+        if (check.on_cuda()) check.refuse(name, tensor, "a tensor on the CPU");
         hold(tensor);
     }
 
     const void* vector(const char* name, const Maybe& object, int64_t length) {
         if (object.is_none()) return nullptr;
-        const Tensor found = gate.dense(name, object, kind, {length});
+        const Tensor found = check.dense(name, object, kind, {length});
         keep(name, found);
         return found.data;
     }
@@ -259,16 +258,16 @@ public:
                    const py::object& blocks, const py::object& scales, const py::object& final_norm,
                    const py::object& head, const py::object& owners) {
         Weights weights;
-        const Gate& gate = weights.gate;
+        const Checker& check = weights.check;
         CpuModel model{};
-        model.post_norm = gate.as<bool>("post_norm", post_norm);
-        model.activation = static_cast<Activation>(gate.number("activation", activation, 0, 3));
-        build(weights, model, heads, gate.as<float>("eps", eps), tokens, positions,
-              gate.as<std::vector<Weights::Block>>("blocks", blocks), gate.as<std::vector<float>>("scales", scales),
-              gate.as<std::optional<Weights::Norm>>("final_norm", final_norm), gate.as<Weights::Linear>("head", head));
+        model.post_norm = check.as<bool>("post_norm", post_norm);
+        model.activation = static_cast<Activation>(check.number("activation", activation, 0, 3));
+        build(weights, model, heads, check.as<float>("eps", eps), tokens, positions,
+              check.as<std::vector<Weights::Block>>("blocks", blocks), check.as<std::vector<float>>("scales", scales),
+              check.as<std::optional<Weights::Norm>>("final_norm", final_norm), check.as<Weights::Linear>("head", head));
         held_ = std::move(weights.held);
         using Owners = std::vector<std::pair<py::dict, py::str>>;
-        for (const auto& [dictionary, key] : gate.as<Owners>("owners", owners)) entries_.emplace_back(dictionary, key);
+        for (const auto& [dictionary, key] : check.as<Owners>("owners", owners)) entries_.emplace_back(dictionary, key);
     }
 
     // False, with nothing done, where weights have moved or been replaced since this was made.
@@ -280,45 +279,45 @@ public:
         for (const HeldTensor& tensor : held_) {
             if (tensor.moved()) return false;
         }
-        Gate gate("GPT");
+        Checker check("GPT");
         const CpuModel& m = decoder_->model();
         const Kind kind = m.dtype == DType::kFloat32 ? Kind::kFloat32 : Kind::kBFloat16;
-        const Tensor keys = cached(gate, "the cache's k", k, kind), values = cached(gate, "the cache's v", v, kind);
+        const Tensor keys = cached(check, "the cache's k", k, kind), values = cached(check, "the cache's v", v, kind);
         for (int i = 0; i < keys.dims; ++i) {
             if (keys.stride[i] != values.stride[i] || keys.shape[i] != values.shape[i]) {
-                gate.refuse("the cache's v", values, "the shape and the strides of its k");
+                check.refuse("the cache's v", values, "the shape and the strides of its k");
             }
         }
-        const int64_t rows = gate.tensor("tokens", tokens, 1).shape[0];
-        const Tensor table = gate.tensor("page_table", page_table, 2), held = gate.tensor("lengths", lengths, 1);
+        const int64_t rows = check.tensor("tokens", tokens, 1).shape[0];
+        const Tensor table = check.tensor("page_table", page_table, 2), held = check.tensor("lengths", lengths, 1);
         if (table.kind != Kind::kInt32 || table.shape[0] < rows || (table.shape[1] > 1 && table.stride[1] != 1)) {
-            gate.refuse("page_table", table, "int32, a contiguous row of each token,");
+            check.refuse("page_table", table, "int32, a contiguous row of each token,");
         }
         if (held.kind != Kind::kInt32 || held.shape[0] < rows || !held.contiguous()) {
-            gate.refuse("lengths", held, "int32, one of each token, contiguous,");
+            check.refuse("lengths", held, "int32, one of each token, contiguous,");
         }
         const CpuCache cache{keys.data, values.data, keys.stride[0], keys.stride[1], keys.stride[2], keys.shape[1],
-                             gate.number("the page size", keys.shape[2], 1, INT_MAX),
+                             check.number("the page size", keys.shape[2], 1, INT_MAX),
                              reinterpret_cast<const int32_t*>(table.data), table.shape[1], table.stride[0],
                              reinterpret_cast<const int32_t*>(held.data)};
-        const auto* const ids = gate.dense<int64_t>("tokens", tokens, {rows});
-        char* const out = gate.dense("logits", logits, kind, {rows, m.vocab}).data;
-        const int count = gate.number("the rows", rows, 0, 1 << 16);
-        const int members = gate.number("threads", threads, 1, kMostThreads);
+        const auto* const ids = check.dense<int64_t>("tokens", tokens, {rows});
+        char* const out = check.dense("logits", logits, kind, {rows, m.vocab}).data;
+        const int count = check.number("the rows", rows, 0, 1 << 16);
+        const int members = check.number("threads", threads, 1, kMostThreads);
         const py::gil_scoped_release others_run;
         decoder_->step(cache, ids, count, out, members);
         return true;
     }
 
 private:
-    Tensor cached(Gate& gate, const char* name, const py::object& object, Kind kind) const {
+    Tensor cached(Checker& check, const char* name, const py::object& object, Kind kind) const {
         const CpuModel& m = decoder_->model();
-        const Tensor found = gate.tensor(name, object, 5);
+        const Tensor found = check.tensor(name, object, 5);
         const bool dense = (m.head_dim == 1 || found.stride[4] == 1) && (m.heads == 1 || found.stride[3] == m.head_dim);
-        if (gate.on_cuda() || found.kind != kind || found.shape[0] != m.blocks || found.shape[3] != m.heads ||
+        if (check.on_cuda() || found.kind != kind || found.shape[0] != m.blocks || found.shape[3] != m.heads ||
             found.shape[4] != m.head_dim || !dense) {
             const int64_t needed[] = {m.blocks, kAny, kAny, m.heads, m.head_dim};
-            gate.refuse(name, found, std::string(name_of(kind)) + " of shape " + shape_of(needed, 5) +
+            check.refuse(name, found, std::string(name_of(kind)) + " of shape " + shape_of(needed, 5) +
                                          " on the CPU, its last two dimensions contiguous,");
         }
         return found;
@@ -327,17 +326,17 @@ private:
     void build(Weights& weights, CpuModel& model, const py::object& heads, float eps, const py::object& tokens,
                const py::object& positions, const std::vector<Weights::Block>& blocks, const std::vector<float>& scales,
                const std::optional<Weights::Norm>& final_norm, const Weights::Linear& head) {
-        Gate& gate = weights.gate;
+        Checker& check = weights.check;
         const Tensor wte = weights.rows("the token embeddings", tokens), wpe = weights.rows("the positions", positions);
         const int64_t width = wte.shape[1], vocab = wte.shape[0];
-        if (wpe.shape[1] != width) gate.refuse("the positions", wpe, "a matrix as wide as the token embeddings");
-        if (scales.size() != blocks.size()) gate.refuse("scales must be one of each block");
-        if (model.post_norm == final_norm.has_value()) gate.refuse("either final_norm or post_norm is needed");
+        if (wpe.shape[1] != width) check.refuse("the positions", wpe, "a matrix as wide as the token embeddings");
+        if (scales.size() != blocks.size()) check.refuse("scales must be one of each block");
+        if (model.post_norm == final_norm.has_value()) check.refuse("either final_norm or post_norm is needed");
         model.dtype = weights.kind == Kind::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
-        model.width = gate.number("the width", width, 1, INT_MAX / 4);
-        model.vocab = gate.number("the vocabulary", vocab, 1, INT_MAX / 4);
-        model.n_positions = gate.number("the context", wpe.shape[0], 1, INT_MAX / 4);
-        model.heads = gate.number("heads", heads, 1, width);
+        model.width = check.number("the width", width, 1, INT_MAX / 4);
+        model.vocab = check.number("the vocabulary", vocab, 1, INT_MAX / 4);
+        model.n_positions = check.number("the context", wpe.shape[0], 1, INT_MAX / 4);
+        model.heads = check.number("heads", heads, 1, width);
         model.tokens = wte.data;
         model.token_stride = wte.stride[0];
         model.positions = wpe.data;
@@ -345,8 +344,8 @@ private:
         std::vector<CpuBlock> made;
         for (size_t i = 0; i < blocks.size(); ++i) {
             const auto& [norm1, norm2, qkv, projection, fc, out] = blocks[i];
-            const int64_t inner = gate.tensor("a weight", std::get<0>(fc), 2).shape[0];
-            if (i == 0) model.inner = gate.number("the inner width", inner, 1, INT_MAX / 4);
+            const int64_t inner = check.tensor("a weight", std::get<0>(fc), 2).shape[0];
+            if (i == 0) model.inner = check.number("the inner width", inner, 1, INT_MAX / 4);
             made.push_back({weights.norm(norm1, width, eps), weights.norm(norm2, width, eps),
                             weights.linear(qkv, 3 * width, width), weights.linear(projection, width, width),
                             weights.linear(fc, model.inner, width), weights.linear(out, width, model.inner),
@@ -363,8 +362,8 @@ private:
 };
 
 size_t workspace_bytes(int64_t rows, int64_t vocab) {
-    const Gate gate("workspace_bytes");
-    return cuda_workspace_bytes(gate.number("rows", rows, 0, INT_MAX), gate.number("vocab", vocab, 0, kMostVocabTopK));
+    const Checker check("workspace_bytes");
+    return cuda_workspace_bytes(check.number("rows", rows, 0, INT_MAX), check.number("vocab", vocab, 0, kMaxVocabTopK));
 }
 
 std::pair<uint64_t, uint64_t> uniforms(int64_t seed, int64_t request, int64_t step) {
@@ -382,7 +381,7 @@ PYBIND11_MODULE(_C, module) {
     module.attr("has_cuda") = kHasCuda;
     module.attr("cuda_archs") = kCudaArchs;
     module.attr("max_vocab") = kMaxVocab;
-    module.attr("max_vocab_top_k") = kMostVocabTopK;
+    module.attr("max_vocab_top_k") = kMaxVocabTopK;
     const py::kw_only named;
     const auto optional = [](const char* name) { return py::arg(name) = py::none(); };
     module.def("sample", &sample, py::arg("logits"), named, py::arg("values"), optional("bias_ids"),

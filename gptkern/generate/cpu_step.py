@@ -2,7 +2,7 @@
 
 A step of few rows is bound by how fast the weights stream from memory. PyTorch's operators stream them
 at a third to two thirds of what the memory gives, and spend as long again between them.
-``csrc/decode_cpu.cpp`` reads each weight once, where it lies, and its threads stay together from the
+``csrc/decode/cpu_path.cpp`` reads each weight once, where it lies, and its threads stay together from the
 embeddings to the logits. Weights of int8 it widens in registers: half of bf16's bytes to read.
 """
 
@@ -26,7 +26,7 @@ _WHOLE = frozenset(
     getattr(torch, name)
     for name in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
 )
-# csrc/decode_cpu.h
+# csrc/decode/model.h
 _ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "relu": 2, "silu": 3}
 DTYPES_SERVED = (torch.float32, torch.bfloat16)
 

@@ -10,7 +10,7 @@
 #include <system_error>
 #include <vector>
 
-#include "isa.h"
+#include "sampling/cpu_path.h"
 
 namespace {
 

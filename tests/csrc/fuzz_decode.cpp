@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "decoder.h"
+#include "decode/decoder.h"
 
 namespace gptkern {
 namespace {
@@ -55,9 +55,9 @@ public:
         layer.outs = outs;
         layer.in = in;
         const bool packed = between(0, 2) == 0;
-        layer.turned = !packed && between(0, 1);
-        layer.stride = (layer.turned ? outs : in) + between(0, 3);
-        const size_t count = static_cast<size_t>(layer.stride) * ((layer.turned ? in : outs) - 1) + (layer.turned ? outs : in);
+        layer.transposed = !packed && between(0, 1);
+        layer.stride = (layer.transposed ? outs : in) + between(0, 3);
+        const size_t count = static_cast<size_t>(layer.stride) * ((layer.transposed ? in : outs) - 1) + (layer.transposed ? outs : in);
         if (packed) {
             layer.weight = bytes(count);
             layer.scales = scales(outs);

@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "isa.h"
+#include "sampling/cpu_path.h"
 
 using namespace gptkern;
 

@@ -20,7 +20,7 @@ def _compile(program: str, folder: Path, *more: str) -> Path:
     """``program``.cpp of this folder with the sampler's CPU part, under sanitizers."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    sources = [HERE / f"{program}.cpp", CSRC / "sampling_cpu.cpp", CSRC / "threads.cpp"]
+    sources = [HERE / f"{program}.cpp", CSRC / "sampling" / "cpu_path.cpp", CSRC / "common" / "threads.cpp"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pthread"]
     command = [
@@ -79,10 +79,10 @@ def test_random_models_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     objects = []
     for name, options in _ISAS.items():
         objects.append(str(tmp_path / f"{name}.o"))
-        isa = [*options, f"-DGPTKERN_ISA={name}", "-c", str(CSRC / "decode_cpu.cpp")]
+        isa = [*options, f"-DGPTKERN_ISA={name}", "-c", str(CSRC / "decode" / "cpu_path.cpp")]
         subprocess.run([*command, *isa, "-o", objects[-1]], check=True)
     binary = tmp_path / "fuzz_decode"
-    sources = [HERE / "fuzz_decode.cpp", CSRC / "decoder.cpp", CSRC / "threads.cpp"]
+    sources = [HERE / "fuzz_decode.cpp", CSRC / "decode" / "decoder.cpp", CSRC / "common" / "threads.cpp"]
     subprocess.run([*command, *map(str, sources), *objects, "-pthread", "-o", str(binary)], check=True)
     done = subprocess.run([binary, "300", "3"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -104,7 +104,7 @@ def test_cuda_compiles_without_warnings_or_spills(arch: int, tmp_path: Path) -> 
         "-o",
         str(tmp_path / "sampling.cubin"),
     ]
-    command = ["nvcc", *flags, *defines, *target, str(CSRC / "sampling_cuda.cu")]
+    command = ["nvcc", f"-I{CSRC}", *flags, *defines, *target, str(CSRC / "sampling" / "cuda_path.cu")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     usage = re.findall(

@@ -25,7 +25,7 @@ _C = _extension()
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# csrc/arguments.h
+# csrc/sampling/arguments.h
 KEEP_STATE, COMMIT, COMMIT_ONLY = 0, 1, 2
 NAN, INFINITE, NOTHING_ALLOWED, NEEDS_COUNTS, BAD_TOKEN_ID, BAD_DRAFT = 1, 2, 3, 16, 17, 18
 

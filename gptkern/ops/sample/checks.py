@@ -12,7 +12,7 @@ import torch
 from gptkern.ops import _checks
 from gptkern.ops.sample.params import COUNTERS, PARAMETERS, SamplerState, SamplingParams
 
-MOST_TOKENS = 2**19  # csrc/arguments.h
+MOST_TOKENS = 2**19  # csrc/sampling/arguments.h
 MOST_TOKENS_TOP_K = 2**24
 
 

@@ -1,7 +1,8 @@
-// The CPU part's entry points, one set for each instruction set it is compiled for.
+// The sampler's entry points on the CPU, one set for each instruction set that it is compiled for.
 #pragma once
 
-#include "arguments.h"
+#include "common/platform.h"  // makes this source's instruction set the inline namespace
+#include "sampling/arguments.h"
 
 namespace gptkern {
 

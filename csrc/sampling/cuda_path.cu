@@ -1,17 +1,16 @@
-// The CUDA path: one cluster a row, on the caller's stream, in the caller's workspace. Nothing here
-// allocates or waits, so that calls can be captured in a graph.
+// The CUDA path: one cluster a row, on the caller's stream, in the caller's workspace. Nothing here allocates or
+// waits, so that calls can be captured in a graph.
 //
-// How many blocks share a row follows the number of rows; results do not depend on it.
+// The number of blocks that share a row follows from the number of rows; results do not depend on it.
 #include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
-#include "cuda_path.h"
-#include "cuda_team.cuh"
-#include "sampling.h"
-#include "speculation.h"
+#include "sampling/cuda_path.h"
+#include "sampling/cuda_team.cuh"
+#include "sampling/speculation.h"
 
 namespace gptkern {
 
@@ -20,7 +19,7 @@ const char* const kCudaArchs = GPTKERN_CUDA_ARCHS;
 
 namespace {
 
-// More rows than this take turns in the workspace.
+// The largest number of clusters. More rows than this share their workspace, one after another.
 constexpr int64_t kMaxClusters = 256;
 
 struct RowMemory {
@@ -33,7 +32,7 @@ __host__ __device__ RowMemory row_memory(std::uintptr_t workspace, int64_t slot,
     return {values, values + vocab, reinterpret_cast<uint32_t*>(values + 2 * vocab)};
 }
 
-// RowWork(team, row, buffers), for every row of this cluster.
+// Calls row_work(team, row, buffers) for every row of this cluster.
 template <class RowWork>
 __device__ __forceinline__ void over_rows(int64_t rows, int64_t vocab, std::uintptr_t workspace, RowWork row_work) {
     __shared__ BlockMemory memory;
@@ -43,7 +42,7 @@ __device__ __forceinline__ void over_rows(int64_t rows, int64_t vocab, std::uint
     ClusterTeam team(memory, slot.list);
     for (int64_t row = cluster; row < rows; row += clusters) {
         row_work(team, row, Buffers{slot.values, slot.widened});
-        team.sync();  // also: no block may end while another still reads its shared memory
+        team.sync();  // before the next row; and no block may end while another reads its shared memory
     }
 }
 
@@ -71,9 +70,9 @@ void check(cudaError_t error) {
     if (error != cudaSuccess) throw std::runtime_error(std::string("gptkern._C: ") + cudaGetErrorString(error));
 }
 
-// Code for sm_90 and newer knows clusters; older code that runs on a newer GPU does not.
+// Code compiled for sm_90 and newer uses clusters; code for an older GPU does not, even on a newer one.
 bool has_clusters(const void* kernel) {
-    // Asked once a kernel and device: the driver takes a microsecond to answer, which is a tenth of a draw.
+    // Cached by kernel and device: the driver takes a microsecond to answer, a tenth of a draw.
     static std::mutex mutex;
     static std::map<std::pair<const void*, int>, bool> known;
     int device;
@@ -90,7 +89,7 @@ bool has_clusters(const void* kernel) {
     return place->second;
 }
 
-// Enough blocks a row to fill the GPU with few rows, fewer where the rows fill it.
+// The blocks of a row: many if there are few rows, fewer if the rows alone fill the GPU.
 int cluster_for(int64_t rows) {
     if (rows <= 16) return kMaxCluster;
     if (rows <= 32) return 4;

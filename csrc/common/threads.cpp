@@ -1,4 +1,4 @@
-#include "threads.h"
+#include "common/threads.h"
 
 #include <pthread.h>
 
@@ -14,7 +14,7 @@ class Pool {
 public:
     void run(int n, Work* work, void* context) {
         while (threads_ < n - 1) {
-            // Counted once it exists: the wait below is for every thread that is counted.
+            // The count grows once the thread exists: the wait below is for every thread in the count.
             std::thread([this, index = threads_ + 1, seen = round_] { serve(index, seen); }).detach();
             ++threads_;
         }
@@ -56,21 +56,21 @@ private:
     uint64_t round_ = 0;
 };
 
-// Threads do not survive a fork, so a child starts with a pool of its own. The old one is never freed:
-// its threads may still be waiting in it while a process ends.
+// Threads do not survive a fork, so a child process starts its own pool. A pool is never freed: its threads
+// may still wait in it while the process ends.
 Pool* pool = nullptr;
-std::mutex* const call_mutex = new std::mutex;
+std::mutex* const pool_mutex = new std::mutex;
 
-[[maybe_unused]] const int registered = pthread_atfork([] { call_mutex->lock(); }, [] { call_mutex->unlock(); },
+[[maybe_unused]] const int registered = pthread_atfork([] { pool_mutex->lock(); }, [] { pool_mutex->unlock(); },
                                                        [] {
                                                            pool = nullptr;
-                                                           call_mutex->unlock();
+                                                           pool_mutex->unlock();
                                                        });
 
 }  // namespace
 
-Call::Call() { call_mutex->lock(); }
-Call::~Call() { call_mutex->unlock(); }
+PoolLock::PoolLock() { pool_mutex->lock(); }
+PoolLock::~PoolLock() { pool_mutex->unlock(); }
 
 void run_together(int n, Work* work, void* context) {
     if (n <= 1) {

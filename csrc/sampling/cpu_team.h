@@ -1,25 +1,23 @@
 // The CPU's team: threads that share one row, each with a contiguous part of the vocabulary.
 #pragma once
 
-#include <sched.h>
-
 #include <atomic>
 
-#include "select.h"
+#include "common/spin_barrier.h"
+#include "sampling/select.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
 
 constexpr int kMaxTeam = 64;
 
-// What a team's threads share; kept from call to call.
+// The memory that a team's threads share. It outlives a call, for the next one to use.
 struct TeamMemory {
     struct alignas(64) Slot {
         uint64_t value;
     };
 
-    int threads;
-    std::atomic<int> arrived, phase;
+    SpinBarrier barrier;
     Slot slots[kMaxTeam];
     uint64_t* bin_weights;  // (threads, kCoarseBins)
     float *values, *widened;  // (vocab)
@@ -28,10 +26,10 @@ struct TeamMemory {
     uint64_t digit_weights[kDigits];
     uint32_t digit_counts[kDigits];
     CoarseCrossing bin;
-    Found found;
+    Selection selection;
 };
 
-// The one thread that finishes a list.
+// The thread that finishes a list, alone.
 class CpuInner {
 public:
     explicit CpuInner(TeamMemory& memory) : memory_(memory) {}
@@ -51,7 +49,7 @@ public:
         memory_.digit_counts[digit] += 1;
     }
 
-    GPTKERN_HD Crossing find_digit(uint64_t target) {
+    GPTKERN_HD DigitCrossing find_digit(uint64_t target) {
         uint64_t before = 0;
         int i = 0;
         while (i < kDigits - 1 && target >= before + memory_.digit_weights[i]) before += memory_.digit_weights[i++];
@@ -68,7 +66,7 @@ private:
 
 class CpuTeam {
 public:
-    CpuTeam(TeamMemory& memory, int rank) : memory_(memory), rank_(rank), threads_(memory.threads) {}
+    CpuTeam(TeamMemory& memory, int rank) : memory_(memory), rank_(rank), threads_(memory.barrier.threads) {}
 
     GPTKERN_HD bool leads() const { return rank_ == 0; }
 
@@ -78,7 +76,7 @@ public:
         for (uint32_t i = part(n, rank_); i < end; ++i) f(i);
     }
 
-    // Adds every weight(i) to bin(i). A tile at a time, so that all but the additions vectorises.
+    // Adds every weight(i) to bin(i). The loop goes tile by tile, so that all but the additions vectorises.
     template <class Bin, class Weight>
     GPTKERN_HD void add_to_bins(uint32_t n, Bin bin, Weight weight) {
         constexpr uint32_t kTile = 256;
@@ -94,7 +92,7 @@ public:
         }
     }
 
-    // Lists every i of low <= bin(i) <= high; most tiles have none.
+    // Lists every i whose bin is between low and high; most tiles have none.
     template <class Bin>
     GPTKERN_HD void list_bins(uint32_t n, Bin bin, int low, int high) {
         constexpr uint32_t kTile = 64;
@@ -114,18 +112,7 @@ public:
         }
     }
 
-    void sync() {
-        if (threads_ == 1) return;
-        const int phase = memory_.phase.load(std::memory_order_relaxed);
-        if (memory_.arrived.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-            memory_.arrived.store(0, std::memory_order_relaxed);
-            memory_.phase.store(phase + 1, std::memory_order_release);
-            return;
-        }
-        for (int spin = 0; memory_.phase.load(std::memory_order_acquire) == phase; ++spin) {
-            if (spin > 1000) sched_yield();  // there may be fewer cores than threads
-        }
-    }
+    void sync() { memory_.barrier.wait(); }
 
     uint64_t sum(uint64_t value) {
         return reduce(value, [](uint64_t a, uint64_t b) { return a + b; });
@@ -167,14 +154,14 @@ public:
     uint32_t list_length() const { return memory_.list_length.load(std::memory_order_relaxed); }
 
     template <class F>
-    Found inner(F f) {
+    Selection inner(F f) {
         sync();
         if (rank_ == 0) {
             CpuInner inner(memory_);
-            memory_.found = f(inner);
+            memory_.selection = f(inner);
         }
         sync();
-        return memory_.found;
+        return memory_.selection;
     }
 
 private:

@@ -1,17 +1,18 @@
-// What a call hands over: raw pointers and sizes, in the layout of gptkern.ops.SamplingParams and SamplerState.
+// The arguments of a sampler call: pointers and sizes, in the layout of gptkern.ops.SamplingParams and SamplerState.
 #pragma once
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace gptkern {
 
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-
-// Sums of 2^44-scaled weights must stay below 2^63.
+// The vocabulary's limit when sampling: sums of weights, each at most 2^44, must stay below 2^63.
 constexpr int kMaxVocab = 1 << 19;
 
-// Ids are sorted by so many bits. The best tokens of a row and their log-softmax may be asked of as many tokens.
+// The bits of a token id in the sort. The top-k call, which sums in two halves, takes any id of so many bits.
 constexpr int kIdBits = 24;
+constexpr int kMaxVocabTopK = 1 << kIdBits;
 
 struct RowParams {
     double temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff;
@@ -22,9 +23,10 @@ struct RowCounter {
     int64_t seed, request, step;
 };
 
-// counts[row, token]: how often the row generated the token, and whether its prompt holds it.
+// counts[row, token] is the number of times the row generated the token, plus this bit if its prompt holds it.
 constexpr int32_t kInPrompt = 1 << 30;
 
+// A row's status: 0, or the reason why it could not be sampled.
 enum Status : int32_t {
     kOk = 0,
     kNaN,
@@ -47,17 +49,17 @@ enum Status : int32_t {
     kBadDraft,
 };
 
-// A matrix of token ids, one row per sequence, padded with -1.
+// A (batch, width) matrix of token ids, one row for each sequence, padded with -1.
 struct IdLists {
     const int32_t* ids;
     int width;
 };
 
-// Whether a call advances counters and counts; kOnly does that alone, for tokens chosen before.
+// Whether a call advances counters and counts. kOnly advances them for the tokens of an earlier call.
 enum class Commit : int { kNo = 0, kYes = 1, kOnly = 2 };
 
 struct SampleArguments {
-    const void* logits;  // (batch, positions, vocab); positions is 1 but for speculation
+    const void* logits;  // (batch, positions, vocab); positions is 1 unless drafts are verified
     int64_t row_stride, position_stride;
     DType dtype;
     int batch, positions, vocab;
@@ -65,21 +67,21 @@ struct SampleArguments {
     const RowParams* params;      // (batch)
     RowCounter* counters;         // (batch)
     int32_t* counts;              // (batch, vocab) or null
-    IdLists bias, banned, eos;    // null ids: none
+    IdLists bias, banned, eos;    // null ids: no list
     const float* bias_values;     // like bias.ids
     const int32_t* bitmask;       // (batch, bitmask_words), bit 1 = allowed, or null
     int64_t bitmask_words;
 
     int logprobs;                 // width of the top arrays; -1: no log-probabilities at all
-    int64_t* tokens;              // (batch), or (batch, positions) when speculating
+    int64_t* tokens;              // (batch), or (batch, positions) if drafts are verified
     float* token_logprobs;        // (batch)
     int64_t* top_tokens;          // (batch, logprobs)
     float* top_logprobs;          // (batch, logprobs)
     int32_t* status;              // (batch)
-    float* probs;                 // (batch, vocab): write the distribution instead of drawing, or null
+    float* probs;                 // (batch, vocab): the distribution, written instead of a draw, or null
 
-    int64_t* accepted;            // (batch): how many drafted tokens were accepted; null: no speculation
-    const int64_t* draft_tokens;  // (batch, positions - 1), whose address may be null where that is empty
+    int64_t* accepted;            // (batch): number of accepted draft tokens; null: no drafts
+    const int64_t* draft_tokens;  // (batch, positions - 1); may be null if that is empty
     const float* draft_probs;     // (batch, positions - 1, vocab) or null: the draft is certain
     Commit commit;
 };

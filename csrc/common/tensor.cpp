@@ -1,4 +1,4 @@
-#include "tensor.h"
+#include "common/tensor.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -8,8 +8,8 @@ namespace gptkern {
 namespace py = pybind11;
 namespace {
 
-// DLPack's view of a tensor, and of its table of functions the one that fills such a view in: version 1 of its
-// C exchange protocol (dmlc/dlpack, include/dlpack/dlpack.h), which every torch.Tensor offers.
+// DLPack's view of a tensor, and the table of functions that fills one in: version 1 of its C exchange protocol
+// (dmlc/dlpack, include/dlpack/dlpack.h), which every torch.Tensor offers.
 struct View {
     char* data;
     int32_t device_type, device;
@@ -27,16 +27,17 @@ struct Exchange {
 };
 constexpr int32_t kOnCpu = 1, kOnCuda = 2;
 
-struct Described {
+// A Kind's name, and DLPack's code and width for it.
+struct KindInfo {
     const char* name;
     uint8_t code, bits;
     int bytes() const { return bits / 8; }
 };
-constexpr Described kKinds[] = {{"float32", 2, 32}, {"float16", 2, 16}, {"bfloat16", 4, 16}, {"float64", 2, 64},
+constexpr KindInfo kKinds[] = {{"float32", 2, 32}, {"float16", 2, 16}, {"bfloat16", 4, 16}, {"float64", 2, 64},
                                 {"int64", 0, 64},   {"int32", 0, 32},   {"int8", 0, 8},      {"uint8", 1, 8}};
 constexpr int kKindCount = static_cast<int>(Kind::kOther);
 
-// What is asked of a tensor at every call, made once and never freed: the interpreter may end first.
+// The Python objects that every call needs, made once and never freed: the interpreter may end first.
 struct Torch {
     py::object tensor_type;
     const Exchange* exchange;
@@ -60,9 +61,9 @@ struct Torch {
 };
 
 const Torch& torch() {
-    static Torch* made = nullptr;  // the lock of the interpreter is held
-    if (made == nullptr) made = new Torch;
-    return *made;
+    static Torch* instance = nullptr;  // the caller holds the interpreter's lock
+    if (instance == nullptr) instance = new Torch;
+    return *instance;
 }
 
 View view_of(py::handle tensor) {
@@ -77,13 +78,13 @@ py::object call(py::handle object, const py::str& name) {
     return py::reinterpret_steal<py::object>(value);
 }
 
-int64_t whole(py::handle number) {
+int64_t integer(py::handle number) {
     const long long value = PyLong_AsLongLong(number.ptr());
     if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
     return value;
 }
 
-std::string described(const Tensor& t) {
+std::string description(const Tensor& t) {
     std::string text = t.kind == Kind::kOther ? std::string(py::str(t.object.attr(torch().dtype))) : name_of(t.kind);
     text += " of shape " + shape_of(t.shape, t.dims);
     if (!t.contiguous()) text += ", strides " + shape_of(t.stride, t.dims);
@@ -120,14 +121,14 @@ bool Tensor::contiguous() const {
     return true;
 }
 
-bool Tensor::within() const {
+bool Tensor::fits_storage() const {
     if (empty(*this)) return true;
     __int128 last = 0;
     for (int i = 0; i < dims; ++i) last += static_cast<__int128>(shape[i] - 1) * stride[i];
     return data != nullptr && kind != Kind::kOther && (last + 1) * kKinds[static_cast<int>(kind)].bytes() <= bytes;
 }
 
-Tensor Gate::read(const char* name, py::handle object) const {
+Tensor Checker::read(const char* name, py::handle object) const {
     const Torch& t = torch();
     if (!t.is_tensor(object)) {
         throw py::type_error(std::string(call_) + ": " + name + " is " + Py_TYPE(object.ptr())->tp_name +
@@ -149,72 +150,72 @@ Tensor Gate::read(const char* name, py::handle object) const {
         }
         tensor.device = view.device_type == kOnCpu ? -1 : view.device;
         tensor.data = view.data + view.byte_offset;
-        tensor.bytes = whole(call(call(object, t.untyped_storage), t.nbytes)) - whole(call(object, t.storage_offset)) * (view.bits / 8);
+        tensor.bytes = integer(call(call(object, t.untyped_storage), t.nbytes)) - integer(call(object, t.storage_offset)) * (view.bits / 8);
     } catch (const py::error_already_set& error) {
-        // A sparse tensor, or one that a transform of functions has wrapped.
+        // A sparse tensor, or one that a function transform has wrapped.
         throw py::type_error(std::string(call_) + ": " + name + " has no memory of its own to read: " + error.what());
     }
     return tensor;
 }
 
-Tensor Gate::tensor(const char* name, py::handle object, int dims) {
+Tensor Checker::tensor(const char* name, py::handle object, int dims) {
     const Tensor tensor = read(name, object);
     if (tensor.dims != dims) refuse(name, tensor, "a tensor of " + std::to_string(dims) + " dimensions");
     if (device_ == kNoDevice) device_ = tensor.device;
     if (device_ != tensor.device) {
-        refuse(std::string(name) + " is on " + device_name(tensor.device) + ", and what came before it on " +
+        refuse(std::string(name) + " is on " + device_name(tensor.device) + ", and the tensors before it on " +
                device_name(device_) + "; one device is needed");
     }
-    if (tensor.kind != Kind::kOther && !tensor.within()) {
+    if (tensor.kind != Kind::kOther && !tensor.fits_storage()) {
         refuse(name, tensor, "a storage that holds all of it, which has " + std::to_string(tensor.bytes) + " bytes,");
     }
     return tensor;
 }
 
-Tensor Gate::dense(const char* name, py::handle object, Kind kind, std::initializer_list<int64_t> shape) {
-    const Tensor found = tensor(name, object, static_cast<int>(shape.size()));
+Tensor Checker::dense(const char* name, py::handle object, Kind kind, std::initializer_list<int64_t> shape) {
+    const Tensor result = tensor(name, object, static_cast<int>(shape.size()));
     bool fits = true;
     int i = 0;
     for (const int64_t size : shape) {
-        fits &= size == kAny || found.shape[i] == size;
+        fits &= size == kAny || result.shape[i] == size;
         ++i;
     }
-    if (fits && found.kind == kind && found.contiguous()) return found;
-    const std::string needed = std::string(name_of(kind)) + " of shape " + shape_of(shape.begin(), found.dims);
-    if (found.kind == kind) refuse(name, found, needed + ", contiguous,");
-    throw py::type_error(std::string(call_) + ": " + name + " is " + described(found) + "; " + needed + " is needed");
+    if (fits && result.kind == kind && result.contiguous()) return result;
+    const std::string needed = std::string(name_of(kind)) + " of shape " + shape_of(shape.begin(), result.dims);
+    if (result.kind == kind) refuse(name, result, needed + ", contiguous,");
+    throw py::type_error(std::string(call_) + ": " + name + " is " + description(result) + "; " + needed + " is needed");
 }
 
-int Gate::number(const char* name, int64_t value, int64_t least, int64_t most) const {
-    if (value < least || value > most) {
-        refuse(std::string(name) + " is " + std::to_string(value) + "; " + std::to_string(least) + " to " +
-               std::to_string(most) + " are accepted");
+int Checker::number(const char* name, int64_t value, int64_t low, int64_t high) const {
+    if (value < low || value > high) {
+        refuse(std::string(name) + " is " + std::to_string(value) + "; " + std::to_string(low) + " to " +
+               std::to_string(high) + " are accepted");
     }
     return static_cast<int>(value);
 }
 
-int Gate::number(const char* name, py::handle value, int64_t least, int64_t most) const {
+int Checker::number(const char* name, py::handle value, int64_t low, int64_t high) const {
     const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
     if (!index) {
         PyErr_Clear();
         refuse_type(name, value);
     }
     int beyond = 0;
-    const long long found = PyLong_AsLongLongAndOverflow(index.ptr(), &beyond);
-    if (beyond != 0) refuse(std::string(name) + " is beyond 64 bits; " + std::to_string(least) + " to " + std::to_string(most) + " are accepted");
-    return number(name, static_cast<int64_t>(found), least, most);
+    const long long converted = PyLong_AsLongLongAndOverflow(index.ptr(), &beyond);
+    if (beyond != 0) refuse(std::string(name) + " is beyond 64 bits; " + std::to_string(low) + " to " + std::to_string(high) + " are accepted");
+    return number(name, static_cast<int64_t>(converted), low, high);
 }
 
-void Gate::refuse_type(const char* name, py::handle value) const {
+void Checker::refuse_type(const char* name, py::handle value) const {
     throw py::type_error(std::string(call_) + ": " + name + " is of type " + Py_TYPE(value.ptr())->tp_name +
                          ", or holds what is not accepted");
 }
 
-void Gate::refuse(const char* name, const Tensor& tensor, const std::string& needed) const {
-    refuse(std::string(name) + " is " + described(tensor) + "; " + needed + " is needed");
+void Checker::refuse(const char* name, const Tensor& tensor, const std::string& needed) const {
+    refuse(std::string(name) + " is " + description(tensor) + "; " + needed + " is needed");
 }
 
-void Gate::refuse(const std::string& why) const { throw py::value_error(std::string(call_) + ": " + why); }
+void Checker::refuse(const std::string& why) const { throw py::value_error(std::string(call_) + ": " + why); }
 
 HeldTensor::HeldTensor(py::handle tensor)
     : tensor_(py::reinterpret_borrow<py::object>(tensor)), alias_(call(tensor, torch().detach)), dims_(0) {
@@ -236,9 +237,9 @@ HeldEntry::HeldEntry(py::dict dictionary, py::str key)
     : dictionary_(std::move(dictionary)), key_(std::move(key)), value_(dictionary_[key_]) {}
 
 bool HeldEntry::replaced() const {
-    PyObject* const found = PyDict_GetItemWithError(dictionary_.ptr(), key_.ptr());
-    if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    return found != value_.ptr();
+    PyObject* const value = PyDict_GetItemWithError(dictionary_.ptr(), key_.ptr());
+    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    return value != value_.ptr();
 }
 
 }  // namespace gptkern

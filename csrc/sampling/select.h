@@ -1,15 +1,15 @@
-// Weighted selection: the first element, in a given order, at which the running sum of weights passes
-// a target. Top-k (weights 1), top-p, typical sampling (their weights) and the draw itself are all this.
+// Weighted selection: the first element, in an order, at which the running sum of weights passes a target.
+// Top-k (all weights 1), top-p and typical sampling (token weights) and the draw itself are all this.
 //
-// No sort: a coarse histogram over the whole row finds the bin of the crossing, the elements of that
-// bin are listed, and a radix descent over their exact keys, then their ids, finds the one element.
-// Ties are therefore broken by the lower token id.
+// There is no sort. A coarse histogram over the whole row finds the bin in which the sum crosses the target,
+// that bin's elements go to a list, and a radix descent over their exact keys, then over their ids, finds the
+// one element. So the lower token id breaks a tie.
 //
-// Team is the threads that share a row (CPU threads, or a cluster of CUDA blocks); Team::Inner the
-// few that finish a list (one thread, or the cluster's first block). Every member calls every function.
+// A Team is the threads that share a row (CPU threads, or a cluster of CUDA blocks). Team::Inner is the part of
+// it that finishes a list (one thread, or the cluster's first block). Every member calls every function.
 #pragma once
 
-#include "weights.h"
+#include "sampling/token_weight.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -19,28 +19,31 @@ constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
 static_assert(kIdBits % kDigitBits == 0 && kMaxVocab <= 1 << kIdBits, "an id must fit its digits");
 
-// Where a histogram's running sum passes the target: the bin, and the sum before it.
+// The bin of a coarse histogram in which the running sum passes the target, and the sum before that bin.
 struct CoarseCrossing {
     int bin;  // -1: the whole histogram does not reach the target
     uint64_t before;
 };
 
-struct Crossing {
+// The same for the 256 bins of one radix digit.
+struct DigitCrossing {
     int bin;
     uint64_t before;
-    uint32_t count;  // elements in the bin
+    uint32_t count;  // number of elements in the bin
 };
 
-struct Found {
+// The selected element, and the sum of the weights of the elements ahead of it.
+struct Selection {
     uint32_t id;
-    uint64_t before;  // sum of the weights of the elements ahead of it
+    uint64_t before;
 };
 
 GPTKERN_HD uint64_t shift_right(uint64_t x, int n) { return n >= 64 ? 0 : x >> n; }
 
-// Among list[0..length), in ascending (key, id): where the sum passes target. It must.
+// The element of list[0..length), in ascending (key, id), at which the sum passes the target. The sum of all
+// must pass it.
 template <class Inner, class Key, class Weight>
-GPTKERN_HD Found select_in_list(Inner& inner, const uint32_t* list, uint32_t length, int key_bits, Key key,
+GPTKERN_HD Selection select_in_list(Inner& inner, const uint32_t* list, uint32_t length, int key_bits, Key key,
                                 Weight weight, uint64_t target) {
     uint64_t key_prefix = 0, before = 0;
     uint32_t id_prefix = 0;
@@ -49,6 +52,7 @@ GPTKERN_HD Found select_in_list(Inner& inner, const uint32_t* list, uint32_t len
         return shift_right(k, key_left) == key_prefix && id >> id_left == id_prefix;
     };
     for (;;) {
+        // Histogram of the next digit over the elements that share the digits so far.
         const bool by_key = key_left > 0;
         inner.clear_digits();
         inner.for_each(length, [&](uint32_t i) {
@@ -58,7 +62,8 @@ GPTKERN_HD Found select_in_list(Inner& inner, const uint32_t* list, uint32_t len
             const uint64_t digit = by_key ? k >> (key_left - kDigitBits) : id >> (id_left - kDigitBits);
             inner.add_digit(static_cast<int>(digit & (kDigits - 1)), weight(id));
         });
-        const Crossing crossing = inner.find_digit(target);
+        // The digit in which the sum crosses the target.
+        const DigitCrossing crossing = inner.find_digit(target);
         target -= crossing.before;
         before += crossing.before;
         if (by_key) {
@@ -70,6 +75,7 @@ GPTKERN_HD Found select_in_list(Inner& inner, const uint32_t* list, uint32_t len
         }
         if (crossing.count == 1 || id_left == 0) break;
     }
+    // One element is left: whoever owns it tells the others.
     inner.for_each(length, [&](uint32_t i) {
         const uint32_t id = list[i];
         if (inside(id, key(id))) inner.publish(id);
@@ -77,8 +83,8 @@ GPTKERN_HD Found select_in_list(Inner& inner, const uint32_t* list, uint32_t len
     return {inner.published(), before};
 }
 
-// The coarse half: fills the team's list with the elements of the crossing bin (with_better: and of all
-// bins ahead of it). bin(i) must never decrease along the order that is meant.
+// The coarse half: fills the team's list with the elements of the crossing bin and, with_better, of all bins
+// ahead of it. bin(i) must never decrease along the order of the selection.
 template <class Team, class Bin, class Weight>
 GPTKERN_HD CoarseCrossing select_bin(Team& team, uint32_t n, Bin bin, Weight weight, uint64_t target,
                                      bool with_better) {
@@ -92,7 +98,7 @@ GPTKERN_HD CoarseCrossing select_bin(Team& team, uint32_t n, Bin bin, Weight wei
     return crossing;
 }
 
-// Bins of equal width from the maximum downwards, far enough for what matters.
+// Bins of equal width from the maximum downwards; the last one takes everything below.
 struct DownwardBins {
     float top, per_unit;
 
@@ -102,6 +108,7 @@ struct DownwardBins {
     }
 };
 
+// Bins from top to bottom, or over ``reach`` of that range if it is wider.
 GPTKERN_HD DownwardBins downward_bins(float top, float bottom, double reach) {
     const double range = static_cast<double>(top) - static_cast<double>(bottom);
     const double covered = range < reach ? range : reach;

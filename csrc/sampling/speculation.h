@@ -1,9 +1,9 @@
 // Rejection sampling of drafted tokens (Leviathan, Kalman, Matias: "Fast inference from transformers via
-// speculative decoding", ICML 2023; Chen et al. 2023): whatever the draft, the tokens that come out
-// have the target's distribution.
+// speculative decoding", ICML 2023; Chen et al. 2023): whatever the draft, the resulting tokens have the target's
+// distribution.
 #pragma once
 
-#include "sampling.h"
+#include "sampling/sample_row.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -13,7 +13,7 @@ GPTKERN_HD uint64_t fixed_probability(double p) {
     return static_cast<uint64_t>((p < 1 ? (p > 0 ? p : 0.0) : 1.0) * static_cast<double>(kMaxWeight));
 }
 
-// One position: the draft's distribution there; null probs: it was certain of its token.
+// The draft at one position: its token, and its distribution; null if it was certain of the token.
 struct Draft {
     int64_t token;
     const float* probs;
@@ -24,28 +24,28 @@ struct Draft {
     }
 };
 
-// Accepted with probability min(1, p / q): u q < p.
+// Acceptance with probability min(1, p / q): u q < p.
 GPTKERN_HD bool accepts(double p, double q, uint64_t uniform) {
     const double u = static_cast<double>(uniform >> 11) * 0x1p-53;
     return u * q < p;
 }
 
-// A draw from the normalised max(p - q, 0).
+// A token of the residual distribution, max(p - q, 0) normalised.
 template <class Team>
 GPTKERN_HD uint32_t draw_residual(Team& team, uint32_t vocab, const Distribution& d, const float* values,
                                   const Draft& draft, uint64_t uniform) {
-    const Kept kept = d.kept;
+    const TokenFilter filter = d.filter;
     const double scale = 1.0 / static_cast<double>(d.total);
     const auto residual = [&](uint32_t id) {
-        const uint64_t w = kept.weight(values[id]);
-        const uint64_t p = kept(id, values[id], w) ? fixed_probability(static_cast<double>(w) * scale) : 0;
+        const uint64_t w = filter.weight(values[id]);
+        const uint64_t p = filter.passes(id, values[id], w) ? fixed_probability(static_cast<double>(w) * scale) : 0;
         const uint64_t q = fixed_probability(draft.probability(id));
         return p > q ? p - q : 0;
     };
     uint64_t total = 0;
     team.for_each(vocab, [&](uint32_t i) { total += residual(i); });
     total = team.sum(total);
-    // A rejection with nothing left over can only come of rounding: p and q are then the same.
+    // A rejection with an empty residual can only come from rounding: p and q are then the same.
     if (total == 0) return draw(team, vocab, d, values, uniform);
     return select_by_id(team, vocab, false, residual, multiply_high(uniform, total));
 }
@@ -58,7 +58,7 @@ GPTKERN_HD Status check_draft(const SampleArguments& a, int64_t row) {
     return kOk;
 }
 
-// Verifies one row's draft. tokens[row] gets the accepted ones, one more of the target's own, then -1.
+// Verifies one row's draft. tokens[row] becomes the accepted tokens, one more of the target's own, then -1.
 // A row that cannot be sampled accepts nothing and gets token 0 and its status.
 template <class Team>
 GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_index, const Buffers& buffers) {
@@ -70,7 +70,7 @@ GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_
     if (team.leads()) {
         for (int i = 0; i < a.positions; ++i) tokens[i] = -1;
     }
-    int given = 0;
+    int emitted = 0;
     for (int position = 0; position <= drafted; ++position) {
         const Row row = row_of(team, a, row_index, position, buffers);
         const Distribution d = distribution(team, row, buffers.values, status);
@@ -79,48 +79,34 @@ GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_
         if (status != kOk) break;
         const Uniforms u = uniforms(counter.seed, counter.request, counter.step + position);
         uint32_t token;
-        bool taken = false;
+        bool accepted = false;
         if (position == drafted) {
             token = draw(team, row.vocab, d, values, u.token);
         } else {
             const int64_t at = row_index * drafted + position;
             const Draft draft{a.draft_tokens[at], a.draft_probs ? a.draft_probs + at * a.vocab : nullptr};
             token = static_cast<uint32_t>(draft.token);
-            const uint64_t w = d.kept.weight(values[token]);
-            const double p = d.kept(token, values[token], w) ? static_cast<double>(w) / static_cast<double>(d.total) : 0.0;
-            taken = accepts(p, draft.probability(token), u.accept);
-            if (!taken) token = draw_residual(team, row.vocab, d, values, draft, u.token);
+            const uint64_t w = d.filter.weight(values[token]);
+            const double p = d.filter.passes(token, values[token], w) ? static_cast<double>(w) / static_cast<double>(d.total) : 0.0;
+            accepted = accepts(p, draft.probability(token), u.accept);
+            if (!accepted) token = draw_residual(team, row.vocab, d, values, draft, u.token);
         }
         if (team.leads()) {
             tokens[position] = token;
             count(a, row_index, token, 1);
         }
         team.sync();  // the next position's penalties count this token
-        ++given;
-        if (!taken) break;
+        ++emitted;
+        if (!accepted) break;
     }
     if (!team.leads()) return;
-    for (int i = 0; i < given; ++i) count(a, row_index, tokens[i], -1);
+    for (int i = 0; i < emitted; ++i) count(a, row_index, tokens[i], -1);
     if (status != kOk) {
         for (int i = 0; i < a.positions; ++i) tokens[i] = i == 0 ? 0 : -1;
     }
-    a.accepted[row_index] = status == kOk ? given - 1 : 0;
+    a.accepted[row_index] = status == kOk ? emitted - 1 : 0;
     a.status[row_index] = status;
     if (a.commit == Commit::kYes && status == kOk) commit_row(a, row_index);
-}
-
-// The k most likely tokens of a row and their log-softmax.
-template <class Team>
-GPTKERN_HD void top_k_row(Team& team, const TopKArguments& a, int64_t row, const Buffers& buffers) {
-    const uint32_t vocab = static_cast<uint32_t>(a.vocab);
-    const float* raw = widened(team, a.logits, a.dtype, row * a.row_stride, vocab, buffers.widened);
-    const Extremes e = extremes(team, vocab, raw);
-    const Status status = check_extremes(e);
-    LogSoftmax logprob{0, INFINITY};
-    if (status == kOk) logprob = log_softmax(team, vocab, e, raw);
-    top_logprobs(team, vocab, e, raw, logprob, status == kOk ? static_cast<uint32_t>(a.k) : 0u,
-                 static_cast<uint32_t>(a.k), a.tokens + row * a.k, a.logprobs + row * a.k);
-    if (team.leads()) a.status[row] = status;
 }
 
 }  // namespace GPTKERN_ISA

@@ -1,17 +1,22 @@
-// One source for host and device: the qualifiers, and the few operations that are spelled differently.
+// One source for host and device: function qualifiers, and the few operations that each spells differently.
 //
-// Sources are compiled without contraction of a * b + c (-ffp-contract=off, -fmad=false): host and
-// device must round alike, so fused operations are written where they are wanted.
+// Sources are compiled without contraction of a * b + c (-ffp-contract=off, -fmad=false), because host and
+// device must round alike. Where a fused operation is wanted, the source calls fused().
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// Each instruction set the CPU part is compiled for has its own copy of every inline function: were
-// they to share names, the linker could keep the AVX-512 one for all.
+// Every instruction set that the CPU part is compiled for has its own copy of each inline function. If the
+// copies shared a name, the linker could keep the AVX-512 one for all.
 #ifndef GPTKERN_ISA
 #define GPTKERN_ISA portable
 #endif
+
+// The name of the instruction set as a string.
+#define GPTKERN_STRING_OF(name) #name
+#define GPTKERN_STRING(name) GPTKERN_STRING_OF(name)
+#define GPTKERN_ISA_NAME GPTKERN_STRING(GPTKERN_ISA)
 
 #ifdef __CUDACC__
 #define GPTKERN_HD __host__ __device__ __forceinline__
@@ -30,6 +35,7 @@ GPTKERN_HD To bit_cast(From from) {
     return to;
 }
 
+// The upper 64 bits of the 128-bit product.
 GPTKERN_HD uint64_t multiply_high(uint64_t a, uint64_t b) {
 #ifdef __CUDA_ARCH__
     return __umul64hi(a, b);
@@ -38,6 +44,7 @@ GPTKERN_HD uint64_t multiply_high(uint64_t a, uint64_t b) {
 #endif
 }
 
+// a * b + c, rounded once.
 GPTKERN_HD double fused(double a, double b, double c) {
 #ifdef __CUDA_ARCH__
     return __fma_rn(a, b, c);

@@ -1,7 +1,7 @@
-// The GPU's team: the blocks of one thread-block cluster share a row (before sm_90, one block has it).
+// The GPU's team: the blocks of one thread-block cluster share a row (before sm_90, one block has a row).
 //
-// Histograms and reductions are made per block in shared memory and combined over distributed shared
-// memory in the cluster's first block; whole numbers make the order of the additions immaterial.
+// Every block makes histograms and reductions in its shared memory, and the cluster's first block combines them
+// over distributed shared memory. The numbers are integers, so the order of the additions does not matter.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -9,7 +9,7 @@
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
-#include "select.h"
+#include "sampling/select.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -17,7 +17,7 @@ inline namespace GPTKERN_ISA {
 constexpr int kThreads = 512;
 constexpr int kMaxCluster = 8;
 
-using Count = unsigned long long;  // what atomicAdd knows as 64 bits
+using Count = unsigned long long;  // the 64-bit type that atomicAdd takes
 using Reduce = cub::BlockReduce<Count, kThreads>;
 using Scan = cub::BlockScan<Count, kThreads>;
 
@@ -32,8 +32,8 @@ struct BlockMemory {
     };
     Count partial[2];
     CoarseCrossing bin;
-    Crossing digit;
-    Found found;
+    DigitCrossing digit;
+    Selection selection;
     uint32_t published;
     uint32_t list_length;
 };
@@ -75,7 +75,7 @@ public:
         if (weight != 0) atomicAdd(&memory_.digit_weights[digit], static_cast<Count>(weight));
     }
 
-    __device__ Crossing find_digit(uint64_t target) {
+    __device__ DigitCrossing find_digit(uint64_t target) {
         __syncthreads();
         const int i = threadIdx.x;
         const Count weight = i < kDigits ? memory_.digit_weights[i] : 0;
@@ -107,7 +107,7 @@ public:
     __device__ __forceinline__ bool leads() const { return rank_ == 0 && threadIdx.x == 0; }
     __device__ __forceinline__ void sync() { cluster_sync(); }
 
-    // Every block has a contiguous part, so that what it wrote it mostly reads from its own L1.
+    // Every block has a contiguous part of the row, so that it finds most of its own writes in its L1.
     template <class F>
     __device__ __forceinline__ void for_each(uint32_t n, F f) {
         const uint32_t part = (n + blocks_ - 1) / blocks_;
@@ -170,19 +170,19 @@ public:
     __device__ __forceinline__ uint32_t list_length() const { return leader_.list_length; }
 
     template <class F>
-    __device__ __forceinline__ Found inner(F f) {
+    __device__ __forceinline__ Selection inner(F f) {
         cluster_sync();
         if (rank_ == 0) {
             BlockInner inner(memory_);
-            const Found found = f(inner);
-            if (threadIdx.x == 0) memory_.found = found;
+            const Selection selection = f(inner);
+            if (threadIdx.x == 0) memory_.selection = selection;
         }
         cluster_sync();
-        return leader_.found;
+        return leader_.selection;
     }
 
 private:
-    // Two partials in turn: one is written while the other may still be read.
+    // Two partials alternate: one is written while others may still read the other.
     template <class Combine>
     __device__ __forceinline__ Count combine(Count block_result, Combine combine) {
         turn_ ^= 1;

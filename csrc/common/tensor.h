@@ -1,5 +1,5 @@
-// Tensors as Python hands them over, and what a call asks of them. Nothing of torch is needed to build this:
-// DLPack's protocol tells where its elements lie, and its storage how far that reaches.
+// Tensors from Python, and the checks of a call's arguments. Nothing of torch is needed to build this: DLPack's
+// protocol tells where a tensor's elements are, and its storage where they must end.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,13 +8,12 @@
 #include <initializer_list>
 #include <string>
 
-#include "arguments.h"
-
 namespace gptkern {
 
+// The dtypes that calls take; kOther is any other.
 enum class Kind : int { kFloat32 = 0, kFloat16, kBFloat16, kFloat64, kInt64, kInt32, kInt8, kUInt8, kOther };
 
-constexpr int64_t kAny = -1;  // in a shape: whatever comes
+constexpr int64_t kAny = -1;  // in a shape: any size
 
 struct Tensor {
     static constexpr int kMostDims = 5;
@@ -24,12 +23,12 @@ struct Tensor {
     int dims;
     int64_t shape[kMostDims], stride[kMostDims];
     int64_t bytes;  // from ``data`` to the end of the storage
-    int device;     // -1: the CPU; otherwise the GPU's number
+    int device;     // the GPU's number, or -1 for the CPU
     pybind11::handle object;
 
     bool contiguous() const;
-    // Whether every element lies within the storage.
-    bool within() const;
+    // Whether every element lies in the storage.
+    bool fits_storage() const;
 };
 
 template <class T>
@@ -59,25 +58,25 @@ struct KindOf<uint8_t> {
     static constexpr Kind value = Kind::kUInt8;
 };
 
-// Checks the arguments of one call. What does not fit raises TypeError or ValueError with the call's name, the
-// argument's, what came and what is needed. All tensors of a call lie on one device.
-class Gate {
+// Checks the arguments of one call. An argument that does not fit raises TypeError or ValueError, which names the
+// call, the argument, what came and what is needed. All tensors of a call must be on one device.
+class Checker {
 public:
-    explicit Gate(const char* call) : call_(call) {}
+    explicit Checker(const char* call) : call_(call) {}
 
     bool on_cuda() const { return device_ >= 0; }
     int device() const { return device_; }
 
-    // A tensor on the call's device (the first one decides), all of whose elements can be reached. Of any strides.
+    // A tensor of any strides on the call's device, which is that of the first tensor. Its storage holds all of it.
     Tensor tensor(const char* name, pybind11::handle object, int dims);
 
-    // The elements of a contiguous tensor of this dtype and shape.
+    // The elements of a contiguous tensor of dtype T and this shape.
     template <class T>
     T* dense(const char* name, pybind11::handle object, std::initializer_list<int64_t> shape) {
         return reinterpret_cast<T*>(dense(name, object, KindOf<T>::value, shape).data);
     }
 
-    // The same, or null for None.
+    // As ``dense``; null for None.
     template <class T>
     T* dense_or_none(const char* name, pybind11::handle object, std::initializer_list<int64_t> shape) {
         return object.is_none() ? nullptr : dense<T>(name, object, shape);
@@ -85,12 +84,12 @@ public:
 
     Tensor dense(const char* name, pybind11::handle object, Kind kind, std::initializer_list<int64_t> shape);
 
-    // A number between two others, as an int.
-    int number(const char* name, int64_t value, int64_t least, int64_t most) const;
-    int number(const char* name, pybind11::handle value, int64_t least, int64_t most) const;
+    // An integer from ``low`` to ``high``.
+    int number(const char* name, int64_t value, int64_t low, int64_t high) const;
+    int number(const char* name, pybind11::handle value, int64_t low, int64_t high) const;
 
-    // A Python object as a C++ value. Arguments are taken as objects, not as values: where pybind11 fails to
-    // convert one, its message prints them all, and PyTorch crashes when it prints a tensor without memory.
+    // A Python object as a C++ value. Functions take objects and convert them here: if pybind11 itself fails to
+    // convert an argument, its message prints them all, and PyTorch crashes on printing a tensor without memory.
     template <class T>
     T as(const char* name, pybind11::handle value) const {
         try {
@@ -115,8 +114,8 @@ private:
 const char* name_of(Kind kind);
 std::string shape_of(const int64_t* sizes, int dims);
 
-// What is pointed at for longer than a call: the tensor, how it lay, and an alias that keeps the memory when the
-// tensor is given another. (A storage that is resized takes the memory along, but then the address has changed.)
+// A tensor whose memory is read after the call: the tensor, its layout, and an alias that keeps the memory alive if
+// the tensor gets another. (Resizing the storage frees the memory all the same, but then the address has changed.)
 class HeldTensor {
 public:
     explicit HeldTensor(pybind11::handle tensor);
@@ -132,7 +131,7 @@ private:
     int64_t shape_[kMostDims], stride_[kMostDims];
 };
 
-// An entry of a module's dictionary of parameters, buffers or modules.
+// An entry of a module's dictionary of parameters, buffers or modules, to see whether it was replaced.
 class HeldEntry {
 public:
     HeldEntry(pybind11::dict dictionary, pybind11::str key);

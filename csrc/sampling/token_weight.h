@@ -1,12 +1,12 @@
-// Numbers a row is made of: logits as they are stored, their order, and their weights.
+// The numbers of a row: stored logits, their order as integer keys, and token weights.
 //
-// A token's weight is its probability relative to the row's most likely token, as a whole number:
-// round(2^44 * exp((v - v_max) / T)). Whole numbers add up to the same sum in any order, so results
-// depend neither on threads, blocks or chunks nor on the device; and 2^-44 is far finer than fp32.
+// A token's weight is its probability relative to the row's most likely token, as an integer:
+// round(2^44 * exp((v - v_max) / T)). Integers add up to the same sum in any order, so results depend neither
+// on threads, blocks or chunks nor on the device; and 2^-44 is far finer than fp32.
 #pragma once
 
-#include "arguments.h"
-#include "platform.h"
+#include "common/floats.h"
+#include "sampling/arguments.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -16,28 +16,23 @@ constexpr uint64_t kMaxWeight = 1ull << kWeightBits;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
+// A stored logit's type, and its value in fp32.
 template <DType kType>
 struct Stored;
 
 template <>
 struct Stored<DType::kBFloat16> {
     using Type = uint16_t;
-    static GPTKERN_HD float widen(uint16_t x) { return bit_cast<float>(static_cast<uint32_t>(x) << 16); }
+    static GPTKERN_HD float widen(uint16_t bits) { return widen_bf16(bits); }
 };
 
 template <>
 struct Stored<DType::kFloat16> {
     using Type = uint16_t;
-    static GPTKERN_HD float widen(uint16_t x) {
-        const uint32_t magnitude = x & 0x7FFFu;
-        // The exponent's bias is moved by a product, which is exact and normalises subnormals.
-        const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f);
-        const uint32_t special = magnitude >= 0x7C00u ? 0x7F800000u : 0u;
-        return bit_cast<float>(scaled | special | static_cast<uint32_t>(x & 0x8000u) << 16);
-    }
+    static GPTKERN_HD float widen(uint16_t bits) { return widen_fp16(bits); }
 };
 
-// Unsigned key in the order of the floats; NaN is above all, -0 equals +0.
+// An unsigned key in the order of the floats: -0 equals +0, and a NaN is above all.
 GPTKERN_HD uint32_t order_key(float v) {
     const uint32_t bits = bit_cast<uint32_t>(v + 0.0f);
     const uint32_t negative = 0u - (bits >> 31);
@@ -52,7 +47,7 @@ GPTKERN_HD float from_order_key(uint32_t key) {
 constexpr uint32_t kKeyOfInfinity = 0xFF800000u;
 constexpr uint32_t kKeyOfMinusInfinity = 0x007FFFFFu;
 
-// 2^44 * 2^-x for x >= 0, rounded: within one unit.
+// 2^44 * 2^-x for x >= 0, rounded to an integer with an error of at most one.
 GPTKERN_HD uint64_t weight_of(double x) {
     constexpr double kRound = 0x1.8p52;  // adding it leaves the nearest integer in the low bits
     const double y = x < 64.0 ? x : 64.0;
@@ -76,14 +71,14 @@ GPTKERN_HD uint64_t weight_of(double x) {
     return bit_cast<uint64_t>(scaled + 0x1p52) & 0x000FFFFFFFFFFFFFull;
 }
 
-// How far below the maximum a logit lies, in halvings of probability.
+// The distance of a logit below the maximum, in halvings of probability.
 GPTKERN_HD double halvings(float v_max, float v, double per_unit) {
     return (static_cast<double>(v_max) - static_cast<double>(v)) * per_unit;
 }
 
 GPTKERN_HD double log2e_over(double temperature) {
     const double ratio = kLog2E / temperature;
-    return ratio < 1e300 ? ratio : 1e300;  // infinite would make 0 * inf of the maximum itself
+    return ratio < 1e300 ? ratio : 1e300;  // infinity would turn the maximum's own 0 into 0 * inf
 }
 
 }  // namespace GPTKERN_ISA

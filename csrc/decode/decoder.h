@@ -1,4 +1,4 @@
-// A model as the CPU's decode step takes it, with the memory that its calls need.
+// The CPU's decoder: a model's description, checked, with the memory that its passes need.
 #pragma once
 
 #include <cstdlib>
@@ -6,26 +6,26 @@
 #include <string>
 #include <vector>
 
-#include "decode_cpu.h"
+#include "decode/model.h"
 
 namespace gptkern {
 
 class Decoder {
 public:
-    // ``blocks`` are the model's; its own pointer to them, and what follows from the rest, need not be set. Throws
-    // std::invalid_argument for sizes that are not a model's.
+    // Sets model.block, model.blocks and model.head_dim from ``blocks`` and the other fields. Throws
+    // std::invalid_argument for sizes that no model has.
     Decoder(const CpuModel& model, std::vector<CpuBlock> blocks);
     Decoder(const Decoder&) = delete;
     Decoder& operator=(const Decoder&) = delete;
 
     const CpuModel& model() const { return model_; }
 
-    // Throws std::invalid_argument, having written nothing, for a token that the vocabulary lacks, and for a
-    // sequence that is longer than the context or whose pages the cache lacks.
+    // Logits after one more token of every row. Throws std::invalid_argument, having written nothing, for a token
+    // outside the vocabulary and for a sequence beyond the context, its page table or the cache's pages.
     void step(const CpuCache& cache, const int64_t* tokens, int rows, void* logits, int threads);
 
 private:
-    // The call's tokens, lengths and pages, checked. Copied, as whoever owns them may change them meanwhile.
+    // The pass's tokens, lengths and pages, checked. They are copies, as their owner may change them meanwhile.
     CpuCache copied(const CpuCache& cache, const int64_t* tokens, int rows);
 
     std::vector<CpuBlock> blocks_;
@@ -39,8 +39,8 @@ private:
     size_t floats_ = 0;
 };
 
-// The best path of this processor, or null; another one after use_cpu_decode_path, which throws where there
-// is none of that name.
+// The best path of this processor, or null; or the one that use_cpu_decode_path chose by name, which throws if
+// there is none of that name.
 const CpuDecodePath* cpu_decode_path();
 void use_cpu_decode_path(const std::string& name);
 bool decoder_supported();

@@ -1,4 +1,4 @@
-#include "decoder.h"
+#include "decode/decoder.h"
 
 #include <algorithm>
 #include <limits>
@@ -6,22 +6,23 @@
 #include <stdexcept>
 #include <utility>
 
-#include "threads.h"
+#include "common/threads.h"
 
 namespace gptkern {
 namespace {
 
+// The paths that this processor can run, the best first, then null.
 const CpuDecodePath* const* paths() {
-    static const CpuDecodePath* found[3] = {};
+    static const CpuDecodePath* usable[3] = {};
 #ifdef GPTKERN_X86
-    const CpuDecodePath** next = found;
+    const CpuDecodePath** next = usable;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         *next++ = &avx512::decode_path();
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) *next++ = &avx2::decode_path();
 #endif
-    return found;
+    return usable;
 }
 
 const CpuDecodePath* chosen = paths()[0];
@@ -105,7 +106,7 @@ CpuCache Decoder::copied(const CpuCache& cache, const int64_t* tokens, int rows)
 
 void Decoder::step(const CpuCache& cache, const int64_t* tokens, int rows, void* logits, int threads) {
     if (rows == 0) return;
-    const Call call;  // from here on what this object keeps is this call's alone
+    const PoolLock lock;  // from here on this object's buffers are this call's alone
     const CpuCache own = copied(cache, tokens, rows);
     const int longest = *std::max_element(lengths_.begin(), lengths_.end()) + 1;
     if (static_cast<int64_t>(model_.heads) * longest > std::numeric_limits<int>::max()) {

@@ -1,13 +1,14 @@
-// Compiled once for every instruction set that is worth it. Of the standard library it uses only what
-// leaves no shared inline code behind.
-#include <sched.h>
-
-#include <atomic>
+// The decode pass on the CPU. Every thread runs all of it on its share of outputs and heads, and meets the others
+// at a barrier where it needs their results.
+//
+// It is compiled once for each instruction set. From the standard library it uses only what leaves no shared inline
+// code behind.
 #include <cmath>
 
-#include "row_product.h"  // first: its inline namespace is the one that decode_cpu.h names
-#include "decode_cpu.h"
-#include "threads.h"
+#include "common/spin_barrier.h"
+#include "common/threads.h"
+#include "decode/model.h"
+#include "decode/row_product.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -15,33 +16,15 @@ namespace {
 
 constexpr float kRootTwoOverPi = 0.7978845608028654f, kRootHalf = 0.7071067811865476f;
 
-struct alignas(64) Barrier {
-    std::atomic<int> arrived{0}, phase{0};
-    int threads = 1;
-
-    void wait() {
-        if (threads == 1) return;
-        const int now = phase.load(std::memory_order_relaxed);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-            arrived.store(0, std::memory_order_relaxed);
-            phase.store(now + 1, std::memory_order_release);
-            return;
-        }
-        for (int spin = 0; phase.load(std::memory_order_acquire) == now; ++spin) {
-            if (spin > 1000) sched_yield();  // there may be fewer cores than threads
-        }
-    }
-};
-
 int64_t padded(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
 
-// Where everything lies in a call's memory, in floats. What one thread alone writes is kept per thread.
-struct Places {
-    int64_t x, qkv, attended, inner;           // rows of their width: shared; all but qkv in ``place`` order
-    int64_t input, raw, scores, sums, shared;  // per thread, from the end of the shared part
-    int64_t per_thread;
+// The layout of a pass's memory: offsets in floats. Buffers that one thread alone writes exist once a thread.
+struct Layout {
+    int64_t x, qkv, attention, inner;  // shared: a row of its width each; all but qkv in ``place`` order
+    int64_t input, raw, scores, sums;  // per thread, counted from the end of the shared part
+    int64_t shared, per_thread;        // sizes of the two parts
 
-    Places(const CpuModel& m, int rows, int longest, int threads) {
+    Layout(const CpuModel& m, int rows, int longest, int threads) {
         int64_t end = 0;
         const auto take = [&end](int64_t floats) {
             const int64_t at = end;
@@ -50,7 +33,7 @@ struct Places {
         };
         x = take(static_cast<int64_t>(rows) * m.width);
         qkv = take(3LL * rows * m.width);
-        attended = take(rows * padded(m.width));
+        attention = take(rows * padded(m.width));
         inner = take(rows * padded(m.inner));
         shared = end;
         end = 0;
@@ -58,8 +41,8 @@ struct Places {
         raw = take(rows * padded(m.inner));
         scores = take(static_cast<int64_t>(m.heads) * (longest + 2 * m.head_dim));
         int outs = 3 * m.width > m.inner ? 3 * m.width : m.inner;
-        if (m.head.turned && m.vocab > outs) outs = m.vocab;
-        sums = take(2LL * rows * padded(outs / threads + 2 * kStep) + rows * kTurnedRows);
+        if (m.head.transposed && m.vocab > outs) outs = m.vocab;
+        sums = take(2LL * rows * padded(outs / threads + 2 * kStep) + rows * kTransposedRows);
         per_thread = end;
     }
 
@@ -69,7 +52,7 @@ struct Places {
 Vec activated(Vec x, Activation activation) {
     if (activation == Activation::kRelu) return larger(zeros(), x);
     if (activation == Activation::kSilu) return div(x, add(all(1.0f), exponential(sub(zeros(), x))));
-    // x times the logistic function of 2u is x / 2 (1 + tanh u), without cancellation.
+    // GELU by tanh: x / 2 (1 + tanh u) is x times the logistic function of 2u, which does not cancel.
     const Vec u = mul(all(kRootTwoOverPi), fma(mul(mul(x, x), x), all(0.044715f), x));
     return div(x, add(all(1.0f), exponential(mul(all(-2.0f), u))));
 }
@@ -87,30 +70,33 @@ class Member {
     using Storage = typename Kind::Storage;
 
 public:
-    Member(const CpuDecode& call, const Places& places, Barrier& barrier, int rank)
-        : call_(call), m_(*call.model), places_(places), barrier_(barrier), rank_(rank), threads_(barrier.threads),
-          x_(call.memory + places.x), own_(call.memory + places.shared + rank * places.per_thread) {}
+    Member(const CpuDecode& call, const Layout& layout, SpinBarrier& barrier, int rank)
+        : call_(call), m_(*call.model), layout_(layout), barrier_(barrier), rank_(rank), threads_(barrier.threads),
+          x_(call.memory + layout.x), own_(call.memory + layout.shared + rank * layout.per_thread) {}
 
     void run() {
         embed();
         for (int b = 0; b < m_.blocks; ++b) {
             const CpuBlock& block = m_.block[b];
             const bool first = b == 0;
-            take_input(m_.post_norm ? (first ? CpuNorm{} : m_.block[b - 1].norm2) : block.norm1);
+            // Query, key and value of the normalised residual stream.
+            normalise_input(m_.post_norm ? (first ? CpuNorm{} : m_.block[b - 1].norm2) : block.norm1);
             linear(block.qkv, input(), [&](int r, int out, float value) { qkv(r)[out] = value; });
             barrier_.wait();
-            for_units([&](int row, int head, int heads) { keep(b, row, head, heads); });
-            // Rows may be of one sequence, each attending to what those before it keep.
+            for_units([&](int row, int head, int heads) { store_kv(b, row, head, heads); });
+            // Attention. Rows may belong to one sequence: each attends to the keys that those before it stored.
             barrier_.wait();
             for_units([&](int row, int head, int heads) { attend(block, b, row, head, heads); });
             barrier_.wait();
-            branch(block.projection, attended());
-            take_input(m_.post_norm ? block.norm1 : block.norm2);
+            add_branch(block.projection, attention());
+            // MLP.
+            normalise_input(m_.post_norm ? block.norm1 : block.norm2);
             expand(block.fc);
             barrier_.wait();
-            branch(block.out, inner());
+            add_branch(block.out, inner());
         }
-        take_input(m_.post_norm ? m_.block[m_.blocks - 1].norm2 : m_.final_norm);
+        // Logits.
+        normalise_input(m_.post_norm ? m_.block[m_.blocks - 1].norm2 : m_.final_norm);
         auto* const logits = static_cast<Storage*>(call_.logits);
         linear(m_.head, input(), [&](int r, int out, float value) {
             logits[static_cast<int64_t>(r) * m_.vocab + out] = Kind::store(value);
@@ -120,18 +106,18 @@ public:
 private:
     const CpuDecode& call_;
     const CpuModel& m_;
-    const Places& places_;
-    Barrier& barrier_;
+    const Layout& layout_;
+    SpinBarrier& barrier_;
     const int rank_, threads_;
     float *const x_, *const own_;
 
     float* x(int row) { return x_ + static_cast<int64_t>(row) * m_.width; }
-    float* qkv(int row) { return call_.memory + places_.qkv + 3LL * row * m_.width; }
-    Rows input() { return {own_ + places_.input, call_.rows}; }
-    Rows attended() { return {call_.memory + places_.attended, call_.rows}; }
-    Rows inner() { return {call_.memory + places_.inner, call_.rows}; }
+    float* qkv(int row) { return call_.memory + layout_.qkv + 3LL * row * m_.width; }
+    Rows input() { return {own_ + layout_.input, call_.rows}; }
+    Rows attention() { return {call_.memory + layout_.attention, call_.rows}; }
+    Rows inner() { return {call_.memory + layout_.inner, call_.rows}; }
 
-    // This thread's share of n things, in whole units.
+    // The start of a thread's share of n elements, a multiple of ``unit``.
     int share(int n, int unit, int rank) const {
         const int units = (n + unit - 1) / unit;
         const int at = static_cast<int>(static_cast<int64_t>(units) * rank / threads_) * unit;
@@ -150,8 +136,8 @@ private:
         barrier_.wait();
     }
 
-    // norm(x) of all rows, by every thread for itself: it costs less than waiting for each other.
-    void take_input(const CpuNorm& norm) {
+    // input = norm(x) of all rows. Every thread computes it for itself: that costs less than a barrier.
+    void normalise_input(const CpuNorm& norm) {
         for (int r = 0; r < call_.rows; ++r) {
             float mean = 0.0f, rstd = 1.0f;
             if (norm.weight != nullptr) moments(x(r), norm.eps, mean, rstd);
@@ -182,7 +168,7 @@ private:
 
     static float element(const void* of, int i) { return Kind::load(static_cast<const Storage*>(of)[i]); }
 
-    // Of all values, then of their distances from the mean.
+    // Mean and reciprocal standard deviation, in two passes: the mean, then the squared distances from it.
     void moments(const float* values, float eps, float& mean, float& rstd) const {
         const int n = m_.width, whole = n / kLanes * kLanes;
         Vec total = zeros(), squares = zeros();
@@ -198,13 +184,13 @@ private:
         rstd = 1.0f / std::sqrt((sum(squares) + rest_squares) / static_cast<float>(n) + eps);
     }
 
-    // give(row, out, value) of this thread's outputs of a layer.
-    template <class Give>
-    void linear(const CpuLinear& layer, const Rows& from, const Give& give) {
+    // emit(row, out, value) for this thread's outputs of a layer.
+    template <class Emit>
+    void linear(const CpuLinear& layer, const Rows& from, const Emit& emit) {
         const int first = share(layer.outs, kStep, rank_), last = share(layer.outs, kStep, rank_ + 1);
         const auto* const bias = static_cast<const Storage*>(layer.bias);
         const auto biased = [&](int r, int out, float value) {
-            give(r, out, bias == nullptr ? value : value + Kind::load(bias[out]));
+            emit(r, out, bias == nullptr ? value : value + Kind::load(bias[out]));
         };
         if (layer.scales != nullptr) {
             const Weights<Int8<Kind>> bytes{static_cast<const int8_t*>(layer.weight), layer.stride, layer.in};
@@ -213,15 +199,15 @@ private:
             return;
         }
         const Weights<Kind> weights{static_cast<const Storage*>(layer.weight), layer.stride, layer.in};
-        if (layer.turned) {
-            turned_product(weights, from, first, last, own_ + places_.sums, biased);
+        if (layer.transposed) {
+            transposed_product(weights, from, first, last, own_ + layout_.sums, biased);
         } else {
             product(weights, from, first, last, biased);
         }
     }
 
-    // The end of a branch: its output added to what it began from.
-    void branch(const CpuLinear& layer, const Rows& from) {
+    // The end of a branch: its last layer, added to the residual (post-norm: to the normalised input).
+    void add_branch(const CpuLinear& layer, const Rows& from) {
         linear(layer, from, [&](int r, int out, float value) {
             const int at = Kind::place(out, m_.width);
             x(r)[at] = (m_.post_norm ? input().value(r, at) : x(r)[at]) + value;
@@ -229,10 +215,11 @@ private:
         barrier_.wait();
     }
 
+    // The MLP's first layer and its activation.
     void expand(const CpuLinear& fc) {
         const int first = share(fc.outs, kStep, rank_), last = share(fc.outs, kStep, rank_ + 1);
         const int64_t stride = padded(last - first);
-        float* const raw = own_ + places_.raw;
+        float* const raw = own_ + layout_.raw;
         linear(fc, input(), [&](int r, int out, float value) { raw[r * stride + out - first] = value; });
         for (int r = 0; r < call_.rows; ++r) {
             float* const values = raw + r * stride;
@@ -244,7 +231,7 @@ private:
         }
     }
 
-    // use(row, head, heads) of this thread's heads: a contiguous run of (row, head) pairs, a row at a time.
+    // use(row, head, heads) for this thread's heads: a contiguous run of (row, head) pairs, one row at a time.
     template <class Use>
     void for_units(const Use& use) const {
         const int units = call_.rows * m_.heads, last = share(units, 1, rank_ + 1);
@@ -256,13 +243,14 @@ private:
         }
     }
 
+    // The offset of a token's keys and values in the cache, by the page table.
     int64_t slot(int row, int token) const {
         const CpuCache& cache = call_.cache;
         const int page = cache.table[row * cache.table_stride + token / cache.page_size];
         return page * cache.page_stride + token % cache.page_size * cache.slot_stride;
     }
 
-    // use(token, where its keys and values lie) of a row's tokens.
+    // use(token, offset of its keys and values) for a row's tokens.
     template <class Use>
     void for_tokens(int row, int length, const Use& use) const {
         const CpuCache& cache = call_.cache;
@@ -277,7 +265,7 @@ private:
         return static_cast<Storage*>(cache) + layer * call_.cache.block_stride + head * m_.head_dim;
     }
 
-    void keep(int layer, int row, int head, int heads) {
+    void store_kv(int layer, int row, int head, int heads) {
         const int offset = head * m_.head_dim;
         const int64_t newest = slot(row, call_.cache.lengths[row]);
         Storage* const key = cached(call_.cache.k, layer, head) + newest;
@@ -292,22 +280,23 @@ private:
         const int dim = m_.head_dim, length = call_.cache.lengths[row] + 1, offset = head * dim;
         const Storage* const keys = cached(call_.cache.k, layer, head);
         const Storage* const values = cached(call_.cache.v, layer, head);
-        float *const scores = own_ + places_.scores, *const queries = scores + static_cast<int64_t>(heads) * length;
+        float *const scores = own_ + layout_.scores, *const queries = scores + static_cast<int64_t>(heads) * length;
         float* const sums = queries + heads * dim;
         for (int i = 0; i < heads * dim; ++i) {
             queries[i / dim * dim + Kind::place(i % dim, dim)] = qkv(row)[offset + i] * block.scale;
             sums[i] = 0.0f;
         }
+        // Scores, weights, weighted sum of the values.
         for_tokens(row, length, [&](int t, int64_t at) {
             for (int h = 0; h < heads; ++h) scores[h * length + t] = dot(keys + at + h * dim, queries + h * dim);
         });
-        for (int h = 0; h < heads; ++h) soften(scores + static_cast<int64_t>(h) * length, length);
+        for (int h = 0; h < heads; ++h) softmax(scores + static_cast<int64_t>(h) * length, length);
         for_tokens(row, length, [&](int t, int64_t at) {
             for (int h = 0; h < heads; ++h) add_times(values + at + h * dim, scores[h * length + t], sums + h * dim);
         });
         for (int i = 0; i < heads * dim; ++i) {
             const float value = sums[i / dim * dim + Kind::place(i % dim, dim)];
-            attended().value(row, Kind::place(offset + i, m_.width)) = value;
+            attention().value(row, Kind::place(offset + i, m_.width)) = value;
         }
     }
 
@@ -337,7 +326,7 @@ private:
     }
 
     // Softmax in place.
-    static void soften(float* scores, int n) {
+    static void softmax(float* scores, int n) {
         float largest = scores[0];
         for (int i = 1; i < n; ++i) largest = scores[i] > largest ? scores[i] : largest;
         const int whole = n / kLanes * kLanes;
@@ -360,30 +349,28 @@ private:
 
 struct Team {
     const CpuDecode* call;
-    const Places* places;
-    Barrier barrier;
+    const Layout* layout;
+    SpinBarrier barrier;
 };
 
 template <class Kind>
 void work(void* context, int rank) noexcept {
     Team& team = *static_cast<Team*>(context);
-    Member<Kind>(*team.call, *team.places, team.barrier, rank).run();
+    Member<Kind>(*team.call, *team.layout, team.barrier, rank).run();
 }
 
 size_t floats(const CpuModel& model, int rows, int longest, int threads) {
-    return Places(model, rows, longest, threads).floats(threads);
+    return Layout(model, rows, longest, threads).floats(threads);
 }
 
 void run(const CpuDecode& call, int threads) {
-    const Places places(*call.model, call.rows, call.longest, threads);
-    Team team{&call, &places, {}};
+    const Layout layout(*call.model, call.rows, call.longest, threads);
+    Team team{&call, &layout, {}};
     team.barrier.threads = threads;
     run_together(threads, call.model->dtype == DType::kFloat32 ? work<Fp32> : work<Bf16>, &team);
 }
 
-#define GPTKERN_NAME_(isa) #isa
-#define GPTKERN_NAME(isa) GPTKERN_NAME_(isa)
-constexpr CpuDecodePath kPath{GPTKERN_NAME(GPTKERN_ISA), floats, run};
+constexpr CpuDecodePath kPath{GPTKERN_ISA_NAME, floats, run};
 
 }  // namespace
 

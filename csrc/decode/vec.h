@@ -1,4 +1,4 @@
-// Vectors of fp32 values, as wide as the instruction set that a source is compiled for has them.
+// Vectors of fp32 values, as wide as the instruction set that a source is compiled for.
 #pragma once
 
 #include <immintrin.h>
@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "platform.h"
+#include "common/floats.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -24,7 +24,7 @@ GPTKERN_HD Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 GPTKERN_HD Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 GPTKERN_HD Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 GPTKERN_HD Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-// Of a NaN in b, b.
+// If b is a NaN, the result is b.
 GPTKERN_HD Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 GPTKERN_HD Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 GPTKERN_HD Vec nearest(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -93,10 +93,10 @@ GPTKERN_HD float sum(Vec a) {
 }
 #endif
 
-// Values that a pass over weights takes at once: two vectors.
+// The values that one turn of a loop over weights takes: two vectors.
 constexpr int kStep = 2 * kLanes;
 
-// e^x within 2 ulp, x clamped to where it is a normal number (the coefficients are those of Cephes' expf).
+// e^x within 2 ulp, with x clamped to the range of normal results (the coefficients are those of Cephes' expf).
 GPTKERN_HD Vec exponential(Vec x) {
     x = smaller(all(88.0f), larger(all(-87.0f), x));
     const Vec n = nearest(mul(x, all(1.44269504088896341f)));
@@ -110,16 +110,8 @@ GPTKERN_HD Vec exponential(Vec x) {
     return times_power_of_two(add(fma(p, mul(r, r), r), all(1.0f)), n);
 }
 
-GPTKERN_HD float widened(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
-
-GPTKERN_HD uint16_t rounded(float value) {
-    const uint32_t bits = bit_cast<uint32_t>(value);
-    if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);  // a NaN stays one
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// How numbers are kept in memory. ``place`` is where value i of n of a row lies in a widened row that is
-// multiplied with kept ones: within kStep values the order that ``pair`` hands them out in.
+// A storage format of weights and of the cache. ``place(i, n)`` is the index of element i, of n, after the even/odd
+// permutation that ``pair`` applies: activations that are multiplied with stored numbers lie permuted the same way.
 struct Fp32 {
     using Storage = float;
     GPTKERN_HD static float load(float value) { return value; }
@@ -137,9 +129,9 @@ struct Fp32 {
 
 struct Bf16 {
     using Storage = uint16_t;
-    GPTKERN_HD static float load(uint16_t bits) { return widened(bits); }
-    GPTKERN_HD static uint16_t store(float value) { return rounded(value); }
-    // The even ones come first: a shift and a mask then widen a pair.
+    GPTKERN_HD static float load(uint16_t bits) { return widen_bf16(bits); }
+    GPTKERN_HD static uint16_t store(float value) { return round_to_bf16(value); }
+    // Even elements come first: a shift and a mask then widen a pair.
     GPTKERN_HD static int place(int i, int n) {
         if (i >= n / kStep * kStep) return i;
         return i / kStep * kStep + (i % 2) * kLanes + i % kStep / 2;
@@ -148,7 +140,7 @@ struct Bf16 {
     GPTKERN_HD static void pair(const int8_t* from, Vec& even, Vec& odd) { widen(from, even, odd); }
 };
 
-// Whole numbers of 8 bits, which are multiplied with widened rows of a Kind.
+// int8 weights, to be multiplied with activations in a Kind's order.
 template <class Kind>
 struct Int8 {
     using Storage = int8_t;

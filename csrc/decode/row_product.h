@@ -1,20 +1,20 @@
-// Products of few rows with a matrix: bound by how fast the weights stream from memory.
+// Products of a few rows with a weight matrix: the speed at which weights stream from memory bounds them.
 //
-// A row's result does not depend on how many rows there are, nor on how outputs are shared among threads.
+// A row's result depends neither on the number of rows nor on the split of outputs among threads.
 #pragma once
 
-#include "vec.h"
+#include "decode/vec.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
 
-constexpr int kOuts = 4;  // outputs whose weights are read side by side: so many streams a core's prefetchers follow
-constexpr int kRows = kLanes == 16 ? 4 : 2;  // rows that are summed at once: what the registers hold of their sums
-constexpr int kTurnedRows = 8;  // rows of turned weights that one pass over the outputs takes
-constexpr int kPanel = 192;     // rows that are summed before they are added to the rest: smaller errors
+constexpr int kOuts = 4;  // outputs whose weights are read side by side: a core's prefetchers follow so many streams
+constexpr int kRows = kLanes == 16 ? 4 : 2;  // rows that are summed at once: the registers hold so many sums
+constexpr int kTransposedRows = 8;  // rows of a transposed matrix that one pass over the outputs takes
+constexpr int kPanel = 192;  // inputs that are summed by themselves before they go to the long sum: smaller errors
 
-// Widened rows, of each value ``Kind::place``, and of the same kStep values of all rows one after another: so
-// that the addresses of a pass are one pointer and constants.
+// Activations in fp32, elements in the order of ``Kind::place``. The rows interleave by kStep elements, so that all
+// addresses of a loop's turn are one pointer plus constants.
 struct Rows {
     float* at;
     int count;
@@ -26,14 +26,14 @@ struct Rows {
 template <class Kind>
 struct Weights {
     const typename Kind::Storage* at;
-    int64_t stride;  // between rows: of outputs, or of inputs where the matrix is turned
+    int64_t stride;  // between the matrix's rows: outputs, or inputs if the matrix is transposed
     int in;
 };
 
-// give(r, j, value) of R rows of x from ``row`` on and of the kOuts outputs whose weights begin at ``from``.
-template <class Kind, int R, class Give>
+// emit(r, j, dot(x[r], weights at from[j])) for R rows of x from ``row`` on and kOuts outputs j.
+template <class Kind, int R, class Emit>
 GPTKERN_HD void dots(const Weights<Kind>& w, const typename Kind::Storage* const* from, const Rows& x, int row,
-                     const Give& give) {
+                     const Emit& emit) {
     Vec total[kOuts][R];
     for (int j = 0; j < kOuts; ++j) {
         for (int r = 0; r < R; ++r) total[j][r] = zeros();
@@ -43,7 +43,7 @@ GPTKERN_HD void dots(const Weights<Kind>& w, const typename Kind::Storage* const
     for (int i = 0; i < whole; i += kStep, values += x.count * kStep) {
         Vec first[kOuts], second[kOuts];
         for (int j = 0; j < kOuts; ++j) {
-            // The next output's, while this one's are at work; past the end it is asked for in vain.
+            // The next output's weights, ahead of their use. Past the end a prefetch does nothing.
             _mm_prefetch(reinterpret_cast<const char*>(from[j] + w.stride + i), _MM_HINT_T1);
             Kind::pair(from[j] + i, first[j], second[j]);
         }
@@ -58,14 +58,14 @@ GPTKERN_HD void dots(const Weights<Kind>& w, const typename Kind::Storage* const
             for (int i = whole; i < w.in; ++i) {
                 value = __builtin_fmaf(Kind::load(from[j][i]), x.value(row + r, i), value);
             }
-            give(row + r, j, value);
+            emit(row + r, j, value);
         }
     }
 }
 
-// give(row, out, value) of every row and of outputs first to last, which are read as kOuts long runs.
-template <class Kind, class Give>
-void product(const Weights<Kind>& w, const Rows& x, int first, int last, const Give& give) {
+// emit(row, out, value) for every row and the outputs [first, last), which are read as kOuts long runs.
+template <class Kind, class Emit>
+void product(const Weights<Kind>& w, const Rows& x, int first, int last, const Emit& emit) {
     const int run = (last - first + kOuts - 1) / kOuts;
     for (int t = 0; t < run; ++t) {
         const typename Kind::Storage* from[kOuts];
@@ -75,7 +75,7 @@ void product(const Weights<Kind>& w, const Rows& x, int first, int last, const G
         }
         const auto placed = [&](int row, int j, float value) {
             const int out = first + j * run + t;
-            if (out < last) give(row, out, value);
+            if (out < last) emit(row, out, value);
         };
         int row = 0;
         for (; row + kRows <= x.count; row += kRows) dots<Kind, kRows>(w, from, x, row, placed);
@@ -87,21 +87,20 @@ void product(const Weights<Kind>& w, const Rows& x, int first, int last, const G
     }
 }
 
-// Adds the share of S weight rows from i on to sums of outputs first to last, whole steps, which lie as Rows do.
-// ``factors`` (rows, S) are what x has for these weight rows.
+// sums[r][out] += sum_s factors[r][s] * W[i + s][out] for out in [first, last), a multiple of kStep; sums lie as Rows.
 template <class Kind, int S>
-GPTKERN_HD void add_turned(const Weights<Kind>& w, const float* factors, int rows, int i, int first, int last,
+GPTKERN_HD void add_transposed(const Weights<Kind>& w, const float* factors, int rows, int i, int first, int last,
                            float* sums) {
     for (int out = first; out < last; out += kStep) {
         Vec low[S], high[S];
         for (int s = 0; s < S; ++s) {
             const auto* const from = w.at + (i + s) * w.stride + out;
-            // The rows after these, while these are at work; past the end it is asked for in vain.
+            // The next S weight rows, ahead of their use. Past the end a prefetch does nothing.
             _mm_prefetch(reinterpret_cast<const char*>(from + S * w.stride), _MM_HINT_T1);
             Kind::pair(from, low[s], high[s]);
         }
         for (int r = 0; r < rows; ++r, sums += kStep) {
-            // Summed apart first: fewer additions to the long sum, and smaller errors.
+            // S products are summed before they go to the long sum: fewer additions to it, smaller errors.
             Vec a = zeros(), b = zeros();
             for (int s = 0; s < S; ++s) {
                 const Vec factor = all(factors[r * S + s]);
@@ -114,10 +113,10 @@ GPTKERN_HD void add_turned(const Weights<Kind>& w, const float* factors, int row
     }
 }
 
-// The same of a matrix kept as (in, outs). ``memory`` has room for two rows of last - first values, and
-// kTurnedRows more, a row of x.
-template <class Kind, class Give>
-void turned_product(const Weights<Kind>& w, const Rows& x, int first, int last, float* memory, const Give& give) {
+// As ``product``, with a matrix that is stored as (in, outs). ``memory`` has room, for each row of x, for
+// 2 * (last - first) + kTransposedRows floats.
+template <class Kind, class Emit>
+void transposed_product(const Weights<Kind>& w, const Rows& x, int first, int last, float* memory, const Emit& emit) {
     const int outs = last - first, whole = outs / kStep * kStep;
     float *const panel = memory, *const sums = memory + static_cast<int64_t>(x.count) * whole;
     float* const factors = sums + static_cast<int64_t>(x.count) * whole;
@@ -129,13 +128,13 @@ void turned_product(const Weights<Kind>& w, const Rows& x, int first, int last, 
     for (int64_t i = 0; i < 2LL * x.count * whole; ++i) memory[i] = 0.0f;
     for (int i = 0; i < w.in;) {
         const int end = i + kPanel < w.in ? i + kPanel : w.in;
-        for (; i + kTurnedRows <= end; i += kTurnedRows) {
-            take_factors(i, kTurnedRows);
-            add_turned<Kind, kTurnedRows>(w, factors, x.count, i, first, first + whole, panel);
+        for (; i + kTransposedRows <= end; i += kTransposedRows) {
+            take_factors(i, kTransposedRows);
+            add_transposed<Kind, kTransposedRows>(w, factors, x.count, i, first, first + whole, panel);
         }
         for (; i < end; ++i) {
             take_factors(i, 1);
-            add_turned<Kind, 1>(w, factors, x.count, i, first, first + whole, panel);
+            add_transposed<Kind, 1>(w, factors, x.count, i, first, first + whole, panel);
         }
         for (int64_t n = 0; n < static_cast<int64_t>(x.count) * whole; ++n) {
             sums[n] += panel[n];
@@ -144,7 +143,7 @@ void turned_product(const Weights<Kind>& w, const Rows& x, int first, int last, 
     }
     for (int r = 0; r < x.count; ++r) {
         for (int out = 0; out < whole; ++out) {
-            give(r, first + out, Rows{sums, x.count}.value(r, Kind::place(out, whole)));
+            emit(r, first + out, Rows{sums, x.count}.value(r, Kind::place(out, whole)));
         }
         for (int out = first + whole; out < last; ++out) {
             double value = 0.0;
@@ -152,7 +151,7 @@ void turned_product(const Weights<Kind>& w, const Rows& x, int first, int last, 
                 const float factor = x.value(r, Kind::place(i, w.in));
                 value += static_cast<double>(factor) * Kind::load(w.at[i * w.stride + out]);
             }
-            give(r, out, static_cast<float>(value));
+            emit(r, out, static_cast<float>(value));
         }
     }
 }

@@ -1,10 +1,10 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 //
-// Counter-based: the numbers of a draw are a function of (seed, request, step) alone, so they are the
+// A counter-based generator: a draw's numbers are a function of (seed, request, step) alone, so they are the
 // same on every device, in every batch, and whatever was drawn before.
 #pragma once
 
-#include "platform.h"
+#include "common/platform.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -34,7 +34,7 @@ GPTKERN_HD Philox4 philox4x32(uint64_t key, uint64_t counter_low, uint64_t count
     return {{c0, c1, c2, c3}};
 }
 
-// The two 64-bit uniforms of one step: which token, and (speculation) whether to accept a drafted one.
+// The random numbers of one draw, 64 bits each: for the token, and for accepting a draft's token.
 struct Uniforms {
     uint64_t token, accept;
 };

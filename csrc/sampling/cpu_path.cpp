@@ -1,15 +1,14 @@
-// The CPU path: rows in parallel, and within a row its vocabulary where there are threads to spare.
+// The CPU path: threads take rows in parallel, and with threads to spare they share a row's vocabulary.
 //
-// Compiled once for every instruction set that is worth it; bindings.cpp picks one at run time. Of the
-// standard library it uses only what leaves no shared inline code behind.
+// It is compiled once for each instruction set, and bindings.cpp picks one at run time. From the standard library
+// it uses only what leaves no shared inline code behind.
 #include <cstdlib>
 #include <new>
 
-#include "cpu_team.h"
-#include "isa.h"
-#include "sampling.h"
-#include "speculation.h"
-#include "threads.h"
+#include "common/threads.h"
+#include "sampling/cpu_path.h"
+#include "sampling/cpu_team.h"
+#include "sampling/speculation.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -19,7 +18,7 @@ namespace {
 constexpr int kVocabPerThread = 16384;
 
 struct Memory {
-    TeamMemory* teams = nullptr;  // the one allocation: their buffers follow them
+    TeamMemory* teams = nullptr;  // one allocation: the teams, then their buffers
     int team_count = 0, threads_per_team = 0, vocab = 0;
 };
 
@@ -27,7 +26,7 @@ Memory memory;
 
 size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Takes room for ``count`` things of type T from memory that is free from ``next`` on.
+// Takes ``count`` elements of type T from the free memory at ``next``.
 template <class T>
 T* take(char*& next, size_t count) {
     T* const taken = reinterpret_cast<T*>(next);
@@ -37,8 +36,8 @@ T* take(char*& next, size_t count) {
 
 int larger(int a, int b) { return a > b ? a : b; }
 
-// Grows the working memory where a call needs more than any before. Where there is none to be had it throws,
-// and the next call begins anew.
+// Grows the working memory if a call needs more than any before. It throws if there is none, and the next call
+// starts from an empty one.
 void reserve(int teams, int threads, int vocab) {
     if (teams > memory.team_count || threads > memory.threads_per_team || vocab > memory.vocab) {
         Memory size;
@@ -62,7 +61,7 @@ void reserve(int teams, int threads, int vocab) {
         }
         memory = size;
     }
-    for (int i = 0; i < teams; ++i) memory.teams[i].threads = threads;
+    for (int i = 0; i < teams; ++i) memory.teams[i].barrier.threads = threads;
 }
 
 // Runs row_work(team, row, buffers) for every row.
@@ -90,10 +89,10 @@ void over_rows(int rows, int vocab, int threads, RowWork row_work) {
     run_together(teams * wide, one_thread, &context);
 }
 
-// Commits only where every row could be sampled, so that a refused call changes nothing.
-void sample(const SampleArguments& asked, int threads) {
-    const Call call;
-    SampleArguments a = asked;
+// Commits only if every row could be sampled, so that a refused call changes nothing.
+void sample(const SampleArguments& arguments, int threads) {
+    const PoolLock lock;
+    SampleArguments a = arguments;
     a.commit = Commit::kNo;
     over_rows(a.batch, a.vocab, threads, [&](CpuTeam& team, int row, const Buffers& buffers) {
         if (a.accepted != nullptr) {
@@ -102,7 +101,7 @@ void sample(const SampleArguments& asked, int threads) {
             sample_row(team, a, row, buffers);
         }
     });
-    if (asked.commit == Commit::kNo) return;
+    if (arguments.commit == Commit::kNo) return;
     for (int row = 0; row < a.batch; ++row) {
         if (a.status[row] != kOk) return;
     }
@@ -110,7 +109,7 @@ void sample(const SampleArguments& asked, int threads) {
 }
 
 void top_k(const TopKArguments& a, int threads) {
-    const Call call;
+    const PoolLock lock;
     over_rows(a.rows, a.vocab, threads,
               [&](CpuTeam& team, int row, const Buffers& buffers) { top_k_row(team, a, row, buffers); });
 }
@@ -123,9 +122,7 @@ void both_uniforms(int64_t seed, int64_t request, int64_t step, uint64_t* token,
     *accept = u.accept;
 }
 
-#define GPTKERN_NAME_OF(isa) #isa
-#define GPTKERN_NAME(isa) GPTKERN_NAME_OF(isa)
-const CpuPath path = {GPTKERN_NAME(GPTKERN_ISA), sample, top_k, weight, both_uniforms};
+const CpuPath path = {GPTKERN_ISA_NAME, sample, top_k, weight, both_uniforms};
 
 }  // namespace
 

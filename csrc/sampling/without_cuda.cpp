@@ -1,6 +1,7 @@
+// The CUDA entry points of a build without nvcc: every call raises.
 #include <stdexcept>
 
-#include "cuda_path.h"
+#include "sampling/cuda_path.h"
 
 namespace gptkern {
 

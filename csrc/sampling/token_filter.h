@@ -1,0 +1,97 @@
+// What the filters leave of a row: the conditions of TokenFilter, and the distribution over the tokens that pass.
+#pragma once
+
+#include "sampling/row.h"
+
+namespace gptkern {
+inline namespace GPTKERN_ISA {
+
+// The filters' result: which tokens may be drawn, as conditions that each token fulfils by itself.
+struct TokenFilter {
+    float v_max;
+    double per_unit;       // halvings per unit of logit: log2(e) / T
+    uint32_t cut_key;      // top-k and top-p: the last token that passes, by descending value, then ascending id
+    uint32_t cut_id;
+    uint64_t min_weight;   // min-p, epsilon and eta
+    uint32_t spared_key;   // tokens of this value pass whatever their weight
+    bool typical;
+    double centre;         // typical: the mean of the halvings, and the last token that passes by distance from it
+    uint64_t cut_distance;
+    uint32_t cut_distance_id;
+
+    GPTKERN_HD uint64_t weight(float v) const { return weight_of(halvings(v_max, v, per_unit)); }
+
+    // The distance from the centre as an ordered key; a token without weight is infinitely far.
+    GPTKERN_HD uint64_t distance(float v, uint64_t w) const {
+        const double d = halvings(v_max, v, per_unit) - centre;
+        return w == 0 ? 0x7FF0000000000000ull : bit_cast<uint64_t>(d < 0 ? -d : d + 0.0);
+    }
+
+    // Whether the token may be drawn. Without branches, as the loops over a row must vectorise.
+    GPTKERN_HD bool passes(uint32_t id, float v, uint64_t w) const {
+        const uint32_t key = order_key(v);
+        const bool above = (key > cut_key) | ((key == cut_key) & (id <= cut_id));
+        return above & ((w >= min_weight) | (key == spared_key)) & (!typical || near(id, v, w));
+    }
+
+    // The token's weight, 0 if it may not be drawn.
+    GPTKERN_HD uint64_t weight_if_passing(uint32_t id, float v) const {
+        const uint64_t w = weight(v);
+        return passes(id, v, w) ? w : 0;
+    }
+
+    GPTKERN_HD bool near(uint32_t id, float v, uint64_t w) const {
+        const uint64_t d = distance(v, w);
+        return (d < cut_distance) | ((d == cut_distance) & (id <= cut_distance_id));
+    }
+};
+
+// The distribution that a row's token is drawn from: the same in every thread of the team.
+struct Distribution {
+    Status status;
+    bool greedy;
+    bool listed;          // the team's list holds every token that passes, and maybe others
+    uint32_t best;        // greedy: the token
+    uint64_t total;       // the sum of the weights of all tokens that pass
+    TokenFilter filter;
+    const float* values;  // the row with its biases, penalties and bans
+};
+
+// The keys of a row's largest value, and of its smallest above -inf.
+struct Extremes {
+    uint32_t max_key, min_key;
+};
+
+template <class Team>
+GPTKERN_HD Extremes extremes(Team& team, uint32_t n, const float* values) {
+    uint32_t high = 0, inverted_low = 0;
+    team.for_each(n, [&](uint32_t i) {
+        const uint32_t key = order_key(values[i]);
+        high = key > high ? key : high;
+        const uint32_t inverted = key == kKeyOfMinusInfinity ? 0u : ~key;
+        inverted_low = inverted > inverted_low ? inverted : inverted_low;
+    });
+    high = team.max(high);
+    return {high, ~team.max(inverted_low)};
+}
+
+GPTKERN_HD Status check_extremes(const Extremes& e) {
+    if (e.max_key > kKeyOfInfinity) return kNaN;
+    if (e.max_key == kKeyOfInfinity) return kInfinite;
+    if (e.max_key <= kKeyOfMinusInfinity) return kNothingAllowed;
+    return kOk;
+}
+
+// The lowest id whose value has this key.
+template <class Team>
+GPTKERN_HD uint32_t first_with_key(Team& team, uint32_t n, const float* values, uint32_t key) {
+    uint32_t inverted = 0;
+    team.for_each(n, [&](uint32_t i) {
+        const uint32_t candidate = order_key(values[i]) == key ? ~i : 0u;
+        inverted = candidate > inverted ? candidate : inverted;
+    });
+    return ~team.max(inverted);
+}
+
+}  // namespace GPTKERN_ISA
+}  // namespace gptkern
