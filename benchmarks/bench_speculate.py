@@ -18,7 +18,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from gptkern.bench.suites import _models as models
-from gptkern.cache import KVCache
+from gptkern.engine.cache import KVCache
 from gptkern.generate.executor import Executor
 from gptkern.generate.verify import Verify
 from gptkern.gpt import GPT

@@ -19,9 +19,9 @@ from rich.progress import Progress
 
 from gptkern.bench.suites import _models as models
 from gptkern.bench.suites.decode_step import filled
-from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
 from gptkern.decode import DecodeStep
+from gptkern.engine.cache import KVCache
 
 CONTEXT, CYCLE, PATIENCE = 128, 500, 60.0
 

@@ -12,10 +12,10 @@ from gptkern._lazy import lazily
 
 if TYPE_CHECKING:
     from gptkern import bench, checkpoint, generate, ops, quantize, testing, tokenizer, train, transformers
-    from gptkern.cache import KVCache
     from gptkern.checkpoint import CheckpointError
     from gptkern.config import GPTConfig
     from gptkern.drop_in import accelerate, restore
+    from gptkern.engine.cache import KVCache
     from gptkern.environment import FallbackWarning
     from gptkern.generate import Completion, GenerateOutput, Score
     from gptkern.gpt import GPT, explain
@@ -34,7 +34,7 @@ _HOMES = {
     "GPTConfig": "gptkern.config",
     "GPTOutput": "gptkern.model.decoder",
     "GenerateOutput": "gptkern.generate",
-    "KVCache": "gptkern.cache",
+    "KVCache": "gptkern.engine.cache",
     "Score": "gptkern.generate",
     "Tokenizer": "gptkern.tokenizer",
     "accelerate": "gptkern.drop_in",

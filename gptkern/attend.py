@@ -11,7 +11,7 @@ from gptkern import ops
 
 
 class Attend(Protocol):
-    """One of the ways; ``gptkern.cache`` has the third.
+    """One of the ways; ``gptkern.engine.forward_pass`` has the third.
 
     Attributes:
         dropout: False leaves every dropout of the pass out, whatever mode a module is in: the mode is the

@@ -34,7 +34,7 @@ from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, sample
 from gptkern.quantize import QuantizedLinear
 
 if TYPE_CHECKING:
-    from gptkern.cache import KVCache
+    from gptkern.engine.cache import KVCache
 
 
 class DecodeStep:
@@ -163,7 +163,7 @@ class DecodeStep:
                 cache.v,
                 page_table,
                 seq_lens,
-                cache.all_scales,
+                cache.storage.kv_scales,
             )
         x, slots = decode_embed(
             self._tokens[:rows],
@@ -218,7 +218,7 @@ class DecodeStep:
             slots,
             norm=_norm(pending if block.post_norm else block.ln_1),
             normed_out=kept,
-            scales=self.cache.scales(layer),
+            scales=self.cache.storage.layer_kv_scales(layer),
         )
         heads = q.unflatten(1, (attn.n_head, attn.head_dim))
         # The kernel before it is the one above, which writes neither the table nor the lengths.
@@ -230,7 +230,7 @@ class DecodeStep:
             seq_lens,
             scale=attn.scale,
             prefetch=True,
-            scales=self.cache.scales(layer),
+            scales=self.cache.storage.layer_kv_scales(layer),
         )
         residual = x if kept is None else kept
         x = decode_linear(attended.flatten(1), _matrix(attn.c_proj), attn.c_proj.bias, residual=residual)

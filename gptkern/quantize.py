@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gptkern.cache import KVCache
+from gptkern import ops
 from gptkern.config import GPTConfig
 from gptkern.ops.decode_attention.reference import LARGEST
 from gptkern.ops.decode_linear.formats import GROUP_SIZES, QuantizedWeight, check_format, quantize
@@ -174,6 +174,27 @@ def linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     yield model, "lm_head", model.lm_head
 
 
+class _LargestKV:
+    """Attention over whole sequences that notes each head's largest key and value.
+
+    Attributes:
+        k, v: ``(n_head,)`` fp32 of each layer.
+    """
+
+    dropout = False
+
+    def __init__(self) -> None:
+        self.k: list[torch.Tensor] = []
+        self.v: list[torch.Tensor] = []
+
+    def attention(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+    ) -> torch.Tensor:
+        for largest, tensor in ((self.k, k), (self.v, v)):
+            largest.append(tensor.float().abs().amax(dim=(0, 1, 3)))
+        return ops.flash_attention(q, k, v, scale=scale)
+
+
 @torch.no_grad()
 def kv_scales(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales of an fp8 cache, ``(n_layer, n_head)`` for keys and for values: set ``model.kv_scales`` to them.
@@ -183,11 +204,16 @@ def kv_scales(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
     Args:
         ids: ``(batch, seq)``: texts such as the model is to continue.
+
+    Raises:
+        ValueError: Texts longer than the model's context.
     """
-    config = model.config
-    cache = KVCache.for_config(
-        config, max_seqs=ids.shape[0], max_len=ids.shape[1], dtype=model.dtype, device=model.device
-    )
-    model(ids.to(model.device), cache=cache, logits_to_keep=1)
-    largest = [kept.float().abs().amax(dim=(1, 2, 4)).clamp_min(1e-6) for kept in (cache.k, cache.v)]
-    return 2 * largest[0] / LARGEST, 2 * largest[1] / LARGEST
+    if ids.shape[1] > model.config.n_positions:
+        raise ValueError(
+            f"kv_scales: ids has {ids.shape[1]} tokens a row, the model's context {model.config.n_positions}"
+        )
+    ids = ids.to(model.device)
+    largest = _LargestKV()
+    model.transformer(ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids), largest)
+    k, v = (2 * torch.stack(layers).clamp_min(1e-6) / LARGEST for layers in (largest.k, largest.v))
+    return k, v

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gptkern import GPTConfig
-from gptkern.cache import CacheFullError, KVCache
+from gptkern.engine.cache import CacheFullError, KVCache
 from gptkern.ops.flash_attention.reference import attention
 
 CONFIG = GPTConfig(vocab_size=11, n_positions=64, n_layer=2, n_head=2, n_embd=4)
@@ -153,7 +153,7 @@ def test_pages_are_counted_exactly() -> None:
 
 
 def test_last_reader_of_a_shared_page_writes_in_place() -> None:
-    cache = make(max_seqs=2, page_size=None)
+    cache = make(max_seqs=2, page_size=20)
     (a,) = cache.allocate()
     append(cache, [[1, 2]])
     b = cache.fork(a)
@@ -181,7 +181,9 @@ def test_memory_budget_fixes_the_pages() -> None:
     assert cache.bytes_per_token == per_token
     assert cache.num_pages == 7
     assert cache.k.nbytes + cache.v.nbytes == 7 * 4 * per_token
-    assert make(memory_bytes=10**9).num_pages == 20
+    # More than all sequences can hold is for pages that are found again.
+    assert make(memory_bytes=per_token * 4 * 50).num_pages == 50
+    assert make(cache_tokens=13).num_pages == 4
     half = KVCache.for_config(CONFIG, max_seqs=1, max_len=4, dtype=torch.bfloat16)
     assert half.bytes_per_token == per_token // 2
 
@@ -270,6 +272,8 @@ def test_advance_counts_reserved_tokens_only() -> None:
         (lambda c: c.allocate(-1), "n is -1"),
         (lambda c: make(max_len=0), "max_len 0"),
         (lambda c: make(page_size=0), "page_size is 0"),
+        (lambda c: make(cache_tokens=0), "cache_tokens is 0; 1 or more is needed"),
+        (lambda c: make(cache_tokens=9, memory_bytes=9), "cache_tokens and memory_bytes are given"),
         (lambda c: make(memory_bytes=5), "memory_bytes is 5; one page of 4 tokens takes 256"),
     ],
 )
@@ -283,7 +287,7 @@ def test_bad_arguments_are_named_and_change_nothing(call: Callable[[KVCache], ob
     assert cache.free_pages == 19
 
 
-@pytest.mark.parametrize("page_size", [None, 1, 4])
+@pytest.mark.parametrize("page_size", [24, 1, 4])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_attention_through_the_cache_is_attention(page_size: int | None, kv_heads: int) -> None:
     heads, dim, scale = 2, 6, 0.3

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import gptkern
-from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
+from gptkern.engine.cache import KVCache
 from gptkern.generate import cpu_step, executor
 from gptkern.generate.cpu_step import CpuStep
 from gptkern.gpt import GPT
@@ -79,7 +79,7 @@ def _model(config: GPTConfig, dtype: torch.dtype, turned: bool) -> GPT:
     return model
 
 
-def _filled(model: GPT, rows: int, page_size: int | None) -> KVCache:
+def _filled(model: GPT, rows: int, page_size: int) -> KVCache:
     """Sequences of 7, 6, ... tokens with random keys and values, a row's the same however many there are."""
     config = model.config
     cache = KVCache.for_config(config, max_seqs=rows, max_len=40, page_size=page_size, dtype=model.dtype)
@@ -89,7 +89,7 @@ def _filled(model: GPT, rows: int, page_size: int | None) -> KVCache:
     for number, kept in enumerate((cache.k, cache.v)):
         rows_of = [
             torch.randn(shape, generator=torch.Generator().manual_seed(2 * row + number))[:length]
-            for row, length in enumerate(step.new_lengths)
+            for row, length in enumerate([r.new for r in step.rows])
         ]
         kept.flatten(1, 2)[:, step.slots] = torch.cat(rows_of).transpose(0, 1).bfloat16().to(kept.dtype)
     step.commit()
@@ -100,7 +100,7 @@ def _tokens(rows: int, step: int, config: GPTConfig) -> torch.Tensor:
     return torch.randint(config.vocab_size, (rows,), generator=torch.Generator().manual_seed(100 + step))
 
 
-def _stepped(model: GPT, rows: int, steps: int, page_size: int | None = None, fast: bool = True) -> Any:
+def _stepped(model: GPT, rows: int, steps: int, page_size: int = 64, fast: bool = True) -> Any:
     """(logits after so many steps, the cache)."""
     with torch.inference_mode():
         cache = _filled(model, rows, page_size)
@@ -114,10 +114,8 @@ def _stepped(model: GPT, rows: int, steps: int, page_size: int | None = None, fa
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
-@pytest.mark.parametrize(("name", "rows", "page_size"), [*((n, 3, 4) for n in CONFIGS), ("plain", 1, None)])
-def test_against_float64(
-    name: str, rows: int, page_size: int | None, turned: bool, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize(("name", "rows", "page_size"), [*((n, 3, 4) for n in CONFIGS), ("plain", 1, 64)])
+def test_against_float64(name: str, rows: int, page_size: int, turned: bool, dtype: torch.dtype) -> None:
     model = _model(CONFIGS[name], dtype, turned)
     exact = GPT(CONFIGS[name]).double().eval()
     exact.load_state_dict(model.state_dict())
@@ -169,7 +167,7 @@ def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(how: str, d
         for number in (1, 2, 3):
             torch.set_num_threads(number)
             for rows in (1, 2, 3, 4, 7, 13):
-                found, _ = _stepped(model, rows, 3, None)
+                found, _ = _stepped(model, rows, 3)
                 assert torch.equal(found, whole[:rows]), (number, rows)
     finally:
         torch.set_num_threads(threads)
@@ -207,7 +205,7 @@ def test_nan_stays_in_its_row() -> None:
 def test_weights_that_change_in_place_are_what_the_next_step_reads() -> None:
     model = _model(PLAIN, torch.float32, False)
     with torch.inference_mode():
-        cache = _filled(model, 2, None)
+        cache = _filled(model, 2, 64)
         step = CpuStep(model, cache)
         before = step(_tokens(2, 0, PLAIN))
         for sequence, length in zip(cache.sequences, [7, 6], strict=True):
@@ -261,7 +259,7 @@ REFUSED: dict[str, Any] = {
 def test_weights_that_move_between_passes_are_followed(how: str) -> None:
     model = _model(PLAIN, torch.float32, False)
     with torch.inference_mode():
-        cache = _filled(model, 2, None)
+        cache = _filled(model, 2, 64)
         step = CpuStep(model, cache)
         step(_tokens(2, 0, PLAIN))
     FOLLOWED[how](model)
@@ -284,7 +282,7 @@ def test_weights_that_move_between_passes_are_followed(how: str) -> None:
 def test_weights_that_no_longer_fit_are_refused_by_name(how: str) -> None:
     model = _model(PLAIN, torch.float32, False)
     with torch.inference_mode():
-        cache = _filled(model, 2, None)
+        cache = _filled(model, 2, 64)
         step = CpuStep(model, cache)
         step(_tokens(2, 0, PLAIN))
     REFUSED[how](model)
@@ -314,7 +312,7 @@ def test_an_open_stream_goes_on_or_is_refused_by_name(how: str) -> None:
 def test_a_storage_that_was_freed_is_refused() -> None:
     model = _model(PLAIN, torch.float32, False)
     with torch.inference_mode():
-        cache = _filled(model, 1, None)
+        cache = _filled(model, 1, 64)
         step = CpuStep(model, cache)
     model.transformer.h[1].mlp.c_fc.weight.untyped_storage().resize_(0)
     with torch.inference_mode(), pytest.raises(ValueError, match="a storage that holds all of it"):
@@ -334,7 +332,7 @@ def test_tokens_of_any_integer_dtype_are_the_same_tokens(dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.complex64])
 def test_tokens_that_are_no_whole_numbers_are_refused(dtype: torch.dtype) -> None:
     model = _model(PLAIN, torch.float32, False)
-    cache = _filled(model, 1, None)
+    cache = _filled(model, 1, 64)
     with torch.inference_mode(), pytest.raises(TypeError, match=f"tokens are {dtype}; whole numbers"):
         CpuStep(model, cache)(torch.ones(1).to(dtype))
     assert cache.lengths == [7]
@@ -465,7 +463,7 @@ def _rows_of(rows: int) -> dict[str, torch.Tensor]:
 def test_what_cannot_be_done_changes_nothing() -> None:
     model = _model(PLAIN.replace(n_positions=9), torch.float32, False)
     with torch.inference_mode():
-        cache = _filled(model, 1, None)
+        cache = _filled(model, 1, 64)
         step = CpuStep(model, cache)
         for tokens in ([130], [-1]):
             with pytest.raises(ValueError, match=rf"tokens\[0\] is {tokens[0]}; 0 <= token < 130 is needed"):

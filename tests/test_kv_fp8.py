@@ -12,9 +12,9 @@ import torch
 from generate_support import pair, prompts
 
 from gptkern import cli, ops
-from gptkern.cache import KVCache
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.decode import DecodeStep
+from gptkern.engine.cache import KVCache
 from gptkern.gpt import GPT
 from gptkern.ops import append_kv, decode_attention
 from gptkern.ops.decode_attention import reference

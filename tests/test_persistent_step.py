@@ -11,8 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptkern import GPTConfig, backend
-from gptkern.cache import KVCache
 from gptkern.decode import DecodeStep
+from gptkern.engine.cache import KVCache
 from gptkern.gpt import GPT
 from gptkern.ops import _launch
 from gptkern.ops._cases import tensors
@@ -302,7 +302,7 @@ def arguments(
         "v_cache": cache.v,
         "page_table": cache.page_table,
         "seq_lens": cache.seq_lens,
-        "scales": cache.all_scales,
+        "scales": cache.storage.kv_scales,
     }
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from gptkern import cli, ops
-from gptkern.cache import KVCache
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.config import GPTConfig
 from gptkern.decode import DecodeStep
+from gptkern.engine.cache import KVCache
 from gptkern.gpt import GPT
 from gptkern.quantize import QuantizedLinear
 from gptkern.testing import assert_accurate

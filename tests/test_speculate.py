@@ -12,8 +12,8 @@ from generate_support import VOCAB, pair
 from scipy import stats
 
 from gptkern import cli, ops
-from gptkern.cache import KVCache
 from gptkern.decode import DecodeStep
+from gptkern.engine.cache import KVCache
 from gptkern.generate import verify
 from gptkern.generate.cpu_step import CpuStep
 from gptkern.generate.executor import Executor

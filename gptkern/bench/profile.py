@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity
 
 from gptkern.bench import ceilings
 from gptkern.bench.suites._models import weight_bytes
-from gptkern.cache import KVCache
 from gptkern.decode import DecodeStep
 from gptkern.durable import write_file
+from gptkern.engine.cache import KVCache
 from gptkern.generate.executor import LEAST_STEPS, Executor
 from gptkern.gpt import GPT
 from gptkern.ops import _launch, backend

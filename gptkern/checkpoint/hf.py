@@ -15,6 +15,7 @@ from gptkern.checkpoint.pending import Files
 from gptkern.checkpoint.pickles import read_torch, state_dict_tensors
 from gptkern.checkpoint.storage import StoredTensor, read_safetensors
 from gptkern.config import JSON_FIELDS, GPTConfig
+from gptkern.kv_scales import are_kv_scales
 from gptkern.quantize import Quantization
 
 CONFIG = "config.json"
@@ -84,7 +85,7 @@ def _read_kv_scales(path: Path, data: Any, config: GPTConfig) -> tuple[torch.Ten
     shape = (config.n_layer, config.n_head)
     try:
         k_scale, v_scale = (torch.tensor(data[name], dtype=torch.float32) for name in ("k", "v"))
-        good = all(s.shape == shape and bool((s.isfinite() & (s > 0)).all()) for s in (k_scale, v_scale))
+        good = are_kv_scales(k_scale, shape) and are_kv_scales(v_scale, shape)
     except (KeyError, ValueError, TypeError, RuntimeError, OverflowError):
         good = False
     if not good:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gptkern.cache import KVCache
+from gptkern.engine.cache import KVCache
 from gptkern.engine.settings import Settings
 from gptkern.generate.executor import Executor
-from gptkern.generate.loop import prefill
+from gptkern.generate.loop import pool_tokens, prefill
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.rules import RowRules, Rules
 from gptkern.generate.step import FinishReason
@@ -60,7 +60,8 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
     cache = KVCache.for_config(
         model.config,
         max_seqs=len(searches) * settings.num_beams,
-        max_len=prompts.longest + settings.max_new,
+        max_len=model.config.n_positions,
+        cache_tokens=pool_tokens(prompts, settings, len(searches) * settings.num_beams),
         **model.cache_options(settings.kv_cache_dtype),
         device=model.device,
     )

@@ -18,7 +18,7 @@ from gptkern.ops.sample._native import _C
 from gptkern.quantize import QuantizedLinear
 
 if TYPE_CHECKING:
-    from gptkern.cache import KVCache
+    from gptkern.engine.cache import KVCache
 
 # More rows are bound by arithmetic, of which PyTorch's products do more a second.
 MOST_ROWS = 16

@@ -24,8 +24,8 @@ from gptkern.quantize import QuantizedLinear
 from gptkern.routes import Route
 
 if TYPE_CHECKING:
-    from gptkern.cache import KVCache
     from gptkern.config import GPTConfig
+    from gptkern.engine.cache import KVCache
     from gptkern.model.decoder import GPTOutput
 
 # Capturing a graph takes as long as it saves in about ten steps.

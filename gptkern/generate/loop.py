@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gptkern.cache import KVCache
+from gptkern.engine.cache import PAGE_SIZE, KVCache
 from gptkern.engine.settings import Settings
 from gptkern.generate.executor import Executor
 from gptkern.generate.pick import Picker
@@ -47,7 +47,8 @@ def steps(
     cache = KVCache.for_config(
         model.config,
         max_seqs=len(prompts.rows) * copies,
-        max_len=prompts.longest + settings.max_new,
+        max_len=model.config.n_positions,
+        cache_tokens=pool_tokens(prompts, settings, len(prompts.rows) * copies),
         **model.cache_options(settings.kv_cache_dtype),
         device=model.device,
     )
@@ -90,6 +91,11 @@ def steps(
             logits, chosen = logits[kept], chosen[kept]
         if not ahead:
             logits = step(chosen)
+
+
+def pool_tokens(prompts: Prompts, settings: Settings, rows: int) -> int:
+    """Tokens that a cache has to have room for, so that each of ``rows`` can be as long as the longest."""
+    return rows * -(-(prompts.longest + settings.max_new) // PAGE_SIZE) * PAGE_SIZE
 
 
 def prefill(model: GPT, prompts: Prompts, cache: KVCache) -> torch.Tensor:

@@ -16,7 +16,7 @@ from gptkern.generate.lookup import Lookup
 from gptkern.generate.step import FinishReason, Step, finish
 
 if TYPE_CHECKING:
-    from gptkern.cache import KVCache
+    from gptkern.engine.cache import KVCache
     from gptkern.engine.settings import Settings
     from gptkern.generate.pick import Picker
     from gptkern.generate.prompt import Prompts

@@ -17,7 +17,7 @@ from gptkern.generate.cpu_step import MOST_ROWS, CpuStep
 from gptkern.generate.executor import Executor
 
 if TYPE_CHECKING:
-    from gptkern.cache import KVCache
+    from gptkern.engine.cache import KVCache
     from gptkern.gpt import GPT
 
 
@@ -78,7 +78,7 @@ class _Rows:
         self._cache = cache
         self.max_seqs, self.page_size = most, cache.page_size
         self.k, self.v, self.dtype, self.device = cache.k, cache.v, cache.dtype, cache.device
-        self.scales = cache.scales
+        self.storage = cache.storage
         self.lengths: list[int] = []
         self.sequences: list[int] = []
         with torch.inference_mode(False):

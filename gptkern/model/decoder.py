@@ -26,7 +26,7 @@ from gptkern.ops.linear.reference import ACTIVATIONS
 from gptkern.quantize import Quantization, QuantizedLinear
 
 if TYPE_CHECKING:
-    from gptkern.cache import KVCache
+    from gptkern.engine.cache import KVCache
 
 IGNORE_INDEX = -100
 

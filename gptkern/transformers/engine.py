@@ -20,8 +20,8 @@ from transformers.models.openai import modeling_openai as gpt1
 
 from gptkern._at_import import NAME
 from gptkern.as_built import Blueprint, Watch, own_method, skeleton
-from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
+from gptkern.engine.cache import PAGE_SIZE, KVCache
 from gptkern.generate.executor import Executor
 from gptkern.model.decoder import Decoder, GPTOutput
 from gptkern.transformers.modules import CACHE, FORWARDS, INSTEAD, activation_of
@@ -257,7 +257,12 @@ class EngineCache(Cache):
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()
         self._step: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._kv = KVCache.for_config(
-            self._gpt.config, max_seqs=rows, max_len=max_len, dtype=self._gpt.dtype, device=self._gpt.device
+            self._gpt.config,
+            max_seqs=rows,
+            max_len=self._gpt.config.n_positions,
+            cache_tokens=rows * -(-max_len // PAGE_SIZE) * PAGE_SIZE,
+            dtype=self._gpt.dtype,
+            device=self._gpt.device,
         )
         self._kv.allocate(rows)
         self._past = past
@@ -317,12 +322,12 @@ class EngineCache(Cache):
         if self._mask is not None:
             width = min(self._mask.shape[1], self._seen)
             kept[:, :width] = self._mask[:, :width]
-        pages = self._kv.page_table[:rows, 0].long()
         places = (kept.long().cumsum(1) - 1).clamp_min(0)
+        pages = self._kv.page_table[:rows].long().gather(1, places // PAGE_SIZE)
         for layer in range(self._gpt.config.n_layer):
             tensors = []
             for held in (self._kv.k[layer], self._kv.v[layer]):
-                tokens = held[pages[:, None], places].masked_fill(~kept[..., None, None], 0)
+                tokens = held[pages, places % PAGE_SIZE].masked_fill(~kept[..., None, None], 0)
                 tensors.append(tokens[:, self._taken :].transpose(1, 2).contiguous())
             past.update(*tensors, layer)
         return past

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptkern import backend, ops
-from gptkern.cache import KVCache
+from gptkern.engine.cache import KVCache
 from gptkern.ops import _launch
 from gptkern.ops.decode_attention import reference
 from gptkern.ops.flash_attention.reference import attention

@@ -10,9 +10,9 @@ import torch
 from gptkern.bench.problem import Inputs, Problem, Provider
 from gptkern.bench.suites import _models as models
 from gptkern.bench.suites import _providers as shared
-from gptkern.cache import KVCache
 from gptkern.config import GPTConfig
 from gptkern.decode import DecodeStep
+from gptkern.engine.cache import KVCache
 from gptkern.generate.executor import Executor
 from gptkern.ops.decode_step import MOST_ROWS
 

@@ -34,9 +34,12 @@ def rows(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def sequence(cache: torch.Tensor, pages: torch.Tensor | int, length: int) -> torch.Tensor:
-    """The first ``length`` rows of a sequence, ``(length, kv_heads, head_dim)``; one page gives a view."""
+    """The first ``length`` rows of a sequence, ``(length, kv_heads, head_dim)``.
+
+    A number in place of pages is the first of neighbouring ones, of a contiguous cache: a view.
+    """
     if isinstance(pages, int):
-        return cache[pages, :length]
+        return cache.view(-1, *cache.shape[2:])[pages * cache.shape[1] :][:length]
     return rows(cache, pages).flatten(0, 1)[:length]
 
 

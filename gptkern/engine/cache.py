@@ -1,8 +1,8 @@
 """KVCache: keys and values of what came before, in pages, with a page table per sequence.
 
 A page holds ``page_size`` tokens of one sequence, all layers alike. Sequences that share a prefix
-share its pages (reference counts); a shared page that is about to be written is copied first. With
-one page per sequence the cache is the usual contiguous one, and a sequence's keys are a plain view.
+share its pages; a shared page that is about to be written is copied first. Pages that lie next to each
+other are one run of memory, and a sequence of such pages is read in place.
 
 Every decision is taken on host copies of the page table and the lengths, which are exact, so that
 using the cache never waits for the device.
@@ -11,58 +11,65 @@ using the cache never waits for the device.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from gptkern.cache_step import CacheStep, pack_table
 from gptkern.config import GPTConfig
+from gptkern.engine.forward_pass import ForwardPass, PassRow, Storage, pack_table
+from gptkern.engine.pages import CacheFullError, PagePool
+from gptkern.kv_scales import are_kv_scales
 from gptkern.ops.decode_attention.reference import FP8, Scales
 
-# Every BLOCK_N of the decode attention's launch tables divides it.
-_PAGE_UNIT = 64
+# Every BLOCK_N of the decode attention's launch tables divides it: kernels look a page up once a block.
+PAGE_SIZE = 64
 
 
-class CacheFullError(RuntimeError):
-    """The cache has no room for what was asked; it is as it was before the call."""
-
-
-def _scales_of(
+def _checked_kv_scales(
     dtype: torch.dtype,
     device: torch.device | str,
     shape: tuple[int, int],
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> Scales:
-    """The scales of an fp8 cache, checked, before any memory is spent."""
-    given = {"k_scale": k_scale, "v_scale": v_scale}
+    """The kv scales of an fp8 cache, checked, before any memory is spent; None of any other cache."""
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
     if dtype != FP8:
-        for name, value in given.items():
-            if value is not None:
+        for name, scale in scales.items():
+            if scale is not None:
                 raise ValueError(f"KVCache: {name} is given, but dtype is {dtype}; scales are of {FP8}")
         return None
     where = torch.device(device)
     if where.type == "cuda" and torch.cuda.get_device_capability(where) < (8, 9):
         raise ValueError(f"KVCache: dtype is {dtype}; that needs compute capability 8.9 or newer")
-    found = []
-    for name, value in given.items():
-        if value is None:
-            value = torch.ones(shape, device="cpu")
-        if tuple(value.shape) != shape or not bool((value.isfinite() & (value > 0)).all()):
+    for name, scale in scales.items():
+        if scale is not None and not are_kv_scales(scale, shape):
             raise ValueError(
-                f"KVCache: {name} has shape {tuple(value.shape)}; {shape}, of numbers above 0, is needed"
+                f"KVCache: {name} has shape {tuple(scale.shape)}; {shape}, of numbers above 0, is needed"
             )
-        found.append(value.to(device=where, dtype=torch.float32))
-    return found[0], found[1]
+    k, v = (
+        torch.ones(shape, device=where) if scale is None else scale.to(device=where, dtype=torch.float32)
+        for scale in (k_scale, v_scale)
+    )
+    return k, v
 
 
 @dataclass
 class _Row:
-    """One live sequence: its pages in order, the tokens they hold. Spare pages may follow."""
+    """One sequence: its pages in order, the tokens they hold. Spare pages may follow."""
 
     pages: list[int] = field(default_factory=list)
     length: int = 0
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """What new tokens of a sequence take from the pool: pages, one of them for a copy of its last page."""
+
+    row: _Row
+    pages: int
+    copies_tail: bool
 
 
 class KVCache:
@@ -71,7 +78,7 @@ class KVCache:
     Args:
         n_layer, n_kv_head, head_dim: The model's shape.
         num_pages, page_size: Pages in the pool, and tokens a page holds.
-        max_seqs: Most sequences alive at once.
+        max_seqs: Most sequences at once.
         max_pages_per_seq: Longest sequence, in pages.
         dtype, device: Of keys and values; ``torch.float8_e4m3fn`` keeps them in a byte each.
         k_scale, v_scale: Of an fp8 cache, ``(n_layer, n_kv_head)`` fp32: what its numbers are multiplied by;
@@ -79,10 +86,11 @@ class KVCache:
 
     Attributes:
         k, v: ``(n_layer, num_pages, page_size, n_kv_head, head_dim)``.
-        page_table: ``(max_seqs, max_pages_per_seq)`` int32 on the device. Row i is the i-th live
-            sequence, in the order of ``sequences``; entries past its pages are of no meaning.
-        seq_lens: ``(max_seqs,)`` int32 on the device: tokens held by the i-th live sequence, 0 past
-            the last one.
+        page_table: ``(max_seqs, max_pages_per_seq)`` int32 on the device. Row i is the i-th sequence, in the
+            order of ``sequences``; entries past its pages are of no meaning.
+        seq_lens: ``(max_seqs,)`` int32 on the device: tokens held by the i-th sequence, 0 past the last one.
+        storage: Keys, values, kv scales and page table, as forward passes and kernels take them.
+        copied_pages: Shared pages that were copied before a sequence wrote into them, so far.
 
     No gradient flows through a cache.
 
@@ -117,7 +125,7 @@ class KVCache:
         for name, value in sizes.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"KVCache: {name} is {value!r}; a positive integer is needed")
-        self._scales = _scales_of(dtype, device, (n_layer, n_kv_head), k_scale, v_scale)
+        kv_scales = _checked_kv_scales(dtype, device, (n_layer, n_kv_head), k_scale, v_scale)
         self.page_size = page_size
         self.max_seqs = max_seqs
         self.max_pages_per_seq = max_pages_per_seq
@@ -129,11 +137,12 @@ class KVCache:
             self.v = torch.zeros(shape, dtype=dtype, device=device)
             self.page_table = torch.zeros(max_seqs, max_pages_per_seq, dtype=torch.int32, device=device)
             self.seq_lens = torch.zeros(max_seqs, dtype=torch.int32, device=device)
+        self.storage = Storage(self.k, self.v, kv_scales, self.page_table)
+        self.copied_pages = 0
+        self._pool = PagePool(num_pages, max_seqs)
         self._rows: dict[int, _Row] = {}
         self._next_id = 0
-        self._references = [0] * num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._pending: CacheStep | None = None
+        self._pending: ForwardPass | None = None
 
     @classmethod
     def for_config(
@@ -142,37 +151,46 @@ class KVCache:
         *,
         max_seqs: int,
         max_len: int,
-        page_size: int | None = None,
+        page_size: int = PAGE_SIZE,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        cache_tokens: int | None = None,
         memory_bytes: int | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
     ) -> KVCache:
         """A cache for a model.
 
+        A sequence's bits follow ``max_len`` on a GPU, where attention is split by the page table's width:
+        give the model's context, and bound memory by ``cache_tokens`` or ``memory_bytes``.
+
         Args:
             config: The model's shape.
-            max_seqs: Most sequences alive at once.
+            max_seqs: Most sequences at once.
             max_len: Longest sequence, in tokens.
-            page_size: Tokens a page; None gives each sequence one page, ``max_len`` rounded up to 64: kernels
-                look a page up once a block of keys only where blocks do not straddle pages.
-            memory_bytes: Bytes that keys and values may take: as many pages as fit into them. None
-                gives every sequence room for ``max_len``.
+            page_size: Tokens a page.
+            cache_tokens: Tokens that all sequences together have room for, rounded up to whole pages.
+            memory_bytes: Bytes that keys and values may take: as many pages as fit into them.
+                With neither, every sequence has room for ``max_len``.
 
         Raises:
-            ValueError: A size out of range, or ``memory_bytes`` too small for one page.
+            ValueError: A size out of range, ``memory_bytes`` too small for one page, or both bounds.
         """
         if max_len < 1 or max_seqs < 1:
             raise ValueError(f"KVCache: max_seqs is {max_seqs}, max_len {max_len}; 1 or more is needed")
-        page_size = -(-max_len // _PAGE_UNIT) * _PAGE_UNIT if page_size is None else page_size
         if page_size < 1:
             raise ValueError(f"KVCache: page_size is {page_size}; 1 or more is needed")
         pages_per_seq = -(-max_len // page_size)
         num_pages = max_seqs * pages_per_seq
+        if cache_tokens is not None and memory_bytes is not None:
+            raise ValueError("KVCache: cache_tokens and memory_bytes are given; one of them is accepted")
+        if cache_tokens is not None:
+            if cache_tokens < 1:
+                raise ValueError(f"KVCache: cache_tokens is {cache_tokens}; 1 or more is needed")
+            num_pages = -(-cache_tokens // page_size)
         if memory_bytes is not None:
             page_bytes = 2 * config.n_layer * page_size * config.n_embd * dtype.itemsize
-            num_pages = min(num_pages, memory_bytes // page_bytes)
+            num_pages = memory_bytes // page_bytes
             if num_pages < 1:
                 raise ValueError(
                     f"KVCache: memory_bytes is {memory_bytes}; "
@@ -192,15 +210,6 @@ class KVCache:
             v_scale=v_scale,
         )
 
-    def scales(self, layer: int) -> Scales:
-        """A layer's (k_scale, v_scale) of an fp8 cache, ``(n_kv_head,)`` each; None of any other."""
-        return None if self._scales is None else (self._scales[0][layer], self._scales[1][layer])
-
-    @property
-    def all_scales(self) -> Scales:
-        """The same of all layers, ``(n_layer, n_kv_head)`` each."""
-        return self._scales
-
     @property
     def dtype(self) -> torch.dtype:
         """Of keys and values."""
@@ -214,12 +223,12 @@ class KVCache:
     @property
     def num_pages(self) -> int:
         """Pages in the pool, free or not."""
-        return len(self._references)
+        return self._pool.num_pages
 
     @property
     def free_pages(self) -> int:
         """Pages that no sequence holds."""
-        return len(self._free)
+        return self._pool.available
 
     @property
     def bytes_per_token(self) -> int:
@@ -234,19 +243,23 @@ class KVCache:
 
     @property
     def sequences(self) -> list[int]:
-        """Ids of the live sequences, in the order of the page table's rows."""
+        """Ids of the sequences, in the order of the page table's rows."""
         return list(self._rows)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens held by each live sequence, in the same order."""
+        """Tokens held by each sequence, in the same order."""
         return [row.length for row in self._rows.values()]
 
+    def pages(self, sequence: int) -> list[int]:
+        """The pages of a sequence, in order, those reserved for later included."""
+        return list(self._row(sequence).pages)
+
     def allocate(self, n: int = 1) -> list[int]:
-        """Begin ``n`` empty sequences, after the live ones; their ids.
+        """Begin ``n`` empty sequences, after the others; their ids.
 
         Raises:
-            CacheFullError: More than ``max_seqs`` would be alive.
+            CacheFullError: There would be more than ``max_seqs``.
         """
         if n < 0:
             raise ValueError(f"KVCache.allocate: n is {n}; 0 or more is needed")
@@ -263,22 +276,22 @@ class KVCache:
     def free(self, sequence: int) -> None:
         """End a sequence. The rows after it move up by one."""
         row = self._row(sequence)
-        self._release(row.pages)
+        self._pool.release(row.pages)
         del self._rows[sequence]
         self.refresh()
 
     def clear(self) -> None:
         """End every sequence."""
         for row in self._rows.values():
-            self._release(row.pages)
+            self._pool.release(row.pages)
         self._rows.clear()
         self.refresh()
 
     def fork(self, sequence: int) -> int:
-        """Begin a sequence, after the live ones, that holds what ``sequence`` holds, in shared pages; its id.
+        """Begin a sequence, after the others, that holds what ``sequence`` holds, in shared pages; its id.
 
         Raises:
-            CacheFullError: ``max_seqs`` sequences are alive.
+            CacheFullError: There are ``max_seqs`` sequences already.
         """
         source = self._row(sequence)
         (new,) = self.allocate(1)
@@ -287,12 +300,12 @@ class KVCache:
         return new
 
     def reorder(self, sources: Sequence[int]) -> None:
-        """Give every live sequence another's contents: the i-th takes what ``sources[i]`` (an id) holds.
+        """Give every sequence another's contents: the i-th takes what ``sources[i]`` (an id) holds.
 
-        Ids and their order stay. This is the step of beam search that keeps the best beams.
+        Ids and their order stay. Beam search takes the best beams on by it.
 
         Raises:
-            ValueError: Not one source per live sequence, or a source that is not alive.
+            ValueError: Not one source a sequence, or a source that is none of the sequences.
         """
         if len(sources) != len(self._rows):
             raise ValueError(
@@ -300,7 +313,7 @@ class KVCache:
             )
         shared = [self._share(row) for row in [self._row(s) for s in sources]]
         for row in self._rows.values():
-            self._release(row.pages)
+            self._pool.release(row.pages)
         self._rows = dict(zip(self._rows, shared, strict=True))
         self.refresh()
 
@@ -316,9 +329,51 @@ class KVCache:
                 f"KVCache.truncate: length is {length}; sequence {sequence} holds {row.length} tokens"
             )
         used = -(-length // self.page_size)
-        self._release(row.pages[used:])
+        self._pool.release(row.pages[used:])
         row.pages, row.length = row.pages[:used], length
         self.refresh()
+
+    def begin(self, keys: Iterable[bytes]) -> tuple[int, int]:
+        """Begin a sequence, after the others, with the pages that ``keys`` lead to.
+
+        Args:
+            keys: One a whole page of its tokens, in order; the first that leads to no page is the end.
+
+        Returns:
+            Its id, and how many tokens it holds.
+
+        Raises:
+            CacheFullError: There are ``max_seqs`` sequences already.
+        """
+        (new,) = self.allocate(1)
+        pages = self._pool.find(keys)
+        self._pool.share(pages)
+        self._rows[new] = _Row(pages, len(pages) * self.page_size)
+        self.refresh()
+        return new, self._rows[new].length
+
+    def found_pages(self, keys: Iterable[bytes]) -> int:
+        """How many pages ``begin`` would find."""
+        return len(self._pool.find(keys))
+
+    def remember(self, sequence: int, keys: Sequence[bytes]) -> None:
+        """Let ``keys`` lead to the first pages of a sequence, even after its end, until memory is wanted.
+
+        Raises:
+            ValueError: There are more keys than pages that the sequence has filled.
+        """
+        row = self._row(sequence)
+        if len(keys) * self.page_size > row.length:
+            raise ValueError(
+                f"KVCache.remember: {len(keys)} keys; sequence {sequence} holds {row.length} tokens, "
+                f"a key is of {self.page_size}"
+            )
+        for page, key in zip(row.pages, keys, strict=False):
+            self._pool.remember(page, key)
+
+    def forget_prefixes(self) -> None:
+        """Let no key lead to any page any more: what pages hold is not what the model would compute now."""
+        self._pool.forget_all()
 
     def reserve(self, new_lengths: Sequence[int], sequences: Sequence[int] | None = None) -> None:
         """See to it that so many more tokens of each sequence have a page that no other sequence shares.
@@ -328,46 +383,63 @@ class KVCache:
 
         Args:
             new_lengths: New tokens of each of ``sequences``.
-            sequences: Ids; all live ones, in order, when None.
+            sequences: Ids; all of them, in order, when None.
 
         Raises:
             ValueError: Not one length per sequence, a negative one, an unknown or repeated id.
             CacheFullError: Too few free pages, or a sequence would pass ``max_len``.
         """
         rows = self._selected(new_lengths, sequences)
-        takes, copies = self._plan(rows, new_lengths)
-        if not takes:
-            return
-        needed = sum(take for _, take in takes)
-        if needed > len(self._free):
+        demands = self._demands(rows, new_lengths)
+        needed = sum(demand.pages for demand in demands)
+        if needed > self._pool.available:
             raise CacheFullError(
                 f"KVCache: {needed} pages of {self.page_size} tokens are needed, "
-                f"{len(self._free)} of {self.num_pages} are free"
+                f"{self._pool.available} of {self.num_pages} are free"
             )
-        for row, take in takes:
-            if id(row) in copies:
+        for demand in demands:
+            row = demand.row
+            if demand.copies_tail:
                 self._own_tail(row)
-                take -= 1
-            row.pages.extend(self._take() for _ in range(take))
-        self._upload_table()
+            added = demand.pages - demand.copies_tail
+            if added:
+                row.pages += self._pool.take(added, row.pages[-1] if row.pages else None)
+        for row, new in zip(rows, new_lengths, strict=True):
+            if new and row.length % self.page_size:
+                # What a key leads to must not change.
+                self._pool.forget(row.pages[row.length // self.page_size])
+        if needed:
+            self._upload_table()
 
-    def extend(self, new_lengths: Sequence[int], sequences: Sequence[int] | None = None) -> CacheStep:
+    def extend(self, new_lengths: Sequence[int], sequences: Sequence[int] | None = None) -> ForwardPass:
         """Reserve room for new tokens and describe the forward pass that brings them.
 
-        Lengths advance on the step's ``commit``; until then nothing that the cache holds has changed,
+        Lengths advance on the pass's ``commit``; until then nothing that the cache holds has changed,
         so that a forward pass that fails leaves it as it was. Any other change to the cache, or
-        another ``extend``, makes the step void.
+        another ``extend``, makes the pass void.
 
         Args:
             new_lengths: New tokens of each of ``sequences``, 0 allowed.
-            sequences: Ids; all live ones, in order, when None.
+            sequences: Ids; all of them, in order, when None.
 
         Raises:
             ValueError, CacheFullError: As ``reserve``.
         """
         self.reserve(new_lengths, sequences)
+        places = {sequence: place for place, sequence in enumerate(self._rows)}
         ids = list(self._rows) if sequences is None else list(sequences)
-        self._pending = CacheStep(self, ids, list(new_lengths))
+        rows = [
+            PassRow(places[i], list(self._rows[i].pages), self._rows[i].length, new)
+            for i, new in zip(ids, new_lengths, strict=True)
+        ]
+
+        def commit(forward: ForwardPass) -> None:
+            if self._pending is not forward:
+                raise RuntimeError("ForwardPass.commit: the cache was changed since this pass began")
+            self.advance(new_lengths, ids)
+            self._upload_lengths()
+
+        self._pending = ForwardPass(self.storage, rows, commit)
         return self._pending
 
     def advance(self, new_lengths: Sequence[int], sequences: Sequence[int] | None = None) -> None:
@@ -375,6 +447,9 @@ class KVCache:
 
         The host's lengths alone change: whoever writes the tokens on the device advances ``seq_lens``
         there (a captured decode step does).
+
+        Raises:
+            ValueError: Tokens that were not reserved; nothing has changed.
         """
         rows = self._selected(new_lengths, sequences)
         totals = [row.length + new for row, new in zip(rows, new_lengths, strict=True)]
@@ -383,6 +458,12 @@ class KVCache:
         for row, total in zip(rows, totals, strict=True):
             row.length = total
         self._pending = None
+
+    def refresh(self) -> None:
+        """Bring the device's table and lengths to what the host knows; pending passes become void."""
+        self._pending = None
+        self._upload_table()
+        self._upload_lengths()
 
     def _row(self, sequence: int) -> _Row:
         try:
@@ -404,64 +485,44 @@ class KVCache:
             raise ValueError(f"KVCache: lengths are {list(new_lengths)}; 0 or more is needed")
         return rows
 
-    def _plan(self, rows: list[_Row], new_lengths: Sequence[int]) -> tuple[list[tuple[_Row, int]], set[int]]:
-        """(rows that need pages and how many, ids of those rows whose last page is to be copied)."""
-        takes: list[tuple[_Row, int]] = []
-        copies: set[int] = set()
-        left: Counter[int] = Counter()
+    def _demands(self, rows: list[_Row], new_lengths: Sequence[int]) -> list[_Demand]:
+        """What ``reserve`` takes from the pool."""
+        demands: list[_Demand] = []
+        readers_gone: Counter[int] = Counter()
         size = self.page_size
         for row, new in zip(rows, new_lengths, strict=True):
             total = row.length + new
-            take = -(-total // size) - len(row.pages)
-            if take > 0 and total > self.max_len:
+            take = max(-(-total // size) - len(row.pages), 0)
+            if take and total > self.max_len:
                 raise CacheFullError(
                     f"KVCache: a sequence of {row.length} tokens and {new} more passes "
                     f"the cache's longest sequence of {self.max_len}"
                 )
-            take = max(take, 0)
+            copies_tail = False
             # Only the page that holds position ``length`` can be both shared and written.
             if new and row.length % size:
                 tail = row.pages[row.length // size]
                 # Each copy leaves one reader fewer: the last of them may write in place.
-                if self._references[tail] - left[tail] > 1:
-                    left[tail] += 1
-                    copies.add(id(row))
-                    take += 1
-            if take:
-                takes.append((row, take))
-        return takes, copies
+                copies_tail = self._pool.holders(tail) - readers_gone[tail] > 1
+                readers_gone[tail] += copies_tail
+            demands.append(_Demand(row, take + copies_tail, copies_tail))
+        return demands
 
     def _own_tail(self, row: _Row) -> None:
         """Replace the shared page at the end of ``row`` with a copy of what the sequence holds of it."""
-        index, held = divmod(row.length, self.page_size)
-        old, new = row.pages[index], self._take()
+        index, filled = divmod(row.length, self.page_size)
+        old = row.pages[index]
+        (new,) = self._pool.take(1, row.pages[index - 1] if index else None)
         for cache in (self.k, self.v):
-            cache[:, new, :held].copy_(cache[:, old, :held])
-        self._release([old])
+            cache[:, new, :filled].copy_(cache[:, old, :filled])
+        self._pool.release([old])
         row.pages[index] = new
-
-    def _take(self) -> int:
-        page = self._free.pop()
-        self._references[page] = 1
-        return page
-
-    def _release(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            self._references[page] -= 1
-            if not self._references[page]:
-                self._free.append(page)
+        self.copied_pages += 1
 
     def _share(self, row: _Row) -> _Row:
         pages = row.pages[: -(-row.length // self.page_size)]
-        for page in pages:
-            self._references[page] += 1
+        self._pool.share(pages)
         return _Row(pages, row.length)
-
-    def refresh(self) -> None:
-        """Bring the device's table and lengths to what the host knows; pending steps become void."""
-        self._pending = None
-        self._upload_table()
-        self._upload_lengths()
 
     def _upload_table(self) -> None:
         if self._rows:
