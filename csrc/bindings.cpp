@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/tensor.h"
+#include "constants.h"
 #include "decode/decoder.h"
 #include "sampling/cpu_path.h"
 #include "sampling/cuda_path.h"
@@ -380,8 +381,7 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "gptkern's sampler (gptkern.ops.sample) and the CPU's decode step (gptkern.generate.cpu_step).";
     module.attr("has_cuda") = kHasCuda;
     module.attr("cuda_archs") = kCudaArchs;
-    module.attr("max_vocab") = kMaxVocab;
-    module.attr("max_vocab_top_k") = kMaxVocabTopK;
+    export_constants(module);
     const py::kw_only named;
     const auto optional = [](const char* name) { return py::arg(name) = py::none(); };
     module.def("sample", &sample, py::arg("logits"), named, py::arg("values"), optional("bias_ids"),

@@ -18,8 +18,8 @@ from gptkern.model.decoder import Block, Decoder, Norm
 from gptkern.ops._counters import Pool, counters_from
 from gptkern.ops._dispatch import use_kernel
 from gptkern.ops._launch import on_device
+from gptkern.ops._types import FP8
 from gptkern.ops.decode_attention import decode_attention
-from gptkern.ops.decode_attention.reference import FP8
 from gptkern.ops.decode_embed import decode_embed
 from gptkern.ops.decode_linear import QuantizedWeight, decode_linear, decode_qkv
 from gptkern.ops.decode_step import (

@@ -21,7 +21,8 @@ from gptkern.config import GPTConfig
 from gptkern.generate import Completion, GenerateOutput, Score, TextStream
 from gptkern.generate.executor import routes
 from gptkern.model.decoder import Decoder
-from gptkern.quantize import Quantization, quantize_model
+from gptkern.quantization import Quantization
+from gptkern.quantize import quantize_model
 from gptkern.routes import Explanation
 from gptkern.tokenizer import Tokenizer
 from gptkern.tokenizer.beside import tokenizer_for

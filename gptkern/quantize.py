@@ -7,7 +7,6 @@ matrices that are dequantised a layer at a time; the decode step's kernels read 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -15,61 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from gptkern import ops
-from gptkern.config import GPTConfig
-from gptkern.ops.decode_attention.reference import LARGEST
-from gptkern.ops.decode_linear.formats import GROUP_SIZES, QuantizedWeight, check_format, quantize
-
-METHOD = "gptkern"
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How a model's weights are kept.
-
-    Attributes:
-        format: ``int8``, ``fp8`` or ``int4``.
-        group_size, zero_point: Of int4: inputs that share a scale, and whether they share a zero.
-    """
-
-    format: str
-    group_size: int
-    zero_point: bool
-
-    @classmethod
-    def make(
-        cls, config: GPTConfig, format: str, group_size: int | None = None, zero_point: bool | None = None
-    ) -> Self:
-        """For a model of this shape; ``None`` takes the largest groups that divide its widths, and zeros.
-
-        Raises:
-            ValueError: An unknown format; groups that do not divide a width, or none that does.
-        """
-        widths = [config.n_embd, config.inner_dim]
-        if format != "int4" and (group_size is not None or zero_point is not None):
-            raise ValueError(f"quantize: group_size and zero_point are of int4 alone, weights is {format!r}")
-        dividing = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
-        size = group_size or (dividing or GROUP_SIZES)[0]
-        check_format("quantize", format, size, widths)
-        return cls(format, size, format == "int4" and zero_point is not False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` says as ``quantization_config``."""
-        fields: dict[str, Any] = {"quant_method": METHOD, "format": self.format}
-        if self.format == "int4":
-            fields |= {"group_size": self.group_size, "zero_point": self.zero_point}
-        return fields
-
-    @classmethod
-    def from_dict(cls, data: Any, config: GPTConfig) -> Self:
-        """Read what ``to_dict`` wrote.
-
-        Raises:
-            ValueError: Another method's, or not as this one writes it.
-        """
-        if not isinstance(data, dict) or data.get("quant_method") != METHOD:
-            method = data.get("quant_method") if isinstance(data, dict) else data
-            raise ValueError(f"quantization_config: quant_method is {method!r}; {METHOD!r} is supported")
-        return cls.make(config, str(data.get("format")), data.get("group_size"), data.get("zero_point"))
+from gptkern.ops._types import FP8_MAX
+from gptkern.ops.decode_linear.formats import QuantizedWeight, quantize
+from gptkern.quantization import Quantization
 
 
 class QuantizedLinear(nn.Module):
@@ -215,5 +162,5 @@ def kv_scales(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     ids = ids.to(model.device)
     largest = _LargestKV()
     model.transformer(ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids), largest)
-    k, v = (2 * torch.stack(layers).clamp_min(1e-6) / LARGEST for layers in (largest.k, largest.v))
+    k, v = (2 * torch.stack(layers).clamp_min(1e-6) / FP8_MAX for layers in (largest.k, largest.v))
     return k, v

@@ -53,7 +53,7 @@ class Column:
 FINITE = Range("a finite number", open_low=True, open_high=True)
 ABOVE_ZERO = Range("a finite number above 0", low=0, open_low=True, open_high=True)
 
-# In the order in which the extension reads them.
+# The extension says in which order it reads them: gptkern._native.PARAMETERS.
 COLUMNS = (
     Column("temperature", 1.0, Range("a finite number, 0 or more", low=0, open_high=True)),
     Column("top_k", 0.0, Range("0 or more", low=0), whole=True, within_vocab=True),

@@ -29,7 +29,8 @@ from gptkern.checkpoint import CheckpointError
 from gptkern.durable import write_file
 from gptkern.gpt import GPT
 from gptkern.ops import SamplerState, SamplingParams, sample
-from gptkern.quantize import Quantization, quantize_model
+from gptkern.quantization import Quantization
+from gptkern.quantize import quantize_model
 from gptkern.tokenizer import Tokenizer
 from gptkern.train.checkpoints import Store
 from gptkern.train.objective import LanguageModelling

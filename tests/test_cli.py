@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import gptkern.cli
-from gptkern import _checkout
+from gptkern import _checkout, _native
 from gptkern.cli import doctor as doctor_command
 from gptkern.cli import info as info_command
 from gptkern.cli._generation import unescape
@@ -319,8 +319,7 @@ def test_doctor_says_which_decode_step_is_in_use(monkeypatch: pytest.MonkeyPatch
 
 def test_doctor_in_a_checkout_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """It says what the import has said, and lists everything that is slower for it."""
-    monkeypatch.delattr(gptkern, "_C", raising=False)
-    monkeypatch.setitem(sys.modules, "gptkern._C", None)
+    monkeypatch.setattr(_native, "extension", None)
     monkeypatch.setattr(_checkout, "warning", lambda: "gptkern comes from the source checkout /clone")
     found = {finding.subject: finding for finding in doctor_command._extension()}
     assert "the source checkout /clone" in found["sampler"].text

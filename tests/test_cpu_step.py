@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 import gptkern
+from gptkern import _C, _native
 from gptkern.config import GPTConfig
 from gptkern.engine.cache import KVCache
 from gptkern.generate import cpu_step, executor
 from gptkern.generate.cpu_step import CpuStep
 from gptkern.gpt import GPT
-from gptkern.ops.sample._native import _C
-from gptkern.quantize import Quantization, QuantizedLinear, quantize_model
+from gptkern.quantization import Quantization
+from gptkern.quantize import QuantizedLinear, quantize_model
 from gptkern.testing import assert_accurate
 
 pytestmark = pytest.mark.skipif(not _C.has_decoder, reason="this processor has no AVX2")
@@ -496,5 +497,5 @@ def test_what_it_does_not_serve_is_left_to_the_model_with_a_reason(monkeypatch: 
     assert "these are fp8" in reason(_packed(PLAIN, torch.float32, "fp8"))
     with torch.autocast("cpu", torch.bfloat16):
         assert reason(_model(PLAIN, torch.float32, False)) == "autocast is on"
-    monkeypatch.setattr(executor, "_C", None)
+    monkeypatch.setattr(_native, "extension", None)
     assert "not built" in reason(_model(PLAIN, torch.float32, False))

@@ -651,7 +651,7 @@ def test_logits_that_are_no_numbers_are_refused(bad: float, message: str, at: in
 def test_what_a_gpu_tells_by_a_status_is_raised(
     speculate: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if _native._C is None:
+    if _native.native.extension is None:
         pytest.skip("gptkern._C is not built")
     monkeypatch.setattr(_native, "serves", lambda logits: True)
     monkeypatch.setattr(pick, "sample", functools.partial(pick.sample, validate=False))
@@ -715,7 +715,7 @@ def test_beams_of_a_tiny_vocabulary_are_the_best_of_all_sequences() -> None:
 @pytest.mark.parametrize("extension", [False, True])
 def test_temperatures_near_nothing_are_greedy(extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if extension:
-        if _native._C is None:
+        if _native.native.extension is None:
             pytest.skip("gptkern._C is not built")
         monkeypatch.setattr(_native, "serves", lambda logits: True)
     ours = pair("head dim 64")[1]

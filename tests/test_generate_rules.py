@@ -225,7 +225,7 @@ def test_rows_keep_their_own_rules_when_others_end() -> None:
 
 
 def test_the_extension_follows_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    if _native._C is None:
+    if _native.native.extension is None:
         pytest.skip("gptkern._C is not built")
     ids = few_tokens(3, 14)
     options: dict[str, Any] = {

@@ -16,13 +16,13 @@ from gptkern.checkpoint.errors import CheckpointError
 from gptkern.decode import DecodeStep
 from gptkern.engine.cache import KVCache
 from gptkern.gpt import GPT
-from gptkern.ops import append_kv, decode_attention
+from gptkern.ops import _launch, append_kv, decode_attention
+from gptkern.ops._types import FP8
 from gptkern.ops.decode_attention import reference
 from gptkern.ops.decode_linear import decode_linear, decode_qkv
 from gptkern.quantize import kv_scales
 from gptkern.testing import assert_accurate
 
-FP8 = torch.float8_e4m3fn
 PATHS = pytest.mark.parametrize("backend", ["reference", pytest.param("kernel", marks=pytest.mark.kernels)])
 
 
@@ -193,7 +193,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     for scale in (torch.ones(4), torch.zeros(1, 4), torch.full((1, 4), torch.nan)):
         with pytest.raises(ValueError, match=r"v_scale has shape .*of numbers above 0, is needed"):
             KVCache.for_config(gpt.config, **shape, dtype=FP8, v_scale=scale)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(_launch, "arch", lambda device: 80 if device.type == "cuda" else 90)
     with pytest.raises(ValueError, match=r"needs compute capability 8\.9 or newer"):
         KVCache.for_config(gpt.config, **shape, dtype=FP8, device="cuda")
     (k, v), scales = filled(1, 4, 2, 16)

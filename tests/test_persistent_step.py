@@ -16,11 +16,12 @@ from gptkern.engine.cache import KVCache
 from gptkern.gpt import GPT
 from gptkern.ops import _launch
 from gptkern.ops._cases import tensors
-from gptkern.ops.decode_attention.reference import FP8
+from gptkern.ops._types import FP8
 from gptkern.ops.decode_step import Linear, StepWeights, persistent_step
 from gptkern.ops.decode_step.weights import flat
 from gptkern.ops.sample import SamplerState, SamplingParams
-from gptkern.quantize import Quantization, quantize_model
+from gptkern.quantization import Quantization
+from gptkern.quantize import quantize_model
 
 pytestmark = pytest.mark.kernels
 

@@ -11,7 +11,7 @@ import torch
 from generate_support import VOCAB, pair
 from scipy import stats
 
-from gptkern import cli, ops
+from gptkern import _native, cli, ops
 from gptkern.decode import DecodeStep
 from gptkern.engine.cache import KVCache
 from gptkern.generate import verify
@@ -21,7 +21,6 @@ from gptkern.generate.lookup import Lookup
 from gptkern.generate.run import GenerateOutput
 from gptkern.gpt import GPT
 from gptkern.ops import _dispatch
-from gptkern.ops.sample._native import _C
 
 NEW = 24
 
@@ -237,7 +236,7 @@ def test_rows_are_bitwise_the_plain_step_and_rejects_leave_no_trace(
     where = device if kernels else torch.device("cpu")
     gpt = copy.deepcopy(pair("head dim 16, one head")[1]).to(where)
     kind: Any = DecodeStep if kernels else CpuStep
-    if not kernels and not _C.has_decoder:
+    if not kernels and not _native.extension.has_decoder:
         pytest.skip("this processor has no AVX2")
     tokens = [[5, 9, 5, 9], [7], [3, 4]]
     with torch.inference_mode(), ops.backend("kernel" if kernels else "reference"):

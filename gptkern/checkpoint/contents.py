@@ -13,7 +13,7 @@ from gptkern._warn import warn
 from gptkern.checkpoint.errors import CheckpointError, some
 from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import GPTConfig
-from gptkern.quantize import Quantization
+from gptkern.quantization import Quantization
 
 # matrices that OpenAI's GPTs and transformers' Conv1D keep as (in, out)
 BLOCK_MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

@@ -16,7 +16,7 @@ from gptkern.checkpoint.pickles import read_torch, state_dict_tensors
 from gptkern.checkpoint.storage import StoredTensor, read_safetensors
 from gptkern.config import JSON_FIELDS, GPTConfig
 from gptkern.kv_scales import are_kv_scales
-from gptkern.quantize import Quantization
+from gptkern.quantization import Quantization
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"

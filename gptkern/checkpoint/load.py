@@ -20,7 +20,8 @@ from gptkern.checkpoint.pending import Files, read
 from gptkern.checkpoint.placing import FLOATS, checked_device, checked_dtype
 from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import VOCAB_PADDING, GPTConfig
-from gptkern.quantize import Quantization, QuantizedLinear, empty_layers
+from gptkern.quantization import Quantization
+from gptkern.quantize import QuantizedLinear, empty_layers
 
 if TYPE_CHECKING:
     from gptkern.tokenizer import Tokenizer

@@ -102,24 +102,25 @@ def _kernels() -> Iterator[Finding]:
 def _extension() -> Iterator[Finding]:
     import torch
 
-    try:
-        from gptkern import _C
-    except ImportError as error:
-        from gptkern import _checkout
+    from gptkern import _checkout, _native
 
-        why = _checkout.warning() or f"gptkern._C cannot be loaded ({error}): pip install ."
+    extension = _native.extension
+    if extension is None:
+        why = _checkout.warning() or f"gptkern._C cannot be loaded ({_native.load_error}): pip install ."
         yield Finding("sampler", "fallback", f"plain PyTorch: {why}")
         yield Finding("decode step on CPU", "fallback", "PyTorch's operators: gptkern._C is not loaded")
         return
-    yield Finding("sampler on CPU", "ok", f"C++, {_C.cpu_path()}")
-    if _C.has_decoder:
-        yield Finding("decode step on CPU", "ok", f"C++, {_C.decode_path()}, fp32 and bf16, int8 weights")
+    yield Finding("sampler on CPU", "ok", f"C++, {extension.cpu_path()}")
+    if extension.has_decoder:
+        yield Finding(
+            "decode step on CPU", "ok", f"C++, {extension.decode_path()}, fp32 and bf16, int8 weights"
+        )
     else:
         yield Finding("decode step on CPU", "fallback", "PyTorch's operators: this processor has no AVX2")
     if torch.cuda.is_available():
         yield Finding("decode step on CUDA", "ok", DECODE_ON_CUDA)
-    if _C.has_cuda:
-        yield Finding("sampler on CUDA", "ok", f"CUDA C++ for {_C.cuda_archs}")
+    if extension.has_cuda:
+        yield Finding("sampler on CUDA", "ok", f"CUDA C++ for {extension.cuda_archs}")
     else:
         verdict: Verdict = "fallback" if torch.cuda.is_available() else "note"
         yield Finding("sampler on CUDA", verdict, "not built: no nvcc was found when gptkern was installed")

@@ -61,7 +61,8 @@ def quantize(
     """
     from rich.progress import Progress
 
-    from gptkern.quantize import Quantization, quantize_model
+    from gptkern.quantization import Quantization
+    from gptkern.quantize import quantize_model
 
     _check_out(out, model, overwrite)
     body = None if text is None else terminal.read_text(text)

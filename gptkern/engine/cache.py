@@ -20,7 +20,8 @@ from gptkern.config import GPTConfig
 from gptkern.engine.forward_pass import ForwardPass, PassRow, Storage, pack_table
 from gptkern.engine.pages import CacheFullError, PagePool
 from gptkern.kv_scales import are_kv_scales
-from gptkern.ops.decode_attention.reference import FP8, Scales
+from gptkern.ops import _checks
+from gptkern.ops._types import FP8, KvScales
 
 # Every BLOCK_N of the decode attention's launch tables divides it: kernels look a page up once a block.
 PAGE_SIZE = 64
@@ -32,7 +33,7 @@ def _checked_kv_scales(
     shape: tuple[int, int],
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
-) -> Scales:
+) -> KvScales | None:
     """The kv scales of an fp8 cache, checked, before any memory is spent; None of any other cache."""
     scales = {"k_scale": k_scale, "v_scale": v_scale}
     if dtype != FP8:
@@ -41,8 +42,7 @@ def _checked_kv_scales(
                 raise ValueError(f"KVCache: {name} is given, but dtype is {dtype}; scales are of {FP8}")
         return None
     where = torch.device(device)
-    if where.type == "cuda" and torch.cuda.get_device_capability(where) < (8, 9):
-        raise ValueError(f"KVCache: dtype is {dtype}; that needs compute capability 8.9 or newer")
+    _checks.fp8_device("KVCache", "dtype", where)
     for name, scale in scales.items():
         if scale is not None and not are_kv_scales(scale, shape):
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 
 from gptkern import ops
 from gptkern.ops._dispatch import use_kernel
+from gptkern.ops._types import KvScales
 from gptkern.ops.decode_attention import reference
 from gptkern.ops.flash_attention.reference import attention_cpu
 
@@ -54,7 +55,7 @@ class Storage:
 
     k: torch.Tensor
     v: torch.Tensor
-    kv_scales: reference.Scales
+    kv_scales: KvScales | None
     page_table: torch.Tensor
 
     @property
@@ -62,7 +63,7 @@ class Storage:
         """Tokens that a page holds."""
         return self.k.shape[2]
 
-    def layer_kv_scales(self, layer: int) -> reference.Scales:
+    def layer_kv_scales(self, layer: int) -> KvScales | None:
         """A layer's (k_scale, v_scale) of an fp8 cache, ``(n_kv_head,)`` each; None of any other."""
         return None if self.kv_scales is None else (self.kv_scales[0][layer], self.kv_scales[1][layer])
 
@@ -196,7 +197,7 @@ class ForwardPass:
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         scale: float,
-        kv_scales: reference.Scales,
+        kv_scales: KvScales | None,
     ) -> torch.Tensor:
         out = torch.empty_like(q)
         for tokens, pages, length in self._host_rows:

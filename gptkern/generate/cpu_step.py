@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gptkern._native import ACTIVATIONS, extension
 from gptkern.model.decoder import Block, Decoder, Norm
-from gptkern.ops.sample._native import _C
 from gptkern.quantize import QuantizedLinear
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ _WHOLE = frozenset(
     getattr(torch, name)
     for name in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
 )
-# csrc/decode/model.h
-_ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "relu": 2, "silu": 3}
 DTYPES_SERVED = (torch.float32, torch.bfloat16)
 
 
@@ -110,9 +108,9 @@ def _decoder(model: Decoder) -> Any:
     """The extension's view of the model's weights where they lie now."""
     config, transformer = model.config, model.transformer
     blocks = list(transformer.h)
-    return _C.Decoder(
+    return extension.Decoder(
         heads=config.n_head,
-        activation=_ACTIVATIONS[config.activation],
+        activation=ACTIVATIONS[config.activation],
         post_norm=config.post_norm,
         eps=config.layer_norm_epsilon,
         tokens=transformer.wte.weight,

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from gptkern import _native
 from gptkern.as_built import Blueprint, Watch, forwards_of, own_method, skeleton, untouched
 from gptkern.decode import DecodeStep
 from gptkern.environment import fallback
 from gptkern.generate.cpu_step import MOST_ROWS, CpuStep, unserved
 from gptkern.model.decoder import LINEAR, MLP, NORM, Attention, Block, Decoder, Norm, Transformer
 from gptkern.ops._dispatch import use_kernel
-from gptkern.ops.sample._native import _C
 from gptkern.quantize import QuantizedLinear
 from gptkern.routes import Route
 
@@ -62,9 +62,9 @@ def refused(model: Decoder, dtype: torch.dtype) -> str | None:
 
 
 def _refused_by_cpu(model: Decoder, dtype: torch.dtype) -> str | None:
-    if _C is None:
+    if _native.extension is None:
         return "gptkern._C is not built"
-    if not _C.has_decoder:
+    if not _native.extension.has_decoder:
         return "the CPU's decode step needs AVX2, which this processor lacks"
     return unserved(model, dtype)
 

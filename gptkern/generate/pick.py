@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import torch
 
+from gptkern._native import INFINITE, NAN, NOTHING_ALLOWED
 from gptkern.engine.settings import Settings
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.rules import RowRules, Rules
-from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, _native, sample
+from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, sample
 
 _STATUSES_AT_ONCE = 64
 _REASONS = {
-    _native.NAN: "hold NaN; numbers and -inf are accepted",
-    _native.INFINITE: "hold +inf, with their biases; numbers and -inf are accepted",
-    _native.NOTHING_ALLOWED: "leave no token to choose: every one is -inf or barred",
+    NAN: "hold NaN; numbers and -inf are accepted",
+    INFINITE: "hold +inf, with their biases; numbers and -inf are accepted",
+    NOTHING_ALLOWED: "leave no token to choose: every one is -inf or barred",
 }
 
 

@@ -23,7 +23,8 @@ from gptkern.as_built import untouched
 from gptkern.attend import Attend, DenseAttend, PackedAttend
 from gptkern.config import GPTConfig
 from gptkern.ops.linear.reference import ACTIVATIONS
-from gptkern.quantize import Quantization, QuantizedLinear
+from gptkern.quantization import Quantization
+from gptkern.quantize import QuantizedLinear
 
 if TYPE_CHECKING:
     from gptkern.engine.cache import KVCache

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from gptkern.ops import _launch
+from gptkern.ops._types import KvScales
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 KERNEL_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -55,3 +58,17 @@ def probability(op: str, name: str, value: float) -> None:
     """``value`` is a dropout probability in [0, 1)."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{op}: {name} is {value}; 0 <= {name} < 1 is needed")
+
+
+def fp8_device(op: str, name: str, device: torch.device) -> None:
+    """``device``, on which ``name`` is fp8, converts e4m3: CPUs do, and GPUs from sm_89 on."""
+    if device.type != "cpu" and _launch.arch(device) < 89:
+        raise ValueError(f"{op}: {name} is fp8; that needs compute capability 8.9 or newer")
+
+
+def kv_scales(op: str, value: KvScales, expected: Sequence[int], why: str = "") -> None:
+    """Both factors of an fp8 cache are fp32 tensors of the ``expected`` shape."""
+    for name, scale in zip(("k_scale", "v_scale"), value, strict=True):
+        tensor(op, name, scale)
+        dtype(op, name, scale, (torch.float32,))
+        shape(op, name, scale, expected, why)

@@ -13,7 +13,7 @@ from gptkern._at_import import NAME, PAGED
 from gptkern.as_built import untouched
 from gptkern.drop_in import Generation, Rng
 from gptkern.ops._dispatch import use_kernel
-from gptkern.quantize import METHOD
+from gptkern.quantization import METHOD
 from gptkern.routes import Explanation, Route
 from gptkern.transformers.engine import known_attention, refused_config, refused_model
 from gptkern.transformers.models import LIBRARY_CLASSES, LanguageModel, accelerated_class

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from gptkern import ops
 from gptkern.ops.decode_linear import QuantizedWeight, decode_linear, decode_qkv, quantize
-from gptkern.ops.decode_linear.formats import FORMATS, GROUP_SIZES, pack, unpack
+from gptkern.ops.decode_linear.formats import pack, unpack
+from gptkern.quantization import FORMATS, GROUP_SIZES
 from gptkern.testing import assert_accurate
 
 KINDS: list[dict[str, Any]] = [

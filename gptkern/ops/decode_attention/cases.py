@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from gptkern.ops._cases import Call, Case, Make, tensor
+from gptkern.ops._types import FP8
 from gptkern.ops.decode_attention.op import append_kv, decode_attention
-from gptkern.ops.decode_attention.reference import FP8
 
 # One query, or a few that share keys, are rows: fewer than wgmma's 64.
 _N = frozenset({"decode_attention_kernel"})

@@ -7,8 +7,8 @@ import triton
 
 from gptkern.ops import _launch, _pdl
 from gptkern.ops._counters import counters
+from gptkern.ops._types import KvScales
 from gptkern.ops.decode_attention import kernels
-from gptkern.ops.decode_attention.reference import Scales
 
 LOG2E = 1.4426950408889634
 # Query heads that share keys and are taken together: the matrix unit's narrow side, and the most that
@@ -30,7 +30,7 @@ def attend(
     window: int | None,
     starts: torch.Tensor | None,
     prefetch: bool = False,
-    scales: Scales = None,
+    scales: KvScales | None = None,
 ) -> torch.Tensor:
     """Decode attention by the kernel."""
     batch, heads, head_dim = q.shape
@@ -74,7 +74,7 @@ def append(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
-    scales: Scales = None,
+    scales: KvScales | None = None,
 ) -> None:
     """Write keys and values into the cache by the kernel."""
     tokens, kv_heads, head_dim = k.shape

@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from gptkern.ops import _checks, _launch
+from gptkern.ops import _checks
 from gptkern.ops._dispatch import needs_grad, traced, use_kernel
+from gptkern.ops._types import FP8, KvScales
 from gptkern.ops.decode_attention import launcher, reference
-from gptkern.ops.decode_attention.reference import Scales
 
 MAX_HEAD_DIM = 256
 
@@ -24,7 +24,7 @@ def decode_attention(
     scale: float | None = None,
     window: int | None = None,
     prefetch: bool = False,
-    scales: Scales = None,
+    scales: KvScales | None = None,
 ) -> torch.Tensor:
     """Attention of the newest token of each sequence over that sequence's pages (Flash-Decoding, 2023).
 
@@ -66,7 +66,7 @@ def append_kv(
     v_cache: torch.Tensor,
     slots: torch.Tensor,
     *,
-    scales: Scales = None,
+    scales: KvScales | None = None,
 ) -> None:
     """Write new keys and values into the cache, in place.
 
@@ -92,7 +92,7 @@ def append_kv(
 
 def _check_append(
     op: str, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
-    slots: torch.Tensor, scales: Scales,
+    slots: torch.Tensor, scales: KvScales | None,
 ) -> None:  # fmt: skip
     check_cache(op, k_cache, v_cache, scales)
     for name, value in (("k", k), ("v", v)):
@@ -127,7 +127,7 @@ def attend(
     window: int | None,
     starts: torch.Tensor | None,
     prefetch: bool = False,
-    scales: Scales = None,
+    scales: KvScales | None = None,
 ) -> torch.Tensor:
     """``decode_attention`` under the name ``op``, from token ``starts[i]`` of each sequence on."""
     _check(op, q, k_cache, v_cache, page_table, seq_lens, starts, scales)
@@ -178,12 +178,12 @@ def _append(
     run(k, v, k_cache, v_cache, slots)
 
 
-def check_cache(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor, scales: Scales) -> None:
+def check_cache(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor, scales: KvScales | None) -> None:
     """Raise for a cache that no op takes, or scales that do not fit it."""
     for name, value in (("k_cache", k_cache), ("v_cache", v_cache)):
         _checks.tensor(op, name, value, dim=4)
         floats = _checks.KERNEL_FLOATS if use_kernel(value) else _checks.FLOATS
-        _checks.dtype(op, name, value, floats if scales is None else (reference.FP8,))
+        _checks.dtype(op, name, value, floats if scales is None else (FP8,))
         _checks.last_dim_contiguous(op, name, value)
     _checks.shape(op, "v_cache", v_cache, k_cache.shape, "the shape of k_cache")
     if v_cache.dtype != k_cache.dtype:
@@ -195,17 +195,13 @@ def check_cache(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor, scales: S
     _check_scales(op, k_cache, scales)
 
 
-def _check_scales(op: str, k_cache: torch.Tensor, scales: Scales) -> None:
+def _check_scales(op: str, k_cache: torch.Tensor, scales: KvScales | None) -> None:
     if scales is None:
         return
     if traced(k_cache):
         raise ValueError(f"{op}: the cache is fp8; torch.compile takes it in 16 or 32 bits")
-    if k_cache.device.type != "cpu" and _launch.arch(k_cache.device) < 89:
-        raise ValueError(f"{op}: the cache is fp8; that needs compute capability 8.9 or newer")
-    for name, value in zip(("k_scale", "v_scale"), scales, strict=True):
-        _checks.tensor(op, name, value, dim=1)
-        _checks.dtype(op, name, value, (torch.float32,))
-        _checks.shape(op, name, value, k_cache.shape[2:3], "one per head of the cache")
+    _checks.fp8_device(op, "the cache", k_cache.device)
+    _checks.kv_scales(op, scales, k_cache.shape[2:3], "one per head of the cache")
     _checks.same_device(op, k_cache=k_cache, k_scale=scales[0], v_scale=scales[1])
 
 
@@ -217,7 +213,7 @@ def _check(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     starts: torch.Tensor | None,
-    scales: Scales,
+    scales: KvScales | None,
 ) -> None:
     _checks.tensor(op, "q", q, dim=3)
     check_cache(op, k_cache, v_cache, scales)

@@ -2,15 +2,12 @@
 
 import torch
 
-FP8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FP8).max
-# Of keys and of values, (kv_heads,) fp32: what an fp8 cache is multiplied by. None: the cache is not fp8.
-Scales = tuple[torch.Tensor, torch.Tensor] | None
+from gptkern.ops._types import FP8, FP8_MAX, KvScales
 
 
 def to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``(..., kv_heads, head_dim)`` in e4m3; beyond its range the largest number, NaN stays NaN."""
-    return (x.float() / scale[:, None]).clamp(-LARGEST, LARGEST).to(FP8)
+    return (x.float() / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -20,7 +17,7 @@ def from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.
 
 
 def widened(
-    k: torch.Tensor, v: torch.Tensor, scales: Scales, dtype: torch.dtype
+    k: torch.Tensor, v: torch.Tensor, scales: KvScales | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values in ``dtype`` where they are of an fp8 cache; of any other as they are."""
     return (k, v) if scales is None else (from_fp8(k, scales[0], dtype), from_fp8(v, scales[1], dtype))
@@ -62,7 +59,7 @@ def decode_attention(
     scale: float | None = None,
     window: int | None = None,
     starts: torch.Tensor | None = None,
-    scales: Scales = None,
+    scales: KvScales | None = None,
 ) -> torch.Tensor:
     page_size = k_cache.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -87,7 +84,7 @@ def append_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
-    scales: Scales = None,
+    scales: KvScales | None = None,
 ) -> None:
     if bool((slots < 0).any()):
         kept = slots >= 0

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gptkern.ops._cases import Call, Case, Make, tensor
-from gptkern.ops.decode_attention.reference import FP8
+from gptkern.ops._types import FP8
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_linear.op import decode_linear, decode_qkv
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-FORMATS = ("int8", "fp8", "int4")
-GROUP_SIZES = (128, 64, 32)
+from gptkern.quantization import GROUP_SIZES, check_format
+
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 # Shares of a group's range that are tried as its scale: clipping the ends can lose less than coarse steps.
 _CLIPS = tuple(1.0 - 0.03 * step for step in range(10))
@@ -23,7 +23,7 @@ class QuantizedWeight:
     """A matrix ``(outputs, inputs)``.
 
     Attributes:
-        format: One of ``FORMATS``.
+        format: ``int8``, ``fp8`` or ``int4``.
         values: ``(outputs, inputs)`` int8, or uint8 that holds e4m3; of int4 ``(outputs, inputs / 2)``
             uint8, where byte j of a group of G holds input j in its low half and j + G / 2 in its high one.
         scales: fp32, ``(outputs,)``, of int4 ``(outputs, groups)``.
@@ -82,21 +82,6 @@ def quantize(
     else:
         values = scaled.round().clamp(-largest, largest).to(torch.int8)
     return QuantizedWeight(format, values, scales)
-
-
-def check_format(op: str, format: str, group_size: int, widths: list[int]) -> None:
-    """Raise for a format that is none, or groups that do not divide a width."""
-    if format not in FORMATS:
-        raise ValueError(f"{op}: weights is {format!r}; accepted are {', '.join(FORMATS)}")
-    if format != "int4":
-        return
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"{op}: group_size is {group_size}; accepted are {', '.join(map(str, GROUP_SIZES))}")
-    for width in widths:
-        if width % group_size:
-            able = [str(size) for size in GROUP_SIZES if not any(w % size for w in widths)]
-            hint = f"group_size={' or '.join(able)} does" if able else "no group size does"
-            raise ValueError(f"{op}: groups of {group_size} do not divide a width of {width}; {hint}")
 
 
 def _int4(groups: torch.Tensor, zero_point: bool) -> QuantizedWeight:

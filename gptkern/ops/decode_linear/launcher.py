@@ -9,10 +9,9 @@ import triton
 
 from gptkern.ops import _launch, _pdl
 from gptkern.ops._counters import counters
-from gptkern.ops.decode_attention.reference import Scales
+from gptkern.ops._types import KvScales, Norm
 from gptkern.ops.decode_linear import kernels
 from gptkern.ops.decode_linear.formats import QuantizedWeight
-from gptkern.ops.decode_linear.reference import Norm
 
 LEAST_ROWS, _MOST_ROWS = 16, 64
 # Columns of x whose moments are taken at once: as many as registers hold of 64 rows.
@@ -51,7 +50,7 @@ def decode_linear(
     residual: torch.Tensor | None,
     normed_out: torch.Tensor | None,
     cache: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    cache_scales: Scales = None,
+    cache_scales: KvScales | None = None,
 ) -> torch.Tensor:
     """The layer by the kernel; ``cache`` is (k_cache, v_cache, slots) of queries, keys and values."""
     rows, width = x.shape

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from gptkern.ops import _checks, _launch
+from gptkern.ops import _checks
 from gptkern.ops._dispatch import needs_grad, traced, use_kernel
+from gptkern.ops._types import KvScales, Norm
 from gptkern.ops.decode_attention.op import check_cache, check_slots
-from gptkern.ops.decode_attention.reference import Scales
 from gptkern.ops.decode_linear import launcher, reference
 from gptkern.ops.decode_linear.formats import QuantizedWeight
-from gptkern.ops.decode_linear.reference import Norm
 from gptkern.ops.linear.reference import ACTIVATIONS
 
 
@@ -73,7 +72,7 @@ def decode_qkv(
     *,
     norm: Norm | None = None,
     normed_out: torch.Tensor | None = None,
-    scales: Scales = None,
+    scales: KvScales | None = None,
 ) -> torch.Tensor:
     """``decode_linear`` whose outputs are queries, keys and values, the latter written into the cache.
 
@@ -122,8 +121,8 @@ def _check(
     given: dict[str, torch.Tensor | None] = {"bias": bias}
     if isinstance(weight, QuantizedWeight):
         _checks.same_device(op, x=x, weight=weight.values, scales=weight.scales, zeros=weight.zeros)
-        if weight.format == "fp8" and x.device.type != "cpu" and _launch.arch(x.device) < 89:
-            raise ValueError(f"{op}: weight is fp8; that needs compute capability 8.9 or newer")
+        if weight.format == "fp8":
+            _checks.fp8_device(op, "weight", x.device)
     else:
         _checks.tensor(op, "weight", weight, dim=2)
         _checks.last_dim_contiguous(op, "weight", weight)
@@ -173,7 +172,7 @@ def _check_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
-    scales: Scales,
+    scales: KvScales | None,
 ) -> None:
     for name, kept in (("k_cache", k_cache), ("v_cache", v_cache)):
         _checks.tensor(op, name, kept, dim=4)

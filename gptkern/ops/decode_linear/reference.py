@@ -3,11 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from gptkern.ops.decode_attention.reference import Scales, append_kv
+from gptkern.ops._types import KvScales, Norm
+from gptkern.ops.decode_attention.reference import append_kv
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.linear.reference import ACTIVATIONS
-
-Norm = tuple[torch.Tensor, torch.Tensor | None, float]
 
 
 def normed(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
@@ -46,7 +45,7 @@ def decode_qkv(
     v_cache: torch.Tensor,
     slots: torch.Tensor,
     normed_out: torch.Tensor | None,
-    scales: Scales = None,
+    scales: KvScales | None = None,
 ) -> torch.Tensor:
     qkv = decode_linear(x, weight, bias, norm, "none", None, normed_out)
     width = k_cache.shape[2] * k_cache.shape[3]

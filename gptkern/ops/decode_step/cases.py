@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gptkern.ops._cases import Call, Case, Make, tensor
-from gptkern.ops.decode_attention.reference import FP8
+from gptkern.ops._types import FP8
 from gptkern.ops.decode_linear.cases import Packed, packed_matrix
 from gptkern.ops.decode_step.op import persistent_step
 from gptkern.ops.decode_step.weights import LayerWeights, Linear, StepWeights

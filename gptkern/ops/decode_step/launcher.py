@@ -11,8 +11,8 @@ import triton.language as tl
 from gptkern.ops import _launch
 from gptkern.ops._counters import counters
 from gptkern.ops._dispatch import INTERPRETED
+from gptkern.ops._types import KvScales
 from gptkern.ops.decode_attention.launcher import LEAST_HEADS
-from gptkern.ops.decode_attention.reference import Scales
 from gptkern.ops.decode_embed.op import EMBED_COLUMNS
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_linear.launcher import MOMENT_COLUMNS, packed_values, tiling
@@ -53,7 +53,7 @@ def launch_step(
     v_cache: torch.Tensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    scales: Scales,
+    scales: KvScales | None,
 ) -> torch.Tensor:
     """The step by the kernel."""
     rows, width = tokens.shape[0], weights.token_weight.shape[1]

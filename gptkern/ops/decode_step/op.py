@@ -8,7 +8,7 @@ import torch
 
 from gptkern.ops import _checks
 from gptkern.ops._dispatch import needs_grad, traced, use_kernel
-from gptkern.ops.decode_attention.reference import FP8, Scales
+from gptkern.ops._types import FP8, KvScales
 from gptkern.ops.decode_step.launcher import launch_step
 from gptkern.ops.decode_step.weights import COLUMNS, MATRICES, StepWeights, flat, unflat
 
@@ -24,7 +24,7 @@ def persistent_step(
     v_cache: torch.Tensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    scales: Scales = None,
+    scales: KvScales | None = None,
 ) -> torch.Tensor:
     """Append one token to each sequence and give the logits, in one cooperative launch.
 
@@ -65,7 +65,7 @@ def persistent_step(
 
 def _check(
     weights: StepWeights, tokens: torch.Tensor, live: torch.Tensor, k_cache: torch.Tensor,
-    v_cache: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, scales: Scales,
+    v_cache: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, scales: KvScales | None,
 ) -> None:  # fmt: skip
     op = "persistent_step"
     if not use_kernel(weights.token_weight):
@@ -94,9 +94,9 @@ def _check(
             raise ValueError(
                 f"{op}: {name} has strides {cache.stride()}; the last two must be ({head_dim}, 1)"
             )
-    for name, value in zip(("k_scale", "v_scale"), scales or (), strict=False):
-        _checks.shape(op, name, value, (len(weights.layers), heads))
-        _checks.dtype(op, name, value, (torch.float32,))
+    if scales is not None:
+        _checks.fp8_device(op, "the cache", k_cache.device)
+        _checks.kv_scales(op, scales, (len(weights.layers), heads), "one per layer and head of the cache")
     _checks.same_device(
         op, weights=weights.token_weight, tokens=tokens, live=live, k_cache=k_cache, v_cache=v_cache,
         page_table=page_table, seq_lens=seq_lens,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gptkern._native import COMMIT, KEEP_STATE
 from gptkern.ops.sample import _native, checks
 from gptkern.ops.sample.params import SamplerState, SamplingParams
 
@@ -79,7 +80,7 @@ def _sample(logits: torch.Tensor, *rest: Any) -> Five:
     checks.rows("sample", logits, params, state)
     out = sample_outputs(logits, logprobs)
     if not _native.traced(logits):
-        _native.sample(logits, params, state, logprobs, _native.COMMIT, **out)
+        _native.sample(logits, params, state, logprobs, COMMIT, **out)
     return out["tokens"], out["logprobs"], out["top_tokens"], out["top_logprobs"], out["status"]
 
 
@@ -88,7 +89,7 @@ def _probs(logits: torch.Tensor, *rest: Any) -> Two:
     checks.rows("sampling_probs", logits, params, state)
     out = probs_outputs(logits)
     if not _native.traced(logits):
-        _native.sample(logits, params, state, -1, _native.KEEP_STATE, **out)
+        _native.sample(logits, params, state, -1, KEEP_STATE, **out)
     return out["probs"], out["status"]
 
 
@@ -105,7 +106,7 @@ def _accept(
             "draft_tokens": draft_tokens.contiguous(),
             "draft_probs": None if draft_probs is None else draft_probs.contiguous(),
         }
-        _native.sample(target_logits, params, state, -1, _native.COMMIT, **out, **drafts)
+        _native.sample(target_logits, params, state, -1, COMMIT, **out, **drafts)
     return out["tokens"], out["accepted"], out["status"]
 
 

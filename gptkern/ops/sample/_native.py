@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import warnings
 from typing import Any
@@ -10,24 +9,9 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from gptkern import _native as native
 from gptkern.ops import _dispatch, _launch
 from gptkern.ops.sample.params import SamplerState, SamplingParams
-
-
-def _extension() -> Any:
-    try:
-        return importlib.import_module("gptkern._C")
-    except ImportError:  # a source tree that was never built
-        return None
-
-
-_C = _extension()
-
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-# csrc/sampling/arguments.h
-KEEP_STATE, COMMIT, COMMIT_ONLY = 0, 1, 2
-NAN, INFINITE, NOTHING_ALLOWED, NEEDS_COUNTS, BAD_TOKEN_ID, BAD_DRAFT = 1, 2, 3, 16, 17, 18
 
 _warned = False
 
@@ -37,9 +21,9 @@ def serves(logits: torch.Tensor) -> bool:
     global _warned
     if _dispatch._backend == "reference":
         return False
-    if _C is not None and (_C.has_cuda or logits.device.type != "cuda"):
+    if native.extension is not None and (native.extension.has_cuda or logits.device.type != "cuda"):
         return True
-    missing = "gptkern._C is not built" if _C is None else "gptkern._C was built without CUDA"
+    missing = "gptkern._C is not built" if native.extension is None else "gptkern._C was built without CUDA"
     if os.environ.get("GPTKERN_STRICT") == "1":
         raise RuntimeError(f"sample: {missing}, and GPTKERN_STRICT=1 allows no fallback")
     if not _warned:
@@ -58,7 +42,7 @@ def _machine(logits: torch.Tensor, rows: int, state: SamplerState | None) -> dic
     threads = {"threads": torch.get_num_threads()}
     if not logits.is_cuda:
         return threads
-    needed = _C.workspace_bytes(rows, logits.shape[-1])
+    needed = native.extension.workspace_bytes(rows, logits.shape[-1])
     workspace = None if state is None else state.workspace
     if workspace is None or workspace.numel() < needed or workspace.device != logits.device:
         workspace = torch.empty(needed, dtype=torch.uint8, device=logits.device)
@@ -83,7 +67,7 @@ def sample(
     ``out`` are the tensors that ``_C.sample`` writes, and the drafts where there are any.
     """
     with _launch.on_device(logits):
-        bad: int = _C.sample(
+        bad: int = native.extension.sample(
             logits,
             values=params.values,
             bias_ids=params.bias_ids,
@@ -106,7 +90,7 @@ def top_k(
 ) -> int:
     """The k most likely tokens of each row of ``logits`` ``(rows, vocab)``; returns as :func:`sample`."""
     with _launch.on_device(logits):
-        bad: int = _C.top_k(
+        bad: int = native.extension.top_k(
             logits,
             k,
             tokens=tokens,

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from gptkern._native import COUNTERS, MAX_VOCAB, MAX_VOCAB_TOP_K, PARAMETERS
 from gptkern.ops import _checks
-from gptkern.ops.sample.params import COUNTERS, PARAMETERS, SamplerState, SamplingParams
-
-MOST_TOKENS = 2**19  # csrc/sampling/arguments.h
-MOST_TOKENS_TOP_K = 2**24
+from gptkern.ops.sample.params import SamplerState, SamplingParams
 
 
 def vocabulary(op: str, logits: torch.Tensor, most: int) -> None:
@@ -26,7 +24,7 @@ def vocabulary(op: str, logits: torch.Tensor, most: int) -> None:
 def rows(op: str, logits: torch.Tensor, params: SamplingParams, state: SamplerState, dim: int = 2) -> None:
     """Logits ``(batch, vocab)``, or of three dimensions, with parameters and a state of as many rows."""
     _checks.tensor(op, "logits", logits, dim=dim)
-    vocabulary(op, logits, MOST_TOKENS)
+    vocabulary(op, logits, MAX_VOCAB)
     _checks.last_dim_contiguous(op, "logits", logits)
     batch, vocab = logits.shape[0], logits.shape[-1]
     _checks.tensor(op, "params.values", params.values, dim=2)
@@ -115,7 +113,7 @@ def _draft(
 def best(op: str, logits: torch.Tensor, k: int) -> None:
     """Logits ``(rows, vocab)`` of which the ``k`` best are asked for."""
     _checks.tensor(op, "logits", logits, dim=2)
-    vocabulary(op, logits, MOST_TOKENS_TOP_K)
+    vocabulary(op, logits, MAX_VOCAB_TOP_K)
     _checks.last_dim_contiguous(op, "logits", logits)
     if not 0 <= k <= logits.shape[1]:
         raise ValueError(f"{op}: k is {k}; 0 to {logits.shape[1]} are accepted")

@@ -6,6 +6,18 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from gptkern._native import (
+    BAD_DRAFT,
+    BAD_TOKEN_ID,
+    COMMIT,
+    COMMIT_ONLY,
+    INFINITE,
+    KEEP_STATE,
+    MAX_VOCAB_TOP_K,
+    NAN,
+    NEEDS_COUNTS,
+    NOTHING_ALLOWED,
+)
 from gptkern.ops import _checks
 from gptkern.ops.sample import _library, _native, checks, reference
 from gptkern.ops.sample.params import SamplerState, SamplingParams, check_values
@@ -117,7 +129,7 @@ def sampling_probs(logits: torch.Tensor, params: SamplingParams, *, state: Sampl
         probs, _ = torch.ops.gptkern.sampling_probs(logits, *_tensors(params), state.counters, state.counts)
         return probs
     out = _library.probs_outputs(logits)
-    bad = _native.sample(logits, params, state, -1, _native.KEEP_STATE, **out)
+    bad = _native.sample(logits, params, state, -1, KEEP_STATE, **out)
     if bad >= 0:
         _refuse("sampling_probs", logits, params, state, bad, int(out["status"][bad]))
     return out["probs"]
@@ -128,14 +140,14 @@ def _sample(logits: torch.Tensor, params: SamplingParams, state: SamplerState, v
     out = _library.sample_outputs(logits, width)
     on_cuda = logits.device.type == "cuda"
     # The CPU path commits nothing when a row is bad; a kernel cannot know of the other rows.
-    commit = _native.KEEP_STATE if on_cuda and validate else _native.COMMIT
+    commit = KEEP_STATE if on_cuda and validate else COMMIT
     bad = _native.sample(logits, params, state, width, commit, **out)
     if on_cuda and validate:
         bad = _first_bad(out["status"])
     if bad >= 0 and validate:
         _refuse("sample", logits, params, state, bad, int(out["status"][bad]))
     if on_cuda and validate:
-        _native.sample(logits, params, state, width, _native.COMMIT_ONLY, **out)
+        _native.sample(logits, params, state, width, COMMIT_ONLY, **out)
     return _sampled(width, **out)
 
 
@@ -168,14 +180,14 @@ def _refuse(
     """Raise for a row that could not be sampled."""
     check_values(op, params.values[row].tolist(), row, logits.shape[-1], params.max_logprobs)
     reasons = {
-        _native.NAN: f"logits[{row}] holds NaN; numbers and -inf are accepted",
-        _native.INFINITE: f"logits[{row}], with its biases, holds +inf; numbers and -inf are accepted",
-        _native.NOTHING_ALLOWED: f"logits[{row}] leaves no token to choose: every one is -inf or banned",
-        _native.NEEDS_COUNTS: f"row {row} asks for a penalty, which needs a state that keeps counts: "
+        NAN: f"logits[{row}] holds NaN; numbers and -inf are accepted",
+        INFINITE: f"logits[{row}], with its biases, holds +inf; numbers and -inf are accepted",
+        NOTHING_ALLOWED: f"logits[{row}] leaves no token to choose: every one is -inf or banned",
+        NEEDS_COUNTS: f"row {row} asks for a penalty, which needs a state that keeps counts: "
         "SamplerState.make(..., history=True)",
-        _native.BAD_TOKEN_ID: f"params name a token for row {row} that is outside the vocabulary of "
+        BAD_TOKEN_ID: f"params name a token for row {row} that is outside the vocabulary of "
         f"{logits.shape[-1]} (ids are 0 to {logits.shape[-1] - 1}, padding is -1)",
-        _native.BAD_DRAFT: f"draft_tokens[{row}] holds a token outside the vocabulary of {logits.shape[-1]}",
+        BAD_DRAFT: f"draft_tokens[{row}] holds a token outside the vocabulary of {logits.shape[-1]}",
     }
     raise ValueError(f"{op}: {reasons[status]}")
 
@@ -208,14 +220,14 @@ def _check_rows(op: str, logits: torch.Tensor, params: SamplingParams, state: Sa
     for row, values in enumerate(params.values.tolist()):
         check_values(op, values, row, vocab, params.max_logprobs)
         if values[7:10] != [1.0, 0.0, 0.0] and state.counts is None:
-            _refuse(op, logits, params, state, row, _native.NEEDS_COUNTS)
+            _refuse(op, logits, params, state, row, NEEDS_COUNTS)
     for ids in (params.bias_ids, params.banned_ids, params.eos_ids):
         if ids is not None and bool(((ids < -1) | (ids >= vocab)).any()):
             row = _first_bad(((ids < -1) | (ids >= vocab)).any(1))
-            _refuse(op, logits, params, state, row, _native.BAD_TOKEN_ID)
+            _refuse(op, logits, params, state, row, BAD_TOKEN_ID)
     for status, bad in (
-        (_native.NAN, logits.isnan()),
-        (_native.INFINITE, logits == float("inf")),
+        (NAN, logits.isnan()),
+        (INFINITE, logits == float("inf")),
     ):
         if bool(bad.any()):
             _refuse(op, logits, params, state, _first_bad(bad.flatten(1).any(1)), status)
@@ -227,7 +239,7 @@ def _sample_reference(logits: torch.Tensor, params: SamplingParams, state: Sampl
     x = _filtered(logits.double() if rng == "philox" else logits.float(), params, state)
     empty = (x == -float("inf")).all(-1)
     if bool(empty.any()):
-        _refuse("sample", logits, params, state, _first_bad(empty), _native.NOTHING_ALLOWED)
+        _refuse("sample", logits, params, state, _first_bad(empty), NOTHING_ALLOWED)
     probs = torch.softmax(x, dim=-1)
     if rng == "torch":
         drawn = torch.multinomial(probs, 1)[:, 0]
@@ -274,7 +286,7 @@ def top_k_logprobs(
         ValueError: k out of range, NaN or +inf in the logits, shapes that do not fit.
     """
     _checks.tensor("top_k_logprobs", "logits", logits, dim=3)
-    checks.vocabulary("top_k_logprobs", logits, checks.MOST_TOKENS_TOP_K)
+    checks.vocabulary("top_k_logprobs", logits, MAX_VOCAB_TOP_K)
     batch, beams, vocab = logits.shape
     if not 1 <= k <= beams * vocab:
         raise ValueError(f"top_k_logprobs: k is {k}; 1 to beams * vocab = {beams * vocab} is needed")
@@ -347,7 +359,7 @@ def speculative_accept(
     out = _library.accept_outputs(target_logits)
     on_cuda = target_logits.device.type == "cuda"
     validate = not on_cuda if validate is None else validate
-    commit = _native.KEEP_STATE if on_cuda and validate else _native.COMMIT
+    commit = KEEP_STATE if on_cuda and validate else COMMIT
     drafts = {"draft_tokens": draft_tokens, "draft_probs": draft_probs}
     bad = _native.sample(target_logits, params, state, -1, commit, **out, **drafts)
     if on_cuda and validate:
@@ -355,7 +367,7 @@ def speculative_accept(
     if bad >= 0 and validate:
         _refuse(op, target_logits, params, state, bad, int(out["status"][bad]))
     if on_cuda and validate:
-        _native.sample(target_logits, params, state, -1, _native.COMMIT_ONLY, **out)
+        _native.sample(target_logits, params, state, -1, COMMIT_ONLY, **out)
     return Accepted(out["tokens"], out["accepted"], out["status"])
 
 
@@ -371,7 +383,7 @@ def _accept_reference(
     _check_rows(op, target_logits, params, state)
     outside = ((draft_tokens < 0) | (draft_tokens >= vocab)).any(-1)
     if bool(outside.any()):
-        _refuse(op, target_logits, params, state, _first_bad(outside), _native.BAD_DRAFT)
+        _refuse(op, target_logits, params, state, _first_bad(outside), BAD_DRAFT)
     ahead = SamplerState(state.counters.clone(), None if state.counts is None else state.counts.clone())
     tokens = torch.full((batch, positions), -1, dtype=torch.int64, device=target_logits.device)
     going = torch.ones(batch, dtype=torch.bool, device=target_logits.device)
@@ -380,7 +392,7 @@ def _accept_reference(
         x = _filtered(target_logits[:, position].double(), params, ahead)
         empty = going & (x == -float("inf")).all(-1)
         if bool(empty.any()):
-            _refuse(op, target_logits, params, state, _first_bad(empty), _native.NOTHING_ALLOWED)
+            _refuse(op, target_logits, params, state, _first_bad(empty), NOTHING_ALLOWED)
         probs = torch.softmax(x, dim=-1)
         for_token, for_acceptance = reference.uniforms(ahead.counters)
         if position == positions - 1:

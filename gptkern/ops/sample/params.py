@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
+from gptkern._native import COUNTERS, IN_PROMPT, PARAMETERS
 from gptkern.sampler_columns import COLUMNS
 
-PARAMETERS = tuple(column.name for column in COLUMNS)
-COUNTERS = ("seed", "request", "step")
-IN_PROMPT = 1 << 30
+_COLUMNS = tuple(sorted(COLUMNS, key=lambda column: PARAMETERS.index(column.name)))
 
 Number = float | Sequence[float] | torch.Tensor
 Ids = Sequence[int] | Sequence[Sequence[int]]
@@ -190,7 +189,7 @@ def check_values(op: str, values: list[float], row: int, vocab: int, max_logprob
     """Raise for the first of one row's parameters that is outside its range."""
     if max_logprobs is not None and values[-1] > max_logprobs:
         raise ValueError(f"{op}: n_logprobs[{row}] is {values[-1]:g}; at most max_logprobs, {max_logprobs}")
-    for column, value in zip(COLUMNS, values, strict=True):
+    for column, value in zip(_COLUMNS, values, strict=True):
         accepted = column.range.accepts(value) and (not column.within_vocab or value <= vocab)
         if not accepted or (column.whole and value != int(value)):
             words = f"a whole number, {column.range.words}" if column.whole else column.range.words

@@ -1,0 +1,86 @@
+"""The quantisation of a model, as its checkpoint's ``config.json`` describes it. No tensors here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from gptkern.config import GPTConfig
+
+METHOD = "gptkern"
+FORMATS = ("int8", "fp8", "int4")
+# The sizes of an int4 group: inputs that share a scale.
+GROUP_SIZES = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The number format of a model's linear layers.
+
+    Attributes:
+        format: ``int8``, ``fp8`` or ``int4``.
+        group_size: int4 only: inputs that share a scale.
+        zero_point: int4 only: whether each group has a zero point beside its scale.
+    """
+
+    format: str
+    group_size: int
+    zero_point: bool
+
+    @classmethod
+    def make(
+        cls, config: GPTConfig, format: str, group_size: int | None = None, zero_point: bool | None = None
+    ) -> Self:
+        """The description for a model of ``config``'s shape.
+
+        Args:
+            config: The model's shape.
+            format: One of ``FORMATS``.
+            group_size: int4 only; None takes the largest size that divides the model's widths.
+            zero_point: int4 only; None means True.
+
+        Raises:
+            ValueError: The format is unknown, or the groups do not divide a width of the model.
+        """
+        widths = [config.n_embd, config.inner_dim]
+        if format != "int4" and (group_size is not None or zero_point is not None):
+            raise ValueError(f"quantize: group_size and zero_point are of int4 alone, weights is {format!r}")
+        dividing = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
+        size = group_size or (dividing or GROUP_SIZES)[0]
+        check_format("quantize", format, size, widths)
+        return cls(format, size, format == "int4" and zero_point is not False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``quantization_config`` of ``config.json``."""
+        fields: dict[str, Any] = {"quant_method": METHOD, "format": self.format}
+        if self.format == "int4":
+            fields |= {"group_size": self.group_size, "zero_point": self.zero_point}
+        return fields
+
+    @classmethod
+    def from_dict(cls, data: Any, config: GPTConfig) -> Self:
+        """The description that ``to_dict`` wrote.
+
+        Raises:
+            ValueError: ``data`` describes another method, or is not as ``to_dict`` writes it.
+        """
+        if not isinstance(data, dict) or data.get("quant_method") != METHOD:
+            method = data.get("quant_method") if isinstance(data, dict) else data
+            raise ValueError(f"quantization_config: quant_method is {method!r}; {METHOD!r} is supported")
+        return cls.make(config, str(data.get("format")), data.get("group_size"), data.get("zero_point"))
+
+
+def check_format(op: str, format: str, group_size: int, widths: list[int]) -> None:
+    """Raise ValueError for an unknown format, or for int4 groups that do not divide one of ``widths``."""
+    if format not in FORMATS:
+        raise ValueError(f"{op}: weights is {format!r}; accepted are {', '.join(FORMATS)}")
+    if format != "int4":
+        return
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"{op}: group_size is {group_size}; accepted are {', '.join(map(str, GROUP_SIZES))}")
+    for width in widths:
+        if width % group_size:
+            able = [str(size) for size in GROUP_SIZES if not any(w % size for w in widths)]
+            hint = f"group_size={' or '.join(able)} does" if able else "no group size does"
+            raise ValueError(f"{op}: groups of {group_size} do not divide a width of {width}; {hint}")
