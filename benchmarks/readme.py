@@ -21,6 +21,12 @@ UNMEASURED = (
     "GPU: not yet measured. The kernels have been run under Triton's interpreter and compiled to machine\n"
     "code for sm_80, sm_90 and sm_100; no timing on a GPU has been made, and none is claimed."
 )
+MEANING = """Times are medians. "peer 1.16 x" means that the peer takes 1.16 times as long as gptkern; below 1
+it is faster. The floor is the least time that the machine could need, by its measured rates of copying and of
+multiplying matrices; "80%" in that column means that the floor is 80% of the time taken. More than 100% is
+possible where data stays in the processor's cache."""
+# Suites that measure whole models and sampling, which people wait for.
+WHOLE = ("generate", "decode_step", "prefill", "train_step", "sample")
 
 
 def section(folder: Path) -> str:
@@ -32,30 +38,43 @@ def section(folder: Path) -> str:
     found = [(path.parent, results.load(path)) for path in sorted(folder.glob("*/results.json"))]
     on_gpu = [each for each in found if each[1].environment["device_type"] == "cuda"]
     on_cpu = [each for each in found if each not in on_gpu]
-    parts = [_device(place, result) for place, result in on_gpu] or [UNMEASURED]
-    return "\n\n".join(parts + [_device(place, result) for place, result in on_cpu])
+    tables_ = [_device(place, result) for place, result in [*on_gpu, *on_cpu]]
+    return "\n\n".join([*([] if on_gpu else [UNMEASURED]), MEANING, *tables_])
 
 
 def _device(folder: Path, result: Results) -> str:
     where = result.environment
     torch = where["versions"]["torch"]
-    threads = f", {where['threads']} threads, {where['clock']}" if where["device_type"] == "cpu" else ""
-    lines = [
-        f"{where['device']}{threads}, PyTorch {torch}, {where['time'][:10]}, commit {where['commit']}:",
-        "medians, and how many times as long each peer takes. Ceilings measured on the same machine: copy",
-        f"{result.ceilings.copy / 1e9:.4g} GB/s (read + written), matrix product "
-        + ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in result.ceilings.matmul.items())
-        + ".",
-        f"Everything: `benchmarks/results/{folder.name}/`.",
-        "",
-        "| | gptkern | of the floor | peers |",
-        "|---|---|---|---|",
-    ]
+    on_cpu = where["device_type"] == "cpu"
+    threads = (
+        f", {where['threads']} thread{'s' * (where['threads'] != 1)}, {where['clock']}" if on_cpu else ""
+    )
+    rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in result.ceilings.matmul.items())
     ours = [line for line in tables.lines(result) if line.row.provider == tables.OURS and line.row.rounds]
-    for line in ours:
+    whole = [line for line in ours if line.row.suite in WHOLE]
+    single = [line for line in ours if line not in whole]
+    note = ": on a CPU PyTorch's operators for the most part" if on_cpu else ""
+    return f"""{where["device"]}{threads}, PyTorch {torch}, {where["time"][:10]}, commit {where["commit"]}.
+This machine copies {result.ceilings.copy / 1e9:.4g} GB/s (read + written).
+Its TFLOP/s of matrix products: {rates}.
+
+{_table(result, whole)}
+
+<details><summary>Single ops{note}</summary>
+
+{_table(result, single)}
+
+</details>
+
+All figures, with their spread: `benchmarks/results/{folder.name}/`."""
+
+
+def _table(result: Results, lines: list[tables.Line]) -> str:
+    rows = ["| | gptkern | of the floor | peers |", "|---|---|---|---|"]
+    for line in lines:
         floor = "" if line.of_floor is None else f"{line.of_floor:.0%}"
-        lines.append(f"| {line.row.title} | {line.time} | {floor} | {_peers(result, line.row)} |")
-    return "\n".join(lines)
+        rows.append(f"| {line.row.title} | {line.time} | {floor} | {_peers(result, line.row)} |")
+    return "\n".join(rows)
 
 
 def _peers(result: Results, ours: Row) -> str:

@@ -15,8 +15,8 @@ from documents import ROOT, accept, blocks, broken_links, commands, embedded_for
 
 import gptkern.cli
 import gptkern.ops
+from gptkern import GPT
 from gptkern.generate import GenerateOptions
-from gptkern.model import GPT
 from gptkern.train import Settings
 
 DOCS = ROOT / "docs"
