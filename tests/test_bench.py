@@ -222,7 +222,7 @@ def test_another_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=r"other\.json: not a results file of gptkern bench"):
         results.load(path)
-    with pytest.raises(ValueError, match=r"absent\.json: not a results file"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         results.load(tmp_path / "absent.json")
 
 
@@ -358,7 +358,11 @@ def test_the_command_refuses_what_it_does_not_know(
     assert code == 2 and "compare takes two files" in text
     path = str(tmp_path / "none.json")
     code, text = _failure(capsys, "bench", "compare", path, path)
-    assert code == 1 and "none.json: not a results file" in text
+    assert code == 1 and "none.json: No such file or directory" in text
+    (tmp_path / "taken").write_text("")
+    for arguments in (["--out", str(tmp_path / "taken")], ["--device", "gpu"], ["--device", "cuda:99"]):
+        code, text = _failure(capsys, "bench", "layer_norm", "--quick", *arguments)
+        assert code == 1 and arguments[1] in text
     code, text = _failure(capsys, "inspect", "nothing")
     assert code == 1 and "there is no op 'nothing'" in text
     code, text = _failure(capsys, "inspect", "--arch", "70")
@@ -373,6 +377,12 @@ def test_comparing_tells_and_exits(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "slower: layer_norm 0x8 float32, gptkern: 1.18" in capsys.readouterr().out
     assert gptkern.cli.run(["bench", "compare", paths[0], paths[0]]) == 0
     assert "8 compared, 8 the same within the noise" in capsys.readouterr().err
+    assert gptkern.cli.run(["bench", "compare", *paths, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["regressed"] and found["broken"] == found["missing"] == []
+    assert found["changes"][0].keys() == {"problem", "provider", "verdict", "ratio", "interval"}
+    (tmp_path / "results.json").write_bytes(Path(paths[0]).read_bytes())
+    assert gptkern.cli.run(["bench", "compare", str(tmp_path), str(tmp_path)]) == 0
 
 
 def _report(**changed: Any) -> Report:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import gptkern.cli
-from gptkern.bench.profile import PROFILED, launches, profile
+from gptkern.bench.profile import PROFILED, REST, launches, profile
 from gptkern.config import GPTConfig
 from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
@@ -40,6 +41,8 @@ def test_bytes_times_and_operators(model: GPT, tmp_path: Path) -> None:
     assert found.step > 0 and found.prefill > 0
     times = [operator.seconds for operator in found.operators]
     assert times == sorted(times, reverse=True) and times[-1] > 0
+    # What is no operator's is there, too: the shares are of the token and not of a small part of it.
+    assert REST in {operator.name for operator in found.operators}
     # One choice a token.
     assert next(o.calls for o in found.operators if o.name == "aten::argmax") == 1
     events = json.loads(trace.read_text())["traceEvents"]
@@ -61,6 +64,11 @@ def test_the_command_prints_and_writes(capsys: pytest.CaptureFixture[str], tmp_p
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["prompt", "token", "bytes", "floor", "launches"]
     assert lines[4].startswith("launches   12 by the kernels' decode step on a GPU: 1 decode_embed_kernel")
-    assert len(lines) == 9
+    assert len(lines) == 10
+    assert lines[9].endswith("others")
+    shares = [int(re.search(r"(\d+)%", line)[1]) for line in lines[7:]]
+    assert abs(sum(shares) - 100) <= 2
+    assert gptkern.cli.run(["profile", "To be", *arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 3
     assert gptkern.cli.run(["profile", "", *arguments]) == 2
     assert "the prompt is empty" in capsys.readouterr().err

@@ -53,10 +53,15 @@ def index(reports: Iterable[Report]) -> dict[Key, Report]:
     return found
 
 
-def save(reports: Iterable[Report], path: Path) -> None:
-    """Write a baseline, a line for each kernel, so that changes show in a line-by-line comparison."""
+def text(reports: Iterable[Report]) -> str:
+    """A baseline as JSON, a line for each kernel, so that changes show in a line-by-line comparison."""
     rows = ",\n".join(json.dumps(dataclasses.asdict(report)) for report in index(reports).values())
-    write_file(path, f'{{"triton": "{triton.__version__}", "reports": [\n{rows}\n]}}\n')
+    return f'{{"triton": "{triton.__version__}", "reports": [\n{rows}\n]}}\n'
+
+
+def save(reports: Iterable[Report], path: Path) -> None:
+    """Write a baseline."""
+    write_file(path, text(reports))
 
 
 def load(path: Path) -> tuple[list[Report], str]:

@@ -22,7 +22,10 @@ from gptkern.generate.executor import LEAST_STEPS, Executor
 from gptkern.gpt import GPT
 from gptkern.ops import _launch, backend
 
-PROFILED = 8
+PROFILED = 7
+_WARM_PROFILED = 1
+# What a CPU's time holds beside PyTorch's operators.
+REST = "outside PyTorch's operators (the extension's decode step, Python)"
 _WARM = 3
 
 
@@ -47,7 +50,7 @@ class Profile:
         bytes_moved: The fewest to read for a token: all weights once, keys and values so far.
         copy: Bytes a second of this machine's copy, read plus written.
         launches: Kernel launches a token by name, as the kernels' decode step makes them on a GPU.
-        operators: By their own time, the slowest first.
+        operators: By their own time, the slowest first; on a CPU with ``REST``, what is no operator's.
     """
 
     device: str
@@ -76,10 +79,11 @@ def profile(model: GPT, ids: list[int], tokens: int, trace: Path | None = None) 
     Raises:
         ValueError: The prompt and the tokens do not fit into the model's context.
     """
-    needed = len(ids) + _WARM + tokens + PROFILED
+    more = _WARM + _WARM_PROFILED + PROFILED
+    needed = len(ids) + tokens + more
     if needed > model.config.n_positions:
         raise ValueError(
-            f"profile: {len(ids)} tokens of prompt, {tokens} measured and {_WARM + PROFILED} more do not fit "
+            f"profile: {len(ids)} tokens of prompt, {tokens} measured and {more} more do not fit "
             f"into the model's {model.config.n_positions}"
         )
     model.eval()
@@ -147,9 +151,13 @@ def _seconds(step: Callable[[], None]) -> float:
 
 def _operators(step: Callable[[], None], device: torch.device, trace: Path | None) -> list[Operator]:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(PROFILED):
-            step()
+    # The profiler's own beginning falls on the first step, which is left out.
+    plan = torch.profiler.schedule(wait=0, warmup=_WARM_PROFILED, active=PROFILED, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=plan) as profiler:
+        for _ in range(_WARM_PROFILED + PROFILED):
+            with torch.profiler.record_function(REST):
+                step()
+            profiler.step()
     if trace is not None:
         with tempfile.TemporaryDirectory() as folder:
             # written by a library that drops errors: whole if it reads back
@@ -162,4 +170,7 @@ def _operators(step: Callable[[], None], device: torch.device, trace: Path | Non
         Operator(event.key, event.count / PROFILED, getattr(event, own) * 1e-6 / PROFILED)
         for event in profiler.key_averages()
     ]
-    return sorted((o for o in found if o.seconds > 0), key=lambda o: -o.seconds)
+    return sorted(
+        (o for o in found if o.seconds > 0 and not o.name.startswith("ProfilerStep")),
+        key=lambda o: -o.seconds,
+    )

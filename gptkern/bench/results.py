@@ -12,23 +12,30 @@ from gptkern.bench.run import FORMAT, Results, Row
 from gptkern.durable import write_file
 
 
-def save(results: Results, path: Path) -> None:
-    """Write ``results`` whole or not at all."""
+def text(results: Results) -> str:
+    """``results`` as JSON."""
     data = {
         "format": FORMAT,
         "environment": results.environment,
         "ceilings": asdict(results.ceilings),
         "rows": [asdict(row) for row in results.rows],
     }
-    write_file(path, json.dumps(data, indent=1) + "\n")
+    return json.dumps(data, indent=1) + "\n"
+
+
+def save(results: Results, path: Path) -> None:
+    """Write ``results`` whole or not at all."""
+    write_file(path, text(results))
 
 
 def load(path: Path) -> Results:
-    """Read what ``save`` wrote.
+    """Read what ``save`` wrote; a folder stands for its ``results.json``.
 
     Raises:
+        OSError: It cannot be read.
         ValueError: The file is not such a file; the message names it.
     """
+    path = path / "results.json" if path.is_dir() else path
     try:
         data: dict[str, Any] = json.loads(path.read_text())
         if data["format"] != FORMAT:
@@ -36,5 +43,5 @@ def load(path: Path) -> Results:
         return Results(
             data["environment"], Ceilings(**data["ceilings"]), [Row(**row) for row in data["rows"]]
         )
-    except (OSError, KeyError, TypeError, ValueError) as failure:
+    except (KeyError, TypeError, ValueError) as failure:
         raise ValueError(f"{path}: not a results file of gptkern bench: {failure}") from failure

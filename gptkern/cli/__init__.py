@@ -9,17 +9,19 @@ import sys
 import warnings
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from gptkern.cli import terminal
+from gptkern.cli.usage import UsageProblem, usage_message
 
 # name -> the extra of the package that its further dependencies come with
 COMMANDS = {
     "generate": "",
     "chat": "",
     "info": "",
+    "models": "",
     "doctor": "",
     "train": "train",
     "plot": "train",
@@ -31,8 +33,6 @@ COMMANDS = {
     "verify": "transformers",
 }
 _INTERRUPTED = 130
-# typer carries a copy of click in newer versions, which has no public name.
-_UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 
 def _show_version(wanted: bool) -> None:
@@ -49,6 +49,7 @@ def build() -> typer.Typer:
         name="gptkern",
         rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
     for name in COMMANDS:
@@ -68,7 +69,12 @@ def _root(
         typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """A kernel-accelerated GPT runtime. Start with: gptkern generate 'ROMEO:'"""
+    """A kernel-accelerated GPT runtime. Start with: gptkern generate 'ROMEO:'
+
+    Results go to standard output, everything else to standard error. Exit codes: 0 it is done; 1 it could not
+    be done, or a check failed; 2 the command line makes no sense; 130 Ctrl-C stopped it, 143 SIGTERM a
+    training run.
+    """
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,18 +102,15 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run a command; its exit code. What the user can put right is told in one line."""
     try:
-        result = build()(args=arguments or ["--help"], prog_name="gptkern", standalone_mode=False)
+        result = build()(args=_with_help(arguments), prog_name="gptkern", standalone_mode=False)
         code = result if isinstance(result, int) else 0
-        if code == _INTERRUPTED and sys.stderr.isatty():
-            print(file=sys.stderr)  # the shell's prompt begins a line of its own
-        return code
-    except _UsageProblem as error:
+        return _interrupted() if code == _INTERRUPTED else code
+    except UsageProblem as error:
         command = next((name for name in arguments[:1] if name in COMMANDS), None)
-        help_ = " ".join(filter(None, ("gptkern", command, "--help")))
-        terminal.tell(f"{error.format_message()} ({help_} tells more)")
+        terminal.tell(usage_message(error, command))
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _INTERRUPTED
+        return _interrupted()
     except SystemExit as error:
         # typer and rich end the process where whoever read the output has gone: there is nobody to tell.
         if not isinstance(error.__context__, BrokenPipeError):
@@ -134,6 +137,20 @@ def run(arguments: list[str]) -> int:
             raise
         terminal.tell(error)
         return 1
+
+
+def _with_help(arguments: list[str]) -> list[str]:
+    """``gptkern`` and ``gptkern help`` show the help, ``gptkern help COMMAND`` that command's."""
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    return arguments or ["--help"]
+
+
+def _interrupted() -> int:
+    """Ctrl-C's exit code. On a terminal ``^C`` stands in the line, and the shell's prompt begins another."""
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    return _INTERRUPTED
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

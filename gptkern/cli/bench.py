@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptkern.cli import _options as o
 from gptkern.cli import terminal
+from gptkern.durable import make_folder
 
 if TYPE_CHECKING:
-    from gptkern.bench.run import Results
+    from gptkern.bench.compare import Comparison
+    from gptkern.bench.run import Results, Row
 
 
 def bench(
     what: Annotated[
         list[str] | None,
-        typer.Argument(help="Suites (all of them if none is named), or: compare OLD.json NEW.json."),
+        typer.Argument(
+            help="Suites; all of them if none is named. Or: compare OLD NEW, two folders or results.json."
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few small shapes: about two minutes.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for results.json, results.md, plots and report.html.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; by default as many as PyTorch takes.")
+    ] = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print results.json's content, or what compare found, as JSON.")
+    ] = False,
 ) -> int:
     """Time the kernels and the model against their peers and against what this machine can do.
 
@@ -42,21 +53,28 @@ def bench(
 
     - `gptkern bench compare old/results.json new/results.json` tells what changed beyond the noise, and
       exits with 1 if gptkern became slower: for use in CI
+
+    Pictures and report.html need matplotlib: `pip install 'gptkern[bench]'`. Without it the rest is written.
     """
     if what and what[0] == "compare":
-        return _compare(what[1:])
+        return _compare(what[1:], json_)
     import torch
 
-    from gptkern.bench import session
+    from gptkern.bench import results, session
 
     if threads is not None:
         torch.set_num_threads(threads)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(o.chosen_device(device))
+    if out is not None:
+        make_folder(out)  # told before the measurements, which take minutes
     found = _measured(what or [], where, quick)
-    _print(found)
+    if json_:
+        print(results.text(found), end="")
+    else:
+        _print(found)
     if out is not None:
         for path in session.write(found, out, _sections(where, quick)):
-            terminal.write(str(path))
+            print(terminal.visible(path, sys.stderr), file=sys.stderr)
     return 0
 
 
@@ -104,13 +122,16 @@ def _sections(device: object, quick: bool) -> dict[str, str]:
     }
 
 
-def _compare(files: list[str]) -> int:
+def _compare(files: list[str], as_json: bool) -> int:
     if len(files) != 2:
         raise typer.BadParameter("compare takes two files: gptkern bench compare OLD.json NEW.json")
     from gptkern.bench.compare import compare
     from gptkern.bench.results import load
 
     found = compare(*(load(Path(name)) for name in files))
+    if as_json:
+        print(json.dumps(_comparison(found)))
+        return int(found.regressed)
     for change in found.changes:
         if change.verdict != "same":
             terminal.write(
@@ -124,3 +145,23 @@ def _compare(files: list[str]) -> int:
     same = sum(change.verdict == "same" for change in found.changes)
     print(f"{len(found.changes)} compared, {same} the same within the noise", file=sys.stderr)
     return int(found.regressed)
+
+
+def _comparison(found: Comparison) -> dict[str, Any]:
+    def named(row: Row) -> dict[str, str]:
+        return {"problem": row.title, "provider": row.provider}
+
+    return {
+        "regressed": found.regressed,
+        "changes": [
+            {
+                **named(change.new),
+                "verdict": change.verdict,
+                "ratio": change.ratio,
+                "interval": [change.low, change.high],
+            }
+            for change in found.changes
+        ],
+        "broken": [{**named(row), "why": row.problem} for row in found.broken],
+        "missing": [named(row) for row in found.missing],
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +33,10 @@ def inspect(
     diff: Annotated[Path | None, typer.Option(help="Only what differs from this report.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     floor: Annotated[
-        bool, typer.Option("--floor", help="Also bytes, operations and least time a problem.")
+        bool, typer.Option("--floor", help="Print each problem's bytes, operations and least time, too.")
+    ] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print what --save writes, or with --diff a list of differences.")
     ] = False,
 ) -> int:
     """Compile the kernels for a GPU and read the machine code: no GPU is needed.
@@ -61,14 +65,17 @@ def inspect(
     floors = {each: report.floors(ops or [], each) for each in archs} if floor else {}
     found = report.compiled(ops or [], archs, per=per.value)
     lines: list[str] = []
-    if before is not None:
+    if json_:
+        lines = [] if before is None else report.diff(before[0], found)
+        print(report.text(found) if before is None else json.dumps(lines))
+    elif before is not None:
         lines = report.diff(before[0], found)
         terminal.write("\n".join(lines) or "the machine code is the same")
         if lines and before[1] != triton.__version__:
             terminal.write(f"{diff} was compiled by triton {before[1]}, this is {triton.__version__}")
     else:
         print(_aot.as_table(found))
-    for each, times in floors.items():
+    for each, times in {} if json_ else floors.items():
         print(f"\nleast times on sm_{each} ({report.NAMES[each]}, by datasheet)")
         print("\n".join(times))
     if save is not None:

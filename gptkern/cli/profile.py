@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gptkern.cli import _options as o
+from gptkern.cli import terminal
 
 if TYPE_CHECKING:
     from gptkern.bench.profile import Profile
@@ -23,6 +26,7 @@ def profile(
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace (chrome://tracing).")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Operators to list.")] = 12,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object, times in seconds.")] = False,
     dtype: o.Dtype = None,
     weights: o.Weights = None,
     device: o.Device = None,
@@ -48,7 +52,11 @@ def profile(
     ids = o.tokenizer_of(gpt).encode(prompt)
     if not ids:
         raise typer.BadParameter("the prompt is empty")
-    print("\n".join(_lines(measure(gpt, ids, tokens, trace), rows)))
+    found = measure(gpt, ids, tokens, trace)
+    if json_:
+        print(json.dumps({**asdict(found), "floor": found.floor}))
+    else:
+        terminal.write("\n".join(_lines(found, rows)))
 
 
 def _lines(found: Profile, rows: int) -> list[str]:
@@ -65,11 +73,15 @@ def _lines(found: Profile, rows: int) -> list[str]:
         f"{found.floor / found.step:.0%} of the token",
         f"launches   {sum(found.launches.values())} by the kernels' decode step on a GPU: {made}",
         "",
-        f"{'calls':>8}  {'time':>9}  {'share':>5}  operator, a token",
+        f"{'calls':>8}  {'time':>9}  {'share':>5}  of one token",
     ]
     for operator in found.operators[:rows]:
         lines.append(
-            f"{operator.calls:8.4g}  {seconds_text(operator.seconds):>9}  {operator.seconds / total:5.0%}  "
-            f"{operator.name}"
+            f"{operator.calls:8.4g}  {seconds_text(operator.seconds):>9}  "
+            f"{operator.seconds / total:5.0%}  {operator.name}"
         )
+    others = found.operators[rows:]
+    if others:
+        seconds = sum(operator.seconds for operator in others)
+        lines.append(f"{'':8}  {seconds_text(seconds):>9}  {seconds / total:5.0%}  {len(others)} others")
     return lines

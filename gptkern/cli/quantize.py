@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,6 +40,7 @@ def quantize(
     text_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens of the text to measure, from its beginning; 0 for all.")
     ] = DEFAULT_TEXT_TOKENS,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object, when all is done.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model that --out holds already.")
     ] = False,
@@ -59,8 +61,6 @@ def quantize(
     - `gptkern quantize gpt2-xl --weights int4 --group-size 64 --text held-out.txt --out gpt2-xl-int4`,
       then `gptkern generate "Once upon a time" --model gpt2-xl-int4`
     """
-    from rich.progress import Progress
-
     from gptkern.quantization import Quantization
     from gptkern.quantize import quantize_model
 
@@ -74,18 +74,36 @@ def quantize(
     after = _bytes(gpt)
     # The work is saved before anything is measured: measuring can take long, and be stopped.
     gpt.save_pretrained(out)
-    terminal.write(f"{out}: {after / 1e6:.4g} MB, {before / 1e6:.4g} MB before{_grown(before, after)}")
-    if not ids:
-        return
-    with Progress(transient=True) as progress:
+    facts: dict[str, Any] = {
+        "out": str(out),
+        "weights": weights.value,
+        "bytes": after,
+        "bytes_before": before,
+    }
+    if not json_:
+        terminal.write(f"{out}: {after / 1e6:.4g} MB, {before / 1e6:.4g} MB before{_grown(before, after)}")
+    if ids:
+        now, then = _both(gpt, lambda: o.load(model, device, dtype, tokenizer=tokenizer), ids)
+        facts |= {"perplexity": now, "perplexity_before": then, "tokens": len(ids)}
+        if not json_:
+            print(f"perplexity {now:.4f}, {then:.4f} before ({now / then - 1:+.2%}), of {len(ids):,} tokens")
+    if json_:
+        print(json.dumps(facts))
+
+
+def _both(quantised: GPT, original: Callable[[], GPT], ids: Sequence[int]) -> tuple[float, float]:
+    """The perplexity of both models, with a bar on standard error while it is measured."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("perplexity", total=2 * len(ids))
-        quantised = _perplexity(gpt, ids, lambda tokens: progress.advance(task, tokens))
-        del gpt
-        original = _perplexity(
-            o.load(model, device, dtype, tokenizer=tokenizer), ids, lambda n: progress.advance(task, n)
-        )
-    change = quantised / original - 1
-    print(f"perplexity {quantised:.4f}, {original:.4f} before ({change:+.2%}), of {len(ids):,} tokens")
+
+        def advance(tokens: int) -> None:
+            progress.advance(task, tokens)
+
+        now = _perplexity(quantised, ids, advance)
+        return now, _perplexity(original(), ids, advance)
 
 
 def _check_out(out: Path, model: str, overwrite: bool) -> None:

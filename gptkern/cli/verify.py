@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -12,14 +14,18 @@ from gptkern.cli import _options as o
 def verify(
     model: Annotated[str, typer.Argument(help="A GPT-2 or GPT-1 checkpoint: folder, hub id, or embedded.")],
     cases: Annotated[int, typer.Option(min=1, help="Random settings to compare.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of those settings.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of those settings.")] = 0,
     dtype: o.Dtype = None,
     device: o.Device = None,
     speed: Annotated[bool, typer.Option(help="Time both, and this machine's copy rate.")] = True,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, when all is compared.")
+    ] = False,
 ) -> int:
     """Compare a checkpoint under gptkern with the same under transformers: logits, tokens, gradients, speed.
 
-    The exit code is 1 where gptkern is further from a wider dtype than twice the library is.
+    Errors are measured against the same computation in a wider dtype; gptkern's may be twice the library's.
+    The exit code is 1 where one is larger.
 
     Examples:
 
@@ -33,7 +39,7 @@ def verify(
 
     from gptkern.transformers import verify as proof
 
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(o.chosen_device(device))
     kind = None if dtype is None else getattr(torch, dtype.value)
     loaded = proof.load(model, dtype=kind, device=where)
     try:
@@ -41,7 +47,7 @@ def verify(
     except TypeError as error:
         # The model's fault, which the command line tells in one line, and not the program's.
         raise ValueError(str(error)) from None
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=json_)
     console.print(str(verification.routes()), markup=False)
     checks = list(verification.checks(cases))
     table = Table("case", "what", "error", "allowed", "", box=None, padding=(0, 2, 0, 0))
@@ -51,12 +57,15 @@ def verify(
     console.print(table)
     failed = sum(not check.ok for check in checks)
     console.print(f"{len(checks) - failed} of {len(checks)} comparisons agree")
-    if speed:
-        found = verification.speed()
+    found = verification.speed() if speed else None
+    if found is not None:
         ratio = found.library / found.gptkern
         console.print(
             f"one token, batch 1: transformers {found.library * 1e3:.2f} ms, gptkern "
             f"{found.gptkern * 1e3:.2f} ms ({ratio:.2f} x); "
             f"reading the weights at this machine's copy rate takes {found.floor * 1e3:.2f} ms"
         )
+    if json_:
+        times = None if found is None else {"unit": "seconds a token", **asdict(found)}
+        print(json.dumps({"checks": [{**asdict(check), "ok": check.ok} for check in checks], "speed": times}))
     return int(failed > 0)

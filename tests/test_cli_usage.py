@@ -1,0 +1,131 @@
+"""What the command line says of itself: help, mistakes, exit codes, JSON, the list of models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gptkern.cli
+from gptkern.cli import terminal
+from gptkern.cli.usage import _example
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run_command(*arguments: str) -> tuple[int, str, str]:
+        code = gptkern.cli.run(list(arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("generate x -n abc", "'abc' is not a whole number (gptkern generate --help tells more)"),
+        ("generate x -n 0", "0 given; 1 or more is needed"),
+        ("generate x --dtype fp16", "'--dtype': 'fp16' is not one of 'float32'"),
+        ("generate x -t warm", "'warm' is not a number"),
+        ("inspect --arch new", "'new' is not a whole number"),
+        ("profile", 'as in: gptkern profile "ROMEO:" (gptkern profile --help tells more)'),
+        ("quantize embedded", "as in: gptkern quantize gpt2 --weights int8 --out gpt2-int8"),
+        ("train", "as in: gptkern train configs/shakespeare_char_cpu.toml --data"),
+        ("verify", "as in: gptkern verify gpt2"),
+        ("plot", "as in: gptkern plot runs/shakespeare"),
+    ],
+)
+def test_mistakes_name_the_value_and_what_is_accepted(run: Any, arguments: str, told: str) -> None:
+    code, out, err = run(*arguments.split())
+    assert (code, out) == (2, "")
+    assert told in err
+    assert "Value error" not in err
+
+
+@pytest.mark.parametrize("command", gptkern.cli.COMMANDS)
+def test_every_command_shows_an_example_or_needs_nothing(run: Any, command: str) -> None:
+    code, out, _ = run("help", command)
+    assert code == 0
+    assert out == run(command, "-h")[1] == run(command, "--help")[1]
+    assert _example(command) is not None or command == "doctor"
+
+
+def test_help_says_what_the_exit_codes_mean(run: Any) -> None:
+    _, out, _ = run("help")
+    words = " ".join(out.split())
+    assert "Exit codes: 0 it is done; 1 it could not be done" in words
+    assert "130 Ctrl-C stopped it" in words
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, gptkern.cli.typer.Abort])
+def test_ctrl_c_ends_the_line(
+    error: type[BaseException], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> Any:
+        def app(**_: Any) -> None:
+            raise error
+
+        return app
+
+    monkeypatch.setattr(gptkern.cli, "build", build)
+    assert gptkern.cli.run(["info"]) == 130
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert gptkern.cli.run(["info"]) == 130
+    assert capsys.readouterr().err == "\n"
+
+
+def test_models_tells_what_is_here_and_what_opens(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cached(name: str, config: str | None, *files: str) -> None:
+        repository = tmp_path / f"models--{name}"
+        folder = repository / "snapshots" / "abc"
+        folder.mkdir(parents=True)
+        (repository / "blobs").mkdir()
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("abc")
+        for file in files:
+            (folder / file).write_bytes(b"0123456789")
+        if config is not None:
+            (folder / "config.json").write_text(config)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    assert [model["name"] for model in json.loads(run("models", "--json")[1])["models"]] == ["embedded"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached("openai-community--gpt2", '{"model_type": "gpt2"}', "model.safetensors")
+    cached("some--llama", '{"model_type": "mamba"}', "model.safetensors")
+    cached("no--weights", '{"model_type": "gpt2"}')
+    cached("no--config", None, "model.safetensors")
+    cached("bad--config", "[", "model.safetensors")
+    code, out, _ = run("models", "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert {model["name"]: model["problem"] for model in told["models"]} == {
+        "embedded": "",
+        "bad/config": "no config.json in the cache",
+        "no/config": "no config.json in the cache",
+        "no/weights": "no weights in the cache",
+        "openai-community/gpt2": "",
+        "some/llama": "model_type 'mamba'",
+    }
+    assert any("gpt2" in line for line in told["supported"])
+    _, out, _ = run("models")
+    assert "some/llama" in out and "not supported: model_type 'mamba'" in out
+    assert "llm.c" in out
+
+
+@pytest.mark.parametrize("command", gptkern.cli.COMMANDS)
+def test_what_a_script_reads_is_json(run: Any, command: str) -> None:
+    """Those without have their result in a file, or speak with a person."""
+    without = {"chat", "train", "plot", "tune"}
+    assert ("--json" in run(command, "--help")[1]) == (command not in without)
+
+
+def test_messages_are_one_line_whatever_they_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.tell("two\n  lines")
+    assert capsys.readouterr().err == "gptkern: two lines\n"
