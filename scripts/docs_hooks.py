@@ -111,6 +111,19 @@ def _words(parameter: Any) -> Iterator[str]:
         yield f"Default: {shown}."
 
 
+def generation_options() -> str:
+    """Every option of ``generate``, from the table that its checks are made from, as Markdown."""
+    from gptkern.engine.options import OPTIONS
+
+    rows = ["| option | default | accepted | meaning | in the shell |", "|---|---|---|---|---|"]
+    for option in OPTIONS.values():
+        accepted = option.range.words if option.range else ""
+        meaning = f"{option.help} {option.more}".strip().replace("``", "`")
+        flag = f"`{option.flag.names[0]}`" if option.flag else ""
+        rows.append(f"| `{option.name}` | `{option.default!r}` | {accepted} | {meaning} | {flag} |")
+    return "\n".join(rows)
+
+
 def training_keys() -> str:
     """Every table and key of a training file, from the dataclasses that read it, as Markdown."""
     from gptkern.train.settings import Settings
@@ -154,6 +167,7 @@ def _toml(value: Any) -> str:
 
 
 MARKS = {
+    "<!-- every option of generate: scripts/docs_hooks.py -->": generation_options,
     "<!-- every command and its options: scripts/docs_hooks.py -->": commands,
     "<!-- every key of a training file: scripts/docs_hooks.py -->": training_keys,
 }

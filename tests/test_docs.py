@@ -121,6 +121,11 @@ def test_every_command_and_option_is_in_the_reference(hooks: Any) -> None:
         )
 
 
+def test_every_option_of_generate_is_in_the_reference(hooks: Any) -> None:
+    text = hooks.on_page_markdown(TEXTS["api/gpt.md"])
+    assert [name for name in GenerateOptions.__annotations__ if f"\n| `{name}` |" not in text] == []
+
+
 def test_every_key_of_a_training_file_is_in_the_reference(hooks: Any) -> None:
     text = hooks.on_page_markdown(TEXTS["train.md"])
     for section, keys in Settings().to_dict().items():
