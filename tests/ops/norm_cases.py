@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gptkern.ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from gptkern.ops.layer_norm import launcher
+from gptkern.ops.layer_norm import launch
 from gptkern.testing import DTYPES, Call
 
 # Narrow rows, the two widths beyond which rows are taken in chunks, and no power of two among them.
@@ -49,9 +49,9 @@ def call(op: Callable[..., Any], *shape: int, dtype: torch.dtype, **values: floa
 @contextmanager
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two programs at most, so that they go round more than once over few rows."""
-    plan = launcher.plan
+    plan = launch.plan
     with monkeypatch.context() as patch:
-        patch.setattr(launcher, "plan", lambda *arguments: (2, plan(*arguments)[1]))
+        patch.setattr(launch, "plan", lambda *arguments: (2, plan(*arguments)[1]))
         yield
 
 

@@ -14,7 +14,7 @@ from norm_cases import add_layer_norm, call, few_programs, grid, layer_norm, lea
 
 import gptkern
 from gptkern.ops import _cases
-from gptkern.ops.layer_norm import launcher
+from gptkern.ops.layer_norm import launch
 from gptkern.testing import DTYPES, Call, assert_accurate, check, check_values, norm_terms
 
 OPS = (layer_norm, add_layer_norm)
@@ -220,7 +220,7 @@ def test_broadcast_rows() -> None:
     check_values(add_layer_norm, Call((x.expand(3, 5, 33), leaf(3, 5, 33), leaf(33), leaf(33))))
     with pytest.raises(ValueError, match="x has strides"):
         layer_norm(torch.ones(4, 1).expand(4, 8), torch.ones(8))
-    with pytest.raises(ValueError, match="two nested strides"):
+    with pytest.raises(ValueError, match="two strided loops"):
         layer_norm(torch.ones(3, 4, 5, 8).permute(2, 1, 0, 3), torch.ones(8))
 
 
@@ -259,7 +259,7 @@ def test_any_shape_and_layout(
         expected = _cases.tensors(op(*given.args))
         exact = _cases.tensors(op(*(t.detach().double() for t in given.args)))
     if len(shape) == 3 and not _rows_nest(x):
-        with pytest.raises(ValueError, match="two nested strides"):
+        with pytest.raises(ValueError, match="two strided loops"):
             op(*given.args)
         return
     got = _cases.tensors(op(*given.args))
@@ -275,8 +275,8 @@ def test_any_shape_and_layout(
 def test_rows_past_2_to_the_31(axis: int, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's offset in elements passes 2^31, no stride does; only six rows of memory are touched."""
     if wide:  # the kernels for wide rows, on narrow ones
-        monkeypatch.setattr(launcher, "_FORWARD_WIDTH", 0)
-        monkeypatch.setattr(launcher, "_BACKWARD_WIDTH", 0)
+        monkeypatch.setattr(launch, "_FORWARD_WIDTH", 0)
+        monkeypatch.setattr(launch, "_BACKWARD_WIDTH", 0)
     step, width = 2**30 + 8, 8
     far = torch.empty(2 * step + 2 * width, dtype=torch.float16).as_strided((3, 2, width), (step, width, 1))
     far = far.transpose(0, axis).normal_()
@@ -298,7 +298,7 @@ def test_layouts_are_named_by_two_strides() -> None:
     base = torch.empty(6, 4, 10, 8)
     rows = torch.arange(base.numel()).view_as(base)
     for view in (rows, rows[:, 0], rows[:, :, ::2], rows[::2, :1], rows[:, 0].transpose(0, 1), rows[0, 0, 0]):
-        inner, outer, step = launcher.layout("op", "x", view)
+        inner, outer, step = launch.layout("op", "x", view)
         count = view.numel() // 8
         starts = [int(view.reshape(-1, 8)[r, 0] - view.flatten()[0]) for r in range(count)]
         assert starts == [(r // inner) * outer + (r % inner) * step for r in range(count)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from gptkern.ops import _checks
-from gptkern.ops.layer_norm.launcher import MAX_WIDTH, layout
+from gptkern.ops.layer_norm.launch import MAX_WIDTH, layout
 
 Maybe = torch.Tensor | None
 
 
 def _ordinary(x: torch.Tensor, residual: Maybe, weight: torch.Tensor, bias: Maybe) -> bool:
-    """Whether this is what nearly every call is: sound, contiguous, on one device."""
+    """Whether the call is right and like nearly every call: contiguous tensors on one device."""
     if not isinstance(x, torch.Tensor) or x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         return False
     device, width = x.device, x.shape[-1:]
@@ -30,7 +30,7 @@ def _ordinary(x: torch.Tensor, residual: Maybe, weight: torch.Tensor, bias: Mayb
 def check(
     op: str, x: torch.Tensor, residual: Maybe, weight: torch.Tensor, bias: Maybe, dropout_p: float = 0.0
 ) -> None:
-    """Raise for arguments that a norm does not accept, on any device."""
+    """Raise for arguments that a norm accepts on no device."""
     if 0.0 <= dropout_p < 1.0 and _ordinary(x, residual, weight, bias):
         return
     _checks.tensor(op, "x", x)
@@ -58,7 +58,7 @@ def check(
 
 
 def check_kernel(op: str, **values: Maybe) -> None:
-    """Raise for what the references accept and the kernels do not: float64."""
+    """Raise for float64, which the references accept and the kernels do not."""
     for name, value in values.items():
         if value is not None and value.dtype is torch.float64:
             _checks.dtype(op, name, value, _checks.KERNEL_FLOATS)

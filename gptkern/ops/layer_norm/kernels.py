@@ -33,18 +33,18 @@ _VARYING = ("rows", "x_inner", "residual_inner", "threshold", "parts")
 @triton.jit(do_not_specialize=_VARYING)
 def norm_forward_kernel(
     x_ptr,  # rows of WIDTH, row r at (r // x_inner) * stride_xo + (r % x_inner) * stride_xi
-    residual_ptr,  # the same with its own strides, or None
+    residual_ptr,  # rows of WIDTH with their own strides, or None
     weight_ptr,  # (WIDTH,)
     bias_ptr,  # (WIDTH,) or None
     out_ptr,  # (rows, WIDTH)
     sum_ptr,  # (rows, WIDTH), or None without a residual
-    stats_ptr,  # fp32 (2, rows): rstd, mean (RMS norm: (1, rows)); None where no backward follows
+    stats_ptr,  # fp32 (2, rows): rstd, mean (RMS norm: (1, rows)); None if no backward pass follows
     seed_ptr,  # one int64, or None without dropout
     x_inner, stride_xo, stride_xi,
     residual_inner, stride_ro, stride_ri,
     rows,
     eps,
-    threshold,  # of 65536: what is dropped
+    threshold,  # elements whose 16 random bits are below it are dropped
     keep_scale,
     WIDTH: tl.constexpr,
     CENTERED: tl.constexpr,
@@ -57,6 +57,7 @@ def norm_forward_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=lanes, other=0.0).to(tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        # Load ROWS rows; drop elements.
         row = first + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & lanes[None, :]
         at_x = row_offsets(row, x_inner, stride_xo, stride_xi)[:, None] + columns[None, :]
@@ -64,13 +65,15 @@ def norm_forward_kernel(
         x = tl.load(x_ptr + at_x, mask=mask, other=0.0).to(tl.float32)
         if seed_ptr is not None:
             x = row_dropout(x, tl.load(seed_ptr), row, 0, threshold, keep_scale, ROWS, BLOCK)
+        # Add the residual and store the sum.
         if residual_ptr is not None:
             at_residual = row_offsets(row, residual_inner, stride_ro, stride_ri)[:, None] + columns[None, :]
             x += tl.load(residual_ptr + at_residual, mask=mask, other=0.0).to(tl.float32)
-            # What is normalised is the sum as it is stored: the backward pass reads it back.
+            # The norm is that of the stored, rounded sum, which the backward pass reads.
             rounded = x.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + at_out, rounded, mask=mask)
             x = rounded.to(tl.float32)
+        # Statistics, normalise, scale and shift.
         x, rstd, mean = row_statistics(x, lanes, eps, WIDTH, CENTERED)
         out = x * rstd[:, None] * weight[None, :]
         if bias_ptr is not None:
@@ -86,13 +89,13 @@ def norm_forward_kernel(
 def norm_backward_kernel(
     d_out_ptr,  # (rows, WIDTH)
     d_sum_ptr,  # (rows, WIDTH): the gradient of the sum itself, or None
-    sum_ptr,  # what was normalised; row r at (r // x_inner) * stride_xo + (r % x_inner) * stride_xi
+    sum_ptr,  # the rows before normalisation; row r at (r // x_inner) * stride_xo + (r % x_inner) * stride_xi
     weight_ptr,  # (WIDTH,)
     stats_ptr,  # fp32 (2, rows): rstd, mean (RMS norm: (1, rows))
     seed_ptr,  # one int64, or None without dropout
     dx_ptr,  # (rows, WIDTH)
-    d_residual_ptr,  # (rows, WIDTH), or None where it equals dx: same dtype and no dropout
-    d_weight_part_ptr,  # fp32 (programs, WIDTH), or None where the weight needs no gradient
+    d_residual_ptr,  # (rows, WIDTH), or None if it equals dx: same dtype and no dropout
+    d_weight_part_ptr,  # fp32 (programs, WIDTH), or None if the weight needs no gradient
     d_bias_part_ptr,  # fp32 (programs, WIDTH), or None
     x_inner, stride_xo, stride_xi,
     rows,
@@ -114,16 +117,19 @@ def norm_backward_kernel(
         mask = present[:, None] & lanes[None, :]
         at = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
         at_x = row_offsets(row, x_inner, stride_xo, stride_xi)[:, None] + columns[None, :]
+        # Recompute the normalised rows from the saved sum and statistics.
         d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
         normed = tl.load(sum_ptr + at_x, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(stats_ptr + row, mask=present, other=0.0)
         if CENTERED:
             normed -= tl.load(stats_ptr + rows + row, mask=present, other=0.0)[:, None]
         normed = tl.where(mask, normed * rstd[:, None], 0.0)
+        # Accumulate weight and bias gradients.
         if d_weight_part_ptr is not None:
             d_weight += d_out * normed
         if d_bias_part_ptr is not None:
             d_bias += d_out
+        # Input gradient: project out the components along the normalised row and along the mean.
         grad = d_out * weight[None, :]
         inner = grad - normed * (tl.sum(grad * normed, axis=1) / WIDTH)[:, None]
         if CENTERED:
@@ -136,6 +142,7 @@ def norm_backward_kernel(
         if seed_ptr is not None:
             dx = row_dropout(dx, tl.load(seed_ptr), row, 0, threshold, keep_scale, ROWS, BLOCK)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    # Store this program's part of the weight and bias gradients.
     at_part = tl.program_id(0) * WIDTH + columns
     if d_weight_part_ptr is not None:
         tl.store(d_weight_part_ptr + at_part, tl.sum(d_weight, axis=0), mask=lanes)
@@ -196,6 +203,7 @@ def norm_wide_forward_kernel(
     if residual_ptr is not None:
         residual_ptr += row_offsets(row, residual_inner, stride_ro, stride_ri)[:, None]
         sum_ptr += row.to(tl.int64)[:, None] * WIDTH
+    # First pass: sum with the residual, running mean and sum of squares.
     mean = tl.zeros([1], tl.float32)
     squares = tl.zeros([1], tl.float32)
     for start in range(0, WIDTH, BLOCK):
@@ -223,8 +231,9 @@ def norm_wide_forward_kernel(
         if CENTERED:
             tl.store(stats_ptr + rows + row, mean)
     if residual_ptr is not None:
-        tl.debug_barrier()  # the sum is read back by other threads than wrote it
+        tl.debug_barrier()  # a thread reads elements of the sum that others wrote
         x_ptr = sum_ptr
+    # Second pass: normalise, scale and shift.
     for start in range(0, WIDTH, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         lanes = columns < WIDTH
@@ -253,6 +262,7 @@ def norm_wide_backward_kernel(
     sum_ptr += row_offsets(row, x_inner, stride_xo, stride_xi)[:, None]
     rstd = tl.load(stats_ptr + row)
     mean = tl.load(stats_ptr + rows + row) if CENTERED else tl.zeros([1], tl.float32)
+    # First pass: the means of g * h and of g.
     product_mean = tl.zeros([1], tl.float32)
     grad_mean = tl.zeros([1], tl.float32)
     for start in range(0, WIDTH, BLOCK):
@@ -265,6 +275,7 @@ def norm_wide_backward_kernel(
         product_mean += tl.sum(grad * normed, axis=1) / WIDTH
         if CENTERED:
             grad_mean += tl.sum(grad, axis=1) / WIDTH
+    # Second pass: the input gradient.
     for start in range(0, WIDTH, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         lanes = (columns < WIDTH)[None, :]

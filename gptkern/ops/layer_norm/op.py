@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from gptkern.ops._dispatch import needs_grad, traced, use_kernel
-from gptkern.ops.layer_norm import autograd, launcher, reference
+from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
+from gptkern.ops.layer_norm import launch, reference
 from gptkern.ops.layer_norm.checks import check, check_kernel
+from gptkern.ops.layer_norm.launch import Settings
+from gptkern.ops.layer_norm.register import Norm
+
+Maybe = torch.Tensor | None
 
 
 def layer_norm(
@@ -18,7 +22,8 @@ def layer_norm(
 
     Args:
         x: ``(..., width)``, width 1 to 65536; fp32, fp16 or bf16 (float64 on a CPU). The last
-            dimension contiguous, the others of any strides that nest in two, 0 included.
+            dimension is contiguous; the leading ones must collapse to at most two strided loops, and a
+            stride of 0 is allowed.
         weight: ``(width,)``, of the same or another floating dtype.
         bias: ``(width,)`` or None.
         eps: Added to the variance.
@@ -31,17 +36,14 @@ def layer_norm(
         ValueError: a shape, layout or device that is not accepted.
     """
     check("layer_norm", x, None, weight, bias)
-    dtype = autograd.out_dtype(x, None)
+    dtype = out_dtype(x, None)
     if not use_kernel(x):
         return reference.layer_norm(x, weight, bias, eps).to(dtype)
     check_kernel("layer_norm", x=x, weight=weight, bias=bias)
     if traced(x):
         out: torch.Tensor = torch.ops.gptkern.layer_norm(x, weight, bias, eps, dtype)[0]
-    elif needs_grad(x, weight, bias):
-        out = autograd.Norm.apply("layer_norm", x, None, weight, bias, eps, 0.0, None, True, dtype)
-    else:
-        out = launcher.forward("layer_norm", x, None, weight, bias, eps, 0.0, None, True, dtype, False)[0]
-    return out
+        return out
+    return norm(x, weight, bias, Settings("layer_norm", True, eps, 0.0, dtype))
 
 
 def add_layer_norm(
@@ -70,19 +72,55 @@ def add_layer_norm(
         TypeError, ValueError: as ``layer_norm``.
     """
     check("add_layer_norm", x, residual, weight, bias, dropout_p)
-    dtype = autograd.out_dtype(x, residual)
+    dtype = out_dtype(x, residual)
     if not use_kernel(x):
         normed, total = reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p)
         return normed.to(dtype), total
     check_kernel("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)
-    seed = autograd.new_seed(x, dropout_p)
+    seed = new_seed(x, dropout_p)
     if traced(x):
         op = torch.ops.gptkern.add_layer_norm
         normed, total, _ = op(x, residual, weight, bias, eps, dropout_p, seed, dtype)
         return normed, total
-    arguments = ("add_layer_norm", x, residual, weight, bias, eps, dropout_p, seed, True, dtype)
+    settings = Settings("add_layer_norm", True, eps, dropout_p, dtype)
+    return add_norm(x, residual, weight, bias, seed, settings)
+
+
+# Shared with RMS norm.
+
+
+def out_dtype(x: torch.Tensor, residual: Maybe) -> torch.dtype:
+    """The dtype of the normalised rows: autocast's, else that of the rows before normalisation."""
+    cast = autocast_dtype(x)
+    if cast is not None and x.dtype is not torch.float64:
+        return cast
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+
+
+def new_seed(x: torch.Tensor, dropout_p: float) -> Maybe:
+    """A seed on ``x``'s device: drawn without synchronisation, and anew at each replay of a CUDA graph."""
+    return torch.randint(2**62, (1,), device=x.device) if dropout_p > 0.0 else None
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, settings: Settings) -> torch.Tensor:
+    """The norm by the kernels, eagerly."""
+    if needs_grad(x, weight, bias):
+        out: torch.Tensor = Norm.apply(x, None, weight, bias, None, settings)
+        return out
+    return launch.forward(x, None, weight, bias, None, settings, False)[0]
+
+
+def add_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    seed: Maybe,
+    settings: Settings,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The addition and the norm by the kernels, eagerly."""
     if needs_grad(x, residual, weight, bias):
-        normed, total = autograd.Norm.apply(*arguments)
+        normed, total = Norm.apply(x, residual, weight, bias, seed, settings)
         return normed, total
-    normed, total, _ = launcher.forward(*arguments, False)
+    normed, total, _ = launch.forward(x, residual, weight, bias, seed, settings, False)
     return normed, total

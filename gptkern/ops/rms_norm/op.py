@@ -1,16 +1,14 @@
-"""RMS normalisation, alone and fused with the residual addition before it.
-
-The kernels are those of ``gptkern.ops.layer_norm``, without the mean and without a bias.
-"""
+"""RMS normalisation, alone and fused with the residual addition before it."""
 
 from __future__ import annotations
 
 import torch
 
-from gptkern.ops._dispatch import needs_grad, traced, use_kernel
-from gptkern.ops.layer_norm import autograd, launcher
+from gptkern.ops._dispatch import traced, use_kernel
 from gptkern.ops.layer_norm.checks import check, check_kernel
-from gptkern.ops.rms_norm import reference
+from gptkern.ops.layer_norm.launch import Settings
+from gptkern.ops.layer_norm.op import add_norm, new_seed, norm, out_dtype
+from gptkern.ops.rms_norm import reference, register  # noqa: F401  (register: torch.ops.gptkern.rms_norm)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -20,7 +18,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
 
     Args:
         x: ``(..., width)``, width 1 to 65536; fp32, fp16 or bf16 (float64 on a CPU). The last
-            dimension contiguous, the others of any strides that nest in two, 0 included.
+            dimension is contiguous; the leading ones must collapse to at most two strided loops, and a
+            stride of 0 is allowed.
         weight: ``(width,)``, of the same or another floating dtype.
         eps: Added to the mean square.
 
@@ -32,17 +31,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
         ValueError: a shape, layout or device that is not accepted.
     """
     check("rms_norm", x, None, weight, None)
-    dtype = autograd.out_dtype(x, None)
+    dtype = out_dtype(x, None)
     if not use_kernel(x):
         return reference.rms_norm(x, weight, eps).to(dtype)
     check_kernel("rms_norm", x=x, weight=weight)
     if traced(x):
         out: torch.Tensor = torch.ops.gptkern.rms_norm(x, weight, eps, dtype)[0]
-    elif needs_grad(x, weight):
-        out = autograd.Norm.apply("rms_norm", x, None, weight, None, eps, 0.0, None, False, dtype)
-    else:
-        out = launcher.forward("rms_norm", x, None, weight, None, eps, 0.0, None, False, dtype, False)[0]
-    return out
+        return out
+    return norm(x, weight, None, Settings("rms_norm", False, eps, 0.0, dtype))
 
 
 def add_rms_norm(
@@ -70,19 +66,15 @@ def add_rms_norm(
         TypeError, ValueError: as ``rms_norm``.
     """
     check("add_rms_norm", x, residual, weight, None, dropout_p)
-    dtype = autograd.out_dtype(x, residual)
+    dtype = out_dtype(x, residual)
     if not use_kernel(x):
         normed, total = reference.add_rms_norm(x, residual, weight, eps, dropout_p)
         return normed.to(dtype), total
     check_kernel("add_rms_norm", x=x, residual=residual, weight=weight)
-    seed = autograd.new_seed(x, dropout_p)
+    seed = new_seed(x, dropout_p)
     if traced(x):
         op = torch.ops.gptkern.add_rms_norm
         normed, total, _ = op(x, residual, weight, eps, dropout_p, seed, dtype)
         return normed, total
-    arguments = ("add_rms_norm", x, residual, weight, None, eps, dropout_p, seed, False, dtype)
-    if needs_grad(x, residual, weight):
-        normed, total = autograd.Norm.apply(*arguments)
-        return normed, total
-    normed, total, _ = launcher.forward(*arguments, False)
-    return normed, total
+    settings = Settings("add_rms_norm", False, eps, dropout_p, dtype)
+    return add_norm(x, residual, weight, None, seed, settings)

@@ -1,8 +1,8 @@
-"""From tensors to launches of the norm kernels: layouts, outputs, grids. Layer norm and RMS norm share it."""
+"""Launches of the norm kernels: layouts, outputs, grids. Layer norm and RMS norm share them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,7 +10,7 @@ from gptkern.ops import _checks, _launch
 from gptkern.ops.layer_norm import kernels
 
 MAX_WIDTH = 65536
-# A row, and what is summed from it, stay in registers up to these widths, on every architecture.
+# A row and its sums stay in registers up to these widths, on every architecture.
 _FORWARD_WIDTH, _BACKWARD_WIDTH = 16384, 8192
 _DROPOUT_STEPS = 65536  # dropout draws 16-bit numbers
 
@@ -18,38 +18,89 @@ Maybe = torch.Tensor | None
 Layout = tuple[int, int, int]
 
 
+class Settings(NamedTuple):
+    """What a call computes, apart from its tensors.
+
+    Attributes:
+        op: The public function's name, for errors.
+        centered: True for layer norm; RMS norm subtracts no mean.
+        eps: Added to the variance, or to the mean square.
+        dropout_p: Probability that an element of ``x`` is dropped before the addition.
+        dtype: Of the normalised rows.
+    """
+
+    op: str
+    centered: bool
+    eps: float
+    dropout_p: float
+    dtype: torch.dtype
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of a forward pass.
+
+    Attributes:
+        total: The rows that were normalised: the sum, or ``x`` if there was no residual.
+        weight: ``(width,)``.
+        stats: fp32 ``(2, rows)``: 1 / standard deviation, mean (RMS norm: ``(1, rows)``).
+        seed: ``(1,)`` int64, None without dropout.
+        dropout_p, centered: As in ``Settings``.
+        x_dtype, residual_dtype, bias_dtype: Of the gradients; ``bias_dtype`` is None without a bias.
+    """
+
+    total: torch.Tensor
+    weight: torch.Tensor
+    stats: torch.Tensor
+    seed: Maybe
+    dropout_p: float
+    centered: bool
+    x_dtype: torch.dtype
+    residual_dtype: torch.dtype
+    bias_dtype: torch.dtype | None
+
+    @property
+    def separate_residual_grad(self) -> bool:
+        """Whether the residual's gradient differs from that of ``x``: by dropout or in dtype."""
+        return self.seed is not None or self.x_dtype != self.residual_dtype
+
+
 def layout(op: str, name: str, value: torch.Tensor) -> Layout:
-    """(inner, stride_outer, stride_inner): row r lies at r // inner and r % inner of these strides."""
+    """(inner, stride_outer, stride_inner) of a tensor's rows.
+
+    Row r starts at ``r // inner * stride_outer + r % inner * stride_inner``. The leading dimensions must
+    collapse to at most two strided loops; a stride of 0 is allowed.
+    """
     width = value.shape[-1]
     if value.is_contiguous():
         return max(value.numel() // width, 1), 0, width
     _checks.last_dim_contiguous(op, name, value)
-    nested: list[tuple[int, int]] = []
+    loops: list[tuple[int, int]] = []
     for size, stride in zip(value.shape[:-1], value.stride()[:-1], strict=True):
         if size == 1:
             continue
-        if nested and nested[-1][1] == size * stride:
-            nested[-1] = (nested[-1][0] * size, stride)
+        if loops and loops[-1][1] == size * stride:
+            loops[-1] = (loops[-1][0] * size, stride)
         else:
-            nested.append((size, stride))
-    if len(nested) > 2:
+            loops.append((size, stride))
+    if len(loops) > 2:
         raise ValueError(
-            f"{op}: {name} has shape {tuple(value.shape)} and strides {value.stride()}; its rows must lie "
-            f"in at most two nested strides: call {name}.contiguous() if a copy is acceptable"
+            f"{op}: {name} has shape {tuple(value.shape)} and strides {value.stride()}; its leading "
+            "dimensions must collapse to at most two strided loops: "
+            f"call {name}.contiguous() if a copy is acceptable"
         )
-    inner, stride_inner = nested[-1] if nested else (1, 0)
-    return inner, nested[0][1] if len(nested) == 2 else 0, stride_inner
+    inner, stride_inner = loops[-1] if loops else (1, 0)
+    return inner, loops[0][1] if len(loops) == 2 else 0, stride_inner
 
 
 def _dropout(p: float) -> tuple[int, float]:
-    """(threshold, scale): ``p`` rounded to what 16 bits give, and the scale that keeps the mean for it."""
+    """(threshold, scale): ``p`` in units of 2**-16, and the factor that preserves the mean."""
     threshold = min(round(p * _DROPOUT_STEPS), _DROPOUT_STEPS - 1)
     return threshold, _DROPOUT_STEPS / (_DROPOUT_STEPS - threshold)
 
 
 @_launch.planned
 def _plan(kernel: str, width: int, device: torch.device, arch: int) -> tuple[int, dict[str, Any]]:
-    """(most programs, arguments) of ``kernel`` for rows of ``width``: never a matter of how many rows."""
+    """(number of programs, arguments) of ``kernel`` by the rows' width alone, never by their number."""
     config = dict(_launch.config(kernel, device, width=width))
     programs = config.pop("programs_per_sm", 0) * _launch.multiprocessors(device)
     if "COLUMNS" not in config:
@@ -58,14 +109,21 @@ def _plan(kernel: str, width: int, device: torch.device, arch: int) -> tuple[int
 
 
 def plan(kernel: str, width: int, device: torch.device) -> tuple[int, dict[str, Any]]:
+    """(largest number of programs, arguments) of a kernel for rows of ``width``."""
     return _plan(kernel, width, device, _launch.arch(device))
 
 
 def forward(
-    op: str, x: torch.Tensor, residual: Maybe, weight: torch.Tensor, bias: Maybe, eps: float,
-    dropout_p: float, seed: Maybe, centered: bool, dtype: torch.dtype, save_stats: bool,
-) -> tuple[torch.Tensor, Any, Any]:  # fmt: skip
-    """(normed, new_residual, stats) by the kernel: None without a residual, None without ``save_stats``."""
+    x: torch.Tensor,
+    residual: Maybe,
+    weight: torch.Tensor,
+    bias: Maybe,
+    seed: Maybe,
+    settings: Settings,
+    save_stats: bool,
+) -> tuple[torch.Tensor, Any, Any]:
+    """(normed, new_residual, stats): None without a residual, None without ``save_stats``."""
+    op, centered, eps, dropout_p, dtype = settings
     width, shape, device = x.shape[-1], x.shape, x.device
     rows = x.numel() // width
     x_layout = residual_layout = layout(op, "x", x)
@@ -92,21 +150,20 @@ def forward(
 
 
 def backward(
-    d_out: torch.Tensor, d_total: Maybe, total: torch.Tensor, weight: torch.Tensor, stats: torch.Tensor,
-    dropout_p: float, seed: Maybe, centered: bool, x_dtype: torch.dtype, residual_dtype: torch.dtype,
-    weight_grads: bool, bias_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, Maybe, Maybe, Maybe]:  # fmt: skip
-    """(dx, d_residual, d_weight, d_bias); d_residual is None where it equals dx.
+    d_out: torch.Tensor, d_total: Maybe, saved: Saved, weight_grads: bool
+) -> tuple[torch.Tensor, Maybe, Maybe, Maybe]:
+    """(dx, d_residual, d_weight, d_bias); d_residual is None if it equals dx.
 
-    The last two are None without ``weight_grads``, d_bias also without a bias. Gradients that
-    arrive with other strides (an expanded one has none) are copied.
+    The last two are None without ``weight_grads``, d_bias also without a bias. Gradients that are
+    not contiguous (autograd may expand one) are copied.
     """
+    total, weight, stats, seed, dropout_p, centered, x_dtype, residual_dtype, bias_dtype = saved
     width, device = total.shape[-1], total.device
     rows = total.numel() // width
     wide = width > _BACKWARD_WIDTH
     dx = torch.empty(total.shape, dtype=x_dtype, device=device)
     d_residual = None
-    if seed is not None or x_dtype != residual_dtype:
+    if saved.separate_residual_grad:
         d_residual = torch.empty(total.shape, dtype=residual_dtype, device=device)
     name = "norm_wide_weight_grad" if wide else "norm_backward"
     programs, config = plan(name, width, device)
@@ -117,24 +174,25 @@ def backward(
         d_weight, weight_parts = torch.empty_like(weight), _parts(parts, width, device)
         if bias_dtype is not None:
             d_bias, bias_parts = torch.empty_like(weight, dtype=bias_dtype), _parts(parts, width, device)
-    read = (d_out.contiguous(), None if d_total is None else d_total.contiguous(), total, weight, stats, seed)
-    where = (*layout("norm_backward", "total", total), rows)
+    d_out = d_out.contiguous()
+    inputs = (d_out, None if d_total is None else d_total.contiguous(), total, weight, stats, seed)
+    total_rows = (*layout("norm_backward", "total", total), rows)
     dropout, kind = _dropout(dropout_p), {"WIDTH": width, "CENTERED": centered}
     with _launch.on_device(total):
         if not wide:
             _launch.launch(
-                kernels.norm_backward_kernel, (min(parts, rows),), *read, dx, d_residual, weight_parts,
-                bias_parts, *where, *dropout, **kind, **config,
+                kernels.norm_backward_kernel, (min(parts, rows),), *inputs, dx, d_residual, weight_parts,
+                bias_parts, *total_rows, *dropout, **kind, **config,
             )  # fmt: skip
         else:
             _launch.launch(
-                kernels.norm_wide_backward_kernel, (rows,), *read, dx, d_residual, *where, *dropout, **kind,
-                **plan("norm_wide_backward", width, device)[1],
+                kernels.norm_wide_backward_kernel, (rows,), *inputs, dx, d_residual, *total_rows, *dropout,
+                **kind, **plan("norm_wide_backward", width, device)[1],
             )  # fmt: skip
             if weight_grads:
                 _launch.launch(
-                    kernels.norm_wide_weight_grad_kernel, (columns, parts), read[0], total, stats,
-                    weight_parts, bias_parts, *where, **kind, **config,
+                    kernels.norm_wide_weight_grad_kernel, (columns, parts), d_out, total, stats,
+                    weight_parts, bias_parts, *total_rows, **kind, **config,
                 )  # fmt: skip
         if weight_grads:
             _, config = plan("norm_weight_grad", width, device)
