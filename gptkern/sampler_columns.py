@@ -69,3 +69,4 @@ COLUMNS = (
     Column("n_logprobs", 0.0, Range("0 or more", low=0), whole=True, within_vocab=True),
 )
 RANGES = {column.name: column.range for column in COLUMNS}
+NEUTRAL = {column.name: column.neutral for column in COLUMNS}

@@ -14,7 +14,7 @@ import tokenizers
 import torch
 
 from gptkern.config import GPTConfig
-from gptkern.generate.stopping import RowText
+from gptkern.engine.stop_strings import RowText
 from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 

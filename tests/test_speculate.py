@@ -14,10 +14,10 @@ from scipy import stats
 from gptkern import _native, cli, ops
 from gptkern.decode import DecodeStep
 from gptkern.engine.cache import KVCache
+from gptkern.engine.lookup import Lookup
 from gptkern.generate import verify
 from gptkern.generate.cpu_step import CpuStep
 from gptkern.generate.executor import Executor
-from gptkern.generate.lookup import Lookup
 from gptkern.generate.run import GenerateOutput
 from gptkern.gpt import GPT
 from gptkern.ops import _dispatch

@@ -351,8 +351,7 @@ TABLE = (
         "position is drawn as it would be without, and drafts hold while they equal the draws: every token "
         "and seed gives what it gives without. Drafts are made where a row's arithmetic does not depend on "
         "its neighbours: with kernels on a GPU from 17 new tokens on, and on the CPU for up to 16 rows, "
-        "drafted ones included; not with ``no_repeat_ngram_size`` or bad words and biased sequences of "
-        "several tokens. Other calls take plain steps. Not with ``num_beams``.",
+        "drafted ones included. Other calls take plain steps. Not with ``num_beams``.",
         range=_from_1(),
         flag=Flag(("--speculate",), panel="Generation"),
     ),

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptkern.engine.cache import KVCache
+from gptkern.engine.rules import RowRules, Rules
 from gptkern.engine.settings import Settings
+from gptkern.engine.stop_strings import RowText
 from gptkern.generate.executor import Executor
 from gptkern.generate.loop import pool_tokens, prefill
 from gptkern.generate.prompt import Prompts
-from gptkern.generate.rules import RowRules, Rules
 from gptkern.generate.step import FinishReason
-from gptkern.generate.stopping import RowText
 
 if TYPE_CHECKING:
     from gptkern.gpt import GPT
@@ -104,7 +104,8 @@ def _processed(
     penalty, vocab_size = settings.repetition_penalty, logprobs.shape[1]
     for row, (prompt, beam) in zip(logprobs, rows, strict=True):
         own = RowRules(rules, [*prompt, *beam.tokens])
-        _add(row, own.biases())
+        verdict = own.verdict()
+        _add(row, verdict.biases)
         if penalty != 1.0:
             seen = torch.tensor(sorted({*prompt, *beam.tokens}), device=row.device)
             row[seen] = torch.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
@@ -114,7 +115,7 @@ def _processed(
                 row,
                 {t: -settings.frequency_penalty * n - settings.presence_penalty for t, n in counts.items()},
             )
-        row[sorted(own.banned())] = -torch.inf
+        row[sorted(verdict.banned)] = -torch.inf
         if len(beam.tokens) < settings.min_new:
             row[[token for token in settings.eos if token < vocab_size]] = -torch.inf
     return logprobs

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptkern.engine.cache import PAGE_SIZE, KVCache
+from gptkern.engine.sampling import RowParams, Sampler, SamplerRow, row_keys
 from gptkern.engine.settings import Settings
+from gptkern.engine.stop_strings import RowText
 from gptkern.generate.executor import Executor
-from gptkern.generate.pick import Picker
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.speculate import speculative_steps
-from gptkern.generate.step import Step, finish
-from gptkern.generate.stopping import RowText
+from gptkern.generate.step import Step, finish, refuse_failures
 from gptkern.generate.verify import verifier
 
 if TYPE_CHECKING:
@@ -55,39 +55,42 @@ def steps(
     logits = prefill(model, prompts, cache)
     rows = _fork(cache, len(prompts.rows), copies)
     logits = logits[[row // copies for row in rows]]
-    picker = Picker(
-        settings,
-        prompts,
-        rows,
-        vocab_size=model.config.vocab_size,
-        logprobs=logprobs,
-        device=model.device,
-    )
+    sampler = Sampler(model.config.vocab_size, model.device)
+    params = RowParams(settings, model.config.vocab_size, 0 if logprobs else None)
+    keys = row_keys(settings, len(prompts.rows))
+    sampled = [
+        SamplerRow(params, prompts.rows[row // copies], seed=keys[row][0], request=keys[row][1])
+        for row in rows
+    ]
     step = Executor(model, cache, rows=len(rows), steps=settings.max_new - 1)
-    if settings.speculate and not picker.ruled:
+    if settings.speculate:
         verify = verifier(model, cache, step, settings.speculate)
         if verify is not None:
-            yield from speculative_steps(logits, verify, picker, cache, prompts, settings, rows, texts)
+            yield from speculative_steps(
+                logits, verify, sampler, sampled, cache, prompts, settings, rows, texts
+            )
             return
     ahead = model.device.type in AHEAD_ON
     for index in range(settings.max_new):
-        picked = picker(logits)
+        drawn = sampler.draw(sampled, logits)
         last = index + 1 == settings.max_new
         if ahead and not last:
-            logits = step(picked.tokens)
-        tokens = picked.tokens.tolist()
-        picker.push(tokens)
+            logits = step(drawn.tokens)
+        draws = drawn.read()
+        refuse_failures(rows, draws)
+        tokens = [draw.tokens[0] for draw in draws]
+        for row, token in zip(sampled, tokens, strict=True):
+            row.push(token)
         finished = [finish(t, row, settings, texts, last) for t, row in zip(tokens, rows, strict=True)]
-        yield Step(rows, tokens, None if picked.logprobs is None else picked.logprobs.tolist(), finished)
+        scores = [draw.logprobs[0] for draw in draws if draw.logprobs is not None]
+        yield Step(rows, tokens, scores if logprobs else None, finished)
         kept = [i for i, reason in enumerate(finished) if reason is None]
         if not kept:
-            picker.check()
             return
-        chosen = picked.tokens
+        chosen = drawn.tokens
         if len(kept) < len(rows):
             _drop(cache, kept)
-            picker.keep(kept)
-            rows = [rows[i] for i in kept]
+            rows, sampled = [rows[i] for i in kept], [sampled[i] for i in kept]
             logits, chosen = logits[kept], chosen[kept]
         if not ahead:
             logits = step(chosen)

@@ -10,11 +10,11 @@ import torch
 
 from gptkern.engine.options import GenerateOptions
 from gptkern.engine.settings import Settings, merged, settle
+from gptkern.engine.stop_strings import RowText
 from gptkern.generate.beam import beam_search
 from gptkern.generate.loop import steps
 from gptkern.generate.prompt import Prompts, prompts
 from gptkern.generate.step import FinishReason, Step
-from gptkern.generate.stopping import RowText
 
 if TYPE_CHECKING:
     from typing import Unpack

@@ -8,29 +8,29 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
-from gptkern.generate.lookup import Lookup
-from gptkern.generate.step import FinishReason, Step, finish
+from gptkern.engine.lookup import Lookup
+from gptkern.generate.step import FinishReason, Step, finish, refuse_failures
 
 if TYPE_CHECKING:
     from gptkern.engine.cache import KVCache
+    from gptkern.engine.sampling import Sampler, SamplerRow
     from gptkern.engine.settings import Settings
-    from gptkern.generate.pick import Picker
+    from gptkern.engine.stop_strings import RowText
     from gptkern.generate.prompt import Prompts
-    from gptkern.generate.stopping import RowText
     from gptkern.generate.verify import Verify
 
-T = TypeVar("T")
 Token = tuple[int, float | None, FinishReason | None]
 
 
 def speculative_steps(
     logits: torch.Tensor,
     verify: Verify,
-    picker: Picker,
+    sampler: Sampler,
+    sampled: list[SamplerRow],
     cache: KVCache,
     prompts: Prompts,
     settings: Settings,
@@ -43,10 +43,9 @@ def speculative_steps(
     drafts: list[list[int]] = [[] for _ in rows]
     first = True
     while True:
-        picked = picker.verify(logits, drafts)
-        drawn = _accepted(picked.tokens.tolist(), drafts)
-        scores = None if picked.logprobs is None else _per_row(picked.logprobs.tolist(), drafts)
-        picker.advance(drawn)
+        draws = sampler.draw(sampled, logits, drafts).read()
+        refuse_failures(rows, draws)
+        drawn = [draw.tokens for draw in draws]
         if not first:
             verify.keep([len(tokens) for tokens in drawn])
         first = False
@@ -62,17 +61,18 @@ def speculative_steps(
                 if reason is not None:
                     over.add(place)
                 lookups[place].push(tokens[ahead])
-                line.push(row, (tokens[ahead], None if scores is None else scores[place][ahead], reason))
+                sampled[place].push(tokens[ahead])
+                scores = draws[place].logprobs
+                line.push(row, (tokens[ahead], None if scores is None else scores[ahead], reason))
             yield from line.ready()
         if over:
             kept = [place for place in range(len(rows)) if place not in over]
             if not kept:
-                picker.check()
                 return
             for place, sequence in enumerate(cache.sequences):
                 if place in over:
                     cache.free(sequence)
-            picker.keep(kept)
+            sampled = [sampled[place] for place in kept]
             rows, drawn = [rows[place] for place in kept], [drawn[place] for place in kept]
             lookups = [lookups[place] for place in kept]
         drafts = _drafts(lookups, [settings.max_new - made[row] - 1 for row in rows], settings, verify.most)
@@ -84,22 +84,6 @@ def _drafts(lookups: Sequence[Lookup], room: Sequence[int], settings: Settings, 
     wanted = [lookup.draft(min(settings.speculate, left)) for lookup, left in zip(lookups, room, strict=True)]
     share = (most - len(lookups)) // max(sum(map(bool, wanted)), 1)
     return [draft[:share] for draft in wanted]
-
-
-def _accepted(tokens: list[int], drafts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Of each row's draws those whose every draft before was drawn too."""
-    accepted = []
-    for drawn, draft in zip(_per_row(tokens, drafts), drafts, strict=True):
-        held = 0
-        while held < len(draft) and drawn[held] == draft[held]:
-            held += 1
-        accepted.append(drawn[: held + 1])
-    return accepted
-
-
-def _per_row(values: list[T], drafts: Sequence[Sequence[int]]) -> list[list[T]]:
-    left = iter(values)
-    return [[next(left) for _ in range(len(draft) + 1)] for draft in drafts]
 
 
 class _Line:

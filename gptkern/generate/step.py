@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from gptkern.engine.sampling import RowDraw
 from gptkern.engine.settings import Settings
-from gptkern.generate.stopping import RowText
+from gptkern.engine.stop_strings import RowText
 
 FinishReason = Literal["stop", "length"]
 
@@ -43,3 +44,14 @@ def finish(
     if ended:
         return "stop"
     return "length" if last else None
+
+
+def refuse_failures(rows: Sequence[int], draws: Sequence[RowDraw]) -> None:
+    """Refuse rows whose next token could not be drawn.
+
+    Raises:
+        ValueError: A row of logits held NaN or +inf, or left no token.
+    """
+    for row, draw in zip(rows, draws, strict=True):
+        if draw.failure is not None:
+            raise ValueError(f"generate: row {row}: {draw.failure}")

@@ -11,12 +11,12 @@ import torch
 from gptkern.engine.option_checks import plain
 from gptkern.engine.options import GenerateOptions
 from gptkern.engine.settings import Settings
+from gptkern.engine.stop_strings import RowText
 from gptkern.generate.beam import beam_search
 from gptkern.generate.loop import steps
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.run import needed_tokenizer, prepare, row_texts
 from gptkern.generate.step import FinishReason
-from gptkern.generate.stopping import RowText
 
 if TYPE_CHECKING:
     from typing import Unpack
