@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from gptkern.bench.ceilings import Ceilings
 from gptkern.bench.problem import TOLERANCE, Problem, Unavailable, error, expected_of
 from gptkern.bench.run import Results, Row, run
 from gptkern.bench.suites import _models
+from gptkern.cli import bench as bench_command
 from gptkern.ops import _cases
 from gptkern.ops._aot import Report
 
@@ -242,6 +245,12 @@ def test_a_table_has_units_floors_and_ratios() -> None:
     # 1 MB at 10 GB/s is 0.1 ms, a twentieth of 2 ms.
     assert ours == ("layer_norm 8x8 float32", "gptkern", "2 ms", "0%", "0.5 GB/s", "5%", "")
     assert theirs[2:] == ("5 ms", "0%", "0.2 GB/s", "2%", "2.50 x")
+    assert tables.plain(_shown())[:4] == [
+        "               time spread          rate floor  gptkern's speed",
+        "layer_norm 8x8 float32",
+        "  gptkern      2 ms     0%      0.5 GB/s    5%",
+        "  eager        5 ms     0%      0.2 GB/s    2%  2.50 x",
+    ]
     assert failed[1:] == ("li<ger", "not here", "", "", "", "")
     assert tables.seconds_text(1.5) == "1.5 s"
     assert tables.seconds_text(2.25e-6) == "2.25 µs"
@@ -253,8 +262,7 @@ def test_the_written_files_hold_everything(tmp_path: Path) -> None:
     assert [path.name for path in files] == [
         "results.json",
         "results.md",
-        "layer_norm.png",
-        "decode_step.png",
+        "speed.png",
         "decode_by_context.png",
         "roofline.png",
         "report.html",
@@ -263,14 +271,55 @@ def test_the_written_files_hold_everything(tmp_path: Path) -> None:
     assert "# gptkern bench: a test, 2 cores" in text and "copy 10 GB/s" in text
     assert "| layer_norm 8x8 float32 | eager | 5 ms | 0% | 0.2 GB/s | 2% | 2.50 x |" in text
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 2
+    installed = replace(_shown(), environment=WHERE | {"commit": None})
+    assert "<dd>none: gptkern 0.1.0 as installed</dd>" in html.page(installed, [])
+    assert ", an installed package, " in tables.markdown(installed)
     assert "http" not in page and "li&lt;ger" in page
     assert "<h2>Machine &lt;code&gt;</h2><pre>a &lt; b</pre>" in page
+
+
+def test_the_report_leads_with_speed_against_the_best_peer() -> None:
+    rows = [_row("gptkern", [[2e-3] * 4]), _row("eager", [[5e-3] * 4]), _row("sdpa", [[3e-3] * 4])]
+    rows += [_row("gptkern", [[4e-3] * 4], "9x9"), _row("eager", [[1e-3] * 4], "9x9")]
+    rows += [_row("gptkern", [[1e-3] * 4], "7x7"), _row("eager", [[8e-3] * 4], "7x7")]
+    found = Results(WHERE, CEILINGS, rows[2:] + rows[:2])
+    speeds = tables.speeds(found)
+    assert [(speed.title, speed.ratio, speed.peer_name) for speed in speeds] == [
+        ("layer_norm 7x7 float32", 8.0, "eager"),
+        ("layer_norm 8x8 float32", 1.5, "sdpa"),
+        ("layer_norm 9x9 float32", 0.25, "eager"),
+    ]
+    assert speeds[1].at_floor == pytest.approx(30)  # 3 ms over 0.1 ms
+    page = html.page(found, [])
+    assert page.index("Speed relative to the best peer") < page.index("<h2>Times")
+    assert re.findall(r"<strong>([\d.]+ x)</strong> <span>([^<]*)<", page) == [
+        ("8.00 x", "1 ms, eager 8 ms"),
+        ("1.50 x", "2 ms, sdpa 3 ms"),
+        ("0.25 x", "4 ms, eager 1 ms"),
+    ]
+    assert page.count('class=floor style="left') == 3 + 7
+    assert "prefers-color-scheme: dark" in page and "width=device-width" in page
+    places = [float(place) for place in re.findall(r"left:([-\d.]+)%", page)]
+    assert all(0 <= place <= 100 for place in places)
+
+
+def test_without_matplotlib_all_but_the_pictures_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "gptkern.bench.plots")
+    monkeypatch.setattr(bench_command, "_measured", lambda *_: _shown())
+    monkeypatch.setattr(bench_command, "_sections", lambda *_: {})
+    assert gptkern.cli.run(["bench", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "report.html"}
+    assert "no pictures, which need matplotlib: pip install 'gptkern[bench]'" in capsys.readouterr().err
 
 
 def test_no_picture_is_empty(tmp_path: Path) -> None:
     nothing = replace(_shown(), rows=_shown().rows[2:3])
     assert plots.draw(nothing, tmp_path) == []
+    assert "Speed relative" not in html.page(nothing, [])
     one_context = replace(_shown(), rows=_shown().rows[:4])
     assert "decode_by_context" not in {path.stem for path in plots.draw(one_context, tmp_path)}
     assert html.page(nothing, []).count("<img") == 0

@@ -1,4 +1,4 @@
-"""Results as pictures: bars by provider, decode time by context, the roofline."""
+"""Results as pictures: speed against the best peer, decode time by context, the roofline."""
 
 from __future__ import annotations
 
@@ -11,71 +11,45 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 from gptkern.bench.run import Results, Row
+from gptkern.bench.tables import seconds_text, speeds
 from gptkern.durable import write_file
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; gptkern is always the first.
 _COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999"]
-_BARS_A_PANEL = 10
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """Write all pictures as PNG into ``folder``; those with nothing to show are left out."""
-    pictures = [_bars(results, suite, folder) for suite in dict.fromkeys(row.suite for row in results.rows)]
-    pictures += [_by_context(results, folder), _roofline(results, folder)]
+    pictures = [_speed(results, folder), _by_context(results, folder), _roofline(results, folder)]
     return [picture for picture in pictures if picture is not None]
 
 
-def _colours(results: Results) -> dict[str, str]:
-    names = sorted({row.provider for row in results.rows}, key=lambda name: (name != "gptkern", name))
-    return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
-
-
-def _bars(results: Results, suite: str, folder: Path) -> Path | None:
-    """Time of every provider over gptkern's, a group of bars for each problem."""
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in results.rows:
-        if row.suite == suite and row.rounds:
-            direction = " backward" if row.backward else ""
-            groups[f"{row.shape}\n{row.dtype}{direction}"].append(row)
-    groups = {name: rows for name, rows in groups.items() if any(r.provider == "gptkern" for r in rows)}
-    if not groups:
+def _speed(results: Results, folder: Path) -> Path | None:
+    """gptkern's speed relative to the best peer, a bar a problem, the largest first; floors as red lines."""
+    found = speeds(results)[::-1]
+    if not found:
         return None
-    colours = _colours(results)
-    names = list(groups)
-    panels = [names[i : i + _BARS_A_PANEL] for i in range(0, len(names), _BARS_A_PANEL)]
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(12, 4 * len(panels)), squeeze=False, layout="constrained"
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.32 * len(found)), layout="constrained")
+    for place, speed in enumerate(found):
+        colour = _COLOURS[0] if speed.ratio >= 1 else _COLOURS[5]
+        axis.barh(place, speed.ratio - 1, left=1, height=0.7, color=colour)
+        label = f"{speed.ratio:.2f} x   {seconds_text(speed.ours)}"
+        axis.annotate(label, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+        if speed.at_floor is not None:
+            axis.plot([speed.at_floor] * 2, [place - 0.45, place + 0.45], color="#c0392b", linewidth=1.5)
+    axis.axvline(1, color="#444444", linewidth=0.8)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g} x")
+    axis.set_yticks(range(len(found)), [speed.title for speed in found], fontsize=8)
+    axis.set_ylim(-0.6, len(found) - 0.4)
+    axis.set_xlabel(
+        "speed relative to the best peer (1 x = as fast; red: at this machine's copy or matrix rate)"
     )
-    for axis, panel in zip(axes[:, 0], panels, strict=True):
-        _bar_panel(axis, {name: groups[name] for name in panel}, colours)
-    figure.suptitle(f"{suite} on {results.environment['device']}: time over gptkern's (higher is slower)")
-    return _save(folder, f"{suite}.png")
-
-
-def _bar_panel(axis: Axes, groups: dict[str, list[Row]], colours: dict[str, str]) -> None:
-    providers = [
-        name for name in colours if any(r.provider == name for rows in groups.values() for r in rows)
-    ]
-    width = 0.8 / len(providers)
-    for place, provider in enumerate(providers):
-        xs, ys = [], []
-        for index, rows in enumerate(groups.values()):
-            times = {row.provider: row.seconds for row in rows}
-            ours, theirs = times["gptkern"], times.get(provider)
-            if ours and theirs:
-                xs.append(index - 0.4 + width * (place + 0.5))
-                ys.append(theirs / ours)
-        axis.bar(xs, ys, width * 0.92, label=provider, color=colours[provider])
-    axis.axhline(1.0, color="#444444", linewidth=0.8)
-    axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
-    axis.set_xlim(-0.5, max(len(groups), 3) - 0.5)
-    # Room above the bars for the legend.
-    axis.set_ylim(top=1.2 * axis.get_ylim()[1])
-    axis.legend(fontsize=8, ncols=min(6, len(providers)), loc="upper left")
     axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"gptkern on {results.environment['device']}")
+    return _save(folder, "speed.png")
 
 
 def _by_context(results: Results, folder: Path) -> Path | None:

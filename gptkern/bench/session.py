@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from gptkern.bench import ceilings, html, plots, results, suites, tables
+from gptkern.bench import ceilings, html, results, suites, tables
 from gptkern.bench.run import Results, run
 from gptkern.durable import make_folder, write_file
 
@@ -37,10 +38,20 @@ def run_suites(
 
 
 def write(found: Results, folder: Path, sections: dict[str, str] | None = None) -> list[Path]:
-    """Write results.json, results.md, the plots and report.html into ``folder``; the files written."""
+    """Write results.json, results.md, report.html and, with matplotlib, pictures into ``folder``.
+
+    Returns:
+        The files written.
+    """
     make_folder(folder)
     results.save(found, folder / "results.json")
     write_file(folder / "results.md", tables.markdown(found))
-    pictures = plots.draw(found, folder)
-    write_file(folder / "report.html", html.page(found, pictures, sections))
+    pictures: list[Path] = []
+    if find_spec("matplotlib") is not None:
+        from gptkern.bench import plots
+
+        pictures = plots.draw(found, folder)
+    # The page has bars of its own: of the pictures only those of something else.
+    others = [picture for picture in pictures if picture.name != "speed.png"]
+    write_file(folder / "report.html", html.page(found, others, sections))
     return [folder / "results.json", folder / "results.md", *pictures, folder / "report.html"]

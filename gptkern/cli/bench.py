@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +55,7 @@ def bench(
     - `gptkern bench compare old/results.json new/results.json` tells what changed beyond the noise, and
       exits with 1 if gptkern became slower: for use in CI
 
-    Pictures and report.html need matplotlib: `pip install 'gptkern[bench]'`. Without it the rest is written.
+    Pictures need matplotlib: `pip install 'gptkern[bench]'`. Without it the report is written without them.
     """
     if what and what[0] == "compare":
         return _compare(what[1:], json_)
@@ -75,6 +76,8 @@ def bench(
     if out is not None:
         for path in session.write(found, out, _sections(where, quick)):
             print(terminal.visible(path, sys.stderr), file=sys.stderr)
+        if find_spec("matplotlib") is None:
+            terminal.tell("no pictures, which need matplotlib: pip install 'gptkern[bench]'")
     return 0
 
 
@@ -91,22 +94,14 @@ def _measured(names: list[str], device: object, quick: bool) -> Results:
 
 
 def _print(found: Results) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from gptkern.bench.tables import HEADER, OURS, cells, lines
+    from gptkern.bench.tables import plain
 
     ceilings = found.ceilings
-    console = Console(highlight=False)
-    console.print(
-        f"{found.environment['device']}: copy {ceilings.copy / 1e9:.4g} GB/s (read + written), matrix product"
-    )
-    console.print("  " + ", ".join(f"{n} {r / 1e12:.3g} TFLOP/s" for n, r in ceilings.matmul.items()))
-    table = Table(*HEADER, box=None)
-    for line in lines(found):
-        style = "red" if line.row.problem else "bold" if line.row.provider == OURS else None
-        table.add_row(*cells(line), style=style)
-    console.print(table)
+    rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in ceilings.matmul.items())
+    terminal.write(f"{found.environment['device']}")
+    terminal.write(f"copy {ceilings.copy / 1e9:.4g} GB/s (read + written), matrix product {rates} TFLOP/s\n")
+    terminal.write("\n".join(plain(found)))
+    terminal.write("\nfloor: the least time at these rates, over the time. speed: 2 x is half the row's time")
 
 
 def _sections(device: object, quick: bool) -> dict[str, str]:
