@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from gptkern.checkpoint.pending import Files
 from gptkern.checkpoint.pending import read as read_whole
 from gptkern.config import VOCAB_PADDING
 from gptkern.durable import make_folder, named_folder, write_file
+from gptkern.tokenizer.batch import Encoding, Padding, Side, encode_batch
 from gptkern.tokenizer.folder import (
     ADDED,
     CONFIG,
@@ -40,6 +41,9 @@ from gptkern.tokenizer.streams import (
     WordStream,
     byte_chars,
 )
+
+# transformers writes a number beyond this for a tokenizer that knows no longest text.
+_NO_LENGTH = 10**15
 
 
 class Tokenizer:
@@ -294,6 +298,66 @@ class Tokenizer:
                 f"Tokenizer.encode: the text holds {', '.join(map(repr, lost[:8]))}{more}, for which the "
                 f"vocabulary of {self.vocab_size} tokens has none: leave them out or replace them"
             )
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        *,
+        padding: Padding = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        padding_side: Side | None = None,
+        add_special_tokens: bool = True,
+    ) -> Encoding:
+        """Texts as a batch: ``input_ids`` and ``attention_mask``, under transformers' names.
+
+        Example::
+
+            batch = tokenizer(["a", "b c"], padding=True, padding_side="left", return_tensors="pt")
+            model.generate(**batch, max_new_tokens=20)
+
+        Args:
+            texts: One text, or several.
+            padding: True or ``"longest"`` fills rows up to the longest, ``"max_length"`` to ``max_length``.
+                They are filled with ``pad_token``, else ``eos_token``, else id 0: the mask tells them apart.
+            truncation: Cut rows to ``max_length`` tokens, on the side that the tokenizer's files name.
+            max_length: Tokens of a row; by default what the tokenizer's files name.
+            return_tensors: ``"pt"`` returns tensors, int64 of shape ``(batch, seq)``; None lists.
+            padding_side: ``"left"`` (what ``generate`` needs) or ``"right"``; by default as the tokenizer's
+                files say, else right.
+            add_special_tokens: As in ``encode``.
+
+        Raises:
+            TypeError: ``texts`` is no text.
+            ValueError: An option that is not known, rows of several lengths that are to be a tensor, a text
+                that ``encode`` refuses.
+        """
+        named = self._configuration.get("model_max_length")
+        if max_length is None and isinstance(named, int) and named < _NO_LENGTH:
+            max_length = named
+        return encode_batch(
+            texts,
+            lambda text: (
+                self.encode(text, add_special_tokens=False),
+                self.prefix_ids if add_special_tokens else [],
+                self.suffix_ids if add_special_tokens else [],
+            ),
+            pad_id=next((i for i in (self.pad_token_id, self.eos_token_id) if i is not None), 0),
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            padding_side=padding_side or self._side("padding_side"),
+            truncation_side=self._side("truncation_side"),
+        )
+
+    def _side(self, name: str) -> Side:
+        return "left" if self._configuration.get(name) == "left" else "right"
+
+    def batch_decode(self, batch: Iterable[Iterable[int]], *, skip_special_tokens: bool = False) -> list[str]:
+        """The text of each row of ids: lists, or a tensor of shape ``(batch, seq)``; see ``decode``."""
+        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in batch]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """The text of one sequence of ids; bytes that are no UTF-8 become U+FFFD.
