@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import gptkern
 from gptkern.ops import _cases, _launch
-from gptkern.ops.linear import launcher, linear, linear_act, linear_residual
+from gptkern.ops.linear import launch, linear, linear_act, linear_residual
 from gptkern.testing import DTYPES, Call, check, check_values
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", "none")
@@ -216,7 +216,7 @@ def test_weight_gradient_in_parts(dtype: torch.dtype) -> None:
     x, dout = torch.randn(tokens, width).to(dtype), torch.randn(tokens, out).to(dtype)
     for weight in (torch.empty(out, width, dtype=dtype), torch.empty(width, out, dtype=dtype).t()):
         with observed() as seen:
-            dw = launcher.weight_grad(dout, x, weight)
+            dw = launch.weight_grad(dout, x, weight)
         assert [item.name for item in seen] == ["linear_dw", "column_sum"]
         assert seen[0].grid[1] > 1
         assert dw.stride() == weight.stride()
@@ -229,13 +229,13 @@ def test_weight_gradient_in_parts(dtype: torch.dtype) -> None:
 def test_parts_leave_out_no_token() -> None:
     for tiles in (1, 8, 72, 144, 4000):
         for k_tiles in (0, 1, 5, 9, 1024):
-            assert 1 <= launcher._dw_splits(tiles, k_tiles) <= max(1, k_tiles)
+            assert 1 <= launch._dw_splits(tiles, k_tiles) <= max(1, k_tiles)
 
 
 @needs_kernels
 def test_bias_gradient_over_many_rows() -> None:
     x = torch.randn(1000, 70)
-    assert torch.allclose(launcher.column_sum(x, torch.float32), x.double().sum(0).float(), atol=1e-4)
+    assert torch.allclose(launch.column_sum(x, torch.float32), x.double().sum(0).float(), atol=1e-4)
 
 
 @needs_kernels

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
-from gptkern.ops.gelu_mlp import autograd, launcher, reference
+from gptkern.ops.gelu_mlp import launch, reference
+from gptkern.ops.gelu_mlp.launch import Layers
+from gptkern.ops.gelu_mlp.register import GeluMLP
 from gptkern.ops.linear import checks
 from gptkern.ops.linear.op import cast
 
@@ -39,9 +41,9 @@ def gelu_mlp(
         activation: ``"gelu_tanh"``, ``"gelu"`` (by erf), ``"relu"``, ``"silu"`` or ``"none"``.
         residual: ``(..., out)`` or None, any strides whose leading dimensions merge into one; of
             ``x``'s dtype, or fp32 beside fp16 and bf16.
-        recompute: Keep only the arguments for the backward pass, and compute the hidden layer again
+        recompute: Save only the arguments for the backward pass, and compute the hidden layer again
             there: one product more, and ``2 * tokens * hidden`` values less in memory. On a CPU,
-            where the reference runs, PyTorch keeps them either way.
+            where the reference runs, PyTorch saves them either way.
 
     Returns:
         ``(..., out)``, contiguous, of ``residual``'s dtype, else ``x``'s; under autocast everything
@@ -66,11 +68,11 @@ def gelu_mlp(
     checks.kernel_inputs(op, max(w_fc.shape[0], w_proj.shape[0]), x=x, residual=residual)
     grad = needs_grad(x, w_fc, b_fc, w_proj, b_proj, residual)
     save = grad and not recompute
+    layers = Layers(w_fc, b_fc, w_proj, b_proj)
     if traced(x):
-        operands = (x, w_fc, b_fc, w_proj, b_proj, residual)
-        out: torch.Tensor = torch.ops.gptkern.gelu_mlp(*operands, activation, save)[0]
+        out: torch.Tensor = torch.ops.gptkern.gelu_mlp(x, *layers, residual, activation, save)[0]
         return out
     if grad:
-        out = autograd.GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, residual, activation, save)
+        out = GeluMLP.apply(x, *layers, residual, activation, save)
         return out
-    return launcher.forward(x, w_fc, b_fc, w_proj, b_proj, residual, activation, False)[0]
+    return launch.forward(x, layers, residual, activation, False)[0]

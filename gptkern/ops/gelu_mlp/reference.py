@@ -27,7 +27,7 @@ def gelu_mlp_backward(
     w_proj: torch.Tensor,
     activation: str,
 ) -> tuple[torch.Tensor, ...]:
-    """(dx, dw_fc, db_fc, dw_proj, db_proj) where autograd is off, x and dout being matrices."""
+    """(dx, dw_fc, db_fc, dw_proj, db_proj) of matrices ``x`` and ``dout``, for use when autograd is off."""
     pre = F.linear(x, w_fc, b_fc)
     hidden = ACTIVATIONS[activation](pre)
     dhidden, dw_proj, db_proj = linear_backward(dout, hidden, w_proj, dout, "none")

@@ -57,14 +57,14 @@ def layer(
 
 
 def residual(op: str, x: torch.Tensor, value: torch.Tensor, features: int) -> None:
-    """What is added to a layer's output: its shape, and its dtype or fp32."""
+    """A residual of the shape of a layer's output, of ``x``'s dtype or fp32."""
     _checks.shape(op, "residual", value, (*x.shape[:-1], features))
     accepted = [x.dtype] if x.dtype == torch.float64 else [x.dtype, torch.float32]
     _checks.dtype(op, "residual", value, accepted)
 
 
-def kept(op: str, x: torch.Tensor, features: int, **values: torch.Tensor | None) -> None:
-    """What a forward pass kept for its backward pass: a matrix of ``features`` columns of ``x``'s dtype."""
+def saved(op: str, x: torch.Tensor, features: int, **values: torch.Tensor | None) -> None:
+    """Values saved by a forward pass: matrices of ``features`` columns of ``x``'s dtype, or None."""
     for name, value in values.items():
         if value is not None:
             _checks.shape(op, name, value, (math.prod(x.shape[:-1]), features))
@@ -75,7 +75,7 @@ def kept(op: str, x: torch.Tensor, features: int, **values: torch.Tensor | None)
 
 
 def kernel_inputs(op: str, features: int, **values: torch.Tensor | None) -> None:
-    """What the kernels add to the conditions: their dtypes, and rows at one distance from each other."""
+    """The kernels' own conditions: dtype, and leading dimensions that merge into one."""
     if features >= _MOST_FEATURES:
         raise ValueError(f"{op}: a layer has {features} outputs; fewer than {_MOST_FEATURES} are supported")
     for name, value in values.items():

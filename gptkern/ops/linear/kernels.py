@@ -55,11 +55,12 @@ def _product(
 ):
     """The fp32 tile A[row:, k] @ B[k, col:], k over the k tiles k_begin to k_end.
 
-    With TMA, a and b are descriptors of the matrix, or of its transpose where it does not lie in
-    memory by rows (A_ROWS, B_ROWS); else pointers. Both give zeros outside the matrix.
+    With TMA, a and b are descriptors: of the matrix if its rows are contiguous (A_ROWS, B_ROWS), else
+    of its transpose. Without, they are pointers. Loads outside the matrix give zeros either way.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if TMA:
+        # Asynchronous copies of whole tiles, then multiply and accumulate.
         for k in tl.range(k_begin, k_end):
             if A_ROWS:
                 a_tile = a.load([row, k * BLOCK_K])
@@ -77,6 +78,7 @@ def _product(
         # int64: rows * stride passes 2^31 at 64k tokens of a 50257-wide layer
         a_ptrs = a + offs_m.to(tl.int64)[:, None] * stride_am + offs_k.to(tl.int64)[None, :] * stride_ak
         b_ptrs = b + offs_k.to(tl.int64)[:, None] * stride_bk + offs_n.to(tl.int64)[None, :] * stride_bn
+        # Masked loads, then multiply and accumulate.
         for k in tl.range(k_begin, k_end):
             first = tl.cast(k, tl.int64) * BLOCK_K
             inside = offs_k < K - first
@@ -88,7 +90,7 @@ def _product(
 
 @triton.jit
 def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and right half of a tile, each thread keeping what it holds."""
+    """The left and right half of a tile; no value moves to another thread."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
@@ -124,6 +126,7 @@ def _finish(
             stride_bias, stride_rm, stride_rn, ACTIVATION, BLOCK_M, half, STORE_N,
         )  # fmt: skip
     else:
+        # Bias.
         offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
         inside = (offs_m < M - row)[:, None] & (offs_n < N - col)[None, :]
         if bias_ptr is not None:
@@ -134,6 +137,7 @@ def _finish(
         offs = offs_m[:, None] * N + offs_n[None, :]
         if pre_ptr is not None:
             tl.store(pre_ptr + corner + offs, acc.to(pre_ptr.dtype.element_ty), inside)
+        # Activation, residual, store.
         acc = activate(acc, ACTIVATION)
         if residual_ptr is not None:
             rows, cols = (row + offs_m).to(tl.int64), (col + offs_n).to(tl.int64)
@@ -171,7 +175,7 @@ def linear(
     A_ROWS: tl.constexpr,
     B_ROWS: tl.constexpr,
 ):
-    """out, and pre where it is given: (M, N) contiguous. bias: (N,). residual: (M, N), any strides."""
+    """out and pre, or None for pre: (M, N) contiguous. bias: (N,). residual: (M, N), any strides."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=PERSISTENT):
         tile_m, tile_n = _tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -214,9 +218,11 @@ def _finish_dact(
         inside = (offs_m < M - row)[:, None] & (offs_n < N - col)[None, :]
         corner = tl.cast(row, tl.int64) * N + col
         offs = offs_m[:, None] * N + offs_n[None, :]
+        # Gradient of the activation. Rows past M are zeros in acc, so they add nothing to the sums.
         pre = tl.load(pre_ptr + corner + offs, inside, other=0.0).to(tl.float32)
-        acc *= activation_grad(pre, ACTIVATION)  # rows past M are zeros in acc: nothing of them in the sums
+        acc *= activation_grad(pre, ACTIVATION)
         tl.store(dpre_ptr + corner + offs, acc.to(dpre_ptr.dtype.element_ty), inside)
+        # This tile's part of the bias gradient.
         if partial_ptr is not None:
             at = tl.cast(row // BLOCK_M, tl.int64) * N + col
             tl.store(partial_ptr + at + offs_n, tl.sum(acc, axis=0), offs_n < N - col)
@@ -279,6 +285,7 @@ def linear_dw(
     B_ROWS: tl.constexpr,
 ):
     """out: (splits, M, N), the weight's own strides within a split; grid (tiles, splits)."""
+    # This program's share of the sum over k.
     tile_m, tile_n = _tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
     k_tiles = tl.cdiv(K, BLOCK_K)
@@ -288,6 +295,7 @@ def linear_dw(
         a, b, row, col, split * share, tl.minimum(split * share + share, k_tiles), M, N, K,
         stride_am, stride_ak, stride_bk, stride_bn, BLOCK_M, BLOCK_N, BLOCK_K, TMA, A_ROWS, B_ROWS,
     )  # fmt: skip
+    # Store the partial sum.
     offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_n = (col + tl.arange(0, BLOCK_N)).to(tl.int64)
     inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
@@ -312,7 +320,7 @@ def column_sum(
 ):
     """sum: (programs of rows, N), each the sum of rows_per_program rows of x, in their order.
 
-    With pre, (M, N) contiguous, it is dpre = x * activation'(pre) that is summed, and stored too.
+    With pre, (M, N) contiguous, the sum is over the rows of dpre = x * activation'(pre), stored as well.
     """
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * rows_per_program

@@ -8,11 +8,12 @@ import torch
 
 from gptkern.ops import _checks
 from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
-from gptkern.ops.linear import autograd, checks, launcher, reference
+from gptkern.ops.linear import checks, launch, reference
+from gptkern.ops.linear.register import Linear
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias``: ``linear_act`` without an activation, which see."""
+    """``x @ weight.T + bias``. Arguments, result and errors are those of ``linear_act``."""
     return _linear("linear", x, weight, bias, None, "none")
 
 
@@ -22,7 +23,7 @@ def linear_act(
     """``activation(x @ weight.T + bias)``, bias and activation in the product's epilogue.
 
     Products accumulate in fp32 and are rounded once, after the activation. A row's result does not
-    depend on the other rows. The backward pass keeps the pre-activation, in ``x``'s dtype.
+    depend on the other rows. For the backward pass the pre-activation is saved in ``x``'s dtype.
 
     Args:
         x: ``(..., in)``, fp32, fp16 or bf16 (float64 on a CPU). Any strides whose leading
@@ -67,7 +68,7 @@ Operand = TypeVar("Operand", torch.Tensor, torch.Tensor | None)
 
 
 def cast(value: Operand, dtype: torch.dtype | None) -> Operand:
-    """What autocast does to an operand of a matrix product; float64 it leaves alone."""
+    """An operand of a matrix product in autocast's ``dtype``; float64 and None are left alone."""
     if dtype is None or value is None or value.dtype == torch.float64:
         return value
     return value.to(dtype)
@@ -98,6 +99,6 @@ def _linear(
         out: torch.Tensor = torch.ops.gptkern.linear(x, weight, bias, residual, activation, save_pre)[0]
         return out
     if grad:
-        out = autograd.Linear.apply(x, weight, bias, residual, activation)
+        out = Linear.apply(x, weight, bias, residual, activation)
         return out
-    return launcher.forward(x, weight, bias, residual, activation, False)[0]
+    return launch.forward(x, weight, bias, residual, activation, False)[0]

@@ -36,7 +36,7 @@ def linear_residual(
 
 
 def activation_backward(dout: torch.Tensor, pre: torch.Tensor, activation: str) -> torch.Tensor:
-    """``dout * activation'(pre)``: the formulas PyTorch's autograd uses, for where autograd is off."""
+    """``dout * activation'(pre)`` by the formulas of PyTorch's autograd, for use when it is off."""
     backward = {
         "gelu_tanh": lambda: torch.ops.aten.gelu_backward(dout, pre, approximate="tanh"),
         "gelu": lambda: torch.ops.aten.gelu_backward(dout, pre),
@@ -51,6 +51,6 @@ def activation_backward(dout: torch.Tensor, pre: torch.Tensor, activation: str) 
 def linear_backward(
     dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dweight, dbias), x and the gradients being matrices."""
+    """(dx, dweight, dbias) of matrices ``x (tokens, in)`` and ``dout (tokens, out)``."""
     dpre = activation_backward(dout, pre, activation)
     return dpre @ weight, dpre.t() @ x, dpre.sum(0)

@@ -1,13 +1,13 @@
-"""The launches of the matrix products: what ``linear`` and ``gelu_mlp`` are made of.
+"""The launches of the matrix products that make up ``linear`` and ``gelu_mlp``.
 
-Everything here takes matrices of any strides that have passed the ops' checks, on one device, of
-one dtype where nothing else is said, and allocates its results.
+All functions take matrices of any strides that have passed the ops' checks, on one device and, unless
+they say otherwise, of one dtype. They allocate their results.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -15,12 +15,26 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gptkern.ops import _launch
 from gptkern.ops.linear import kernels
 
-# The machine that weight gradients are split for, an H100: constants, so that every GPU sums in the
-# same order. Adding up one tile of one part takes about a ninth of the time of one step of k.
+# Weight gradients are split for an H100, whatever the GPU, so that every GPU sums in the same order.
+# Adding up one tile of one part takes about a ninth of the time of one step of k.
 _DW_PROGRAMS = 132
 _DW_MOST_SPLITS = 8
 _DW_COMBINE = 0.11
 _SUM_PARTS = 512
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of a forward pass.
+
+    Attributes:
+        x, weight, activation: The arguments.
+        pre: ``(tokens, out)``, the result before the activation; None if there is no activation.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    pre: torch.Tensor | None
+    activation: str
 
 
 def matrix(x: torch.Tensor) -> torch.Tensor:
@@ -29,7 +43,7 @@ def matrix(x: torch.Tensor) -> torch.Tensor:
 
 
 def matrix_of_grad(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The same for a gradient, whose layout autograd chose: copied if it must be, rounded to ``dtype``."""
+    """A gradient as a matrix of ``dtype``: autograd chose its layout, so this may copy."""
     return grad.to(dtype).reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
 
 
@@ -38,7 +52,7 @@ def _power_of_two(value: int) -> int:
 
 
 def _aligned(x: torch.Tensor) -> bool:
-    """Contiguous one way, in 16-byte steps the other: what the copy engine and wide loads can read."""
+    """Whether the copy engine and wide loads can read ``x``: contiguous one way, 16-byte steps the other."""
     inner = 1 if x.stride(1) == 1 else 0
     step = x.stride(1 - inner) * x.element_size()
     return x.stride(inner) == 1 and step > 0 and step % 16 == 0 and x.numel() > 0 and x.data_ptr() % 16 == 0
@@ -53,9 +67,9 @@ def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
 def _operands(
     kernel: str, a: torch.Tensor, b: torch.Tensor, **shape: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The kernels' leading arguments for ``a @ b`` and its launch row, with the flags that go with them.
+    """The leading arguments of a kernel for ``a @ b``, and its launch row with the operands' flags.
 
-    Sizes are rounded up to powers of two before they choose a row, as rows are cached by them.
+    Sizes are rounded up to powers of two before they select a row, because rows are cached by them.
     """
     m, n = a.shape[0], b.shape[1]
     config = _launch.config(
@@ -87,7 +101,7 @@ def product(
     activation: str = "none",
     save_pre: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``activation(a @ b + bias) + residual`` in the residual's dtype, and ``a @ b + bias`` if asked."""
+    """(``activation(a @ b + bias) + residual`` in the residual's dtype, ``a @ b + bias`` or None)."""
     (m, k), n = a.shape, b.shape[1]
     out = a.new_empty(m, n, dtype=a.dtype if residual is None else residual.dtype)
     pre = a.new_empty(m, n) if save_pre else None
@@ -123,7 +137,7 @@ def product_dact(
 
 
 def _dw_splits(tiles: int, k_tiles: int) -> int:
-    """In how many parts to sum over tokens: what takes the fewest steps of k, combining included."""
+    """The number of parts of the sum over tokens with the fewest steps of k, combining included."""
 
     def steps(splits: int) -> float:
         waves = -(-tiles * splits // _DW_PROGRAMS)
@@ -133,7 +147,7 @@ def _dw_splits(tiles: int, k_tiles: int) -> int:
 
 
 def weight_grad(dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``dout.T @ x``, laid out as ``weight``: the sum over tokens in parts that the shapes alone fix."""
+    """``dout.T @ x`` in ``weight``'s layout. The shapes alone fix the parts of the sum over tokens."""
     (tokens, m), n = dout.shape, x.shape[1]
     dw = torch.empty_like(weight)
     dout_t = dout.t()
@@ -169,12 +183,12 @@ def _sum_launch(
 
 
 def _rows_per_part(m: int) -> int:
-    """At most _SUM_PARTS parts of 64 rows or more: programs enough, and few parts to add up."""
+    """Rows of one part: a multiple of 64, and at most _SUM_PARTS parts, which are few to add up."""
     return 64 * max(1, -(-m // (64 * _SUM_PARTS)))
 
 
 def column_sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The sum of ``x``'s rows: first of each part, then of the parts."""
+    """The sum of ``x``'s rows: first within each part, then over the parts."""
     m, n = x.shape
     sums = x.new_empty(n, dtype=dtype)
     part = _rows_per_part(m)
@@ -208,23 +222,18 @@ def forward(
     activation: str,
     save_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``activation(x @ weight.T + bias) + residual``, and what the activation was given if asked."""
-    other = None if residual is None else matrix(residual)
-    out, pre = product(matrix(x), weight.t(), bias, other, activation, save_pre)
+    """(``activation(x @ weight.T + bias) + residual``, the value before the activation or None)."""
+    residual_rows = None if residual is None else matrix(residual)
+    out, pre = product(matrix(x), weight.t(), bias, residual_rows, activation, save_pre)
     return out.view(*x.shape[:-1], weight.shape[0]), pre
 
 
 def backward(
-    dout: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    pre: torch.Tensor | None,
-    activation: str,
-    needs_x: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    dout: torch.Tensor, saved: Saved, needs: tuple[bool, bool, bool]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(dx, dweight, dbias), None where it is not needed."""
+    """(dx, dweight, dbias), None for each that ``needs`` does not ask for."""
+    x, weight, pre, activation = saved
+    needs_x, needs_weight, needs_bias = needs
     dpre = matrix_of_grad(dout, x.dtype)
     dbias = None
     sums = x.dtype if needs_bias else None
