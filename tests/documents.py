@@ -19,9 +19,18 @@ WIDTH = 64
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks of one language; indented ones, in notes and lists, are not taken."""
-    found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    return [code for named, code in found if named == language]
+    """The fenced blocks of one language; indented ones, in notes and lists, and whole files are not taken."""
+    return [code for named, title, code in _fenced(text) if named == language and not title]
+
+
+def files(text: str) -> dict[str, str]:
+    """The fenced blocks that are whole files, by the path that their ``title`` gives."""
+    return {title: code for _, title, code in _fenced(text) if title}
+
+
+def _fenced(text: str) -> list[tuple[str, str, str]]:
+    fence = r'^```(\w*)(?: title="([^"]*)")?[^\n]*\n(.*?)^```'
+    return re.findall(fence, text, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands(text: str, language: str) -> Iterator[list[str]]:
