@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptkern
 from gptkern.ops import _launch, linear_cross_entropy
-from gptkern.ops.linear_cross_entropy import op, reference
+from gptkern.ops.linear_cross_entropy import launch, reference
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SHAPES = [(2, 8, 5), (5, 24, 11), (130, 72, 300), (33, 64, 257)]
@@ -105,7 +105,7 @@ def test_several_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -
     """Losses of three chunks are one's exactly; the weight's gradient is summed over them."""
     hidden, weight, targets = inputs(300, 24, 200, torch.float32, device)
     whole = value_and_grads(linear_cross_entropy, hidden, weight, targets, reduction="none")
-    monkeypatch.setattr(op, "chunk_tokens", lambda tokens, vocab, itemsize: 128)
+    monkeypatch.setattr(launch, "chunk_tokens", lambda tokens, vocab, itemsize: 128)
     parts = value_and_grads(linear_cross_entropy, hidden, weight, targets, reduction="none")
     assert torch.equal(whole[0], parts[0])
     assert torch.equal(whole[1], parts[1])
@@ -126,11 +126,11 @@ def test_chunks_are_bounded() -> None:
     """One chunk's workspace stops growing with the batch and, tile by tile, with the vocabulary."""
     for tokens in (1, 8192, 65536, 1 << 22):
         for vocab in (256, 50304, 262144):
-            rows = op.chunk_tokens(tokens, vocab, 2)
+            rows = launch.chunk_tokens(tokens, vocab, 2)
             assert rows % 128 == 0
             assert rows * vocab * 2 <= max(832 << 20, 128 * vocab * 2)
-    assert op.chunk_tokens(65536, 50304, 2) == 8192
-    assert op.chunk_tokens(5, 256, 2) == 128
+    assert launch.chunk_tokens(65536, 50304, 2) == 8192
+    assert launch.chunk_tokens(5, 256, 2) == 128
 
 
 def test_deterministic_and_leading_dimensions(device: torch.device) -> None:

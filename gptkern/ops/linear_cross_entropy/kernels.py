@@ -7,10 +7,10 @@ Per token ``t`` with ``z[v] = weight[v] . hidden[t]`` and ``lse = log(sum(exp(z)
 (label smoothing s: Szegedy et al. 2016; z-loss: Chowdhery et al. 2022, section 5; softmax from
 partial maxima and sums: Milakov and Gimelshein 2018).
 
-The logits are multiplied out once. What is kept of them, for one chunk, is ``exp(z - m)`` in the
-inputs' dtype, ``m`` being the maximum of a token's logits in one vocabulary tile: its relative
-error is one rounding, where a logit of 20 rounded to bf16 would be 3% off after the exponential,
-and both gradient products turn it into ``dz`` as they load it, by one factor per token and tile.
+Each logit is multiplied out once. Of one chunk's logits the buffer holds ``exp(z - m)`` in the inputs'
+dtype, with ``m`` the maximum of a token's logits in one vocabulary tile. Its relative error is one
+rounding, whereas a logit of 20 rounded to bf16 would be 3% off after the exponential. Both gradient
+products compute ``dz`` from it as they load it, by one factor per token and tile.
 
 Layout:
     logits_kernel   one program a (tokens, vocab) tile; reads hidden and weight, writes
@@ -56,7 +56,7 @@ def logits_kernel(
     cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, col_ok = rows < tokens, cols < vocab
     k = tl.arange(0, BLOCK_K)
-    # Rows beyond the end are read as the last one: in bounds without a mask, and never stored.
+    # Logits. Rows beyond the end read the last one: in bounds without a mask, and never stored.
     h = hidden_ptr + tl.minimum(rows, tokens - 1).to(tl.int64)[:, None] * stride_ht + k[None, :]
     w = weight_ptr + tl.minimum(cols, vocab - 1).to(tl.int64)[None, :] * stride_wv + k[:, None]
     z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -74,16 +74,18 @@ def logits_kernel(
         h += BLOCK_K
         w += BLOCK_K
 
+    # The target's logit, in the tile that holds it.
     target = tl.load(targets_ptr + rows, mask=row_ok, other=-1)
     hit = cols[None, :] == target[:, None]
     own = (target >= tile * BLOCK_N) & (target < tl.minimum(tile * BLOCK_N + BLOCK_N, vocab))
     tl.store(target_logit_ptr + rows, tl.sum(tl.where(hit, z, 0.0), 1), mask=row_ok & own)
+    # Statistics of the tile: maximum and sum of exponentials, and the sum of logits for smoothing.
     stat = rows.to(tl.int64) * n_tiles + tile
     if SMOOTHING:
         tl.store(tile_total_ptr + stat, tl.sum(tl.where(col_ok[None, :], z, 0.0), 1), mask=row_ok)
     z = tl.where(col_ok[None, :], z, float("-inf"))
     highest = tl.max(z, 1)
-    # A row of -inf alone: (-inf) - (-inf) would be NaN.
+    # If a row is all -inf: (-inf) - (-inf) would be NaN.
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     e = tl.exp(z - highest[:, None])
     tl.store(tile_max_ptr + stat, highest, mask=row_ok)
@@ -101,7 +103,7 @@ def loss_kernel(
     tile_total_ptr,
     target_logit_ptr,  # (tokens,)
     targets_ptr,
-    loss_ptr,  # (tokens,) fp32, 0 where ignored, NaN for a target outside the vocabulary
+    loss_ptr,  # (tokens,) fp32, 0 if ignored, NaN for a target outside the vocabulary
     row_max_ptr,  # (tokens,) fp32; with log_sum, lse without the rounding of a large maximum
     log_sum_ptr,  # (tokens,) fp32: log(sum(exp(z - row maximum)))
     tokens,
@@ -123,6 +125,7 @@ def loss_kernel(
         tiles = start + tl.arange(0, BLOCK_N)
         ok = row_ok[:, None] & (tiles < n_tiles)[None, :]
         stat = rows.to(tl.int64)[:, None] * n_tiles + tiles[None, :]
+        # Merge a block of tiles: new maximum, rescale, accumulate.
         maxima = tl.load(tile_max_ptr + stat, mask=ok, other=float("-inf"))
         sums = tl.load(tile_sum_ptr + stat, mask=ok, other=0.0)
         new = tl.maximum(highest, tl.max(maxima, 1))
@@ -131,6 +134,7 @@ def loss_kernel(
         highest = new
         if SMOOTHING:
             total += tl.sum(tl.load(tile_total_ptr + stat, mask=ok, other=0.0), 1)
+    # Loss.
     log_sum = tl.log(weighed)
     lse = highest + log_sum
     target = tl.load(targets_ptr + rows, mask=row_ok, other=0)
@@ -212,13 +216,15 @@ def dhidden_kernel(
         words = start + v
         w = weight_ptr + tl.minimum(words, vocab - 1).to(tl.int64)[:, None] * stride_wv + safe_cols[None, :]
         tile_max = tl.load(tile_max_ptr + safe_rows.to(tl.int64) * n_tiles + start // TILE)
+        # Gradient of a tile of logits, then multiply by the weights.
         dz = logits_gradient(
             tl.load(e), tile_max, row_max, log_sum, target, counted, words,
             vocab, z_loss, label_smoothing, SMOOTHING,
         )  # fmt: skip
-        # Beyond the vocabulary e is exactly 0, so the repeated last row of the weights counts nothing.
+        # Beyond the vocabulary e is exactly 0, so the repeated last row of the weights adds nothing.
         acc = tl.dot(dz.to(exp_ptr.dtype.element_ty), tl.load(w), acc, input_precision="ieee")
         e += BLOCK_K
+    # Upstream gradient, store.
     acc *= tl.load(scale_ptr + safe_rows * stride_s).to(tl.float32)[:, None]
     out = dhidden_ptr + rows.to(tl.int64)[:, None] * width + cols[None, :]
     tl.store(out, acc.to(dhidden_ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
@@ -269,6 +275,7 @@ def dweight_kernel(
         log_sum = tl.load(log_sum_ptr + safe_rows)
         tile_max = tl.load(tile_max_ptr + safe_rows * n_tiles + word_start // TILE)
         counted = row_ok & (target != ignore_index)
+        # Gradient of a tile of logits, then multiply by the hidden states.
         dz = logits_gradient(
             e, tile_max, row_max, log_sum, target, counted, words,
             vocab, z_loss, label_smoothing, SMOOTHING,
@@ -277,8 +284,9 @@ def dweight_kernel(
             dz *= tl.load(scale_ptr + safe_rows * stride_s).to(tl.float32)[:, None]
         acc = tl.dot(tl.trans(dz.to(exp_ptr.dtype.element_ty)), h, acc, input_precision="ieee")
     if not TOKEN_SCALE:
-        # Scaled after the sum: 1 / tokens would push fp16 gradients below its smallest number.
+        # Scale after the sum: 1 / tokens would push fp16 gradients below the smallest fp16 number.
         acc *= tl.load(scale_ptr).to(tl.float32)
+    # Add to the sums of the chunks before.
     out = dweight_ptr + words.to(tl.int64)[:, None] * width + cols[None, :]
     ok = (words < vocab)[:, None] & (cols < width)[None, :]
     if not FIRST:

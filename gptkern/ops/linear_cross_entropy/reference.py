@@ -20,22 +20,22 @@ def token_losses(
     z_loss: float,
     label_smoothing: float,
 ) -> torch.Tensor:
-    """Losses of ``hidden (tokens, width)``, in fp32 or, for float64 input, float64; 0 where ignored."""
+    """Losses of ``hidden (tokens, width)``, fp32 (float64 for float64 input); 0 for ignored tokens."""
     return logit_losses(F.linear(hidden, weight), targets, ignore_index, z_loss, label_smoothing)
 
 
 def logit_losses(
     logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, z_loss: float, label_smoothing: float
 ) -> torch.Tensor:
-    """The same of the logits ``(tokens, vocab)`` themselves."""
+    """Losses of logits ``(tokens, vocab)``, as ``token_losses``."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    found = F.cross_entropy(
+    losses = F.cross_entropy(
         logits, targets, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
     )
     if z_loss:
         squares = logits.logsumexp(-1).square()
-        found = found + z_loss * squares.masked_fill(targets == ignore_index, 0.0)
-    return found
+        losses = losses + z_loss * squares.masked_fill(targets == ignore_index, 0.0)
+    return losses
 
 
 def linear_cross_entropy(
@@ -47,18 +47,18 @@ def linear_cross_entropy(
     z_loss: float,
     label_smoothing: float,
 ) -> torch.Tensor:
-    rows, wanted = hidden.flatten(0, -2), targets.flatten()
+    rows, target_rows = hidden.flatten(0, -2), targets.flatten()
     chunk = max(1, CHUNK_LOGITS // weight.shape[0])
     settings = (ignore_index, z_loss, label_smoothing)
     if len(rows) <= chunk:
-        losses = token_losses(rows, weight, wanted, *settings)
+        losses = token_losses(rows, weight, target_rows, *settings)
     else:
-        # Recomputing a chunk's logits in the backward pass is what keeps only one chunk of them alive.
+        # The backward pass recomputes a chunk's logits, so that one chunk of them is alive at a time.
         pieces = [
             checkpoint(token_losses, h, weight, t, *settings, use_reentrant=False, preserve_rng_state=False)
-            for h, t in zip(rows.split(chunk), wanted.split(chunk), strict=True)
+            for h, t in zip(rows.split(chunk), target_rows.split(chunk), strict=True)
         ]
         losses = torch.cat(pieces)
     if reduction == "none":
         return losses.view(targets.shape)
-    return losses.sum() if reduction == "sum" else losses.sum() / (wanted != ignore_index).sum()
+    return losses.sum() if reduction == "sum" else losses.sum() / (target_rows != ignore_index).sum()
