@@ -34,7 +34,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
         ("inspect --arch new", "'new' is not a whole number"),
         ("profile", 'as in: gptkern profile "ROMEO:" (gptkern profile --help tells more)'),
         ("quantize embedded", "as in: gptkern quantize gpt2 --weights int8 --out gpt2-int8"),
-        ("train", "as in: gptkern train configs/shakespeare_char_cpu.toml --data"),
+        ("train", "as in: gptkern train shakespeare_char_cpu --data story.txt --out runs/story"),
         ("verify", "as in: gptkern verify gpt2"),
         ("plot", "as in: gptkern plot runs/shakespeare"),
     ],

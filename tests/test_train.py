@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import inspect
 import io
 import json
 import math
 import os
 import pickle
 import platform
+import re
 import resource
 import shutil
 import signal
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
+import gptkern.cli
 from gptkern.checkpoint.errors import CheckpointError
+from gptkern.cli.train import train as train_command
 from gptkern.config import GPTConfig
 from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
-from gptkern.train import DivergedError, Lion, Settings, SettingsError, Trainer, make_optimizers, train
+from gptkern.train import (
+    DivergedError,
+    Lion,
+    Settings,
+    SettingsError,
+    Trainer,
+    make_optimizers,
+    shipped,
+    train,
+)
 from gptkern.train import checkpoints as checkpoints_module
 from gptkern.train.assemble import assemble
 from gptkern.train.data import Examples, Windows, load_classes, load_pairs, pair_ids, shuffled
@@ -128,10 +142,44 @@ def test_settings_read_back(tmp_path: Path) -> None:
     assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
 
-def test_shipped_configurations_are_valid() -> None:
-    folder = Path(__file__).parent.parent / "configs"
-    found = [Settings.from_file(path) for path in sorted(folder.glob("*.toml"))]
-    assert len(found) >= 2
+def test_shipped_configurations_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(shipped.names()) >= 3
+    for name in shipped.names():
+        Settings.from_file(shipped.config_file(name))
+        assert (Path(__file__).parent.parent / "configs" / f"{name}.toml").samefile(shipped.config_file(name))
+        assert name in (train_command.__doc__ or "") + str(inspect.signature(train_command))
+    with pytest.raises(SettingsError, match="mine: no such file; the configurations of gptkern: gpt2_124m"):
+        shipped.config_file("mine")
+    monkeypatch.chdir(tmp_path)
+    Path("gpt2_124m").write_text("")
+    assert shipped.config_file("gpt2_124m") == Path("gpt2_124m")
+
+
+def test_the_reference_explains_every_key_and_is_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gptkern.cli.run(["train", "--show-settings"]) == 0
+    text = capsys.readouterr().out
+    assert Settings.from_dict(tomllib.loads(text)) == Settings()
+    assert max(map(len, text.splitlines())) <= 100
+    for section, cls in get_type_hints(Settings).items():
+        keys = dataclasses.fields(GPTConfig if section == "model" else cls)
+        part = text.partition(f"\n[{section}]\n")[2].partition("\n[")[0]
+        for key in keys:
+            line = re.search(rf"^(# )?{key.name} = .*$", part, re.MULTILINE)
+            assert line is not None, key.name
+            paragraph = part[: line.start()].rpartition("\n\n")[2]
+            assert paragraph.startswith("# "), f"[{section}] {key.name} is not explained"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("", "sample_prompt is empty"), ("a" * 16, "has 16 tokens; fewer than the context, 16"), ("é", "'é'")],
+)
+def test_a_sample_prompt_is_checked_at_the_start(
+    prompt: str, message: str, text_file: Path, tmp_path: Path
+) -> None:
+    settings = tiny(text_file, eval={"samples": 1, "sample_prompt": prompt})
+    with pytest.raises(SettingsError, match=message):
+        train(settings, tmp_path / "run")
 
 
 def test_settings_file_errors_name_the_file(tmp_path: Path) -> None:

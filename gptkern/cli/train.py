@@ -15,15 +15,34 @@ if TYPE_CHECKING:
     from gptkern.train import Settings
 
 
+def _show_settings(wanted: bool) -> None:
+    if wanted:
+        from gptkern.train.reference import reference
+
+        print(reference(), end="")
+        raise typer.Exit
+
+
 def train(
-    config: Annotated[Path, typer.Argument(help="A TOML file; see configs/.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="A TOML file, or one that comes with gptkern: shakespeare_char_cpu, shakespeare_char_gpu, "
+            "gpt2_124m."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The run's folder: log, checkpoints, model.")],
     data: Annotated[
-        list[Path] | None, typer.Option(help="In place of [data] path; repeatable, or a folder of shards.")
+        list[Path] | None,
+        typer.Option(help="The data, in place of [data] path: files (repeatable) or a folder of shards."),
     ] = None,
-    val_data: Annotated[list[Path] | None, typer.Option(help="In place of [data] val_path.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="In place of [train] steps.")] = None,
-    device: Annotated[str | None, typer.Option(help="In place of [train] device.")] = None,
+    val_data: Annotated[
+        list[Path] | None, typer.Option(help="Held-out data, in place of [data] val_path.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Train steps, in place of [train] steps.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N, in place of [train] device.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     find_lr: Annotated[
         bool, typer.Option("--find-lr", help="Only find a learning rate: a range test and its plot.")
@@ -31,7 +50,18 @@ def train(
     find_batch: Annotated[
         bool, typer.Option("--find-batch", help="Only find the largest and the fastest batch that fits.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Evaluations without a bar.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print evaluations as lines, without a progress bar.")
+    ] = False,
+    show_settings: Annotated[
+        bool,
+        typer.Option(
+            "--show-settings",
+            is_eager=True,
+            callback=_show_settings,
+            help="Print every key of a TOML file with its default and meaning, and exit.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model as CONFIG says, into the folder --out.
 
@@ -41,7 +71,9 @@ def train(
 
     Examples:
 
-    - `gptkern train configs/shakespeare_char_cpu.toml --data tinyshakespeare.txt --out runs/shakespeare`
+    - `gptkern train shakespeare_char_cpu --data story.txt --out runs/story` takes any text from 100 kB on
+
+    - `gptkern train --show-settings > my.toml` begins a configuration of your own
 
     - `gptkern train CONFIG.toml --out runs/a --find-lr` recommends a learning rate
 
@@ -49,8 +81,9 @@ def train(
     """
     from gptkern.train import Settings
     from gptkern.train import train as run
+    from gptkern.train.shipped import config_file
 
-    settings = _changed(Settings.from_file(config), data, val_data, steps, device)
+    settings = _changed(Settings.from_file(config_file(config)), data, val_data, steps, device)
     if find_lr:
         _find_lr(settings, out)
     if find_batch:

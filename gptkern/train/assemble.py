@@ -65,11 +65,19 @@ def assemble(settings: Settings, out: Path, group: Processes) -> tuple[Source, O
 
 def _check_sample_prompt(settings: Settings, model: GPT) -> None:
     """What samples continue must be text that the tokenizer knows: better told now than after an hour."""
-    if settings.eval.samples and settings.data.kind != "classes" and model.tokenizer is not None:
-        try:
-            model.tokenizer.encode(settings.eval.sample_prompt)
-        except ValueError as error:
-            raise SettingsError(f"[eval] sample_prompt: {error}") from error
+    if not settings.eval.samples or settings.data.kind == "classes" or model.tokenizer is None:
+        return
+    try:
+        used = len(model.tokenizer.encode(settings.eval.sample_prompt))
+    except ValueError as error:
+        raise SettingsError(f"[eval] sample_prompt: {error}") from error
+    if not used and model.tokenizer.bos_token_id is None:
+        raise SettingsError("[eval] sample_prompt is empty, and the tokenizer has no beginning-of-text token")
+    if used >= model.config.n_positions:
+        raise SettingsError(
+            f"[eval] sample_prompt has {used} tokens; fewer than the context, {model.config.n_positions}, "
+            "are needed"
+        )
 
 
 def _all_text(data: DataSettings) -> str:

@@ -56,21 +56,22 @@ def _share(section: str, name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where tokens come from.
+    """Where the tokens come from.
 
     Attributes:
-        kind: ``text`` (files), ``jsonl`` (a document a line), ``bin`` (token shards, nanoGPT's or
-            llm.c's), ``pairs`` (JSONL of prompts and answers; loss on the answer alone), ``classes``
-            (JSONL of texts and labels).
-        path: Files, or a folder of ``train*.bin`` and ``val*.bin``; ``--data`` stands in for it.
-        val_path: Held-out data; without it the last ``val_fraction`` of the data.
-        tokenizer: ``char`` (every character of the text), ``bytes``, a folder or hub id, or ``""``: the
-            loaded model's own.
+        kind: What the files are: ``text`` (plain text), ``jsonl`` (a document a line), ``bin`` (shards of
+            token ids, nanoGPT's or llm.c's), ``pairs`` (JSONL of prompts and answers; the loss is that of the
+            answers alone), ``classes`` (JSONL of texts and labels; trains a classifier).
+        path: The files, or a folder of ``train*.bin`` and ``val*.bin``. ``--data`` stands in for it.
+        val_path: Held-out files. Without them the last ``val_fraction`` of the data is held out.
+        val_fraction: Share of the data that is held out where ``val_path`` is empty.
+        tokenizer: ``char`` (one token a character of the text), ``bytes``, a folder or a hub id; ``""`` takes
+            the tokenizer of the model that [model] from names.
         context: Tokens of one training sequence.
-        text_key, prompt_key, answer_key, label_key: Names in the JSONL.
-        separator: Put between a prompt and its answer.
-        end: Put after an answer where the tokenizer has no end-of-text token.
-        workers: Processes that tokenise; 0 is one a core.
+        text_key, prompt_key, answer_key, label_key: Names in the lines of JSONL.
+        separator: Text between a prompt and its answer.
+        end: Text after an answer where the tokenizer has no end-of-text token.
+        workers: Processes that tokenise; 0 starts one for each core.
     """
 
     kind: str = "text"
@@ -96,20 +97,22 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long and how.
+    """How long the run is, and how it computes.
 
     Attributes:
-        steps: Optimizer steps.
+        steps: Train steps: updates of the weights.
         batch_size: Sequences of one step, all processes together.
-        micro_batch_size: Sequences of one forward pass in one process; 0 is all of a process's share.
-        precision: ``bfloat16`` computes in it under autocast, weights and optimizer staying fp32.
-        grad_clip: Largest gradient norm; 0 leaves gradients alone.
-        z_loss, label_smoothing: As in ``ops.linear_cross_entropy``.
-        gradient_checkpointing: Recompute each block in the backward pass.
-        compile: ``torch.compile`` the model.
-        device: ``cuda``, ``cuda:N`` (one GPU of several), ``cpu``, or ``""``: the GPU where there is one.
-        seed: Weights, batches and dropout; 0 to 2^64 - 1.
-        strategy: With several processes, ``ddp`` (a copy each) or ``fsdp`` (weights spread).
+        micro_batch_size: Sequences of one forward pass in one process; a step adds up as many passes as it
+            needs. 0 takes all of a process's share at once. ``--find-batch`` tries sizes out.
+        precision: ``float32``, or ``bfloat16``: computes in it (autocast); weights and optimizer stay fp32.
+        grad_clip: Largest norm of the gradient; 0 does not clip.
+        z_loss: Weight of ``logsumexp(logits)**2`` in the loss (``ops.linear_cross_entropy``); 0 is off.
+        label_smoothing: Share of each target that is spread over the vocabulary; 0 is off.
+        gradient_checkpointing: Recompute each block in the backward pass: less memory, more time.
+        compile: Pass the model through ``torch.compile``.
+        device: ``cuda``, ``cuda:N`` (one GPU of several) or ``cpu``; ``""`` takes a GPU where there is one.
+        seed: Seed of the weights, the order of the data and dropout, from 0 to 2^64 - 1.
+        strategy: With several processes, ``ddp`` (each holds the whole model) or ``fsdp`` (each a part).
     """
 
     steps: int = 1000
@@ -141,12 +144,17 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Attributes:
-    name: ``adamw``, ``adam``, ``sgd``, ``lion``, or ``muon`` (the blocks' matrices; AdamW for the rest).
-    lr: Peak learning rate (AdamW's part of ``muon`` too).
-    muon_lr: Peak for the matrices under ``muon``.
-    weight_decay: On matrices and embeddings alone: biases and norms are left out.
-    momentum: For ``sgd`` and ``muon``.
+    """How a gradient becomes an update.
+
+    Attributes:
+        name: ``adamw``, ``adam``, ``sgd``, ``lion``, or ``muon`` (the blocks' matrices; AdamW the rest).
+        lr: Peak learning rate; under ``muon`` that of AdamW's part. ``--find-lr`` tries rates out.
+        muon_lr: Peak learning rate of the matrices under ``muon``.
+        weight_decay: Decay of matrices and embeddings; biases and norms have none.
+        beta1: Decay of the gradient's mean in ``adamw`` and ``adam``; momentum's share in ``lion``'s update.
+        beta2: Decay of the squared gradient's mean in ``adamw`` and ``adam``; of the momentum in ``lion``.
+        eps: Added to the denominator in ``adamw`` and ``adam``.
+        momentum: Momentum of ``sgd`` and ``muon``.
     """
 
     name: str = "adamw"
@@ -169,11 +177,13 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """Attributes:
-    name: ``constant``, ``linear``, ``cosine``, or ``wsd`` (warm up, stay, decay linearly at the end).
-    warmup: Steps from 0 to the peak.
-    final: Last learning rate as a share of the peak.
-    decay: Steps of the decay of ``wsd``; 0 is a fifth of the run.
+    """How the learning rate changes over the run.
+
+    Attributes:
+        name: ``constant``, ``linear``, ``cosine``, or ``wsd`` (warm up, stay, decay linearly at the end).
+        warmup: Steps in which the rate rises from 0 to its peak.
+        final: Last learning rate, as a share of the peak.
+        decay: Steps of the decay in ``wsd``; 0 takes a fifth of the run.
     """
 
     name: str = "cosine"
@@ -190,12 +200,15 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Attributes:
-    every: Steps between evaluations; 0 evaluates at the end only.
-    tokens: Held-out tokens that are scored, from the beginning; 0 scores all of them.
-    batch_size: Sequences at once.
-    samples: Texts generated at each evaluation.
-    sample_tokens, sample_prompt: Their length, and what they continue.
+    """How held-out data is scored while training.
+
+    Attributes:
+        every: Steps from one evaluation to the next; 0 evaluates at the end only.
+        tokens: Held-out tokens that are scored, from the beginning; 0 scores all of them.
+        batch_size: Sequences that are scored at once.
+        samples: Texts to generate at each evaluation; they are shown and logged.
+        sample_tokens: Tokens of each of these texts.
+        sample_prompt: Text that they continue.
     """
 
     every: int = 250
@@ -213,10 +226,12 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """Attributes:
-    every: Steps between checkpoints; 0 saves at the end (and when interrupted) only.
-    keep: How many of the newest stay.
-    best: Also keep the model of the lowest held-out loss, in ``best``.
+    """When the run's state is saved; ``--resume`` goes on from the newest.
+
+    Attributes:
+        every: Steps from one checkpoint to the next; 0 saves only at the end and when the run is stopped.
+        keep: Checkpoints that stay on the disk, the newest ones.
+        best: Also keep the model with the lowest held-out loss, in the folder ``best``.
     """
 
     every: int = 500
@@ -230,9 +245,12 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class LogSettings:
-    """Attributes:
-    every: Steps between lines of training loss.
-    tensorboard: Also write TensorBoard events, into ``tensorboard``.
+    """What the run writes down.
+
+    Attributes:
+        every: Steps from one line of ``log.jsonl`` to the next.
+        tensorboard: Also write TensorBoard's events, into the folder ``tensorboard``; needs its package:
+            ``pip install 'gptkern[train]'``.
     """
 
     every: int = 10
@@ -244,11 +262,12 @@ class LogSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adaptation; rank 0 trains all weights.
+    """Low-rank adaptation of a trained model: [model] from must name one.
 
     Attributes:
-        rank, alpha: The update is ``alpha / rank * B @ A``.
-        targets: Ends of the names of the matrices that get one.
+        rank: Rank of the update; 0 is off and trains all weights.
+        alpha: Scale of the update, which is ``alpha / rank * B @ A``.
+        targets: Ends of the names of the matrices that are adapted.
     """
 
     rank: int = 0
