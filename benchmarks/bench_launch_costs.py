@@ -9,35 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import median
+from typing import TYPE_CHECKING
 
+import launch_cost_kernels as kernels
 import pytest
 import torch
-import triton
-import triton.language as tl
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from gptkern.ops import _launch, _pdl
-from gptkern.ops.decode_step.kernels import arrive, await_arrivals, leave
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 MORE, SAMPLES = 100, 50
-
-
-@triton.jit(do_not_specialize=["count"])
-def barriers_kernel(
-    barrier_ptr,  # (64,) int32, zero before and after
-    count,
-):
-    programs = tl.num_programs(0)
-    for index in range(count):
-        arrive(barrier_ptr, True)
-        await_arrivals(barrier_ptr, (index + 1) * programs, True)
-    leave(barrier_ptr, barrier_ptr + 32, programs, True)
-
-
-@triton.jit
-def empty_kernel(x_ptr, PDL: tl.constexpr):
-    _pdl.wait(PDL)
 
 
 def barrier(per_sm: int) -> float:
@@ -47,7 +31,9 @@ def barrier(per_sm: int) -> float:
     grid = (per_sm * _launch.multiprocessors(device),)
 
     def call(count: int) -> None:
-        barriers_kernel[grid](counters, count, num_warps=4, launch_cooperative_grid=True)
+        _launch.launch(
+            kernels.barriers_kernel, grid, counters, count, num_warps=4, launch_cooperative_grid=True
+        )
 
     few, many = _microseconds(lambda: call(1)), _microseconds(lambda: call(1 + MORE))
     assert not counters.any()
@@ -62,11 +48,11 @@ def node(dependent: bool) -> float:
     grid = (_launch.multiprocessors(device),)
 
     def captured(count: int) -> torch.cuda.CUDAGraph:
-        empty_kernel[grid](x, num_warps=4, **options)
+        _launch.launch(kernels.empty_kernel, grid, x, num_warps=4, **options)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(count):
-                empty_kernel[grid](x, num_warps=4, **options)
+                _launch.launch(kernels.empty_kernel, grid, x, num_warps=4, **options)
         return graph
 
     few, many = (_microseconds(captured(count).replay) for count in (1, 1 + MORE))

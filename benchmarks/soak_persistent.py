@@ -24,6 +24,7 @@ from gptkern.decode import DecodeStep
 from gptkern.engine.cache import KVCache
 
 CONTEXT, CYCLE, PATIENCE = 128, 500, 60.0
+CONFIG = models.GPT2.replace(n_positions=CONTEXT + CYCLE + 1)
 
 
 class Stuck(RuntimeError):
@@ -105,8 +106,7 @@ def main() -> None:
     try:
         for batch in (1, 8):
             began = time.monotonic()
-            config = models.GPT2.replace(n_positions=CONTEXT + CYCLE + 1)
-            compared = soak(config, torch.device("cuda"), torch.bfloat16, batch=batch, steps=asked.steps)
+            compared = soak(CONFIG, torch.device("cuda"), torch.bfloat16, batch=batch, steps=asked.steps)
             beside = " beside another process" if other else ""
             print(
                 f"{torch.cuda.get_device_name()}, {batch} sequences: {asked.steps} steps{beside} in "

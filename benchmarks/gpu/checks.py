@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+import triton
+from compilations import counting, triton_key
 from stages import Row, Scope, guarded, tiny
 
 from gptkern import backend
@@ -32,6 +37,24 @@ FILTERS: list[dict[str, float]] = [
 ]
 # One row takes a cluster of eight blocks; 17, 33 and 65 rows take four, two and one.
 BATCHES = (1, 17, 33, 65)
+
+
+def cache(scope: Scope) -> Iterator[Row]:
+    """Whether kernels come from Triton's cache as they were carried here, or have to be compiled."""
+    manifest = Path(triton.knobs.cache.dir) / "manifest.json"
+    carried = json.loads(manifest.read_text()) if manifest.exists() else None
+    counted: Counter[str] = Counter()
+    with counting(counted):
+        for op in ("layer_norm", "linear"):
+            case = _cases.checks(op)[0]
+            check_values(case.op, case.make(scope.device, torch.bfloat16), what=case.name)
+    found = f"{counted['found']} kernels found, {counted['compiled']} compiled"
+    if carried is None:
+        yield Row("Triton's cache", note=f"{found}; nothing was carried here")
+        return
+    alike = "made by this Triton" if carried["triton_key"] == triton_key() else "made by another Triton"
+    yield Row("Triton's cache", note=f"{found}; carried from {carried['commit']}, {alike}")
+    yield Row("carried kernels are found", ok=not counted["compiled"], note=found)
 
 
 def sampler(scope: Scope) -> Iterator[Row]:

@@ -11,12 +11,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from stages import Row, Scope, tiny
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+# Tokens that the drop-in's stage asks for.
+NEW = 128
 # The files whose tests run kernels on the device, the quickest to tell something first.
 TESTS = [
     *(
@@ -62,8 +65,7 @@ def soak(scope: Scope) -> Iterator[Row]:
 
     from gptkern.bench.suites import _models as models
 
-    config = models.GPT2.replace(n_positions=soak_persistent.CONTEXT + soak_persistent.CYCLE + 1)
-    steps, dtype = 5000, torch.bfloat16
+    config, steps, dtype = soak_persistent.CONFIG, 5000, torch.bfloat16
     if scope.dry:
         config, steps, dtype = tiny(models.GPT2), 2, torch.float32
     for batch in (1, 8)[: 1 if scope.dry else None]:
@@ -124,27 +126,16 @@ def drop_in(scope: Scope) -> Iterator[Row]:
     if importlib.util.find_spec("transformers") is None:
         yield Row("transformers", note="not installed")
         return
-    import copy
-
-    import transformers
-
-    import gptkern
-
     sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2} if scope.dry else {}
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(**sizes, eos_token_id=None, bos_token_id=None)
     dtype = torch.float32 if scope.dry else torch.bfloat16
-    library = transformers.GPT2LMHeadModel(config).eval().to(scope.device, dtype)
-    ours = gptkern.accelerate(copy.deepcopy(library))
-    new = 2 if scope.dry else 128
+    models = drop_in_models(scope.device, dtype, **sizes)
+    new = 2 if scope.dry else NEW
     for batch in (1, 8):
-        ids = torch.randint(config.vocab_size, (batch, 32), device=scope.device)
-        mask = torch.ones_like(ids)
-        seconds: dict[str, list[float]] = {"transformers": [], "gptkern": []}
+        seconds: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(1 if scope.dry else 4):
-            for name, model in (("transformers", library), ("gptkern", ours)):
+            for name, model in models.items():
                 began = time.perf_counter()
-                model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
+                continued(model, batch, new)
                 if scope.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - began)
@@ -154,6 +145,27 @@ def drop_in(scope: Scope) -> Iterator[Row]:
             yield Row(
                 f"generate, batch {batch}, {name}", value=rate, unit="tokens/s", note=f"{least * 1e3:.0f} ms"
             )
+
+
+def drop_in_models(device: torch.device, dtype: torch.dtype, **sizes: int) -> dict[str, Any]:
+    """GPT-2 124M with random weights as transformers', and a copy that is accelerated."""
+    import copy
+
+    import transformers
+
+    import gptkern
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**sizes, eos_token_id=None, bos_token_id=None)
+    library = transformers.GPT2LMHeadModel(config).eval().to(device, dtype)
+    return {"transformers": library, "gptkern": gptkern.accelerate(copy.deepcopy(library))}
+
+
+def continued(model: Any, batch: int, new: int) -> None:
+    """``new`` tokens after random prompts of 32."""
+    ids = torch.randint(model.config.vocab_size, (batch, 32), device=model.device)
+    mask = torch.ones_like(ids)
+    model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
 
 
 def profile(scope: Scope) -> Iterator[Row]:

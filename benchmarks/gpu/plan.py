@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # stage -> (module:function, seconds)
 STAGES = {
+    "cache": ("checks:cache", 4),
     "launch_costs": ("times:launch_costs", 12),
     "ceilings": ("times:ceilings", 8),
     "sampler": ("checks:sampler", 25),
@@ -28,6 +29,7 @@ STAGES = {
 
 SESSIONS = {
     "first": [
+        "cache",
         "launch_costs",
         "ceilings",
         "sampler",

@@ -30,9 +30,8 @@ def sampler(batch: int) -> None:
     assert torch.equal(*tokens), "the sampler's tokens differ"
 
 
-def steps() -> None:
+def steps(*, dry: bool = DEVICE.type == "cpu") -> None:
     """Two steps of two layers, by separate launches and by one; several splits of K and of the sequence."""
-    dry = DEVICE.type == "cpu"
     config = tiny(models.GPT2) if dry else models.GPT2.replace(n_layer=2, n_positions=2048)
     dtype = torch.float32 if dry else torch.bfloat16
     model = models.ours(config, dtype, DEVICE)

@@ -27,23 +27,23 @@ def main() -> None:
 
     dry = "--dry" in sys.argv
     import torch
+    from compilations import counting, triton_key
 
     from gptkern.bench import environment
 
     if not dry and not torch.cuda.is_available():
         raise SystemExit("this needs a CUDA device: torch sees none (--dry tries the code on a CPU)")
     device = torch.device("cpu" if dry else "cuda")
-    compiled = _count_compilations()
-    where = environment.describe(device) | {"triton_key": _triton_key()}
-    tell(event="where", where=where)
+    tell(event="where", where=environment.describe(device) | {"triton_key": triton_key()})
     for line in sys.stdin:
         asked = json.loads(line)
         for name in asked["stages"]:
-            state = _run(name, device, dry, asked["seconds"], tell)
-            note = f"{compiled['compiled']} compiled, {compiled['found']} found in the cache"
-            if compiled.total():
+            kernels: Counter[str] = Counter()
+            with counting(kernels):
+                state = _run(name, device, dry, asked["seconds"], tell)
+            if kernels.total():
+                note = f"{kernels['compiled']} compiled, {kernels['found']} found in the cache"
                 tell(event="row", row=_row(name="kernels", note=note))
-            compiled.clear()
             tell(event="end", state=state)
 
 
@@ -70,28 +70,6 @@ def _run(name: str, device: Any, dry: bool, seconds: float, tell: Callable[..., 
 
 def _row(**fields: Any) -> dict[str, Any]:
     return {"ok": None, "value": None, "unit": "", "note": "", **fields}
-
-
-def _count_compilations() -> Counter[str]:
-    """How many kernels were compiled, and how many came from Triton's cache."""
-    import triton
-
-    found: Counter[str] = Counter()
-
-    def listen(*, cache_hit: bool, **_: Any) -> None:
-        found["found" if cache_hit else "compiled"] += 1
-
-    triton.knobs.compilation.listener = listen
-    return found
-
-
-def _triton_key() -> str:
-    """What the keys of Triton's cache begin with: where it differs, a cache made elsewhere is missed."""
-    import hashlib
-
-    from triton.runtime.cache import triton_key
-
-    return hashlib.sha256(triton_key().encode()).hexdigest()
 
 
 if __name__ == "__main__":
