@@ -108,6 +108,10 @@ def test_every_stage_of_the_plan_exists() -> None:
         assert sum(plan.STAGES[stage][1] for stage in stages) <= session.BUDGET - session.RESERVE, name
 
 
+def test_every_file_of_the_tests_stage_is_there() -> None:
+    assert [name for name in plan.TESTS if not (ROOT / name).is_file()] == []
+
+
 def test_a_worker_that_dies_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = tmp_path / "worker.py"
     stand_in.write_text(

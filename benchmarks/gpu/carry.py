@@ -26,6 +26,7 @@ from typing import Any
 
 import archive
 from launches import lines
+from plan import TESTS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -45,17 +46,14 @@ assert module.has_cuda
 
 def record() -> None:
     """What the kernel tests, the stages and ``generate`` launch."""
-    from commands import TESTS
-
     shutil.rmtree(LAUNCHES, ignore_errors=True)
     paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "GPTKERN_LAUNCHES": str(LAUNCHES),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    tests = [name for name in TESTS if (ROOT / name).exists()]
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "-p", "record", "-q", "-n", str(_processors())]
-    _run([sys.executable, "-m", "pytest", *options, "-m", "kernels and not slow", *tests], environment)
+    _run([sys.executable, "-m", "pytest", *options, "-m", "kernels and not slow", *TESTS], environment)
     _run([sys.executable, str(HERE / "record.py"), str(LAUNCHES)])
 
 

@@ -14,26 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plan import TESTS
 from stages import Row, Scope, tiny
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # Tokens that the drop-in's stage asks for.
 NEW = 128
-# The files whose tests run kernels on the device, the quickest to tell something first.
-TESTS = [
-    *(
-        f"tests/ops/test_{name}.py"
-        for name in ("decode_attention", "decode_linear", "flash_attention", "linear")
-    ),
-    *(f"tests/ops/test_{name}.py" for name in ("gelu_mlp", "layer_norm", "rms_norm", "linear_cross_entropy")),
-    *("tests/ops/test_sample_devices.py", "tests/test_persistent_step.py", "tests/test_decode.py"),
-]
 
 
 def tests(scope: Scope) -> Iterator[Row]:
     """The kernel tests, compiled, eight processes on one card."""
-    files = TESTS[:1] if scope.dry else [name for name in TESTS if (ROOT / name).exists()]
+    files = TESTS[:1] if scope.dry else list(TESTS)
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not scope.dry else ["-p", "no:xdist"]
     # Without the options of pyproject.toml: they ask for plugins that may not be there.
     command = [

@@ -1,4 +1,4 @@
-"""The two sessions: which stages, in the order of their worth, and the seconds each should take on an H100.
+"""The two sessions: stages by their worth, with the seconds each should take on an H100; the tests' files.
 
 Names only, so that the plan is read without loading torch; ``worker.py`` imports what they name.
 """
@@ -51,3 +51,13 @@ SESSIONS = {
         "profile",
     ],
 }
+
+# The files whose tests run kernels on the device, the quickest to tell something first.
+TESTS = (
+    *(
+        f"tests/ops/test_{name}.py"
+        for name in ("decode_attention", "decode_linear", "flash_attention", "linear")
+    ),
+    *(f"tests/ops/test_{name}.py" for name in ("gelu_mlp", "layer_norm", "rms_norm", "linear_cross_entropy")),
+    *("tests/ops/test_sample_devices.py", "tests/test_persistent_step.py", "tests/test_decode.py"),
+)
