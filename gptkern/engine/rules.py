@@ -22,6 +22,7 @@ class Rules:
         banned: Tokens that never come.
         biases: Amounts that are always added to tokens' logits.
         changing: Whether bans or biases depend on a row's tokens.
+        active: Whether there are any.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -39,6 +40,7 @@ class Rules:
             if len(ids) > 1:
                 self.sequences[ids[-2]].append((ids, bias))
         self.changing = bool(self.ngram_size or self.words or self.sequences)
+        self.active = bool(self.changing or self.banned or self.biases)
 
 
 class Verdict(NamedTuple):

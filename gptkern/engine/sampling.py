@@ -37,7 +37,8 @@ class RowParams:
 
     Attributes:
         values: A number for each of the sampler's columns.
-        eos, banned, biases: As in ``SamplingParams``.
+        eos: End-of-text tokens of the vocabulary.
+        verdict: Bans and biases that do not depend on a row's tokens.
         rules: Bans and biases, with those that depend on a row's tokens.
         penalised: Whether the sampler has to count a row's tokens.
 
@@ -52,7 +53,7 @@ class RowParams:
         self.top_logprobs = top_logprobs
         self.values = _values(settings, vocab_size, top_logprobs or 0)
         self.eos = sorted({token for token in settings.eos if token < vocab_size})
-        self.banned, self.biases = self.rules.banned, self.rules.biases
+        self.verdict = Verdict(self.rules.banned, self.rules.biases)
         penalties = (settings.presence_penalty, settings.frequency_penalty)
         self.penalised = settings.repetition_penalty != 1.0 or any(penalties)
 
@@ -245,13 +246,13 @@ class Sampler:
             return
         own = [row.params for row in rows]
         asked = [p.top_logprobs for p in own if p.top_logprobs is not None]
-        biases = [p.biases for p in own]
+        biases = [p.verdict.biases for p in own]
         self._params = SamplingParams(
             values=torch.tensor([p.values for p in own], dtype=torch.float64, device=self._device),
-            bias_ids=self._padded([list(b) for b in biases], -1, torch.int32),
-            bias_values=self._padded([list(b.values()) for b in biases], 0.0, torch.float32),
-            banned_ids=self._padded([sorted(p.banned) for p in own], -1, torch.int32),
-            eos_ids=self._padded([p.eos for p in own], -1, torch.int32),
+            bias_ids=padded([list(b) for b in biases], -1, torch.int32, self._device),
+            bias_values=padded([list(b.values()) for b in biases], 0.0, torch.float32, self._device),
+            banned_ids=padded([sorted(p.verdict.banned) for p in own], -1, torch.int32, self._device),
+            eos_ids=padded([p.eos for p in own], -1, torch.int32, self._device),
             max_logprobs=max(asked) if asked else None,
         )
         before = {id(row): place for place, row in enumerate(self._rows)}
@@ -279,15 +280,6 @@ class Sampler:
                 _count(state.counts[place : place + 1], [row.generated])
         return state
 
-    def _padded(
-        self, rows: Sequence[Sequence[float]], filling: float, dtype: torch.dtype
-    ) -> torch.Tensor | None:
-        width = max(map(len, rows), default=0)
-        if not width:
-            return None
-        filled = [[*row, *[filling] * (width - len(row))] for row in rows]
-        return torch.tensor(filled, dtype=dtype, device=self._device)
-
     def _ruled(
         self,
         params: SamplingParams,
@@ -300,11 +292,12 @@ class Sampler:
         for place, verdict in enumerate(verdicts):
             if len(verdict.banned) == self._vocab_size:
                 failures[place] = _ALL_BARRED
+        banned, biases = [sorted(v.banned) for v in verdicts], [v.biases for v in verdicts]
         return replace(
             params,
-            banned_ids=self._padded([sorted(verdict.banned) for verdict in verdicts], -1, torch.int32),
-            bias_ids=self._padded([list(verdict.biases) for verdict in verdicts], -1, torch.int32),
-            bias_values=self._padded([list(v.biases.values()) for v in verdicts], 0.0, torch.float32),
+            banned_ids=padded(banned, -1, torch.int32, self._device),
+            bias_ids=padded([list(b) for b in biases], -1, torch.int32, self._device),
+            bias_values=padded([list(b.values()) for b in biases], 0.0, torch.float32, self._device),
         )
 
     def _expanded(self, drafts: Sequence[Sequence[int]]) -> tuple[SamplingParams, SamplerState]:
@@ -325,6 +318,17 @@ class Sampler:
             _count(self._state.counts, tokens)
 
 
+def padded(
+    rows: Sequence[Sequence[float]], filling: float, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
+    """Lists as a tensor ``(rows, longest)``, filled up; None where all are empty."""
+    width = max(map(len, rows), default=0)
+    if not width:
+        return None
+    filled = [[*row, *[filling] * (width - len(row))] for row in rows]
+    return torch.tensor(filled, dtype=dtype, device=device)
+
+
 def _is(one: SamplerRow, other: SamplerRow) -> bool:
     return one is other
 
@@ -337,7 +341,7 @@ def _signed(number: int) -> int:
 def _verdicts(row: SamplerRow, draft: Sequence[int]) -> list[Verdict]:
     if row.rules is not None:
         return row.rules.ahead(draft)
-    return [Verdict(row.params.banned, row.params.biases)] * (len(draft) + 1)
+    return [row.params.verdict] * (len(draft) + 1)
 
 
 def _chosen(

@@ -1,12 +1,18 @@
-"""The text of one row as it grows: no half characters, and nothing at or past a stop string."""
+"""The text of one row as it grows: no half characters, and nothing at or past a stop string.
+
+``RowText`` keeps the text that is shown. ``StopWatch`` keeps none and can be forked: beam search asks of each
+candidate whether it completes a stop string.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gptkern.tokenizer import Tokenizer
+    from gptkern.tokenizer.streams import TokenStream
 
 
 # Tokens of the prompt that decide how the first new one reads: half a character, a space between words.
@@ -27,7 +33,6 @@ class RowText:
         prompt_ids: What came before: a stop string may begin there, and spacing may depend on it.
 
     Attributes:
-        text: What is settled so far. A suffix that may be the beginning of a stop string is held back.
         stopped: A stop string is complete.
     """
 
@@ -36,14 +41,24 @@ class RowText:
         self._shown = tokenizer.stream(skip_special_tokens=True)
         self._has_token = tokenizer.has_token
         self._stop_strings = tuple(stop_strings)
-        self.text = ""
         self.stopped = False
-        # A match that ends in new text has at most so many characters, of at most 4 tokens each, before it.
-        longest = max(map(len, stop_strings), default=1) - 1
-        before = "".join(self._read(token)[0] for token in prompt_ids[-4 * longest - _CONTEXT :])
-        self._before = before[max(len(before) - longest, 0) :]
+        self._settled: list[str] = []
+        # How many of the settled pieces ``fresh`` has given.
+        self._given = 0
+        self._before = _opening(prompt_ids, self._stop_strings, lambda token: self._read(token)[0])
         # Text that is not settled, token by token: with special tokens, and as it is shown.
         self._held: list[tuple[str, str]] = []
+
+    @property
+    def text(self) -> str:
+        """What is settled so far. A suffix that may be the beginning of a stop string is held back."""
+        return "".join(self._settled)
+
+    def fresh(self) -> str:
+        """What was settled since the last call."""
+        fresh = "".join(self._settled[self._given :])
+        self._given = len(self._settled)
+        return fresh
 
     def push(self, token: int, *, hidden: bool = False) -> None:
         """Take the row's next token; a hidden one is no part of the text, but may complete a stop string."""
@@ -54,12 +69,11 @@ class RowText:
         """No more tokens come: what was held back is text after all."""
         self._grow(self._whole.finish(), self._shown.finish())
         if not self.stopped:
-            self.text += "".join(shown for _, shown in self._held)
+            self._settled += [shown for _, shown in self._held]
         self._held = []
 
     def _read(self, token: int) -> tuple[str, str]:
-        whole, shown = self._whole.push(token), self._shown.push(token)
-        return whole if self._has_token(token) else whole + _GAP, shown
+        return _piece(self._whole, token, self._has_token), self._shown.push(token)
 
     def _grow(self, whole: str, shown: str) -> None:
         if self.stopped:
@@ -67,12 +81,10 @@ class RowText:
         self._held.append((whole, shown))
         before = self._before
         pending = before + "".join(part for part, _ in self._held)
-        # A match that ends inside the prompt was there before: it stops nothing.
-        found = [pending.find(s, max(0, len(before) - len(s) + 1)) for s in self._stop_strings]
-        starts = [at for at in found if at >= 0]
-        if starts:
+        start = _first_stop(pending, len(before), self._stop_strings)
+        if start is not None:
             self.stopped = True
-            self._settle(min(starts) - len(before))
+            self._settle(start - len(before))
             self._held = []
             return
         keep = max((_overlap(pending, s) for s in self._stop_strings), default=0)
@@ -85,13 +97,13 @@ class RowText:
         """Move what is shown of the first ``end`` characters that are held into the text."""
         while self._held and len(self._held[0][0]) <= end:
             whole, shown = self._held.pop(0)
-            self.text += shown
+            self._settled.append(shown)
             end -= len(whole)
         if self._held and end > 0:
             whole, shown = self._held[0]
             # The two agree from their ends on; where they differ, a special token came before.
             begun = max(len(shown) - (len(whole) - end), 0)
-            self.text += shown[:begun]
+            self._settled.append(shown[:begun])
             self._held[0] = whole[end:], shown[begun:]
 
 
@@ -101,3 +113,50 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+class StopWatch:
+    """Whether one row's new text completes a stop string: what ``RowText.stopped`` is, and no more."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str], prompt_ids: Sequence[int]) -> None:
+        self._stream = tokenizer.stream()
+        self._has_token = tokenizer.has_token
+        self._stop_strings = tuple(stop_strings)
+        self._longest = max(map(len, self._stop_strings))
+        # The latest characters, in which a stop string may have begun.
+        self._tail = _opening(prompt_ids, self._stop_strings, self._read)
+        self.stopped = False
+
+    def push(self, token: int) -> None:
+        """Take the row's next token."""
+        text = self._tail + self._read(token)
+        self.stopped |= _first_stop(text, len(self._tail), self._stop_strings) is not None
+        self._tail = text[max(len(text) - self._longest + 1, 0) :]
+
+    def fork(self) -> StopWatch:
+        """A copy that goes on by itself."""
+        twin = copy.copy(self)
+        twin._stream = self._stream.fork()
+        return twin
+
+    def _read(self, token: int) -> str:
+        return _piece(self._stream, token, self._has_token)
+
+
+def _piece(stream: TokenStream, token: int, has_token: Callable[[int], bool]) -> str:
+    text = stream.push(token)
+    return text if has_token(token) else text + _GAP
+
+
+def _opening(prompt_ids: Sequence[int], stop_strings: Sequence[str], read: Callable[[int], str]) -> str:
+    """The prompt's last characters, in which a stop string may begin; ``read`` is told of their tokens."""
+    # A match that ends in new text has at most so many characters, of at most 4 tokens each, before it.
+    longest = max(map(len, stop_strings), default=1) - 1
+    before = "".join(map(read, prompt_ids[-4 * longest - _CONTEXT :]))
+    return before[max(len(before) - longest, 0) :]
+
+
+def _first_stop(text: str, old: int, stop_strings: Sequence[str]) -> int | None:
+    """Where the first stop string begins that ends behind the first ``old`` characters of ``text``."""
+    places = [text.find(s, max(0, old - len(s) + 1)) for s in stop_strings]
+    return min((place for place in places if place >= 0), default=None)

@@ -84,7 +84,7 @@ def generate(
                 "generate: streamer with num_beams > 1; beam search settles its tokens at the end"
             )
         found = beam_search(model, prompt, settings, tokenizer)
-        rows, reasons = [b.tokens for b in found], [b.finish_reason for b in found]
+        rows, reasons = [b.tokens for b in found], [b.finish_reason or "length" for b in found]
         scores = torch.tensor([b.score for b in found], device="cpu")
         output = GenerateOutput(_sequences(prompt, settings, rows), reasons, None, scores)
     else:

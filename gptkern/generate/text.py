@@ -57,10 +57,9 @@ class TextStream(Iterator[str]):
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._reason: FinishReason = "length"
-        self._told = 0
 
     def __next__(self) -> str:
-        while len(self._text.text) == self._told:
+        while not (piece := self._text.fresh()):
             step = next(self._steps)
             assert step.logprobs is not None
             self._tokens += step.tokens
@@ -68,8 +67,6 @@ class TextStream(Iterator[str]):
             if step.finished[0]:
                 self._reason = step.finished[0]
                 self._text.end()
-        piece = self._text.text[self._told :]
-        self._told += len(piece)
         return piece
 
     @property
@@ -118,8 +115,8 @@ def generate_text(
     reasons: list[FinishReason] = ["length"] * len(texts)
     if settings.num_beams > 1:
         for row, beam in enumerate(beam_search(model, checked, settings, tokenizer)):
-            tokens[row], reasons[row] = beam.tokens, beam.finish_reason
-            for token in beam.tokens:
+            tokens[row], reasons[row] = beam.tokens, beam.finish_reason or "length"
+            for token in tokens[row]:
                 texts[row].push(token, hidden=token in settings.eos)
     else:
         for step in steps(model, checked, settings, texts=texts, logprobs=True):

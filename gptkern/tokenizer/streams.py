@@ -24,6 +24,10 @@ class TokenStream(Protocol):
         """The rest, after the last token."""
         ...
 
+    def fork(self) -> TokenStream:
+        """A copy that goes on by itself."""
+        ...
+
 
 def checked_id(token_id: int) -> int:
     """A token id.
@@ -52,6 +56,11 @@ class ByteStream:
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
 
+    def fork(self) -> ByteStream:
+        twin = ByteStream(self._backend, self._skipped)
+        twin._utf8.setstate(self._utf8.getstate())
+        return twin
+
 
 class WordStream:
     """BPE with an end-of-word mark: a space where another token follows, nothing at the end."""
@@ -71,6 +80,11 @@ class WordStream:
     def finish(self) -> str:
         rest, self._marked = "".join(self._marked), []
         return rest
+
+    def fork(self) -> WordStream:
+        twin = WordStream(self._backend, self._skipped, self._suffix)
+        twin._marked = self._marked.copy()
+        return twin
 
 
 class WindowStream:
@@ -97,6 +111,11 @@ class WindowStream:
 
     def finish(self) -> str:
         return self._take(self._decode(self._window))
+
+    def fork(self) -> WindowStream:
+        twin = WindowStream(self._backend, self._skipped)
+        twin._window, twin._known = self._window.copy(), self._known
+        return twin
 
     def _take(self, text: str) -> str:
         before = self._decode(self._window[: self._known])
