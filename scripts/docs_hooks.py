@@ -6,7 +6,6 @@ A page says by a comment where one goes; ``MARKS`` lists them. Nothing of it is 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
@@ -126,39 +125,27 @@ def generation_options() -> str:
 
 def training_keys() -> str:
     """Every table and key of a training file, from the dataclasses that read it, as Markdown."""
+    from gptkern.config import GPTConfig
     from gptkern.train.settings import Settings
 
-    sections = get_type_hints(Settings)
-    parts = [_keys(name, section) for name, section in sections.items() if dataclasses.is_dataclass(section)]
-    return "\n\n".join(parts)
+    sections = {name: kind for name, kind in get_type_hints(Settings).items() if name != "model"}
+    return "\n\n".join(_keys(name, section) for name, section in {"model": GPTConfig, **sections}.items())
 
 
 def _keys(name: str, section: Any) -> str:
-    meanings = dict(_attributes(section.__doc__ or ""))
-    rows = [
-        f"| `{field.name}` | `{_toml(_default(field))}` | {meanings.get(field.name, '')} |"
-        for field in dataclasses.fields(section)
-    ]
+    from gptkern.train.reference import _meanings
+
+    meanings, defaults = _meanings(section), section()
+    rows = []
+    for field in dataclasses.fields(section):
+        meaning = " ".join(meanings[field.name].replace("``", "`").split())
+        rows.append(f"| `{field.name}` | `{_toml(getattr(defaults, field.name))}` | {meaning} |")
     return "\n".join([f"### [{name}]", "", "| key | default | meaning |", "|---|---|---|", *rows])
 
 
-def _attributes(docstring: str) -> Iterator[tuple[str, str]]:
-    """(name, meaning) of what a docstring's ``Attributes:`` lists; names that share a meaning each get it."""
-    listed = docstring.partition("Attributes:")[2]
-    for names, meaning in re.findall(
-        r"^ *([a-z_, ]+): (.+?)(?=^ *[a-z_, ]+: |\Z)", listed, re.MULTILINE | re.DOTALL
-    ):
-        words = " ".join(meaning.replace("``", "`").split())
-        for name in names.split(","):
-            yield name.strip(), words
-
-
-def _default(field: Any) -> Any:
-    made = field.default_factory is not dataclasses.MISSING
-    return field.default_factory() if made else field.default
-
-
 def _toml(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):

@@ -37,7 +37,7 @@ def commands(text: str, language: str) -> Iterator[list[str]]:
     """The arguments of every gptkern command in a page's shell blocks."""
     for block in blocks(text, language):
         for line in block.splitlines():
-            for part in re.split(r"\||&&", line):
+            for part in re.split(r"\||&&|>", line):
                 words = shlex.split(part, comments=True)
                 words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]
                 if words and words[0] == "gptkern":

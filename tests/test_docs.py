@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from documents import ROOT, accept, blocks, broken_links, commands, embedded_for
 
 import gptkern.cli
 import gptkern.ops
-from gptkern import GPT
+from gptkern import GPT, GPTConfig
 from gptkern.generate import GenerateOptions
 from gptkern.train import Settings
 
@@ -127,9 +128,10 @@ def test_every_option_of_generate_is_in_the_reference(hooks: Any) -> None:
 
 def test_every_key_of_a_training_file_is_in_the_reference(hooks: Any) -> None:
     text = hooks.on_page_markdown(TEXTS["train.md"])
-    for section, keys in Settings().to_dict().items():
-        if section != "model":
-            assert [key for key in keys if f"| `{key}` |" not in text[text.index(f"### [{section}]") :]] == []
+    shapes = {field.name: None for field in dataclasses.fields(GPTConfig)}
+    for section, keys in {**Settings().to_dict(), "model": shapes}.items():
+        table = text[text.index(f"### [{section}]") :].partition("\n### ")[0]
+        assert [key for key in keys if f"\n| `{key}` |" not in table] == []
 
 
 @pytest.mark.slow
