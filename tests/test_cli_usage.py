@@ -129,3 +129,28 @@ def test_what_a_script_reads_is_json(run: Any, command: str) -> None:
 def test_messages_are_one_line_whatever_they_hold(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.tell("two\n  lines")
     assert capsys.readouterr().err == "gptkern: two lines\n"
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80])
+def test_info_fits_the_terminal(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert gptkern.cli.run(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= max(columns, 32)  # the longest name is a word of 32
+    assert " ".join(" ".join(lines).split()).endswith("3,072 bytes a token, 1.6 MB a full context")
+    assert ("KV cache in float16:" in lines) == (columns < 80)
+
+
+def test_doctor_tells_gptkerns_own_version(run: Any) -> None:
+    found = {item["subject"]: item["text"] for item in json.loads(run("doctor", "--json")[1])}
+    assert found["gptkern"] == gptkern.__version__
+
+
+def test_a_prompt_of_another_locale_is_utf8(run: Any) -> None:
+    kept_aside = "é".encode().decode("ascii", "surrogateescape")  # what the locale C makes of it
+    code, out, _ = run("generate", kept_aside, "-n", "3", "--json")
+    assert code == 0
+    assert json.loads(out)["prompt"] == "é"

@@ -15,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -732,6 +733,38 @@ def test_divergence_names_step_rows_and_checkpoint(text_file: Path, tmp_path: Pa
     with pytest.raises(DivergedError, match=r"step 5: the loss is nan.*rows \[\d+, .*step-00000004"):
         train(tiny(text_file), tmp_path / "run", started=poison)
     assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "model").values())
+
+
+def test_paths_that_are_no_files_are_named(text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"\[data\] path: /nowhere: No such file or directory$"):
+        train(tiny(Path("/nowhere")), tmp_path / "run")
+    with pytest.raises(SettingsError, match=r"text\.txt is a file; the run needs a folder"):
+        train(tiny(text_file), text_file)
+
+
+def test_a_run_without_a_terminal_writes_lines(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny(text_file, train={"steps": 40}, log={"every": 1}, eval={"every": 0})
+    train(settings, tmp_path / "run", shown=True)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert [line.partition(":")[0] for line in lines[:-1]] == [f"step {n} of 40" for n in range(2, 41, 2)]
+    assert "tokens/s" in lines[0] and lines[-1].startswith("step 40: val_loss")
+
+
+def test_a_learning_rate_is_found_without_matplotlib(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(
+        '[model]\nn_layer = 1\nn_head = 1\nn_embd = 16\n[data]\ntokenizer = "char"\ncontext = 8\n'
+    )
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = ["train", str(config), "--data", str(text_file), "--out", str(tmp_path / "out"), "--find-lr"]
+    assert gptkern.cli.run([*arguments, "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("recommended: [optimizer] lr = ")
+    assert "needs matplotlib: pip install 'gptkern[train]'" in told
 
 
 def test_unwritable_folder_is_said_at_the_start(text_file: Path, tmp_path: Path) -> None:

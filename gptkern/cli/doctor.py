@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
+import gptkern
 from gptkern.cli import _options as o
 
 # What the test suite was last run with; constraints.txt pins the same.
@@ -35,7 +36,7 @@ class Finding:
 
 
 def doctor(
-    json_: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> int:
     """Say which device, kernels and extension parts are in use, why not the others, and what is untested.
 
@@ -132,6 +133,7 @@ def _versions() -> Iterator[Finding]:
     yield Finding(
         "python", "note" if newer else "ok", f"{python}{f', newer than {TESTED_PYTHON}' if newer else ''}"
     )
+    yield Finding("gptkern", "ok", gptkern.__version__)
     for name, tested in (TESTED | TESTED_OPTIONAL).items():
         try:
             found = version(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -87,7 +88,8 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
             raise typer.BadParameter("a prompt and --file: give one of them")
         return terminal.read_prompt(file)
     if prompt is not None and prompt != "-":
-        return prompt
+        # The locale C knows no character beyond ASCII: Python keeps such bytes aside.
+        return os.fsencode(prompt).decode("utf-8", errors="replace")
     text = "" if terminal.waits_for_a_person() and prompt is None else terminal.read_prompt(None)
     if not text:
         raise typer.BadParameter("no prompt: gptkern generate 'ROMEO:', or --file, or text on standard input")

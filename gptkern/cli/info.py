@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,7 @@ def info(
     model: Annotated[
         str, typer.Argument(help="A checkpoint's folder or file, a hub id, or the embedded model.")
     ] = "embedded",
-    json_: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print a model's configuration, parameters, bytes, and what its KV cache takes.
 
@@ -30,24 +31,21 @@ def info(
     if json_:
         print(json.dumps(facts))
         return
-    from rich.console import Console
-    from rich.table import Table
+    terminal.facts(_rows(facts))
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in facts["config"].items():
-        table.add_row(name, terminal.visible(value))
-    table.add_section()
-    kept = facts["quantization"]
-    how = "" if kept is None else f", linear layers in {kept['format']}"
-    table.add_row("weights as stored", f"{readable(facts['stored_bytes'])}{how}")
-    table.add_row("parameters", f"{facts['parameters']:,}")
-    table.add_row("without embeddings", f"{facts['parameters_without_embeddings']:,}")
+
+def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    yield from facts["config"].items()
+    quantization = facts["quantization"]
+    how = "" if quantization is None else f", linear layers in {quantization['format']}"
+    yield "weights as stored", f"{readable(facts['stored_bytes'])}{how}"
+    yield "parameters", f"{facts['parameters']:,}"
+    yield "without embeddings", f"{facts['parameters_without_embeddings']:,}"
     for name, size in facts["bytes"].items():
-        table.add_row(f"weights in {name}", readable(size))
+        yield f"weights in {name}", readable(size)
     for name, size in facts["kv_bytes_per_token"].items():
         full = size * facts["config"]["n_positions"]
-        table.add_row(f"KV cache in {name}", f"{size:,} bytes a token, {readable(full)} a full context")
-    Console(highlight=False, soft_wrap=True).print(table)
+        yield f"KV cache in {name}", f"{size:,} bytes a token, {readable(full)} a full context"
 
 
 def describe(model: str) -> dict[str, Any]:

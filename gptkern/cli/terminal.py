@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -32,6 +35,21 @@ def tell(message: object) -> None:
     """Print a message on standard error, in one line."""
     line = " ".join(str(message).split())
     print(f"gptkern: {visible(line, sys.stderr)}", file=sys.stderr, flush=True)
+
+
+def facts(rows: Iterable[tuple[str, object]]) -> None:
+    """Print names and values in two columns; where the terminal is too narrow, a value below its name."""
+    pairs = [(name, str(value)) for name, value in rows]
+    first = max(len(name) for name, _ in pairs) + 2
+    room = shutil.get_terminal_size().columns if _is_terminal(sys.stdout) else None
+    if room is None or first + max(len(value) for _, value in pairs) <= room:
+        for name, value in pairs:
+            write(f"{name:{first}}{value}")
+        return
+    for name, value in pairs:
+        whole = f"{name}: {value}"
+        lines = [whole] if len(whole) <= room else [f"{name}:", *textwrap.wrap(value, max(room - 2, 10))]
+        write("\n  ".join(lines))
 
 
 def read_text(path: Path) -> str:

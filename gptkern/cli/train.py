@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -120,8 +121,11 @@ def _find_lr(settings: Settings, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     picture = no_link(out / "find_lr.png")
     found = find_lr(settings, out)
-    plot_lr(found.rates, found.losses, found.suggestion, picture)
-    terminal.write(f"recommended: [optimizer] lr = {found.suggestion:.1e} (the test: {picture})")
+    where = "no plot of the test, which needs matplotlib: pip install 'gptkern[train]'"
+    if find_spec("matplotlib") is not None:
+        plot_lr(found.rates, found.losses, found.suggestion, picture)
+        where = f"the test: {picture}"
+    terminal.write(f"recommended: [optimizer] lr = {found.suggestion:.1e} ({where})")
 
 
 def _find_batch(settings: Settings, out: Path) -> None:

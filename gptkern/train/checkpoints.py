@@ -268,6 +268,8 @@ def check_writable(folder: Path, bytes_needed: int) -> None:
     Raises:
         SettingsError: ``folder`` cannot be made or written, or its disk has less than ``bytes_needed`` free.
     """
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"{folder} is a file; the run needs a folder")
     try:
         make_folder(folder)
         probe = folder / f".probe-{os.getpid()}"
@@ -275,7 +277,7 @@ def check_writable(folder: Path, bytes_needed: int) -> None:
             file.write(b"x" * 4096)
         probe.unlink()
     except OSError as error:
-        raise SettingsError(f"{folder} cannot be written: {error}") from error
+        raise SettingsError(f"{folder} cannot be written: {error.strerror or error}") from error
     free = shutil.disk_usage(folder).free
     if free < bytes_needed:
         raise SettingsError(

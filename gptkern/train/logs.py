@@ -97,13 +97,19 @@ def _truncate(path: Path, step: int) -> None:
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
+# Lines that a run without a moving bar writes on its way.
+_LINES = 20
+
+
 class Progress:
-    """Lines on stderr, and below them a bar: loss, tokens a second, model FLOP utilisation, the time left.
+    """Lines on standard error, and below them a bar: loss, tokens a second, MFU, the time left.
+
+    MFU is the model FLOP utilisation: the share of the GPU's peak that the model's operations take.
 
     Args:
         step, steps: How far the run is, and its end.
         shown: Without it nothing is told.
-        bar: Without it the lines alone.
+        bar: Without it the lines alone; also where standard error is no terminal.
     """
 
     def __init__(self, step: int, steps: int, shown: bool, bar: bool) -> None:
@@ -118,9 +124,11 @@ class Progress:
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not (shown and bar),
+            disable=not (shown and bar and self.console.is_terminal),
         )
         self._task = self._bar.add_task("train", total=steps, completed=step, status="")
+        self._steps, self._moves = steps, bar and self.console.is_terminal
+        self._told = step
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -132,11 +140,14 @@ class Progress:
         self._bar.stop()
 
     def update(self, step: int, loss: float, speed: float, utilisation: float | None) -> None:
-        """Move the bar."""
+        """Move the bar; where none moves, a line at every twentieth of the run."""
         status = f"loss {loss:.4f}  {speed:,.0f} tokens/s"
         if utilisation is not None:
             status += f"  MFU {utilisation:.1%}"
         self._bar.update(self._task, completed=step, status=status)
+        if not self._moves and step - self._told >= self._steps / _LINES:
+            self._told = step
+            self.say(f"step {step} of {self._steps}: {status}")
 
     def say(self, text: str) -> None:
         """A line above the bar. Paths and samples come from anywhere: they must not command a terminal."""

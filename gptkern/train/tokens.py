@@ -167,7 +167,7 @@ def _decoded(path: str, what: str) -> str:
     try:
         return Path(path).read_bytes().decode().removeprefix("\ufeff")
     except OSError as error:
-        raise SettingsError(f"[data] {what}: {error}") from error
+        raise SettingsError(f"[data] {what}: {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         byte = f"byte {error.object[error.start]:#04x} at offset {error.start:,}"
         raise SettingsError(f"[data] {what}: {path}: not UTF-8: {byte}") from error
