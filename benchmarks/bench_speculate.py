@@ -19,8 +19,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from gptkern.bench.suites import _models as models
 from gptkern.engine.cache import KVCache
-from gptkern.generate.executor import Executor
-from gptkern.generate.verify import Verify
+from gptkern.engine.executors.choose import Executors
+from gptkern.engine.rows import Rows
 from gptkern.gpt import GPT
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,9 +42,15 @@ def test_what_a_pass_costs(benchmark: BenchmarkFixture) -> None:
     model = models.ours(config, dtype, DEVICE)
     cache = KVCache.for_config(config, max_seqs=1, max_len=CONTEXT + 32, dtype=dtype, device=DEVICE)
     model(torch.randint(config.vocab_size, (1, CONTEXT), device=DEVICE), cache=cache, logits_to_keep=1)
-    verify = Verify(model, cache, Executor(model, cache, rows=1, steps=32), 8)
-    tokens = torch.randint(config.vocab_size, (9,)).tolist()
-    calls = {n: lambda n=n: verify([tokens[:n]]) for n in (1, 2, 3, 4, 5, 9)}
+    executor = Executors(model, cache, 9).decode
+    tokens = torch.randint(config.vocab_size, (9,), device=DEVICE)
+    (sequence,), held = cache.sequences, cache.lengths[0]
+
+    def verify(n: int) -> None:
+        executor.forward(Rows([sequence], [n], tokens[:n], [n]))
+        cache.truncate(sequence, held)
+
+    calls = {n: lambda n=n: verify(n) for n in (1, 2, 3, 4, 5, 9)}
     for call in calls.values():
         call()
     rounds = [{n: _seconds(call) for n, call in calls.items()} for _ in range(ROUNDS)]

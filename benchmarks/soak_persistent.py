@@ -20,8 +20,9 @@ from rich.progress import Progress
 from gptkern.bench.suites import _models as models
 from gptkern.bench.suites.decode_step import filled
 from gptkern.config import GPTConfig
-from gptkern.decode import DecodeStep
 from gptkern.engine.cache import KVCache
+from gptkern.engine.executors.graph import GraphExecutor
+from gptkern.engine.executors.persistent import PersistentExecutor
 
 CONTEXT, CYCLE, PATIENCE = 128, 500, 60.0
 CONFIG = models.GPT2.replace(n_positions=CONTEXT + CYCLE + 1)
@@ -44,8 +45,8 @@ def soak(
     """
     model = models.ours(config, dtype, device)
     caches = [filled(config, batch, CONTEXT, dtype, device) for _ in range(2)]
-    persistent = DecodeStep(model, caches[0], persistent=True)
-    separate = DecodeStep(model, caches[1])
+    persistent = PersistentExecutor(model, caches[0])
+    separate = GraphExecutor(model, caches[1])
     generator = torch.Generator().manual_seed(2)
     cycles, compared = -(-steps // cycle), 0
     with Progress(disable=not sys.stderr.isatty()) as progress, torch.inference_mode():
@@ -62,7 +63,7 @@ def soak(
     return compared
 
 
-def _run(step: DecodeStep, cache: KVCache, tokens: torch.Tensor) -> torch.Tensor:
+def _run(step: GraphExecutor, cache: KVCache, tokens: torch.Tensor) -> torch.Tensor:
     for sequence in cache.sequences:
         cache.truncate(sequence, CONTEXT)
     for row in tokens:

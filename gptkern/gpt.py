@@ -18,8 +18,8 @@ from gptkern.checkpoint.pending import Files, read
 from gptkern.checkpoint.placing import checked_device, checked_dtype
 from gptkern.checkpoint.save import save
 from gptkern.config import GPTConfig
+from gptkern.engine.executors.choose import routes
 from gptkern.generate import Completion, GenerateOutput, Score, TextStream
-from gptkern.generate.executor import routes
 from gptkern.model.decoder import Decoder
 from gptkern.quantization import Quantization
 from gptkern.quantize import quantize_model

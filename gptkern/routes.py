@@ -23,7 +23,7 @@ class Route:
     """
 
     part: str
-    route: Literal["kernel", "reference", "engine", "library", "fallback"]
+    route: Literal["kernel", "reference", "engine", "library", "fallback", "passed over"]
     reason: str
 
 

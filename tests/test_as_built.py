@@ -15,8 +15,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 import gptkern
 from gptkern import environment
+from gptkern.as_built import Watch
 from gptkern.config import GPTConfig
-from gptkern.generate import executor
+from gptkern.engine.executors.changes import changed
 from gptkern.gpt import GPT
 from gptkern.model.decoder import MLP, Block
 from gptkern.train.objective import LanguageModelling, hidden_states
@@ -333,10 +334,14 @@ def test_explain_of_a_model_as_built() -> None:
     assert [(r.part, r.route) for r in gptkern.explain(model)] == [
         ("norm", "reference"),
         ("mlp", "reference"),
+        ("decode by persistent", "passed over"),
+        ("decode by graph", "passed over"),
         ("decode", "engine"),
     ]
     model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *a: None)
-    assert [r.route for r in gptkern.explain(model)] == ["reference", "fallback", "fallback"]
+    routes = {route.part: route.route for route in gptkern.explain(model)}
+    assert (routes["norm"], routes["mlp"], routes["decode"]) == ("reference", "fallback", "fallback")
+    assert routes["decode by cpu"] == "passed over"
     assert "transformer.h.0.mlp.c_fc is hooked" in str(gptkern.explain(model))
     with pytest.raises(TypeError, match="model is a Linear"):
         gptkern.explain(nn.Linear(1, 1))
@@ -344,15 +349,15 @@ def test_explain_of_a_model_as_built() -> None:
 
 def test_the_check_costs_little_and_sees_only_changes() -> None:
     model = model_of()
-    assert executor.changed(model) is None
-    watch = executor.Watch(model)
+    assert changed(model) is None
+    watch = Watch(model)
     generated(model)
     assert not watch.stirred()
     model.transformer.h[0].mlp = MLP(CONFIG)
     assert watch.stirred() and not watch.stirred()
-    assert executor.changed(model) is None
+    assert changed(model) is None
     model.config = CONFIG.replace(layer_norm_epsilon=0.5)
-    assert executor.changed(model) == "transformer.h.0.ln_1 has eps 1e-05, where the config gives 0.5"
+    assert changed(model) == "transformer.h.0.ln_1 has eps 1e-05, where the config gives 0.5"
 
 
 @pytest.mark.parametrize("place", ["ln_f", "ln_1", "ln_2"])

@@ -35,7 +35,7 @@ def append(cache: KVCache, values: list[list[float]], sequences: list[int] | Non
 def contents(cache: KVCache) -> list[list[float]]:
     """What each live sequence holds, read through the device's table and lengths alone."""
     held = []
-    for row, length in enumerate(cache.seq_lens.tolist()[: len(cache.sequences)]):
+    for row, length in enumerate(cache.lengths):
         pages = cache.page_table[row, : -(-length // cache.page_size)].long()
         k = cache.k[:, pages].flatten(1, 2)[:, :length]
         v = cache.v[:, pages].flatten(1, 2)[:, :length]
@@ -127,7 +127,7 @@ def test_random_operations_agree_with_a_plain_model(page_size: int, num_pages: i
     assert full > 20
     cache.clear()
     assert cache.free_pages == cache.num_pages
-    assert cache.seq_lens.tolist() == [0] * cache.max_seqs
+    assert cache.lengths == []
 
 
 def test_pages_are_counted_exactly() -> None:
@@ -253,7 +253,6 @@ def test_advance_counts_reserved_tokens_only() -> None:
     cache.reserve([4, 1])
     cache.advance([4, 1])
     assert cache.lengths == [4, 1]
-    assert cache.seq_lens.tolist()[:2] == [0, 0]
     with pytest.raises(ValueError, match="not reserved"):
         cache.advance([1, 0])
 

@@ -314,7 +314,7 @@ def test_doctor(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_says_which_decode_step_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = {finding.subject: finding.text for finding in doctor_command._extension()}
-    assert "the persistent step (DecodeStep(persistent=True)) is off" in found["decode step on CUDA"]
+    assert "the persistent executor is off" in found["decode step on CUDA"]
 
 
 def test_doctor_in_a_checkout_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The decode step against the model it is a step of."""
+"""The graph executor against the model that it runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from gptkern import GPTConfig, backend
-from gptkern.decode import DecodeStep, _Graphs
 from gptkern.engine.cache import CacheFullError, KVCache
+from gptkern.engine.executors.graph import GraphExecutor, Graphs
 from gptkern.gpt import GPT
 from gptkern.ops import _launch
 from gptkern.ops._counters import Pool, counters, counters_from
-from gptkern.ops.sample import SamplerState, SamplingParams, sample
 
 
 def make_model(dtype: torch.dtype = torch.float64, **changes: Any) -> GPT:
@@ -60,7 +59,7 @@ def test_agrees_with_the_model(model_type: str, bias: bool, page_size: int) -> N
     by_layer = bias and model_type == "gpt2"
     model = make_model(model_type=model_type, bias=bias, scale_attn_by_inverse_layer_idx=by_layer)
     cache = prefilled(model, PROMPTS, page_size=page_size, max_seqs=5)
-    step = DecodeStep(model, cache)
+    step = GraphExecutor(model, cache)
     texts = [list(prompt) for prompt in PROMPTS]
     for _ in range(6):
         tokens = torch.randint(37, (3,))
@@ -71,18 +70,17 @@ def test_agrees_with_the_model(model_type: str, bias: bool, page_size: int) -> N
                 expected = model(torch.tensor([texts[row]])).logits[0, -1]
             torch.testing.assert_close(logits[row], expected)
     assert cache.lengths == [13, 7, 10]
-    assert cache.seq_lens.tolist() == [13, 7, 10, 0, 0]
 
 
 def test_weights_stay_live() -> None:
     model = make_model()
     cache = prefilled(model, PROMPTS)
-    step = DecodeStep(model, cache)
+    step = GraphExecutor(model, cache)
     step(torch.tensor([1, 2, 3]))
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
     logits = step(torch.tensor([4, 5, 6]))
-    fresh = DecodeStep(model, cache)
+    fresh = GraphExecutor(model, cache)
     for sequence in cache.sequences:
         cache.truncate(sequence, cache.lengths[cache.sequences.index(sequence)] - 1)
     assert torch.equal(fresh(torch.tensor([4, 5, 6])), logits)
@@ -91,7 +89,7 @@ def test_weights_stay_live() -> None:
 def test_sequences_come_and_go() -> None:
     model = make_model()
     cache = prefilled(model, PROMPTS, page_size=4, max_seqs=4)
-    step = DecodeStep(model, cache)
+    step = GraphExecutor(model, cache)
     step(torch.tensor([1, 2, 3]))
     cache.free(cache.sequences[1])
     cache.fork(cache.sequences[0])
@@ -102,65 +100,46 @@ def test_sequences_come_and_go() -> None:
             torch.testing.assert_close(logits[row], model(torch.tensor([text])).logits[0, -1])
 
 
-def test_tokens_are_fed_back() -> None:
-    model = make_model(torch.float32)
-    cache = prefilled(model, PROMPTS)
-    params = SamplingParams.make(3, 37, temperature=0.8, top_k=20)
-    step = DecodeStep(model, cache, params, SamplerState.make(3, 37, seed=5))
-    tokens = step(torch.tensor([1, 2, 3]))
-    later = torch.stack([step() for _ in range(5)])
-
-    logits_of = DecodeStep(model, prefilled(model, PROMPTS))
-    state = SamplerState.make(3, 37, seed=5)
-    fed = torch.tensor([1, 2, 3])
-    for expected in (tokens, *later):
-        fed = sample(logits_of(fed), params, state=state).tokens
-        assert torch.equal(fed, expected)
-
-
 def test_failures_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     cache = prefilled(model, PROMPTS)
-    step = DecodeStep(model, cache)
-    monkeypatch.setattr(DecodeStep, "_block", lambda *_: 1 / 0)
+    step = GraphExecutor(model, cache)
+    monkeypatch.setattr(GraphExecutor, "_block", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         step(torch.tensor([1, 2, 3]))
     assert cache.lengths == [7, 1, 4]
-    assert cache.seq_lens.tolist() == [7, 1, 4]
     monkeypatch.undo()
-    expected = DecodeStep(model, prefilled(model, PROMPTS))(torch.tensor([1, 2, 3]))
+    expected = GraphExecutor(model, prefilled(model, PROMPTS))(torch.tensor([1, 2, 3]))
     assert torch.equal(step(torch.tensor([1, 2, 3])), expected)
 
 
 def test_bad_arguments_are_named() -> None:
     model = make_model()
     cache = prefilled(model, PROMPTS)
-    step = DecodeStep(model, cache)
-    with pytest.raises(ValueError, match=r"shape \(2,\); int64 of shape \(3,\)"):
+    step = GraphExecutor(model, cache)
+    with pytest.raises(ValueError, match=r"tokens has shape \(2,\); \(3,\), one a sequence"):
         step(torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match=r"without a sampler"):
-        step()
-    with pytest.raises(ValueError, match="params and state"):
-        DecodeStep(model, cache, SamplingParams.make(3, 37))
+    with pytest.raises(TypeError, match=r"tokens are torch.float32; whole numbers"):
+        step(torch.ones(3))
     with pytest.raises(ValueError, match="the cache has 3 layers of 2 x 12, the model 2 of"):
-        DecodeStep(make_model(n_layer=2), cache)
-    with pytest.raises(ValueError, match=r"the cache is torch.float64 on cpu, the model torch.float32"):
-        DecodeStep(make_model(torch.float32), cache)
+        GraphExecutor(make_model(n_layer=2), cache)
+    with pytest.raises(ValueError, match=r"the cache is torch.float64, the model torch.float32"):
+        GraphExecutor(make_model(torch.float32), cache)
     cache.clear()
-    with pytest.raises(ValueError, match="no live sequences"):
+    with pytest.raises(ValueError, match=r"\(0,\), one a sequence of the cache, is needed"):
         step(torch.tensor([1]))
 
 
 def test_the_end_of_the_context_and_of_the_cache() -> None:
     model = make_model(n_positions=8)
-    step = DecodeStep(model, prefilled(model, PROMPTS))
+    step = GraphExecutor(model, prefilled(model, PROMPTS))
     step(torch.tensor([1, 2, 3]))
-    with pytest.raises(ValueError, match="whole context of 8"):
+    with pytest.raises(ValueError, match="9 tokens are longer than the model's context of 8"):
         step(torch.tensor([1, 2, 3]))
     model = make_model()
     cache = prefilled(model, [[1] * 40], page_size=40)
     with pytest.raises(CacheFullError):
-        DecodeStep(model, cache)(torch.tensor([1]))
+        GraphExecutor(model, cache)(torch.tensor([1]))
     assert cache.lengths == [40]
 
 
@@ -171,18 +150,18 @@ def test_kernels_agree_with_the_references(model_type: str) -> None:
     model = make_model(torch.float32, model_type=model_type, n_layer=2)
     tokens = torch.tensor([7, 8, 9])
     with backend("reference"):
-        expected = DecodeStep(model, prefilled(model, PROMPTS))(tokens)
+        expected = GraphExecutor(model, prefilled(model, PROMPTS))(tokens)
     cache = prefilled(model, PROMPTS, page_size=4)
-    logits = DecodeStep(model, cache)(tokens)
+    logits = GraphExecutor(model, cache)(tokens)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert cache.seq_lens.tolist() == cache.lengths == [8, 2, 5]
+    assert cache.lengths == [8, 2, 5]
 
 
 @pytest.mark.kernels
 @pytest.mark.usefixtures("on_device")
 def test_five_launches_a_layer() -> None:
     model = make_model(torch.float32, n_layer=2)
-    step = DecodeStep(model, prefilled(model, PROMPTS))
+    step = GraphExecutor(model, prefilled(model, PROMPTS))
     names: list[str] = []
 
     def note(launch: _launch.Launch) -> bool:
@@ -201,9 +180,9 @@ def test_five_launches_a_layer() -> None:
 @pytest.mark.usefixtures("on_device")
 def test_a_sequence_is_bitwise_the_same_alone_in_a_batch_and_in_other_pages() -> None:
     model = make_model(torch.float32, n_layer=1)
-    together = DecodeStep(model, prefilled(model, PROMPTS, page_size=4))(torch.tensor([7, 8, 9]))
+    together = GraphExecutor(model, prefilled(model, PROMPTS, page_size=4))(torch.tensor([7, 8, 9]))
     for row, token in enumerate((7, 8, 9)):
-        alone = DecodeStep(model, prefilled(model, [PROMPTS[row]]))(torch.tensor([token]))
+        alone = GraphExecutor(model, prefilled(model, [PROMPTS[row]]))(torch.tensor([token]))
         assert torch.equal(alone[0], together[row])
 
 
@@ -212,19 +191,22 @@ def test_a_sequence_is_bitwise_the_same_alone_in_a_batch_and_in_other_pages() ->
 def test_padding_of_a_bucket_writes_nothing() -> None:
     model = make_model(torch.float32, n_layer=1)
     cache = prefilled(model, PROMPTS, page_size=4, max_seqs=4)
-    step = DecodeStep(model, cache)
-    other = DecodeStep(model, prefilled(model, PROMPTS, page_size=4, max_seqs=4))
-    logits = other(torch.tensor([7, 8, 9]))
+    step = GraphExecutor(model, cache)
+    held = prefilled(model, PROMPTS, page_size=4, max_seqs=4)
+    logits = GraphExecutor(model, held)(torch.tensor([7, 8, 9]))
     cache.reserve([1, 1, 1])
+    step._table.lay(
+        [(cache.pages(i), length) for i, length in zip(cache.sequences, cache.lengths, strict=True)]
+    )
     step._tokens[:3] = torch.tensor([7, 8, 9])
     step._live.fill_(3)
     with torch.no_grad():
         padded = step.run(4)
     assert torch.equal(padded[:3], logits)
     assert padded[3].isfinite().all()
-    assert cache.seq_lens.tolist() == [8, 2, 5, 0]
-    assert torch.equal(cache.k, other.cache.k)
-    assert torch.equal(cache.v, other.cache.v)
+    assert step._table.lengths.tolist()[:4] == [8, 2, 5, 0]
+    assert torch.equal(cache.k, held.k)
+    assert torch.equal(cache.v, held.v)
 
 
 class _Recorded:
@@ -257,11 +239,11 @@ def test_graphs_are_of_the_models_device_and_leave_others_alone(
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=recorded("replay")))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     model = make_model()
-    step = DecodeStep(model, prefilled(model, PROMPTS))
+    step = GraphExecutor(model, prefilled(model, PROMPTS))
     elsewhere = torch.device("cuda:1")
-    step.cache = SimpleNamespace(device=elsewhere, max_seqs=3)  # type: ignore[assignment]
+    step._cache = SimpleNamespace(device=elsewhere)  # type: ignore[assignment]
     monkeypatch.setattr(step, "run", lambda rows: torch.zeros(rows))
-    graphs = _Graphs(step)
+    graphs = Graphs(step)
     graphs.replay(3)
     assert recorded.arguments("Stream") == [((elsewhere,), {})]
     assert {arguments for arguments, _ in recorded.arguments("current_stream")} == {(elsewhere,)}

@@ -13,8 +13,10 @@ import torch
 from generate_support import CONFIGS, VOCAB, left_padded, pair, prompts
 
 from gptkern.config import GPTConfig
+from gptkern.engine.executors import choose
+from gptkern.engine.executors.torch import TorchExecutor
 from gptkern.engine.settings import Settings
-from gptkern.generate import GenerateOptions, GenerateOutput, executor, loop
+from gptkern.generate import GenerateOptions, GenerateOutput, loop
 from gptkern.generate.run import prepare
 from gptkern.gpt import GPT
 from gptkern.model.decoder import Attention
@@ -326,7 +328,7 @@ def test_dropout_is_off_and_the_mode_never_touched(
     way: str, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plain:
-        monkeypatch.setattr(executor, "pays", lambda *_: False)
+        monkeypatch.setattr(choose, "EXECUTORS", (TorchExecutor,))
     training, evaluated = dropping(model_type="openai-gpt" if plain else "gpt2")
     modes: dict[bool, set[bool]] = {True: set(), False: set()}
     assert WAYS[way](training) == WAYS[way](evaluated)
@@ -388,7 +390,7 @@ def test_results_can_be_trained_on() -> None:
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_default_device_is_no_matter(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if plain:
-        monkeypatch.setattr(executor, "pays", lambda *_: False)
+        monkeypatch.setattr(choose, "EXECUTORS", (TorchExecutor,))
     ours = dropping(initializer_range=1.0)[1]
     ids, repeated = prompts(2, 5), torch.tensor([[5, 6, 5, 6, 5]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
@@ -630,20 +632,22 @@ def test_beam_search_is_that_of_transformers(name: str, options: dict[str, Any])
 @pytest.mark.parametrize("at", [0, 2])
 def test_logits_that_are_no_numbers_are_refused(bad: float, message: str, at: int, beams: int) -> None:
     model = dropping()[1]
-    passes: list[int] = []
+    calls: list[int] = []
+    # The prompts are one call of the head; after them each row is one.
+    spoilt = 1 + 2 * beams * (at - 1) + beams if at else 0
 
     def spoil(module: torch.nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
-        passes.append(len(logits))
-        if len(passes) == at + 1:
+        if len(calls) == spoilt:
             # the second prompt's first row
-            logits[beams if at else 1, ..., slice(None) if bad == -math.inf else 7] = bad
+            logits[-1, ..., slice(None) if bad == -math.inf else 7] = bad
+        calls.append(len(logits))
         return logits
 
     model.lm_head.register_forward_hook(spoil)
     where = "row 1 of the prompts, beam 0" if beams > 1 else "row 1: the logits"
     with pytest.raises(ValueError, match=f"{where}.*{message}"):
         model.generate(prompts(2, 5), max_new_tokens=6, num_beams=beams, eos_token_id=None)
-    assert len(passes) == at + 1
+    assert len(calls) == 1 + 2 * beams * at
 
 
 @pytest.mark.parametrize("speculate", [None, 2])
@@ -741,7 +745,7 @@ def test_the_fast_step_is_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
             model.load_state_dict(ours.state_dict())
             fast = detailed(model, ids, mask, max_new_tokens=20, pad_token_id=1, output_logprobs=True)
             with monkeypatch.context() as patched:
-                patched.setattr(executor, "LEAST_STEPS", 1000)
+                patched.setattr(choose, "EXECUTORS", (TorchExecutor,))
                 plain = detailed(model, ids, mask, max_new_tokens=20, pad_token_id=1, output_logprobs=True)
             assert fast.logprobs is not None
             assert plain.logprobs is not None
@@ -769,7 +773,7 @@ def test_replaced_layers_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     attention.c_proj = replaced
     found = model.generate(prompts(1, 5), max_new_tokens=30)
     with monkeypatch.context() as patched:
-        patched.setattr(executor, "LEAST_STEPS", 1000)
+        patched.setattr(choose, "EXECUTORS", (TorchExecutor,))
         assert torch.equal(found, model.generate(prompts(1, 5), max_new_tokens=30))
     assert not torch.equal(found, usual)
 
@@ -788,14 +792,11 @@ def test_changed_weights_are_never_missed() -> None:
 
 
 @pytest.mark.kernels
-def test_the_kernels_step_makes_the_same_tokens(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
+def test_the_kernels_step_makes_the_same_tokens(device: torch.device) -> None:
     source = pair("head dim 16, one head")[1]
     model = GPT(source.config).to(device).eval()
     model.load_state_dict(source.state_dict())
     ids, mask = left_padded()
-    monkeypatch.setattr(executor, "LEAST_STEPS", 2)
     options: dict[str, Any] = {"max_new_tokens": 4, "pad_token_id": 1}
     found = model.generate(ids, mask, **options).cpu()
     assert torch.equal(found, pair("head dim 16, one head")[0].generate(ids, attention_mask=mask, **options))

@@ -13,8 +13,8 @@ from generate_support import pair, prompts
 
 from gptkern import cli, ops
 from gptkern.checkpoint.errors import CheckpointError
-from gptkern.decode import DecodeStep
 from gptkern.engine.cache import KVCache
+from gptkern.engine.executors.graph import GraphExecutor
 from gptkern.gpt import GPT
 from gptkern.ops import _launch, append_kv, decode_attention
 from gptkern.ops._types import FP8
@@ -152,7 +152,7 @@ def test_the_decode_step_steps_as_the_model_does(device: torch.device) -> None:
         for cache in held:
             gpt(ids[:, :8], cache=cache)
         assert torch.equal(*(cache.k.view(torch.uint8) for cache in held))
-        found = DecodeStep(gpt, held[0])(ids[:, 8])
+        found = GraphExecutor(gpt, held[0])(ids[:, 8])
         with ops.backend("reference"):
             expected = gpt(ids[:, 8:], cache=held[1]).logits[:, -1]
             plain = gpt(ids).logits[:, -1]

@@ -11,15 +11,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptkern import GPTConfig, backend
-from gptkern.decode import DecodeStep
 from gptkern.engine.cache import KVCache
+from gptkern.engine.executors.graph import GraphExecutor
+from gptkern.engine.executors.persistent import PersistentExecutor
+from gptkern.engine.executors.weights import step_weights
 from gptkern.gpt import GPT
 from gptkern.ops import _launch
 from gptkern.ops._cases import tensors
 from gptkern.ops._types import FP8
 from gptkern.ops.decode_step import Linear, StepWeights, persistent_step
 from gptkern.ops.decode_step.weights import flat
-from gptkern.ops.sample import SamplerState, SamplingParams
 from gptkern.quantization import Quantization
 from gptkern.quantize import quantize_model
 
@@ -65,20 +66,26 @@ def filled(
     return cache
 
 
+def lengths_of(cache: KVCache) -> torch.Tensor:
+    """Tokens of each sequence, as the op takes them."""
+    return torch.tensor(cache.lengths, dtype=torch.int32, device=cache.device)
+
+
 def compare(model: GPT, lengths: list[int], *, steps: int = 2, **options: Any) -> None:
     """Both kinds of step on caches that are alike: logits, caches and lengths."""
     caches = [filled(model, lengths, **options) for _ in range(2)]
-    separate = DecodeStep(model, caches[0])
-    persistent = DecodeStep(model, caches[1], persistent=True)
+    separate = GraphExecutor(model, caches[0])
+    persistent = PersistentExecutor(model, caches[1])
     for _ in range(steps):
         tokens = torch.randint(VOCABULARY, (len(lengths),), device=model.device)
         expected = separate(tokens)
         assert expected.isfinite().all()
         assert torch.equal(persistent(tokens), expected)
-    for name in ("k", "v", "seq_lens", "page_table"):
+    for name in ("k", "v", "page_table"):
         a, b = (getattr(cache, name) for cache in caches)
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
-    assert caches[1].seq_lens.tolist()[: len(lengths)] == [length + steps for length in lengths]
+    assert caches[1].lengths == [length + steps for length in lengths]
+    assert persistent._table.lengths.tolist()[: len(lengths)] == caches[1].lengths
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -141,7 +148,7 @@ def test_bits_do_not_depend_on_how_many_programs_there_are(
     found = []
     for multiprocessors in (1, 5, 132):
         monkeypatch.setattr(_launch, "multiprocessors", lambda _, count=multiprocessors: count)
-        found.append(DecodeStep(model, filled(model, [300, 9], page_size=16), persistent=True)(tokens))
+        found.append(PersistentExecutor(model, filled(model, [300, 9], page_size=16))(tokens))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -150,38 +157,29 @@ def test_padding_of_a_bucket_writes_nothing(device: torch.device) -> None:
     model = make_model(device, n_layer=1)
     caches = [filled(model, [7, 1, 4], max_seqs=4) for _ in range(2)]
     tokens = torch.tensor([7, 8, 9], device=device)
-    expected = DecodeStep(model, caches[0])(tokens)
-    step = DecodeStep(model, caches[1], persistent=True)
-    caches[1].reserve([1, 1, 1])
+    expected = GraphExecutor(model, caches[0])(tokens)
+    step, cache = PersistentExecutor(model, caches[1]), caches[1]
+    cache.reserve([1, 1, 1])
+    step._table.lay(
+        [(cache.pages(i), length) for i, length in zip(cache.sequences, cache.lengths, strict=True)]
+    )
     step._tokens[:3] = tokens
     step._live.fill_(3)
-    step._follow_weights()
+    step._weights_moved()
     with torch.no_grad():
         padded = step.run(4)
     assert torch.equal(padded[:3], expected)
     assert padded[3].isfinite().all()
-    assert caches[1].seq_lens.tolist() == [8, 2, 5, 0]
+    assert step._table.lengths.tolist()[:4] == [8, 2, 5, 0]
     assert torch.equal(caches[0].k, caches[1].k)
     assert torch.equal(caches[0].v, caches[1].v)
-
-
-def test_tokens_are_fed_back(device: torch.device) -> None:
-    model = make_model(device, n_layer=1)
-    chosen = []
-    for persistent in (False, True):
-        params = SamplingParams.make(2, VOCABULARY, temperature=0.8, top_k=20, device=device)
-        state = SamplerState.make(2, VOCABULARY, seed=5, device=device)
-        step = DecodeStep(model, filled(model, [5, 2]), params, state, persistent=persistent)
-        first = step(torch.tensor([1, 2], device=device))
-        chosen.append(torch.stack([first, *(step() for _ in range(3))]))
-    assert torch.equal(chosen[0], chosen[1])
 
 
 def test_weights_stay_live_and_may_move(device: torch.device) -> None:
     model = make_model(device, n_layer=1)
     tokens = torch.tensor([7, 8], device=device)
-    step = DecodeStep(model, filled(model, [5, 2]), persistent=True)
-    other = DecodeStep(model, filled(model, [5, 2]))
+    step = PersistentExecutor(model, filled(model, [5, 2]))
+    other = GraphExecutor(model, filled(model, [5, 2]))
     assert torch.equal(step(tokens), other(tokens))
     weight = model.transformer.h[0].mlp.c_fc.weight
     with torch.no_grad():
@@ -191,7 +189,7 @@ def test_weights_stay_live_and_may_move(device: torch.device) -> None:
     assert torch.equal(step(tokens), other(tokens))
 
 
-def _launches(step: DecodeStep, tokens: torch.Tensor) -> list[_launch.Launch]:
+def _launches(step: GraphExecutor, tokens: torch.Tensor) -> list[_launch.Launch]:
     found: list[_launch.Launch] = []
 
     def note(launch: _launch.Launch) -> bool:
@@ -199,25 +197,28 @@ def _launches(step: DecodeStep, tokens: torch.Tensor) -> list[_launch.Launch]:
         return True
 
     with _launch.observe(note), torch.no_grad():
-        step._follow_weights()
-        step.run(len(tokens))
+        step(tokens)
     return found
 
 
-def test_more_sequences_take_separate_launches(device: torch.device) -> None:
+def test_more_than_8_sequences_take_two_launches(device: torch.device) -> None:
     model = make_model(device, n_layer=1)
-    for batch, name in ((8, "persistent_step_kernel"), (9, "decode_embed_kernel")):
-        step = DecodeStep(model, filled(model, [2] * batch), persistent=True)
-        step.cache.reserve([1] * batch)
-        assert _launches(step, torch.zeros(batch))[0].name == name
+    counts = []
+    for batch in (8, 9):
+        step = PersistentExecutor(model, filled(model, [2] * batch))
+        names = [
+            launch.name for launch in _launches(step, torch.zeros(batch, dtype=torch.int64, device=device))
+        ]
+        assert set(names) == {"persistent_step_kernel"}
+        counts.append(len(names))
+    assert counts[1] == 2 * counts[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there one launch runs all phases")
 def test_interpreted_phases_are_launched_one_by_one() -> None:
     model = make_model(torch.device("cpu"), n_layer=2)
-    step = DecodeStep(model, filled(model, [5]), persistent=True)
-    step.cache.reserve([1])
-    launches = _launches(step, torch.zeros(1))
+    step = PersistentExecutor(model, filled(model, [5]))
+    launches = _launches(step, torch.zeros(1, dtype=torch.int64))
     assert [launch.name for launch in launches] == ["persistent_step_kernel"] * 12
     # Phases first and first + 1 follow 26 tensors and the number of rows.
     assert [launch.args[27:29] for launch in launches] == [(p, p + 1) for p in range(12)]
@@ -225,15 +226,12 @@ def test_interpreted_phases_are_launched_one_by_one() -> None:
 
 def test_it_needs_kernels() -> None:
     model = make_model(torch.device("cpu"))
-    with backend("reference"), pytest.raises(ValueError, match="persistent needs a CUDA device"):
-        DecodeStep(model, filled(model, [3]), persistent=True)
+    with backend("reference"), pytest.raises(ValueError, match="a CUDA device is needed"):
+        PersistentExecutor(model, filled(model, [3]))
 
 
 def _weights(model: GPT) -> StepWeights:
-    step = DecodeStep(model, filled(model, [3]), persistent=True)
-    step._follow_weights()
-    assert step._weights is not None
-    return step._weights
+    return step_weights(model)
 
 
 def test_weights_that_do_not_agree(device: torch.device) -> None:
@@ -265,24 +263,24 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
         "k_cache": cache.k,
         "v_cache": cache.v,
         "page_table": cache.page_table,
-        "seq_lens": cache.seq_lens,
+        "seq_lens": lengths_of(cache),
     }
     scales = (torch.ones(2, 2, device=device), torch.ones(2, 2, device=device))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"tokens": torch.zeros(9, dtype=torch.int64, device=device)}, "tokens has 9 rows; 1 to 8"),
         ({"tokens": torch.zeros(2, dtype=torch.int32, device=device)}, "tokens is int32; accepted are int64"),
-        ({"seq_lens": cache.seq_lens[:1]}, r"seq_lens has shape \(1,\); \(2,\) is needed"),
+        ({"seq_lens": lengths_of(cache)[:1]}, r"seq_lens has shape \(1,\); \(2,\) is needed"),
         ({"page_table": cache.page_table[:1]}, r"page_table has shape \(1, 16\); \(2, 16\) is needed"),
         ({"k_cache": cache.k[:1]}, "k_cache has shape"),
         ({"v_cache": cache.v.half()}, "v_cache is float16; accepted are float32"),
         ({"k_cache": cache.k.transpose(-1, -2).contiguous().transpose(-1, -2)}, "the last two must be"),
         ({"scales": scales}, "k_cache is float32; accepted are float8_e4m3fn"),
     ]
-    before = cache.seq_lens.clone()
+    before = given["seq_lens"].clone()
     for changes, message in cases:
         with pytest.raises((ValueError, TypeError), match=message):
             persistent_step(**{**given, **changes})
-    assert torch.equal(cache.seq_lens, before)
+    assert torch.equal(given["seq_lens"], before)
 
 
 def arguments(
@@ -302,7 +300,7 @@ def arguments(
         "k_cache": cache.k,
         "v_cache": cache.v,
         "page_table": cache.page_table,
-        "seq_lens": cache.seq_lens,
+        "seq_lens": lengths_of(cache),
         "scales": cache.storage.kv_scales,
     }
 
@@ -429,8 +427,7 @@ def test_many_steps_on_a_gpu(device: torch.device, batch: int) -> None:
 
     model = make_model(device, torch.bfloat16, n_positions=1024, n_embd=768, n_head=12, n_layer=4)
     steps = [
-        DecodeStep(model, filled(model, [3] * batch, page_size=128), persistent=persistent)
-        for persistent in (False, True)
+        kind(model, filled(model, [3] * batch, page_size=128)) for kind in (GraphExecutor, PersistentExecutor)
     ]
     for _ in range(500):
         tokens = torch.randint(VOCABULARY, (batch,), device=device)

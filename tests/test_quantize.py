@@ -12,8 +12,8 @@ import torch
 from gptkern import cli, ops
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.config import GPTConfig
-from gptkern.decode import DecodeStep
 from gptkern.engine.cache import KVCache
+from gptkern.engine.executors.graph import GraphExecutor
 from gptkern.gpt import GPT
 from gptkern.quantize import QuantizedLinear
 from gptkern.testing import assert_accurate
@@ -106,7 +106,7 @@ def test_the_decode_step_reads_the_packed_weights(
     with torch.no_grad():
         cache = KVCache.for_config(CONFIG, max_seqs=2, max_len=16, page_size=4, dtype=dtype, device=device)
         made(ids[:, :5], cache=cache)
-        step = DecodeStep(made, cache)
+        step = GraphExecutor(made, cache)
         assert any(t is made.lm_head.values for t in step._parameters)
         with monkeypatch.context() as patched:
             patched.setattr(QuantizedLinear, "weight", property(lambda self: pytest.fail("dequantised")))

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from gptkern import GPTConfig
-from gptkern.decode import DecodeStep
+from gptkern.engine.executors.graph import GraphExecutor
+from gptkern.engine.executors.persistent import PersistentExecutor
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "soak_persistent.py"
 CONFIG = GPTConfig(vocab_size=37, n_positions=140, n_layer=1, n_head=2, n_embd=32)
@@ -36,12 +37,12 @@ def test_cycles_are_compared(script: ModuleType, device: torch.device) -> None:
 def test_a_difference_is_found(
     script: ModuleType, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = DecodeStep.__call__
+    plain = GraphExecutor.__call__
 
-    def spoilt(self: DecodeStep, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        return plain(self, tokens) + self.persistent
+    def spoilt(self: GraphExecutor, tokens: torch.Tensor) -> torch.Tensor:
+        return plain(self, tokens) + isinstance(self, PersistentExecutor)
 
-    monkeypatch.setattr(DecodeStep, "__call__", spoilt)
+    monkeypatch.setattr(GraphExecutor, "__call__", spoilt)
     with pytest.raises(ValueError, match="the steps from 0 on differ"):
         script.soak(CONFIG, device, torch.float32, batch=1, steps=1)
 

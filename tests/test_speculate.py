@@ -12,12 +12,12 @@ from generate_support import VOCAB, pair
 from scipy import stats
 
 from gptkern import _native, cli, ops
-from gptkern.decode import DecodeStep
 from gptkern.engine.cache import KVCache
+from gptkern.engine.executors.choose import Executors
+from gptkern.engine.executors.cpu import CpuExecutor
+from gptkern.engine.executors.graph import GraphExecutor
 from gptkern.engine.lookup import Lookup
-from gptkern.generate import verify
-from gptkern.generate.cpu_step import CpuStep
-from gptkern.generate.executor import Executor
+from gptkern.engine.rows import Rows
 from gptkern.generate.run import GenerateOutput
 from gptkern.gpt import GPT
 from gptkern.ops import _dispatch
@@ -235,7 +235,7 @@ def test_rows_are_bitwise_the_plain_step_and_rejects_leave_no_trace(
 ) -> None:
     where = device if kernels else torch.device("cpu")
     gpt = copy.deepcopy(pair("head dim 16, one head")[1]).to(where)
-    kind: Any = DecodeStep if kernels else CpuStep
+    kind: Any = GraphExecutor if kernels else CpuExecutor
     if not kernels and not _native.extension.has_decoder:
         pytest.skip("this processor has no AVX2")
     tokens = [[5, 9, 5, 9], [7], [3, 4]]
@@ -248,10 +248,12 @@ def test_rows_are_bitwise_the_plain_step_and_rejects_leave_no_trace(
             return made
 
         held = cache()
-        taken = Executor(gpt, held, rows=3, steps=20)
-        assert type(taken.step) is kind
-        passes = verify.Verify(gpt, held, taken, 3)
-        logits, free = passes(tokens), held.free_pages
+        executor = Executors(gpt, held, 64).decode
+        assert type(executor) is kind
+        counts, before = [len(ids) for ids in tokens], held.lengths
+        flat = torch.tensor([token for ids in tokens for token in ids], device=where)
+        logits = executor.forward(Rows(held.sequences, counts, flat, counts))
+        free = held.free_pages
         at = 0
         for row, ids in enumerate(tokens):
             plain = cache()
@@ -260,10 +262,11 @@ def test_rows_are_bitwise_the_plain_step_and_rejects_leave_no_trace(
                 given = torch.tensor([token if r == row else 8 for r in range(3)], device=where)
                 assert torch.equal(step(given)[row], logits[at])
                 at += 1
-        passes.keep([1, 1, 2])
-        assert held.lengths == held.seq_lens.tolist() == [4, 4, 5]
+        for sequence, length, count in zip(held.sequences, before, [1, 1, 2], strict=True):
+            held.truncate(sequence, length + count)
+        assert held.lengths == [4, 4, 5]
         assert held.free_pages == free + 1
-        again = passes([[6], [7], [8]])
+        again = executor(torch.tensor([6, 7, 8], device=where))
         plain = cache()
         step = kind(gpt, plain)
         step(torch.tensor([5, 7, 3]))

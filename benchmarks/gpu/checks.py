@@ -16,7 +16,8 @@ from stages import Row, Scope, guarded, tiny
 from gptkern import backend
 from gptkern.bench.suites import _models as models
 from gptkern.bench.suites.decode_step import filled
-from gptkern.decode import DecodeStep
+from gptkern.engine.executors.graph import GraphExecutor
+from gptkern.engine.executors.persistent import PersistentExecutor
 from gptkern.gpt import GPT
 from gptkern.ops import _cases
 from gptkern.ops.decode_step import MOST_ROWS
@@ -125,8 +126,8 @@ def steps(scope: Scope) -> Iterator[Row]:
 
         def checked(batch: int = batch, context: int = context, name: str = name) -> Row:
             caches = [filled(config, batch, context, dtype, scope.device) for _ in range(3)]
-            graph = DecodeStep(model, caches[0])
-            persistent = DecodeStep(model, caches[1], persistent=True) if batch <= MOST_ROWS else None
+            graph = GraphExecutor(model, caches[0])
+            persistent = PersistentExecutor(model, caches[1]) if batch <= MOST_ROWS else None
             worst, same = 0.0, True
             with torch.inference_mode():
                 for _ in range(2 if scope.dry else 5):

@@ -12,7 +12,8 @@ from stages import tiny
 
 from gptkern.bench.suites import _models as models
 from gptkern.bench.suites.decode_step import filled
-from gptkern.decode import DecodeStep
+from gptkern.engine.executors.graph import GraphExecutor
+from gptkern.engine.executors.persistent import PersistentExecutor
 from gptkern.ops.sample import SamplerState, SamplingParams, sample
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,8 +37,8 @@ def steps(*, dry: bool = DEVICE.type == "cpu") -> None:
     dtype = torch.float32 if dry else torch.bfloat16
     model = models.ours(config, dtype, DEVICE)
     found = []
-    for persistent in (False, True):
-        step = DecodeStep(model, filled(config, 2, 20 if dry else 600, dtype, DEVICE), persistent=persistent)
+    for kind in (GraphExecutor, PersistentExecutor):
+        step = kind(model, filled(config, 2, 20 if dry else 600, dtype, DEVICE))
         tokens = torch.tensor([3, 5], device=DEVICE)
         with torch.inference_mode():
             found += [step(tokens) for _ in range(2)][-1:]

@@ -20,7 +20,8 @@ from stages import Row, Scope, guarded, tiny
 from gptkern import ops
 from gptkern.bench.suites import _models as models
 from gptkern.bench.suites.decode_step import filled
-from gptkern.decode import DecodeStep
+from gptkern.engine.executors.graph import GraphExecutor
+from gptkern.engine.executors.persistent import PersistentExecutor
 from gptkern.ops.decode_linear import decode_linear
 from gptkern.ops.linear_cross_entropy import linear_cross_entropy
 from gptkern.ops.sample import SamplerState, SamplingParams, sample
@@ -180,16 +181,15 @@ def step(scope: Scope) -> Iterator[Row]:
             name = f"decode step, {batch} at {context}, {'persistent' if persistent else 'graph'}"
 
             def measured(batch: int = batch, persistent: bool = persistent, name: str = name) -> Row:
-                step = DecodeStep(
-                    model, filled(config, batch, context, dtype, scope.device), persistent=persistent
-                )
+                kind = PersistentExecutor if persistent else GraphExecutor
+                step = kind(model, filled(config, batch, context, dtype, scope.device), batch)
                 tokens = torch.zeros(batch, dtype=torch.int64, device=scope.device)
                 with torch.inference_mode():
                     began = time.perf_counter()
                     step(tokens)
-                    if step._graphs is None:
+                    if step.graphs is None:
                         return Row(name, value=(time.perf_counter() - began) * 1e6, unit="us")
-                    graph = step._graphs._captured[batch][0]
+                    graph = step.graphs._captured[batch][0]
                     return Row(
                         name, value=replayed(graph.replay), unit="us", note="device, without the sampler"
                     )

@@ -15,10 +15,10 @@ from torch.profiler import ProfilerActivity
 
 from gptkern.bench import ceilings
 from gptkern.bench.suites._models import weight_bytes
-from gptkern.decode import DecodeStep
 from gptkern.durable import write_file
 from gptkern.engine.cache import KVCache
-from gptkern.generate.executor import LEAST_STEPS, Executor
+from gptkern.engine.executors.choose import Executors
+from gptkern.engine.executors.graph import GraphExecutor
 from gptkern.gpt import GPT
 from gptkern.ops import _launch, backend
 
@@ -95,7 +95,7 @@ def profile(model: GPT, ids: list[int], tokens: int, trace: Path | None = None) 
     token = model(torch.tensor([ids], device=model.device), cache=cache).logits[:, -1].argmax(-1)
     _wait(model)
     prefill = time.perf_counter() - began
-    forward = Executor(model, cache, rows=1, steps=max(tokens, LEAST_STEPS))
+    forward = Executors(model, cache, 1).decode
 
     def step() -> None:
         nonlocal token
@@ -131,7 +131,7 @@ def launches(model: GPT) -> dict[str, int]:
     on_gpu = model.device.type == "cuda"
     arch = _launch.arch(model.device) if on_gpu else 90
     with backend("kernel"), _launch.record(arch) as made, torch.no_grad():
-        DecodeStep(shape, cache).run(1)
+        GraphExecutor(shape, cache, 1).run(1)
     counts: dict[str, int] = {}
     for launch in made:
         counts[launch.name] = counts.get(launch.name, 0) + 1

@@ -20,7 +20,7 @@ TESTED = {"torch": "2.13.0", "triton": "3.8.0", "tokenizers": "0.23.3", "safeten
 TESTED_OPTIONAL = {"transformers": "5.24.0"}
 TESTED_PYTHON = "3.13"
 DECODE_ON_CUDA = (
-    "one CUDA graph of five launches a layer; the persistent step (DecodeStep(persistent=True)) is off: "
+    "one CUDA graph of five launches a layer; the persistent executor is off: "
     "it has not been measured to be faster"
 )
 Verdict = Literal["ok", "note", "fallback"]

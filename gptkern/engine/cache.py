@@ -88,7 +88,6 @@ class KVCache:
         k, v: ``(n_layer, num_pages, page_size, n_kv_head, head_dim)``.
         page_table: ``(max_seqs, max_pages_per_seq)`` int32 on the device. Row i is the i-th sequence, in the
             order of ``sequences``; entries past its pages are of no meaning.
-        seq_lens: ``(max_seqs,)`` int32 on the device: tokens held by the i-th sequence, 0 past the last one.
         storage: Keys, values, kv scales and page table, as forward passes and kernels take them.
         copied_pages: Shared pages that were copied before a sequence wrote into them, so far.
 
@@ -136,7 +135,6 @@ class KVCache:
             self.k = torch.zeros(shape, dtype=dtype, device=device)
             self.v = torch.zeros(shape, dtype=dtype, device=device)
             self.page_table = torch.zeros(max_seqs, max_pages_per_seq, dtype=torch.int32, device=device)
-            self.seq_lens = torch.zeros(max_seqs, dtype=torch.int32, device=device)
         self.storage = Storage(self.k, self.v, kv_scales, self.page_table)
         self.copied_pages = 0
         self._pool = PagePool(num_pages, max_seqs)
@@ -250,6 +248,10 @@ class KVCache:
     def lengths(self) -> list[int]:
         """Tokens held by each sequence, in the same order."""
         return [row.length for row in self._rows.values()]
+
+    def length(self, sequence: int) -> int:
+        """Tokens that a sequence holds."""
+        return self._row(sequence).length
 
     def pages(self, sequence: int) -> list[int]:
         """The pages of a sequence, in order, those reserved for later included."""
@@ -437,16 +439,12 @@ class KVCache:
             if self._pending is not forward:
                 raise RuntimeError("ForwardPass.commit: the cache was changed since this pass began")
             self.advance(new_lengths, ids)
-            self._upload_lengths()
 
         self._pending = ForwardPass(self.storage, rows, commit)
         return self._pending
 
     def advance(self, new_lengths: Sequence[int], sequences: Sequence[int] | None = None) -> None:
         """Count tokens that were written on the device, into room that ``reserve`` made.
-
-        The host's lengths alone change: whoever writes the tokens on the device advances ``seq_lens``
-        there (a captured decode step does).
 
         Raises:
             ValueError: Tokens that were not reserved; nothing has changed.
@@ -460,10 +458,9 @@ class KVCache:
         self._pending = None
 
     def refresh(self) -> None:
-        """Bring the device's table and lengths to what the host knows; pending passes become void."""
+        """Bring the device's table to what the host knows; pending passes become void."""
         self._pending = None
         self._upload_table()
-        self._upload_lengths()
 
     def _row(self, sequence: int) -> _Row:
         try:
@@ -528,7 +525,3 @@ class KVCache:
         if self._rows:
             table = pack_table([row.pages for row in self._rows.values()])
             self.page_table[: table.shape[0], : table.shape[1]].copy_(table, non_blocking=True)
-
-    def _upload_lengths(self) -> None:
-        lengths = self.lengths + [0] * (self.max_seqs - len(self._rows))
-        self.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32, device="cpu"), non_blocking=True)

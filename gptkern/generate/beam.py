@@ -9,8 +9,9 @@ import torch
 
 from gptkern.engine.beam import Beam, BeamSearch
 from gptkern.engine.cache import KVCache
+from gptkern.engine.executors.choose import Executors
+from gptkern.engine.executors.graph import MOST_ROWS
 from gptkern.engine.settings import Settings
-from gptkern.generate.executor import Executor
 from gptkern.generate.loop import pool_tokens, prefill
 from gptkern.generate.prompt import Prompts
 
@@ -33,14 +34,14 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
         device=model.device,
     )
     logits = prefill(model, prompts, cache)
-    step = Executor(model, cache, rows=most, steps=settings.max_new - 1)
+    executors = Executors(model, cache, max(MOST_ROWS, most))
     while True:
         parents, tokens = search.advance(logits)
         if not parents:
             return search.best()
         sequences = cache.sequences
         _follow(cache, [sequences[row] for row in parents])
-        logits = step(torch.tensor(tokens, device=model.device))
+        logits = executors.decode(torch.tensor(tokens, device=model.device))
 
 
 def _follow(cache: KVCache, parents: Sequence[int]) -> None:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptkern.engine.cache import PAGE_SIZE, KVCache
+from gptkern.engine.executors.choose import Executors
+from gptkern.engine.executors.graph import MOST_ROWS
 from gptkern.engine.sampling import RowParams, Sampler, SamplerRow, row_keys
 from gptkern.engine.settings import Settings
 from gptkern.engine.stop_strings import RowText
-from gptkern.generate.executor import Executor
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.speculate import speculative_steps
 from gptkern.generate.step import Step, finish, refuse_failures
-from gptkern.generate.verify import verifier
 
 if TYPE_CHECKING:
     from gptkern.gpt import GPT
@@ -62,20 +62,18 @@ def steps(
         SamplerRow(params, prompts.rows[row // copies], seed=keys[row][0], request=keys[row][1])
         for row in rows
     ]
-    step = Executor(model, cache, rows=len(rows), steps=settings.max_new - 1)
-    if settings.speculate:
-        verify = verifier(model, cache, step, settings.speculate)
-        if verify is not None:
-            yield from speculative_steps(
-                logits, verify, sampler, sampled, cache, prompts, settings, rows, texts
-            )
-            return
+    executors = Executors(model, cache, max(MOST_ROWS, len(rows)))
+    if settings.speculate and executors.decode.row_invariant:
+        yield from speculative_steps(
+            logits, executors, sampler, sampled, cache, prompts, settings, rows, texts
+        )
+        return
     ahead = model.device.type in AHEAD_ON
     for index in range(settings.max_new):
         drawn = sampler.draw(sampled, logits)
         last = index + 1 == settings.max_new
         if ahead and not last:
-            logits = step(drawn.tokens)
+            logits = executors.decode(drawn.tokens)
         draws = drawn.read()
         refuse_failures(rows, draws)
         tokens = [draw.tokens[0] for draw in draws]
@@ -93,7 +91,7 @@ def steps(
             rows, sampled = [rows[i] for i in kept], [sampled[i] for i in kept]
             logits, chosen = logits[kept], chosen[kept]
         if not ahead:
-            logits = step(chosen)
+            logits = executors.decode(chosen)
 
 
 def pool_tokens(prompts: Prompts, settings: Settings, rows: int) -> int:

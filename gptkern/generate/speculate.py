@@ -13,22 +13,23 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptkern.engine.lookup import Lookup
+from gptkern.engine.rows import Rows
 from gptkern.generate.step import FinishReason, Step, finish, refuse_failures
 
 if TYPE_CHECKING:
     from gptkern.engine.cache import KVCache
+    from gptkern.engine.executors.choose import Executors
     from gptkern.engine.sampling import Sampler, SamplerRow
     from gptkern.engine.settings import Settings
     from gptkern.engine.stop_strings import RowText
     from gptkern.generate.prompt import Prompts
-    from gptkern.generate.verify import Verify
 
 Token = tuple[int, float | None, FinishReason | None]
 
 
 def speculative_steps(
     logits: torch.Tensor,
-    verify: Verify,
+    executors: Executors,
     sampler: Sampler,
     sampled: list[SamplerRow],
     cache: KVCache,
@@ -41,14 +42,15 @@ def speculative_steps(
     lookups = [Lookup(prompts.rows[row // settings.num_return_sequences]) for row in rows]
     line, made = _Line(rows), dict.fromkeys(rows, 0)
     drafts: list[list[int]] = [[] for _ in rows]
-    first = True
+    held: list[int] = []
+    executor = executors.decode
+    most = executor.max_rows or 0
     while True:
         draws = sampler.draw(sampled, logits, drafts).read()
         refuse_failures(rows, draws)
         drawn = [draw.tokens for draw in draws]
-        if not first:
-            verify.keep([len(tokens) for tokens in drawn])
-        first = False
+        for sequence, length, tokens in zip(cache.sequences, held, drawn, strict=False):
+            cache.truncate(sequence, length + len(tokens))
         line.drafted += sum(map(len, drafts))
         line.accepted += sum(len(tokens) - 1 for tokens in drawn)
         over: set[int] = set()
@@ -75,14 +77,22 @@ def speculative_steps(
             sampled = [sampled[place] for place in kept]
             rows, drawn = [rows[place] for place in kept], [drawn[place] for place in kept]
             lookups = [lookups[place] for place in kept]
-        drafts = _drafts(lookups, [settings.max_new - made[row] - 1 for row in rows], settings, verify.most)
-        logits = verify([[tokens[-1], *draft] for tokens, draft in zip(drawn, drafts, strict=True)])
+        if executors.decode is not executor:
+            raise RuntimeError(
+                f"generate: {executors.reason}, since generation with speculate began; begin it anew"
+            )
+        drafts = _drafts(lookups, [settings.max_new - made[row] - 1 for row in rows], settings, most)
+        held = cache.lengths
+        fed = [[tokens[-1], *draft] for tokens, draft in zip(drawn, drafts, strict=True)]
+        counts = [len(tokens) for tokens in fed]
+        flat = torch.tensor([token for tokens in fed for token in tokens], device=cache.device)
+        logits = executor.forward(Rows(cache.sequences, counts, flat, counts))
 
 
 def _drafts(lookups: Sequence[Lookup], room: Sequence[int], settings: Settings, most: int) -> list[list[int]]:
     """Each row's draft; rows that have one share alike what the pass has room for."""
     wanted = [lookup.draft(min(settings.speculate, left)) for lookup, left in zip(lookups, room, strict=True)]
-    share = (most - len(lookups)) // max(sum(map(bool, wanted)), 1)
+    share = max((most - len(lookups)) // max(sum(map(bool, wanted)), 1), 0)
     return [draft[:share] for draft in wanted]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -248,6 +248,7 @@ class Decoder(nn.Module):
         position_ids: torch.Tensor | None = None,
         *,
         logits_to_keep: int = 0,
+        sequences: Sequence[int] | None = None,
     ) -> GPTOutput:
         """Logits, and the loss where labels are given.
 
@@ -264,14 +265,16 @@ class Decoder(nn.Module):
                 transformers, or with a cache each sequence's own count of tokens.
             logits_to_keep: Only the last so many positions' logits (of each sequence, with a cache or
                 a mask); 0 keeps all.
+            sequences: Ids of the cache's sequences that the rows belong to; None: all of them, in order.
 
         Raises:
             ValueError: Shapes that do not agree, a token outside the vocabulary (on CPU), a sequence
                 longer than ``config.n_positions``, labels together with a cache.
         """
-        self._check(input_ids, labels, attention_mask, cache, position_ids, logits_to_keep)
+        rows = None if sequences is None else list(sequences)
+        self._check(input_ids, labels, attention_mask, cache, position_ids, logits_to_keep, rows)
         if cache is not None:
-            return self._forward_cached(input_ids, attention_mask, cache, position_ids, logits_to_keep)
+            return self._forward_cached(input_ids, attention_mask, cache, position_ids, logits_to_keep, rows)
         batch, seq = input_ids.shape
         if position_ids is None:
             position_ids = torch.arange(seq, device=input_ids.device).expand(batch, seq)
@@ -297,6 +300,7 @@ class Decoder(nn.Module):
         cache: KVCache,
         position_ids: torch.Tensor | None,
         logits_to_keep: int,
+        sequences: list[int] | None,
     ) -> GPTOutput:
         batch, seq = input_ids.shape
         if attention_mask is None:
@@ -307,8 +311,9 @@ class Decoder(nn.Module):
             position_ids = None if position_ids is None else position_ids[kept]
         if not cache.sequences:
             cache.allocate(batch)
-        self._check_length(max(map(operator.add, cache.lengths, lengths), default=0))
-        step = cache.extend(lengths)
+        held = cache.lengths if sequences is None else [cache.length(sequence) for sequence in sequences]
+        self._check_length(max(map(operator.add, held, lengths), default=0))
+        step = cache.extend(lengths, sequences)
         positions = step.positions if position_ids is None else position_ids.flatten()
         hidden = self.transformer(ids, positions, step)
         step.commit()
@@ -335,6 +340,7 @@ class Decoder(nn.Module):
         cache: KVCache | None,
         position_ids: torch.Tensor | None,
         logits_to_keep: int,
+        sequences: list[int] | None,
     ) -> None:
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
@@ -355,11 +361,15 @@ class Decoder(nn.Module):
             raise ValueError(f"GPT: logits_to_keep is {logits_to_keep}; 0 or more is needed")
         if cache is not None and labels is not None:
             raise ValueError("GPT: labels cannot be given together with a cache: score without one")
-        if cache is not None and cache.sequences and len(cache.sequences) != input_ids.shape[0]:
-            raise ValueError(
-                f"GPT: input_ids has {input_ids.shape[0]} rows, the cache {len(cache.sequences)} sequences: "
-                "one row a sequence is needed"
-            )
+        if sequences is not None and cache is None:
+            raise ValueError("GPT: sequences are those of a cache, and no cache is given")
+        if cache is not None and cache.sequences:
+            owners = cache.sequences if sequences is None else sequences
+            if len(owners) != input_ids.shape[0]:
+                raise ValueError(
+                    f"GPT: input_ids has {input_ids.shape[0]} rows, the cache {len(owners)} sequences: "
+                    "one row a sequence is needed"
+                )
         if cache is None:
             self._check_length(input_ids.shape[1])
         if input_ids.device.type == "cpu" and input_ids.numel():

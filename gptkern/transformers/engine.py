@@ -22,7 +22,7 @@ from gptkern._at_import import NAME
 from gptkern.as_built import Blueprint, Watch, own_method, skeleton
 from gptkern.config import GPTConfig
 from gptkern.engine.cache import PAGE_SIZE, KVCache
-from gptkern.generate.executor import Executor
+from gptkern.engine.executors.choose import Executors
 from gptkern.model.decoder import Decoder, GPTOutput
 from gptkern.transformers.modules import CACHE, FORWARDS, INSTEAD, activation_of
 
@@ -255,7 +255,7 @@ class EngineCache(Cache):
         self._max_len = max_len
         self._seen = 0
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()
-        self._step: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._executors: Executors | None = None
         self._kv = KVCache.for_config(
             self._gpt.config,
             max_seqs=rows,
@@ -303,10 +303,9 @@ class EngineCache(Cache):
         input_ids = input_ids.to(self._gpt.device)
         with torch.inference_mode():
             if self._seen and input_ids.shape[1] == 1:
-                if self._step is None:
-                    steps = self._max_len - self._seen
-                    self._step = Executor(self._gpt, self._kv, rows=input_ids.shape[0], steps=steps)
-                logits = self._step(input_ids[:, 0])[:, None]
+                if self._executors is None:
+                    self._executors = Executors(self._gpt, self._kv, input_ids.shape[0])
+                logits = self._executors.decode(input_ids[:, 0])[:, None]
             else:
                 logits = self._prefill(input_ids)
         self._seen += input_ids.shape[1]

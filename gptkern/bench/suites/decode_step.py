@@ -11,9 +11,9 @@ from gptkern.bench.problem import Inputs, Problem, Provider
 from gptkern.bench.suites import _models as models
 from gptkern.bench.suites import _providers as shared
 from gptkern.config import GPTConfig
-from gptkern.decode import DecodeStep
 from gptkern.engine.cache import KVCache
-from gptkern.generate.executor import Executor
+from gptkern.engine.executors.choose import Executors
+from gptkern.engine.executors.persistent import PersistentExecutor
 from gptkern.ops.decode_step import MOST_ROWS
 
 # (model, batch, context)
@@ -80,13 +80,13 @@ def _problem(
     @once
     def made() -> Step:
         kept = filled(config, batch, context, dtype, device)
-        step = Executor(models.ours(config, dtype, device), kept, rows=batch, steps=ROOM)
+        step = Executors(models.ours(config, dtype, device), kept, batch).decode
         return _growing(step, kept, context)
 
     @once
     def persistent() -> Step:
         kept = filled(config, batch, context, dtype, device)
-        step = DecodeStep(models.ours(config, dtype, device), kept, persistent=True)
+        step = PersistentExecutor(models.ours(config, dtype, device), kept)
         return _growing(step, kept, context)
 
     @once

@@ -1,6 +1,6 @@
-"""One token of every sequence on the CPU, by the extension: all layers in one call.
+"""CpuExecutor: on a CPU, all layers of up to 16 rows in one call of the extension.
 
-A step of few rows is bound by how fast the weights stream from memory. PyTorch's operators stream them
+A pass of few rows is bound by how fast the weights stream from memory. PyTorch's operators stream them
 at a third to two thirds of what the memory gives, and spend as long again between them.
 ``csrc/decode/cpu_path.cpp`` reads each weight once, where it lies, and its threads stay together from the
 embeddings to the logits. Weights of int8 it widens in registers: half of bf16's bytes to read.
@@ -8,24 +8,22 @@ embeddings to the logits. Weights of int8 it widens in registers: half of bf16's
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from gptkern._native import ACTIVATIONS, extension
+from gptkern import _native
+from gptkern.engine.cache import KVCache
+from gptkern.engine.executors.base import TableExecutor, check_cache
+from gptkern.engine.executors.changes import reads_weights_alone
 from gptkern.model.decoder import Block, Decoder, Norm
+from gptkern.ops._dispatch import use_kernel
 from gptkern.quantize import QuantizedLinear
 
-if TYPE_CHECKING:
-    from gptkern.engine.cache import KVCache
-
-# More rows are bound by arithmetic, of which PyTorch's products do more a second.
+# More rows at once are bound by arithmetic and gain nothing.
 MOST_ROWS = 16
-_WHOLE = frozenset(
-    getattr(torch, name)
-    for name in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
-)
 DTYPES_SERVED = (torch.float32, torch.bfloat16)
 
 
@@ -51,38 +49,46 @@ def unserved(model: Decoder, dtype: torch.dtype) -> str | None:
     return None
 
 
-class CpuStep:
-    """``model(tokens[:, None], cache=cache).logits[:, -1]``, faster.
+class CpuExecutor(TableExecutor):
+    """Runs new tokens through the extension's decode step.
 
-    A row's logits are bitwise the same whatever else is in the batch, and with any number of threads.
+    A row's logits are bitwise the same whatever else is in the pass, and with any number of threads.
     Weights are read where they lie when a pass begins: what was changed in place, moved or replaced since
     the last one is what the next one reads.
 
     Args:
-        model: One that ``executor.refused`` has no reason against. Its weights may change and move.
-        cache: Holds the prompts; every call takes each of its sequences one token on.
+        model: One that ``serves`` has no reason against. Its weights may change and move.
+        cache: Of the model's shape and dtype, on the CPU.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
+    name = "cpu"
+    made_for = "cpu"
+
+    def __init__(self, model: Decoder, cache: KVCache, max_rows: int = MOST_ROWS) -> None:
+        check_cache("CpuExecutor", model, cache)
+        super().__init__(model, cache, max_rows)
         self._decoder = _decoder(model)
 
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits ``(rows, vocab_size)`` after ``tokens`` ``(rows,)``, whole numbers of any dtype.
+    @staticmethod
+    def serves(model: Decoder, dtype: torch.dtype) -> str | None:
+        """See ``Executor``."""
+        reason = reads_weights_alone(model)
+        if reason is not None:
+            return reason
+        if use_kernel(model.transformer.wte.weight):
+            return f"the CPU's decode step is for models on the CPU; this one is on {model.device}"
+        if _native.extension is None:
+            return "gptkern._C is not built"
+        if not _native.extension.has_decoder:
+            return "the CPU's decode step needs AVX2, which this processor lacks"
+        return unserved(model, dtype)
 
-        Raises:
-            TypeError: Tokens that are no whole numbers.
-            ValueError: A token outside the vocabulary, or a sequence at the end of the context; the cache
-                is as it was.
-            RuntimeError: The weights have been given a dtype or a device that this cannot serve.
-        """
-        step = self._cache.extend([1] * tokens.shape[0])
-        logits = self.logits(tokens, self._cache.page_table, self._cache.seq_lens)
-        step.commit()
-        return logits
+    def _launch(self, tokens: torch.Tensor, places: Sequence[tuple[list[int], int]]) -> torch.Tensor:
+        self._table.lay(places)
+        return self.logits(tokens, self._table.storage.page_table, self._table.lengths)
 
     def logits(self, tokens: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """The same with places of one's own: keys and values are written, the cache's lengths stay.
+        """Logits after ``tokens``, whose keys and values are written; the cache's lengths stay.
 
         Rows may be consecutive tokens of one sequence: each attends to those before it.
 
@@ -90,9 +96,11 @@ class CpuStep:
             tokens: ``(rows,)``, whole numbers of any dtype.
             page_table: ``(rows or more, pages)`` int32, rows contiguous.
             lengths: ``(rows or more,)`` int32: what each row's sequence holds before its token.
+
+        Raises:
+            ValueError: A token outside the vocabulary, or a sequence at the end of the context.
+            RuntimeError: The weights have been given a dtype or a device that this cannot serve.
         """
-        if tokens.dtype not in _WHOLE:
-            raise TypeError(f"GPT: tokens are {tokens.dtype}; whole numbers are accepted")
         cache, tokens = self._cache, tokens.to(torch.int64).contiguous()
         logits = torch.empty(tokens.shape[0], self._model.config.vocab_size, dtype=cache.dtype, device="cpu")
         arguments = (cache.k, cache.v, page_table, lengths, tokens, logits, torch.get_num_threads())
@@ -108,9 +116,9 @@ def _decoder(model: Decoder) -> Any:
     """The extension's view of the model's weights where they lie now."""
     config, transformer = model.config, model.transformer
     blocks = list(transformer.h)
-    return extension.Decoder(
+    return _native.extension.Decoder(
         heads=config.n_head,
-        activation=ACTIVATIONS[config.activation],
+        activation=_native.ACTIVATIONS[config.activation],
         post_norm=config.post_norm,
         eps=config.layer_norm_epsilon,
         tokens=transformer.wte.weight,

@@ -1,0 +1,1 @@
+"""What runs a model over the tokens of one pass: each executor says what it serves, or why not."""

@@ -1,0 +1,160 @@
+"""What executors have in common: tokens of some sequences in, logits out, and the cache grown by them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+
+from gptkern.engine.cache import KVCache
+from gptkern.engine.rows import Rows, RowTable
+from gptkern.model.decoder import Decoder
+
+WHOLE = frozenset(
+    getattr(torch, name)
+    for name in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
+)
+
+
+class Executor(ABC):
+    """Runs a model over new tokens of a cache's sequences.
+
+    Every executor computes what the model's own layers compute. One that reads weights where they lie serves
+    a model as long as that is as it was built.
+
+    Attributes:
+        name: As reasons and ``explain`` call it.
+        made_for: The kind of device that it was made for. Where such a model is passed over, that is a
+            fallback, which strict mode refuses.
+        on_request: It is taken only where it is asked for by name.
+        row_invariant: A token's logits are bitwise the same however many tokens of its sequence share the
+            pass. They never depend on other sequences.
+        max_rows: Most tokens of one launch; a pass of more is several launches. None: any number.
+    """
+
+    name: ClassVar[str]
+    made_for: ClassVar[Literal["cpu", "cuda", "any"]]
+    on_request: ClassVar[bool] = False
+    row_invariant: ClassVar[bool]
+    max_rows: int | None = None
+
+    def __init__(self, model: Decoder, cache: KVCache) -> None:
+        self._model, self._cache = model, cache
+
+    @staticmethod
+    @abstractmethod
+    def serves(model: Decoder, dtype: torch.dtype) -> str | None:
+        """Why this executor cannot run ``model`` over a cache of ``dtype``; None: it can."""
+
+    @abstractmethod
+    def forward(self, rows: Rows) -> torch.Tensor:
+        """The logits that ``rows`` wants, ``(sum of wanted, vocab_size)`` in the model's dtype.
+
+        Room for the tokens is reserved, their keys and values are written, and the cache's lengths grow by
+        them. Where the pass fails, the cache holds what it held.
+
+        Raises:
+            TypeError: Tokens that are no whole numbers.
+            ValueError: Tokens that do not fit ``rows``, outside the vocabulary, or past the context.
+            CacheFullError: No room in the cache.
+        """
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append one token to every sequence of the cache: logits ``(sequences, vocab_size)``.
+
+        Args:
+            tokens: ``(sequences,)``, in the order of ``cache.sequences``.
+
+        Raises:
+            ValueError: Not one token a sequence; see ``forward``.
+            CacheFullError: No room in the cache.
+        """
+        sequences = self._cache.sequences
+        if not sequences or tokens.shape != (len(sequences),):
+            raise ValueError(
+                f"{type(self).__name__}: tokens has shape {tuple(tokens.shape)}; "
+                f"({len(sequences)},), one a sequence of the cache, is needed"
+            )
+        return self.forward(Rows.one_each(sequences, tokens))
+
+
+class TableExecutor(Executor):
+    """An executor whose every token is a row of a table: rows of one sequence differ in length alone.
+
+    Keys and values of all rows are in the cache before attention reads, so that each row sees those before
+    it and no other. A row is computed whatever its neighbours are.
+    """
+
+    row_invariant = True
+    max_rows: int
+
+    def __init__(self, model: Decoder, cache: KVCache, max_rows: int) -> None:
+        super().__init__(model, cache)
+        self.max_rows = max_rows
+        self._table = RowTable(cache, max_rows)
+
+    @torch.no_grad()
+    def forward(self, rows: Rows) -> torch.Tensor:
+        """See ``Executor``."""
+        self._check(rows)
+        self._cache.reserve(rows.counts, rows.sequences)
+        places = self._places(rows)
+        try:
+            parts = [
+                self._launch(
+                    rows.tokens[start : start + self.max_rows], places[start : start + self.max_rows]
+                )
+                for start in range(0, len(places), self.max_rows)
+            ]
+        except BaseException:
+            self._table.forget()
+            raise
+        self._cache.advance(rows.counts, rows.sequences)
+        return rows.only_wanted(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    @abstractmethod
+    def _launch(self, tokens: torch.Tensor, places: Sequence[tuple[list[int], int]]) -> torch.Tensor:
+        """Logits after each of up to ``max_rows`` tokens, whose rows are ``places``; the caller's own."""
+
+    def _places(self, rows: Rows) -> list[tuple[list[int], int]]:
+        """Of each token the pages of its sequence, and how many tokens come before it."""
+        places: list[tuple[list[int], int]] = []
+        for sequence, count in zip(rows.sequences, rows.counts, strict=True):
+            pages, length = self._cache.pages(sequence), self._cache.length(sequence)
+            places += [(pages, length + ahead) for ahead in range(count)]
+        return places
+
+    def _check(self, rows: Rows) -> None:
+        total = sum(rows.counts)
+        if rows.tokens.dtype not in WHOLE:
+            raise TypeError(f"GPT: tokens are {rows.tokens.dtype}; whole numbers are accepted")
+        if rows.tokens.shape != (total,):
+            raise ValueError(
+                f"{type(self).__name__}: tokens has shape {tuple(rows.tokens.shape)}; ({total},) is needed"
+            )
+        context = self._model.config.n_positions
+        for sequence, count in zip(rows.sequences, rows.counts, strict=True):
+            length = self._cache.length(sequence) + count
+            if length > context:
+                raise ValueError(
+                    f"{type(self).__name__}: {length} tokens are longer than the model's context of {context}"
+                )
+
+
+def check_cache(name: str, model: Decoder, cache: KVCache) -> None:
+    """Refuse a cache that was made for another model.
+
+    Raises:
+        ValueError: It has another shape or another device.
+    """
+    config = model.config
+    layers, _, _, heads, head_dim = cache.k.shape
+    if (layers, heads, head_dim) != (config.n_layer, config.n_head, config.head_dim):
+        raise ValueError(
+            f"{name}: the cache has {layers} layers of {heads} x {head_dim}, "
+            f"the model {config.n_layer} of {config.n_head} x {config.head_dim}"
+        )
+    if cache.device != model.device:
+        raise ValueError(f"{name}: the cache is on {cache.device}, the model on {model.device}")

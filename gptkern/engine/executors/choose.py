@@ -1,0 +1,144 @@
+"""Which executor runs a model: the first that serves it, and the reasons of those that were passed over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from gptkern.as_built import Watch, untouched
+from gptkern.engine.cache import KVCache
+from gptkern.engine.executors.base import Executor, TableExecutor
+from gptkern.engine.executors.cpu import CpuExecutor
+from gptkern.engine.executors.graph import GraphExecutor
+from gptkern.engine.executors.persistent import PersistentExecutor
+from gptkern.engine.executors.torch import TorchExecutor
+from gptkern.environment import fallback
+from gptkern.model.decoder import LINEAR, NORM, Decoder
+from gptkern.ops._dispatch import use_kernel
+from gptkern.routes import Route
+
+# In the order in which they are asked; the last serves everything.
+EXECUTORS: tuple[type[Executor], ...] = (PersistentExecutor, GraphExecutor, CpuExecutor, TorchExecutor)
+_LAYERS = "the model's layers one by one"
+_log = logging.getLogger("gptkern")
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """An executor that was not taken.
+
+    Attributes:
+        is_fallback: It was made for such a device, and what is taken in its place is slower.
+    """
+
+    executor: type[Executor]
+    reason: str
+    is_fallback: bool
+
+
+def choose(model: Decoder, dtype: torch.dtype) -> tuple[type[Executor], list[PassedOver]]:
+    """The executor of a model over a cache of ``dtype``, and those before it in order."""
+    passed: list[PassedOver] = []
+    device = "cuda" if use_kernel(model.transformer.wte.weight) else "cpu"
+    for executor in EXECUTORS:
+        reason = executor.serves(model, dtype)
+        if executor.on_request:
+            passed.append(PassedOver(executor, reason or "it is taken only on request", False))
+        elif reason is None:
+            return executor, passed
+        else:
+            passed.append(PassedOver(executor, reason, executor.made_for == device))
+    raise AssertionError("the last executor serves everything")
+
+
+class Executors:
+    """The executors of one model over one cache: for prompts the model's layers, else the first that serves.
+
+    The choice holds until somebody touches the model's modules; it is made anew before the next pass.
+
+    Args:
+        max_rows: Most tokens of one launch, where the executor has no bound of its own.
+
+    Attributes:
+        prefill: Runs prompts.
+        reason: Why the fastest executor for this device was passed over; None: it was not.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache, max_rows: int) -> None:
+        self.reason: str | None = None
+        self._model, self._cache, self._max_rows = model, cache, max_rows
+        self.prefill = TorchExecutor(model, cache)
+        self._watch = Watch(model)
+        self._autocast = torch.is_autocast_enabled(model.device.type)
+        self._weights = _weights_of(model)
+        self._decode = self._chosen()
+
+    @property
+    def decode(self) -> Executor:
+        """Runs single tokens and drafts.
+
+        Raises:
+            RuntimeError: The weights were moved, quantised or given another dtype since, or what served
+                until now does so no more and ``GPTKERN_STRICT=1`` is set.
+        """
+        weights = _weights_of(self._model)
+        if weights != self._weights:
+            raise RuntimeError(
+                f"GPT: weights changed while generation was under way: they were {self._weights}, "
+                f"they are {weights}"
+            )
+        autocast = torch.is_autocast_enabled(self._model.device.type)
+        if self._watch.stirred() or autocast != self._autocast:
+            self._autocast = autocast
+            kind, _ = choose(self._model, self._cache.dtype)
+            if type(self._decode) is not kind:
+                self._decode = self._chosen()
+        return self._decode
+
+    def _chosen(self) -> Executor:
+        kind, passed = choose(self._model, self._cache.dtype)
+        self.reason = next((other.reason for other in passed if other.is_fallback), None)
+        for other in passed:
+            _log.debug("decoding: the %s executor is passed over: %s", other.executor.name, other.reason)
+            if other.is_fallback:
+                fallback("decoding", _LAYERS, other.reason)
+        _log.debug("decoding: the %s executor runs", kind.name)
+        if issubclass(kind, CpuExecutor):
+            return kind(self._model, self._cache)
+        if issubclass(kind, TableExecutor):
+            return kind(self._model, self._cache, self._max_rows)
+        return kind(self._model, self._cache)
+
+
+def _weights_of(model: Decoder) -> str:
+    """Dtype, device and quantisation in words."""
+    quantised = "" if model.quantization is None else f" quantised as {model.quantization.format}"
+    return f"{model.dtype} on {model.device}{quantised}"
+
+
+def routes(model: Decoder) -> Iterator[Route]:
+    """How the parts of a model run, and why the executors before the one that decodes were passed over."""
+    kernel = use_kernel(model.transformer.wte.weight)
+    ops: Literal["kernel", "reference"] = "kernel" if kernel else "reference"
+    parts = {"norm": (NORM, ("ln_1", "ln_2", "ln_f")), "mlp": (LINEAR, ("mlp.c_fc", "mlp.c_proj"))}
+    names = {"norm": "layer_norm and add_layer_norm", "mlp": "gelu_mlp"}
+    for part, (forwards, ends) in parts.items():
+        route = Route(part, ops, names[part])
+        for name, module in model.named_modules():
+            if name.endswith(ends) and not untouched(module, *forwards):
+                route = Route(part, "fallback", f"{name} was put in or hooked: it is called by itself")
+                break
+        yield route
+    chosen, passed = choose(model, model.dtype)
+    for other in passed:
+        yield Route(f"decode by {other.executor.name}", "passed over", other.reason)
+    reasons = [other for other in passed if other.is_fallback]
+    if chosen is TorchExecutor:
+        told = reasons[0].reason if reasons else "no executor was made for this device"
+        yield Route("decode", "fallback", f"{_LAYERS}: {told}")
+    else:
+        yield Route("decode", "engine", f"the {chosen.name} executor")

@@ -1,0 +1,45 @@
+"""TorchExecutor: the model's own layers, as PyTorch calls modules; it serves anything."""
+
+from __future__ import annotations
+
+import torch
+
+from gptkern.engine.executors.base import Executor
+from gptkern.engine.rows import Rows
+from gptkern.model.decoder import Decoder, GPTOutput
+
+
+class TorchExecutor(Executor):
+    """Calls the model, one sequence after another: PyTorch's products depend on how many rows they have.
+
+    So a sequence's bits depend on its own tokens and on how they were divided into passes, and on nothing
+    else. Whatever a module computes, hooks included, is computed.
+    """
+
+    name = "torch"
+    made_for = "any"
+    row_invariant = False
+
+    @staticmethod
+    def serves(model: Decoder, dtype: torch.dtype) -> str | None:
+        """See ``Executor``: it serves every model."""
+        return None
+
+    def forward(self, rows: Rows) -> torch.Tensor:
+        """See ``Executor``."""
+        before = [self._cache.length(sequence) for sequence in rows.sequences]
+        logits: list[torch.Tensor] = []
+        start = 0
+        try:
+            for sequence, count, wanted in zip(rows.sequences, rows.counts, rows.wanted, strict=True):
+                tokens = rows.tokens[start : start + count]
+                start += count
+                output: GPTOutput = self._model(
+                    tokens[None], cache=self._cache, sequences=[sequence], logits_to_keep=max(wanted, 1)
+                )
+                logits.append(output.logits[0, -wanted:] if wanted else output.logits[0, :0])
+        except BaseException:
+            for sequence, length in zip(rows.sequences, before, strict=True):
+                self._cache.truncate(sequence, length)
+            raise
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
