@@ -102,7 +102,7 @@ def test_options_of_the_guide_are_those_of_generate() -> None:
 
 @pytest.fixture
 def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """scripts/docs_hooks.py"""
+    """The module scripts/docs_hooks.py."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import docs_hooks
 
