@@ -286,8 +286,8 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
 def arguments(
     device: torch.device, dtype: torch.dtype = torch.float32, kind: str = "plain", **changes: Any
 ) -> dict[str, Any]:
-    """A call of a model with one layer, and nothing in it that requires grad."""
-    model = make_model(device, dtype, n_layer=1, **changes)
+    """A call of a model with one layer by default, and nothing in it that requires grad."""
+    model = make_model(device, dtype, **{"n_layer": 1, **changes})
     if kind != "plain":
         options: dict[str, Any] = {"group_size": 32, "zero_point": True} if kind == "int4" else {}
         quantize_model(model, Quantization.make(model.config, kind, **options))
@@ -325,6 +325,27 @@ KINDS = [
     pytest.param(torch.float32, "int4", {"n_embd": 64}, id="int4 with zeros"),
     pytest.param(torch.bfloat16, "fp8", {"bias": False}, id="fp8, its cache too, without bias"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("plain", {}),
+        ("plain", {"model_type": "openai-gpt"}),
+        ("int4", {"n_embd": 64}),
+        ("fp8", {"bias": False}),
+    ],
+    ids=str,
+)
+def test_the_reference(device: torch.device, kind: str, changes: dict[str, Any]) -> None:
+    """The reference gives the kernel's logits, keys, values and lengths, but for rounding."""
+    given = arguments(device, kind=kind, n_layer=2, **changes)
+    alike = mapped(given, torch.clone)
+    with backend("reference"):
+        expected = persistent_step(**alike)
+    torch.testing.assert_close(persistent_step(**given), expected, rtol=1e-4, atol=1e-4)
+    for name in ("k_cache", "v_cache", "seq_lens"):
+        torch.testing.assert_close(given[name].float(), alike[name].float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "kind", "changes"), KINDS)

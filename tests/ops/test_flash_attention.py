@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptkern.ops import flash_attention, flash_attention_varlen
-from gptkern.ops.flash_attention import launcher, reference
+from gptkern.ops.flash_attention import launch, reference
 from gptkern.testing import assert_accurate, attention_terms
 
 SetTiles = Callable[[int, int], None]
@@ -24,7 +24,7 @@ def set_tiles(monkeypatch: pytest.MonkeyPatch) -> SetTiles:
 
     def set_tiles(block_m: int, block_n: int) -> None:
         tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n}
-        monkeypatch.setattr(launcher, "_config", lambda *_: tiles)
+        monkeypatch.setattr(launch, "_config", lambda *_: tiles)
 
     return set_tiles
 
@@ -166,7 +166,7 @@ def test_offsets_beyond_int32(
     storage = torch.empty(rows * stride, dtype=F16)
     q = storage.as_strided((1, rows, 1, head_dim), (0, stride, head_dim, 1))
     q.copy_(torch.randn(q.shape))
-    monkeypatch.setattr(launcher, "_config", lambda *_: {"BLOCK_M": 16, "BLOCK_N": 16})
+    monkeypatch.setattr(launch, "_config", lambda *_: {"BLOCK_M": 16, "BLOCK_N": 16})
     expected = flash_attention(*[q.contiguous()] * 3)
     assert torch.equal(flash_attention(q, q, q), expected)
 

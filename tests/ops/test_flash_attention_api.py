@@ -153,9 +153,9 @@ def test_tiles_outside_the_mask_are_not_visited(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keys that no query sees may hold anything: they are never read into a product."""
-    from gptkern.ops.flash_attention import launcher
+    from gptkern.ops.flash_attention import launch
 
-    monkeypatch.setattr(launcher, "_config", lambda *_: {"BLOCK_M": 16, "BLOCK_N": 16})
+    monkeypatch.setattr(launch, "_config", lambda *_: {"BLOCK_M": 16, "BLOCK_N": 16})
     q, k, v = (t.detach() for t in qkv(device, 1, 64, 1, 16))
     k[:, :16], v[:, :16] = math.nan, math.nan
     out = flash_attention(q, k, v, window=16)

@@ -20,11 +20,12 @@ import gptkern
 from gptkern import ops
 from gptkern.ops._cases import tensors
 from gptkern.ops._dispatch import INTERPRETED
-from gptkern.ops.decode_attention import launcher as decode
-from gptkern.ops.decode_embed.op import _launch_kernel
-from gptkern.ops.decode_linear import launcher as decode_linear
-from gptkern.ops.flash_attention import launcher as flash
-from gptkern.ops.flash_attention.launcher import Options, Packing
+from gptkern.ops._types import CachedSequences, PagedCache
+from gptkern.ops.decode_attention import launch as decode
+from gptkern.ops.decode_embed.launch import EmbedArguments, embed
+from gptkern.ops.decode_linear import launch as decode_linear
+from gptkern.ops.flash_attention import launch as flash
+from gptkern.ops.flash_attention.launch import Options, Packed
 
 pytestmark = pytest.mark.usefixtures("on_device")
 FAR = 10**6
@@ -54,25 +55,28 @@ def test_decode_attention_of_missing_pages_and_impossible_lengths(page_size: int
     table = torch.arange(14, dtype=torch.int32).view(7, 2) % 12
     lens = ints(page_size * 2, 3, 3, page_size + 1, page_size * 2 + 1, -1, 2**31 - 1)
     table[0, 1] = 11  # the last page there is
-    sound = decode.attend(q, k, v, table, lens.clamp(0, page_size), 0.25, None, None)
+    cache = PagedCache(k, v)
+    sound = decode.attend(q, cache, CachedSequences(table, lens.clamp(0, page_size)), 0.25, None)
     broken = table.clone()
     broken[1, 0], broken[2, 0], broken[3, 1] = FAR, -1, 12
-    out = decode.attend(q, k, v, broken, lens, 0.25, None, None)
+    out = decode.attend(q, cache, CachedSequences(broken, lens), 0.25, None)
     assert out[0].isfinite().all()
     assert out[1:].isnan().all()
     # What lies past a length is never looked at.
     table[:, 1] = FAR
-    assert torch.equal(decode.attend(q, k, v, table, lens.clamp(0, page_size), 0.25, None, None), sound)
+    lens = lens.clamp(0, page_size)
+    assert torch.equal(decode.attend(q, cache, CachedSequences(table, lens), 0.25, None), sound)
 
 
 def test_slots_beyond_the_cache_are_not_written() -> None:
     k, v = caches()
     before = k.clone(), v.clone()
     new = torch.randn(5, 2, 16)
-    decode.append(new, new, k, v, longs(-1, -7, 4 * 32, FAR * FAR, 4 * 32 - 1))
+    decode.append(new, new, PagedCache(k, v), longs(-1, -7, 4 * 32, FAR * FAR, 4 * 32 - 1))
     x, weight = torch.randn(4, 16), torch.randn(96, 16)
     slots = longs(-1, 4 * 32, FAR, 0)
-    decode_linear.decode_linear(x, weight, None, None, "none", None, None, (k, v, slots))
+    inputs = decode_linear.LinearInputs(x, weight, None, None, None)
+    decode_linear.linear(inputs, cache=PagedCache(k, v), slots=slots)
     for cache, old in zip((k, v), before, strict=True):
         assert torch.equal(cache[3, 31], new[4])
         assert not torch.equal(cache[0, 0], old[0, 0])
@@ -88,7 +92,7 @@ def test_tokens_and_places_without_a_weight() -> None:
     words, places = torch.randn(7, 8), torch.randn(6, 8)
     table = torch.arange(12, dtype=torch.int32).view(6, 2)
     lens = ints(0, 1, 6, 8, -1, 0)
-    x, slots = _launch_kernel(longs(7, -1, 2, 2, 2, 3), ints(6), words, places, table, lens, 4)
+    x, slots = embed(EmbedArguments(longs(7, -1, 2, 2, 2, 3), ints(6), words, places, table, lens, 4))
     assert x[:5].isnan().all()
     torch.testing.assert_close(x[5], words[3] + places[0])
     assert slots.tolist() == [0, 9, 5 * 4 + 2, -1, -1, 40]
@@ -102,9 +106,9 @@ def test_packed_offsets_are_cut_off_at_what_there_is() -> None:
         t.copy_(torch.randn(6, 2, 16))
 
     def run(cu_q: torch.Tensor, cu_k: torch.Tensor) -> list[torch.Tensor]:
-        packing, options = Packing(cu_q, cu_k), Options(16, 16, -1, 0, 0.25, 0.0, 0.0)
-        out, lse = flash.forward(q, k, v, packing, None, options)
-        return [out, lse, *flash.backward(do, None, q, k, v, out, lse, packing, None, options)]
+        packed, options = Packed(cu_q, cu_k, 16, 16), Options(-1, 0, 0.25, 0.0, 0.0)
+        out, lse = flash.forward(q, k, v, packed, None, options)
+        return [out, lse, *flash.backward(do, None, q, k, v, out, lse, packed, None, options)]
 
     # 4 tokens, fewer than none, and more than there are.
     got, expected = run(ints(0, 4, 2, FAR), ints(-5, 3, 3, FAR)), run(ints(0, 4, 4), ints(0, 3, 3))

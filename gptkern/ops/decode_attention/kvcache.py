@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gptkern.ops import _checks
+from gptkern.ops._types import CachedSequences, PagedCache
 from gptkern.ops.decode_attention.op import append_kv, attend
 from gptkern.ops.flash_attention import flash_attention_varlen
 
@@ -65,8 +66,8 @@ def flash_attn_with_kvcache(
         "alibi_slopes": alibi_slopes is not None,
         "return_softmax_lse": return_softmax_lse,
     }
-    for name, given in refused.items():
-        if given:
+    for name, is_given in refused.items():
+        if is_given:
             raise ValueError(f"{_OP}: {name} is not supported; leave it at its default")
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _checks.tensor(_OP, name, value, dim=4)
@@ -78,11 +79,10 @@ def flash_attn_with_kvcache(
     if k is not None and v is not None:
         lens = _append(k, v, k_cache, v_cache, table, lens)
     window = _window(seq_q, causal, window_size)
+    cache, sequences = PagedCache(k_cache, v_cache), CachedSequences(table, lens, cache_leftpad)
     if seq_q == 1:
-        scale = softmax_scale
-        out = attend(_OP, q[:, 0], k_cache, v_cache, table, lens, scale, window, cache_leftpad)
-        return out[:, None]
-    return _several(q, k_cache, v_cache, table, lens, cache_leftpad, softmax_scale, causal, window)
+        return attend(_OP, q[:, 0], cache, sequences, softmax_scale, window)[:, None]
+    return _attend_several(q, cache, sequences, softmax_scale, causal, window)
 
 
 def _page_table(
@@ -105,13 +105,13 @@ def _page_table(
 
 
 def _lengths(
-    q: torch.Tensor, k_cache: torch.Tensor, table: torch.Tensor, given: int | torch.Tensor | None
+    q: torch.Tensor, k_cache: torch.Tensor, table: torch.Tensor, cache_seqlens: int | torch.Tensor | None
 ) -> torch.Tensor:
-    if isinstance(given, torch.Tensor):
-        _checks.shape(_OP, "cache_seqlens", given, q.shape[:1], "one per sequence")
-        _checks.dtype(_OP, "cache_seqlens", given, (torch.int32,))
-        return given
-    length = table.shape[1] * k_cache.shape[1] if given is None else given
+    if isinstance(cache_seqlens, torch.Tensor):
+        _checks.shape(_OP, "cache_seqlens", cache_seqlens, q.shape[:1], "one per sequence")
+        _checks.dtype(_OP, "cache_seqlens", cache_seqlens, (torch.int32,))
+        return cache_seqlens
+    length = table.shape[1] * k_cache.shape[1] if cache_seqlens is None else cache_seqlens
     return torch.full(q.shape[:1], length, dtype=torch.int32, device=q.device)
 
 
@@ -123,19 +123,23 @@ def _append(
     table: torch.Tensor,
     lens: torch.Tensor,
 ) -> torch.Tensor:
-    """Write k and v after what the cache holds; the new lengths."""
+    """Write k and v after the tokens in the cache; returns the new lengths."""
     _checks.tensor(_OP, "k", k, dim=4)
     _checks.tensor(_OP, "v", v, dim=4)
     _checks.shape(_OP, "k", k, (table.shape[0], k.shape[1], *k_cache.shape[2:]), "one row per sequence")
     _checks.shape(_OP, "v", v, k.shape, "the shape of k")
     page_size = k_cache.shape[1]
-    places = lens.long()[:, None] + torch.arange(k.shape[1], device=k.device)
-    if places.device.type == "cpu" and places.numel() and int(places.max()) >= table.shape[1] * page_size:
+    positions = lens.long()[:, None] + torch.arange(k.shape[1], device=k.device)
+    if (
+        positions.device.type == "cpu"
+        and positions.numel()
+        and int(positions.max()) >= table.shape[1] * page_size
+    ):
         raise ValueError(
-            f"{_OP}: k brings a sequence to {int(places.max()) + 1} tokens; "
+            f"{_OP}: k brings a sequence to {int(positions.max()) + 1} tokens; "
             f"the cache holds {table.shape[1] * page_size}"
         )
-    slots = table.gather(1, places // page_size).long() * page_size + places % page_size
+    slots = table.gather(1, positions // page_size).long() * page_size + positions % page_size
     append_kv(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, slots.flatten())
     return (lens + k.shape[1]).to(torch.int32)
 
@@ -148,34 +152,32 @@ def _window(seq_q: int, causal: bool, window_size: tuple[int, int]) -> int | Non
     return None if left < 0 else left + 1
 
 
-def _several(
+def _attend_several(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-    leftpad: torch.Tensor | None,
+    cache: PagedCache,
+    sequences: CachedSequences,
     scale: float | None,
     causal: bool,
     window: int | None,
 ) -> torch.Tensor:
-    """Several queries a sequence: their keys gathered, then packed attention."""
+    """Several queries a sequence: gather their keys, then packed attention."""
     batch, seq_q = q.shape[:2]
-    page_size = k_cache.shape[1]
+    table, lens, starts = sequences
+    page_size = cache.k.shape[1]
     capacity = table.shape[1] * page_size
-    places = torch.arange(capacity, device=q.device)
-    kept = places[None, :] < lens[:, None]
-    if leftpad is not None:
-        kept &= places[None, :] >= leftpad[:, None]
-    slots = (table.long().repeat_interleave(page_size, dim=1) * page_size + places % page_size)[kept]
-    ends_q = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seq_q
-    ends_k = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    tokens = torch.arange(capacity, device=q.device)
+    attended = tokens[None, :] < lens[:, None]
+    if starts is not None:
+        attended &= tokens[None, :] >= starts[:, None]
+    slots = (table.long().repeat_interleave(page_size, dim=1) * page_size + tokens % page_size)[attended]
+    cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seq_q
+    cu_seqlens_k = torch.nn.functional.pad(attended.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     out = flash_attention_varlen(
         q.flatten(0, 1),
-        k_cache.flatten(0, 1)[slots],
-        v_cache.flatten(0, 1)[slots],
-        ends_q,
-        ends_k,
+        cache.k.flatten(0, 1)[slots],
+        cache.v.flatten(0, 1)[slots],
+        cu_seqlens_q,
+        cu_seqlens_k,
         seq_q,
         capacity,
         causal=causal,

@@ -6,25 +6,27 @@ from gptkern.ops._types import FP8, FP8_MAX, KvScales
 
 
 def to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``(..., kv_heads, head_dim)`` in e4m3; beyond its range the largest number, NaN stays NaN."""
+    """``x / scale`` in e4m3, ``(..., kv_heads, head_dim)``: clamped to its range; NaN stays NaN."""
     return (x.float() / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What ``to_fp8`` kept, rounded to ``dtype``."""
+    """``x * scale``, computed in fp32 (float64 for that dtype) and rounded to ``dtype``."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return (x.to(wide) * scale[:, None].to(wide)).to(dtype)
 
 
 def widened(
-    k: torch.Tensor, v: torch.Tensor, scales: KvScales | None, dtype: torch.dtype
+    k: torch.Tensor, v: torch.Tensor, kv_scales: KvScales | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values in ``dtype`` where they are of an fp8 cache; of any other as they are."""
-    return (k, v) if scales is None else (from_fp8(k, scales[0], dtype), from_fp8(v, scales[1], dtype))
+    """Keys and values of an fp8 cache, dequantised to ``dtype``; those of any other cache unchanged."""
+    if kv_scales is None:
+        return k, v
+    return from_fp8(k, kv_scales[0], dtype), from_fp8(v, kv_scales[1], dtype)
 
 
 def rows(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """``cache[places]``, of fp8 as well, which PyTorch does not index on every device."""
+    """``cache[places]``, also for fp8, which PyTorch cannot index on every device."""
     if cache.dtype != FP8:
         return cache[places]
     return cache.view(torch.uint8)[places].view(FP8)
@@ -61,20 +63,19 @@ def decode_attention(
     starts: torch.Tensor | None = None,
     scales: KvScales | None = None,
 ) -> torch.Tensor:
+    """``(batch, heads, head_dim)``: each sequence's query over tokens ``starts[i]`` on, or its window."""
     page_size = k_cache.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    begins = [0] * len(q) if starts is None else starts.tolist()
+    first_tokens = [0] * len(q) if starts is None else starts.tolist()
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = q.dtype if scales is None else wide
     out = torch.empty_like(q)
     for row, length in enumerate(seq_lens.tolist()):
         pages = page_table[row, : -(-length // page_size)].long()
-        begin = begins[row] if window is None else max(begins[row], length - window)
-        k, v = (sequence(cache, pages, length)[begin:] for cache in (k_cache, v_cache))
-        if scales is not None:
-            wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-            k, v = widened(k, v, scales, wide)
-            out[row] = attend(q[row].contiguous().to(wide), k, v, scale)
-            continue
-        out[row] = attend(q[row].contiguous(), k, v, scale)
+        first = first_tokens[row] if window is None else max(first_tokens[row], length - window)
+        k, v = (sequence(cache, pages, length)[first:] for cache in (k_cache, v_cache))
+        k, v = widened(k, v, scales, dtype)
+        out[row] = attend(q[row].contiguous().to(dtype), k, v, scale)
     return out
 
 
@@ -86,14 +87,15 @@ def append_kv(
     slots: torch.Tensor,
     scales: KvScales | None = None,
 ) -> None:
+    """Write keys and values to their slots, in place; a negative slot writes nothing."""
     if bool((slots < 0).any()):
-        kept = slots >= 0
-        k, v, slots = k[kept], v[kept], slots[kept]
+        written = slots >= 0
+        k, v, slots = k[written], v[written], slots[written]
     if scales is not None:
-        # As bytes: PyTorch does not write fp8 by index on every device.
-        k, v = (to_fp8(new, of).view(torch.uint8) for new, of in zip((k, v), scales, strict=True))
+        # As bytes: PyTorch cannot write fp8 by index on every device.
+        k, v = (to_fp8(x, scale).view(torch.uint8) for x, scale in zip((k, v), scales, strict=True))
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    # By page and offset: of a cache that is a slice, pages and offsets do not flatten into one dimension.
+    # By page and offset: the pages and offsets of a cache that is a slice do not flatten into one dimension.
     places = slots // k_cache.shape[1], slots % k_cache.shape[1]
     k_cache.index_put_(places, k.to(k_cache.dtype))
     v_cache.index_put_(places, v.to(v_cache.dtype))

@@ -1,6 +1,9 @@
 """The beginning of a decode step: embeddings, cache slots, and the sequences' new lengths.
 
-One program per row, which alone reads and advances that row's length. Read once, written once.
+    x = token_weight[token] + position_weight[position]      slot = page * page_size + position % page_size
+
+Layout. One program owns one row. It alone reads and advances that row's length. It reads one row of each
+weight once and writes one row of x once.
 """
 
 import triton
@@ -17,23 +20,27 @@ def embed_row(
 ):  # fmt: skip
     """One row: its embedding, its token's slot, and its sequence's new length.
 
-    A token or a place that there is no weight for gives NaN; a place without a page has no slot.
+    A token or a position without a weight gives NaN; a position without a page has no slot.
     """
+    # The token and its position; a padding row has neither.
     alive = row < tl.load(live_ptr)
     token = tl.load(tokens_ptr + row, mask=alive, other=0)
-    place = tl.load(lens_ptr + row, mask=alive, other=0).to(tl.int64)
-    known = (token >= 0) & (token < words) & (place >= 0) & (place < positions)
-    paged = alive & (place >= 0) & (place // page_size < max_pages)
-    page = tl.load(table_ptr + row * stride_tb + place // page_size, mask=paged, other=0).to(tl.int64)
-    tl.store(slots_ptr + row, tl.where(paged & (page >= 0), page * page_size + place % page_size, -1))
-    # Every thread has read the length before one of them advances it.
+    position = tl.load(lens_ptr + row, mask=alive, other=0).to(tl.int64)
+    known = (token >= 0) & (token < words) & (position >= 0) & (position < positions)
+    # The slot: the position's page and the offset in it.
+    paged = alive & (position >= 0) & (position // page_size < max_pages)
+    page = tl.load(table_ptr + row * stride_tb + position // page_size, mask=paged, other=0).to(tl.int64)
+    slot = page * page_size + position % page_size
+    tl.store(slots_ptr + row, tl.where(paged & (page >= 0), slot, -1))
+    # The new length. Every thread has read the old one before one of them overwrites it.
     tl.debug_barrier()
-    tl.store(lens_ptr + row, (place + 1).to(tl.int32), mask=alive)
+    tl.store(lens_ptr + row, (position + 1).to(tl.int32), mask=alive)
+    # The embedding, BLOCK columns at a time.
     for start in range(0, WIDTH, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = (columns < WIDTH) & alive & known
         a = tl.load(token_weight_ptr + token * stride_token + columns, mask=mask, other=0.0)
-        b = tl.load(position_weight_ptr + place * stride_position + columns, mask=mask, other=0.0)
+        b = tl.load(position_weight_ptr + position * stride_position + columns, mask=mask, other=0.0)
         x = tl.where(alive & (known == 0), float("nan"), a.to(tl.float32) + b.to(tl.float32))
         tl.store(x_ptr + row * WIDTH + columns, x.to(x_ptr.dtype.element_ty), mask=columns < WIDTH)
 
@@ -41,7 +48,7 @@ def embed_row(
 @triton.jit(do_not_specialize=["words", "positions", "max_pages"])
 def decode_embed_kernel(
     tokens_ptr,  # (rows,) int64
-    live_ptr,  # (1,) int32: rows from here on are padding
+    live_ptr,  # (1,) int32: the number of rows that are not padding
     token_weight_ptr,  # (vocabulary, WIDTH)
     position_weight_ptr,  # (positions, WIDTH)
     table_ptr,  # (rows, max_pages) int32

@@ -12,10 +12,11 @@ def decode_embed(
     seq_lens: torch.Tensor,
     page_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(embeddings ``(rows, width)``, cache slots ``(rows,)``); ``seq_lens`` grows by one in place."""
     alive = torch.arange(len(tokens), device=tokens.device) < live
-    places = seq_lens.long() * alive
-    x = token_weight[tokens * alive] + position_weight[places]
-    pages = page_table.gather(1, (places // page_size)[:, None])[:, 0].long()
-    slots = torch.where(alive, pages * page_size + places % page_size, -1)
+    positions = seq_lens.long() * alive
+    x = token_weight[tokens * alive] + position_weight[positions]
+    pages = page_table.gather(1, (positions // page_size)[:, None])[:, 0].long()
+    slots = torch.where(alive, pages * page_size + positions % page_size, -1)
     seq_lens += alive
     return x * alive[:, None], slots

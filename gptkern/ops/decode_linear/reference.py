@@ -10,6 +10,7 @@ from gptkern.ops.linear.reference import ACTIVATIONS
 
 
 def normed(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    """Layer norm of x, or x where there is no norm."""
     if norm is None:
         return x
     weight, bias, eps = norm
@@ -25,6 +26,7 @@ def decode_linear(
     residual: torch.Tensor | None,
     normed_out: torch.Tensor | None,
 ) -> torch.Tensor:
+    """``activation(norm(x) @ weight.T + bias) + residual``, ``(rows, outputs)``."""
     x = normed(x, norm)
     if normed_out is not None:
         normed_out.copy_(x)
@@ -47,6 +49,7 @@ def decode_qkv(
     normed_out: torch.Tensor | None,
     scales: KvScales | None = None,
 ) -> torch.Tensor:
+    """The queries, ``(rows, outputs - 2 * kv_heads * head_dim)``; keys and values go to their slots."""
     qkv = decode_linear(x, weight, bias, norm, "none", None, normed_out)
     width = k_cache.shape[2] * k_cache.shape[3]
     q, k, v = qkv.split((qkv.shape[1] - 2 * width, width, width), dim=1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gptkern.ops._dispatch import traced
-from gptkern.ops.decode_attention.launcher import LOG2E
+from gptkern.ops.decode_attention.launch import LOG2E
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_step import kernels
 
@@ -136,7 +136,8 @@ class StepWeights:
         return _on_device(scales, torch.float32, self.token_weight.device)
 
 
-# What the registered op is given of a StepWeights: tensors, and settings that a schema can name.
+# A StepWeights as the registered op's schema names it: tensors, then settings.
+FLAT_FIELDS = 8
 Flat = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None], list[float], int, float, str, str | None]
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from gptkern.ops.flash_attention import op
-from gptkern.ops.flash_attention.op import UNLIMITED, Packing
+from gptkern.ops.flash_attention import checks, op
+from gptkern.ops.flash_attention.launch import UNLIMITED, Packed
 
 
 def _span(name: str, causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
@@ -57,18 +57,10 @@ def flash_attn_func(
     name = "flash_attn_func"
     _refuse(name, dropout_p, return_attn_probs, alibi_slopes=alibi_slopes)
     q, k, v = op.cast(q, k, v)
-    op.check(name, q, k, v, 4)
-    options = op.make_options(
-        name,
-        q,
-        q.shape[1],
-        k.shape[1],
-        _span(name, causal, window_size),
-        softmax_scale,
-        softcap or None,
-        dropout_p,
-    )
-    result = op.attend(q, k, v, Packing(None, None), options, return_attn_probs)
+    checks.check(name, q, k, v, None)
+    span = _span(name, causal, window_size)
+    options = op.make_options(name, q, span, softmax_scale, softcap or None, dropout_p)
+    result = op.attend(q, k, v, None, options, return_attn_probs)
     return (*result, None) if return_attn_probs else result
 
 
@@ -104,18 +96,9 @@ def flash_attn_varlen_func(
     name = "flash_attn_varlen_func"
     _refuse(name, dropout_p, return_attn_probs, alibi_slopes=alibi_slopes, block_table=block_table)
     q, k, v = op.cast(q, k, v)
-    op.check(name, q, k, v, 3)
-    packing = Packing(cu_seqlens_q, cu_seqlens_k)
-    op.check_packing(name, q, k.shape[0], packing, max_seqlen_q, max_seqlen_k)
-    options = op.make_options(
-        name,
-        q,
-        max_seqlen_q,
-        max_seqlen_k,
-        _span(name, causal, window_size),
-        softmax_scale,
-        softcap or None,
-        dropout_p,
-    )
-    result = op.attend(q, k, v, packing, options, return_attn_probs)
+    packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    checks.check(name, q, k, v, packed)
+    span = _span(name, causal, window_size)
+    options = op.make_options(name, q, span, softmax_scale, softcap or None, dropout_p)
+    result = op.attend(q, k, v, packed, options, return_attn_probs)
     return (*result, None) if return_attn_probs else result

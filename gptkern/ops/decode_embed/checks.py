@@ -1,0 +1,54 @@
+"""Argument errors of the decode step's embedding."""
+
+from __future__ import annotations
+
+import torch
+
+from gptkern.ops import _checks
+from gptkern.ops._dispatch import traced, use_kernel
+from gptkern.ops.decode_embed.launch import EmbedArguments
+
+
+def check(op: str, a: EmbedArguments) -> None:
+    """Raise for arguments that ``decode_embed`` does not accept."""
+    integers = {"tokens": (a.tokens, 1, torch.int64), "live": (a.live, 1, torch.int32)}
+    integers |= {"page_table": (a.page_table, 2, torch.int32), "seq_lens": (a.seq_lens, 1, torch.int32)}
+    for name, (value, dim, dtype) in integers.items():
+        _checks.tensor(op, name, value, dim=dim)
+        _checks.dtype(op, name, value, (dtype,))
+        _checks.last_dim_contiguous(op, name, value)
+        if name != "live" and value.shape[0] != a.tokens.shape[0]:
+            raise ValueError(
+                f"{op}: {name} has {value.shape[0]} rows, tokens {a.tokens.shape[0]}: they must agree"
+            )
+    _checks.shape(op, "live", a.live, (1,))
+    weights = {"token_weight": a.token_weight, "position_weight": a.position_weight}
+    for name, value in weights.items():
+        _checks.tensor(op, name, value, dim=2)
+        _checks.dtype(op, name, value, _checks.KERNEL_FLOATS if use_kernel(value) else _checks.FLOATS)
+        _checks.last_dim_contiguous(op, name, value)
+    tokens, positions = a.token_weight, a.position_weight
+    if positions.shape[1] != tokens.shape[1] or positions.dtype != tokens.dtype:
+        raise ValueError(
+            f"{op}: position_weight is {positions.dtype} of {positions.shape[1]} columns, "
+            f"token_weight {tokens.dtype} of {tokens.shape[1]}: they must agree"
+        )
+    _checks.same_device(
+        op, tokens=a.tokens, live=a.live, page_table=a.page_table, seq_lens=a.seq_lens, **weights
+    )
+    if a.page_size < 1:
+        raise ValueError(f"{op}: page_size is {a.page_size}; at least 1 is needed")
+    if a.tokens.device.type == "cpu" and not traced(a.tokens):
+        _check_values(op, a)
+
+
+def _check_values(op: str, a: EmbedArguments) -> None:
+    """Raise for a token or a position out of range in a row that is not padding; on a CPU alone."""
+    count = int(a.live)
+    positions = min(a.position_weight.shape[0], a.page_table.shape[1] * a.page_size)
+    ends = (("tokens", a.tokens, a.token_weight.shape[0]), ("seq_lens", a.seq_lens, positions))
+    for name, value, end in ends:
+        values = value[:count]
+        outside = values[(values < 0) | (values >= end)]
+        if outside.numel():
+            raise ValueError(f"{op}: {name} holds {int(outside[0])}; 0 to {end - 1} is accepted")

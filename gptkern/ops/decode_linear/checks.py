@@ -1,0 +1,110 @@
+"""Argument errors of the decode step's linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gptkern.ops import _checks
+from gptkern.ops._dispatch import needs_grad, use_kernel
+from gptkern.ops._types import PagedCache
+from gptkern.ops.decode_attention.checks import check_cache, check_slots
+from gptkern.ops.decode_linear.formats import QuantizedWeight
+from gptkern.ops.decode_linear.launch import LinearInputs
+from gptkern.ops.linear.reference import ACTIVATIONS
+
+
+def check_inputs(op: str, inputs: LinearInputs) -> None:
+    """Raise for an x, weight, bias, norm or normed_out that no decode layer accepts."""
+    x, weight, bias, norm, normed_out = inputs
+    _checks.tensor(op, "x", x, dim=2)
+    _checks.dtype(op, "x", x, _checks.KERNEL_FLOATS if use_kernel(x) else _checks.FLOATS)
+    _check_like(op, "x", x, x)
+    width = x.shape[1]
+    tensors: dict[str, torch.Tensor | None] = {"bias": bias}
+    if isinstance(weight, QuantizedWeight):
+        _checks.same_device(op, x=x, weight=weight.values, scales=weight.scales, zeros=weight.zeros)
+        if weight.format == "fp8":
+            _checks.fp8_device(op, "weight", x.device)
+    else:
+        _checks.tensor(op, "weight", weight, dim=2)
+        _checks.last_dim_contiguous(op, "weight", weight)
+        tensors["weight"] = weight
+    if weight.shape[1] != width:
+        raise ValueError(f"{op}: weight has {weight.shape[1]} columns, x {width}: they must be equal")
+    if norm is not None:
+        tensors |= {"norm weight": norm[0], "norm bias": norm[1]}
+    shapes: dict[str, Sequence[int]] = {
+        "bias": weight.shape[:1],
+        "norm weight": (width,),
+        "norm bias": (width,),
+    }
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        if value.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} is {value.dtype}, x {x.dtype}: one dtype is needed")
+        _checks.shape(op, name, value, shapes.get(name, value.shape))
+    _checks.same_device(op, x=x, **tensors)
+    if normed_out is not None:
+        if norm is None:
+            raise ValueError(f"{op}: normed_out is given without a norm")
+        _checks.shape(op, "normed_out", normed_out, x.shape, "the shape of x")
+        _check_like(op, "normed_out", normed_out, x)
+
+
+def check_epilogue(op: str, inputs: LinearInputs, activation: str, residual: torch.Tensor | None) -> None:
+    """Raise for an activation or a residual that ``decode_linear`` does not accept."""
+    if activation != "none" and activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}, none")
+    if residual is not None:
+        expected = (inputs.x.shape[0], inputs.weight.shape[0])
+        _checks.tensor(op, "residual", residual)
+        _checks.shape(op, "residual", residual, expected, "rows and outputs")
+        _check_like(op, "residual", residual, inputs.x)
+
+
+def check_kv(op: str, inputs: LinearInputs, cache: PagedCache, slots: torch.Tensor) -> None:
+    """Raise for a cache or slots that ``decode_qkv`` does not accept."""
+    x, weight = inputs.x, inputs.weight
+    for name, value in (("k_cache", cache.k), ("v_cache", cache.v)):
+        _checks.tensor(op, name, value, dim=4)
+        _checks.shape(op, name, value, cache.k.shape, "the shape of k_cache")
+        if cache.kv_scales is None and value.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} is {value.dtype}, x {x.dtype}: one dtype is needed")
+        if value.stride()[2:] != (value.shape[3], 1):
+            raise ValueError(f"{op}: {name} has strides {value.stride()}; a token's heads must be contiguous")
+    check_cache(op, cache)
+    width = cache.k.shape[2] * cache.k.shape[3]
+    if weight.shape[0] <= 2 * width:
+        raise ValueError(
+            f"{op}: weight has {weight.shape[0]} rows; keys and values alone are {2 * width} by the cache"
+        )
+    _checks.same_device(op, x=x, k_cache=cache.k, v_cache=cache.v)
+    check_slots(op, cache, slots, x.shape[0])
+
+
+def check_compiled(op: str, inputs: LinearInputs) -> None:
+    """Raise for a quantised weight under ``torch.compile``."""
+    if isinstance(inputs.weight, QuantizedWeight):
+        raise ValueError(
+            f"{op}: weight is a QuantizedWeight; torch.compile takes tensors: give .dequantize()"
+        )
+
+
+def check_no_grad(op: str, inputs: LinearInputs, residual: torch.Tensor | None = None) -> None:
+    """Raise where autograd would have to see the call."""
+    weight = None if isinstance(inputs.weight, QuantizedWeight) else inputs.weight
+    norm = (None, None) if inputs.norm is None else inputs.norm[:2]
+    if needs_grad(inputs.x, weight, inputs.bias, residual, *norm):
+        raise ValueError(f"{op}: an argument requires grad; it is forward only: use torch.no_grad()")
+
+
+def _check_like(op: str, name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    if value.dtype != x.dtype or value.device != x.device:
+        raise TypeError(
+            f"{op}: {name} is {value.dtype} on {value.device}, x {x.dtype} on {x.device}: they must agree"
+        )
+    if not value.is_contiguous():
+        raise ValueError(f"{op}: {name} has strides {value.stride()}; a contiguous tensor is needed")

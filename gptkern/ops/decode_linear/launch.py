@@ -1,0 +1,111 @@
+"""Launches of the decode step's linear layers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from gptkern.ops import _launch, _pdl
+from gptkern.ops._counters import counters
+from gptkern.ops._types import Norm, PagedCache
+from gptkern.ops.decode_linear import kernels
+from gptkern.ops.decode_linear.formats import QuantizedWeight
+
+# Bounds of BLOCK_R, the rows that a program takes together: 16 is the narrowest tile of the matrix unit, and
+# beyond 64 the accumulators do not fit in registers.
+_MIN_BLOCK_R, _MAX_BLOCK_R = 16, 64
+# BLOCK_S, the columns of a norm's partial moments: as many as registers hold of 64 rows.
+MOMENT_COLUMNS = 128
+
+
+class LinearInputs(NamedTuple):
+    """A layer and its input: ``norm(x) @ weight.T + bias``; ``norm(x)`` also goes to ``normed_out``."""
+
+    x: torch.Tensor
+    weight: torch.Tensor | QuantizedWeight
+    bias: torch.Tensor | None
+    norm: Norm | None
+    normed_out: torch.Tensor | None
+
+
+def tiling(
+    weight: torch.Tensor | QuantizedWeight, dtype: torch.dtype, device: torch.device
+) -> dict[str, int]:
+    """A layer's launch row, SPLIT_K at most the blocks there are, and GROUP: int4's group size, or 0."""
+    outputs, width = weight.shape
+    kind = "fp32" if dtype == torch.float32 else "half"
+    if isinstance(weight, QuantizedWeight):
+        kind = "int4" if weight.format == "int4" else "byte"
+    config = dict(_launch.config("decode_linear", device, dtype=kind, n=outputs, k=width))
+    config["GROUP"] = 0
+    if kind == "int4" and isinstance(weight, QuantizedWeight):
+        config["GROUP"] = config["BLOCK_K"] = weight.group_size
+    config["SPLIT_K"] = min(config["SPLIT_K"], triton.cdiv(width, config["BLOCK_K"]))
+    return config
+
+
+def packed_values(weight: torch.Tensor | QuantizedWeight) -> torch.Tensor:
+    """A weight's values in the dtype in which kernels read them."""
+    if not isinstance(weight, QuantizedWeight):
+        return weight
+    return weight.values.view(torch.float8_e4m3fn) if weight.format == "fp8" else weight.values
+
+
+def linear(
+    inputs: LinearInputs,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    cache: PagedCache | None = None,
+    slots: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Launch a layer: all its outputs, or with ``cache`` and ``slots`` its queries alone."""
+    x, weight, bias, norm, normed_out = inputs
+    rows, width = x.shape
+    outputs, device = weight.shape[0], x.device
+    config = tiling(weight, x.dtype, device)
+    block_n, split_k = config["BLOCK_N"], config["SPLIT_K"]
+    block_r = min(max(_MIN_BLOCK_R, triton.next_power_of_2(rows)), _MAX_BLOCK_R)
+    tiles, row_blocks = triton.cdiv(outputs, block_n), triton.cdiv(rows, block_r)
+    kv_heads, head_dim = (0, 1) if cache is None else cache.k.shape[2:]
+    kv_width = kv_heads * head_dim
+    out = torch.empty((rows, outputs - 2 * kv_width), dtype=x.dtype, device=device)
+    partial, counter = out, out  # not read without splits
+    if split_k > 1:
+        shape = (row_blocks, tiles, split_k, block_n, block_r)
+        partial = torch.empty(shape, dtype=torch.float32, device=device)
+        counter = counters(device, row_blocks * tiles)
+    norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
+    caches, kv_scales, pages, strides = _cache_arguments(cache)
+    scales = zeros = None
+    if isinstance(weight, QuantizedWeight):
+        scales, zeros = weight.scales, weight.zeros
+    values = packed_values(weight)
+    with _launch.on_device(x):
+        _launch.launch(
+            kernels.decode_linear_kernel,
+            (tiles, split_k, row_blocks),
+            *(x, values, bias, norm_weight, norm_bias, residual, out, normed_out),
+            *(*caches, slots, partial, counter, scales, zeros, *kv_scales),
+            *(rows, eps, *pages, values.stride(0), *strides),
+            N=outputs,
+            K=width,
+            KV_WIDTH=kv_width,
+            ACTIVATION=activation,
+            BLOCK_R=block_r,
+            BLOCK_S=MOMENT_COLUMNS,
+            HEAD_DIM=head_dim,
+            **_pdl.options(device),
+            **config,
+        )
+    return out
+
+
+def _cache_arguments(cache: PagedCache | None) -> tuple[tuple[Any, ...], ...]:
+    """(k and v, kv scales, page size and page count, strides) in the kernel's order."""
+    if cache is None:
+        return (None, None), (None, None), (1, 0), (0, 0, 0, 0)
+    page_count, page_size = cache.k.shape[:2]
+    strides = (*cache.k.stride()[:2], *cache.v.stride()[:2])
+    return (cache.k, cache.v), cache.kv_scales or (None, None), (page_size, page_count), strides

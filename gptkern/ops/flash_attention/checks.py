@@ -1,0 +1,133 @@
+"""Argument errors of attention."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from gptkern.ops import _checks
+from gptkern.ops._dispatch import traced, use_kernel
+from gptkern.ops.flash_attention.launch import UNLIMITED, Options, Packed, lse_shape
+
+MAX_HEAD_DIM = 256
+
+
+def check(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed | None) -> None:
+    """Raise for q, k and v, dense or packed, that attention does not accept."""
+    _check_qkv(op, q, k, v, 4 if packed is None else 3)
+    if packed is not None:
+        _check_packed(op, q, k, packed)
+
+
+def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dim: int) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        _checks.tensor(op, name, value, dim=dim)
+    accepted = _checks.KERNEL_FLOATS if use_kernel(q) else _checks.FLOATS
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        _checks.dtype(op, name, value, accepted)
+        if value.dtype != q.dtype:
+            raise TypeError(
+                f"{op}: {name} is {value.dtype}, q is {q.dtype}: one dtype for q, k and v is needed"
+            )
+        if value.device != q.device:
+            raise ValueError(f"{op}: {name} is on {value.device}, q is on {q.device}: one device is needed")
+        _checks.last_dim_contiguous(op, name, value)
+    heads, head_dim = q.shape[-2:]
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: q has head dimension {head_dim}; 1 to {MAX_HEAD_DIM} are accepted")
+    if k.shape[-1] != head_dim:
+        raise ValueError(f"{op}: k has head dimension {k.shape[-1]}, q has {head_dim}: they must be equal")
+    if k.shape[-2] == 0 or heads % k.shape[-2] != 0:
+        raise ValueError(
+            f"{op}: k has {k.shape[-2]} heads, q has {heads}: q's heads must be a multiple of k's"
+        )
+    if dim == 4 and k.shape[0] != q.shape[0]:
+        raise ValueError(f"{op}: k has batch size {k.shape[0]}, q has {q.shape[0]}: they must be equal")
+    _checks.shape(op, "v", v, k.shape, "the shape of k")
+
+
+def _check_packed(op: str, q: torch.Tensor, k: torch.Tensor, packed: Packed) -> None:
+    offsets = (("cu_seqlens_q", packed.cu_q, q.shape[0]), ("cu_seqlens_k", packed.cu_k, k.shape[0]))
+    for name, cu_seqlens, _ in offsets:
+        _checks.tensor(op, name, cu_seqlens, dim=1)
+        _checks.dtype(op, name, cu_seqlens, (torch.int32,))
+        if cu_seqlens.shape[0] < 1 or not cu_seqlens.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(cu_seqlens.shape)} and strides {cu_seqlens.stride()}; "
+                "a contiguous (sequences + 1,) is needed"
+            )
+        if cu_seqlens.device != q.device:
+            raise ValueError(
+                f"{op}: {name} is on {cu_seqlens.device}, q is on {q.device}: one device is needed"
+            )
+    if packed.cu_q.shape != packed.cu_k.shape:
+        raise ValueError(
+            f"{op}: cu_seqlens_q has {packed.cu_q.shape[0]} entries, "
+            f"cu_seqlens_k has {packed.cu_k.shape[0]}: they must be equal"
+        )
+    limits: dict[str, Any] = {"max_seqlen_q": packed.max_q, "max_seqlen_k": packed.max_k}
+    for name, value in limits.items():
+        if isinstance(value, torch.Tensor) or value < 0:
+            raise ValueError(f"{op}: {name} is {value!r}; an int of at least 0 is needed")
+    # On a GPU, where a check would stall, kernels keep to the tokens that there are.
+    if q.device.type == "cpu" and not traced(q):
+        for name, cu_seqlens, tokens in offsets:
+            _check_offsets(op, name, cu_seqlens.tolist(), tokens)
+
+
+def _check_offsets(op: str, name: str, offsets: list[int], tokens: int) -> None:
+    if offsets[0] != 0 or offsets[-1] > tokens or any(a > b for a, b in pairwise(offsets)):
+        shown = str(offsets) if len(offsets) <= 8 else f"{str(offsets[:8])[:-1]}, ...]"
+        raise ValueError(
+            f"{op}: {name} is {shown}; 0 and then the running total of lengths is needed, at most {tokens}"
+        )
+
+
+def check_numbers(op: str, scale: float, softcap: float | None, dropout_p: float) -> None:
+    """Raise for a scale, softcap or dropout probability that attention does not accept."""
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"{op}: scale is {scale}; a positive, finite number is needed")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap is {softcap}; a positive, finite number is needed, or None")
+    _checks.probability(op, "dropout_p", dropout_p)
+
+
+def check_registered(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packed: Packed | None,
+    max_seqlens: tuple[int, int],
+    seed: torch.Tensor | None,
+    o: Options,
+) -> None:
+    """Raise in a call of ``torch.ops.gptkern`` for what the public functions would have refused."""
+    check(op, q, k, v, packed)
+    if packed is None and max_seqlens != (q.shape[1], k.shape[1]):
+        raise ValueError(
+            f"{op}: max_seqlen_q and max_seqlen_k are {max_seqlens[0]} and {max_seqlens[1]}; "
+            f"q and k have {q.shape[1]} and {k.shape[1]} positions"
+        )
+    if min(o.window_left, o.window_right) < UNLIMITED:
+        raise ValueError(f"{op}: the window is {o.window_left}, {o.window_right}; -1 or more is accepted")
+    check_numbers(op, o.scale, o.softcap or None, o.dropout_p)
+    if o.dropout_p > 0.0:
+        _checks.tensor(op, "seed", seed, dim=1)
+        assert seed is not None
+        _checks.dtype(op, "seed", seed, (torch.int64,))
+        _checks.shape(op, "seed", seed, (1,))
+        _checks.same_device(op, q=q, seed=seed)
+
+
+def check_gradients(op: str, q: torch.Tensor, packed: bool, **values: torch.Tensor | None) -> None:
+    """Raise for a gradient or a saved result that is not like the forward pass's output."""
+    for name, value in values.items():
+        if value is not None:
+            rows = "lse" in name
+            _checks.shape(op, name, value, lse_shape(q, packed) if rows else q.shape)
+            _checks.dtype(op, name, value, (torch.float32,) if rows else (q.dtype,))
+    _checks.same_device(op, q=q, **values)

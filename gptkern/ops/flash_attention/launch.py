@@ -1,0 +1,182 @@
+"""Launches of the attention kernels: outputs, grids, strides and launch configurations."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from gptkern.ops import _launch
+from gptkern.ops.flash_attention.kernels import flash_attention_forward
+from gptkern.ops.flash_attention.kernels_backward import flash_attention_dkdv, flash_attention_dq
+
+# The window that means none.
+UNLIMITED = -1
+
+
+class Options(NamedTuple):
+    """The settings of a call, in the order of the registered op's arguments.
+
+    Attributes:
+        window_left, window_right: Keys that a query sees before and after its own position, or ``UNLIMITED``.
+        softcap: 0 means none.
+    """
+
+    window_left: int
+    window_right: int
+    scale: float
+    softcap: float
+    dropout_p: float
+
+
+class Packed(NamedTuple):
+    """Packed sequences: where each starts in q and in k, and the longest lengths."""
+
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    max_q: int
+    max_k: int
+
+
+def lse_shape(q: torch.Tensor, packed: bool) -> tuple[int, ...]:
+    """The shape of the log-sum-exp: ``(heads, tokens)`` packed, ``(batch, heads, seq)`` dense."""
+    return (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
+
+
+class _Shape:
+    """Sizes and offsets of a call as the kernels take them. A packed batch is one long sequence.
+
+    Attributes:
+        sequences: The batch size.
+        extents: Longest lengths of q and of k, then, if packed, the tokens of each.
+        offsets: The pointers ``cu_seqlens_q`` and ``cu_seqlens_k``, or None.
+    """
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, packed: Packed | None) -> None:
+        self.packed = packed is not None
+        self.heads, self.heads_k, self.head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
+        self.sequences: int
+        self.extents: tuple[int, int, int, int]
+        self.offsets: tuple[torch.Tensor | None, torch.Tensor | None]
+        if packed is None:
+            self.sequences = q.shape[0]
+            self.extents = (q.shape[1], k.shape[1], 0, 0)
+            self.offsets = (None, None)
+        else:
+            self.sequences = packed.cu_q.shape[0] - 1
+            self.extents = (packed.max_q, packed.max_k, q.shape[0], k.shape[0])
+            self.offsets = (packed.cu_q, packed.cu_k)
+
+    def grid(self, block: int, *, of_keys: bool = False) -> tuple[int]:
+        """One program for each block of queries, or of keys, of each head of each sequence."""
+        heads = self.heads_k if of_keys else self.heads
+        return (-(-self.extents[of_keys] // block) * heads * self.sequences,)
+
+    def strides(self, *values: torch.Tensor) -> tuple[int, ...]:
+        """Strides of batch, position and head of each tensor."""
+        return tuple(
+            stride
+            for value in values
+            for stride in (0 if self.packed else value.stride(0), value.stride(-3), value.stride(-2))
+        )
+
+    def lse_strides(self, lse: torch.Tensor) -> tuple[int, int]:
+        """Strides of batch and head."""
+        return (0, lse.stride(0)) if self.packed else (lse.stride(0), lse.stride(1))
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for a result: zeros if packed, as no program writes tokens that belong to no sequence."""
+        return (torch.zeros if self.packed else torch.empty)(shape, dtype=dtype, device=device)
+
+    def constants(self, o: Options) -> dict[str, Any]:
+        """The kernels' flags and sizes that follow from the call."""
+        return {
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_D": max(16, 1 << (self.head_dim - 1).bit_length()),
+            "VARLEN": self.packed,
+            # A window as long as the sequence hides nothing.
+            "HAS_LEFT": 0 <= o.window_left < self.extents[1] - 1,
+            "HAS_RIGHT": 0 <= o.window_right < self.extents[0] - 1,
+            "SOFTCAP": o.softcap > 0.0,
+            "DROPOUT": o.dropout_p > 0.0,
+        }
+
+
+def _config(kernel: str, q: torch.Tensor, constants: dict[str, Any]) -> dict[str, Any]:
+    dtype = "fp32" if q.dtype == torch.float32 else "half"
+    # Dropout and softcap need registers: they may need rows of their own.
+    variant = "full" if constants["SOFTCAP"] or constants["DROPOUT"] else "plain"
+    return _launch.config(kernel, q.device, head_dim=constants["BLOCK_D"], dtype=dtype, variant=variant)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packed: Packed | None,
+    seed: torch.Tensor | None,
+    o: Options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the forward kernel: (out like q, lse in fp32)."""
+    shape = _Shape(q, k, packed)
+    out = shape.new(q.shape, q.dtype, q.device)
+    lse = shape.new(lse_shape(q, shape.packed), torch.float32, q.device)
+    constants = shape.constants(o)
+    config = _config("flash_attention_forward", q, constants)
+    with _launch.on_device(q):
+        _launch.launch(
+            flash_attention_forward,
+            shape.grid(config["BLOCK_M"]),
+            *(q, k, v, out, lse, *shape.offsets, seed),
+            *(shape.heads, shape.heads // shape.heads_k, *shape.extents, *o),
+            *(*shape.strides(q, k, v, out), *shape.lse_strides(lse)),
+            **constants,
+            **config,
+        )
+    return out, lse
+
+
+def backward(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    packed: Packed | None,
+    seed: torch.Tensor | None,
+    o: Options,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch both backward kernels, the dq kernel first: (dq, dk, dv)."""
+    shape = _Shape(q, k, packed)
+    # Gradients come as autograd made them, e.g. expanded from a sum; out and lse are the forward's own.
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    out, lse = out.contiguous(), lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    dq, dk, dv = (shape.new(t.shape, t.dtype, t.device) for t in (q, k, v))
+    delta = torch.empty_like(lse)
+    constants = shape.constants(o)
+    group = shape.heads // shape.heads_k
+    config = _config("flash_attention_dq", q, constants)
+    with _launch.on_device(q):
+        _launch.launch(
+            flash_attention_dq,
+            shape.grid(config["BLOCK_M"]),
+            *(q, k, v, out, do, lse, dlse, delta, dq, *shape.offsets, seed),
+            *(shape.heads, group, *shape.extents, *o),
+            *(*shape.strides(q, k, v, out, do), *shape.lse_strides(lse)),
+            **constants,
+            **config,
+        )
+        config = _config("flash_attention_dkdv", q, constants)
+        _launch.launch(
+            flash_attention_dkdv,
+            shape.grid(config["BLOCK_N"], of_keys=True),
+            *(q, k, v, do, lse, delta, dk, dv, *shape.offsets, seed),
+            *(shape.heads_k, group, *shape.extents, *o),
+            *(*shape.strides(q, k, v, do, dk), *shape.lse_strides(lse)),
+            **constants,
+            **config,
+        )
+    return dq, dk, dv

@@ -1,0 +1,170 @@
+"""Attention for autograd and ``torch.library``: ``torch.ops.gptkern.flash_attention`` and its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from gptkern.ops._dispatch import use_kernel
+from gptkern.ops._register import register
+from gptkern.ops.flash_attention import checks, launch, reference
+from gptkern.ops.flash_attention.launch import UNLIMITED, Options, Packed
+
+Maybe = torch.Tensor | None
+
+
+class FlashAttention(torch.autograd.Function):
+    """The kernels as autograd sees them in eager mode; ``torch.library``'s own way costs more host time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        packed: Packed | None,
+        seed: Maybe,
+        o: Options,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = launch.forward(q, k, v, packed, seed, o)
+        ctx.save_for_backward(q, k, v, out, lse, *(packed or (None, None))[:2], seed)
+        ctx.max_seqlens = None if packed is None else packed[2:]
+        ctx.options = o
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Maybe, dlse: Maybe) -> Any:
+        q, k, v, out, lse, cu_q, cu_k, seed = ctx.saved_tensors
+        packed = None if cu_q is None else Packed(cu_q, cu_k, *ctx.max_seqlens)
+        do = torch.zeros_like(out) if do is None else do
+        grads = launch.backward(do, dlse, q, k, v, out, lse, packed, seed, ctx.options)
+        return *grads, None, None, None
+
+
+def reference_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed | None, o: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) by the reference."""
+    left, right = (None if side == UNLIMITED else side for side in (o.window_left, o.window_right))
+    settings = (left, right, o.scale, o.softcap or None, o.dropout_p)
+    if packed is None:
+        return reference.attention(q, k, v, *settings)
+    return reference.attention_varlen(q, k, v, packed.cu_q, packed.cu_k, *settings)
+
+
+def flat_arguments(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed | None, seed: Maybe, o: Options
+) -> tuple[Any, ...]:
+    """A call as the schema names its arguments."""
+    cu_q, cu_k, max_q, max_k = (None, None, q.shape[1], k.shape[1]) if packed is None else packed
+    return (q, k, v, cu_q, cu_k, seed, max_q, max_k, *o)
+
+
+def _packed(cu_q: Maybe, cu_k: Maybe, max_seqlens: tuple[int, int]) -> Packed | None:
+    if cu_q is None and cu_k is None:
+        return None
+    return Packed(cu_q, cu_k, *max_seqlens)  # type: ignore[arg-type]  # a None is refused by name
+
+
+@contextmanager
+def _seeded(seed: Maybe) -> Iterator[None]:
+    """PyTorch's CPU generator in a state that ``seed`` alone decides: backward draws the same mask."""
+    with torch.random.fork_rng(devices=(), enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(int(seed))
+        yield
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: Maybe,
+    cu_k: Maybe,
+    seed: Maybe,
+    max_q: int,
+    max_k: int,
+    *options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    packed, o = _packed(cu_q, cu_k, (max_q, max_k)), Options(*options)
+    checks.check_registered("flash_attention", q, k, v, packed, (max_q, max_k), seed, o)
+    if use_kernel(q):
+        return launch.forward(q, k, v, packed, seed, o)
+    with _seeded(seed):
+        out, lse = reference_attention(q, k, v, packed, o)
+    return out.contiguous(), lse.to(torch.float32).contiguous()
+
+
+def _backward(
+    do: torch.Tensor,
+    dlse: Maybe,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_q: Maybe,
+    cu_k: Maybe,
+    seed: Maybe,
+    max_q: int,
+    max_k: int,
+    *options: Any,
+) -> tuple[torch.Tensor, ...]:
+    op = "flash_attention_backward"
+    packed, o = _packed(cu_q, cu_k, (max_q, max_k)), Options(*options)
+    checks.check_registered(op, q, k, v, packed, (max_q, max_k), seed, o)
+    checks.check_gradients(op, q, packed is not None, do=do, dlse=dlse, out=out, lse=lse)
+    if use_kernel(q):
+        return launch.backward(do, dlse, q, k, v, out, lse, packed, seed, o)
+    with torch.enable_grad(), _seeded(seed):
+        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+        results = reference_attention(inputs[0], inputs[1], inputs[2], packed, o)
+        grads = (do, torch.zeros_like(results[1]) if dlse is None else dlse.to(results[1].dtype))
+        return tuple(t.contiguous() for t in torch.autograd.grad(results, inputs, grads))
+
+
+def _fake_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Maybe, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lse_shape = launch.lse_shape(q, cu_q is not None)
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+def _fake_backward(
+    do: torch.Tensor, dlse: Maybe, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, cu_q, cu_k, seed, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, seed)
+
+
+def _autograd_backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> tuple[Maybe, ...]:
+    grads = torch.ops.gptkern.flash_attention_backward(do, dlse, *ctx.saved_tensors, *ctx.settings)
+    return *grads, *[None] * (3 + len(ctx.settings))
+
+
+_SETTINGS = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "SymInt window_left, SymInt window_right, float scale, float softcap, float dropout_p"
+)
+register(
+    f"flash_attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
+    _forward,
+    fake=_fake_forward,
+    setup_context=_setup_context,
+    backward=_autograd_backward,
+)
+register(
+    "flash_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    fake=_fake_backward,
+)
