@@ -5,6 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from gptkern.ops.sample.launch import Drafts, Machine, Outputs
+from gptkern.ops.sample.params import SamplerState, SamplingParams
+
 has_cuda: bool
 cuda_archs: str
 max_vocab: int
@@ -12,41 +15,15 @@ max_vocab_top_k: int
 
 def sample(
     logits: Tensor,
+    params: SamplingParams,
+    state: SamplerState,
+    outputs: Outputs,
     *,
-    values: Tensor,
-    bias_ids: Tensor | None = None,
-    bias_values: Tensor | None = None,
-    banned_ids: Tensor | None = None,
-    eos_ids: Tensor | None = None,
-    bitmask: Tensor | None = None,
-    counters: Tensor,
-    counts: Tensor | None = None,
-    status: Tensor,
-    tokens: Tensor | None = None,
-    width: int = -1,
-    logprobs: Tensor | None = None,
-    top_tokens: Tensor | None = None,
-    top_logprobs: Tensor | None = None,
-    probs: Tensor | None = None,
-    draft_tokens: Tensor | None = None,
-    draft_probs: Tensor | None = None,
-    accepted: Tensor | None = None,
+    drafts: Drafts | None = None,
     commit: int,
-    threads: int,
-    stream: int = 0,
-    workspace: Tensor | None = None,
+    machine: Machine,
 ) -> int: ...
-def top_k(
-    logits: Tensor,
-    k: int,
-    *,
-    tokens: Tensor,
-    logprobs: Tensor,
-    status: Tensor,
-    threads: int,
-    stream: int = 0,
-    workspace: Tensor | None = None,
-) -> int: ...
+def top_k(logits: Tensor, k: int, outputs: Outputs, *, machine: Machine) -> int: ...
 def workspace_bytes(rows: int, vocab: int, /) -> int: ...
 def uniforms(seed: int, request: int, step: int, /) -> tuple[int, int]: ...
 def weight(halvings: float, /) -> int: ...

@@ -12,6 +12,7 @@ import pytest
 import torch
 from generate_support import CONFIGS, VOCAB, left_padded, pair, prompts
 
+from gptkern import _native
 from gptkern.config import GPTConfig
 from gptkern.engine.executors import choose
 from gptkern.engine.executors.torch import TorchExecutor
@@ -20,7 +21,7 @@ from gptkern.generate import GenerateOptions, GenerateOutput, loop
 from gptkern.generate.run import prepare
 from gptkern.gpt import GPT
 from gptkern.model.decoder import Attention
-from gptkern.ops.sample import _native
+from gptkern.ops.sample import launch
 from gptkern.tokenizer import Tokenizer
 
 
@@ -654,9 +655,9 @@ def test_logits_that_are_no_numbers_are_refused(bad: float, message: str, at: in
 def test_what_a_gpu_tells_by_a_status_is_raised(
     speculate: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if _native.native.extension is None:
+    if _native.extension is None:
         pytest.skip("gptkern._C is not built")
-    monkeypatch.setattr(_native, "serves", lambda logits: True)
+    monkeypatch.setattr(launch, "serves", lambda logits: True)
     ours = dropping()[1]
     ids = prompts(3, 5)
     options: dict[str, Any] = {"max_new_tokens": 20, "pad_token_id": 0, "speculate": speculate}
@@ -715,9 +716,9 @@ def test_beams_of_a_tiny_vocabulary_are_the_best_of_all_sequences() -> None:
 @pytest.mark.parametrize("extension", [False, True])
 def test_temperatures_near_nothing_are_greedy(extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if extension:
-        if _native.native.extension is None:
+        if _native.extension is None:
             pytest.skip("gptkern._C is not built")
-        monkeypatch.setattr(_native, "serves", lambda logits: True)
+        monkeypatch.setattr(launch, "serves", lambda logits: True)
     ours = pair("head dim 64")[1]
     ids = prompts(2, 6, seed=3)
     expected = ours.generate(ids, max_new_tokens=16, eos_token_id=None)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from generate_support import VOCAB, left_padded, pair, prompts
 
+from gptkern import _native
 from gptkern.generate import GenerateOutput
-from gptkern.ops.sample import _native
+from gptkern.ops.sample import launch
 
 NAME = "head dim 64"
 
@@ -225,7 +226,7 @@ def test_rows_keep_their_own_rules_when_others_end() -> None:
 
 
 def test_the_extension_follows_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    if _native.native.extension is None:
+    if _native.extension is None:
         pytest.skip("gptkern._C is not built")
     ids = few_tokens(3, 14)
     options: dict[str, Any] = {
@@ -236,7 +237,7 @@ def test_the_extension_follows_the_rules(monkeypatch: pytest.MonkeyPatch) -> Non
         "repetition_penalty": 1.1,
     }
     plain, drawn = greedy(ids, **options), greedy(ids, do_sample=True, seed=2, temperature=9.0, **options)
-    monkeypatch.setattr(_native, "serves", lambda logits: True)
+    monkeypatch.setattr(launch, "serves", lambda logits: True)
     assert greedy(ids, **options) == plain
     assert greedy(ids, do_sample=True, seed=2, temperature=9.0, **options) == drawn
     assert plain != drawn

@@ -211,11 +211,25 @@ void Checker::refuse_type(const char* name, py::handle value) const {
                          ", or holds what is not accepted");
 }
 
+void Checker::refuse_missing(const char* name, py::handle value, const char* attribute) const {
+    throw py::type_error(std::string(call_) + ": " + name + " is of type " + Py_TYPE(value.ptr())->tp_name +
+                         ", which has no attribute " + attribute);
+}
+
 void Checker::refuse(const char* name, const Tensor& tensor, const std::string& needed) const {
     refuse(std::string(name) + " is " + description(tensor) + "; " + needed + " is needed");
 }
 
 void Checker::refuse(const std::string& why) const { throw py::value_error(std::string(call_) + ": " + why); }
+
+py::handle Group::get(const char* attribute) const {
+    PyObject* const value = PyObject_GetAttrString(object_.ptr(), attribute);
+    if (value == nullptr) {
+        PyErr_Clear();
+        check_.refuse_missing(name_, object_, attribute);
+    }
+    return check_.hold(py::reinterpret_steal<py::object>(value));
+}
 
 HeldTensor::HeldTensor(py::handle tensor)
     : tensor_(py::reinterpret_borrow<py::object>(tensor)), alias_(call(tensor, torch().detach)), dims_(0) {

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace gptkern {
 
@@ -63,6 +65,8 @@ struct KindOf<uint8_t> {
 class Checker {
 public:
     explicit Checker(const char* call) : call_(call) {}
+    Checker(const Checker&) = delete;
+    Checker& operator=(const Checker&) = delete;
 
     bool on_cuda() const { return device_ >= 0; }
     int device() const { return device_; }
@@ -99,16 +103,38 @@ public:
         }
     }
 
+    // Keeps an object alive until the call ends, whatever happens to the argument that it came from.
+    pybind11::handle hold(pybind11::object object) {
+        held_.push_back(std::move(object));
+        return held_.back();
+    }
+
     [[noreturn]] void refuse(const char* name, const Tensor& tensor, const std::string& needed) const;
     [[noreturn]] void refuse(const std::string& why) const;
     [[noreturn]] void refuse_type(const char* name, pybind11::handle value) const;
+    [[noreturn]] void refuse_missing(const char* name, pybind11::handle value, const char* attribute) const;
 
 private:
     Tensor read(const char* name, pybind11::handle object) const;
 
     const char* call_;
+    std::vector<pybind11::object> held_;
     int device_ = kNoDevice;
     static constexpr int kNoDevice = -2;
+};
+
+// An argument that holds several, as attributes: a dataclass or a named tuple.
+class Group {
+public:
+    Group(Checker& check, const char* name, pybind11::handle object) : check_(check), name_(name), object_(object) {}
+
+    // The attribute, alive until the call ends, or a TypeError that names the argument.
+    pybind11::handle get(const char* attribute) const;
+
+private:
+    Checker& check_;
+    const char* name_;
+    pybind11::handle object_;
 };
 
 const char* name_of(Kind kind);

@@ -16,7 +16,7 @@ from gptkern.engine.options import OPTIONS
 from gptkern.engine.rules import RowRules, Rules, Verdict
 from gptkern.engine.settings import Settings
 from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, sample
-from gptkern.ops.sample._native import serves
+from gptkern.ops.sample.launch import serves
 from gptkern.sampler_columns import NEUTRAL
 
 _REASONS = {

@@ -177,25 +177,25 @@ class Fuzzer:
     def sample(self, spoiled: bool) -> str:
         """``_C.sample`` itself, its outputs included."""
         from gptkern.ops import sample
-        from gptkern.ops.sample import _library
+        from gptkern.ops.sample.launch import Machine, Outputs, sample_outputs
 
         params, state, logits = self._params()
-        width = -1 if params.max_logprobs is None else params.max_logprobs
-        out = _library.sample_outputs(logits, width)
-        if width < 0:
-            out = {name: out[name] for name in ("tokens", "status")}
+        outputs = vars(sample_outputs(logits, params.max_logprobs))
+        if params.max_logprobs is None:
+            outputs = {name: outputs[name] for name in ("tokens", "status")}
         lists = ("values", "bias_ids", "bias_values", "banned_ids", "eos_ids", "bitmask")
         given: Arguments = {name: getattr(params, name) for name in lists}
         given |= {
             "counters": state.counters.clone(),
             "counts": None if state.counts is None else state.counts.clone(),
         }
-        given |= out | {"width": width, "commit": self._between(0, 1), "threads": self._between(1, 3)}
+        given |= outputs
         given["logits"] = logits
+        numbers = {"commit": self._between(0, 1), "threads": self._between(1, 3)}
         wrong = self._spoil(given, **_LISTS, logits=_LOGITS) if spoiled else []
         if spoiled and self._between(0, 4) == 0:
             name, low, high = self._draw.choice([("commit", 0, 1), ("threads", 1, 1024)])
-            given[name] = self.wrong.number(low, high)
+            numbers[name] = self.wrong.number(low, high)
             wrong.append(name)
 
         def right(bad: int) -> None:
@@ -205,7 +205,17 @@ class Fuzzer:
             if expected.logprobs is not None:
                 assert torch.equal(given["logprobs"], expected.logprobs)
 
-        return self._call(lambda: self._C.sample(**given), wrong, right)
+        def call() -> int:
+            return self._C.sample(
+                given["logits"],
+                dataclasses.replace(params, **{name: given[name] for name in lists}),
+                dataclasses.replace(state, counters=given["counters"], counts=given["counts"]),
+                Outputs(**{name: given[name] for name in outputs}),
+                commit=numbers["commit"],
+                machine=Machine(numbers["threads"]),
+            )
+
+        return self._call(call, wrong, right)
 
     def operators(self, spoiled: bool) -> str:
         """Registered operators, against the reference."""
@@ -261,6 +271,8 @@ class Fuzzer:
 
     def top_k(self, spoiled: bool) -> str:
         """``_C.top_k`` against torch."""
+        from gptkern.ops.sample.launch import Machine, Outputs
+
         rows, vocab = self._between(0, 4), self._between(1, 300)
         k = self._between(0, min(vocab, 9))
         logits = torch.randn(rows, vocab)
@@ -269,8 +281,8 @@ class Fuzzer:
             "tokens": torch.empty(rows, k, dtype=torch.int64),
             "logprobs": torch.empty(rows, k),
             "status": torch.empty(rows, dtype=torch.int32),
-            "threads": self._between(1, 3),
         }
+        machine = Machine(self._between(1, 3))
         free = {"any_size": (1,), "any_stride": (0,), "dtypes": FLOATS}
         wrong = self._spoil(given, logits=free) if spoiled else []
         if spoiled and (not wrong or self._between(0, 3) == 0):
@@ -282,7 +294,11 @@ class Fuzzer:
             assert bad == -1 and torch.equal(given["tokens"], best)
             torch.testing.assert_close(given["logprobs"].double(), values, rtol=1e-6, atol=1e-7)
 
-        return self._call(lambda: self._C.top_k(k=k, **given), wrong, right)
+        def call() -> int:
+            outputs = Outputs(**{name: given[name] for name in ("tokens", "logprobs", "status")})
+            return self._C.top_k(given["logits"], k, outputs, machine=machine)
+
+        return self._call(call, wrong, right)
 
     def _model(self) -> Arguments:
         dtype = self._draw.choice([torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from gptkern.ops import (
     speculative_accept,
     top_k_logprobs,
 )
+from gptkern.ops.sample import launch
+from gptkern.ops.sample.launch import Drafts, Machine, Outputs
 
 BATCH, VOCAB, POSITIONS = 4, 40, 3
 INF = float("inf")
@@ -116,13 +119,8 @@ def _drafts() -> tuple[torch.Tensor, None, torch.Tensor]:
 
 
 def _extension(asked: Asked) -> None:
-    p, state = asked
-    out = {"tokens": torch.empty(BATCH, dtype=torch.int64), "status": torch.empty(BATCH, dtype=torch.int32)}
-    lists = {
-        name: getattr(p, name) for name in ("bias_ids", "bias_values", "banned_ids", "eos_ids", "bitmask")
-    }
-    given = {"values": p.values, "counters": state.counters, "counts": state.counts}
-    _C.sample(torch.zeros(BATCH, VOCAB), **given, **lists, **out, commit=1, threads=1)
+    out = Outputs(torch.empty(BATCH, dtype=torch.int32), torch.empty(BATCH, dtype=torch.int64))
+    _C.sample(torch.zeros(BATCH, VOCAB), *asked, out, commit=1, machine=Machine(1))
 
 
 WAYS: dict[str, Callable[[Asked], object]] = {
@@ -195,10 +193,12 @@ def test_logits_that_do_not_fit_are_refused_by_name(logits: torch.Tensor) -> Non
             lambda: _C.top_k(
                 logits,
                 1,
-                tokens=torch.empty(BATCH, 1, dtype=torch.int64),
-                logprobs=torch.empty(BATCH, 1),
-                status=torch.empty(BATCH, dtype=torch.int32),
-                threads=1,
+                Outputs(
+                    tokens=torch.empty(BATCH, 1, dtype=torch.int64),
+                    logprobs=torch.empty(BATCH, 1),
+                    status=torch.empty(BATCH, dtype=torch.int32),
+                ),
+                machine=Machine(1),
             ),
         ]
     for call in ways:
@@ -207,15 +207,15 @@ def test_logits_that_do_not_fit_are_refused_by_name(logits: torch.Tensor) -> Non
             call()
 
 
-def _outputs(**change: torch.Tensor) -> dict[str, torch.Tensor]:
-    given = {
-        "status": torch.empty(BATCH, dtype=torch.int32),
-        "tokens": torch.empty(BATCH, dtype=torch.int64),
-        "logprobs": torch.empty(BATCH),
-        "top_tokens": torch.empty(BATCH, 2, dtype=torch.int64),
-        "top_logprobs": torch.empty(BATCH, 2),
-    }
-    return given | change
+def _outputs(**change: Any) -> Outputs:
+    right = Outputs(
+        status=torch.empty(BATCH, dtype=torch.int32),
+        tokens=torch.empty(BATCH, dtype=torch.int64),
+        logprobs=torch.empty(BATCH),
+        top_tokens=torch.empty(BATCH, 2, dtype=torch.int64),
+        top_logprobs=torch.empty(BATCH, 2),
+    )
+    return dataclasses.replace(right, **change)
 
 
 @pytest.mark.parametrize(
@@ -236,23 +236,44 @@ def _outputs(**change: torch.Tensor) -> dict[str, torch.Tensor]:
     ],
     ids=_name,
 )
-@pytest.mark.parametrize("numbers", [{"commit": 1, "threads": 1}])
-def test_outputs_that_do_not_fit_are_refused(change: dict[str, Any], numbers: dict[str, int]) -> None:
+def test_outputs_that_do_not_fit_are_refused(change: dict[str, Any]) -> None:
+    asked = _asked({"max_logprobs": 2})
+    call = partial(_C.sample, torch.zeros(BATCH, VOCAB), *asked, commit=1, machine=Machine(1))
+    with pytest.raises((ValueError, TypeError), match=r"sample: (outputs\.|outputs has|logits)"):
+        call(_outputs(**change))
+    assert call(_outputs()) == -1
+
+
+@pytest.mark.parametrize("name", ["params", "state", "outputs", "drafts", "machine"])
+@pytest.mark.parametrize("wrong", [None, 3, "x", {"tokens": 1}])
+def test_records_of_another_type_are_refused_by_name(name: str, wrong: Any) -> None:
     params, state = _asked({})
-    given = {"values": params.values, "counters": state.counters, "width": 2}
-    with pytest.raises((ValueError, TypeError), match="sample: "):
-        _C.sample(torch.zeros(BATCH, VOCAB), **given, **_outputs(**change), **numbers)
-    assert _C.sample(torch.zeros(BATCH, VOCAB), **given, **_outputs(), **numbers) == -1
+    call = {
+        "params": params,
+        "state": state,
+        "outputs": launch.accept_outputs(torch.zeros(BATCH, POSITIONS, VOCAB)),
+        "drafts": Drafts(torch.zeros(BATCH, POSITIONS - 1, dtype=torch.int64), None),
+        "machine": Machine(1),
+    }
+    logits = torch.zeros(BATCH, POSITIONS, VOCAB)
+    assert _C.sample(logits, **call, commit=0) == -1
+    with pytest.raises(TypeError, match=f"sample: {name} is of type {type(wrong).__name__}"):
+        _C.sample(logits, **call | {name: wrong}, commit=0)
 
 
 @pytest.mark.parametrize(
     "change", [{"commit": 3}, {"commit": -1}, {"commit": 2}, {"threads": 0}, {"threads": -1}]
 )
 def test_numbers_out_of_range_are_refused(change: dict[str, int]) -> None:
-    params, state = _asked({})
-    given = {"values": params.values, "counters": state.counters} | {"commit": 1, "threads": 1} | change
+    numbers = {"commit": 1, "threads": 1} | change
     with pytest.raises(ValueError, match=next(iter(change))):
-        _C.sample(torch.zeros(BATCH, VOCAB), **given, **_outputs())
+        _C.sample(
+            torch.zeros(BATCH, VOCAB),
+            *_asked({}),
+            _outputs(),
+            commit=numbers["commit"],
+            machine=Machine(numbers["threads"]),
+        )
 
 
 @pytest.mark.parametrize("k", [-1, VOCAB + 1, 2**40])

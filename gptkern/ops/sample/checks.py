@@ -1,17 +1,30 @@
-"""What the sampler's calls accept, said of the argument at fault.
+"""Argument errors of the sampler's calls, and the errors of rows that could not be sampled.
 
-Public functions, registered operators and their fake kernels all pass here; nothing in it reads a tensor's
-values or memory, so that ``torch.compile`` can trace it. The extension checks again what keeps it within the
-tensors that it is given, storages included.
+Public functions, registered ops and their fake kernels all call the checks of arguments, which read no
+tensor's values or memory, so that ``torch.compile`` can trace them. The extension checks again whatever
+keeps it within its tensors, storages included.
 """
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
-from gptkern._native import COUNTERS, MAX_VOCAB, MAX_VOCAB_TOP_K, PARAMETERS
+from gptkern._native import (
+    BAD_DRAFT,
+    BAD_TOKEN_ID,
+    COUNTERS,
+    INFINITE,
+    MAX_VOCAB,
+    MAX_VOCAB_TOP_K,
+    NAN,
+    NEEDS_COUNTS,
+    NOTHING_ALLOWED,
+    PARAMETERS,
+)
 from gptkern.ops import _checks
-from gptkern.ops.sample.params import SamplerState, SamplingParams
+from gptkern.ops.sample.params import SamplerState, SamplingParams, check_values
 
 
 def vocabulary(op: str, logits: torch.Tensor, most: int) -> None:
@@ -70,12 +83,12 @@ def _row_of_each(
     """``value`` is ``(batch, columns)`` (None: any number of them), contiguous, beside the logits."""
     _checks.tensor(op, name, value, dim=2)
     _checks.dtype(op, name, value, (dtype,))
-    batch, found = value.shape
+    rows, width = value.shape
     if value.device != logits.device:
         raise ValueError(
             f"{op}: logits are on {logits.device} and {name} on {value.device}; one device is needed"
         )
-    if batch != logits.shape[0] or (columns is not None and found != columns) or not value.is_contiguous():
+    if rows != logits.shape[0] or (columns is not None and width != columns) or not value.is_contiguous():
         wanted = "any number" if columns is None else columns
         raise ValueError(
             f"{op}: {name} has shape {tuple(value.shape)}, strides {value.stride()}; "
@@ -111,9 +124,31 @@ def _draft(
 
 
 def best(op: str, logits: torch.Tensor, k: int) -> None:
-    """Logits ``(rows, vocab)`` of which the ``k`` best are asked for."""
+    """Logits ``(rows, vocab)`` and the number ``k`` of best tokens."""
     _checks.tensor(op, "logits", logits, dim=2)
     vocabulary(op, logits, MAX_VOCAB_TOP_K)
     _checks.last_dim_contiguous(op, "logits", logits)
     if not 0 <= k <= logits.shape[1]:
         raise ValueError(f"{op}: k is {k}; 0 to {logits.shape[1]} are accepted")
+
+
+def first_bad(status: torch.Tensor) -> int:
+    """The first row with a status other than 0, or -1; waits for the device."""
+    bad = status.nonzero()
+    return int(bad[0, 0].item()) if bad.numel() else -1
+
+
+def refuse(op: str, logits: torch.Tensor, params: SamplingParams, row: int, status: int) -> NoReturn:
+    """Raise for a row that could not be sampled."""
+    check_values(op, params.values[row].tolist(), row, logits.shape[-1], params.max_logprobs)
+    reasons = {
+        NAN: f"logits[{row}] holds NaN; numbers and -inf are accepted",
+        INFINITE: f"logits[{row}], with its biases, holds +inf; numbers and -inf are accepted",
+        NOTHING_ALLOWED: f"logits[{row}] leaves no token to choose: every one is -inf or banned",
+        NEEDS_COUNTS: f"row {row} asks for a penalty, which needs a state that keeps counts: "
+        "SamplerState.make(..., history=True)",
+        BAD_TOKEN_ID: f"params name a token for row {row} that is outside the vocabulary of "
+        f"{logits.shape[-1]} (ids are 0 to {logits.shape[-1] - 1}, padding is -1)",
+        BAD_DRAFT: f"draft_tokens[{row}] holds a token outside the vocabulary of {logits.shape[-1]}",
+    }
+    raise ValueError(f"{op}: {reasons[status]}")

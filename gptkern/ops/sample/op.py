@@ -6,21 +6,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from gptkern._native import (
-    BAD_DRAFT,
-    BAD_TOKEN_ID,
-    COMMIT,
-    COMMIT_ONLY,
-    INFINITE,
-    KEEP_STATE,
-    MAX_VOCAB_TOP_K,
-    NAN,
-    NEEDS_COUNTS,
-    NOTHING_ALLOWED,
-)
+from gptkern._native import KEEP_STATE, MAX_VOCAB_TOP_K
 from gptkern.ops import _checks
-from gptkern.ops.sample import _library, _native, checks, reference
-from gptkern.ops.sample.params import SamplerState, SamplingParams, check_values
+from gptkern.ops.sample import checks, fallback, launch, reference, register  # noqa: F401  (torch.ops.gptkern)
+from gptkern.ops.sample.launch import Drafts, Outputs
+from gptkern.ops.sample.params import SamplerState, SamplingParams
 
 
 class TopLogprobs(NamedTuple):
@@ -34,15 +24,15 @@ class TopLogprobs(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What :func:`sample` chose.
+    """The result of :func:`sample`.
 
     Attributes:
         tokens: ``(batch,)`` int64.
         logprobs: ``(batch,)`` fp32, log-softmax of the raw logits at ``tokens`` (before bias, penalties
             and temperature); None unless ``SamplingParams.max_logprobs`` asks for it.
         top_logprobs: None unless asked for.
-        status: ``(batch,)`` int32: 0, or why the row could not be sampled (its token is then 0, and
-            its state is left alone). Only to be looked at where ``validate`` is off.
+        status: ``(batch,)`` int32: 0, or the reason why the row could not be sampled (its token is then
+            0, and its state does not change). It matters only if ``validate`` is off.
     """
 
     tokens: torch.Tensor
@@ -52,11 +42,11 @@ class Sampled(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """What :func:`speculative_accept` chose.
+    """The result of :func:`speculative_accept`.
 
     Attributes:
         tokens: ``(batch, n + 1)`` int64: the accepted drafted tokens, one token more, then -1.
-        n_accepted: ``(batch,)`` int64: how many drafted tokens were accepted.
+        n_accepted: ``(batch,)`` int64: the number of accepted drafted tokens.
         status: As in :class:`Sampled`.
     """
 
@@ -107,13 +97,17 @@ def sample(
     checks.rows("sample", logits, params, state)
     if rng not in ("philox", "torch"):
         raise ValueError(f"sample: rng is {rng!r}; accepted are 'philox' and 'torch'")
-    if rng == "torch" or not _native.serves(logits):
-        return _sample_reference(logits, params, state, rng)
-    if _native.traced(logits):
-        width = -1 if params.max_logprobs is None else params.max_logprobs
-        out = torch.ops.gptkern.sample(logits, *_tensors(params), state.counters, state.counts, width)
-        return _sampled(width, *out)
-    return _sample(logits, params, state, logits.device.type == "cpu" if validate is None else validate)
+    width = params.max_logprobs
+    if rng == "torch" or not launch.serves(logits):
+        return _sampled(width, fallback.sample(logits, params, state, rng))
+    if launch.traced(logits):
+        asked = -1 if width is None else width
+        tensors = torch.ops.gptkern.sample(logits, *_tensors(params), state.counters, state.counts, asked)
+        tokens, logprobs, top_tokens, top_logprobs, status = tensors
+        return _sampled(width, Outputs(status, tokens, logprobs, top_tokens, top_logprobs))
+    outputs = launch.sample_outputs(logits, width)
+    launch.sample_and_commit("sample", logits, params, state, outputs, validate)
+    return _sampled(width, outputs)
 
 
 def sampling_probs(logits: torch.Tensor, params: SamplingParams, *, state: SamplerState) -> torch.Tensor:
@@ -122,33 +116,19 @@ def sampling_probs(logits: torch.Tensor, params: SamplingParams, *, state: Sampl
     Arguments and errors are those of :func:`sample`. A row that cannot be sampled on CUDA is all 0.
     """
     checks.rows("sampling_probs", logits, params, state)
-    if not _native.serves(logits):
-        return torch.softmax(_filtered(logits.double(), params, state), dim=-1).float()
-    if _native.traced(logits):
-        probs: torch.Tensor
+    probs: torch.Tensor | None
+    if not launch.serves(logits):
+        return torch.softmax(fallback.filtered(logits.double(), params, state), dim=-1).float()
+    if launch.traced(logits):
         probs, _ = torch.ops.gptkern.sampling_probs(logits, *_tensors(params), state.counters, state.counts)
-        return probs
-    out = _library.probs_outputs(logits)
-    bad = _native.sample(logits, params, state, -1, KEEP_STATE, **out)
-    if bad >= 0:
-        _refuse("sampling_probs", logits, params, state, bad, int(out["status"][bad]))
-    return out["probs"]
-
-
-def _sample(logits: torch.Tensor, params: SamplingParams, state: SamplerState, validate: bool) -> Sampled:
-    width = -1 if params.max_logprobs is None else params.max_logprobs
-    out = _library.sample_outputs(logits, width)
-    on_cuda = logits.device.type == "cuda"
-    # The CPU path commits nothing when a row is bad; a kernel cannot know of the other rows.
-    commit = KEEP_STATE if on_cuda and validate else COMMIT
-    bad = _native.sample(logits, params, state, width, commit, **out)
-    if on_cuda and validate:
-        bad = _first_bad(out["status"])
-    if bad >= 0 and validate:
-        _refuse("sample", logits, params, state, bad, int(out["status"][bad]))
-    if on_cuda and validate:
-        _native.sample(logits, params, state, width, COMMIT_ONLY, **out)
-    return _sampled(width, **out)
+    else:
+        outputs = launch.probs_outputs(logits)
+        bad = launch.sample(logits, params, state, outputs, KEEP_STATE)
+        if bad >= 0:
+            checks.refuse("sampling_probs", logits, params, bad, int(outputs.status[bad]))
+        probs = outputs.probs
+    assert probs is not None
+    return probs
 
 
 def _tensors(params: SamplingParams) -> tuple[torch.Tensor | None, ...]:
@@ -156,116 +136,12 @@ def _tensors(params: SamplingParams) -> tuple[torch.Tensor | None, ...]:
     return p.values, p.bias_ids, p.bias_values, p.banned_ids, p.eos_ids, p.bitmask
 
 
-def _sampled(
-    width: int,
-    tokens: torch.Tensor,
-    logprobs: torch.Tensor,
-    top_tokens: torch.Tensor,
-    top_logprobs: torch.Tensor,
-    status: torch.Tensor,
-) -> Sampled:
-    top = TopLogprobs(top_tokens, top_logprobs) if width > 0 else None
-    return Sampled(tokens, logprobs if width >= 0 else None, top, status)
-
-
-def _first_bad(status: torch.Tensor) -> int:
-    """The first row with a status other than 0, or -1; waits for the device."""
-    bad = status.nonzero()
-    return int(bad[0, 0].item()) if bad.numel() else -1
-
-
-def _refuse(
-    op: str, logits: torch.Tensor, params: SamplingParams, state: SamplerState, row: int, status: int
-) -> None:
-    """Raise for a row that could not be sampled."""
-    check_values(op, params.values[row].tolist(), row, logits.shape[-1], params.max_logprobs)
-    reasons = {
-        NAN: f"logits[{row}] holds NaN; numbers and -inf are accepted",
-        INFINITE: f"logits[{row}], with its biases, holds +inf; numbers and -inf are accepted",
-        NOTHING_ALLOWED: f"logits[{row}] leaves no token to choose: every one is -inf or banned",
-        NEEDS_COUNTS: f"row {row} asks for a penalty, which needs a state that keeps counts: "
-        "SamplerState.make(..., history=True)",
-        BAD_TOKEN_ID: f"params name a token for row {row} that is outside the vocabulary of "
-        f"{logits.shape[-1]} (ids are 0 to {logits.shape[-1] - 1}, padding is -1)",
-        BAD_DRAFT: f"draft_tokens[{row}] holds a token outside the vocabulary of {logits.shape[-1]}",
-    }
-    raise ValueError(f"{op}: {reasons[status]}")
-
-
-# The reference path: plain PyTorch, for gptkern.backend("reference") and where the extension is missing.
-
-
-def _filtered(
-    logits: torch.Tensor, params: SamplingParams, state: SamplerState, ahead: int = 0
-) -> torch.Tensor:
-    bias = None
-    if params.bias_ids is not None and params.bias_values is not None:
-        bias = (params.bias_ids, params.bias_values)
-    x = reference.processed(
-        logits,
-        params.values,
-        state.steps + ahead,
-        state.counts,
-        bias,
-        params.banned_ids,
-        params.eos_ids,
-        params.bitmask,
-    )
-    return reference.filtered(x, params.values)
-
-
-def _check_rows(op: str, logits: torch.Tensor, params: SamplingParams, state: SamplerState) -> None:
-    """What the extension checks in the row, for the reference."""
-    vocab = logits.shape[-1]
-    for row, values in enumerate(params.values.tolist()):
-        check_values(op, values, row, vocab, params.max_logprobs)
-        if values[7:10] != [1.0, 0.0, 0.0] and state.counts is None:
-            _refuse(op, logits, params, state, row, NEEDS_COUNTS)
-    for ids in (params.bias_ids, params.banned_ids, params.eos_ids):
-        if ids is not None and bool(((ids < -1) | (ids >= vocab)).any()):
-            row = _first_bad(((ids < -1) | (ids >= vocab)).any(1))
-            _refuse(op, logits, params, state, row, BAD_TOKEN_ID)
-    for status, bad in (
-        (NAN, logits.isnan()),
-        (INFINITE, logits == float("inf")),
-    ):
-        if bool(bad.any()):
-            _refuse(op, logits, params, state, _first_bad(bad.flatten(1).any(1)), status)
-
-
-def _sample_reference(logits: torch.Tensor, params: SamplingParams, state: SamplerState, rng: str) -> Sampled:
-    _check_rows("sample", logits, params, state)
-    # torch.multinomial is compared with transformers, which filters in the logits' own precision.
-    x = _filtered(logits.double() if rng == "philox" else logits.float(), params, state)
-    empty = (x == -float("inf")).all(-1)
-    if bool(empty.any()):
-        _refuse("sample", logits, params, state, _first_bad(empty), NOTHING_ALLOWED)
-    probs = torch.softmax(x, dim=-1)
-    if rng == "torch":
-        drawn = torch.multinomial(probs, 1)[:, 0]
-        tokens = torch.where(params.column("temperature") == 0, x.argmax(-1), drawn)
-    else:
-        tokens = reference.draw(probs, reference.uniforms(state.counters)[0])
-    width = -1 if params.max_logprobs is None else params.max_logprobs
-    out = _library.sample_outputs(logits, width)
-    out["tokens"], out["status"] = tokens, torch.zeros_like(out["status"])
-    if width >= 0:
-        out["logprobs"] = torch.log_softmax(logits.double(), -1).gather(1, tokens[:, None])[:, 0].float()
-        top_logprobs, top_tokens = reference.top_k_logprobs(logits, width)
-        unasked = torch.arange(width, device=logits.device) >= params.column("n_logprobs")[:, None]
-        unasked |= top_logprobs == -float("inf")
-        out["top_tokens"] = top_tokens.masked_fill(unasked, -1)
-        out["top_logprobs"] = top_logprobs.masked_fill(unasked, -float("inf"))
-    _advance(state, tokens[:, None], torch.ones_like(tokens))
-    return _sampled(width, **out)
-
-
-def _advance(state: SamplerState, tokens: torch.Tensor, given: torch.Tensor) -> None:
-    """Count the first ``given`` ``(batch,)`` of each row's ``tokens`` ``(batch, n)``."""
-    state.steps.add_(given)
-    if state.counts is not None:
-        real = (torch.arange(tokens.shape[1], device=tokens.device) < given[:, None]).to(torch.int32)
-        state.counts.scatter_add_(1, tokens.clamp(min=0), real)
+def _sampled(width: int | None, outputs: Outputs) -> Sampled:
+    tokens, logprobs = outputs.tokens, outputs.logprobs
+    top_tokens, top_logprobs = outputs.top_tokens, outputs.top_logprobs
+    assert tokens is not None and top_tokens is not None and top_logprobs is not None
+    top = TopLogprobs(top_tokens, top_logprobs) if width else None
+    return Sampled(tokens, None if width is None else logprobs, top, outputs.status)
 
 
 def top_k_logprobs(
@@ -275,7 +151,7 @@ def top_k_logprobs(
 
     Args:
         logits: ``(batch, beams, vocab)`` fp32, fp16 or bf16, contiguous; at most 2^24 tokens.
-        k: How many continuations, at most ``beams * vocab``.
+        k: The number of continuations, at most ``beams * vocab``.
         scores: ``(batch, beams)`` fp32, the beams' sums of log-probabilities so far; None: 0.
 
     Returns:
@@ -305,18 +181,19 @@ def top_k_logprobs(
 
 
 def _best_of_rows(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if not _native.serves(logits):
+    if not launch.serves(logits):
         if not bool((logits < float("inf")).all()):
             raise ValueError("top_k_logprobs: logits hold NaN or +inf; numbers and -inf are accepted")
         return reference.top_k_logprobs(logits, k)
-    if _native.traced(logits):
+    if launch.traced(logits):
         tokens, logprobs, _ = torch.ops.gptkern.top_k_rows(logits, k)
         return logprobs, tokens.clamp(min=0)
-    out = _library.top_k_outputs(logits, k)
-    bad = _native.top_k(logits, k, **out)
+    outputs = launch.top_k_outputs(logits, k)
+    bad = launch.top_k(logits, k, outputs)
     if bad >= 0:
         raise ValueError(f"top_k_logprobs: row {bad} of logits holds NaN, +inf, or nothing but -inf")
-    return out["logprobs"], out["tokens"].clamp_(min=0)
+    assert outputs.logprobs is not None and outputs.tokens is not None
+    return outputs.logprobs, outputs.tokens.clamp_(min=0)
 
 
 def speculative_accept(
@@ -328,16 +205,16 @@ def speculative_accept(
     state: SamplerState,
     validate: bool | None = None,
 ) -> Accepted:
-    """Verify drafted tokens so that what comes out is distributed as if the target had drawn it all.
+    """Verify drafted tokens so that the result is distributed as if the target had drawn all of it.
 
     Exact rejection sampling: token t is accepted with probability min(1, p(t) / q(t)); at the first
     rejection a token is drawn from max(p - q, 0) normalised, and after n acceptances one from p.
     p is the target's distribution as :func:`sample` would use it, penalties counting the tokens
-    accepted before. ``state`` advances by the tokens given. Temperature 0 accepts the target's best.
+    accepted before. ``state`` advances by the tokens of the result. Temperature 0 accepts the target's best.
 
     Args:
         draft_tokens: ``(batch, n)`` int64.
-        draft_probs: ``(batch, n, vocab)`` fp32, what the draft drew from; None: it was certain.
+        draft_probs: ``(batch, n, vocab)`` fp32, the draft's distributions; None: it was certain.
         target_logits: ``(batch, n + 1, vocab)``, the target's logits at the drafted positions and after.
         params, state, validate: As for :func:`sample`; log-probabilities are not computed.
 
@@ -347,66 +224,16 @@ def speculative_accept(
     op = "speculative_accept"
     checks.rows(op, target_logits, params, state, dim=3)
     checks.drafts(op, draft_tokens, draft_probs, target_logits)
-    draft_tokens = draft_tokens.contiguous()
-    draft_probs = None if draft_probs is None else draft_probs.contiguous()
-    if not _native.serves(target_logits):
-        return _accept_reference(draft_tokens, draft_probs, target_logits, params, state)
-    if _native.traced(target_logits):
-        given = torch.ops.gptkern.speculative_accept(
-            draft_tokens, draft_probs, target_logits, *_tensors(params), state.counters, state.counts
+    drafts = Drafts(draft_tokens.contiguous(), None if draft_probs is None else draft_probs.contiguous())
+    if not launch.serves(target_logits):
+        outputs = fallback.accept(drafts, target_logits, params, state)
+    elif launch.traced(target_logits):
+        tokens, accepted, status = torch.ops.gptkern.speculative_accept(
+            *drafts, target_logits, *_tensors(params), state.counters, state.counts
         )
-        return Accepted(*given)
-    out = _library.accept_outputs(target_logits)
-    on_cuda = target_logits.device.type == "cuda"
-    validate = not on_cuda if validate is None else validate
-    commit = KEEP_STATE if on_cuda and validate else COMMIT
-    drafts = {"draft_tokens": draft_tokens, "draft_probs": draft_probs}
-    bad = _native.sample(target_logits, params, state, -1, commit, **out, **drafts)
-    if on_cuda and validate:
-        bad = _first_bad(out["status"])
-    if bad >= 0 and validate:
-        _refuse(op, target_logits, params, state, bad, int(out["status"][bad]))
-    if on_cuda and validate:
-        _native.sample(target_logits, params, state, -1, COMMIT_ONLY, **out)
-    return Accepted(out["tokens"], out["accepted"], out["status"])
-
-
-def _accept_reference(
-    draft_tokens: torch.Tensor,
-    draft_probs: torch.Tensor | None,
-    target_logits: torch.Tensor,
-    params: SamplingParams,
-    state: SamplerState,
-) -> Accepted:
-    op = "speculative_accept"
-    batch, positions, vocab = target_logits.shape
-    _check_rows(op, target_logits, params, state)
-    outside = ((draft_tokens < 0) | (draft_tokens >= vocab)).any(-1)
-    if bool(outside.any()):
-        _refuse(op, target_logits, params, state, _first_bad(outside), BAD_DRAFT)
-    ahead = SamplerState(state.counters.clone(), None if state.counts is None else state.counts.clone())
-    tokens = torch.full((batch, positions), -1, dtype=torch.int64, device=target_logits.device)
-    going = torch.ones(batch, dtype=torch.bool, device=target_logits.device)
-    given = torch.zeros(batch, dtype=torch.int64, device=target_logits.device)
-    for position in range(positions):
-        x = _filtered(target_logits[:, position].double(), params, ahead)
-        empty = going & (x == -float("inf")).all(-1)
-        if bool(empty.any()):
-            _refuse(op, target_logits, params, state, _first_bad(empty), NOTHING_ALLOWED)
-        probs = torch.softmax(x, dim=-1)
-        for_token, for_acceptance = reference.uniforms(ahead.counters)
-        if position == positions - 1:
-            chosen, taken = reference.draw(probs, for_token), torch.zeros_like(going)
-        else:
-            q = None if draft_probs is None else draft_probs[:, position]
-            chosen, taken = reference.speculative_step(
-                probs, draft_tokens[:, position], q, for_token, for_acceptance
-            )
-        tokens[:, position] = torch.where(going, chosen, -1)
-        given += going
-        _advance(ahead, chosen[:, None], going.long())
-        going = going & taken
-    state.counters.copy_(ahead.counters)
-    if state.counts is not None and ahead.counts is not None:
-        state.counts.copy_(ahead.counts)
-    return Accepted(tokens, given - 1, torch.zeros(batch, dtype=torch.int32, device=tokens.device))
+        return Accepted(tokens, accepted, status)
+    else:
+        outputs = launch.accept_outputs(target_logits)
+        launch.sample_and_commit(op, target_logits, params, state, outputs, validate, drafts)
+    assert outputs.tokens is not None and outputs.accepted is not None
+    return Accepted(outputs.tokens, outputs.accepted, outputs.status)
