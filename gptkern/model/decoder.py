@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,9 @@ IGNORE_INDEX = -100
 
 @dataclass
 class GPTOutput:
-    """What ``GPT.forward`` returns.
+    """Logits and loss of a pass: ``output.logits``, ``output["logits"]``, ``loss, logits = output[:2]``.
+
+    As in transformers, numbers count what is there: 0 is the loss where labels were given, else the logits.
 
     Attributes:
         logits: ``(batch, seq, vocab_size)``, or the last ``logits_to_keep`` positions of it; zeros
@@ -44,6 +46,22 @@ class GPTOutput:
 
     logits: torch.Tensor
     loss: torch.Tensor | None = None
+
+    def to_tuple(self) -> tuple[torch.Tensor, ...]:
+        """The loss, where labels were given, and the logits."""
+        return (self.logits,) if self.loss is None else (self.loss, self.logits)
+
+    @overload
+    def __getitem__(self, key: int | str) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[torch.Tensor, ...]: ...
+    def __getitem__(self, key: int | str | slice) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        value = {"loss": self.loss, "logits": self.logits}.get(key)
+        if value is None:
+            raise KeyError(f"GPTOutput has no {key!r} here: logits always, loss where labels were given")
+        return value
 
 
 class Attention(nn.Module):
@@ -372,7 +390,8 @@ class Decoder(nn.Module):
                 )
         if cache is None:
             self._check_length(input_ids.shape[1])
-        if input_ids.device.type == "cpu" and input_ids.numel():
+        # Not in a compiled graph, which the values of a tensor must not steer; the lookup fails there itself.
+        if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
             low, high = input_ids.min().item(), input_ids.max().item()
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
