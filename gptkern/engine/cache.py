@@ -11,7 +11,7 @@ using the cache never waits for the device.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -313,10 +313,23 @@ class KVCache:
             raise ValueError(
                 f"KVCache.reorder: {len(sources)} sources for {len(self._rows)} sequences; one each is needed"
             )
-        shared = [self._share(row) for row in [self._row(s) for s in sources]]
-        for row in self._rows.values():
+        self.assign(dict(zip(self._rows, sources, strict=True)))
+
+    def assign(self, sources: Mapping[int, int]) -> None:
+        """Give some sequences the contents of others, in shared pages: all at once, so that two may swap.
+
+        Args:
+            sources: Of each sequence that changes the one whose contents it takes.
+
+        Raises:
+            ValueError: An id that is none of the sequences.
+        """
+        old = {sequence: self._row(sequence) for sequence in sources}
+        rows = [self._row(source) for source in sources.values()]
+        new = {sequence: self._share(row) for sequence, row in zip(sources, rows, strict=True)}
+        for row in old.values():
             self._pool.release(row.pages)
-        self._rows = dict(zip(self._rows, shared, strict=True))
+        self._rows.update(new)
         self.refresh()
 
     def truncate(self, sequence: int, length: int) -> None:
@@ -335,11 +348,12 @@ class KVCache:
         row.pages, row.length = row.pages[:used], length
         self.refresh()
 
-    def begin(self, keys: Iterable[bytes]) -> tuple[int, int]:
+    def begin(self, keys: Iterable[bytes], *, group: int = 1) -> tuple[int, int]:
         """Begin a sequence, after the others, with the pages that ``keys`` lead to.
 
         Args:
             keys: One a whole page of its tokens, in order; the first that leads to no page is the end.
+            group: Pages are taken by so many at once; a group that is not whole is left.
 
         Returns:
             Its id, and how many tokens it holds.
@@ -349,14 +363,11 @@ class KVCache:
         """
         (new,) = self.allocate(1)
         pages = self._pool.find(keys)
+        pages = pages[: len(pages) // group * group]
         self._pool.share(pages)
-        self._rows[new] = _Row(pages, len(pages) * self.page_size)
+        row = self._rows[new] = _Row(pages, len(pages) * self.page_size)
         self.refresh()
-        return new, self._rows[new].length
-
-    def found_pages(self, keys: Iterable[bytes]) -> int:
-        """How many pages ``begin`` would find."""
-        return len(self._pool.find(keys))
+        return new, row.length
 
     def remember(self, sequence: int, keys: Sequence[bytes]) -> None:
         """Let ``keys`` lead to the first pages of a sequence, even after its end, until memory is wanted.

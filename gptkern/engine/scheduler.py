@@ -1,0 +1,405 @@
+"""Scheduler: which rows go into the next pass, with how many tokens, and who has to wait or give way.
+
+Order is that of priority, then of arrival. Rows that have their prompt behind them run in every pass, a token
+each. Beside them, prompts run in chunks that begin at fixed multiples. A row is begun when there is room for
+its whole prompt and one token, and no later row is begun before it. Where memory runs out, the row that is
+last in the order gives its pages back and waits to be computed again.
+
+Everything here is plain Python on counts of tokens; it takes no tensor in its hands.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from gptkern.engine.pages import CacheFullError
+from gptkern.engine.prefix import PageKeys
+
+RowState = Literal["waiting", "running", "finished"]
+
+
+class Cache(Protocol):
+    """What the scheduler asks of a ``KVCache``."""
+
+    page_size: int
+    max_seqs: int
+
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def free_pages(self) -> int: ...
+    @property
+    def sequences(self) -> list[int]: ...
+    def begin(self, keys: Sequence[bytes], *, group: int) -> tuple[int, int]: ...
+    def reserve(self, new_lengths: Sequence[int], sequences: Sequence[int]) -> None: ...
+    def assign(self, sources: dict[int, int]) -> None: ...
+    def truncate(self, sequence: int, length: int) -> None: ...
+    def free(self, sequence: int) -> None: ...
+    def remember(self, sequence: int, keys: Sequence[bytes]) -> None: ...
+    def forget_prefixes(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence of a request, from its arrival to its end.
+
+    Attributes:
+        request, copy: Which of the engine's requests, and which of its copies.
+        priority, arrival: Its place in the order: higher priorities first, then earlier arrivals.
+        prompt: The request's tokens.
+        max_new: Most new tokens.
+        deadline: When it ends, on the engine's clock.
+        generated: Its new tokens, as far as the host knows them.
+        ahead: New tokens beyond those, chosen on the device and not yet read.
+        draft: Tokens that the next pass is to verify after the last one.
+        computed: Tokens whose keys and values the cache holds.
+        sequence: Its id in the cache; None while it waits.
+        remembered: How many of its pages are found again by their keys.
+        finds_prefix: Whether it may begin with pages that are found: not if its prompt's logits are wanted.
+        followers: Copies that begin with what this row holds as soon as that is the whole prompt.
+    """
+
+    request: int
+    copy: int
+    priority: int
+    arrival: int
+    prompt: Sequence[int]
+    max_new: int
+    deadline: float | None = None
+    generated: list[int] = field(default_factory=list)
+    ahead: int = 0
+    draft: list[int] = field(default_factory=list)
+    computed: int = 0
+    sequence: int | None = None
+    remembered: int = 0
+    finds_prefix: bool = True
+    followers: list[Row] = field(default_factory=list)
+    state: RowState = "waiting"
+    keys: PageKeys | None = None
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """What rows are sorted by, first to last."""
+        return (-self.priority, self.arrival, self.copy)
+
+    @property
+    def total(self) -> int:
+        """Tokens that it has, computed or not; drafts are none of them."""
+        return len(self.prompt) + len(self.generated) + self.ahead
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """``count`` of its tokens from place ``start`` on, its draft included."""
+        return [*self.prompt, *self.generated, *self.draft][start : start + count]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row's share of a pass.
+
+    Attributes:
+        start, count: Where its tokens begin, and how many they are.
+        prefill: They are a chunk of a prompt.
+        samples: The next token is to be chosen after its last one, and for every follower another.
+    """
+
+    row: Row
+    start: int
+    count: int
+    prefill: bool
+    samples: bool
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the next pass computes.
+
+    Attributes:
+        parts: One a row.
+        expired: Rows whose deadline has passed. They have ended.
+        preempted: Rows that gave way; they wait again.
+    """
+
+    parts: list[Part]
+    expired: list[Row]
+    preempted: list[Row]
+
+
+class Scheduler:
+    """Rows of a running engine.
+
+    Args:
+        cache: Where sequences and pages are reserved; nobody else may begin or end sequences in it.
+        prefill_chunk: Tokens of prompts in one pass, and where chunks begin: at its multiples.
+        row_invariant: Whether a token's keys and values are the same bits in every pass, chunk or not. Where
+            not, only whole chunks of prompts are found again, and a row that gave way takes its own new
+            tokens again in passes like those that they came from.
+        decode_tokens: How many of those one such pass takes.
+        prefix_cache: Whether full pages are found again.
+
+    Attributes:
+        preemptions: How often a row gave way, so far.
+
+    Raises:
+        ValueError: ``prefill_chunk`` is no multiple of the page size.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        prefill_chunk: int,
+        row_invariant: bool,
+        decode_tokens: int = 1,
+        prefix_cache: bool = True,
+    ) -> None:
+        if prefill_chunk < 1 or prefill_chunk % cache.page_size:
+            raise ValueError(
+                f"Engine: prefill_chunk is {prefill_chunk}; "
+                f"a multiple of the page size, {cache.page_size}, is needed"
+            )
+        self.preemptions = 0
+        self._cache = cache
+        self._chunk = prefill_chunk
+        self._row_invariant = row_invariant
+        self._decode_tokens = decode_tokens
+        self._prefix_cache = prefix_cache
+        self._version = 0
+        # Both sorted by ``order``.
+        self._waiting: list[Row] = []
+        self._running: list[Row] = []
+
+    @property
+    def waiting(self) -> list[Row]:
+        """Rows that hold nothing yet, or no more, in order; followers are with the row that they follow."""
+        return list(self._waiting)
+
+    @property
+    def running(self) -> list[Row]:
+        """Rows that hold a sequence of the cache, in order; followers are with the row that they follow."""
+        return list(self._running)
+
+    def check_fits(self, prompt_tokens: int, max_new: int, copies: int) -> None:
+        """Refuse a request for which there is no room even if it is alone.
+
+        Raises:
+            ValueError: More pages than the pool has, or more copies than there may be sequences.
+        """
+        size, pages = self._cache.page_size, self._cache.num_pages
+        needed = -(-(prompt_tokens + max_new) // size)
+        if needed > pages:
+            raise ValueError(
+                f"Engine.add: a prompt of {prompt_tokens} tokens and {max_new} new ones need {needed} pages "
+                f"of {size} tokens, the engine has {pages}: give fewer, or an engine with more memory"
+            )
+        if copies > self._cache.max_seqs:
+            raise ValueError(
+                f"Engine.add: num_return_sequences is {copies}, "
+                f"the engine's max_seqs is {self._cache.max_seqs}"
+            )
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Take the copies of one request, which have the same prompt. The first computes it for all."""
+        first, *others = rows
+        first.followers = list(others)
+        bisect.insort(self._waiting, first, key=_order)
+
+    def follow_weights(self, version: int) -> None:
+        """Find no page again that was computed with other weights."""
+        if version != self._version:
+            self._version = version
+            self._cache.forget_prefixes()
+
+    def plan(self, now: float) -> Pass:
+        """Choose the next pass, and reserve the pages that it needs."""
+        expired = [row for row in self._all() if row.deadline is not None and row.deadline <= now]
+        for row in expired:
+            self.finish(row)
+        preempted: list[Row] = []
+        parts = self._decodes(preempted)
+        budget = self._chunk
+        for row in self._unfilled(preempted):
+            if not self._prefilling(row):
+                # Pages that were found hold all but its last token.
+                parts.append(self._decode(row))
+                continue
+            chunk = min(self._chunk - row.computed % self._chunk, self._prefill_end(row) - row.computed)
+            if chunk > budget:
+                break
+            budget -= chunk
+            parts.append(Part(row, row.computed, chunk, True, row.computed + chunk == row.total))
+            if not budget:
+                break
+        return Pass(parts, expired, preempted)
+
+    def computed(self, part: Part, held: int | None = None) -> list[Row]:
+        """Count a part's tokens as computed, or the first ``held`` of them where its draft did not hold.
+
+        Returns:
+            The rows that the part's last logits belong to: its own, and its followers where they begin to run
+            now that their whole prompt is computed.
+        """
+        row = part.row
+        assert row.sequence is not None
+        count = part.count if held is None else held
+        row.computed += count
+        row.draft = []
+        if count < part.count:
+            self._cache.truncate(row.sequence, row.computed)
+        self._remember(row)
+        if row.computed < len(row.prompt):
+            return [row]
+        followers = [follower for follower in row.followers if follower.state == "running"]
+        row.followers = []
+        if followers:
+            self._cache.assign({f.sequence: row.sequence for f in followers if f.sequence is not None})
+        for follower in followers:
+            follower.computed, follower.remembered = row.computed, row.remembered
+            bisect.insort(self._running, follower, key=_order)
+        return [row, *followers]
+
+    def finish(self, row: Row) -> list[Row]:
+        """End a row, whatever it is doing, and give back all that it holds.
+
+        Returns:
+            The rows that ended: it, and those that followed it; none where it had ended before.
+        """
+        group = [member for member in (row, *row.followers) if member.state != "finished"]
+        for place in (self._waiting, self._running):
+            if row in place:
+                place.remove(row)
+        for member in group:
+            self._release(member)
+            member.state, member.followers = "finished", []
+        return group
+
+    def _all(self) -> list[Row]:
+        return [member for row in (*self._running, *self._waiting) for member in (row, *row.followers)]
+
+    def _decodes(self, preempted: list[Row]) -> list[Part]:
+        """The parts of rows that have their prompt behind them, with pages for all their tokens."""
+        rows = [row for row in self._running if not self._prefilling(row)]
+        if not self._reserved(rows):
+            for row in rows:
+                self._make_room(row, preempted)
+        return [self._decode(row) for row in rows if row.sequence is not None]
+
+    def _decode(self, row: Row) -> Part:
+        count = self._decode_count(row)
+        return Part(row, row.computed, count, False, row.computed + count >= row.total)
+
+    def _decode_count(self, row: Row) -> int:
+        """Tokens of a row's next part behind its prompt: the last one and its draft, or some taken again."""
+        again = row.total - row.computed - 1
+        return min(again, self._decode_tokens) if again else 1 + len(row.draft)
+
+    def _make_room(self, row: Row, preempted: list[Row]) -> None:
+        """Reserve a row's next pages; the last in the order, at the end itself, gives way while they lack."""
+        while row.sequence is not None and not self._reserved([row]):
+            if row.draft:
+                row.draft = []
+            else:
+                preempted.append(self._running[-1])
+                self._give_way(self._running[-1])
+
+    def _reserved(self, rows: Sequence[Row]) -> bool:
+        counts = [self._decode_count(row) for row in rows]
+        try:
+            self._cache.reserve(counts, [row.sequence for row in rows if row.sequence is not None])
+        except CacheFullError:
+            return False
+        return True
+
+    def _unfilled(self, preempted: Sequence[Row]) -> Iterator[Row]:
+        """Rows with a prompt to compute, in order; those that wait are begun when they are asked for.
+
+        Rows that gave way for this very pass are passed over: tokens of theirs may still be unread.
+        """
+        waiting = list(self._waiting)
+        for row in sorted((*self._running, *waiting), key=_order):
+            if row.state == "running" and self._prefilling(row):
+                yield row
+            elif row.state == "waiting" and waiting:
+                if row in preempted or not self._begin(row):
+                    waiting = []
+                else:
+                    yield row
+
+    def _prefilling(self, row: Row) -> bool:
+        """Whether a row's next tokens run in a chunk."""
+        again = self._row_invariant and row.total - row.computed > 1
+        return row.computed < len(row.prompt) or again
+
+    def _prefill_end(self, row: Row) -> int:
+        return row.total if self._row_invariant else len(row.prompt)
+
+    def _begin(self, row: Row) -> bool:
+        """Give a waiting row a sequence, and pages for all its tokens and one more; False where they lack."""
+        group = [row, *row.followers]
+        if len(self._cache.sequences) + len(group) > self._cache.max_seqs:
+            return False
+        for member in group:
+            member.keys = PageKeys(self._version, self._cache.page_size)
+        sequence, found = self._cache.begin(self._findable(row), group=self._group)
+        try:
+            self._cache.reserve([row.total + 1 - found], [sequence])
+        except CacheFullError:
+            self._cache.free(sequence)
+            return False
+        # Each row that runs may want a page soon: a row that is begun now would give it back at once.
+        if self._cache.free_pages < len(self._running):
+            self._cache.free(sequence)
+            return False
+        row.sequence, row.computed = sequence, found
+        for follower in row.followers:
+            follower.sequence, _ = self._cache.begin([], group=1)
+        for member in group:
+            member.state = "running"
+        self._waiting.remove(row)
+        bisect.insort(self._running, row, key=_order)
+        return True
+
+    @property
+    def _group(self) -> int:
+        """Pages that are found together or not at all."""
+        return 1 if self._row_invariant else self._chunk // self._cache.page_size
+
+    def _findable(self, row: Row) -> list[bytes]:
+        """The keys that a row may begin with: at least its last token is to be computed."""
+        if not (self._prefix_cache and row.finds_prefix):
+            return []
+        known = len(row.prompt) + len(row.generated)
+        end = min(row.total - 1, known if self._row_invariant else len(row.prompt))
+        assert row.keys is not None
+        return row.keys.first(end // self._cache.page_size, row.tokens(0, end))
+
+    def _remember(self, row: Row) -> None:
+        """Let the pages that a row has filled be found again, where they hold what any row would compute."""
+        assert row.keys is not None and row.sequence is not None
+        if not self._prefix_cache or row.keys.version != self._version:
+            return
+        size, known = self._cache.page_size, len(row.prompt) + len(row.generated)
+        end = min(row.computed, known if self._row_invariant else len(row.prompt))
+        pages = end // size // self._group * self._group
+        if pages > row.remembered:
+            self._cache.remember(row.sequence, row.keys.first(pages, row.tokens(0, pages * size)))
+            row.remembered = pages
+
+    def _give_way(self, row: Row) -> None:
+        for member in (row, *row.followers):
+            self._release(member)
+            member.state = "waiting"
+        self._running.remove(row)
+        bisect.insort(self._waiting, row, key=_order)
+        self.preemptions += 1
+
+    def _release(self, row: Row) -> None:
+        if row.sequence is not None:
+            self._cache.free(row.sequence)
+        row.sequence, row.computed, row.remembered, row.draft = None, 0, 0, []
+
+
+def _order(row: Row) -> tuple[int, int, int]:
+    return row.order

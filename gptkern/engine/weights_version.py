@@ -1,0 +1,105 @@
+"""WeightsVersion: a number that changes when what a model computes may have changed."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from gptkern.as_built import Watch
+
+_PLAIN = (bool, int, float, str)
+# Values of each tensor that are compared.
+_SAMPLES = 8
+# Fused optimizers write without counting it in the tensor's version.
+_optimizer_steps = [0]
+
+
+def _count_step(*_: Any) -> None:
+    _optimizer_steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class WeightsVersion:
+    """Watches a model's parameters, buffers, modules, hooks and plain attributes.
+
+    It sees every optimizer's step, writes in place by PyTorch's operators, tensors that moved or were
+    replaced, and what ``Watch`` sees. Of writes that leave no other trace (through ``parameter.data``, a raw
+    pointer) it sees those that change one of a few values of some tensor; whoever writes less calls
+    ``changed``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._version = 0
+        self._look_anew()
+
+    def current(self) -> int:
+        """The version now; never again one that it was before. On a GPU this waits for it."""
+        if (
+            self._watch.stirred()
+            or self._traces() != self._traces_before
+            or not all(map(torch.equal, self._sampled(), self._sampled_before))
+        ):
+            self.changed()
+        return self._version
+
+    def changed(self) -> None:
+        """Count what was computed until now as computed with other weights."""
+        self._version += 1
+        self._look_anew()
+
+    def _look_anew(self) -> None:
+        modules = list(self._model.modules())
+        self._watch = Watch(self._model)
+        self._owners = [owner for m in modules for owner in (m._parameters, m._buffers) if owner]
+        self._plain = [
+            (vars(module), name)
+            for module in modules
+            for name, value in vars(module).items()
+            if isinstance(value, _PLAIN) and name != "training"
+        ]
+        self._samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+        for tensor in self._tensors():
+            if tensor.numel() and tensor.device.type != "meta":
+                self._samples.setdefault((tensor.dtype, tensor.device), []).append(_sample(tensor))
+        self._traces_before = self._traces()
+        self._sampled_before = self._sampled()
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [t for t in chain.from_iterable(owner.values() for owner in self._owners) if t is not None]
+
+    def _traces(self) -> tuple[Any, ...]:
+        tensors = [
+            # Tensors made in inference mode count no writes.
+            (id(t), t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version)
+            for t in self._tensors()
+        ]
+        plain = [inside.get(name) for inside, name in self._plain]
+        return (
+            tensors,
+            [value if isinstance(value, _PLAIN) else id(value) for value in plain],
+            *_optimizer_steps,
+        )
+
+    def _sampled(self) -> list[torch.Tensor]:
+        """Some values of every tensor, those of one dtype and device together."""
+        return [torch.cat(views) for views in self._samples.values()]
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of a few values, evenly apart in memory."""
+    dense = tensor.numel() == 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    if not dense:
+        return (
+            tensor.detach()[(0,) * (tensor.dim() - 1)][:_SAMPLES] if tensor.dim() else tensor.detach()[None]
+        )
+    count = min(_SAMPLES, tensor.numel())
+    return tensor.detach().as_strided((count,), (max(tensor.numel() // _SAMPLES, 1),))
