@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptkern.ops._cases import Call, tensors
 from gptkern.ops._dispatch import asked, backend
@@ -66,7 +70,7 @@ def check(
 
     Raises:
         AssertionError: names what differs, where, and by how much.
-        ValueError: ``reference`` is missing, or is ``op`` itself.
+        ValueError: ``reference`` is missing, or calls ``op`` itself.
 
     Example::
 
@@ -292,8 +296,7 @@ def _variants(call: Call) -> Iterator[tuple[str, Call]]:
 
 def check_values(op: Op, call: Call, *, reference: Op | None = None, what: str = "call") -> None:
     """The first half of ``check``: results and gradients of one call, its inputs in every layout."""
-    if reference is None:
-        _refuse_itself(op, call)
+    _refuse_itself(op, call, reference)
     with backend("reference"):
         plain, exact = _run(reference or op, call), _run(reference or op, _double(call))
 
@@ -314,15 +317,60 @@ def check_values(op: Op, call: Call, *, reference: Op | None = None, what: str =
                 raise
 
 
-def _refuse_itself(op: Op, call: Call) -> None:
-    """An op that asks for no backend does one thing: without a reference it would be compared with itself."""
+def _refuse_itself(op: Op, call: Call, reference: Op | None) -> None:
+    """Raise where the op would be compared with itself.
+
+    An op that asks for no backend does the same under each, so its own result is no reference.
+    """
+    call = _apart(call)
     with asked() as answers, backend("reference"), torch.no_grad():
         op(*call.args, **call.kwargs)
-    if not answers:
+    if answers:
+        return
+    name = getattr(op, "__name__", op)
+    if reference is None:
         raise ValueError(
-            f"check: {getattr(op, '__name__', op)} does the same under gptkern.backend('reference') as "
-            "elsewhere: it would be compared with itself. Give reference=, the plain PyTorch expression"
+            f"check: {name} does the same under gptkern.backend('reference') as always, so it would be "
+            "compared with itself. Give reference=, the plain PyTorch expression"
         )
+    if _calls(reference, op, _apart(call)):
+        raise ValueError(
+            f"check: reference calls {name}, so that would be compared with itself. Give the plain PyTorch "
+            "expression"
+        )
+
+
+class _Dispatched(TorchDispatchMode):
+    """Collects the operators that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packets: set[Any] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.packets |= {func, func.overloadpacket}
+        return func(*args, **(kwargs or {}))
+
+
+def _calls(function: Op, op: Op, call: Call) -> bool:
+    """Whether ``function`` calls ``op``, a Python function or a registered operator."""
+    code = getattr(inspect.unwrap(op), "__code__", None)
+    entered = False
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal entered
+        entered |= frame.f_code is code
+
+    previous = sys.getprofile()
+    with _Dispatched() as dispatched, torch.no_grad():
+        sys.setprofile(note)
+        try:
+            function(*call.args, **call.kwargs)
+        finally:
+            sys.setprofile(previous)
+    return entered or op in dispatched.packets
 
 
 class _Recorder(torch.fx.Interpreter):

@@ -68,8 +68,12 @@ def test_an_op_is_not_compared_with_itself() -> None:
         check(_doubled, [(x,)])
     with pytest.raises(ValueError, match="reference is op itself"):
         check(_doubled, [(x,)], reference=_doubled)
+    with pytest.raises(ValueError, match="reference calls _doubled"):
+        check(_doubled, [(x,)], reference=lambda x: _doubled(x) + 0)
     with pytest.raises(AssertionError, match=r"tensor 1 .* error"):
         check(_doubled, [(x,)], reference=lambda x: 2 * x)
+    # An op with a reference of its own may be called there: it runs that.
+    check(layer_norm, _inputs(), reference=lambda *a, eps: layer_norm(*a, eps=eps), dtypes=[torch.float32])
 
 
 def test_wrong_fake_kernel_is_caught() -> None:
@@ -78,6 +82,10 @@ def test_wrong_fake_kernel_is_caught() -> None:
     library.impl("twice", lambda x: (2 * x).contiguous(), "CompositeExplicitAutograd")
     torch.library.register_fake("gptkern_test::twice", torch.empty_like, lib=library)
     x = torch.randn(4, 3, 8)
+    twice = torch.ops.gptkern_test.twice
+    for op, called in ((twice, twice.default), (twice.default, twice)):
+        with pytest.raises(ValueError, match="reference calls"):
+            check(op, [(x,)], reference=lambda x, f=called: f(x), dtypes=[torch.float32])
     with pytest.raises(Exception, match=r"(?i)stride"):
         check(torch.ops.gptkern_test.twice, [(x,)], reference=lambda x: 2 * x, dtypes=[torch.float32])
 
