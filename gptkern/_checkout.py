@@ -1,4 +1,4 @@
-"""Whether Python took gptkern from a source checkout in which the extension is not built.
+"""A warning where Python imports gptkern from a source checkout whose extension is not built.
 
 Started inside a clone, Python imports the clone and not what ``pip install .`` has put elsewhere.
 """
@@ -14,7 +14,7 @@ _ROOT = Path(__file__).parent.parent
 
 
 def warning(root: Path = _ROOT) -> str | None:
-    """What happens in such a checkout and what to type; None anywhere else."""
+    """The warning's text, with what to type; None where gptkern is installed or its extension is built."""
     if find_spec("gptkern._C") is not None or not (
         (root / "setup.py").is_file() and (root / "csrc").is_dir()
     ):

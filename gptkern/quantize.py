@@ -1,4 +1,4 @@
-"""A model's linear layers in fewer bits: those of a decode step, the head among them.
+"""Quantisation of a model's linear layers, the head included.
 
 The embeddings stay as they are: a step reads one row of them for each token. Prefill multiplies with
 matrices that are dequantised a layer at a time; the decode step's kernels read the packed ones.
@@ -43,7 +43,7 @@ class QuantizedLinear(nn.Module):
         self.bias = bias
 
     def compute_in(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Say what ``weight`` is to be, where layers were made empty."""
+        """Set the dtype and device that ``weight`` dequantises to (``empty_layers`` makes layers on meta)."""
         self._like = torch.empty(0, dtype=dtype, device=device)
 
     @property
@@ -90,7 +90,7 @@ def quantize_model(model: Any, quantization: Quantization) -> None:
 
 
 def empty_layers(model: Any, quantization: Quantization) -> None:
-    """The same of a model on the meta device, whose weights a checkpoint is to bring."""
+    """Replace the linear layers of a model on the meta device by quantised ones, for a checkpoint to fill."""
     for owner, name, layer in linear_layers(model):
         outputs, inputs = layer.weight.shape
         packed = quantization.format == "int4"
@@ -109,7 +109,7 @@ def empty_layers(model: Any, quantization: Quantization) -> None:
 
 
 def linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """(owner, name, layer) of what a decode step multiplies with."""
+    """(owner, name, layer) of every linear layer that decoding reads, the head last."""
     for block in model.transformer.h:
         for owner, name in (
             (block.attn, "c_attn"),
@@ -144,10 +144,10 @@ class _LargestKV:
 
 @torch.no_grad()
 def kv_scales(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales of an fp8 cache, ``(n_layer, n_head)`` for keys and for values: set ``model.kv_scales`` to them.
+    """(k_scales, v_scales) of an fp8 KV cache, fp32 ``(n_layer, n_head)``: set ``model.kv_scales`` to them.
 
-    Each head's largest number over ``ids`` is put at half of what e4m3 holds; what other texts bring beyond
-    its end is kept as that.
+    Each head's largest number over ``ids`` is scaled to half of e4m3's largest, 448. Other texts may bring
+    numbers up to twice as large; larger ones saturate.
 
     Args:
         ids: ``(batch, seq)``: texts such as the model is to continue.

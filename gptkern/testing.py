@@ -218,7 +218,7 @@ def norm_terms(
 
 
 def layouts(value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same values in other layouts, each with a contiguous last dimension: (name, tensor) pairs."""
+    """(name, tensor) pairs: copies of a tensor in other layouts, each with a contiguous last dimension."""
     if value.dim() >= 3:
         permuted = value.detach().transpose(0, -2).contiguous().transpose(0, -2)
         yield "permuted", permuted.requires_grad_(value.requires_grad)

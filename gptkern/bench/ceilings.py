@@ -1,4 +1,4 @@
-"""What this machine can do at most: the rate of a large copy, and of a large matrix product per dtype."""
+"""This machine's ceilings: the rate of a large copy, and of a large matrix product per dtype."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Comparison:
 
     @property
     def regressed(self) -> bool:
-        """Whether gptkern itself became slower, or broke, anywhere."""
+        """True if gptkern itself became slower, or broke, anywhere."""
         slower = any(c.verdict == "slower" and c.new.provider == OURS for c in self.changes)
         return slower or any(row.provider == OURS for row in self.broken)
 

@@ -1,4 +1,4 @@
-"""Where a measurement was made: device, driver, versions, commit."""
+"""The machine and the software of a measurement: device, driver, versions, commit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("gptkern", "torch", "triton", "transformers", "liger-kernel", "flash
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Everything a reader needs to judge or repeat a run."""
+    """The facts that a reader needs to judge or repeat a run."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),

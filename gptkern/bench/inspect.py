@@ -79,7 +79,7 @@ def load(path: Path) -> tuple[list[Report], str]:
 
 
 def diff(old: Iterable[Report], new: Iterable[Report]) -> list[str]:
-    """What changed in the generated code, a line for each kernel; empty where nothing did.
+    """The changes in the generated code, a line for each kernel; empty where there are none.
 
     Kernels of operations and architectures that ``new`` does not cover are left out.
     """
@@ -129,7 +129,7 @@ def compiled(
 
 
 def table(archs: tuple[int, ...], most: int | None = None) -> str:
-    """All ops' reports as text, ``most`` kernels of each."""
+    """A text table of all ops' reports, at most ``most`` kernels of each op."""
     return _aot.as_table(compiled([], archs, most))
 
 

@@ -1,4 +1,4 @@
-"""What is measured: a problem, and the providers that each solve it."""
+"""Problems to measure, and the providers that each solve them."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ def gradient_call(provider: Provider, inputs: Inputs, seed: int = 0) -> Callable
 
 
 def call_of(problem: Problem, provider: Provider, inputs: Inputs) -> Callable[[], list[torch.Tensor]]:
-    """What is timed."""
+    """The call that is timed: the forward pass, or with ``backward`` the gradients alone."""
     if problem.backward:
         return gradient_call(provider, inputs)
     return lambda: outputs(provider(*inputs))
 
 
 def expected_of(problem: Problem, inputs: Inputs) -> list[torch.Tensor]:
-    """What every provider's result is compared with."""
+    """The reference's result in float64, with which every provider's is compared."""
     return call_of(problem, problem.reference, widened(inputs))()
 
 

@@ -1,4 +1,4 @@
-"""Where a token's time goes: launches, bytes, their least time here, the time taken, each operator's."""
+"""The time of one token: launches, bytes, their least time on this machine, and each operator's share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WARM = 3
 
 @dataclass(frozen=True)
 class Operator:
-    """What one operator or kernel takes of a token: calls, and seconds of its own."""
+    """One operator's or kernel's part of a token: calls, and seconds of its own."""
 
     name: str
     calls: float

@@ -43,7 +43,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, bool, str]:
-        """What identifies the row in another run."""
+        """The fields that identify the row in another run."""
         return self.suite, self.shape, self.dtype, self.backward, self.provider
 
     @property
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def samples(self) -> list[float]:
-        """All samples, seconds."""
+        """The samples of all rounds, in seconds."""
         return [seconds for round_ in self.rounds for seconds in round_]
 
     @property

@@ -58,7 +58,7 @@ def _line(row: Row, ours: float | None, ceilings: Ceilings) -> Line:
 
 
 def memory_bound(row: Row, ceilings: Ceilings) -> bool:
-    """Whether the bytes take longer than the operations, at this machine's ceilings."""
+    """True if the bytes take longer than the operations, at this machine's ceilings."""
     return row.bytes_moved / ceilings.copy >= row.flops / ceilings.matmul[row.dtype]
 
 

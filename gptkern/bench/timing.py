@@ -19,7 +19,7 @@ _FLUSH_BYTES = 512 << 20
 
 
 def cpu_clock() -> Callable[[], float]:
-    """What times a CPU path."""
+    """The clock of a CPU path: CPU time with one thread, elapsed time with several."""
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 

@@ -55,7 +55,7 @@ class Place:
 
     @property
     def row(self) -> Row:
-        """What stands there now."""
+        """The row as the table has it."""
         return _launch.table(self.arch)[self.kernel][self.index]
 
 
@@ -149,7 +149,7 @@ class _Bench:
         return geometric_mean(times) if all(map(math.isfinite, times)) else math.inf
 
     def sound(self, row: Row) -> bool:
-        """Whether the machine code of every case is without a problem."""
+        """True if the machine code of every case is without a problem."""
         arch = self._place.arch
         return not any(
             _aot.inspect(case.op, case.case, case.dtype, launches[i], arch).problems
@@ -177,7 +177,7 @@ class _Bench:
             return self._timer(again)
 
     def _decided(self, case: TypedCase, row: Row) -> list[int]:
-        """Which of the case's launches the row decides: those that another number of warps in it changes."""
+        """Indices of the case's launches that the row decides: those that another number of warps changes."""
         warps = row["num_warps"]
         probe = {**row, "num_warps": warps // 2 if warps > 1 else 2}
         as_is, probed = (self._recorded(case, each) for each in (row, probe))
@@ -225,7 +225,7 @@ def _near(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool
 
 
 def note(device: torch.device) -> str:
-    """What a tuned row says of where it was measured."""
+    """A comment for a tuned row: the machine that it was measured on."""
     where = environment.describe(device)
     versions = where["versions"]
     return f"{where['device']}, triton {versions['triton']}, {where['time'][:10]}, commit {where['commit']}"

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, whatever its format: the model's config, and its tensors by the model's names."""
+"""A checkpoint's contents, whatever its format: the config, and the tensors by the model's names."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Contents:
     extras: dict[str, Any] = field(default_factory=dict)
 
     def turned(self, name: str) -> bool:
-        """Whether the tensor of that name is stored transposed."""
+        """True if the tensor of that name is stored transposed."""
         return self.transposed and name.endswith(BLOCK_MATRICES)
 
 

@@ -65,7 +65,7 @@ def of_config(config: GPTConfig) -> dict[str, Any]:
 
 
 def of_json(data: Mapping[str, Any], config: GPTConfig) -> dict[str, Any]:
-    """The same with what ``config.json`` says, where older checkpoints keep such fields."""
+    """Generation defaults from ``config.json``, where older checkpoints keep such fields."""
     found = of_config(config)
     return found | {
         name: data[name]

@@ -66,7 +66,7 @@ def read_config(path: Path) -> GPTConfig:
 
 
 def _read_generation_config(files: Files, said: dict[str, Any], config: GPTConfig) -> dict[str, Any]:
-    """As in transformers, the file alone speaks where there is one."""
+    """``generation_config.json``, else the fields of ``config.json``: as in transformers, never both."""
     if GENERATION_CONFIG not in files:
         return generation.of_json(said, config)
     return read_json(files / GENERATION_CONFIG)

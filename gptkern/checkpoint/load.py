@@ -1,4 +1,4 @@
-"""From files into a model: every tensor is checked first, then read straight into its place."""
+"""Reading a checkpoint into a model: every tensor is checked first, then read straight into its place."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def load(
 def check_quantization(
     contents: Contents, wanted: Quantization | None, device: torch.device | str | None
 ) -> None:
-    """Whether a checkpoint can be had in these bits on this device, before its weights are read.
+    """Refuse a quantisation that the checkpoint or the device cannot have, before any weight is read.
 
     Raises:
         ValueError: It is in fewer bits already; fp8 on a GPU that has none; a device that is not there.
@@ -175,7 +175,7 @@ def check_vocabulary(source: Path, config: GPTConfig, tokenizer: Tokenizer) -> N
 
 
 def _check_sizes(contents: Contents) -> None:
-    """Whether the configuration's sizes are those of the tensors, before anything of these sizes is made."""
+    """Refuse a configuration whose sizes are not the tensors', before anything of these sizes is made."""
     config = contents.config
     layers = {match[1] for name in contents.tensors if (match := _LAYER.match(name))}
     if len(layers) != config.n_layer:
@@ -207,7 +207,7 @@ def _without_redundant(contents: Contents, expected: dict[str, tuple[int, ...]])
 
 
 def _more_exact(head: StoredTensor, embedding: StoredTensor) -> StoredTensor:
-    """Of a tied head and its copy the one that the other was rounded from."""
+    """The more exact of a tied head and the embedding: the one that the other was rounded from."""
     if head.same_place(embedding):
         return embedding
     if head.shape == embedding.shape and head.dtype in FLOATS and embedding.dtype in FLOATS:

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a path, a hub id (downloaded once, then cached), or the embedded model."""
+"""Finding a checkpoint: a path, a hub id (downloaded once, then cached), or the embedded model."""
 
 from __future__ import annotations
 

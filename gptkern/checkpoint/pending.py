@@ -90,19 +90,19 @@ class Files:
         return path
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is anything of that name.
+        """True if there is anything of that name.
 
         A device or a link to nothing is for the reader to refuse, and not to be passed over.
         """
         return os.path.lexists(self / name)
 
     def unchanged(self) -> bool:
-        """Whether every file that was asked for is still the one that it was."""
+        """True if every file that was asked for is still the one that it was."""
         return all(_mark(path) == mark for path, mark in self._asked.items())
 
 
 def read(folder: Path, reader: Callable[[Files], T]) -> T:
-    """What ``reader`` returns for the files of ``folder``: all of one save, while others may be saving.
+    """The result of ``reader`` on files of ``folder`` that are all of one save, while others may be saving.
 
     It may be called again, where files were replaced while it read.
 
@@ -134,7 +134,7 @@ def read(folder: Path, reader: Callable[[Files], T]) -> T:
 
 
 def _elsewhere(folder: Path) -> dict[str, Path]:
-    """Where files are that a complete save has not moved yet; those that it removes are nowhere."""
+    """Paths of the files that a complete save has not moved yet; files that it removes have none."""
     pending = folder / PENDING
     if not os.path.lexists(pending):
         return {}
@@ -220,14 +220,14 @@ def manifest(changes: Mapping[str, Change]) -> str:
 
 
 def is_plain(name: str) -> bool:
-    """Whether it is the name of a file in the folder itself, of a kind that a model or its tokens have."""
+    """True if ``name`` is a file's in the folder itself, of a kind that a model or a tokenizer has."""
     plain = name == os.path.basename(name) and not name.startswith(".") and name.endswith(_SUFFIXES)
     # what the system takes as a name: no zero byte, no lone surrogate, not too long
     return plain and name.isprintable() and len(os.fsencode(name)) <= 255
 
 
 def fits(folder: Path, changes: Mapping[str, Change]) -> bool:
-    """Whether every file of ``folder`` is the one that the save found, or the one that it put there.
+    """True if every file of ``folder`` is the one that the save found, or the one that it put there.
 
     Raises:
         OSError: One cannot be read.
@@ -247,7 +247,7 @@ def _allowed(folder: Path, name: str, change: Change) -> tuple[Identity | None, 
 
 
 def _is_moving(folder: Path) -> bool:
-    """Whether a living save holds the folder's lock."""
+    """True if a living save holds the folder's lock."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

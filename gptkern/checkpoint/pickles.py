@@ -77,7 +77,7 @@ class _Unsupported:
 
 @dataclass
 class _Archive:
-    """Where storages lie: their first byte and size, by key."""
+    """The places of storages in a file: first byte and size, by key."""
 
     path: Path
     raw: torch.Tensor
@@ -86,7 +86,7 @@ class _Archive:
 
 
 def read_plain(path: Path) -> object:
-    """What a pickle holds that is made of dicts, lists, tuples, sets, text and numbers alone.
+    """The contents of a pickle that is made of dicts, lists, tuples, sets, text and numbers alone.
 
     Raises:
         CheckpointError: It cannot be read, or holds something else.
@@ -105,7 +105,7 @@ def read_plain(path: Path) -> object:
 
 
 def read_torch(path: Path, way_out: str) -> object:
-    """What ``torch.save`` wrote: for tensors, what ``state_dict_tensors`` takes.
+    """The contents of a file of ``torch.save``; ``state_dict_tensors`` takes its tensors.
 
     Args:
         way_out: Of a file that holds more than tensors and plain values: an expression of what to keep of
@@ -209,7 +209,7 @@ def _read_zip(archive: _Archive, way_out: str) -> object:
 
 
 def _place(archive: _Archive, member: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where a stored record's bytes lie: after its local header, which repeats the name."""
+    """The place of a stored record's bytes: after its local header, which repeats the name."""
     begin = member.header_offset + _LOCAL_HEADER.size
     header = archive.raw[member.header_offset : begin].numpy().tobytes()
     if len(header) == _LOCAL_HEADER.size:
@@ -282,7 +282,7 @@ def _unpickle(
 
 
 def _hashing(operation: Callable[[Any], None], hashed: slice) -> Callable[[Any], None]:
-    """The same operation, for keys and members that are text or numbers.
+    """Wrap a pickle operation: its keys and members must be text or numbers.
 
     The hash of a tuple of tuples that each hold the one before twice takes for ever, that of a long integer
     as long as it is.
@@ -360,7 +360,7 @@ class _Unpickler(pickle._Unpickler):
 def _tensor_v2(
     storage: object, offset: object, shape: object, stride: object, *rest: object
 ) -> _Tensor | _Unsupported:
-    """Of the rest (requires_grad, hooks, metadata), metadata alone, of conjugates, changes values."""
+    """Read a tensor. Of requires_grad, hooks and metadata the last alone, of conjugates, changes values."""
     if isinstance(storage, _Unsupported):
         return storage
     return _Tensor(storage, offset, shape, stride, metadata=rest[2] if len(rest) > 2 else None)
@@ -369,7 +369,7 @@ def _tensor_v2(
 def _tensor_v3(
     storage: object, offset: object, shape: object, stride: object, *rest: object
 ) -> _Tensor | _Unsupported:
-    """The same with the dtype after the hooks, for dtypes without storages of their own."""
+    """Read a tensor of a dtype that has no storages of its own: the dtype comes after the hooks."""
     if isinstance(storage, _Unsupported):
         return storage
     return _Tensor(storage, offset, shape, stride, rest[2], rest[3] if len(rest) > 3 else None)

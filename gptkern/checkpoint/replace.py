@@ -46,7 +46,7 @@ _SILENCE, _PATIENCE, _PAUSE = 2.0, 120.0, 0.02
 
 
 class Staging:
-    """Where the new files are written.
+    """The folder that a save writes its new files into.
 
     Attributes:
         folder: It, for what writes files of its own.

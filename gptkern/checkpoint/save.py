@@ -1,4 +1,4 @@
-"""From a model to a folder that transformers opens, in one step that a kill cannot cut in half."""
+"""Saving a model into a folder that transformers opens, all or nothing, whenever it is killed."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class StoredTensor:
         )
 
     def same_place(self, other: StoredTensor) -> bool:
-        """Whether the two are one tensor under two names."""
+        """True if the two are one tensor under two names."""
         return self.raw is other.raw and (self.start, self.shape, self.stride, self.dtype) == (
             other.start,
             other.shape,

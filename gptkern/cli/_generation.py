@@ -58,7 +58,7 @@ def generation_options(
 
 
 def _panel(parameter: inspect.Parameter) -> int:
-    """Where the help lists a parameter: the command's own first."""
+    """The help's panel for a parameter: the command's own first."""
     declared = parameter.annotation.__metadata__[0]
     return (None, "Generation", "Sampling").index(declared.rich_help_panel)
 
@@ -105,7 +105,7 @@ def _type(option: Option) -> Any:
 def generation(
     gpt: GPT, fallback: Mapping[str, Any], asked: Mapping[str, Any], *, greedy: bool
 ) -> dict[str, Any]:
-    """What to give ``generate``: options that were asked for, else the checkpoint's, else ``fallback``.
+    """Options for ``generate``: those that were asked for, else the checkpoint's, else ``fallback``.
 
     Args:
         fallback: The command's own defaults.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class DType(StrEnum):
-    """What weights are computed in."""
+    """The dtype that weights are computed in."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -43,7 +43,7 @@ Dtype = Annotated[DType | None, typer.Option(help="Type of the weights; by defau
 
 
 class Format(StrEnum):
-    """What linear layers' weights are kept in."""
+    """The format of quantised linear layers' weights."""
 
     int8 = "int8"
     fp8 = "fp8"
@@ -110,7 +110,7 @@ def _refuse_fallbacks() -> None:
 
 
 def strict() -> bool:
-    """Whether ``GPTKERN_STRICT=1`` turns every fallback into an error."""
+    """True if ``GPTKERN_STRICT=1`` turns every fallback into an error."""
     return os.environ.get("GPTKERN_STRICT") == "1"
 
 

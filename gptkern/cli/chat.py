@@ -22,7 +22,7 @@ _HELP = "/reset begins anew, /exit (or Ctrl-D) ends, Ctrl-C stops an answer."
 
 @dataclass
 class Transcript:
-    """A conversation as the text that the model continues.
+    """A conversation, as the text that the model continues.
 
     Attributes:
         opening: Text before the first turn, never dropped.
@@ -36,7 +36,7 @@ class Transcript:
     turns: list[tuple[str, str]] = field(default_factory=list)
 
     def prompt(self, said: str) -> str:
-        """Everything up to where the model speaks."""
+        """The transcript up to where the model speaks."""
         lines = [self.opening] if self.opening else []
         for yours, theirs in self.turns:
             lines += [f"{self.you}: {yours}", f"{self.bot}: {theirs}"]

@@ -58,7 +58,7 @@ def doctor(
 
 
 def examine() -> list[Finding]:
-    """Everything the report says, most important first."""
+    """The report's lines, most important first."""
     return [*_device(), *_kernels(), *_extension(), *_versions()]
 
 

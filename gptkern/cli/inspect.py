@@ -13,7 +13,7 @@ from gptkern.cli import terminal
 
 
 class Per(Enum):
-    """Of what there is one report."""
+    """The unit that has one report: a binary, a launch row or a kernel."""
 
     BINARY = "binary"
     ROW = "row"

@@ -86,7 +86,7 @@ def _in_cache() -> Iterator[Cached]:
 
 
 def _problem(snapshots: list[Path]) -> str:
-    """Why none of a repository's snapshots can be opened."""
+    """The reason why none of a repository's snapshots can be opened; "" where one can."""
     from gptkern.checkpoint.hf import CONFIG, WEIGHTS
     from gptkern.config import MODEL_TYPES
 

@@ -70,7 +70,7 @@ def read_prompt(source: Path | None) -> str:
 
 
 def waits_for_a_person() -> bool:
-    """Whether standard input is a terminal."""
+    """True if standard input is a terminal."""
     return _is_terminal(sys.stdin)
 
 

@@ -1,4 +1,4 @@
-"""What is told where a command line makes no sense: the value that came, what is accepted, an example."""
+"""Messages for a command line that makes no sense: the value that came, what is accepted, an example."""
 
 from __future__ import annotations
 

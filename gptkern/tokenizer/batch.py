@@ -26,7 +26,7 @@ class Encoding(dict[str, Any]):
         return self[name]
 
     def to(self, device: torch.device | str) -> Encoding:
-        """The same tensors on another device."""
+        """A copy with all tensors on ``device``."""
         return Encoding({name: value.to(device) for name, value in self.items()})
 
 
@@ -42,7 +42,7 @@ def encode_batch(
     padding_side: Side,
     truncation_side: Side,
 ) -> Encoding:
-    """What ``Tokenizer.__call__`` returns; see there.
+    """The encoding of a batch of texts; ``Tokenizer.__call__`` explains the options.
 
     Args:
         encode: A text's ids and those that stand before and after them, which cutting leaves whole.

@@ -42,7 +42,7 @@ Token = str | AddedToken
 
 @dataclass
 class Parts:
-    """What a folder's files make.
+    """A tokenizer's parts, as a folder's files describe them.
 
     Attributes:
         backend: The tokenizer, every added token in it.

@@ -246,7 +246,7 @@ class Tokenizer:
 
     @property
     def adds_space(self) -> bool:
-        """Whether ``encode`` takes a text as if a space came before it."""
+        """True if ``encode`` takes a text as if a space came before it."""
         split = self._backend.pre_tokenizer
         if isinstance(split, pre_tokenizers.Metaspace):
             return bool(split.prepend_scheme != "never")
@@ -381,7 +381,7 @@ class Tokenizer:
         return text
 
     def has_token(self, token_id: int) -> bool:
-        """Whether an id stands for a token; those of a model's padded rows do not."""
+        """True if an id stands for a token; those of a model's padded rows do not."""
         return self._backend.id_to_token(token_id) is not None
 
     def stream(self, *, skip_special_tokens: bool = False) -> TokenStream:

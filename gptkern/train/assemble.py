@@ -1,4 +1,4 @@
-"""From settings to what is trained: the data, the model, the objective."""
+"""The parts of a run, made from its settings: the data, the model, the objective."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def assemble(settings: Settings, out: Path, group: Processes) -> tuple[Source, O
 
 
 def _check_sample_prompt(settings: Settings, model: GPT) -> None:
-    """What samples continue must be text that the tokenizer knows: better told now than after an hour."""
+    """Refuse a sample prompt that the model cannot continue: better now than after an hour."""
     if not settings.eval.samples or settings.data.kind == "classes" or model.tokenizer is None:
         return
     try:
@@ -81,7 +81,7 @@ def _check_sample_prompt(settings: Settings, model: GPT) -> None:
 
 
 def _all_text(data: DataSettings) -> str:
-    """What a character tokenizer must know; the JSON's own characters do no harm."""
+    """The text whose characters a character tokenizer gets; the JSON's own characters do no harm."""
     if data.tokenizer != "char":
         return ""
     paths = data.path + data.val_path

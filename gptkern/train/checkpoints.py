@@ -87,7 +87,7 @@ class Store:
         self.passed_over: dict[Path, str] = {}
 
     def folders(self) -> list[Path]:
-        """All there are, oldest first."""
+        """The checkpoints' folders, oldest first."""
         found = [folder for folder in self.root.glob(f"{_STEP}*") if _number(folder) >= 0]
         return sorted(found, key=_number)
 

@@ -61,10 +61,10 @@ class Batch:
 
 
 class Source(Protocol):
-    """Where batches come from."""
+    """A source of batches."""
 
     def describe(self) -> str:
-        """How much there is, in words."""
+        """The amount of data, in words."""
         ...
 
     def training_batch(self, step: int, size: int) -> Batch:
@@ -81,7 +81,7 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
 
 
 def shuffled(places: Array, count: int, seed: int, epoch: int) -> Array:
-    """Where an epoch's random order of ``count`` things has ``places``, without holding the order.
+    """The items at ``places`` of an epoch's random order of ``count`` items, without holding the order.
 
     A four-round Feistel network on the next power of four, walked until it falls below ``count``
     (Black and Rogaway 2002, the cycle-walking cipher): a permutation for any keys.

@@ -193,7 +193,7 @@ def _memory_left() -> int:
 
 
 def _step_bytes(trainer: Trainer, tokens: int) -> int:
-    """What a step's activations may take, generously: 34 tensors of (tokens, width) a block, in fp32.
+    """Bytes that a step's activations may take, generously: 34 fp32 tensors of (tokens, width) a block.
 
     The count is that of Korthikanti et al. 2022 (section 4.1) without the attention matrix, which
     flash attention does not store.

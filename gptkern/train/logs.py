@@ -1,4 +1,4 @@
-"""What a run says of itself: log.jsonl, TensorBoard, a line of progress."""
+"""A run's reports: log.jsonl, TensorBoard, lines and a bar on standard error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is minimised: a module that holds the model and returns a batch's summed loss.
+"""Objectives: modules that hold the model and return a batch's summed loss.
 
 The head and the loss are one fused op, so no training step ever holds the logits of its batch.
 """

@@ -26,7 +26,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and prints."""
+        """True if this process writes files and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -88,7 +88,7 @@ def _device(name: str, world: int) -> torch.device:
 
 
 def spread(objective: nn.Module, group: Processes, strategy: str) -> nn.Module:
-    """What training calls: ``objective`` itself, a DDP wrapper of it, or it sharded in place (FSDP2)."""
+    """The module that training calls: ``objective``, a DDP wrapper of it, or itself sharded (FSDP2)."""
     if group.world == 1:
         return objective
     if strategy == "ddp":
@@ -120,7 +120,7 @@ def no_sync(module: nn.Module, active: bool) -> Iterator[None]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be spread over the processes; every process must ask."""
+    """The whole of a tensor that may be spread over the processes; every process must ask."""
     if isinstance(tensor, DTensor):
         gathered: torch.Tensor = DTensor.full_tensor(tensor)
         return gathered

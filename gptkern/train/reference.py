@@ -55,7 +55,7 @@ def _summary(cls: type) -> str:
 
 
 def _meanings(cls: type) -> dict[str, str]:
-    """What a docstring's ``Attributes:`` or ``Args:`` say of each name.
+    """The text of each name in a docstring's ``Attributes:`` or ``Args:``.
 
     Of several names that share an entry the first has the text, with all the names; the others follow it.
     """

@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: what it was begun with is what is asked for now."""
+"""Checks that a run may go on from a checkpoint: the same model, data and LoRA settings as it began with."""
 
 from __future__ import annotations
 

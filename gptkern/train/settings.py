@@ -1,4 +1,4 @@
-"""What a run is told to do: a TOML file, checked before anything starts.
+"""A run's settings: a TOML file, checked before anything starts.
 
 Each table of the file is a dataclass here, each key a field. A key that is not known, a value of
 another type or out of its range stops the run with its name and what is accepted.
@@ -56,7 +56,7 @@ def _share(section: str, name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the tokens come from.
+    """The training data.
 
     Attributes:
         kind: What the files are: ``text`` (plain text), ``jsonl`` (a document a line), ``bin`` (shards of
@@ -97,7 +97,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long the run is, and how it computes.
+    """Length, batches and arithmetic of the run.
 
     Attributes:
         steps: Train steps: updates of the weights.
@@ -144,7 +144,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How a gradient becomes an update.
+    """The optimizer: how a gradient becomes an update.
 
     Attributes:
         name: ``adamw``, ``adam``, ``sgd``, ``lion``, or ``muon`` (the blocks' matrices; AdamW the rest).
@@ -177,7 +177,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """How the learning rate changes over the run.
+    """The learning rate over the run.
 
     Attributes:
         name: ``constant``, ``linear``, ``cosine``, or ``wsd`` (warm up, stay, decay linearly at the end).
@@ -200,7 +200,7 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How held-out data is scored while training.
+    """Evaluation on held-out data while training.
 
     Attributes:
         every: Steps from one evaluation to the next; 0 evaluates at the end only.
@@ -226,7 +226,7 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """When the run's state is saved; ``--resume`` goes on from the newest.
+    """Saved states of the run; ``--resume`` goes on from the newest.
 
     Attributes:
         every: Steps from one checkpoint to the next; 0 saves only at the end and when the run is stopped.
@@ -245,7 +245,7 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class LogSettings:
-    """What the run writes down.
+    """The run's log.
 
     Attributes:
         every: Steps from one line of ``log.jsonl`` to the next.

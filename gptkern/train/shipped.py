@@ -10,7 +10,7 @@ _FOLDER = Path(__file__).parents[1] / "assets" / "configs"
 
 
 def names() -> list[str]:
-    """Their names."""
+    """The names of the configurations that come with the package."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 

@@ -21,7 +21,7 @@ _FILES = "rank-*.safetensors"
 
 
 def state_tensors(objective: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    """Everything that training changes, by name: trained weights, and the optimizers' tensors."""
+    """The tensors that training changes, by name: trained weights, and the optimizers' state."""
     names: dict[torch.Tensor, str] = {
         parameter: name for name, parameter in objective.named_parameters() if parameter.requires_grad
     }

@@ -317,7 +317,7 @@ def _tokenise(settings: DataSettings, own: Tokenizer | None, cache: Path) -> Non
 
 
 def _read_stamp(path: Path) -> Any:
-    """What the tokens were made of; None where that cannot be read: they are then made anew."""
+    """The stamp that says what the tokens were made of; None if it cannot be read: they are made anew."""
     try:
         return json.loads(read_bytes(path, LARGEST_JSON))
     except (OSError, ValueError, RecursionError):

@@ -41,7 +41,7 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
         step: Steps that are done.
@@ -187,7 +187,7 @@ class _Run:
         self.loss = math.nan
 
     def _bytes_needed(self) -> int:
-        """Of the checkpoints to come: the trained weights and two optimizer tensors each, and the model."""
+        """Bytes of the checkpoints to come: trained weights and two optimizer tensors each, and the model."""
         objective = self.trainer.objective
         trained = sum(p.numel() * p.element_size() for p in self.trainer.trained)
         model = sum(p.numel() * p.element_size() for p in objective.parameters())
@@ -282,7 +282,7 @@ class _Run:
         return bool(stop)
 
     def _after(self, done: int, stop: bool) -> None:
-        """What is due once ``done`` steps are done."""
+        """Log, evaluate and save, as far as it is due once ``done`` steps are done."""
         settings = self.settings
         last = done == settings.train.steps
 

@@ -26,7 +26,7 @@ def compiled(function: Provider) -> Provider:
 
 
 def installed(module: str) -> bool:
-    """Whether an optional peer can be imported."""
+    """True if an optional peer can be imported."""
     return importlib.util.find_spec(module) is not None
 
 

@@ -23,7 +23,7 @@ def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
 
 
 def _kept(logits: torch.Tensor) -> torch.Tensor:
-    """Which tokens top-k, then top-p on what is left, keep."""
+    """The mask of tokens that are left after top-k, then top-p."""
     values, order = (logits / TEMPERATURE).topk(TOP_K)
     probs = torch.softmax(values, -1)
     inside = probs.cumsum(-1) - probs < TOP_P
