@@ -37,7 +37,8 @@ constexpr Named<Status> kStatuses[] = {{"ok", kOk},
                                        {"nothing_allowed", kNothingAllowed},
                                        {"needs_counts", kNeedsCounts},
                                        {"bad_token_id", kBadTokenId},
-                                       {"bad_draft", kBadDraft}};
+                                       {"bad_draft", kBadDraft},
+                                       {"bad_draft_probs", kBadDraftProbs}};
 
 // Columns of a row, by where its struct has them.
 #define GPTKERN_COLUMN(row, name) Named<size_t>{#name, offsetof(row, name) / sizeof(row::name)}

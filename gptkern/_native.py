@@ -47,7 +47,15 @@ def _number(name: str, otherwise: int) -> int:
 
 
 _statuses = _numbers(
-    "statuses", "ok", "nan", "infinite", "nothing_allowed", "needs_counts", "bad_token_id", "bad_draft"
+    "statuses",
+    "ok",
+    "nan",
+    "infinite",
+    "nothing_allowed",
+    "needs_counts",
+    "bad_token_id",
+    "bad_draft",
+    "bad_draft_probs",
 )
 NAN = _statuses["nan"]
 INFINITE = _statuses["infinite"]
@@ -55,6 +63,7 @@ NOTHING_ALLOWED = _statuses["nothing_allowed"]
 NEEDS_COUNTS = _statuses["needs_counts"]
 BAD_TOKEN_ID = _statuses["bad_token_id"]
 BAD_DRAFT = _statuses["bad_draft"]
+BAD_DRAFT_PROBS = _statuses["bad_draft_probs"]
 
 _commits = _numbers("commits", "no", "yes", "only")
 KEEP_STATE, COMMIT, COMMIT_ONLY = _commits["no"], _commits["yes"], _commits["only"]

@@ -47,8 +47,9 @@ def test_numbers_are_those_of_the_extension() -> None:
     )
     assert _native.COUNTERS == ("seed", "request", "step")
     statuses = [_native.NAN, _native.INFINITE, _native.NOTHING_ALLOWED, _native.NEEDS_COUNTS]
+    statuses += [_native.BAD_TOKEN_ID, _native.BAD_DRAFT, _native.BAD_DRAFT_PROBS]
     names = ("nan", "infinite", "nothing_allowed", "needs_counts", "bad_token_id", "bad_draft")
-    assert [*statuses, _native.BAD_TOKEN_ID, _native.BAD_DRAFT] == [_C.statuses[name] for name in names]
+    assert statuses == [_C.statuses[name] for name in (*names, "bad_draft_probs")]
     assert _C.activations == _native.ACTIVATIONS
     assert reference.IN_PROMPT == _native.IN_PROMPT == _C.in_prompt
 

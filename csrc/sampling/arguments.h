@@ -47,6 +47,7 @@ enum Status : int32_t {
     kNeedsCounts,
     kBadTokenId,
     kBadDraft,
+    kBadDraftProbs,
 };
 
 // A (batch, width) matrix of token ids, one row for each sequence, padded with -1.

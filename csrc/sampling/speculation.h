@@ -58,6 +58,14 @@ GPTKERN_HD Status check_draft(const SampleArguments& a, int64_t row) {
     return kOk;
 }
 
+// A NaN would accept nothing and leave no residual: the row is refused, as one with NaN logits is.
+template <class Team>
+GPTKERN_HD Status check_draft_probs(Team& team, uint32_t vocab, const float* probs) {
+    uint64_t bad = 0;
+    team.for_each(vocab, [&](uint32_t i) { bad += probs[i] >= 0.0f && probs[i] <= 1e30f ? 0 : 1; });
+    return team.sum(bad) != 0 ? kBadDraftProbs : kOk;
+}
+
 // Verifies one row's draft. tokens[row] becomes the accepted tokens, one more of the target's own, then -1.
 // A row that cannot be sampled accepts nothing and gets token 0 and its status.
 template <class Team>
@@ -73,6 +81,9 @@ GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_
     int emitted = 0;
     for (int position = 0; position <= drafted; ++position) {
         const Row row = row_of(team, a, row_index, position, buffers);
+        if (status == kOk && a.draft_probs != nullptr && position < drafted) {
+            status = check_draft_probs(team, row.vocab, a.draft_probs + (row_index * drafted + position) * a.vocab);
+        }
         const Distribution d = distribution(team, row, buffers.values, status);
         const float* const values = d.values;
         status = d.status;

@@ -91,6 +91,7 @@ void one_batch(int threads) {
     std::vector<float> logprobs(rows), top_logprobs(rows * 4), draft_probs(rows * 3 * tokens, 1.0f / vocab);
     std::vector<int32_t> status(rows);
     for (auto& token : drafts) token = chance(500) ? vocab : below(vocab);
+    if (chance(10)) draft_probs[below(static_cast<int>(draft_probs.size()))] = NAN;
 
     SampleArguments a{};
     a.logits = logits.data();
@@ -130,7 +131,7 @@ void one_batch(int threads) {
                 fail("a token that the bitmask bans", row);
             }
         }
-        if (status[row] < 0 || status[row] > kBadDraft) fail("an unknown status", row);
+        if (status[row] < 0 || status[row] > kBadDraftProbs) fail("an unknown status", row);
     }
 }
 

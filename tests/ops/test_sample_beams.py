@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptkern
-from gptkern.ops import SamplerState, SamplingParams, sample, speculative_accept, top_k_logprobs
+from gptkern.ops import (
+    SamplerState,
+    SamplingParams,
+    sample,
+    sampling_probs,
+    speculative_accept,
+    top_k_logprobs,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -124,3 +132,45 @@ def test_any_bits_give_a_token_or_an_error(rows: list[list[float]], values: list
     if out.status.any():
         with pytest.raises(ValueError, match="sample: "):
             sample(logits, params, state=state)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -0.1, math.inf])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_draft_probabilities_that_are_none_are_refused(bad: float, backend: Any) -> None:
+    target = torch.randn(3, 3, 20)
+    q = target[:, :2].softmax(-1)
+    drafts = q.argmax(-1)
+    target[0, 0, drafts[0, 0]] = -math.inf
+    params = SamplingParams.make(3, 20)
+    states = [SamplerState.make(3, 20, seed=1, history=True) for _ in range(2)]
+    expected = speculative_accept(drafts, q, target, params, state=states[0])
+    assert expected.n_accepted[0] == 0
+    with gptkern.backend(backend):
+        # No draft is looked at behind the first one that is rejected.
+        unseen = q.clone()
+        unseen[0, 1, 3] = bad
+        found = speculative_accept(drafts, unseen, target, params, state=states[1])
+        assert torch.equal(found.tokens, expected.tokens)
+        before = states[1].counters.clone()
+        q[2, 0, 7] = bad
+        with pytest.raises(ValueError, match=r"draft_probs\[2\] holds NaN, a negative number or infinity"):
+            speculative_accept(drafts, q, target, params, state=states[1])
+        assert torch.equal(states[1].counters, before)
+
+
+@pytest.mark.parametrize("name", ["params", "state"])
+def test_params_and_state_of_another_type_are_refused_by_name(name: str) -> None:
+    given: dict[str, Any] = {"params": SamplingParams.make(1, 20), "state": SamplerState.make(1, 20)}
+    for wrong in (None, {"temperature": 1.0}):
+        given[name] = wrong
+        for call in (sample, sampling_probs):
+            with pytest.raises(TypeError, match=f"{name} is (NoneType|dict); a Sampl"):
+                call(torch.zeros(1, 20), given["params"], state=given["state"])
+        with pytest.raises(TypeError, match=f"{name} is "):
+            speculative_accept(
+                torch.zeros(1, 1, dtype=torch.int64),
+                None,
+                torch.zeros(1, 2, 20),
+                given["params"],
+                state=given["state"],
+            )

@@ -13,6 +13,7 @@ import torch
 
 from gptkern._native import (
     BAD_DRAFT,
+    BAD_DRAFT_PROBS,
     BAD_TOKEN_ID,
     COUNTERS,
     INFINITE,
@@ -37,6 +38,8 @@ def vocabulary(op: str, logits: torch.Tensor, most: int) -> None:
 def rows(op: str, logits: torch.Tensor, params: SamplingParams, state: SamplerState, dim: int = 2) -> None:
     """Logits ``(batch, vocab)``, or of three dimensions, with parameters and a state of as many rows."""
     _checks.tensor(op, "logits", logits, dim=dim)
+    _made(op, "params", params, SamplingParams)
+    _made(op, "state", state, SamplerState)
     vocabulary(op, logits, MAX_VOCAB)
     _checks.last_dim_contiguous(op, "logits", logits)
     batch, vocab = logits.shape[0], logits.shape[-1]
@@ -70,6 +73,12 @@ def rows(op: str, logits: torch.Tensor, params: SamplingParams, state: SamplerSt
                 f"{op}: params.bitmask has {params.bitmask.shape[1]} words a row; at least "
                 f"{-(-vocab // 32)} are needed"
             )
+
+
+def _made(op: str, name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        wanted = kind.__name__
+        raise TypeError(f"{op}: {name} is {type(value).__name__}; a {wanted} is needed: {wanted}.make(...)")
 
 
 def _row_of_each(
@@ -150,5 +159,7 @@ def refuse(op: str, logits: torch.Tensor, params: SamplingParams, row: int, stat
         BAD_TOKEN_ID: f"params name a token for row {row} that is outside the vocabulary of "
         f"{logits.shape[-1]} (ids are 0 to {logits.shape[-1] - 1}, padding is -1)",
         BAD_DRAFT: f"draft_tokens[{row}] holds a token outside the vocabulary of {logits.shape[-1]}",
+        BAD_DRAFT_PROBS: f"draft_probs[{row}] holds NaN, a negative number or infinity; probabilities are "
+        "needed",
     }
     raise ValueError(f"{op}: {reasons[status]}")

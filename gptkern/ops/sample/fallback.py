@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import torch
 
-from gptkern._native import BAD_DRAFT, BAD_TOKEN_ID, INFINITE, NAN, NEEDS_COUNTS, NOTHING_ALLOWED
+from gptkern._native import (
+    BAD_DRAFT,
+    BAD_DRAFT_PROBS,
+    BAD_TOKEN_ID,
+    INFINITE,
+    NAN,
+    NEEDS_COUNTS,
+    NOTHING_ALLOWED,
+)
 from gptkern.ops.sample import reference
 from gptkern.ops.sample.checks import first_bad, refuse
 from gptkern.ops.sample.launch import Drafts, Outputs, sample_outputs
@@ -113,6 +121,8 @@ def accept(
             chosen, accepted = reference.draw(probs, for_token), torch.zeros_like(going)
         else:
             q = None if draft_probs is None else draft_probs[:, position]
+            if q is not None and bool((wrong := going & ~((q >= 0) & (q <= 1e30)).all(-1)).any()):
+                refuse(op, target_logits, params, first_bad(wrong), BAD_DRAFT_PROBS)
             chosen, accepted = reference.speculative_step(
                 probs, draft_tokens[:, position], q, for_token, for_acceptance
             )

@@ -219,7 +219,8 @@ def speculative_accept(
         params, state, validate: As for :func:`sample`; log-probabilities are not computed.
 
     Raises:
-        ValueError, TypeError: As :func:`sample`; a drafted token outside the vocabulary.
+        ValueError, TypeError: As :func:`sample`; a drafted token outside the vocabulary, NaN, a negative
+            number or infinity among the draft's probabilities up to the first rejection.
     """
     op = "speculative_accept"
     checks.rows(op, target_logits, params, state, dim=3)
