@@ -236,6 +236,20 @@ def test_training_mode_keeps_its_dropout() -> None:
     assert ours.shape == theirs.shape
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("kind", ["gpt2", "gpt1"])
+def test_the_kernels_decode_from_the_librarys_own_weights(kind: str, device: torch.device) -> None:
+    plain, ours = (model.to(device) for model in twins(kind, n_layer=1))
+    weight, before = ours.transformer.h[0].attn.c_attn.weight, plain.transformer.h[0].attn.c_attn.weight
+    ids, mask = (value.to(device) for value in prompt(2, 5, padded=kind == "gpt2"))
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with gptkern.backend("reference"):
+        expected = plain.generate(ids, **options)
+    assert torch.equal(ours.generate(ids, **options), expected)
+    assert ours.transformer.h[0].attn.c_attn.weight is weight
+    assert torch.equal(weight, before) and weight.t().is_contiguous()
+
+
 def _untold() -> bool:
     from gptkern import environment
 

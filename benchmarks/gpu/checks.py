@@ -21,7 +21,7 @@ from gptkern.engine.executors.persistent import PersistentExecutor
 from gptkern.gpt import GPT
 from gptkern.ops import _cases
 from gptkern.ops.decode_step import MOST_ROWS
-from gptkern.ops.sample import SamplerState, SamplingParams, sample
+from gptkern.ops.sample import SamplerState, SamplingParams, sample, sampling_probs
 from gptkern.testing import DTYPES, check_values
 
 FILTERS: list[dict[str, float]] = [
@@ -59,7 +59,7 @@ def cache(scope: Scope) -> Iterator[Row]:
 
 
 def sampler(scope: Scope) -> Iterator[Row]:
-    """The CUDA sampler gives the CPU's bits: tokens, statuses, counters, top log-probabilities."""
+    """The CUDA sampler gives the CPU's bits: probabilities, tokens, statuses, counters, log-probabilities."""
     vocabularies = (67,) if scope.dry else (50257, 128256)
     dtypes = (torch.float32,) if scope.dry else (torch.float32, torch.bfloat16, torch.float16)
     for vocab, batch, dtype in itertools.product(vocabularies, BATCHES, dtypes):
@@ -86,7 +86,7 @@ def _drawn(logits: torch.Tensor, settings: dict[str, float], where: torch.device
     batch, vocab = logits.shape
     params = SamplingParams.make(batch, vocab, device=where, **settings)  # type: ignore[arg-type]
     state = SamplerState.make(batch, vocab, seed=7, device=where)
-    found: list[torch.Tensor] = []
+    found = [sampling_probs(logits.to(where), params, state=state)]
     for _ in range(2):
         drawn = sample(logits.to(where), params, state=state)
         found += [drawn.tokens, drawn.status]

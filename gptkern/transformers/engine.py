@@ -24,6 +24,7 @@ from gptkern.config import GPTConfig
 from gptkern.engine.cache import PAGE_SIZE, KVCache
 from gptkern.engine.executors.choose import Executors
 from gptkern.model.decoder import Decoder, GPTOutput
+from gptkern.ops._dispatch import use_kernel
 from gptkern.transformers.modules import CACHE, FORWARDS, INSTEAD, activation_of
 
 # What ``_sample`` may be given beside it; anything else is an input that the engine does not know.
@@ -52,6 +53,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def view(model: Any) -> Decoder:
     """A ``Decoder`` over the model's own weights: an optimizer step on one is seen by the other."""
+    if use_kernel(model.lm_head.weight):
+        _lay_rows(model)
     key, found = _views.get(model, ("", None))
     sources = _sources(model)
     if found is not None and key == _shape_key(model):
@@ -64,6 +67,17 @@ def view(model: Any) -> Decoder:
         setattr(made.get_submodule(owner), leaf, nn.Parameter(source.detach(), requires_grad=False))
     _views[model] = _shape_key(model), made.eval()
     return made
+
+
+def _lay_rows(model: Any) -> None:
+    """Lay matrices, ``(in, out)`` in the library, so in memory that kernels find rows of ``(out, in)``.
+
+    Shapes, values and the parameters themselves stay, and an update in place keeps the layout.
+    """
+    for block in model.transformer.h:
+        for parameter in block.parameters():
+            if parameter.dim() == 2 and not parameter.t().is_contiguous():
+                parameter.data = parameter.data.t().contiguous().t()
 
 
 def _sizes(model: Any) -> dict[str, int]:
