@@ -129,15 +129,15 @@ def assert_accurate(
     epsilon = torch.finfo(got.dtype).eps
     got, plain, exact = (t.detach().double().cpu() for t in (got, plain, exact))
     finite = exact.isfinite()
-    judged = finite & plain.isfinite()
-    wrong = (judged & ~got.isfinite()) | (exact.isnan() & ~got.isnan()) | (exact.isinf() & (got != exact))
+    comparable = finite & plain.isfinite()
+    wrong = (comparable & ~got.isfinite()) | (exact.isnan() & ~got.isnan()) | (exact.isinf() & (got != exact))
     if wrong.any():
         where = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(f"{what} is {got[where]} at {where}; {exact[where]} is right")
-    if not judged.any():
+    if not comparable.any():
         return
-    error, plain_error = ((t - exact)[judged].abs().max().item() for t in (got, plain))
-    ulp = epsilon * max(exact[judged].abs().max().item(), terms)
+    error, plain_error = ((t - exact)[comparable].abs().max().item() for t in (got, plain))
+    ulp = epsilon * max(exact[comparable].abs().max().item(), terms)
     if error > 2 * plain_error + ulp:
         raise AssertionError(
             f"{what} has error {error:.3e} against float64; accepted is twice the plain expression's "
@@ -376,14 +376,14 @@ def _calls(function: Op, op: Op, call: Call) -> bool:
 class _Recorder(torch.fx.Interpreter):
     """Runs a graph and keeps the calls of registered ops that are not PyTorch's own."""
 
-    def __init__(self, graph: torch.fx.GraphModule, kept: list[OpCall]) -> None:
+    def __init__(self, graph: torch.fx.GraphModule, calls: list[OpCall]) -> None:
         super().__init__(graph)
-        self.kept = kept
+        self.calls = calls
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         overload = target.default if isinstance(target, torch._ops.OpOverloadPacket) else target
         if isinstance(overload, torch._ops.OpOverload) and overload.namespace not in ("aten", "prims"):
-            self.kept.append((overload, *pytree.tree_map_only(torch.Tensor, _leaf, (args, dict(kwargs)))))
+            self.calls.append((overload, *pytree.tree_map_only(torch.Tensor, _leaf, (args, dict(kwargs)))))
         return super().call_function(target, args, kwargs)
 
 
@@ -391,18 +391,18 @@ def _leaf(value: torch.Tensor) -> torch.Tensor:
     return value.detach().clone(memory_format=torch.preserve_format).requires_grad_(value.requires_grad)
 
 
-def _compiled(op: Op, kept_forward: list[OpCall], kept_backward: list[OpCall]) -> Op:
+def _compiled(op: Op, forward_calls: list[OpCall], backward_calls: list[OpCall]) -> Op:
     """``op`` under torch.compile without a graph break, its registered ops recorded."""
 
-    def recording(kept: list[OpCall]) -> Callable[..., Any]:
-        return lambda graph, _: make_boxed_func(_Recorder(graph, kept).run)
+    def recording(calls: list[OpCall]) -> Callable[..., Any]:
+        return lambda graph, _: make_boxed_func(_Recorder(graph, calls).run)
 
-    lower = aot_autograd(fw_compiler=recording([]), bw_compiler=recording(kept_backward))
+    lower = aot_autograd(fw_compiler=recording([]), bw_compiler=recording(backward_calls))
 
     def compiler(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         def run(*values: Any) -> Any:
             with torch.no_grad():
-                _Recorder(graph, kept_forward).run(*values)
+                _Recorder(graph, forward_calls).run(*values)
             return lowered(*values)
 
         lowered = lower(graph, inputs)

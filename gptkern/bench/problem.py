@@ -38,8 +38,8 @@ class Problem:
         flops: Floating-point operations, causal attention counted half.
         backward: Time the gradients instead of the forward pass.
         exact: Results must equal the reference's, not only be near them.
-        judged: What is compared in place of a provider's result, made of it and the inputs, where
-            right results may differ: a random draw, for one.
+        comparable: (result, inputs) -> the tensors to compare instead of the result, for outputs with more
+            than one right value, such as a random draw.
     """
 
     suite: str
@@ -52,7 +52,7 @@ class Problem:
     flops: float = 0.0
     backward: bool = False
     exact: bool = False
-    judged: Callable[[Any, Inputs], Any] = lambda result, inputs: result
+    comparable: Callable[[Any, Inputs], Any] = lambda result, inputs: result
 
     @property
     def name(self) -> str:
@@ -99,7 +99,7 @@ def expected_of(problem: Problem, inputs: Inputs) -> list[torch.Tensor]:
 
 def error(problem: Problem, provider: Provider, inputs: Inputs, expected: list[torch.Tensor]) -> float:
     """Largest relative error over the outputs: ||out - ref|| / ||ref||, inf where shapes or NaN differ."""
-    got = outputs(problem.judged(call_of(problem, provider, inputs)(), inputs))
+    got = outputs(problem.comparable(call_of(problem, provider, inputs)(), inputs))
     if len(got) != len(expected):
         return math.inf
     return max(

@@ -107,14 +107,14 @@ def profile(model: GPT, ids: list[int], tokens: int, trace: Path | None = None) 
     times = [_seconds(step) for _ in range(tokens)]
     operators = _operators(step, model.device, trace)
     config = model.config
-    kept = 2 * config.n_layer * config.n_embd * model.dtype.itemsize * (len(ids) + _WARM + tokens // 2)
+    kv_bytes = 2 * config.n_layer * config.n_embd * model.dtype.itemsize * (len(ids) + _WARM + tokens // 2)
     return Profile(
         device=str(model.device),
         context=len(ids) + _WARM,
         tokens=tokens,
         prefill=prefill,
         step=median(times),
-        bytes_moved=float(weight_bytes(config, model.dtype) + kept),
+        bytes_moved=float(weight_bytes(config, model.dtype) + kv_bytes),
         copy=ceilings.copy_rate(model.device),
         launches=launches(model),
         operators=operators,

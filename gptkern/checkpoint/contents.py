@@ -39,8 +39,8 @@ class Contents:
         source: The folder or file.
         config: The model's shape.
         tensors: By the model's parameter names.
-        transposed: Block matrices are ``(in, out)`` and have to be turned.
-        quantization: How the linear layers' weights are kept, or None.
+        transposed: Block matrices are stored ``(in, out)``, the other way round than in the model.
+        quantization: The format of the linear layers' weights; None where they are not quantised.
         kv_scales: Of an fp8 cache, of keys and of values ``(n_layer, n_head)`` fp32, or None.
         generation_config: Its defaults of ``generate``; None where its format has no place for them.
         extras: What else its ``config.json`` says, for which ``GPTConfig`` has no field.
@@ -55,7 +55,7 @@ class Contents:
     generation_config: dict[str, Any] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
 
-    def turned(self, name: str) -> bool:
+    def is_transposed(self, name: str) -> bool:
         """True if the tensor of that name is stored transposed."""
         return self.transposed and name.endswith(BLOCK_MATRICES)
 

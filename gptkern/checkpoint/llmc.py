@@ -64,8 +64,8 @@ def open_file(path: Path) -> Contents:
         )
     tensors, start = {}, _HEADER_BYTES
     for name, shape in _layout(config, padded):
-        kept = (vocab, *shape[1:]) if name.endswith("wte.weight") else shape
-        tensors[name] = StoredTensor(path, name, dtype, kept, raw, start)
+        used_shape = (vocab, *shape[1:]) if name.endswith("wte.weight") else shape
+        tensors[name] = StoredTensor(path, name, dtype, used_shape, raw, start)
         start += math.prod(shape) * dtype.itemsize
     return Contents(path, config, tensors, transposed=False)
 

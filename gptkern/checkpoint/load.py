@@ -113,12 +113,12 @@ def load(
     dtype = dtype or _common_dtype({name: tensors[name] for name in expected if name not in packed})
     for name in expected:
         stored = tensors[name]
-        source = stored.data.t() if contents.turned(name) else stored.data
-        kept = packed[name].dtype if name in packed else dtype
-        tensor = torch.empty(source.shape, dtype=kept, device=device)
+        source = stored.data.t() if contents.is_transposed(name) else stored.data
+        stored_dtype = packed[name].dtype if name in packed else dtype
+        tensor = torch.empty(source.shape, dtype=stored_dtype, device=device)
         tensor.copy_(source)
         stored.release()
-        if check_finite and kept.is_floating_point:
+        if check_finite and stored_dtype.is_floating_point:
             _check_finite(stored, tensor)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, tensor if name in packed else nn.Parameter(tensor))
@@ -144,8 +144,8 @@ def check_quantization(
             f"{contents.source}: weights is {wanted.format!r}, the checkpoint is {found.format} already: "
             "leave weights out, or quantise the original"
         )
-    kept, where = wanted or found, checked_device(device)
-    if kept is not None and kept.format == "fp8" and where.type == "cuda":
+    quantization, where = wanted or found, checked_device(device)
+    if quantization is not None and quantization.format == "fp8" and where.type == "cuda":
         capability = torch.cuda.get_device_capability(where)
         if capability < (8, 9):
             raise ValueError(
@@ -155,10 +155,10 @@ def check_quantization(
 
 
 def check_vocabulary(source: Path, config: GPTConfig, tokenizer: Tokenizer) -> None:
-    """A tokenizer must not make ids that the model has no row for; a few rows without a token are padding.
+    """Refuse a tokenizer that makes ids without a row in the model; warn where it seems another model's.
 
-    Many more rows than tokens are told: the tokenizer is likely another model's, and half the text vanishes.
-    Added tokens without a row are told alone: texts seldom hold them, and transformers lets people add some
+    Rows without a token are padding, unless there are many more of them than any model is padded by. Added
+    tokens without a row give a warning alone: texts seldom hold them, and transformers lets people add some
     (for padding, above all) without giving the model rows for them.
     """
     last = tokenizer.vocab_size - 1
@@ -239,7 +239,7 @@ def _check_names(
 
 
 def _check_shape(contents: Contents, name: str, stored: StoredTensor, shape: tuple[int, ...]) -> None:
-    expected = tuple(reversed(shape)) if contents.turned(name) else shape
+    expected = tuple(reversed(shape)) if contents.is_transposed(name) else shape
     if stored.shape != expected:
         raise CheckpointError(
             f"{stored.file}: {stored.name}: shape {expected} expected, {stored.shape} found"

@@ -222,7 +222,7 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def _lock(descriptor: int, folder: Path, wait: bool) -> None:
-    began, told = time.monotonic(), False
+    began, warned = time.monotonic(), False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,7 +237,7 @@ def _lock(descriptor: int, folder: Path, wait: bool) -> None:
             raise CheckpointError(
                 f"{folder}: another program has held its lock for {_PATIENCE:.0f} s; nothing was saved"
             )
-        if waited > _SILENCE and not told:
+        if waited > _SILENCE and not warned:
             warn(f"{folder}: waiting for another program that holds its lock")
-            told = True
+            warned = True
         time.sleep(_PAUSE)

@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command; its exit code. What the user can put right is told in one line."""
+    """Run a command; its exit code. An error that the user can put right is one line."""
     try:
         result = build()(args=_with_help(arguments), prog_name="gptkern", standalone_mode=False)
         code = result if isinstance(result, int) else 0

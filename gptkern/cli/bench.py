@@ -26,19 +26,24 @@ def bench(
             help="Suites; all of them if none is named. Or: compare OLD NEW, two folders or results.json."
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few small shapes: about two minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Measure a few small shapes alone: about two minutes.")
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for results.json, results.md, plots and report.html.")
+        Path | None,
+        typer.Option(help="Write results.json, results.md, report.html and pictures into this folder."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; by default as many as PyTorch takes.")
     ] = None,
     json_: Annotated[
-        bool, typer.Option("--json", help="Print results.json's content, or what compare found, as JSON.")
+        bool, typer.Option("--json", help="Print the results, or compare's findings, as JSON.")
     ] = False,
 ) -> int:
-    """Time the kernels and the model against their peers and against what this machine can do.
+    """Time the kernels and the model against their peers and against this machine's ceilings.
 
     First the machine's ceilings are measured: the rate of a large copy, and of a large matrix product.
     Every provider's result is checked against a float64 reference before it is timed.
@@ -48,11 +53,11 @@ def bench(
 
     Examples:
 
-    - `gptkern bench --quick --out report` measures a bit of everything, and writes report/report.html
+    - `gptkern bench --quick --out report` measures a little of everything and writes report/report.html
 
     - `gptkern bench flash_attention layer_norm` runs two suites in full
 
-    - `gptkern bench compare old/results.json new/results.json` tells what changed beyond the noise, and
+    - `gptkern bench compare old/results.json new/results.json` lists the changes beyond the noise, and
       exits with 1 if gptkern became slower: for use in CI
 
     Pictures need matplotlib: `pip install 'gptkern[bench]'`. Without it the report is written without them.
@@ -67,7 +72,7 @@ def bench(
         torch.set_num_threads(threads)
     where = torch.device(o.chosen_device(device))
     if out is not None:
-        make_folder(out)  # told before the measurements, which take minutes
+        make_folder(out)  # refused before the measurements, which take minutes
     found = _measured(what or [], where, quick)
     if json_:
         print(results.text(found), end="")

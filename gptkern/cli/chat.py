@@ -62,11 +62,12 @@ def chat(
     device: o.Device = None,
     **asked: Any,
 ) -> None:
-    """Talk with a model; the conversation is kept.
+    """Talk with a model, which sees the whole conversation.
 
     GPT-2 and its like continue text: they were not trained to answer. The conversation is therefore
     put to the model as a transcript, `User: ...` and `Bot: ...` by turns, and its answer ends where it
-    would write your next line. When the context is full, the oldest turns are forgotten, which is told.
+    would write your next line. When the context is full, the oldest turns are forgotten,
+    and a line says so. Ctrl-C stops an answer, Ctrl-D ends the chat.
 
     Examples:
 
@@ -75,7 +76,7 @@ def chat(
     - `gptkern chat --model gpt2-xl --system "A talk between a student and a patient teacher."`
     """
     gpt = o.load(model, device, dtype, weights, tokenizer)
-    o.tokenizer_of(gpt)  # told before anybody types
+    o.tokenizer_of(gpt)  # refused before anybody types
     asked |= {
         "stop_strings": [f"\\n{you}:", f"\\n{bot}:"],
         "num_beams": 1,

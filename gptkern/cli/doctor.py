@@ -38,7 +38,7 @@ class Finding:
 def doctor(
     json_: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> int:
-    """Say which device, kernels and extension parts are in use, why not the others, and what is untested.
+    """Show which device, kernels and parts of the extension are in use, and why not the others.
 
     With `GPTKERN_STRICT=1` a fallback makes the exit code 1; other commands then refuse to run on one.
     """

@@ -28,9 +28,9 @@ def inspect(
         list[int] | None, typer.Option(help="Compute capability: 80, 89, 90 or 100; repeatable.")
     ] = None,
     per: Annotated[
-        Per, typer.Option(help="One report of every different binary, launch row or kernel.")
+        Per, typer.Option(help="Report every different binary, every launch row, or every kernel.")
     ] = Per.BINARY,
-    diff: Annotated[Path | None, typer.Option(help="Only what differs from this report.")] = None,
+    diff: Annotated[Path | None, typer.Option(help="Print only the differences from this report.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     floor: Annotated[
         bool, typer.Option("--floor", help="Print each problem's bytes, operations and least time, too.")

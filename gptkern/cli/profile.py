@@ -19,13 +19,17 @@ DEFAULT_TOKENS = 32
 
 
 def profile(
-    prompt: Annotated[str, typer.Argument(help="The text whose continuation is measured.")],
+    prompt: Annotated[str, typer.Argument(help="A text; its continuation is measured.")],
     model: o.Model = "embedded",
     tokenizer: o.TokenizerPath = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens to measure.")] = DEFAULT_TOKENS,
-    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace (chrome://tracing).")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a Chrome trace to this file, for chrome://tracing or Perfetto.")
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Operators to list.")] = 12,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; by default as many as PyTorch takes.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object, times in seconds.")] = False,
     dtype: o.Dtype = None,
     weights: o.Weights = None,
@@ -33,8 +37,8 @@ def profile(
 ) -> None:
     """Print where the time of one generated token goes.
 
-    The floor is the bytes that a token must read, all weights and the sequence's keys and values, at this
-    machine's measured copy rate. On a GPU an operator's time is its kernels'; on a CPU its own.
+    The floor is the least time to read what a token needs, all weights and the sequence's keys and values,
+    at this machine's measured copy rate. On a GPU an operator's time is its kernels'; on a CPU its own.
 
     Examples:
 

@@ -25,17 +25,20 @@ def quantize(
     model: Annotated[
         str, typer.Argument(help="A checkpoint's folder or file, a hub id, or the embedded model.")
     ],
-    weights: Annotated[o.Format, typer.Option(help="int8, fp8 (e4m3) or int4.")],
+    weights: Annotated[o.Format, typer.Option(help="Format of the weights: int8, fp8 (e4m3) or int4.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     group_size: Annotated[
         int | None,
-        typer.Option(help="int4: inputs that share a scale, 128, 64 or 32; by default the most that fit."),
+        typer.Option(
+            help="Inputs that share a scale in int4: 128, 64 or 32; by default the largest that fits."
+        ),
     ] = None,
     zero_point: Annotated[
-        bool | None, typer.Option(help="int4: whether they share a zero too; they do by default.")
+        bool | None,
+        typer.Option(help="Whether inputs of a group share a zero point, too, in int4; they do by default."),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="A text file, whose perplexity before and after is measured.")
+        Path | None, typer.Option(help="Measure the perplexity of this text file before and after.")
     ] = None,
     text_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens of the text to measure, from its beginning; 0 for all.")
@@ -48,7 +51,7 @@ def quantize(
     dtype: o.Dtype = None,
     device: o.Device = None,
 ) -> None:
-    """Write a model whose linear layers take fewer bits: a decode step is as fast as its weights are read.
+    """Write a model whose linear layers take fewer bits: there is less to read for every token.
 
     int8 and fp8 halve bf16 and hardly change what the model says; int4 quarters it at some cost, which
     --text measures. The embeddings keep their dtype. What is written loads as any other checkpoint of

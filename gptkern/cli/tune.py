@@ -13,17 +13,17 @@ def tune(
         list[str] | None, typer.Argument(help="Ops to tune; all of them if none is named.")
     ] = None,
     table: Annotated[
-        Path, typer.Option(help="Where the table is written; it is begun as a copy of the package's.")
+        Path, typer.Option(help="File to write; it begins as a copy of the package's table.")
     ] = Path("launch.toml"),
     again: Annotated[
-        bool, typer.Option("--again", help="Also rows that were measured on this kind of GPU before.")
+        bool, typer.Option("--again", help="Measure again the rows that this kind of GPU was measured with.")
     ] = False,
 ) -> int:
     """Measure the launch table's rows against their neighbours on this GPU, and write the faster ones.
 
-    Block sizes, warps and stages of every row are varied one at a time; what runs faster by more than
-    the noise, gives the same results and compiles without a spill is taken. Each row is written as soon
-    as it is found: an interrupted run goes on where it stopped.
+    Block sizes, warps and stages of every row are varied one at a time. A configuration is taken if it is
+    faster by more than the noise, gives the same results and compiles without a spill. Each row is
+    written as soon as it is done: an interrupted run goes on where it stopped.
 
     Nothing changes until you put the table in the package's place (gptkern/ops/launch/ in a checkout):
     its rows say where they were measured.

@@ -13,11 +13,11 @@ from gptkern.cli import _options as o
 
 def verify(
     model: Annotated[str, typer.Argument(help="A GPT-2 or GPT-1 checkpoint: folder, hub id, or embedded.")],
-    cases: Annotated[int, typer.Option(min=1, help="Random settings to compare.")] = 10,
+    cases: Annotated[int, typer.Option(min=1, help="Number of random settings to compare.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of those settings.")] = 0,
     dtype: o.Dtype = None,
     device: o.Device = None,
-    speed: Annotated[bool, typer.Option(help="Time both, and this machine's copy rate.")] = True,
+    speed: Annotated[bool, typer.Option(help="Also time both, and this machine's copy rate.")] = True,
     json_: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, when all is compared.")
     ] = False,

@@ -3,7 +3,7 @@
 ``checkpoints/step-00000500`` holds the model (``config.json``, ``model.safetensors``, the tokenizer: what
 ``GPT.from_pretrained`` and transformers open), ``state`` (weights and optimizer as they are trained; any
 number of processes can read it), ``run.json``, and ``contents.json``: the other files' sizes and
-checksums, by which a damaged checkpoint is told. It is written under another name, flushed, and renamed.
+checksums, which show a damaged checkpoint. It is written under another name, flushed, and renamed.
 The data's position and the random numbers follow from the seed and the step, so the step is all that has
 to be kept of them.
 """
@@ -68,14 +68,14 @@ def _materialise(optimizers: list[torch.optim.Optimizer]) -> None:
     Their values are read from the checkpoint right after.
     """
     for optimizer in optimizers:
-        kept = [(group, group["lr"]) for group in optimizer.param_groups]
-        for group, _ in kept:
+        peak_rates = [(group, group["lr"]) for group in optimizer.param_groups]
+        for group, _ in peak_rates:
             group["lr"] = 0.0
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for group, rate in kept:
+        for group, rate in peak_rates:
             group["lr"] = rate
 
 
@@ -112,8 +112,8 @@ class Store:
                 except CheckpointError as error:
                     self.passed_over[folder] = str(error)
             else:
-                told = "; ".join(self.passed_over.values())
-                raise CheckpointError(f"{self.root}: no checkpoint is whole: {told}")
+                reasons = "; ".join(self.passed_over.values())
+                raise CheckpointError(f"{self.root}: no checkpoint is whole: {reasons}")
         number = int(self.group.total(float(chosen))[0])
         return _read_notes(next(folder for folder in folders if _number(folder) == number))
 
@@ -241,12 +241,12 @@ def _check_whole(folder: Path) -> None:
         found = _identities(folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
-    for name, told in wanted.items():
+    for name, written in wanted.items():
         if name not in found:
             raise CheckpointError(f"{folder / name}: missing")
-        if found[name] != told:
+        if found[name] != written:
             raise CheckpointError(
-                f"{folder / name}: damaged: size and checksum are {found[name]}, written were {told}"
+                f"{folder / name}: damaged: size and checksum are {found[name]}; {written} were written"
             )
 
 

@@ -50,7 +50,7 @@ def _this_process() -> dict[str, str | int]:
 
 def _holder(descriptor: int) -> str:
     try:
-        told = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {int(told['pid'])} on {str(told['host'])!r}, since {str(told['since'])!r},"
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {int(holder['pid'])} on {str(holder['host'])!r}, since {str(holder['since'])!r},"
     except (ValueError, KeyError, TypeError, OSError):
         return "another process"

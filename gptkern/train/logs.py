@@ -92,9 +92,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _truncate(path: Path, step: int) -> None:
-    kept = [row for row in read_log(path) if row["step"] <= step]
+    rows = [row for row in read_log(path) if row["step"] <= step]
     if path.exists():
-        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # Lines that a run without a moving bar writes on its way.
@@ -108,8 +108,8 @@ class Progress:
 
     Args:
         step, steps: How far the run is, and its end.
-        shown: Without it nothing is told.
-        bar: Without it the lines alone; also where standard error is no terminal.
+        shown: False prints nothing.
+        bar: False prints the lines alone; so it is also where standard error is no terminal.
     """
 
     def __init__(self, step: int, steps: int, shown: bool, bar: bool) -> None:

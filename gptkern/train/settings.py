@@ -24,11 +24,12 @@ OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 STRATEGIES = ("ddp", "fsdp")
 PRECISIONS = ("float32", "bfloat16")
+_TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _DEVICE = re.compile(r"(cpu|cuda(:\d{1,3})?)?")
 
 
 class SettingsError(ValueError):
-    """A run cannot start as it is told to."""
+    """A run cannot start with these settings."""
 
 
 def _one_of(section: str, name: str, value: str, accepted: tuple[str, ...]) -> None:
@@ -374,9 +375,9 @@ def _typed(where: str, value: Any, wanted: Any) -> Any:
         value = [value] if isinstance(value, str) else value
         if isinstance(value, list) and all(isinstance(item, get_args(wanted)[0]) for item in value):
             return value
-        raise SettingsError(f"{where} is {value!r}; a list of {get_args(wanted)[0].__name__} is needed")
+        raise SettingsError(f"{where} is {value!r}; text, or a list of texts, is needed")
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not wanted:
-        raise SettingsError(f"{where} is {value!r}; {wanted.__name__} is needed")
+        raise SettingsError(f"{where} is {value!r}; {_TYPES[wanted]} is needed")
     return value

@@ -326,20 +326,20 @@ def _read_stamp(path: Path) -> Any:
 
 def _documents(settings: DataSettings) -> tuple[list[str], list[str], str]:
     """Training documents, held-out documents, and all of the text."""
-    kept = 1.0 - settings.val_fraction
+    train_share = 1.0 - settings.val_fraction
     if settings.kind == "text":
         text = read_text(settings.path, "path")
         if settings.val_path:
             held_out = read_text(settings.val_path, "val_path")
             return [text], [held_out], text + held_out
-        cut = int(len(text) * kept)
+        cut = int(len(text) * train_share)
         return [text[:cut]], [text[cut:]], text
     key = settings.text_key
     documents = [row[key] for row in read_jsonl(settings.path, [key], "path")]
     if settings.val_path:
         held = [row[key] for row in read_jsonl(settings.val_path, [key], "val_path")]
     else:
-        cut = int(len(documents) * kept)
+        cut = int(len(documents) * train_share)
         documents, held = documents[:cut], documents[cut:]
     return documents, held, "".join(documents + held)
 

@@ -1,4 +1,4 @@
-"""The loop: step, log, evaluate, save; stop when told to, and say so when the loss is no number."""
+"""The training loop: step, log, evaluate, save; it stops when asked to, or when the loss is no number."""
 
 from __future__ import annotations
 
@@ -367,8 +367,8 @@ def train(
         settings: What to do.
         out: The run's folder.
         resume: Go on from its newest checkpoint, which must be there.
-        shown: Tell on stderr how it goes.
-        bar: Where it is told, with a bar that moves.
+        shown: Print progress on standard error.
+        bar: With ``shown``, also a bar that moves, where standard error is a terminal.
         started: Called with the trainer before the first step.
 
     Raises:

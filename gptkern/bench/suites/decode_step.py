@@ -42,20 +42,20 @@ def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
 
 def filled(config: GPTConfig, batch: int, context: int, dtype: torch.dtype, device: torch.device) -> KVCache:
     """Sequences of ``context`` tokens whose keys and values are random, the same in all of them."""
-    kept = KVCache.for_config(
+    cache = KVCache.for_config(
         config, max_seqs=batch, max_len=context + ROOM + 1, page_size=64, dtype=dtype, device=device
     )
     generator = torch.Generator().manual_seed(0)
     shape = (config.n_layer, context, config.n_head, config.head_dim)
     k, v = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
-    kept.allocate(batch)
-    step = kept.extend([context] * batch)
+    cache.allocate(batch)
+    step = cache.extend([context] * batch)
     for layer in range(config.n_layer):
-        for new, layers in ((k, kept.k), (v, kept.v)):
+        for new, layers in ((k, cache.k), (v, cache.v)):
             values = new[layer].to(device=device, dtype=dtype).repeat(batch, 1, 1)
             layers[layer].flatten(0, 1)[step.slots] = values
     step.commit()
-    return kept
+    return cache
 
 
 def _growing(step: Step, cache: KVCache, context: int) -> Step:
@@ -79,26 +79,26 @@ def _problem(
 
     @once
     def made() -> Step:
-        kept = filled(config, batch, context, dtype, device)
-        step = Executors(models.ours(config, dtype, device), kept, batch).decode
-        return _growing(step, kept, context)
+        cache = filled(config, batch, context, dtype, device)
+        step = Executors(models.ours(config, dtype, device), cache, batch).decode
+        return _growing(step, cache, context)
 
     @once
     def persistent() -> Step:
-        kept = filled(config, batch, context, dtype, device)
-        step = PersistentExecutor(models.ours(config, dtype, device), kept)
-        return _growing(step, kept, context)
+        cache = filled(config, batch, context, dtype, device)
+        step = PersistentExecutor(models.ours(config, dtype, device), cache)
+        return _growing(step, cache, context)
 
     @once
     def eager() -> Step:
-        model, kept = models.ours(config, dtype, device), filled(config, batch, context, dtype, device)
-        return _growing(lambda tokens: model(tokens[:, None], cache=kept).logits[:, 0], kept, context)
+        model, cache = models.ours(config, dtype, device), filled(config, batch, context, dtype, device)
+        return _growing(lambda tokens: model(tokens[:, None], cache=cache).logits[:, 0], cache, context)
 
     @torch.inference_mode()
     def reference(tokens: torch.Tensor) -> torch.Tensor:
-        kept = filled(config, 1, context, torch.float64, device)
+        cache = filled(config, 1, context, torch.float64, device)
         logits: torch.Tensor = models.exact(models.ours(config, dtype, device))(
-            tokens[:1, None], cache=kept
+            tokens[:1, None], cache=cache
         ).logits
         return logits[:, 0]
 

@@ -45,7 +45,7 @@ def _sorting(logits: torch.Tensor) -> torch.Tensor:
 
 def _transformers(logits: torch.Tensor) -> torch.Tensor:
     if not shared.installed("transformers"):
-        raise Unavailable("transformers is not installed: pip install gptkern[transformers]")
+        raise Unavailable("transformers is not installed: pip install 'gptkern[transformers]'")
     from transformers.generation import logits_process as process
 
     ids = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
@@ -93,5 +93,5 @@ def _problem(batch: int, vocab: int, device: torch.device) -> Problem:
         providers,
         lambda logits: torch.ones(batch, 1, device=logits.device),
         bytes_moved=4.0 * batch * vocab,
-        judged=_chosen_are_kept,
+        comparable=_chosen_are_kept,
     )
