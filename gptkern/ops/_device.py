@@ -85,20 +85,30 @@ def row_statistics(x, lanes, eps, WIDTH: tl.constexpr, CENTERED: tl.constexpr):
 
 
 @triton.jit
-def row_dropout(x, seed, row, start, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Dropout of columns ``start`` to ``start + BLOCK`` of a tile, by Philox counters (Salmon et al. 2011).
+def random_words(seed, counter, row, stream, ROWS: tl.constexpr, CALLS: tl.constexpr):
+    """``(ROWS, CALLS, 2, 2)`` random 32-bit words: four for each Philox counter (counter, row, stream).
 
-    One call at counter (column // 8, row) gives eight 16-bit numbers, one for each of eight columns;
-    a column is kept where its number is at least ``threshold``. So the mask follows from seed, row
-    and column alone, and the backward pass draws the same one. Philox with 7 rounds passes BigCrush.
+    ``counter`` ``(1, CALLS)`` and ``row`` ``(ROWS, 1)`` broadcast. Philox 4x32 (Salmon et al. 2011) with 7
+    rounds, the fewest that pass BigCrush there.
     """
-    call = (start // 8 + tl.arange(0, BLOCK // 8))[None, :] + tl.zeros([ROWS, 1], tl.int32)
-    zero = tl.zeros([ROWS, BLOCK // 8], tl.int32)
-    a, b, c, d = tl.philox(seed, call, zero + row[:, None], zero, zero, n_rounds=7)
-    words = tl.join(tl.join(a, c), tl.join(b, d))
+    zero = tl.zeros([ROWS, CALLS], tl.int32)
+    a, b, c, d = tl.philox(seed, zero + counter, zero + row, zero + stream, zero, n_rounds=7)
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
+def row_dropout(x, seed, row, start, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Dropout of columns ``start`` to ``start + BLOCK`` of a tile whose rows are ``row``.
+
+    A Philox counter gives eight 16-bit numbers, one for each of eight columns; an element stays where its
+    number is at least ``threshold``. The mask follows from seed, row and column alone, so the backward pass
+    draws the same one.
+    """
+    counter = (start // 8 + tl.arange(0, BLOCK // 8))[None, :]
+    words = random_words(seed, counter, row[:, None], 0, ROWS, BLOCK // 8)
     bits = tl.join(words & 0xFFFF, words >> 16)
-    keep = tl.reshape(bits, [ROWS, BLOCK]).to(tl.int32) >= threshold
-    return tl.where(keep, x * scale, 0.0)
+    alive = tl.reshape(bits, [ROWS, BLOCK]).to(tl.int32) >= threshold
+    return tl.where(alive, x * scale, 0.0)
 
 
 @triton.jit
@@ -128,18 +138,15 @@ def tanh(x):
 
 
 @triton.jit
-def dropout_keep(seed, stream, first_row, first_col, dropout_p, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Which elements of a ``(ROWS, COLS)`` tile dropout keeps: a function of seed, stream and position.
+def dropout_mask(seed, stream, first_row, first_col, dropout_p, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The elements of a ``(ROWS, COLS)`` tile that dropout leaves: a function of seed, stream and position.
 
-    Philox 4x32 (Salmon et al. 2011) with 7 rounds, the fewest that pass BigCrush there. One counter
-    gives four neighbouring columns, so ``first_col`` must be a multiple of 4; tiles of any shape
-    agree on the elements they share.
+    A Philox counter gives four neighbouring columns, so ``first_col`` must be a multiple of 4; tiles of any
+    shape agree on the elements they share.
     """
-    rows = first_row + tl.arange(0, ROWS)[:, None]
-    groups = first_col // 4 + tl.arange(0, COLS // 4)[None, :]
-    zero = rows * 0 + groups * 0
-    r0, r1, r2, r3 = tl.philox(seed, groups + zero, rows + zero, stream + zero, zero, 7)
-    bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(ROWS, COLS)
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    counter = first_col // 4 + tl.arange(0, COLS // 4)[None, :]
+    bits = random_words(seed, counter, row, stream, ROWS, COLS // 4).reshape(ROWS, COLS)
     # The upper 24 bits are exact in fp32.
     return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08 >= dropout_p
 

@@ -18,7 +18,7 @@ Packed sequences (VARLEN) differ in where a sequence starts and how long it is, 
 import triton
 import triton.language as tl
 
-from gptkern.ops._device import LN2, LOG2E, dropout_keep, online_softmax, tanh
+from gptkern.ops._device import LN2, LOG2E, dropout_mask, online_softmax, tanh
 
 
 @triton.jit
@@ -33,14 +33,32 @@ def sequence(cu_seqlens_ptr, batch, max_seq, tokens, VARLEN: tl.constexpr):
 
 
 @triton.jit
+def locate(
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, blocks, heads, max_seq_q, max_seq_k, tokens_q, tokens_k,
+    VARLEN: tl.constexpr,
+):  # fmt: skip
+    """(block, head, batch, first_q, seq_q, first_k, seq_k) of this program.
+
+    Neighbouring programs share a head, so that its keys stay in L2.
+    """
+    pid = tl.program_id(0)
+    head = pid // blocks % heads
+    batch = pid // blocks // heads
+    first_q, seq_q = sequence(cu_seqlens_q_ptr, batch, max_seq_q, tokens_q, VARLEN)
+    first_k, seq_k = sequence(cu_seqlens_k_ptr, batch, max_seq_k, tokens_k, VARLEN)
+    return pid % blocks, head, batch, first_q, seq_q, first_k, seq_k
+
+
+@triton.jit
 def head_offset(batch, first_row, head, stride_b, stride_s, stride_h):
+    """From a tensor's start to a sequence's first row of one head."""
     # int64: batch * seq * heads * head_dim passes 2^31 at 128k context.
     return batch.to(tl.int64) * stride_b + first_row.to(tl.int64) * stride_s + head.to(tl.int64) * stride_h
 
 
 @triton.jit
 def _pointers(ptr, first_row, stride_s, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """To the elements of ``ROWS`` rows from ``first_row`` on."""
+    """Pointers to the ``(ROWS, BLOCK_D)`` elements from ``first_row`` on."""
     rows = tl.arange(0, ROWS).to(tl.int64)
     # What depends on first_row is one scalar, so that a loop over tiles keeps the rest.
     return (
@@ -50,6 +68,7 @@ def _pointers(ptr, first_row, stride_s, ROWS: tl.constexpr, BLOCK_D: tl.constexp
 
 @triton.jit
 def _inside(first_row, end_row, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Mask of a ``(ROWS, BLOCK_D)`` tile: rows before ``end_row``, columns within the head dimension."""
     inside = (first_row + tl.arange(0, ROWS))[:, None] < end_row
     if HEAD_DIM != BLOCK_D:
         inside = inside & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
@@ -82,6 +101,7 @@ def store_rows(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Store a ``(ROWS, BLOCK_D)`` tile in the pointer's dtype, up to ``end_row`` and the head dimension."""
     ptrs = _pointers(ptr, first_row, stride_s, ROWS, BLOCK_D)
     mask = _inside(first_row, end_row, ROWS, HEAD_DIM, BLOCK_D)
     tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask)
@@ -99,7 +119,7 @@ def span(
     BOUND_BEFORE: tl.constexpr,
     BOUND_AFTER: tl.constexpr,
 ):
-    """Which of the other side's rows a tile of OWN rows from ``start`` on meets.
+    """The rows of the other side that a tile of OWN rows from ``start`` on meets.
 
     Row i meets rows [i + shift - before, i + shift + after] of ``length``. Returns first, full_first,
     full_end, end: some row of the tile meets [first, end), every row meets [full_first, full_end);
@@ -132,7 +152,7 @@ def hide(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
 ):
-    """Scores, -inf where the queries ``rows`` do not see the keys ``cols``; these broadcast to the tile."""
+    """The mask: -inf where the queries ``rows`` do not see the keys ``cols``, which broadcast to the tile."""
     ahead = cols - (rows + shift)
     seen = cols < seq_k
     if HAS_LEFT:
@@ -146,17 +166,17 @@ def hide(
 def flash_attention_forward(
     q_ptr,  # (batch, seq_q, heads, head_dim), or (tokens, heads, head_dim) with stride_qb = 0
     k_ptr,  # (batch, seq_k, heads / group, head_dim)
-    v_ptr,
+    v_ptr,  # as k
     out_ptr,  # as q
     lse_ptr,  # (batch, heads, seq_q), or (heads, tokens)
     cu_seqlens_q_ptr,  # (batch + 1,), or None
-    cu_seqlens_k_ptr,
-    seed_ptr,  # one int64, or None
+    cu_seqlens_k_ptr,  # (batch + 1,), or None
+    seed_ptr,  # (1,) int64, or None
     heads,
     group,
     max_seq_q,
     max_seq_k,
-    tokens_q,  # of all sequences; of a packed batch alone
+    tokens_q,  # packed: tokens of all sequences; dense: 0
     tokens_k,
     window_left,
     window_right,
@@ -188,14 +208,12 @@ def flash_attention_forward(
     BLOCK_N: tl.constexpr,
 ):
     blocks_m = tl.cdiv(max_seq_q, BLOCK_M)
-    pid = tl.program_id(0)
-    # Neighbouring programs share a head, so its keys stay in L2; under a causal mask the last rows
-    # have the most work and start first, so that no long program is left for the end.
-    start_m = (blocks_m - 1 - pid % blocks_m) * BLOCK_M
-    head = pid // blocks_m % heads
-    batch = pid // blocks_m // heads
-    first_q, seq_q = sequence(cu_seqlens_q_ptr, batch, max_seq_q, tokens_q, VARLEN)
-    first_k, seq_k = sequence(cu_seqlens_k_ptr, batch, max_seq_k, tokens_k, VARLEN)
+    block, head, batch, first_q, seq_q, first_k, seq_k = locate(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, blocks_m, heads, max_seq_q, max_seq_k, tokens_q, tokens_k, VARLEN
+    )  # fmt: skip
+    # Under a causal mask the last rows have the most work and start first, so that no long program is left
+    # for the end.
+    start_m = (blocks_m - 1 - block) * BLOCK_M
     if start_m >= seq_q:
         return
     q_ptr += head_offset(batch, first_q, head, stride_qb, stride_qs, stride_qh)
@@ -203,10 +221,12 @@ def flash_attention_forward(
     v_ptr += head_offset(batch, first_k, head // group, stride_vb, stride_vs, stride_vh)
     out_ptr += head_offset(batch, first_q, head, stride_ob, stride_os, stride_oh)
     lse_ptr += head_offset(batch, first_q, head, stride_lb, 1, stride_lh)
+    # Every (sequence, head) draws its dropout mask from a stream of its own.
     seed = tl.load(seed_ptr) if DROPOUT else 0
     stream = batch * heads + head
     shift = seq_k - seq_q
 
+    # The queries, and the online softmax's state: maximum, sum of weights, weighted sum of values.
     rows = start_m + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr, start_m, seq_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -218,30 +238,28 @@ def flash_attention_forward(
     )
     for start_n in tl.range(first, end, BLOCK_N):
         start_n = tl.multiple_of(start_n, BLOCK_N)
+        # Scores of one tile of keys, (BLOCK_M, BLOCK_N).
         k = load_rows(k_ptr, start_n, seq_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SOFTCAP:
             scores = softcap * tanh(scores * (scale / softcap))
+        # The mask, in tiles that not every query sees whole.
         if (start_n < full_first) | (start_n >= full_end):
             cols = start_n + tl.arange(0, BLOCK_N)
             scores = hide(
-                scores,
-                rows[:, None],
-                cols[None, :],
-                shift,
-                seq_k,
-                window_left,
-                window_right,
-                HAS_LEFT,
-                HAS_RIGHT,
-            )
+                scores, rows[:, None], cols[None, :], shift, seq_k, window_left, window_right,
+                HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
+        # New maximum, weights relative to it, and the factor that rescales what was accumulated before.
         weights, row_max, row_sum, rescale = online_softmax(scores, row_max, row_sum, scale_log2)
         if DROPOUT:
-            keep = dropout_keep(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N)
-            weights = tl.where(keep, weights, 0.0)
+            alive = dropout_mask(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N)
+            weights = tl.where(alive, weights, 0.0)
+        # Accumulate the weighted values.
         v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D)
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
 
+    # Normalise. A query that saw no key has a sum of 0 and gives 0.
     total = tl.where(row_sum == 0.0, 1.0, row_sum)
     if DROPOUT:
         total = total * (1.0 - dropout_p)

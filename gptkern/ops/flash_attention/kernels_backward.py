@@ -14,12 +14,12 @@ after a fixed order of additions: no atomics.
 import triton
 import triton.language as tl
 
-from gptkern.ops._device import LOG2E, dropout_keep, tanh
+from gptkern.ops._device import LOG2E, dropout_mask, tanh
 from gptkern.ops.flash_attention.kernels import (
     head_offset,
     hide,
     load_rows,
-    sequence,
+    locate,
     span,
     store_rows,
 )
@@ -30,46 +30,47 @@ def _gradient(
     weights,
     dweights,
     delta,
-    bent,
-    keep,
+    tanh_s,
+    alive,
     dropout_p,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """ds from the weights and do v^T; ``bent`` is the tanh of the scaled scores."""
+    """ds = weights * (dweights - delta), through dropout before and the softcap after it."""
     if DROPOUT:
-        dweights = tl.where(keep, dweights * (1.0 / (1.0 - dropout_p)), 0.0)
+        dweights = tl.where(alive, dweights * (1.0 / (1.0 - dropout_p)), 0.0)
     dscores = weights * (dweights - delta)
     if SOFTCAP:
-        dscores = dscores * (1.0 - bent * bent)
+        dscores = dscores * (1.0 - tanh_s * tanh_s)
     return dscores
 
 
 @triton.jit
 def _lse_log2(lse):
+    """The log-sum-exp in base 2."""
     # A row that saw nothing has lse = -inf; +inf makes all its weights 0 where -inf makes NaN.
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
 
 @triton.jit
 def flash_attention_dq(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    do_ptr,
-    lse_ptr,
+    q_ptr,  # (batch, seq_q, heads, head_dim), or (tokens, heads, head_dim) with stride_qb = 0
+    k_ptr,  # (batch, seq_k, heads / group, head_dim)
+    v_ptr,  # as k
+    out_ptr,  # as q
+    do_ptr,  # as q
+    lse_ptr,  # (batch, heads, seq_q), or (heads, tokens)
     dlse_ptr,  # as lse, or None
     delta_ptr,  # as lse; written here, read by flash_attention_dkdv
     dq_ptr,  # as q, strides as out
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    seed_ptr,
+    cu_seqlens_q_ptr,  # (batch + 1,), or None
+    cu_seqlens_k_ptr,  # (batch + 1,), or None
+    seed_ptr,  # (1,) int64, or None
     heads,
     group,
     max_seq_q,
     max_seq_k,
-    tokens_q,  # of all sequences; of a packed batch alone
+    tokens_q,  # packed: tokens of all sequences; dense: 0
     tokens_k,
     window_left,
     window_right,
@@ -104,12 +105,10 @@ def flash_attention_dq(
     BLOCK_N: tl.constexpr,
 ):
     blocks_m = tl.cdiv(max_seq_q, BLOCK_M)
-    pid = tl.program_id(0)
-    start_m = (blocks_m - 1 - pid % blocks_m) * BLOCK_M
-    head = pid // blocks_m % heads
-    batch = pid // blocks_m // heads
-    first_q, seq_q = sequence(cu_seqlens_q_ptr, batch, max_seq_q, tokens_q, VARLEN)
-    first_k, seq_k = sequence(cu_seqlens_k_ptr, batch, max_seq_k, tokens_k, VARLEN)
+    block, head, batch, first_q, seq_q, first_k, seq_k = locate(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, blocks_m, heads, max_seq_q, max_seq_k, tokens_q, tokens_k, VARLEN
+    )  # fmt: skip
+    start_m = (blocks_m - 1 - block) * BLOCK_M
     if start_m >= seq_q:
         return
     q_ptr += head_offset(batch, first_q, head, stride_qb, stride_qs, stride_qh)
@@ -122,6 +121,7 @@ def flash_attention_dq(
     stream = batch * heads + head
     shift = seq_k - seq_q
 
+    # delta = rowsum(do * out) - dlse, also for the dk and dv kernel.
     do = load_rows(do_ptr, start_m, seq_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D)
     out = load_rows(out_ptr + out_offset, start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
@@ -131,6 +131,7 @@ def flash_attention_dq(
         delta -= tl.load(dlse_ptr + lse_offset + rows, mask=inside, other=0.0)
     tl.store(delta_ptr + lse_offset + rows, delta, mask=inside)
 
+    # The queries, and the keys that they see.
     q = load_rows(q_ptr, start_m, seq_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D)
     lse_log2 = _lse_log2(tl.load(lse_ptr + lse_offset + rows, mask=inside, other=float("inf")))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -142,52 +143,49 @@ def flash_attention_dq(
         start_n = tl.multiple_of(start_n, BLOCK_N)
         k = load_rows(k_ptr, start_n, seq_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D)
         v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D)
+        # Scores and gradients of the weights, (BLOCK_M, BLOCK_N).
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         dweights = tl.dot(do, tl.trans(v), input_precision="ieee")
-        bent = scores
+        tanh_s = scores
         if SOFTCAP:
-            bent = tanh(scores * (scale / softcap))
-            scores = softcap * bent
+            tanh_s = tanh(scores * (scale / softcap))
+            scores = softcap * tanh_s
+        # The mask, in tiles that not every query sees whole.
         if (start_n < full_first) | (start_n >= full_end):
             cols = start_n + tl.arange(0, BLOCK_N)
             scores = hide(
-                scores,
-                rows[:, None],
-                cols[None, :],
-                shift,
-                seq_k,
-                window_left,
-                window_right,
-                HAS_LEFT,
-                HAS_RIGHT,
-            )
+                scores, rows[:, None], cols[None, :], shift, seq_k, window_left, window_right,
+                HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
+        # The weights, from the forward pass's log-sum-exp.
         weights = tl.exp2(scores * scale_log2 - lse_log2[:, None])
-        keep = True
+        alive = True
         if DROPOUT:
-            keep = dropout_keep(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N)
-        dscores = _gradient(weights, dweights, delta[:, None], bent, keep, dropout_p, SOFTCAP, DROPOUT)
+            alive = dropout_mask(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N)
+        # Gradients of the scores; accumulate dq.
+        dscores = _gradient(weights, dweights, delta[:, None], tanh_s, alive, dropout_p, SOFTCAP, DROPOUT)
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
     store_rows(dq_ptr + out_offset, dq * scale, start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def flash_attention_dkdv(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
+    q_ptr,  # (batch, seq_q, heads_k * group, head_dim), or (tokens, heads, head_dim) with stride_qb = 0
+    k_ptr,  # (batch, seq_k, heads_k, head_dim)
+    v_ptr,  # as k
+    do_ptr,  # as q
+    lse_ptr,  # (batch, heads, seq_q), or (heads, tokens)
+    delta_ptr,  # as lse, of flash_attention_dq
     dk_ptr,  # as k, contiguous
     dv_ptr,  # as v, strides as dk
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    seed_ptr,
+    cu_seqlens_q_ptr,  # (batch + 1,), or None
+    cu_seqlens_k_ptr,  # (batch + 1,), or None
+    seed_ptr,  # (1,) int64, or None
     heads_k,
     group,
     max_seq_q,
     max_seq_k,
-    tokens_q,  # of all sequences; of a packed batch alone
+    tokens_q,  # packed: tokens of all sequences; dense: 0
     tokens_k,
     window_left,
     window_right,
@@ -222,13 +220,12 @@ def flash_attention_dkdv(
     BLOCK_N: tl.constexpr,
 ):
     blocks_n = tl.cdiv(max_seq_k, BLOCK_N)
-    pid = tl.program_id(0)
+    block, head_k, batch, first_q, seq_q, first_k, seq_k = locate(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, blocks_n, heads_k, max_seq_q, max_seq_k, tokens_q, tokens_k,
+        VARLEN,
+    )  # fmt: skip
     # Under a causal mask the first keys have the most queries, and are first.
-    start_n = pid % blocks_n * BLOCK_N
-    head_k = pid // blocks_n % heads_k
-    batch = pid // blocks_n // heads_k
-    first_q, seq_q = sequence(cu_seqlens_q_ptr, batch, max_seq_q, tokens_q, VARLEN)
-    first_k, seq_k = sequence(cu_seqlens_k_ptr, batch, max_seq_k, tokens_k, VARLEN)
+    start_n = block * BLOCK_N
     if start_n >= seq_k:
         return
     k_ptr += head_offset(batch, first_k, head_k, stride_kb, stride_ks, stride_kh)
@@ -237,6 +234,7 @@ def flash_attention_dkdv(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     shift = seq_k - seq_q
 
+    # The keys and values, and the queries that see them.
     k = load_rows(k_ptr, start_n, seq_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D)
     cols = start_n + tl.arange(0, BLOCK_N)
@@ -246,6 +244,7 @@ def flash_attention_dkdv(
     first, full_first, full_end, end = span(
         start_n, -shift, window_right, window_left, seq_q, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT
     )
+    # One query head after another of those that share the keys.
     for member in range(group):
         head = head_k * group + member
         stream = batch * heads_k * group + head
@@ -259,25 +258,29 @@ def flash_attention_dkdv(
             do = load_rows(do_head, start_m, seq_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D)
             lse = tl.load(lse_ptr + lse_offset + rows, mask=rows < seq_q, other=float("inf"))
             delta = tl.load(delta_ptr + lse_offset + rows, mask=rows < seq_q, other=0.0)
-            # Transposed, keys by queries: the weights are then an operand as they stand.
+            # Scores and gradients of the weights, transposed to (BLOCK_N, BLOCK_M): the weights are then an
+            # operand as they stand.
             scores = tl.dot(k, tl.trans(q), input_precision="ieee")
             dweights = tl.dot(v, tl.trans(do), input_precision="ieee")
-            bent = scores
+            tanh_s = scores
             if SOFTCAP:
-                bent = tanh(scores * (scale / softcap))
-                scores = softcap * bent
+                tanh_s = tanh(scores * (scale / softcap))
+                scores = softcap * tanh_s
+            # The mask, in tiles that not every key sees whole.
             if (start_m < full_first) | (start_m >= full_end):
                 scores = hide(
                     scores, rows[None, :], cols[:, None], shift, seq_k, window_left, window_right,
                     HAS_LEFT, HAS_RIGHT,
                 )  # fmt: skip
+            # The weights, from the forward pass's log-sum-exp.
             weights = tl.exp2(scores * scale_log2 - _lse_log2(lse)[None, :])
-            keep = True
+            alive = True
             if DROPOUT:
-                keep = tl.trans(dropout_keep(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N))
-            dscores = _gradient(weights, dweights, delta[None, :], bent, keep, dropout_p, SOFTCAP, DROPOUT)
+                alive = tl.trans(dropout_mask(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N))
+            # Gradients of the scores; accumulate dv and dk.
+            dscores = _gradient(weights, dweights, delta[None, :], tanh_s, alive, dropout_p, SOFTCAP, DROPOUT)
             if DROPOUT:
-                weights = tl.where(keep, weights, 0.0)
+                weights = tl.where(alive, weights, 0.0)
             dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
     if DROPOUT:
