@@ -24,7 +24,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "gptkern", copy / "gptkern", ignore=ignored)
     (copy / "tests" / "ops").mkdir(parents=True)
-    for name in ("pyproject.toml", "tests/conftest.py"):
+    for name in ("pyproject.toml", "tests/conftest.py", "tests/ops/test_layout.py"):
         shutil.copy(ROOT / name, copy / name)
     for table in copy.glob(TABLES):
         table.write_text(f"{table.read_text()}\n{FILES[TABLES]}")
@@ -68,7 +68,8 @@ def test_its_files_are_clean(tree: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.ci
 def test_its_tests_pass(tree: Path) -> None:
-    assert " passed" in run(tree, "-m", "pytest", "-q", "-n", "0", "tests/ops/test_swiglu.py")
+    own, layout = "tests/ops/test_swiglu.py", "tests/ops/test_layout.py"
+    assert " passed" in run(tree, "-m", "pytest", "-q", "-n", "0", own, layout)
 
 
 @pytest.mark.slow

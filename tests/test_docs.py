@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import typer.main
 from documents import ROOT, accept, blocks, broken_links, commands, embedded_for_gpt2, tensors
 
+import gptkern
 import gptkern.cli
 import gptkern.ops
 from gptkern import GPT, GPTConfig
@@ -92,6 +94,13 @@ def test_every_op_is_explained() -> None:
     for page in ("kernels.md", "api/ops.md"):
         words = set(re.findall(r"\w+", TEXTS[page]))
         assert sorted(set(gptkern.ops.__all__) - words) == []
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "\n".join(text for name, text in TEXTS.items() if name.startswith("api/"))
+    documented = set(re.findall(r"^::: gptkern\.(?:\w+\.)*(\w+)$", pages, flags=re.MULTILINE))
+    public = {name for name in gptkern.__all__ if not isinstance(getattr(gptkern, name), ModuleType)}
+    assert sorted(public - documented) == []
 
 
 def test_options_of_the_guide_are_those_of_generate() -> None:
