@@ -154,3 +154,14 @@ def test_a_prompt_of_another_locale_is_utf8(run: Any) -> None:
     code, out, _ = run("generate", kept_aside, "-n", "3", "--json")
     assert code == 0
     assert json.loads(out)["prompt"] == "é"
+
+
+def test_an_extension_of_another_version_is_told_in_a_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def describe(_: str) -> dict[str, Any]:
+        raise ImportError("gptkern._C has other statuses: build the extension again")
+
+    monkeypatch.setattr("gptkern.cli.info.describe", describe)
+    assert run("info") == (1, "", "gptkern: gptkern._C has other statuses: build the extension again\n")
+    monkeypatch.setattr("gptkern.cli.info.describe", lambda _: exec("from json import nothing"))
+    with pytest.raises(ImportError, match="nothing"):
+        run("info")

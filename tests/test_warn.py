@@ -23,6 +23,20 @@ def test_a_warning_points_at_the_callers_line(tmp_path: Path) -> None:
     assert (warning.filename, line.strip()) == (__file__, "GPT.from_pretrained(tmp_path)")
 
 
+def test_generations_warnings_point_at_the_callers_line() -> None:
+    model = GPT(GPTConfig(vocab_size=256, n_positions=8, n_layer=1, n_head=1, n_embd=8)).eval()
+    model.tokenizer = Tokenizer.bytes()
+    calls = [
+        lambda: model.generate(torch.tensor([[1]]), max_new_tokens=1, temperature=0.5),
+        lambda: model.generate_text("a", max_new_tokens=1, temperature=0.5),
+        lambda: model.stream("a", max_new_tokens=1, temperature=0.5),
+    ]
+    for call in calls:
+        with pytest.warns(UserWarning, match="temperature has no effect") as found:
+            call()
+        assert found[0].filename == __file__
+
+
 def test_decorators_of_torch_are_no_users_line() -> None:
     inner = {"__name__": "gptkern.inner", "warn": warn, "torch": torch}
     exec("@torch.no_grad()\ndef deep():\n    warn('deep')", inner)

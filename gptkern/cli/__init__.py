@@ -124,6 +124,12 @@ def run(arguments: list[str]) -> int:
         package = f"'gptkern[{extra}]'" if extra else error.name
         terminal.tell(f"{arguments[0]} needs {error.name}: pip install {package}")
         return 1
+    except ImportError as error:
+        # An extension of another version of gptkern: the message says what to type.
+        if not str(error).startswith("gptkern._C"):
+            raise
+        terminal.tell(error)
+        return 1
     except OSError as error:
         named = error.filename is not None and error.strerror is not None
         terminal.tell(f"{error.filename}: {error.strerror}" if named else error.strerror or error)

@@ -95,16 +95,8 @@ def quantize(
 
 
 def _both(quantised: GPT, original: Callable[[], GPT], ids: Sequence[int]) -> tuple[float, float]:
-    """The perplexity of both models, with a bar on standard error while it is measured."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("perplexity", total=2 * len(ids))
-
-        def advance(tokens: int) -> None:
-            progress.advance(task, tokens)
-
+    """The perplexity of both models, with a bar while it is measured."""
+    with terminal.progress("perplexity", 2 * len(ids)) as advance:
         now = _perplexity(quantised, ids, advance)
         return now, _perplexity(original(), ids, advance)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -50,6 +51,17 @@ def facts(rows: Iterable[tuple[str, object]]) -> None:
         whole = f"{name}: {value}"
         lines = [whole] if len(whole) <= room else [f"{name}:", *textwrap.wrap(value, max(room - 2, 10))]
         write("\n  ".join(lines))
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, where that is a terminal; calling what it yields moves the bar on."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda more: bar.advance(task, more)
 
 
 def read_text(path: Path) -> str:

@@ -115,12 +115,13 @@ def _changed(
 
 
 def _find_lr(settings: Settings, out: Path) -> None:
-    from gptkern.train.find import find_lr
+    from gptkern.train.find import TRIES, find_lr
     from gptkern.train.plot import plot_lr
 
     out.mkdir(parents=True, exist_ok=True)
     picture = no_link(out / "find_lr.png")
-    found = find_lr(settings, out)
+    with terminal.progress("range test", TRIES) as advance:
+        found = find_lr(settings, out, advance=advance)
     where = "no plot of the test, which needs matplotlib: pip install 'gptkern[train]'"
     if find_spec("matplotlib") is not None:
         plot_lr(found.rates, found.losses, found.suggestion, picture)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gptkern.cli import _options as o
+from gptkern.cli import terminal
 
 
 def verify(
@@ -49,7 +50,11 @@ def verify(
         raise ValueError(str(error)) from None
     console = Console(highlight=False, soft_wrap=True, quiet=json_)
     console.print(str(verification.routes()), markup=False)
-    checks = list(verification.checks(cases))
+    checks = []
+    with terminal.progress("comparing", 3 * cases) as advance:
+        for check in verification.checks(cases):
+            checks.append(check)
+            advance(1)
     table = Table("case", "what", "error", "allowed", "", box=None, padding=(0, 2, 0, 0))
     for check in checks:
         verdict = "[green]ok[/]" if check.ok else "[red]off[/]"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gptkern._warn import warn
 from gptkern.checkpoint.generation import UNSUPPORTED
 from gptkern.config import GPTConfig
 from gptkern.engine.option_checks import bad_words, biased, checked, plain, suppressed
@@ -133,11 +133,9 @@ def _tell_unsupported(said: Mapping[str, Any]) -> None:
         if said.get(name) is not None and said[name] not in neutral
     ]
     if asked:
-        warnings.warn(
+        warn(
             f"generate: the checkpoint's generation_config asks for {', '.join(asked)}, "
-            "which gptkern does not support: it is left out",
-            UserWarning,
-            stacklevel=5,
+            "which gptkern does not support: it is left out"
         )
 
 
@@ -212,11 +210,9 @@ def _check_modes(given: Mapping[str, Any], beams: int, returned: int, sampling: 
             if option.draws and given.get(name, option.default) != option.default
         ]
         if idle:
-            warnings.warn(
+            warn(
                 f"generate: {', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect "
-                "without do_sample=True",
-                UserWarning,
-                stacklevel=4,
+                "without do_sample=True"
             )
 
 

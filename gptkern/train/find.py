@@ -16,6 +16,7 @@ from gptkern.train.processes import Processes, processes
 from gptkern.train.settings import Settings, SettingsError
 from gptkern.train.trainer import Trainer
 
+TRIES = 100
 _LOWEST, _HIGHEST = 1e-6, 1.0
 _SMOOTHING, _DIVERGED = 0.9, 3.0
 _CLEAR = 0.05  # a loss has risen again when it is this share of the whole fall above its lowest
@@ -46,10 +47,18 @@ class BatchTest:
     limit: str
 
 
-def find_lr(settings: Settings, out: Path, tries: int = 100) -> RateTest:
+def find_lr(
+    settings: Settings, out: Path, tries: int = TRIES, *, advance: Callable[[int], object] = lambda more: None
+) -> RateTest:
     """Raise the learning rate a little each step until the loss diverges (Smith 2017, section 3.3).
 
     See ``suggest`` for the one that is recommended. A fresh model is trained; nothing of it is kept.
+
+    Args:
+        settings: The run's settings.
+        out: The run's folder, for its tokens.
+        tries: Learning rates to try, at most.
+        advance: Called with 1 after each.
 
     Raises:
         SettingsError: Several processes, a loss that is no number from the first step, or one that no rate
@@ -78,6 +87,7 @@ def find_lr(settings: Settings, out: Path, tries: int = 100) -> RateTest:
                 break
             rates.append(rate)
             losses.append(smoothed)
+            advance(1)
     if not rates:
         raise SettingsError("--find-lr: the loss is no number from the first step on")
     return RateTest(rates, losses, suggest(rates, losses))

@@ -284,7 +284,23 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """A run. ``model`` holds fields of ``GPTConfig``, ``dropout`` for all three of its rates, or ``from``."""
+    """A run's settings, a table of its TOML file each; ``gptkern train --show-settings`` explains every key.
+
+    Attributes:
+        model: Fields of ``GPTConfig``, ``dropout`` for all three of its rates, or ``from``, the checkpoint
+            to begin with.
+        data: The training data.
+        train: Length, batches and arithmetic.
+        optimizer: How a gradient becomes an update.
+        schedule: The learning rate over the run.
+        eval: Evaluation on held-out data.
+        checkpoint: Saved states of the run.
+        log: The run's log.
+        lora: Low-rank adaptation.
+
+    Raises:
+        SettingsError: A value is out of its range, or two exclude each other; the message names them.
+    """
 
     model: dict[str, Any] = field(default_factory=dict)
     data: DataSettings = field(default_factory=DataSettings)
