@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gptkern.engine.executors.cpu_model import CpuModel
 from gptkern.ops.sample.launch import Drafts, Machine, Outputs
 from gptkern.ops.sample.params import SamplerState, SamplingParams
 
@@ -35,25 +36,8 @@ has_decoder: bool
 def decode_path() -> str: ...
 def use_decode_path(name: str, /) -> None: ...
 
-Norm = tuple[Tensor, Tensor | None]
-Linear = tuple[Tensor, Tensor | None, Tensor | None]
-
 class Decoder:
-    def __init__(
-        self,
-        *,
-        heads: int,
-        activation: int,
-        post_norm: bool,
-        eps: float,
-        tokens: Tensor,
-        positions: Tensor,
-        blocks: Sequence[tuple[Norm, Norm, Linear, Linear, Linear, Linear]],
-        scales: Sequence[float],
-        final_norm: Norm | None,
-        head: Linear,
-        owners: Sequence[tuple[dict[str, Any], str]] = ...,
-    ) -> None: ...
+    def __init__(self, model: CpuModel, owners: Sequence[tuple[dict[str, Any], str]] = ...) -> None: ...
     def step(
         self,
         k: Tensor,

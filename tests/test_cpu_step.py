@@ -16,6 +16,7 @@ from gptkern import _C, _native
 from gptkern.config import GPTConfig
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.cpu import CpuExecutor
+from gptkern.engine.executors.cpu_model import CpuBlock, CpuLinear, CpuModel, CpuNorm
 from gptkern.gpt import GPT
 from gptkern.quantization import Quantization
 from gptkern.quantize import QuantizedLinear, quantize_model
@@ -380,15 +381,16 @@ def test_places_outside_of_the_cache_are_refused(change: dict[str, Any], message
 
 def _decoder(**change: Any) -> Any:
     width, inner, vocab = 8, 16, 11
-    matrix, row = torch.zeros, lambda n: (torch.zeros(n), torch.zeros(n))
-    layers = [(3 * width, width), (width, width), (inner, width), (width, inner)]
-    block = (row(width), row(width), *((matrix(*shape), torch.zeros(shape[0]), None) for shape in layers))
-    given: dict[str, Any] = {
-        "heads": 2, "activation": 0, "post_norm": False, "eps": 1e-5, "tokens": matrix(vocab, width),
-        "positions": matrix(9, width), "blocks": [block, block], "scales": [1.0, 1.0],
-        "final_norm": row(width), "head": (matrix(vocab, width), None, None),
-    }  # fmt: skip
-    return _C.Decoder(**given | change)
+    matrix, norm = torch.zeros, CpuNorm(torch.zeros(width), torch.zeros(width))
+    shapes = [(3 * width, width), (width, width), (inner, width), (width, inner)]
+    layers = (CpuLinear(matrix(*shape), torch.zeros(shape[0]), None) for shape in shapes)
+    block = CpuBlock(norm, norm, *layers, 1.0)
+    right = CpuModel(
+        heads=2, activation=0, post_norm=False, eps=1e-5, tokens=matrix(vocab, width),
+        positions=matrix(9, width), blocks=[block, block], final_norm=norm,
+        head=CpuLinear(matrix(vocab, width), None, None),
+    )  # fmt: skip
+    return _C.Decoder(right._replace(**change))
 
 
 @pytest.mark.parametrize(
@@ -399,8 +401,10 @@ def _decoder(**change: Any) -> Any:
         {"heads": -1},
         {"heads": 2**40},
         {"activation": 4},
-        {"blocks": [], "scales": []},
-        {"scales": [1.0]},
+        {"blocks": []},
+        {"blocks": [1.0]},
+        {"eps": "small"},
+        {"head": (torch.zeros(11, 8), None, None)},
         {"final_norm": None},
         {"post_norm": True},
         {"tokens": torch.zeros(0, 8)},
@@ -411,14 +415,14 @@ def _decoder(**change: Any) -> Any:
         {"tokens": torch.zeros(11, 8, device="meta")},
         {"positions": torch.zeros(9, 7)},
         {"positions": torch.zeros(0, 8)},
-        {"final_norm": (torch.zeros(7), None)},
-        {"final_norm": (torch.zeros(16)[::2], None)},
-        {"head": (torch.zeros(10, 8), None, None)},
-        {"head": (torch.zeros(22, 16)[::2, ::2], None, None)},
-        {"head": (torch.zeros(11, 8, dtype=torch.int8), None, None)},
-        {"head": (torch.zeros(11, 8, dtype=torch.int8), None, torch.zeros(10))},
-        {"head": (torch.zeros(11, 8), None, torch.zeros(11))},
-        {"head": (torch.zeros(11, 8), torch.zeros(12), None)},
+        {"final_norm": CpuNorm(torch.zeros(7), None)},
+        {"final_norm": CpuNorm(torch.zeros(16)[::2], None)},
+        {"head": CpuLinear(torch.zeros(10, 8), None, None)},
+        {"head": CpuLinear(torch.zeros(22, 16)[::2, ::2], None, None)},
+        {"head": CpuLinear(torch.zeros(11, 8, dtype=torch.int8), None, None)},
+        {"head": CpuLinear(torch.zeros(11, 8, dtype=torch.int8), None, torch.zeros(10))},
+        {"head": CpuLinear(torch.zeros(11, 8), None, torch.zeros(11))},
+        {"head": CpuLinear(torch.zeros(11, 8), torch.zeros(12), None)},
     ],
     ids=str,
 )

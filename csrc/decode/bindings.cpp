@@ -4,9 +4,7 @@
 
 #include <climits>
 #include <memory>
-#include <optional>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -18,48 +16,44 @@ namespace py = pybind11;
 namespace gptkern {
 namespace {
 
-using Maybe = py::object;  // a tensor or None
-
 constexpr int kMostThreads = 1024;
 
-// A model's tensors on their way to a Decoder: each checked, and kept.
+// Reads the tensors of a gptkern.engine.executors.cpu_model.CpuModel, checks each, and holds it for the decoder.
 class Weights {
 public:
-    using Norm = std::tuple<py::object, Maybe>;           // weight, bias
-    using Linear = std::tuple<py::object, Maybe, Maybe>;  // weight, bias, scales of int8 weights
-    using Block = std::tuple<Norm, Norm, Linear, Linear, Linear, Linear>;
-
     Checker check{"Decoder"};
     Kind kind = Kind::kOther;
     std::vector<HeldTensor> held;
 
-    // A matrix with dense rows, of embeddings.
-    Tensor rows(const char* name, const py::object& object) {
+    // Embeddings: a matrix with contiguous rows.
+    Tensor rows(const char* name, py::handle object) {
         const Tensor matrix = check.tensor(name, object, 2);
         if (matrix.shape[1] > 1 && matrix.stride[1] != 1) check.refuse(name, matrix, "a matrix of contiguous rows");
-        keep(name, matrix);
+        hold_floats(name, matrix);
         return matrix;
     }
 
-    CpuNorm norm(const Norm& given, int64_t width, float eps) {
-        const auto& [weight, bias] = given;
-        return {vector("the weight of a norm", weight, width), vector("the bias of a norm", bias, width), eps};
+    CpuNorm norm(py::handle object, int64_t width, float eps) {
+        const Group norm(check, "a norm", object);
+        return {vector("the weight of a norm", norm.get("weight"), width),
+                vector("the bias of a norm", norm.get("bias"), width), eps};
     }
 
-    CpuLinear linear(const Linear& given, int64_t outs, int64_t in) {
-        const auto& [weight, bias, scales] = given;
+    CpuLinear linear(py::handle object, int64_t outs, int64_t in) {
+        const Group linear(check, "a linear layer", object);
+        const py::handle scales = linear.get("scales");
         const bool packed = !scales.is_none();
-        const Tensor w = check.tensor("a weight", weight, 2);
+        const Tensor w = check.tensor("a weight", linear.get("weight"), 2);
         const bool by_outs = in == 1 || w.stride[1] == 1, by_ins = outs == 1 || w.stride[0] == 1;
         if (w.shape[0] != outs || w.shape[1] != in || !(by_outs || (by_ins && !packed))) {
             const int64_t needed[] = {outs, in};
             check.refuse("a weight", w, "shape " + shape_of(needed, 2) + " with one dimension contiguous");
         }
         if (packed && w.kind != Kind::kInt8) check.refuse("a weight", w, "int8, as it has scales,");
-        packed ? hold(w) : keep("a weight", w);
+        packed ? hold(w) : hold_floats("a weight", w);
         CpuLinear layer{};
         layer.weight = w.data;
-        layer.bias = vector("a bias", bias, outs);
+        layer.bias = vector("a bias", linear.get("bias"), outs);
         layer.outs = static_cast<int>(outs);
         layer.in = static_cast<int>(in);
         layer.stride = w.stride[by_outs ? 0 : 1];
@@ -74,7 +68,8 @@ public:
 private:
     void hold(const Tensor& tensor) { held.emplace_back(tensor.object); }
 
-    void keep(const char* name, const Tensor& tensor) {
+    // Holds a tensor of the model's dtype, which is that of the first one.
+    void hold_floats(const char* name, const Tensor& tensor) {
         if (tensor.kind != Kind::kFloat32 && tensor.kind != Kind::kBFloat16) {
             check.refuse(name, tensor, "float32 or bfloat16");
         }
@@ -84,35 +79,28 @@ private:
         hold(tensor);
     }
 
-    const void* vector(const char* name, const Maybe& object, int64_t length) {
+    const void* vector(const char* name, py::handle object, int64_t length) {
         if (object.is_none()) return nullptr;
-        const Tensor found = check.dense(name, object, kind, {length});
-        keep(name, found);
-        return found.data;
+        const Tensor values = check.dense(name, object, kind, {length});
+        hold_floats(name, values);
+        return values.data;
     }
 };
 
-// A Decoder with the tensors that it points at, and the places in modules from which they were taken.
+// A Decoder, the tensors whose memory it reads, and the entries of modules that they came from.
 class HoldingDecoder {
 public:
-    HoldingDecoder(const py::object& heads, const py::object& activation, const py::object& post_norm,
-                   const py::object& eps, const py::object& tokens, const py::object& positions,
-                   const py::object& blocks, const py::object& scales, const py::object& final_norm,
-                   const py::object& head, const py::object& owners) {
+    HoldingDecoder(const py::object& model, const py::object& owners) {
         Weights weights;
-        const Checker& check = weights.check;
-        CpuModel model{};
-        model.post_norm = check.as<bool>("post_norm", post_norm);
-        model.activation = static_cast<Activation>(check.number("activation", activation, 0, 3));
-        build(weights, model, heads, check.as<float>("eps", eps), tokens, positions,
-              check.as<std::vector<Weights::Block>>("blocks", blocks), check.as<std::vector<float>>("scales", scales),
-              check.as<std::optional<Weights::Norm>>("final_norm", final_norm), check.as<Weights::Linear>("head", head));
+        build(weights, Group(weights.check, "model", model));
         held_ = std::move(weights.held);
         using Owners = std::vector<std::pair<py::dict, py::str>>;
-        for (const auto& [dictionary, key] : check.as<Owners>("owners", owners)) entries_.emplace_back(dictionary, key);
+        for (const auto& [dictionary, key] : weights.check.as<Owners>("owners", owners)) {
+            entries_.emplace_back(dictionary, key);
+        }
     }
 
-    // False, with nothing done, where weights have moved or been replaced since this was made.
+    // One token of every row. False, with nothing done, if weights have moved or been replaced.
     bool step(const py::object& k, const py::object& v, const py::object& page_table, const py::object& lengths,
               const py::object& tokens, const py::object& logits, const py::object& threads) {
         for (const HeldEntry& entry : entries_) {
@@ -154,48 +142,63 @@ public:
 private:
     Tensor cached(Checker& check, const char* name, const py::object& object, Kind kind) const {
         const CpuModel& m = decoder_->model();
-        const Tensor found = check.tensor(name, object, 5);
-        const bool dense = (m.head_dim == 1 || found.stride[4] == 1) && (m.heads == 1 || found.stride[3] == m.head_dim);
-        if (check.on_cuda() || found.kind != kind || found.shape[0] != m.blocks || found.shape[3] != m.heads ||
-            found.shape[4] != m.head_dim || !dense) {
+        const Tensor cache = check.tensor(name, object, 5);
+        const bool dense = (m.head_dim == 1 || cache.stride[4] == 1) && (m.heads == 1 || cache.stride[3] == m.head_dim);
+        if (check.on_cuda() || cache.kind != kind || cache.shape[0] != m.blocks || cache.shape[3] != m.heads ||
+            cache.shape[4] != m.head_dim || !dense) {
             const int64_t needed[] = {m.blocks, kAny, kAny, m.heads, m.head_dim};
-            check.refuse(name, found, std::string(name_of(kind)) + " of shape " + shape_of(needed, 5) +
+            check.refuse(name, cache, std::string(name_of(kind)) + " of shape " + shape_of(needed, 5) +
                                          " on the CPU, its last two dimensions contiguous,");
         }
-        return found;
+        return cache;
     }
 
-    void build(Weights& weights, CpuModel& model, const py::object& heads, float eps, const py::object& tokens,
-               const py::object& positions, const std::vector<Weights::Block>& blocks, const std::vector<float>& scales,
-               const std::optional<Weights::Norm>& final_norm, const Weights::Linear& head) {
+    void build(Weights& weights, const Group& group) {
         Checker& check = weights.check;
-        const Tensor wte = weights.rows("the token embeddings", tokens), wpe = weights.rows("the positions", positions);
+        CpuModel model{};
+        model.post_norm = check.as<bool>("post_norm", group.get("post_norm"));
+        model.activation = static_cast<Activation>(check.number("activation", group.get("activation"), 0, 3));
+        const float eps = check.as<float>("eps", group.get("eps"));
+        const Tensor wte = weights.rows("the token embeddings", group.get("tokens"));
+        const Tensor wpe = weights.rows("the positions", group.get("positions"));
         const int64_t width = wte.shape[1], vocab = wte.shape[0];
         if (wpe.shape[1] != width) check.refuse("the positions", wpe, "a matrix as wide as the token embeddings");
-        if (scales.size() != blocks.size()) check.refuse("scales must be one of each block");
-        if (model.post_norm == final_norm.has_value()) check.refuse("either final_norm or post_norm is needed");
+        const py::handle final_norm = group.get("final_norm");
+        if (model.post_norm != final_norm.is_none()) check.refuse("either final_norm or post_norm is needed");
         model.dtype = weights.kind == Kind::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
         model.width = check.number("the width", width, 1, INT_MAX / 4);
         model.vocab = check.number("the vocabulary", vocab, 1, INT_MAX / 4);
         model.n_positions = check.number("the context", wpe.shape[0], 1, INT_MAX / 4);
-        model.heads = check.number("heads", heads, 1, width);
+        model.heads = check.number("heads", group.get("heads"), 1, width);
         model.tokens = wte.data;
         model.token_stride = wte.stride[0];
         model.positions = wpe.data;
         model.position_stride = wpe.stride[0];
-        std::vector<CpuBlock> made;
-        for (size_t i = 0; i < blocks.size(); ++i) {
-            const auto& [norm1, norm2, qkv, projection, fc, out] = blocks[i];
-            const int64_t inner = check.tensor("a weight", std::get<0>(fc), 2).shape[0];
-            if (i == 0) model.inner = check.number("the inner width", inner, 1, INT_MAX / 4);
-            made.push_back({weights.norm(norm1, width, eps), weights.norm(norm2, width, eps),
-                            weights.linear(qkv, 3 * width, width), weights.linear(projection, width, width),
-                            weights.linear(fc, model.inner, width), weights.linear(out, width, model.inner),
-                            scales[i]});
+        std::vector<CpuBlock> blocks;
+        for (const py::object& object : check.as<std::vector<py::object>>("blocks", group.get("blocks"))) {
+            blocks.push_back(block(weights, Group(check, "a block", object), model, eps));
         }
-        if (final_norm.has_value()) model.final_norm = weights.norm(*final_norm, width, eps);
-        model.head = weights.linear(head, vocab, width);
-        decoder_ = std::make_unique<Decoder>(model, std::move(made));
+        if (!final_norm.is_none()) model.final_norm = weights.norm(final_norm, width, eps);
+        model.head = weights.linear(group.get("head"), vocab, width);
+        decoder_ = std::make_unique<Decoder>(model, std::move(blocks));
+    }
+
+    // The first block sets the model's inner width.
+    static CpuBlock block(Weights& weights, const Group& group, CpuModel& model, float eps) {
+        Checker& check = weights.check;
+        const int64_t width = model.width;
+        const py::handle fc = group.get("fc");
+        if (model.inner == 0) {
+            const Tensor weight = check.tensor("a weight", Group(check, "a linear layer", fc).get("weight"), 2);
+            model.inner = check.number("the inner width", weight.shape[0], 1, INT_MAX / 4);
+        }
+        return {weights.norm(group.get("norm1"), width, eps),
+                weights.norm(group.get("norm2"), width, eps),
+                weights.linear(group.get("qkv"), 3 * width, width),
+                weights.linear(group.get("projection"), width, width),
+                weights.linear(fc, model.inner, width),
+                weights.linear(group.get("out"), width, model.inner),
+                check.as<float>("the scale of a block", group.get("scale"))};
     }
 
     std::vector<HeldEntry> entries_;
@@ -206,18 +209,14 @@ private:
 }  // namespace
 
 void bind_decoder(py::module_& module) {
-    const py::kw_only named;
     module.attr("has_decoder") = decoder_supported();
-    py::class_<HoldingDecoder>(module, "Decoder", "A model for the CPU's decode step: csrc/decoder.h.")
-        .def(py::init<const py::object&, const py::object&, const py::object&, const py::object&, const py::object&,
-                      const py::object&, const py::object&, const py::object&, const py::object&, const py::object&,
-                      const py::object&>(),
-             named, py::arg("heads"), py::arg("activation"), py::arg("post_norm"), py::arg("eps"), py::arg("tokens"),
-             py::arg("positions"), py::arg("blocks"), py::arg("scales"), py::arg("final_norm"), py::arg("head"), py::arg("owners") = py::tuple())
+    py::class_<HoldingDecoder>(module, "Decoder", "A model for the CPU's decode step: csrc/decode/decoder.h.")
+        .def(py::init<const py::object&, const py::object&>(), py::arg("model"), py::arg("owners") = py::tuple())
         .def("step", &HoldingDecoder::step, py::arg("k"), py::arg("v"), py::arg("page_table"), py::arg("lengths"),
-             py::arg("tokens"), py::arg("logits"), py::arg("threads"), "One token of every sequence; false where weights moved.");
+             py::arg("tokens"), py::arg("logits"), py::arg("threads"),
+             "One token of every row; False, with nothing done, if weights have moved.");
     module.def("decode_path", [] { return cpu_decode_path()->name; });
-    module.def("use_decode_path", &use_cpu_decode_path, "Chooses it by name, for tests that compare them.");
+    module.def("use_decode_path", &use_cpu_decode_path, "Chooses the path by name, for tests that compare them.");
 }
 
 }  // namespace gptkern

@@ -109,9 +109,11 @@ class Fuzzer:
     """Draws calls, makes them, and counts what came of each."""
 
     def __init__(self, seed: int) -> None:
+        # Here and not above: another extension may have been loaded first.
         from gptkern import _C
+        from gptkern.engine.executors import cpu_model
 
-        self._C = _C
+        self._C, self._cpu = _C, cpu_model
         self._draw, self.wrong = random.Random(seed), Wrong(random.Random(seed + 1))
         torch.manual_seed(seed)
         self.counts: Counter[str] = Counter()
@@ -304,24 +306,26 @@ class Fuzzer:
         dtype = self._draw.choice([torch.float32, torch.bfloat16])
         heads, width, inner, vocab = self._between(1, 3), 0, self._between(1, 40), self._between(1, 50)
         width = heads * self._between(1, 20)
-        row = lambda n: (torch.randn(n).to(dtype), torch.randn(n).to(dtype))  # noqa: E731
+        row = lambda n: self._cpu.CpuNorm(torch.randn(n).to(dtype), torch.randn(n).to(dtype))  # noqa: E731
 
-        def linear(outs: int, ins: int) -> tuple[Any, ...]:
+        def linear(outs: int, ins: int) -> Any:
             bias = torch.randn(outs).to(dtype) if self._between(0, 1) else None
             how = self._between(0, 2)
             if how == 0:
-                return torch.randint(-9, 9, (outs, ins), dtype=torch.int8), bias, torch.rand(outs)
+                return self._cpu.CpuLinear(
+                    torch.randint(-9, 9, (outs, ins), dtype=torch.int8), bias, torch.rand(outs)
+                )
             weight = torch.randn(outs, ins) if how == 1 else torch.randn(ins, outs).t()
-            return weight.to(dtype), bias, None
+            return self._cpu.CpuLinear(weight.to(dtype), bias, None)
 
-        def block() -> tuple[Any, ...]:
+        def block() -> Any:
             layers = (
                 linear(3 * width, width),
                 linear(width, width),
                 linear(inner, width),
                 linear(width, inner),
             )
-            return row(width), row(width), *layers
+            return self._cpu.CpuBlock(row(width), row(width), *layers, 0.3)
 
         n_blocks, post_norm = self._between(1, 2), bool(self._between(0, 1))
         return {
@@ -332,7 +336,6 @@ class Fuzzer:
             "tokens": torch.randn(vocab, width).to(dtype),
             "positions": torch.randn(self._between(1, 20), width).to(dtype),
             "blocks": [block() for _ in range(n_blocks)],
-            "scales": [0.3] * n_blocks,
             "final_norm": None if post_norm else row(width),
             "head": linear(vocab, width),
         }
@@ -343,15 +346,15 @@ class Fuzzer:
         wrong: list[str] = []
         if spoiled:
             place = self._draw.choice(
-                ["heads", "activation", "scales", "post_norm", "blocks", "head", "final_norm"]
+                ["heads", "activation", "scale", "post_norm", "blocks", "head", "final_norm"]
             )
             wrong.append(place)
             if place in ("heads", "activation"):
                 given[place] = self.wrong.number(
                     *((1, given["tokens"].shape[1]) if place == "heads" else (0, 3))
                 )
-            elif place == "scales":
-                given["scales"] = given["scales"] * 2
+            elif place == "scale":
+                given["blocks"][-1] = given["blocks"][-1]._replace(scale=self._draw.choice(["x", None, []]))
             elif place == "post_norm" or (place == "final_norm" and given["final_norm"] is None):
                 given["post_norm"] = not given["post_norm"]
             elif place == "final_norm":
@@ -362,27 +365,27 @@ class Fuzzer:
                 block = list(given["blocks"][-1])
                 which = self._between(0, 5)
                 block[which] = (self._spoiled_vectors if which < 2 else self._spoiled_linear)(block[which])
-                given["blocks"] = [*given["blocks"][:-1], tuple(block)]
-        return self._call(lambda: self._C.Decoder(**given), wrong, lambda _: None)
+                given["blocks"] = [*given["blocks"][:-1], self._cpu.CpuBlock(*block)]
+        return self._call(lambda: self._C.Decoder(self._cpu.CpuModel(**given)), wrong, lambda _: None)
 
-    def _spoiled_vectors(self, pair: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _spoiled_vectors(self, pair: Any) -> Any:
         which = self._between(0, 1)
-        return tuple(self.wrong.tensor(v) if i == which else v for i, v in enumerate(pair))
+        return type(pair)(*(self.wrong.tensor(v) if i == which else v for i, v in enumerate(pair)))
 
-    def _spoiled_linear(self, layer: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _spoiled_linear(self, layer: Any) -> Any:
         weight, bias, scales = layer
         if bias is not None and self._between(0, 1):
-            return weight, self.wrong.tensor(bias), scales
+            return layer._replace(bias=self.wrong.tensor(bias))
         if scales is not None and self._between(0, 1):
-            return weight, bias, self.wrong.tensor(scales)
+            return layer._replace(scales=self.wrong.tensor(scales))
         if scales is None:
-            return self.wrong.tensor(weight, any_stride=(0, 1)), bias, scales
-        return weight.float(), bias, scales
+            return layer._replace(weight=self.wrong.tensor(weight, any_stride=(0, 1)))
+        return layer._replace(weight=weight.float())
 
     def step(self, spoiled: bool) -> str:
         """``Decoder.step``, rows alone and in company; wrong tensors, and wrong numbers in right ones."""
         given = self._model()
-        decoder = self._C.Decoder(**given)
+        decoder = self._C.Decoder(self._cpu.CpuModel(**given))
         dtype, (vocab, width) = given["tokens"].dtype, given["tokens"].shape
         context, heads, blocks = given["positions"].shape[0], given["heads"], len(given["blocks"])
         page_size, pages_each, rows = self._between(1, 8), self._between(1, 3), self._between(0, 4)

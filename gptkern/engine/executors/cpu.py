@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from gptkern import _native
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.base import TableExecutor, check_cache
 from gptkern.engine.executors.changes import reads_weights_alone
-from gptkern.model.decoder import Block, Decoder, Norm
+from gptkern.engine.executors.cpu_model import cpu_model
+from gptkern.model.decoder import Decoder
 from gptkern.ops._dispatch import use_kernel
-from gptkern.quantize import QuantizedLinear
 
 # More rows at once are bound by arithmetic and gain nothing.
 MOST_ROWS = 16
@@ -114,41 +113,11 @@ class CpuExecutor(TableExecutor):
 
 def _decoder(model: Decoder) -> Any:
     """The extension's view of the model's weights where they lie now."""
-    config, transformer = model.config, model.transformer
-    blocks = list(transformer.h)
-    return _native.extension.Decoder(
-        heads=config.n_head,
-        activation=_native.ACTIVATIONS[config.activation],
-        post_norm=config.post_norm,
-        eps=config.layer_norm_epsilon,
-        tokens=transformer.wte.weight,
-        positions=transformer.wpe.weight,
-        blocks=[_block(block) for block in blocks],
-        scales=[config.attention_scale(layer) for layer in range(len(blocks))],
-        final_norm=None if transformer.ln_f is None else _norm(transformer.ln_f),
-        head=_linear(model.lm_head),
-        owners=[
-            (entries, name)
-            for module in model.modules()
-            for entries in (module._modules, module._parameters, module._buffers)
-            for name in entries
-        ],
-    )
-
-
-def _block(block: nn.Module) -> tuple[tuple[torch.Tensor | None, ...], ...]:
-    assert isinstance(block, Block)
-    layers = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-    return _norm(block.ln_1), _norm(block.ln_2), *map(_linear, layers)
-
-
-def _norm(norm: Norm) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return norm.weight, norm.bias
-
-
-def _linear(
-    layer: nn.Linear | QuantizedLinear,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    if isinstance(layer, QuantizedLinear):
-        return layer.values, layer.bias, layer.scales
-    return layer.weight, layer.bias, None
+    # A module's dictionaries, to notice when an entry is replaced.
+    owners = [
+        (entries, name)
+        for module in model.modules()
+        for entries in (module._modules, module._parameters, module._buffers)
+        for name in entries
+    ]
+    return _native.extension.Decoder(cpu_model(model), owners)
