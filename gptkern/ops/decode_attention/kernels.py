@@ -23,7 +23,7 @@ from gptkern.ops._pdl import prefetch, wait
 
 @triton.jit
 def cache_pages(
-    table_ptr, first, tokens, mask, page_size, page_count, IN_PAGE: tl.constexpr, CACHE: tl.constexpr = ""
+    table_ptr, first, tokens, mask, page_size, page_count, IN_PAGE: tl.constexpr, CACHE: tl.constexpr
 ):  # fmt: skip
     """(page, offset in it) of consecutive tokens of one sequence; one page for all of them if IN_PAGE.
 
@@ -108,7 +108,7 @@ def attend_split(
         tokens = first + tl.arange(0, BLOCK_N)
         valid = (tokens >= begin) & (tokens < end)
         mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
-        pages, offsets = cache_pages(table_ptr, first, tokens, valid, page_size, page_count, IN_PAGE)
+        pages, offsets = cache_pages(table_ptr, first, tokens, valid, page_size, page_count, IN_PAGE, "")
         k_rows = pages * stride_kp + offsets * stride_ks
         v_rows = pages * stride_vp + offsets * stride_vs
         k = tl.load(k_ptr + k_rows[:, None] + dims[None, :], mask=mask, other=0.0)
