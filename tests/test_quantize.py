@@ -150,6 +150,7 @@ def test_bad_input_changes_nothing(folder: Path, tmp_path: Path) -> None:
 
 
 def test_fp8_needs_a_gpu_that_has_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     with pytest.raises(ValueError, match=r"compute capability 8\.6, 8\.9 or newer is needed: take 'int8'"):
         GPT.from_pretrained(folder, weights="fp8", device="cuda")

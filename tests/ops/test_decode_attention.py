@@ -224,7 +224,8 @@ def test_forked_and_truncated_sequences(device: torch.device) -> None:
     append(c, 100)
     append(b, 9)
     q = torch.randn(3, 2, 16, device=device)
-    out = ops.decode_attention(q, cache.k[0], cache.v[0], cache.page_table[:3], cache.seq_lens[:3])
+    lengths = torch.tensor(cache.lengths, dtype=torch.int32, device=device)
+    out = ops.decode_attention(q, cache.k[0], cache.v[0], cache.page_table[:3], lengths)
     for row, sequence in enumerate(cache.sequences):
         k, v = held[sequence]
         expected, _ = attention(q[None, row, None], k[None], v[None])
