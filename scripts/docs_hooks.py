@@ -114,12 +114,13 @@ def generation_options() -> str:
     """Every option of ``generate``, from the table that its checks are made from, as Markdown."""
     from gptkern.engine.options import OPTIONS
 
-    rows = ["| option | default | accepted | meaning | in the shell |", "|---|---|---|---|---|"]
+    rows = ["| option | meaning |", "|---|---|"]
     for option in OPTIONS.values():
-        accepted = option.range.words if option.range else ""
-        meaning = f"{option.help} {option.more}".strip().replace("``", "`")
-        flag = f"`{option.flag.names[0]}`" if option.flag else ""
-        rows.append(f"| `{option.name}` | `{option.default!r}` | {accepted} | {meaning} | {flag} |")
+        parts = [f"{option.help} {option.more}".strip().replace("``", "`")]
+        parts += [f"Accepted: {option.range.words}."] if option.range else []
+        parts += [f"Default: `{option.default!r}`."] if option.default is not None else []
+        parts += [f"In the shell: `{option.flag.names[0]}`."] if option.flag else []
+        rows.append(f"| `{option.name}` | {' '.join(parts)} |")
     return "\n".join(rows)
 
 
