@@ -90,6 +90,15 @@ def test_every_warning_and_error_class_has_its_cure() -> None:
     assert [name for name in classes if f"`{name}`" not in TEXTS["troubleshooting.md"]] == []
 
 
+def test_the_messages_of_troubleshooting_are_gptkerns() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "gptkern").rglob("*.py"))
+    sources = re.sub(r'"\s*\n\s*f?r?"', "", sources)  # one message over several lines
+    quoted = re.findall(r'^\*\*(?:`\w+`: )?"(.+?)"', TEXTS["troubleshooting.md"], flags=re.MULTILINE)
+    parts = [part.strip(" .,:;'") for message in quoted for part in message.split("...")]
+    assert len(quoted) >= 15
+    assert [part for part in parts if part not in sources] == []
+
+
 def test_every_op_is_explained() -> None:
     for page in ("kernels.md", "api/ops.md"):
         words = set(re.findall(r"\w+", TEXTS[page]))
