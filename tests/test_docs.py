@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import typer.main
+import yaml
 from documents import ROOT, accept, blocks, broken_links, commands, embedded_for_gpt2, tensors
 
 import gptkern
@@ -150,6 +152,17 @@ def test_every_key_of_a_training_file_is_in_the_reference(hooks: Any) -> None:
     for section, keys in {**Settings().to_dict(), "model": shapes}.items():
         table = text[text.index(f"### [{section}]") :].partition("\n### ")[0]
         assert [key for key in keys if f"\n| `{key}` |" not in table] == []
+
+
+def test_the_workflow_and_the_hooks_run_what_is_there() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    named = [word for hook in hooks for word in hook["entry"].split() if word.endswith(".py")]
+    assert len(named) == 2
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.slow
