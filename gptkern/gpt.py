@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Never, Self
 
 import torch
 
@@ -15,7 +15,7 @@ from gptkern.checkpoint.hf import CONFIG
 from gptkern.checkpoint.load import check_quantization, load, open_checkpoint
 from gptkern.checkpoint.locate import EMBEDDED, locate
 from gptkern.checkpoint.pending import Files, read
-from gptkern.checkpoint.placing import checked_device, checked_dtype
+from gptkern.checkpoint.placing import checked_device, checked_dtype, refuse_options
 from gptkern.checkpoint.save import save
 from gptkern.config import GPTConfig
 from gptkern.engine.executors.choose import routes
@@ -69,6 +69,7 @@ class GPT(Decoder):
         weights: str | None = None,
         group_size: int | None = None,
         zero_point: bool | None = None,
+        **unknown: Never,
     ) -> Self:
         """Read a checkpoint, in evaluation mode; its tokenizer, where there is one, comes along.
 
@@ -91,9 +92,11 @@ class GPT(Decoder):
         Raises:
             CheckpointError: Nothing there, damaged, of another architecture or shape; the message names
                 file, tensor, expected and found.
+            TypeError: An option that is not known; those of transformers are named with what does the same.
             ValueError: ``weights`` that this model or device cannot take, a dtype that weights cannot have, a
                 device that is not there; before any weight is read.
         """
+        refuse_options(unknown, cls.from_pretrained.__kwdefaults__ or ())
         dtype, device = checked_dtype(dtype), checked_device(device)
         path = locate(path_or_hub_id, revision=revision, local_files_only=local_files_only)
 

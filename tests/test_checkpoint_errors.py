@@ -187,6 +187,22 @@ def test_tensors(folder: Path) -> None:
             GPT.from_pretrained(folder, device=device)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("torch_dtype", "dtype is its name here"),
+        ("device_map", "device is its name here"),
+        ("load_in_8bit", "weights='int8' does this"),
+        ("trust_remote_code", "code of a checkpoint never runs"),
+        ("devise", "did you mean 'device'?"),
+        ("xyz", "options: dtype, device, revision"),
+    ],
+)
+def test_options_of_transformers_have_their_names_here(name: str, hint: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"GPT.from_pretrained: {name} is no option; {hint}")):
+        GPT.from_pretrained("nowhere", **{name: None})
+
+
 def test_files_of_other_programs_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     refuse(tmp_path / "model.gguf", r"model\.gguf: a GGUF file, which gptkern does not read")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,31 @@ def test_mistakes_name_the_value_and_what_is_accepted(run: Any, arguments: str, 
     assert (code, out) == (2, "")
     assert told in err
     assert "Value error" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            "--greedy --num-samples 2",
+            "--num-samples is 2, --num-beams 1: more than one sequence needs samp",
+        ),
+        ("-n 100000", "--max-new-tokens is 100000, the prompt has 1 tokens"),
+        ("--top-k -2", "--top-k is -2; 0 or more is needed"),
+        ("--temperature nan", "--temperature is nan; a number above 0 (--greedy takes"),
+        (
+            "--num-beams 3 -t 0.5 -n 2",
+            "generate: --temperature has no effect without sampling, which --gr",
+        ),
+    ],
+)
+def test_generates_messages_speak_in_flags(run: Any, arguments: str, told: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = gptkern.cli._show_warning
+        _, _, err = run("generate", "x", *arguments.split())
+    assert told in err
+    assert "do_sample" not in err
 
 
 @pytest.mark.parametrize("command", gptkern.cli.COMMANDS)

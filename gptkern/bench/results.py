@@ -37,7 +37,9 @@ def load(path: Path) -> Results:
     """
     path = path / "results.json" if path.is_dir() else path
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
+        data: Any = json.loads(path.read_text())
+        if not isinstance(data, dict) or "format" not in data:
+            raise ValueError("no format is named in it")
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']}, this version reads {FORMAT}")
         return Results(

@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 import torch
 
+# What callers of transformers' from_pretrained write, and what does the same here.
+_INSTEAD = {
+    "torch_dtype": "dtype is its name here",
+    "device_map": "device is its name here",
+    "load_in_8bit": "weights='int8' does this",
+    "load_in_4bit": "weights='int4' does this",
+    "quantization_config": "weights='int8', 'fp8' or 'int4' quantises",
+    "cache_dir": "the environment variable HF_HOME names the cache",
+    "attn_implementation": "gptkern's attention is always used",
+    "low_cpu_mem_usage": "weights are always read straight into their places",
+    "use_safetensors": "safetensors are always preferred",
+    "trust_remote_code": "code of a checkpoint never runs",
+    "config": "the checkpoint's config.json is read",
+}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+
+
+def refuse_options(unknown: Collection[str], known: Collection[str]) -> None:
+    """Refuse options that ``GPT.from_pretrained`` does not have, with what does the same.
+
+    Raises:
+        TypeError: There are any.
+    """
+    for name in unknown:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = _INSTEAD.get(name) or (
+            f"did you mean {close[0]!r}?" if close else f"options: {', '.join(known)}"
+        )
+        raise TypeError(f"GPT.from_pretrained: {name} is no option; {hint}")
 
 
 def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

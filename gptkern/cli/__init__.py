@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from gptkern.cli import terminal
-from gptkern.cli.usage import UsageProblem, usage_message
+from gptkern.cli.usage import UsageProblem, in_flags, usage_message
 
 # name -> the extra of the package that its further dependencies come with
 COMMANDS = {
@@ -135,7 +135,7 @@ def run(arguments: list[str]) -> int:
         terminal.tell(f"{error.filename}: {error.strerror}" if named else error.strerror or error)
         return 1
     except (ValueError, MemoryError) as error:
-        terminal.tell(error)
+        terminal.tell(in_flags(str(error)))
         return 1
     except RuntimeError as error:
         # A plain RuntimeError is a fault of the program; those with a name of their own say what is wrong.
@@ -160,4 +160,4 @@ def _interrupted() -> int:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    terminal.tell(f"warning: {str(message).removeprefix('gptkern: ')}")
+    terminal.tell(f"warning: {in_flags(str(message).removeprefix('gptkern: '))}")

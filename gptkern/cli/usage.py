@@ -26,6 +26,18 @@ _KINDS = {
 }
 
 
+def in_flags(message: str) -> str:
+    """A message of ``generate`` with the command line's names of its options."""
+    if not message.startswith("generate: "):
+        return message
+    from gptkern.engine.options import TABLE
+
+    message = message.replace("do_sample=True", "sampling, which --greedy and --num-beams turn off")
+    message = message.replace("do_sample=False", "--greedy")
+    names = {option.name: option.flag.names[0] for option in TABLE if option.flag is not None}
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda match: names[match[1]], message)
+
+
 def usage_message(error: Any, command: str | None) -> str:
     """One line: what is wrong, where there is one an example, and which help tells more.
 
