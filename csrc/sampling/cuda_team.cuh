@@ -1,7 +1,7 @@
 // The GPU's team: the blocks of one thread-block cluster share a row (before sm_90, one block has a row).
 //
-// Every block makes histograms and reductions in its shared memory, and the cluster's first block combines them
-// over distributed shared memory. The numbers are integers, so the order of the additions does not matter.
+// Every block makes histograms and reductions in its shared memory, and they are combined over distributed shared
+// memory. The numbers are integers, so the order of the additions does not matter.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -148,11 +148,7 @@ public:
 
     __device__ CoarseCrossing find_bin(uint64_t target) {
         cluster_sync();
-        if (rank_ != 0) {
-            for (int i = threadIdx.x; i < kCoarseBins; i += kThreads) {
-                if (memory_.bins[i] != 0) atomicAdd(&leader_.bins[i], memory_.bins[i]);
-            }
-        }
+        combine_bins();
         cluster_sync();
         if (rank_ == 0) find_own_bin(target);
         cluster_sync();
@@ -193,6 +189,20 @@ private:
             result = combine(result, memory_of(memory_, other).partial[turn_]);
         }
         return result;
+    }
+
+    // The cluster's sums go to the first block. Every block has a slice of the bins, which no other block reads or
+    // writes meanwhile, so plain loads and stores over distributed shared memory do: no atomics. The loops stay
+    // rolled, as the kernel has no register to spare.
+    __device__ void combine_bins() {
+        const uint32_t slice = kCoarseBins / blocks_;  // a cluster has 1, 2, 4 or 8 blocks
+#pragma unroll 1
+        for (uint32_t i = rank_ * slice + threadIdx.x; i < (rank_ + 1) * slice; i += kThreads) {
+            Count sum = 0;
+#pragma unroll 1
+            for (uint32_t other = blocks_; other-- > 0;) sum += memory_of(memory_, other).bins[i];
+            leader_.bins[i] = sum;
+        }
     }
 
     __device__ void find_own_bin(uint64_t target) {
