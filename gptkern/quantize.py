@@ -1,7 +1,7 @@
 """Quantisation of a model's linear layers, the head included.
 
-The embeddings stay as they are: a step reads one row of them for each token. Prefill multiplies with
-matrices that are dequantised a layer at a time; the decode step's kernels read the packed ones.
+The embeddings stay as they are: decoding reads one row of them for each token. Prefill multiplies with
+matrices that are dequantised a layer at a time; the kernels that decode read the packed ones.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def quantized(self) -> QuantizedWeight:
-        """The matrix as the decode step's kernels take it."""
+        """The matrix as the kernels that decode take it."""
         return QuantizedWeight(self.format, self.values, self.scales, self.zeros)
 
     @property

@@ -38,7 +38,7 @@ def test_bytes_times_and_operators(model: GPT, tmp_path: Path) -> None:
     assert found.bytes_moved == 4 * (2 * 12 * 32**2 + 256 * 32 + 2 * 2 * 32 * 15)
     assert found.floor == found.bytes_moved / found.copy
     assert found.context == 13 and found.tokens == 4
-    assert found.step > 0 and found.prefill > 0
+    assert found.per_token > 0 and found.prefill > 0
     times = [operator.seconds for operator in found.operators]
     assert times == sorted(times, reverse=True) and times[-1] > 0
     # What is no operator's is there, too: the shares are of the token and not of a small part of it.
@@ -63,7 +63,7 @@ def test_the_command_prints_and_writes(capsys: pytest.CaptureFixture[str], tmp_p
     assert gptkern.cli.run(["profile", "To be", *arguments, "--rows", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["prompt", "token", "bytes", "floor", "launches"]
-    assert lines[4].startswith("launches   12 by the kernels' decode step on a GPU: 1 decode_embed_kernel")
+    assert lines[4].startswith("launches   12 by the kernels on a GPU: 1 decode_embed_kernel")
     assert len(lines) == 10
     assert lines[9].endswith("others")
     shares = [int(re.search(r"(\d+)%", line)[1]) for line in lines[7:]]

@@ -304,7 +304,7 @@ def test_doctor(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"device", "kernels", "python", "torch", "triton"} <= set(found)
     assert torch.__version__ in found["torch"]["text"]
     assert "torch" in run("doctor").out
-    assert "decode step on CUDA" not in found or torch.cuda.is_available()
+    assert "decoding on CUDA" not in found or torch.cuda.is_available()
     monkeypatch.setitem(doctor_command.TESTED, "torch", "1.0")
     newer = {f["subject"]: f for f in json.loads(run("doctor", "--json").out)}
     assert newer["torch"]["verdict"] == "note"
@@ -314,7 +314,7 @@ def test_doctor(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_says_which_decode_step_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = {finding.subject: finding.text for finding in doctor_command._extension()}
-    assert "the persistent executor is off" in found["decode step on CUDA"]
+    assert "the persistent executor is off" in found["decoding on CUDA"]
 
 
 def test_doctor_in_a_checkout_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +323,7 @@ def test_doctor_in_a_checkout_without_the_extension(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_checkout, "warning", lambda: "gptkern comes from the source checkout /clone")
     found = {finding.subject: finding for finding in doctor_command._extension()}
     assert "the source checkout /clone" in found["sampler"].text
-    assert {found[name].verdict for name in ("sampler", "decode step on CPU")} == {"fallback"}
+    assert {found[name].verdict for name in ("sampler", "decoding on CPU")} == {"fallback"}
 
 
 def test_strict_refuses_fallbacks(run: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def _speed(results: Results, folder: Path) -> Path | None:
 
 
 def _by_context(results: Results, folder: Path) -> Path | None:
-    """Time of a decode step over the context, a line for each model, batch, dtype and provider."""
+    """Time of a decode pass over the context, a line for each model, batch, dtype and provider."""
     series: dict[tuple[str, str, str], dict[int, Row]] = defaultdict(dict)
     for row in results.rows:
         model, _, context = row.shape.rpartition(" at ")
@@ -68,12 +68,12 @@ def _by_context(results: Results, folder: Path) -> Path | None:
         times = [(rows[context].seconds or 0.0) * 1e3 for context in contexts]
         style = "o-" if provider == "gptkern" else "s--"
         axis.plot(contexts, times, style, color=colour, label=f"{provider}: {model} {dtype}")
-    axis.set(xscale="log", xlabel="tokens of context", ylabel="milliseconds a step")
+    axis.set(xscale="log", xlabel="tokens of context", ylabel="milliseconds a pass")
     ticks = sorted({context for rows in lines.values() for context in rows})
     axis.set_xticks(ticks, list(map(str, ticks)))
     axis.set_xticks([], minor=True)
     axis.set_ylim(bottom=0)
-    axis.set_title(f"A decode step on {results.environment['device']}, by context")
+    axis.set_title(f"A decode pass on {results.environment['device']}, by context")
     axis.grid(True, alpha=0.3)
     axis.legend(fontsize=8)
     return _save(folder, "decode_by_context.png")

@@ -25,7 +25,7 @@ from gptkern.ops import _launch, backend
 PROFILED = 7
 _WARM_PROFILED = 1
 # What a CPU's time holds beside PyTorch's operators.
-REST = "outside PyTorch's operators (the extension's decode step, Python)"
+REST = "outside PyTorch's operators (the extension's decoder, Python)"
 _WARM = 3
 
 
@@ -40,16 +40,16 @@ class Operator:
 
 @dataclass(frozen=True)
 class Profile:
-    """One token of a sequence, step by step.
+    """The time of one token of a sequence, part by part.
 
     Attributes:
         context: Tokens before the first measured one.
         tokens: Tokens measured.
         prefill: Seconds of the prompt.
-        step: Median seconds of a token, its choice (the likeliest) included, the host waiting for it.
+        per_token: Median seconds of a token, its choice (the likeliest) included, the host waiting for it.
         bytes_moved: The fewest to read for a token: all weights once, keys and values so far.
         copy: Bytes a second of this machine's copy, read plus written.
-        launches: Kernel launches a token by name, as the kernels' decode step makes them on a GPU.
+        launches: Kernel launches a token by name, as decoding makes them on a GPU.
         operators: By their own time, the slowest first; on a CPU with ``REST``, what is no operator's.
     """
 
@@ -57,7 +57,7 @@ class Profile:
     context: int
     tokens: int
     prefill: float
-    step: float
+    per_token: float
     bytes_moved: float
     copy: float
     launches: dict[str, int]
@@ -74,7 +74,7 @@ def profile(model: GPT, ids: list[int], tokens: int, trace: Path | None = None) 
     """Decode ``tokens`` tokens after the prompt ``ids``, greedily, one sequence.
 
     Args:
-        trace: Where to write a Chrome trace of a few further steps.
+        trace: Where to write a Chrome trace of a few further tokens.
 
     Raises:
         ValueError: The prompt and the tokens do not fit into the model's context.
@@ -97,15 +97,15 @@ def profile(model: GPT, ids: list[int], tokens: int, trace: Path | None = None) 
     prefill = time.perf_counter() - began
     forward = Executors(model, cache, 1).decode
 
-    def step() -> None:
+    def decode() -> None:
         nonlocal token
         token = forward(token).argmax(-1)
         _wait(model)
 
     for _ in range(_WARM):
-        step()
-    times = [_seconds(step) for _ in range(tokens)]
-    operators = _operators(step, model.device, trace)
+        decode()
+    times = [_seconds(decode) for _ in range(tokens)]
+    operators = _operators(decode, model.device, trace)
     config = model.config
     kv_bytes = 2 * config.n_layer * config.n_embd * model.dtype.itemsize * (len(ids) + _WARM + tokens // 2)
     return Profile(
@@ -113,7 +113,7 @@ def profile(model: GPT, ids: list[int], tokens: int, trace: Path | None = None) 
         context=len(ids) + _WARM,
         tokens=tokens,
         prefill=prefill,
-        step=median(times),
+        per_token=median(times),
         bytes_moved=float(weight_bytes(config, model.dtype) + kv_bytes),
         copy=ceilings.copy_rate(model.device),
         launches=launches(model),
@@ -122,7 +122,7 @@ def profile(model: GPT, ids: list[int], tokens: int, trace: Path | None = None) 
 
 
 def launches(model: GPT) -> dict[str, int]:
-    """Kernel launches of one decode step by name, recorded on tensors without storage."""
+    """Kernel launches of one token by name, recorded on tensors without storage."""
     with torch.device("meta"):
         shape = GPT(model.config).to(torch.bfloat16)
     cache = KVCache.for_config(
@@ -143,20 +143,20 @@ def _wait(model: GPT) -> None:
         torch.cuda.synchronize(model.device)
 
 
-def _seconds(step: Callable[[], None]) -> float:
+def _seconds(decode: Callable[[], None]) -> float:
     began = time.perf_counter()
-    step()
+    decode()
     return time.perf_counter() - began
 
 
-def _operators(step: Callable[[], None], device: torch.device, trace: Path | None) -> list[Operator]:
+def _operators(decode: Callable[[], None], device: torch.device, trace: Path | None) -> list[Operator]:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    # The profiler's own beginning falls on the first step, which is left out.
+    # The profiler's own beginning falls on the first token, which is left out.
     plan = torch.profiler.schedule(wait=0, warmup=_WARM_PROFILED, active=PROFILED, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=plan) as profiler:
         for _ in range(_WARM_PROFILED + PROFILED):
             with torch.profiler.record_function(REST):
-                step()
+                decode()
             profiler.step()
     if trace is not None:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Replacing several files of a folder in one step: all of them or none, wherever the process is killed.
+"""Replacing several files of a folder at once: all of them or none, wherever the process is killed.
 
 The new files are written into a staging folder inside the folder itself, flushed to disk, and the staging
 folder is then renamed to ``.gptkern-pending``. That one rename is the save: before it the old files are

@@ -109,17 +109,15 @@ def _extension() -> Iterator[Finding]:
     if extension is None:
         why = _checkout.warning() or f"gptkern._C cannot be loaded ({_native.load_error}): pip install ."
         yield Finding("sampler", "fallback", f"plain PyTorch: {why}")
-        yield Finding("decode step on CPU", "fallback", "PyTorch's operators: gptkern._C is not loaded")
+        yield Finding("decoding on CPU", "fallback", "PyTorch's operators: gptkern._C is not loaded")
         return
     yield Finding("sampler on CPU", "ok", f"C++, {extension.cpu_path()}")
     if extension.has_decoder:
-        yield Finding(
-            "decode step on CPU", "ok", f"C++, {extension.decode_path()}, fp32 and bf16, int8 weights"
-        )
+        yield Finding("decoding on CPU", "ok", f"C++, {extension.decode_path()}, fp32 and bf16, int8 weights")
     else:
-        yield Finding("decode step on CPU", "fallback", "PyTorch's operators: this processor has no AVX2")
+        yield Finding("decoding on CPU", "fallback", "PyTorch's operators: this processor has no AVX2")
     if torch.cuda.is_available():
-        yield Finding("decode step on CUDA", "ok", DECODE_ON_CUDA)
+        yield Finding("decoding on CUDA", "ok", DECODE_ON_CUDA)
     if extension.has_cuda:
         yield Finding("sampler on CUDA", "ok", f"CUDA C++ for {extension.cuda_archs}")
     else:

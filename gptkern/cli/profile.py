@@ -70,12 +70,12 @@ def _lines(found: Profile, rows: int) -> list[str]:
     total = sum(operator.seconds for operator in found.operators)
     lines = [
         f"prompt     {seconds_text(found.prefill)}",
-        f"token      {seconds_text(found.step)}, median of {found.tokens} at {found.context} tokens "
+        f"token      {seconds_text(found.per_token)}, median of {found.tokens} at {found.context} tokens "
         f"and more, on {found.device}",
         f"bytes      {found.bytes_moved / 1e6:.4g} MB: weights, keys and values",
         f"floor      {seconds_text(found.floor)} at {found.copy / 1e9:.4g} GB/s, this machine's copy: "
-        f"{found.floor / found.step:.0%} of the token",
-        f"launches   {sum(found.launches.values())} by the kernels' decode step on a GPU: {made}",
+        f"{found.floor / found.per_token:.0%} of the token",
+        f"launches   {sum(found.launches.values())} by the kernels on a GPU: {made}",
         "",
         f"{'calls':>8}  {'time':>9}  {'share':>5}  of one token",
     ]

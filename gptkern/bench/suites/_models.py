@@ -51,7 +51,7 @@ def exact(model: Any) -> Any:
 
 
 def weight_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
-    """Bytes of the weights that a decode step reads: all but the position table."""
+    """Bytes of the weights that decoding reads for each token: all but the position table."""
     inner = config.inner_dim
     block = 4 * config.n_embd**2 + 2 * config.n_embd * inner
     return (config.n_layer * block + config.vocab_size * config.n_embd) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""One decode step as ``generate`` takes it: a token of every sequence through model and cache, logits out."""
+"""One decode pass of ``generate``: a token of every sequence through model and cache, logits out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOM = 512
 # Positions of every model, so that the contexts share one.
 POSITIONS = 4096 + ROOM + 1
 
-Step = Callable[[torch.Tensor], torch.Tensor]
+Decode = Callable[[torch.Tensor], torch.Tensor]
 
 
 def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
@@ -49,23 +49,23 @@ def filled(config: GPTConfig, batch: int, context: int, dtype: torch.dtype, devi
     shape = (config.n_layer, context, config.n_head, config.head_dim)
     k, v = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
     cache.allocate(batch)
-    step = cache.extend([context] * batch)
+    forward_pass = cache.extend([context] * batch)
     for layer in range(config.n_layer):
         for new, layers in ((k, cache.k), (v, cache.v)):
             values = new[layer].to(device=device, dtype=dtype).repeat(batch, 1, 1)
-            layers[layer].flatten(0, 1)[step.slots] = values
-    step.commit()
+            layers[layer].flatten(0, 1)[forward_pass.slots] = values
+    forward_pass.commit()
     return cache
 
 
-def _growing(step: Step, cache: KVCache, context: int) -> Step:
-    """``step``, its cache taken back to ``context`` when it is full; the first row's logits."""
+def _growing(decode: Decode, cache: KVCache, context: int) -> Decode:
+    """``decode``, its cache taken back to ``context`` when it is full; the first row's logits."""
 
     def call(tokens: torch.Tensor) -> torch.Tensor:
         if cache.lengths[0] == cache.max_len - 1:
             for sequence in cache.sequences:
                 cache.truncate(sequence, context)
-        return step(tokens)[:1]
+        return decode(tokens)[:1]
 
     return call
 
@@ -78,19 +78,19 @@ def _problem(
         return (torch.randint(config.vocab_size, (batch,), generator=generator).to(device),)
 
     @once
-    def made() -> Step:
+    def made() -> Decode:
         cache = filled(config, batch, context, dtype, device)
-        step = Executors(models.ours(config, dtype, device), cache, batch).decode
-        return _growing(step, cache, context)
+        decode = Executors(models.ours(config, dtype, device), cache, batch).decode
+        return _growing(decode, cache, context)
 
     @once
-    def persistent() -> Step:
+    def persistent() -> Decode:
         cache = filled(config, batch, context, dtype, device)
-        step = PersistentExecutor(models.ours(config, dtype, device), cache)
-        return _growing(step, cache, context)
+        decode = PersistentExecutor(models.ours(config, dtype, device), cache)
+        return _growing(decode, cache, context)
 
     @once
-    def eager() -> Step:
+    def eager() -> Decode:
         model, cache = models.ours(config, dtype, device), filled(config, batch, context, dtype, device)
         return _growing(lambda tokens: model(tokens[:, None], cache=cache).logits[:, 0], cache, context)
 
