@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from gptkern.config import GPTConfig
     from gptkern.drop_in import accelerate, restore
     from gptkern.engine.cache import KVCache
+    from gptkern.engine.engine import Engine
+    from gptkern.engine.request import Request, TokenEvent
     from gptkern.environment import FallbackWarning
     from gptkern.generate import Completion, GenerateOutput, Score
     from gptkern.gpt import GPT, explain
@@ -34,8 +36,11 @@ _HOMES = {
     "GPTConfig": "gptkern.config",
     "GPTOutput": "gptkern.model.decoder",
     "GenerateOutput": "gptkern.generate",
+    "Engine": "gptkern.engine.engine",
     "KVCache": "gptkern.engine.cache",
     "Score": "gptkern.generate",
+    "Request": "gptkern.engine.request",
+    "TokenEvent": "gptkern.engine.request",
     "Tokenizer": "gptkern.tokenizer",
     "accelerate": "gptkern.drop_in",
     "backend": "gptkern.ops",
@@ -56,12 +61,15 @@ __all__ = [
     "GPT",
     "CheckpointError",
     "Completion",
+    "Engine",
     "FallbackWarning",
     "GPTConfig",
     "GPTOutput",
     "GenerateOutput",
     "KVCache",
+    "Request",
     "Score",
+    "TokenEvent",
     "Tokenizer",
     "accelerate",
     "backend",

@@ -20,6 +20,7 @@ from gptkern.checkpoint.save import save
 from gptkern.config import GPTConfig
 from gptkern.engine.executors.choose import routes
 from gptkern.generate import Completion, GenerateOutput, Score, TextStream
+from gptkern.generate.engines import Engines
 from gptkern.model.decoder import Decoder
 from gptkern.quantization import Quantization
 from gptkern.quantize import quantize_model
@@ -54,6 +55,7 @@ class GPT(Decoder):
         self.generation_config: dict[str, Any] = of_config(config)
         self.config_extras: dict[str, Any] = {}
         self.tokenizer: Tokenizer | None = None
+        self.engines = Engines()
 
     @classmethod
     def from_pretrained(

@@ -9,10 +9,9 @@ import torch
 
 from gptkern.engine.beam import Beam, BeamSearch
 from gptkern.engine.cache import KVCache
-from gptkern.engine.executors.choose import Executors
-from gptkern.engine.executors.graph import MOST_ROWS
+from gptkern.engine.engine import Engine
 from gptkern.engine.settings import Settings
-from gptkern.generate.loop import pool_tokens, prefill
+from gptkern.generate.loop import pool_tokens
 from gptkern.generate.prompt import Prompts
 
 if TYPE_CHECKING:
@@ -25,23 +24,25 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
     """The ``num_return_sequences`` best beams of each prompt, best first, prompt after prompt."""
     most = len(prompts.rows) * settings.num_beams
     search = BeamSearch(prompts.rows, settings, model.config.vocab_size, model.device, tokenizer)
-    cache = KVCache.for_config(
-        model.config,
-        max_seqs=most,
-        max_len=model.config.n_positions,
-        cache_tokens=pool_tokens(prompts, settings, most),
-        **model.cache_options(settings.kv_cache_dtype),
-        device=model.device,
-    )
-    logits = prefill(model, prompts, cache)
-    executors = Executors(model, cache, max(MOST_ROWS, most))
+    tokens = pool_tokens(prompts, settings, most)
+    with model.engines.engine(model, most, tokens, settings.kv_cache_dtype) as engine:
+        cache = engine.cache
+        try:
+            return _searched(engine, prompts, search)
+        finally:
+            cache.clear()
+
+
+def _searched(engine: Engine, prompts: Prompts, search: BeamSearch) -> list[Beam]:
+    cache = engine.cache
+    logits = torch.cat([engine.prefilled(prompt) for prompt in prompts.rows])
     while True:
         parents, tokens = search.advance(logits)
         if not parents:
             return search.best()
         sequences = cache.sequences
         _follow(cache, [sequences[row] for row in parents])
-        logits = executors.decode(torch.tensor(tokens, device=model.device))
+        logits = engine.executors.decode(torch.tensor(tokens, device=cache.device))
 
 
 def _follow(cache: KVCache, parents: Sequence[int]) -> None:

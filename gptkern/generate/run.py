@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from gptkern.engine.options import GenerateOptions
+from gptkern.engine.request import FinishReason
 from gptkern.engine.settings import Settings, merged, settle
 from gptkern.engine.stop_strings import RowText
 from gptkern.generate.beam import beam_search
 from gptkern.generate.loop import steps
 from gptkern.generate.prompt import Prompts, prompts
-from gptkern.generate.step import FinishReason, Step
+from gptkern.generate.step import Step
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -84,12 +84,12 @@ def generate(
                 "generate: streamer with num_beams > 1; beam search settles its tokens at the end"
             )
         found = beam_search(model, prompt, settings, tokenizer)
-        rows, reasons = [b.tokens for b in found], [b.finish_reason or "length" for b in found]
+        rows = [beam.tokens for beam in found]
+        reasons: list[FinishReason] = [beam.finish_reason or "length" for beam in found]
         scores = torch.tensor([b.score for b in found], device="cpu")
         output = GenerateOutput(_sequences(prompt, settings, rows), reasons, None, scores)
     else:
-        texts = row_texts(prompt, settings, tokenizer) if tokenizer and settings.stop_strings else None
-        output = _sample(model, prompt, settings, texts, streamer, output_logprobs)
+        output = _sample(model, prompt, settings, tokenizer, streamer, output_logprobs)
     return output if detailed else output.sequences
 
 
@@ -150,7 +150,7 @@ def _sample(
     model: GPT,
     prompt: Prompts,
     settings: Settings,
-    texts: Sequence[RowText] | None,
+    tokenizer: Tokenizer | None,
     streamer: Streamer | None,
     output_logprobs: bool,
 ) -> GenerateOutput:
@@ -161,7 +161,7 @@ def _sample(
     drafted = accepted = 0
     if streamer is not None:
         streamer.put(prompt.ids.repeat_interleave(settings.num_return_sequences, 0).cpu())
-    for step in steps(model, prompt, settings, texts=texts, logprobs=output_logprobs):
+    for step in steps(model, prompt, settings, tokenizer=tokenizer, logprobs=output_logprobs):
         for index, row in enumerate(step.rows):
             rows[row].append(step.tokens[index])
             reasons[row] = step.finished[index] or "length"

@@ -10,13 +10,13 @@ import torch
 
 from gptkern.engine.option_checks import plain
 from gptkern.engine.options import GenerateOptions
+from gptkern.engine.request import FinishReason
 from gptkern.engine.settings import Settings
 from gptkern.engine.stop_strings import RowText
 from gptkern.generate.beam import beam_search
 from gptkern.generate.loop import steps
 from gptkern.generate.prompt import Prompts
 from gptkern.generate.run import needed_tokenizer, prepare, row_texts
-from gptkern.generate.step import FinishReason
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -51,8 +51,10 @@ class TextStream(Iterator[str]):
         completion: What was generated so far; its ``finish_reason`` holds once the iterator has ended.
     """
 
-    def __init__(self, model: GPT, prompts: Prompts, settings: Settings, text: RowText) -> None:
-        self._steps = steps(model, prompts, settings, texts=[text], logprobs=True)
+    def __init__(
+        self, model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tokenizer, text: RowText
+    ) -> None:
+        self._steps = steps(model, prompts, settings, tokenizer=tokenizer, texts=[text], logprobs=True)
         self._text = text
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
@@ -88,7 +90,7 @@ def stream(
             "otherwise; generate_text takes more"
         )
     (text,) = row_texts(prompts, settings, tokenizer)
-    return TextStream(model, prompts, settings, text)
+    return TextStream(model, prompts, settings, tokenizer, text)
 
 
 def generate_text(
@@ -119,7 +121,7 @@ def generate_text(
             for token in tokens[row]:
                 texts[row].push(token, hidden=token in settings.eos)
     else:
-        for step in steps(model, checked, settings, texts=texts, logprobs=True):
+        for step in steps(model, checked, settings, tokenizer=tokenizer, texts=texts, logprobs=True):
             assert step.logprobs is not None
             for row, token, logprob, reason in zip(
                 step.rows, step.tokens, step.logprobs, step.finished, strict=True

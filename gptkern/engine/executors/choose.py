@@ -75,7 +75,8 @@ class Executors:
         self._watch = Watch(model)
         self._autocast = torch.is_autocast_enabled(model.device.type)
         self._weights = _weights_of(model)
-        self._decode = self._chosen()
+        self._decode: Executor | None = None
+        self.look_again()
 
     @property
     def decode(self) -> Executor:
@@ -92,24 +93,32 @@ class Executors:
                 f"they are {weights}"
             )
         autocast = torch.is_autocast_enabled(self._model.device.type)
-        if self._watch.stirred() or autocast != self._autocast:
+        if self._watch.stirred() or autocast != self._autocast or self._decode is None:
             self._autocast = autocast
-            kind, _ = choose(self._model, self._cache.dtype)
-            if type(self._decode) is not kind:
-                self._decode = self._chosen()
+            self.look_again()
+        assert self._decode is not None
         return self._decode
 
-    def _chosen(self) -> Executor:
+    def look_again(self) -> None:
+        """Look at the whole model once more: some changes, to a number in a module, nobody notices.
+
+        Raises:
+            RuntimeError: The layers themselves decode, and ``GPTKERN_STRICT=1`` is set.
+        """
         kind, passed = choose(self._model, self._cache.dtype)
+        if type(self._decode) is not kind:
+            self._decode = None
         self.reason = next((other.reason for other in passed if other.is_fallback), None)
         for other in passed:
             _log.debug("decoding: the %s executor is passed over: %s", other.executor.name, other.reason)
             if other.is_fallback:
                 fallback("decoding", _LAYERS, other.reason)
-        _log.debug("decoding: the %s executor runs", kind.name)
-        if issubclass(kind, CpuExecutor):
-            return kind(self._model, self._cache)
-        if issubclass(kind, TableExecutor):
+        if self._decode is None:
+            _log.debug("decoding: the %s executor runs", kind.name)
+            self._decode = self._made(kind)
+
+    def _made(self, kind: type[Executor]) -> Executor:
+        if issubclass(kind, TableExecutor) and not issubclass(kind, CpuExecutor):
             return kind(self._model, self._cache, self._max_rows)
         return kind(self._model, self._cache)
 

@@ -1,0 +1,422 @@
+"""Engine: requests in, tokens out. The one loop that makes tokens."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from gptkern.engine.cache import PAGE_SIZE, KVCache
+from gptkern.engine.executors.choose import Executors
+from gptkern.engine.executors.graph import MOST_ROWS
+from gptkern.engine.launch import Launch, Launcher
+from gptkern.engine.lookup import Lookup
+from gptkern.engine.options import KVCacheDType
+from gptkern.engine.request import FinishReason, Request, TokenEvent
+from gptkern.engine.rows import Rows
+from gptkern.engine.sampling import RowDraw, RowParams, Sampler, SamplerRow, row_keys
+from gptkern.engine.scheduler import Row, Scheduler
+from gptkern.engine.settings import Settings, merged, settle
+from gptkern.engine.stop_strings import RowText
+from gptkern.engine.weights_version import WeightsVersion
+from gptkern.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    from gptkern.tokenizer import Tokenizer
+
+# Where the next pass is under way before the host looks at this one's tokens. A row that turns out to
+# have finished has then computed one token too many, which nobody sees.
+AHEAD_ON = ("cuda",)
+DEFAULT_SEQS = 16
+DEFAULT_CHUNK = 512
+
+
+@dataclass(eq=False)
+class Copy:
+    """One copy of a request while it runs.
+
+    Attributes:
+        row: What the scheduler knows of it.
+        sampler: What the sampler knows of it.
+        text: Watches for stop strings; None where there are none.
+        lookup: Drafts its next tokens; None where none are drafted.
+    """
+
+    row: Row
+    settings: Settings
+    sampler: SamplerRow
+    text: RowText | None
+    lookup: Lookup | None
+
+    def push(self, token: int) -> FinishReason | None:
+        """Take the next token; why the copy ends with it, None where it goes on."""
+        self.row.generated.append(token)
+        self.sampler.push(token)
+        if self.lookup is not None:
+            self.lookup.push(token)
+        ended = token in self.settings.eos
+        if self.text is not None:
+            self.text.push(token, hidden=ended)
+            ended |= self.text.stopped
+        if ended:
+            return "stop"
+        return "length" if len(self.row.generated) == self.settings.max_new else None
+
+
+@dataclass
+class _Inbox:
+    """What other threads asked for since the last step."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    added: list[list[Copy]] = field(default_factory=list)
+    cancelled: list[int] = field(default_factory=list)
+
+    def take(self) -> tuple[list[list[Copy]], list[int]]:
+        with self.lock:
+            taken = self.added, self.cancelled
+            self.added, self.cancelled = [], []
+        return taken
+
+
+class Engine:
+    """Continues any number of prompts together; requests join and leave a running batch.
+
+    ::
+
+        engine = gptkern.Engine(model, max_seqs=32)
+        engine.add(Request(prompt=ids, options={"max_new_tokens": 100}))
+        while engine.has_work:
+            for event in engine.step():
+                ...
+
+    A request's tokens and log-probabilities are a function of its prompt, options and seed alone: the same
+    bits alone or among others, after a prefix that was found, or computed again when memory ran out.
+
+    ``add`` and ``cancel`` may be called from any thread, ``step`` from one at a time.
+
+    Args:
+        model: The model; its weights may change in place, not move.
+        max_seqs: Most sequences that run at once.
+        memory_bytes, cache_tokens: What keys and values may take, in bytes or in tokens of all sequences
+            together. With neither there is room for ``max_seqs`` sequences of the model's whole context.
+        page_size: Tokens that share a page.
+        prefix_cache: Whether a prompt's keys and values are taken over from an earlier one that began alike.
+        prefill_chunk: Tokens of prompts in one pass; long prompts run in chunks of so many.
+        kv_cache_dtype: "auto" keeps keys and values in the model's dtype, "fp8" in a byte each.
+
+    Raises:
+        ValueError: A size out of range.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        max_seqs: int = DEFAULT_SEQS,
+        memory_bytes: int | None = None,
+        cache_tokens: int | None = None,
+        page_size: int = PAGE_SIZE,
+        prefix_cache: bool = True,
+        prefill_chunk: int = DEFAULT_CHUNK,
+        kv_cache_dtype: KVCacheDType = "auto",
+    ) -> None:
+        self.cache = KVCache.for_config(
+            model.config,
+            max_seqs=max_seqs,
+            max_len=model.config.n_positions,
+            page_size=page_size,
+            memory_bytes=memory_bytes,
+            cache_tokens=cache_tokens,
+            device=model.device,
+            **model.cache_options(kv_cache_dtype),
+        )
+        self.model = model
+        self.prefill_chunk = prefill_chunk
+        self.executors = Executors(model, self.cache, max(MOST_ROWS, max_seqs))
+        self._decode = decode = self.executors.decode
+        self._scheduler = Scheduler(
+            self.cache,
+            prefill_chunk=prefill_chunk,
+            row_invariant=self.executors.prefill.row_invariant,
+            decode_tokens=decode.max_rows or 1 if decode.row_invariant else 1,
+            prefix_cache=prefix_cache,
+        )
+        self._launcher = Launcher(self.cache, self.executors, self._scheduler)
+        self._sampler = Sampler(model.config.vocab_size, model.device)
+        self._version = WeightsVersion(model) if prefix_cache else None
+        self._kv_cache_dtype = kv_cache_dtype
+        self._copies: dict[Row, Copy] = {}
+        self._rows: dict[int, list[Row]] = {}
+        self._launched: Launch | None = None
+        self._ids = itertools.count()
+        self._inbox = _Inbox()
+        self._stepping = threading.Lock()
+        self._closed = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is there that has not ended."""
+        return bool(self._rows or self._inbox.added)
+
+    @property
+    def preemptions(self) -> int:
+        """How often a sequence gave its memory to others and was computed again."""
+        return self._scheduler.preemptions
+
+    def add(self, request: Request, tokenizer: Tokenizer | None = None) -> int:
+        """Take a request; its number, by which events name it.
+
+        Args:
+            tokenizer: For stop strings; the model's own when None.
+
+        Raises:
+            TypeError, ValueError: A bad option, a prompt that the model's context or vocabulary does not
+                hold, or more pages or sequences than the engine has.
+        """
+        vocab_size = self.model.config.vocab_size
+        outside = [token for token in request.prompt if token >= vocab_size]
+        if outside:
+            raise ValueError(
+                f"Engine.add: prompt holds {outside[0]}; token ids from 0 to {vocab_size - 1} are accepted"
+            )
+        length = len(request.prompt)
+        asked = merged(request.options, getattr(self.model, "generation_config", {}) | {"num_beams": 1})
+        given = any(request.options.get(name) is not None for name in ("max_length", "max_new_tokens"))
+        settings = settle(asked, self.model.config, width=length, longest=length, lengths_given=given)
+        return self.submit(
+            list(request.prompt),
+            settings,
+            row_keys(settings, 1),
+            tokenizer=tokenizer or getattr(self.model, "tokenizer", None),
+            logprobs=request.logprobs,
+            priority=request.priority,
+            deadline=request.deadline,
+        )
+
+    def submit(
+        self,
+        prompt: list[int],
+        settings: Settings,
+        keys: Sequence[tuple[int, int]],
+        *,
+        tokenizer: Tokenizer | None = None,
+        logprobs: int | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> int:
+        """``add`` for settings that are checked already.
+
+        Args:
+            keys: (seed, request) of each copy's draws.
+            deadline: Seconds from now.
+        """
+        if self._closed:
+            raise RuntimeError("Engine.add: the engine is closed")
+        if settings.kv_cache_dtype != self._kv_cache_dtype:
+            raise ValueError(
+                f"Engine.add: kv_cache_dtype is {settings.kv_cache_dtype!r}; "
+                f"the engine's is {self._kv_cache_dtype!r}"
+            )
+        self._scheduler.check_fits(len(prompt), settings.max_new, len(keys))
+        if settings.stop_strings and tokenizer is None:
+            raise ValueError("Engine.add: stop_strings need a tokenizer: the model came without one")
+        params = RowParams(settings, self.model.config.vocab_size, logprobs)
+        ends = None if deadline is None else time.monotonic() + deadline
+        with self._inbox.lock:
+            number = next(self._ids)
+            copies = [
+                Copy(
+                    Row(number, copy, priority, number, prompt, settings.max_new, ends),
+                    settings,
+                    SamplerRow(params, prompt, seed=seed, request=draws),
+                    RowText(tokenizer, settings.stop_strings, prompt)
+                    if tokenizer is not None and settings.stop_strings
+                    else None,
+                    Lookup(prompt) if settings.speculate else None,
+                )
+                for copy, (seed, draws) in enumerate(keys)
+            ]
+            self._inbox.added.append(copies)
+        return number
+
+    def cancel(self, request: int) -> None:
+        """End a request at the next step, with the reason "cancelled". One that has ended stays as it is."""
+        with self._inbox.lock:
+            self._inbox.cancelled.append(request)
+
+    def step(self) -> list[TokenEvent]:
+        """Run one pass; the new tokens and ends that came of it.
+
+        Raises:
+            RuntimeError: Another thread is in ``step``; the engine is closed; the model's weights were moved
+                or given another dtype since it was made.
+        """
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError("Engine.step: another thread is in it; one steps at a time")
+        try:
+            if self._closed:
+                raise RuntimeError("Engine.step: the engine is closed")
+            with torch.inference_mode():
+                return self._step()
+        finally:
+            self._stepping.release()
+
+    def prefilled(self, prompt: Sequence[int]) -> torch.Tensor:
+        """Begin a sequence of the cache with a prompt, beside all requests; the logits after it.
+
+        Raises:
+            CacheFullError: No room.
+        """
+        (sequence,) = self.cache.allocate()
+        for start in range(0, len(prompt), self.prefill_chunk):
+            part = prompt[start : start + self.prefill_chunk]
+            tokens = torch.tensor(part, device=self.cache.device)
+            logits = self.executors.prefill.forward(Rows([sequence], [len(part)], tokens, [1]))
+        return logits
+
+    def clear(self) -> None:
+        """End every request, without an event, and give back what they hold. Prefixes stay."""
+        self._inbox.take()
+        for copy in list(self._copies.values()):
+            self._scheduler.finish(copy.row)
+        self._copies.clear()
+        self._rows.clear()
+        self._launched = None
+
+    def close(self) -> None:
+        """End every request, and take no more."""
+        self._closed = True
+        self.clear()
+
+    def _step(self) -> list[TokenEvent]:
+        events = self._follow_inbox() + self._refuse_changed()
+        launch, self._launched = self._launched or self._launch(None), None
+        events += self._ended(launch.expired, "deadline")
+        launch = launch.without_finished()
+        if not launch.rows:
+            return events
+        copies = [self._copies[row] for row in launch.rows]
+        drawn = self._sampler.draw([copy.sampler for copy in copies], launch.logits, launch.drafts)
+        if self._may_launch_ahead(copies, launch):
+            for row in launch.rows:
+                row.ahead = 1
+                if len(row.generated) + 1 == row.max_new:
+                    self._scheduler.finish(row)
+            self._launched = self._launch((launch.rows, drawn.tokens))
+        for copy, draw, part in zip(copies, drawn.read(), launch.parts, strict=True):
+            copy.row.ahead = 0
+            if part is not None:
+                self._scheduler.computed(part, len(draw.tokens))
+            events += self._taken(copy, draw, 0 if part is None else part.count - 1)
+        if self._decode.row_invariant:
+            self._draft(self._decode.max_rows or 0)
+        return events
+
+    def _launch(self, ahead: tuple[Sequence[Row], torch.Tensor] | None) -> Launch:
+        if self._version is not None and self._scheduler.waiting:
+            self._scheduler.follow_weights(self._version.current())
+        return self._launcher.launch(time.monotonic(), ahead)
+
+    def _follow_inbox(self) -> list[TokenEvent]:
+        added, cancelled = self._inbox.take()
+        if added:
+            self.executors.look_again()
+        for copies in added:
+            rows = [copy.row for copy in copies]
+            self._rows[rows[0].request] = rows
+            self._copies.update(zip(rows, copies, strict=True))
+            self._scheduler.add(rows)
+        events: list[TokenEvent] = []
+        for number in cancelled:
+            running = [row for row in self._rows.get(number, []) if row.state != "finished"]
+            for row in running:
+                self._scheduler.finish(row)
+            events += self._ended(running, "cancelled")
+        return events
+
+    def _refuse_changed(self) -> list[TokenEvent]:
+        """End rows whose drafts were computed by what serves the model no more: a hook would be left out."""
+        decode = self.executors.decode
+        if decode is self._decode:
+            return []
+        self._decode = decode
+        drafting = [copy.row for copy in self._copies.values() if copy.lookup and copy.row.generated]
+        for row in drafting:
+            self._scheduler.finish(row)
+        reason = f"{self.executors.reason}, since generation with speculate began; begin it anew"
+        return self._ended(drafting, "error", RuntimeError(reason))
+
+    def _ended(
+        self, rows: Iterable[Row], reason: FinishReason, error: BaseException | None = None
+    ) -> list[TokenEvent]:
+        """The events of rows that end without one more token."""
+        events = [
+            TokenEvent(row.request, row.copy, finish_reason=reason, error=error)
+            for row in rows
+            if row in self._copies
+        ]
+        for row in rows:
+            self._forget(row)
+        return events
+
+    def _forget(self, row: Row) -> None:
+        self._copies.pop(row, None)
+        rows = self._rows.get(row.request, [])
+        if all(other not in self._copies for other in rows):
+            self._rows.pop(row.request, None)
+
+    def _taken(self, copy: Copy, draw: RowDraw, drafted: int) -> list[TokenEvent]:
+        """Give a copy what was drawn for it; the events that come of it."""
+        events: list[TokenEvent] = []
+        row, reason = copy.row, None
+        accepted = len(draw.tokens) - 1 if drafted else 0
+        try:
+            for place, token in enumerate(draw.tokens):
+                reason = copy.push(token)
+                events.append(
+                    TokenEvent(
+                        row.request,
+                        row.copy,
+                        token,
+                        None if draw.logprobs is None else draw.logprobs[place],
+                        () if draw.top_logprobs is None else tuple(draw.top_logprobs[place]),
+                        finish_reason=reason,
+                        drafted=drafted if place == 0 else 0,
+                        accepted=accepted if place == 0 else 0,
+                    )
+                )
+                if reason is not None:
+                    break
+            if reason is None and draw.failure is not None:
+                raise ValueError(draw.failure)
+        except Exception as error:  # whatever a tokenizer raises is its request's alone
+            reason = "error"
+            events.append(TokenEvent(row.request, row.copy, finish_reason="error", error=error))
+        if reason is not None:
+            self._scheduler.finish(row)
+            self._forget(row)
+        return events
+
+    def _may_launch_ahead(self, copies: Sequence[Copy], launch: Launch) -> bool:
+        """Whether the next pass can begin before the host knows this one's tokens."""
+        return self.cache.device.type in AHEAD_ON and not any(
+            copy.lookup is not None or copy.sampler.rules is not None for copy in copies
+        )
+
+    def _draft(self, most: int) -> None:
+        """Draft tokens for the next pass; rows that have some share alike what it has room for."""
+        rows = [c for c in self._copies.values() if c.row.state == "running" and c.row.generated]
+        drafts: dict[Copy, list[int]] = {}
+        for copy in rows:
+            room = copy.row.max_new - len(copy.row.generated) - 1
+            if copy.lookup is not None:
+                drafts[copy] = copy.lookup.draft(min(copy.settings.speculate, room))
+        wanted = sum(map(bool, drafts.values()))
+        share = max((most - len(rows)) // wanted, 0) if wanted else 0
+        for copy, draft in drafts.items():
+            copy.row.draft = draft[:share]

@@ -1,0 +1,135 @@
+"""A pass under way: what the scheduler chose, run by the executors; whose next tokens it brings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from gptkern.engine.cache import KVCache
+from gptkern.engine.executors.base import Executor
+from gptkern.engine.executors.choose import Executors
+from gptkern.engine.rows import Rows
+from gptkern.engine.scheduler import Part, Row, Scheduler
+
+Ahead = tuple[Sequence[Row], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The logits of a pass, perhaps still being computed.
+
+    Attributes:
+        rows: Rows whose next token is to be drawn.
+        logits: ``(positions, vocab_size)``: after each row's last token and after each of its drafts.
+        drafts: The drafted tokens of each row.
+        parts: Of rows with a draft the part that verifies it: how much of it is computed is known once the
+            draws are. None for any other.
+        expired: Rows that ended because their deadline had passed.
+    """
+
+    rows: list[Row]
+    logits: torch.Tensor
+    drafts: list[list[int]]
+    parts: list[Part | None]
+    expired: list[Row] = field(default_factory=list)
+
+    def without_finished(self) -> Launch:
+        """The same without rows that have ended meanwhile."""
+        stay = [place for place, row in enumerate(self.rows) if row.state != "finished"]
+        if len(stay) == len(self.rows):
+            return self
+        ends = [0]
+        for draft in self.drafts:
+            ends.append(ends[-1] + len(draft) + 1)
+        positions = [position for place in stay for position in range(ends[place], ends[place + 1])]
+        return replace(
+            self,
+            rows=[self.rows[place] for place in stay],
+            logits=self.logits[positions],
+            drafts=[self.drafts[place] for place in stay],
+            parts=[self.parts[place] for place in stay],
+        )
+
+
+class Launcher:
+    """Runs what the scheduler chooses."""
+
+    def __init__(self, cache: KVCache, executors: Executors, scheduler: Scheduler) -> None:
+        self._cache, self._executors, self._scheduler = cache, executors, scheduler
+
+    def launch(self, now: float, ahead: Ahead | None) -> Launch:
+        """Begin the next pass.
+
+        Args:
+            now: The engine's clock.
+            ahead: Rows whose last token is on the device alone, and these tokens.
+        """
+        chosen = self._scheduler.plan(now)
+        decodes = [part for part in chosen.parts if part.start >= len(part.row.prompt)]
+        prefills = [part for part in chosen.parts if part.start < len(part.row.prompt)]
+        logits: list[torch.Tensor] = []
+        try:
+            for executor, parts in ((self._executors.decode, decodes), (self._executors.prefill, prefills)):
+                if parts:
+                    logits.append(executor.forward(self._rows(executor, parts, ahead)))
+        except BaseException:
+            # Each executor undoes its own; what ran before it counts as not computed either.
+            for part in decodes:
+                if part.row.sequence is not None:
+                    self._cache.truncate(part.row.sequence, part.row.computed)
+            raise
+        return self._launched(decodes + prefills, logits, chosen.expired)
+
+    def _launched(self, parts: Sequence[Part], logits: Sequence[torch.Tensor], expired: list[Row]) -> Launch:
+        launch = Launch([], torch.empty(0), [], [], expired)
+        positions: list[int] = []
+        end = 0
+        for part in parts:
+            draft, owners = list(part.row.draft) if part.samples else [], [part.row]
+            if draft:
+                part_to_settle: Part | None = part
+            else:
+                part_to_settle, owners = None, self._scheduler.computed(part)
+            if not part.samples:
+                continue
+            for row in owners:
+                positions += range(end, end + len(draft) + 1)
+                launch.rows.append(row)
+                launch.drafts.append(draft)
+                launch.parts.append(part_to_settle)
+            end += len(draft) + 1
+        if not positions:
+            return launch
+        joined = logits[0] if len(logits) == 1 else torch.cat(list(logits))
+        return replace(launch, logits=joined if positions == list(range(end)) else joined[positions])
+
+    def _rows(self, executor: Executor, parts: Sequence[Part], ahead: Ahead | None) -> Rows:
+        sequences = [part.row.sequence for part in parts if part.row.sequence is not None]
+        counts = [part.count for part in parts]
+        wanted = [len(part.row.draft) + 1 if part.samples else 0 for part in parts]
+        if ahead is None or executor is not self._executors.decode:
+            tokens = [token for part in parts for token in part.row.tokens(part.start, part.count)]
+            return Rows(sequences, counts, torch.tensor(tokens, device=self._cache.device), wanted)
+        return Rows(sequences, counts, self._tokens_ahead(parts, ahead), wanted)
+
+    def _tokens_ahead(self, parts: Sequence[Part], ahead: Ahead) -> torch.Tensor:
+        """The parts' tokens, where some are on the device alone."""
+        rows, drawn = ahead
+        source = {row: place for place, row in enumerate(rows)}
+        if [part.row for part in parts] == list(rows):
+            return drawn
+        tokens: list[int] = []
+        places: list[tuple[int, int]] = []
+        for part in parts:
+            if part.row.ahead:
+                places.append((len(tokens), source[part.row]))
+                tokens.append(0)
+            else:
+                tokens += part.row.tokens(part.start, part.count)
+        flat = torch.tensor(tokens, device=self._cache.device)
+        if places:
+            to, taken = torch.tensor(places, device=self._cache.device).unbind(1)
+            flat[to] = drawn[taken]
+        return flat

@@ -1,0 +1,242 @@
+"""The engine: what it refuses, how requests end, and that nothing is made twice."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from gptkern import GPT, GPTConfig
+from gptkern.engine.engine import Engine
+from gptkern.engine.request import Request, TokenEvent
+from gptkern.ops import _dispatch
+
+CONFIG = GPTConfig(
+    vocab_size=61, n_positions=256, n_layer=2, n_head=2, n_embd=32, initializer_range=0.4, eos_token_id=0
+)
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a CPU without the interpreter."""
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+
+
+def make_model() -> GPT:
+    torch.manual_seed(3)
+    return GPT(CONFIG).eval()
+
+
+def run(engine: Engine) -> list[TokenEvent]:
+    events: list[TokenEvent] = []
+    while engine.has_work:
+        events += engine.step()
+    return events
+
+
+def asked(*prompt: int, **options: Any) -> Request:
+    return Request(prompt=prompt, options={"max_new_tokens": 8, "eos_token_id": None} | options)
+
+
+def test_events_are_the_tokens_of_generate() -> None:
+    model = make_model()
+    engine = Engine(model, max_seqs=4)
+    numbers = [
+        engine.add(asked(5, 6, 7)),
+        engine.add(asked(9, do_sample=True, seed=4, num_return_sequences=2)),
+    ]
+    events = run(engine)
+    rows: dict[tuple[int, int], list[int | None]] = {}
+    for event in events:
+        rows.setdefault((event.request, event.copy), []).append(event.token)
+    greedy = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, eos_token_id=None)
+    drawn = model.generate(
+        torch.tensor([[9]]),
+        max_new_tokens=8,
+        eos_token_id=None,
+        do_sample=True,
+        seed=4,
+        num_return_sequences=2,
+    )
+    assert isinstance(greedy, torch.Tensor)
+    assert isinstance(drawn, torch.Tensor)
+    assert rows[numbers[0], 0] == greedy[0, 3:].tolist()
+    assert [rows[numbers[1], copy] for copy in (0, 1)] == drawn[:, 1:].tolist()
+    assert [event.finish_reason for event in events if event.finish_reason] == ["length"] * 3
+    assert engine.cache.sequences == []
+
+
+def test_a_second_generate_allocates_no_cache_and_makes_no_executor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptkern.engine import engine as module
+    from gptkern.engine.executors.cpu import CpuExecutor
+
+    made: list[str] = []
+    for owner, name in ((module, "KVCache"), (module, "Executors")):
+        real = getattr(owner, name)
+
+        class Counted(real):  # type: ignore[misc, valid-type]
+            pass
+
+        def note(self: Any, *args: Any, _name: str = name, _real: Any = real, **kwargs: Any) -> None:
+            made.append(_name)
+            _real.__init__(self, *args, **kwargs)
+
+        Counted.__init__ = note
+        monkeypatch.setattr(owner, name, Counted)
+    model, ids = make_model(), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    assert CpuExecutor.serves(model, model.dtype) is None
+    first = model.generate(ids, max_new_tokens=6)
+    assert made == ["KVCache", "Executors"]
+    for _ in range(3):
+        assert torch.equal(model.generate(ids, max_new_tokens=6), first)
+    model.generate(ids, max_new_tokens=5, num_beams=1)
+    model.generate(ids[:1], max_new_tokens=6, do_sample=True, speculate=2, seed=1)
+    assert made == ["KVCache", "Executors"]
+    model.generate(ids.repeat(8, 1), max_new_tokens=100)
+    assert made == ["KVCache", "Executors"] * 2
+    model.generate(ids, max_new_tokens=6, num_beams=2)
+    assert made == ["KVCache", "Executors"] * 2
+
+
+def test_streams_that_are_open_at_once_do_not_meet() -> None:
+    model = make_model()
+    alone = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12)
+    from gptkern import Tokenizer
+
+    model.tokenizer = Tokenizer.bytes()
+    one, two = (model.stream([5, 6, 7], max_new_tokens=12) for _ in range(2))
+    next(one)
+    next(two)
+    list(one)
+    del two
+    assert isinstance(alone, torch.Tensor)
+    assert one.completion.token_ids == alone[0, 3:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (lambda: asked(61), "prompt holds 61; token ids from 0 to 60"),
+        (lambda: asked(*range(1, 60), max_new_tokens=240), "at most 197 is possible here"),
+        (lambda: asked(*[1] * 100, max_new_tokens=100), "need 4 pages of 64 tokens, the engine has 3"),
+        (lambda: asked(5, do_sample=True, num_return_sequences=3), "the engine's max_seqs is 2"),
+        (lambda: asked(5, stop_strings="a"), "stop_strings need a tokenizer"),
+        (lambda: asked(5, kv_cache_dtype="fp8"), "kv_cache_dtype is 'fp8'; the engine's is 'auto'"),
+        (lambda: asked(5, num_beams=2), "num_beams is 2"),
+        (lambda: asked(5, temprature=1.0), "did you mean 'temperature'"),
+    ],
+)
+def test_requests_that_cannot_be_served_are_refused(request_: Any, message: str) -> None:
+    engine = Engine(make_model(), max_seqs=2, cache_tokens=192)
+    with pytest.raises((ValueError, TypeError), match=message):
+        engine.add(request_())
+    assert not engine.has_work
+
+
+def test_a_request_that_fails_ends_alone() -> None:
+    model = make_model()
+    alone = Engine(model)
+    alone.add(asked(5, 6, 7, max_new_tokens=12))
+    expected = [event.token for event in run(alone)]
+    engine = Engine(model)
+    good, bad = engine.add(asked(5, 6, 7, max_new_tokens=12)), engine.add(asked(9))
+    events = engine.step()
+    (sequence,) = (row.sequence for row in engine._rows[bad])
+    engine.cache.k[:, engine.cache.pages(sequence)[0], 0] = torch.nan  # type: ignore[arg-type]
+    events += run(engine)
+    assert [event.token for event in events if event.request == good] == expected
+    (end,) = (event for event in events if event.request == bad and event.finish_reason)
+    assert end.finish_reason == "error"
+    assert "NaN" in str(end.error)
+    assert engine.cache.free_pages == engine.cache.num_pages
+
+
+def test_cancels_and_deadlines_end_a_request() -> None:
+    engine = Engine(make_model(), max_seqs=2)
+    one = engine.add(asked(5, max_new_tokens=100))
+    late = engine.add(
+        Request(prompt=[6], options={"max_new_tokens": 100, "eos_token_id": None}, deadline=1e-9)
+    )
+    waits = engine.add(asked(7, max_new_tokens=3))
+    events = engine.step()
+    engine.cancel(one)
+    engine.cancel(one)
+    engine.cancel(12345)
+    events += run(engine)
+    ends = {event.request: event.finish_reason for event in events if event.finish_reason}
+    assert ends == {one: "cancelled", late: "deadline", waits: "length"}
+    assert engine.cache.free_pages == engine.cache.num_pages
+
+
+def test_two_threads_cannot_step_at_once() -> None:
+    engine = Engine(make_model())
+    engine.add(asked(5))
+    inside, leave = threading.Event(), threading.Event()
+    real = engine.executors.prefill.forward
+
+    def slow(rows: Any) -> torch.Tensor:
+        inside.set()
+        leave.wait(30)
+        return real(rows)
+
+    engine.executors.prefill.forward = slow  # type: ignore[method-assign]
+    thread = threading.Thread(target=engine.step)
+    thread.start()
+    assert inside.wait(30)
+    with pytest.raises(RuntimeError, match="another thread is in it"):
+        engine.step()
+    leave.set()
+    thread.join()
+    assert len(run(engine)) == 7
+
+
+def test_weights_that_moved_are_told_at_the_next_step() -> None:
+    model = make_model()
+    engine = Engine(model)
+    engine.add(asked(5))
+    engine.step()
+    model.bfloat16()
+    with pytest.raises(RuntimeError, match="weights changed while generation was under way"):
+        engine.step()
+
+
+def test_a_closed_engine_takes_nothing() -> None:
+    engine = Engine(make_model())
+    engine.add(asked(5))
+    engine.step()
+    engine.close()
+    assert engine.cache.free_pages == engine.cache.num_pages
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.add(asked(5))
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.step()
+
+
+def test_a_pass_that_raises_is_taken_again() -> None:
+    model = make_model()
+    engine = Engine(model)
+    engine.add(asked(5, 6, 7))
+    events = engine.step()
+    engine.add(asked(9, 10))
+    real, calls = engine.executors.prefill.forward, []
+
+    def fails_once(rows: Any) -> torch.Tensor:
+        calls.append(rows)
+        if len(calls) == 1:
+            raise MemoryError("once")
+        return real(rows)
+
+    engine.executors.prefill.forward = fails_once  # type: ignore[method-assign]
+    with pytest.raises(MemoryError, match="once"):
+        engine.step()
+    events += run(engine)
+    other = Engine(model)
+    other.add(asked(5, 6, 7))
+    other.add(asked(9, 10))
+    expected = run(other)
+    for number in (0, 1):
+        assert [e.token for e in events if e.request == number] == [
+            e.token for e in expected if e.request == number
+        ]
