@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import gptkern.cli
 from gptkern.checkpoint import CheckpointError
 from gptkern.config import GPTConfig
 from gptkern.gpt import GPT
@@ -106,7 +107,7 @@ def test_lora_run_is_merged_saved_and_resumed(model_folder: Path, tmp_path: Path
     assert all(torch.equal(tuned[name], resumed[name]) for name in tuned)
 
 
-def test_classification(model_folder: Path, tmp_path: Path) -> None:
+def test_classification(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "classes.jsonl"
     rows = [{"text": f"it is {w} {i}", "label": w} for i in range(20) for w in ("good", "bad", "odd")]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -115,6 +116,8 @@ def test_classification(model_folder: Path, tmp_path: Path) -> None:
     assert result.metrics["accuracy"] > 0.9
     classifier = Classification.from_pretrained(tmp_path / "run" / "model")
     assert classifier.classify(["it is odd 3", "it is good 7"]) == ["odd", "good"]
+    assert gptkern.cli.run(["generate", "it", "-n", "2", "-m", str(tmp_path / "run")]) == 0
+    assert "is a classifier, and its language model alone writes this" in capsys.readouterr().err
     labels = tmp_path / "run" / "model" / "labels.json"
     for content, message in (
         ("{}", "a list of labels is needed, {} found"),

@@ -29,6 +29,9 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 
+# Beside a classifier's model: the labels that it tells apart.
+LABELS = "labels.json"
+
 _EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "embedded"
 _PATIENCE = 10.0  # seconds until the hub counts as out of reach
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

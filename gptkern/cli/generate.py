@@ -63,6 +63,7 @@ def generate(
     """
     text = _prompt(prompt, file)
     gpt = o.load(model, device, dtype, weights, tokenizer)
+    _warn_of_a_classifier(model)
     fallback = {**FALLBACK, "max_new_tokens": o.fitting(gpt, text, DEFAULT_NEW_TOKENS)}
     samples = asked.setdefault("num_return_sequences", 1)
     options = g.generation(gpt, fallback, asked, greedy=greedy)
@@ -80,6 +81,17 @@ def generate(
         f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s on {gpt.device}{seeded}",
         file=sys.stderr,
     )
+
+
+def _warn_of_a_classifier(model: str) -> None:
+    """A classifier's folder holds the language model, too, which writes text all the same."""
+    from gptkern.checkpoint.locate import LABELS, locate
+
+    if Path(model).is_dir() and (locate(model, revision=None, local_files_only=True) / LABELS).exists():
+        terminal.tell(
+            f"warning: {model} is a classifier, and its language model alone writes this: "
+            f'gptkern.train.Classification.from_pretrained("{model}").classify(texts) gives the labels'
+        )
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

@@ -24,6 +24,7 @@ from torch import nn
 
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.checkpoint.files import LARGEST_JSON, read_bytes, read_json
+from gptkern.checkpoint.locate import LABELS
 from gptkern.checkpoint.save import save
 from gptkern.checkpoint.storage import write_safetensors
 from gptkern.durable import flush, identity, make_folder, naming, new_file, write_file
@@ -211,7 +212,7 @@ def export(objective: nn.Module, folder: Path, group: Processes) -> None:
         packed = io.BytesIO()
         write_safetensors(packed, [(name, tensor, False) for name, tensor in weights.items()])
         labels = json.dumps(getattr(objective, "labels", [])).encode()
-        beside = {"classifier.safetensors": packed.getvalue(), "labels.json": labels}
+        beside = {"classifier.safetensors": packed.getvalue(), LABELS: labels}
     save(copy, folder, max_shard_size="5GB", beside=beside)
 
 

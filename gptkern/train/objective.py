@@ -16,6 +16,7 @@ from gptkern.as_built import untouched
 from gptkern.attend import DenseAttend
 from gptkern.checkpoint.errors import CheckpointError, first_line, shown
 from gptkern.checkpoint.files import LARGEST_JSON, read_bytes
+from gptkern.checkpoint.locate import LABELS
 from gptkern.checkpoint.storage import read_safetensors
 from gptkern.gpt import GPT
 from gptkern.model.decoder import LINEAR
@@ -78,7 +79,7 @@ class Classification(nn.Module):
             CheckpointError: There is no model there, or no classifier's head with it; one is damaged.
         """
         folder = Path(folder)
-        labels = _read_labels(folder / "labels.json")
+        labels = _read_labels(folder / LABELS)
         found = cls(GPT.from_pretrained(folder), labels)
         path = folder / "classifier.safetensors"
         weights = read_safetensors(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.checkpoint.files import read_json
+from gptkern.checkpoint.locate import LABELS
 from gptkern.tokenizer import Tokenizer
 from gptkern.train.assemble import Objective
 from gptkern.train.checkpoints import NOTES, Checkpoint
@@ -58,9 +59,9 @@ def check_same_model(objective: Objective, checkpoint: Checkpoint) -> None:
                 raise _other_data(f"token {number} is {new.get(number)!r}", f"{old.get(number)!r}", folder)
     if isinstance(objective, Classification):
         try:
-            labels = json.loads((folder / "labels.json").read_bytes())
+            labels = json.loads((folder / LABELS).read_bytes())
         except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{folder / 'labels.json'}: not a classifier's labels: {error}") from error
+            raise CheckpointError(f"{folder / LABELS}: not a classifier's labels: {error}") from error
         if labels != objective.labels:
             raise _other_data(f"labels are {objective.labels}", f"{labels}", folder)
 
