@@ -32,7 +32,7 @@ class Layers(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of a forward pass.
+    """The values that a forward pass saves for its backward pass.
 
     Attributes:
         x, w_fc, b_fc, w_proj, activation: The arguments.

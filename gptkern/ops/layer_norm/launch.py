@@ -19,7 +19,7 @@ Layout = tuple[int, int, int]
 
 
 class Settings(NamedTuple):
-    """What a call computes, apart from its tensors.
+    """The arguments of a call that are no tensors.
 
     Attributes:
         op: The public function's name, for errors.
@@ -37,7 +37,7 @@ class Settings(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of a forward pass.
+    """The values that a forward pass saves for its backward pass.
 
     Attributes:
         total: The rows that were normalised: the sum, or ``x`` if there was no residual.

@@ -1,4 +1,4 @@
-"""What layer normalisation means, in plain PyTorch (Ba, Kiros and Hinton 2016, equations 3 and 4)."""
+"""Layer normalisation in plain PyTorch (Ba, Kiros and Hinton 2016, equations 3 and 4)."""
 
 import torch
 import torch.nn.functional as F

@@ -24,7 +24,7 @@ _SUM_PARTS = 512
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of a forward pass.
+    """The values that a forward pass saves for its backward pass.
 
     Attributes:
         x, weight, activation: The arguments.

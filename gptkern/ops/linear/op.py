@@ -52,7 +52,7 @@ def linear_residual(
     Args:
         x, weight, bias: as for ``linear_act``.
         residual: ``(..., out)``, any strides whose leading dimensions merge into one; of ``x``'s
-            dtype, or fp32 beside fp16 and bf16 (a residual stream kept in fp32).
+            dtype, or fp32 beside fp16 and bf16 (a residual stream in fp32).
 
     Returns:
         ``(..., out)``, contiguous, of ``residual``'s dtype.

@@ -1,4 +1,4 @@
-"""What RMS normalisation means, in plain PyTorch (Zhang and Sennrich 2019, equation 4)."""
+"""RMS normalisation in plain PyTorch (Zhang and Sennrich 2019, equation 4)."""
 
 import torch
 import torch.nn.functional as F

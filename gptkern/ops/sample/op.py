@@ -16,7 +16,7 @@ from gptkern.ops.sample.params import SamplerState, SamplingParams
 class TopLogprobs(NamedTuple):
     """The most likely tokens under the raw logits: ``tokens`` int64 and ``logprobs`` fp32, ``(batch, n)``.
 
-    Best first, ties by the lower id; a row that asked for fewer is padded with token -1.
+    Best first, ties by the lower id; a row with a smaller ``n_logprobs`` is padded with token -1.
     """
 
     tokens: torch.Tensor
@@ -30,7 +30,7 @@ class Sampled(NamedTuple):
         tokens: ``(batch,)`` int64.
         logprobs: ``(batch,)`` fp32, log-softmax of the raw logits at ``tokens`` (before bias, penalties
             and temperature); None unless ``SamplingParams.max_logprobs`` asks for it.
-        top_logprobs: None unless asked for.
+        top_logprobs: None unless ``SamplingParams.max_logprobs`` is at least 1.
         status: ``(batch,)`` int32: 0, or the reason why the row could not be sampled (its token is then
             0, and its state does not change). It matters only if ``validate`` is off.
     """
@@ -75,11 +75,11 @@ def sample(
     Order and meaning are those of ``transformers`` 5: logit bias; repetition, then frequency and
     presence penalty; banned tokens; EOS before ``min_new_tokens``; bitmask; then temperature (0: the
     most likely token), top-k, top-p on what is left and renormalised, min-p, typical, epsilon and eta
-    cut-offs. Ties are broken by the lower token id, so that exactly k tokens are kept.
+    cut-offs. Ties are broken by the lower token id, so that top-k keeps exactly k tokens.
 
     With ``rng="philox"`` the draw is a function of the row's seed, request and step alone: the same in
     any batch, with any number of threads, on the CPU and on a GPU. Probabilities are whole numbers of
-    2^-44 of the largest one; what is less likely than half of that is never drawn. ``rng="torch"`` draws
+    2^-44 of the largest one; a token less likely than half of that is never drawn. ``rng="torch"`` draws
     with ``torch.multinomial`` from torch's global generator, as ``transformers`` does; it is slower.
 
     Args:
@@ -101,8 +101,8 @@ def sample(
     if rng == "torch" or not launch.serves(logits):
         return _sampled(width, fallback.sample(logits, params, state, rng))
     if launch.traced(logits):
-        asked = -1 if width is None else width
-        tensors = torch.ops.gptkern.sample(logits, *_tensors(params), state.counters, state.counts, asked)
+        columns = -1 if width is None else width
+        tensors = torch.ops.gptkern.sample(logits, *_tensors(params), state.counters, state.counts, columns)
         tokens, logprobs, top_tokens, top_logprobs, status = tensors
         return _sampled(width, Outputs(status, tokens, logprobs, top_tokens, top_logprobs))
     outputs = launch.sample_outputs(logits, width)

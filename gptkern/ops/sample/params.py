@@ -1,4 +1,4 @@
-"""What sampling is asked for, and what it remembers: tensors on the device, one row a sequence."""
+"""The sampler's parameters and its state: tensors on the device, one row for each sequence."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def _per_row(name: str, value: Number, batch: int) -> torch.Tensor:
 
 def _id_rows(name: str, ids: Ids, batch: int, vocab: int) -> list[list[int]]:
     """The lists of ids, checked: one for all rows, or one for each."""
-    given: list[Any] = list(ids)
-    nested = bool(given) and not isinstance(given[0], int)
-    rows = [list(row) for row in given] if nested else [given]
+    entries: list[Any] = list(ids)
+    nested = bool(entries) and not isinstance(entries[0], int)
+    rows = [list(row) for row in entries] if nested else [entries]
     if nested and len(rows) != batch:
         raise ValueError(f"SamplingParams: {name} has {len(rows)} lists; one for each of {batch} rows")
     for row, tokens in enumerate(rows):
@@ -56,7 +56,7 @@ def _padded(rows: list[list[int]], batch: int, device: torch.device) -> torch.Te
 
 @dataclass
 class SamplingParams:
-    """What to do with each row's logits. Make one with :meth:`make`, once, and use it every step.
+    """The parameters of each row's draw. Make one with :meth:`make` and use it for every token.
 
     Attributes:
         values: ``(batch, 12)`` float64, the columns in the order of ``PARAMETERS``. ``column(name)``
@@ -65,8 +65,8 @@ class SamplingParams:
             row are distinct.
         banned_ids, eos_ids: ``(batch, n)`` int32, padded with -1, or None.
         bitmask: ``(batch, ceil(vocab / 32))`` int32, bit ``i % 32`` of word ``i // 32`` set where token
-            ``i`` is allowed (xgrammar's layout), or None. Written anew each step by whoever constrains.
-        max_logprobs: width of ``Sampled.top_logprobs``; None: no log-probabilities are computed.
+            ``i`` is allowed (xgrammar's layout), or None. A constrained caller rewrites it for every token.
+        max_logprobs: The width of ``Sampled.top_logprobs``; None: no log-probabilities are computed.
     """
 
     values: torch.Tensor
@@ -105,18 +105,19 @@ class SamplingParams:
 
         Args:
             temperature: Logits are divided by it; 0 takes the most likely token (lowest id on ties).
-            top_k: The k most likely tokens are kept, exactly k: on a tie the lower id wins. 0: all.
-            top_p: Of what top-k left, tokens are kept while the mass ahead of them is below ``top_p``.
-            min_p: Tokens of less than ``min_p`` times the most likely one's probability are dropped.
-            typical_p: Locally typical sampling's mass; 1: off.
+            top_k: Keep the k most likely tokens, exactly k: on a tie the lower id wins. 0: all.
+            top_p: Nucleus sampling: keep the tokens with less than ``top_p`` of the mass ahead of them.
+            min_p: Drop tokens less likely than ``min_p`` times the most likely one. 0: off.
+            typical_p: Locally typical sampling: the mass of the tokens that it keeps. 1: off.
             epsilon_cutoff, eta_cutoff: As in ``transformers``; 0: off.
             repetition_penalty: Logits of tokens in the prompt or generated are divided (positive ones)
                 or multiplied by it. Penalties need ``SamplerState.make(..., history=True)``.
-            presence_penalty, frequency_penalty: Subtracted from tokens generated, once, and per time.
-            min_new_tokens: ``eos_token_id`` is banned before so many tokens were generated.
+            presence_penalty: Subtracted once from the logits of generated tokens.
+            frequency_penalty: Subtracted from a token's logit for each time it was generated.
+            min_new_tokens: Ban ``eos_token_id`` until so many tokens are generated.
             eos_token_id: One id, several, or several for each row.
             logit_bias: ``{token: bias}`` for all rows, or one such mapping for each; finite or -inf.
-            banned: Tokens that are never chosen, for all rows or for each.
+            banned: Tokens that are never chosen: one list for all rows, or one for each.
             bitmask: See the attribute.
             n_logprobs: None: no log-probabilities; 0: the chosen token's; n: also the n best tokens'.
 
@@ -197,9 +198,9 @@ def check_values(op: str, values: list[float], row: int, vocab: int, max_logprob
             raise ValueError(f"{op}: {column.name}[{row}] is {value:g}; {words}{most} is needed")
 
 
-def _row_numbers(name: str, given: Any, batch: int) -> list[int]:
+def _row_numbers(name: str, value: Any, batch: int) -> list[int]:
     """The seed or request of each row, of 64 bits; tensors and NumPy's numbers are taken too."""
-    plain = given.tolist() if hasattr(given, "tolist") else given
+    plain = value.tolist() if hasattr(value, "tolist") else value
     if plain is None:
         return list(range(batch))
     single = not isinstance(plain, Iterable) or isinstance(plain, str)
@@ -216,7 +217,7 @@ def _row_numbers(name: str, given: Any, batch: int) -> list[int]:
 
 @dataclass
 class SamplerState:
-    """What sampling remembers from step to step; advanced in place, on the device, by every call.
+    """What the sampler remembers from token to token. Every call advances it in place, on the device.
 
     Attributes:
         counters: ``(batch, 3)`` int64: seed, request, step. A draw is a function of these three alone,
@@ -251,8 +252,8 @@ class SamplerState:
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu").item())
         counters = torch.zeros(batch, len(COUNTERS), dtype=torch.int64, device="cpu")
-        for index, (name, given) in enumerate((("seed", seed), ("request", request))):
-            rows = _row_numbers(name, given, batch)
+        for index, (name, value) in enumerate((("seed", seed), ("request", request))):
+            rows = _row_numbers(name, value, batch)
             if len(rows) != batch:
                 raise ValueError(f"SamplerState: {name} has {len(rows)} values; one for each of {batch} rows")
             # Seeds are 64 bits, signed or not.

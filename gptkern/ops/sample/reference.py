@@ -1,4 +1,4 @@
-"""What sampling means, in plain PyTorch. Computed in float64 whatever the logits' dtype.
+"""Sampling in plain PyTorch, computed in float64 whatever the logits' dtype.
 
 The order is that of transformers 5. A draw is the inverse of the cumulative distribution in order
 of token id, at a uniform number from Philox4x32-10 keyed by seed and counted by (step, request).
@@ -45,7 +45,7 @@ def processed(
     eos_ids: torch.Tensor | None = None,
     bitmask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Biases, penalties and bans on ``logits`` ``(batch, vocab)``: what temperature then divides."""
+    """``logits (batch, vocab)`` with biases, penalties and bans: the row that temperature divides."""
     x = logits.clone()
     vocab = x.shape[1]
     repetition, presence, frequency, min_new = (values[:, i, None].to(x.dtype) for i in (7, 8, 9, 10))
@@ -70,14 +70,14 @@ def processed(
 
 
 def _members(ids: torch.Tensor, vocab: int) -> torch.Tensor:
-    """``(batch, vocab)`` bool: which tokens a list padded with -1 holds."""
+    """``(batch, vocab)`` bool: the tokens in a list that is padded with -1."""
     member = torch.zeros(ids.shape[0], vocab + 1, dtype=torch.bool, device=ids.device)
     member.scatter_(1, torch.where(ids < 0, vocab, ids).long(), True)
     return member[:, :vocab]
 
 
 def _head(x: torch.Tensor, order: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Which tokens, taken in ``order``, have less than ``p`` of the mass ahead of them."""
+    """A mask of the tokens with less than ``p`` of the mass ahead of them, in ``order``."""
     probs = torch.softmax(x, dim=-1).gather(1, order)
     ahead = probs.cumsum(-1) - probs
     head = ahead < p
@@ -86,13 +86,13 @@ def _head(x: torch.Tensor, order: torch.Tensor, p: torch.Tensor) -> torch.Tensor
 
 
 def filtered(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Temperature and the filters after it: what is dropped becomes -inf. ``x`` from ``processed``."""
+    """``x`` from ``processed`` after temperature and the filters: dropped tokens become -inf."""
     temperature, top_k, top_p, min_p, typical_p, epsilon, eta = (
         values[:, i, None].to(x.dtype) for i in range(7)
     )
     greedy = temperature == 0
     best = x.argmax(-1, keepdim=True)
-    # Any finite number does; where nothing is allowed, the best is -inf and must stay so.
+    # Any finite number does. If nothing is allowed, the best is -inf and must stay so.
     only_best = torch.full_like(x, -_INF).scatter_(1, best, x.gather(1, best))
     order = torch.argsort(x, dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
@@ -118,7 +118,7 @@ def filtered(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def _divided(x: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """``x / temperature``; where that overflows, of the distance to the row's best: the same distribution."""
+    """``x / temperature``; rows that overflow are shifted by their best first: the same distribution."""
     scaled = x / temperature
     overflown = (scaled.isinf() & x.isfinite()).any(-1, keepdim=True)
     return torch.where(overflown, (x - x.amax(-1, keepdim=True)) / temperature, scaled)
@@ -145,14 +145,14 @@ def speculative_step(
     token_uniform: torch.Tensor,
     accept_uniform: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One position of rejection sampling: the tokens ``(batch,)`` and which are the draft's own."""
+    """One position of rejection sampling: the tokens ``(batch,)``, and which of them are accepted drafts."""
     index = draft_token[:, None]
     q = (
         torch.zeros_like(probs).scatter_(1, index, 1.0)
         if draft_probs is None
         else draft_probs.to(probs.dtype)
     )
-    taken = (accept_uniform[:, None] * q.gather(1, index) < probs.gather(1, index))[:, 0]
+    accepted = (accept_uniform[:, None] * q.gather(1, index) < probs.gather(1, index))[:, 0]
     residual = (probs - q).clamp_(min=0)
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, probs)
-    return torch.where(taken, draft_token, draw(residual, token_uniform)), taken
+    return torch.where(accepted, draft_token, draw(residual, token_uniform)), accepted
