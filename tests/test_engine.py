@@ -240,3 +240,25 @@ def test_a_pass_that_raises_is_taken_again() -> None:
         assert [e.token for e in events if e.request == number] == [
             e.token for e in expected if e.request == number
         ]
+
+
+def test_log_probabilities_of_the_prompt_and_of_the_likeliest_tokens() -> None:
+    model = make_model()
+    engine = Engine(model)
+    prompt = [5, 6, 7, 5, 9]
+    engine.add(Request(prompt=prompt, options={"max_new_tokens": 2}, logprobs=2, prompt_logprobs=3))
+    events = run(engine)
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    found = events[0].prompt_logprobs
+    assert found is not None
+    assert events[1].prompt_logprobs is None
+    torch.testing.assert_close(
+        torch.tensor([own for own, _ in found]), expected[range(4), prompt[1:]], atol=1e-5, rtol=1e-5
+    )
+    for place, (_, top) in enumerate(found):
+        assert [token for token, _ in top] == expected[place].topk(3).indices.tolist()
+    assert [token for token, _ in events[0].top_logprobs] == expected[-1].topk(2).indices.tolist()
+    assert events[0].logprob == events[0].top_logprobs[0][1]
+    (whole,) = model.score(prompt)
+    torch.testing.assert_close(torch.tensor([own for own, _ in found]), torch.tensor(whole.logprobs))

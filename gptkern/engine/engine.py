@@ -17,6 +17,7 @@ from gptkern.engine.executors.graph import MOST_ROWS
 from gptkern.engine.launch import Launch, Launcher
 from gptkern.engine.lookup import Lookup
 from gptkern.engine.options import KVCacheDType
+from gptkern.engine.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from gptkern.engine.request import FinishReason, Request, TokenEvent
 from gptkern.engine.rows import Rows
 from gptkern.engine.sampling import RowDraw, RowParams, Sampler, SamplerRow, row_keys
@@ -45,6 +46,7 @@ class Copy:
         sampler: What the sampler knows of it.
         text: Watches for stop strings; None where there are none.
         lookup: Drafts its next tokens; None where none are drafted.
+        prompt_logprobs: How many of the likeliest tokens to tell at each of the prompt's; None: nothing.
     """
 
     row: Row
@@ -52,6 +54,7 @@ class Copy:
     sampler: SamplerRow
     text: RowText | None
     lookup: Lookup | None
+    prompt_logprobs: int | None = None
 
     def push(self, token: int) -> FinishReason | None:
         """Take the next token; why the copy ends with it, None where it goes on."""
@@ -196,6 +199,7 @@ class Engine:
             logprobs=request.logprobs,
             priority=request.priority,
             deadline=request.deadline,
+            prompt_logprobs=request.prompt_logprobs,
         )
 
     def submit(
@@ -208,6 +212,7 @@ class Engine:
         logprobs: int | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        prompt_logprobs: int | None = None,
     ) -> int:
         """``add`` for settings that are checked already.
 
@@ -238,6 +243,7 @@ class Engine:
                     if tokenizer is not None and settings.stop_strings
                     else None,
                     Lookup(prompt) if settings.speculate else None,
+                    prompt_logprobs,
                 )
                 for copy, (seed, draws) in enumerate(keys)
             ]
@@ -375,7 +381,10 @@ class Engine:
         events: list[TokenEvent] = []
         row, reason = copy.row, None
         accepted = len(draw.tokens) - 1 if drafted else 0
+        of_prompt: PromptLogprobs | None = None
         try:
+            if copy.prompt_logprobs is not None and not row.generated:
+                of_prompt = prompt_logprobs(self.model, row.prompt, copy.prompt_logprobs)
             for place, token in enumerate(draw.tokens):
                 reason = copy.push(token)
                 events.append(
@@ -385,6 +394,7 @@ class Engine:
                         token,
                         None if draw.logprobs is None else draw.logprobs[place],
                         () if draw.top_logprobs is None else tuple(draw.top_logprobs[place]),
+                        prompt_logprobs=of_prompt if place == 0 else None,
                         finish_reason=reason,
                         drafted=drafted if place == 0 else 0,
                         accepted=accepted if place == 0 else 0,
