@@ -60,6 +60,7 @@ def combine_splits(
     CHUNK: tl.constexpr,
 ):
     """One head's output from splits ``first`` to ``last`` of its partial results."""
+    # The largest of the splits' maxima.
     dims = tl.arange(0, BLOCK_D)
     top = tl.full([1], float("-inf"), tl.float32)
     for start in range(first, last, CHUNK):
@@ -70,6 +71,7 @@ def combine_splits(
         )
         top = tl.maximum(top, tl.max(maxima, 0))
     top = tl.where(top == float("-inf"), 0.0, top)
+    # The weighted sums, CHUNK splits at a time in a fixed order.
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for start in range(first, last, CHUNK):
@@ -91,30 +93,35 @@ def combine_splits(
 
 @triton.jit
 def attend_split(
-    q, k_ptr, v_ptr, table_ptr, begin, end, page_size, page_count, scale_log2,
-    stride_kp, stride_ks, stride_vp, stride_vs,
+    q, k_ptr, v_ptr, table_ptr, begin, end, pages_held, scale_log2, strides_k, strides_v,
     HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, IN_PAGE: tl.constexpr,
 ):  # fmt: skip
-    """(acc, row_max, row_sum) over tokens ``begin <= t < end`` of one split; NaN if the cache lacks one."""
+    """(acc, row_max, row_sum) over tokens ``begin <= t < end`` of one split; NaN if the cache lacks one.
+
+    ``pages_held`` is (page size, pages in the cache), ``strides_k`` and ``strides_v`` are of page and slot.
+    """
+    page_size, page_count = pages_held
     dims = tl.arange(0, BLOCK_D)
     row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    # Told by the scale, which the loop holds anyway: the loop itself then is as without the question.
+    # A missing page makes the scale NaN, and so the result: the loop itself needs no test.
     lost = lacks_pages(table_ptr, begin, end, page_size, page_count, SPLIT)
     scale_log2 = tl.where(lost, float("nan"), scale_log2)
     for first in tl.range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
+        # Keys and values of BLOCK_N tokens, by page.
         tokens = first + tl.arange(0, BLOCK_N)
         valid = (tokens >= begin) & (tokens < end)
         mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
         pages, offsets = cache_pages(table_ptr, first, tokens, valid, page_size, page_count, IN_PAGE, "")
-        k_rows = pages * stride_kp + offsets * stride_ks
-        v_rows = pages * stride_vp + offsets * stride_vs
+        k_rows = pages * strides_k[0] + offsets * strides_k[1]
+        v_rows = pages * strides_v[0] + offsets * strides_v[1]
         k = tl.load(k_ptr + k_rows[:, None] + dims[None, :], mask=mask, other=0.0)
         v = tl.load(v_ptr + v_rows[:, None] + dims[None, :], mask=mask, other=0.0)
-        # A cache of fewer bits is exact in q's dtype; its scales are the caller's.
+        # An fp8 cache is exact in q's dtype; the caller applies its scales.
         k, v = k.to(q.dtype), v.to(q.dtype)
+        # Scores; new maximum and weights; rescale and accumulate.
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         scores = tl.where(valid[None, :], scores, float("-inf"))
         weights, row_max, row_sum, rescale = online_softmax(scores, row_max, row_sum, 1.0)
@@ -124,9 +131,9 @@ def attend_split(
 
 @triton.jit
 def attended_tokens(lens_ptr, starts_ptr, row, window, max_pages, page_size, page_count):
-    """(first token, end, pages of the cache) of what a sequence's query attends to.
+    """(first token, end, pages in the cache) of the tokens that a sequence's query attends to.
 
-    A length that the page table has no room for counts as one token, and no page as there: its result is
+    A length that the page table has no room for becomes one token of a cache without pages: its result is
     NaN, and nothing beyond the table or the cache is read. A cache without pages gives no token.
     """
     # .cg: this may come before the wait for the kernel before, when this multiprocessor's L1 can still hold
@@ -142,14 +149,14 @@ def attended_tokens(lens_ptr, starts_ptr, row, window, max_pages, page_size, pag
 
 @triton.jit
 def prefetch_split(
-    k_ptr, v_ptr, table_ptr, row, kv_head, split, begin, end, page_size, page_count,
-    stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
+    k_ptr, v_ptr, table_ptr, row, kv_head, split, begin, end, pages_held, strides_k, strides_v, stride_tb,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """Ask for a split's keys and values to be brought into L2."""
+    """Fetch a split's keys and values into L2; ``strides_k`` and ``strides_v`` are of page, slot and head."""
+    page_size, page_count = pages_held
     table_ptr += row.to(tl.int64) * stride_tb
-    k_ptr += kv_head.to(tl.int64) * stride_kh
-    v_ptr += kv_head.to(tl.int64) * stride_vh
+    k_ptr += kv_head.to(tl.int64) * strides_k[2]
+    v_ptr += kv_head.to(tl.int64) * strides_v[2]
     LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth
     lines = tl.arange(0, BLOCK_D // LINE if BLOCK_D > LINE else 1) * LINE
     tokens = split * SPLIT + tl.arange(0, SPLIT)
@@ -157,35 +164,43 @@ def prefetch_split(
     # .cg for the reason given in attended_tokens.
     pages, offsets = cache_pages(table_ptr, 0, tokens, valid, page_size, page_count, False, ".cg")
     wanted = valid[:, None] & (lines < HEAD_DIM)[None, :]
-    prefetch(k_ptr + (pages * stride_kp + offsets * stride_ks)[:, None] + lines[None, :], wanted, COMPILED)
-    prefetch(v_ptr + (pages * stride_vp + offsets * stride_vs)[:, None] + lines[None, :], wanted, COMPILED)
+    k_rows = pages * strides_k[0] + offsets * strides_k[1]
+    v_rows = pages * strides_v[0] + offsets * strides_v[1]
+    prefetch(k_ptr + k_rows[:, None] + lines[None, :], wanted, COMPILED)
+    prefetch(v_ptr + v_rows[:, None] + lines[None, :], wanted, COMPILED)
 
 
 @triton.jit
 def attend_sequence(
-    q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, acc_ptr, stats_ptr, counter_ptr, k_scale_ptr, v_scale_ptr,
-    scale_log2, page_size, page_count, max_splits, begin, end,
-    stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
+    q_ptr, k_ptr, v_ptr, kv_scales, out_ptr, table_ptr, scratch, scale_log2, pages_held, max_splits, begin,
+    end, strides_q, strides_k, strides_v, stride_tb,
     row, kv_head, program, programs, head_block, head_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     IN_PAGE: tl.constexpr,
 ):  # fmt: skip
-    """One program's splits of one sequence's head; the last to come of its programs stores the output."""
+    """One program's splits of one sequence's head; the last to come of its programs stores the output.
+
+    ``kv_scales`` is (k, v) pointers or Nones, ``scratch`` (acc, stats, counter) pointers. q's strides are of
+    batch and head, those of k and v of page, slot and head.
+    """
+    acc_ptr, stats_ptr, counter_ptr = scratch
     first = begin // SPLIT
     last = tl.where(begin < end, (end + SPLIT - 1) // SPLIT, first)
     table_ptr += row.to(tl.int64) * stride_tb
-    k_ptr += kv_head.to(tl.int64) * stride_kh
-    v_ptr += kv_head.to(tl.int64) * stride_vh
+    k_ptr += kv_head.to(tl.int64) * strides_k[2]
+    v_ptr += kv_head.to(tl.int64) * strides_v[2]
+    # An fp8 cache: the keys' scale goes into the scores', the values' onto the accumulator.
     v_scale = 1.0
-    if k_scale_ptr is not None:
-        scale_log2 *= tl.load(k_scale_ptr + kv_head)
-        v_scale = tl.load(v_scale_ptr + kv_head)
+    if kv_scales[0] is not None:
+        scale_log2 *= tl.load(kv_scales[0] + kv_head)
+        v_scale = tl.load(kv_scales[1] + kv_head)
+    # The queries of BLOCK_H heads that share the keys.
     heads = head_block * BLOCK_H + tl.arange(0, BLOCK_H)
     dims = tl.arange(0, BLOCK_D)
     mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     heads += kv_head * GROUP
-    q_rows = row.to(tl.int64) * stride_qb + heads * stride_qh
+    q_rows = row.to(tl.int64) * strides_q[0] + heads * strides_q[1]
     q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=mask, other=0.0)
     # (row, head) in the contiguous output and scratch.
     first_head = (row * KV_HEADS + kv_head) * GROUP + head_block * BLOCK_H
@@ -193,13 +208,13 @@ def attend_sequence(
     out_at = out_ptr + places.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
     for split in range(first + program, last, programs):
         acc, row_max, row_sum = attend_split(
-            q, k_ptr, v_ptr, table_ptr,
-            tl.maximum(split * SPLIT, begin), tl.minimum(split * SPLIT + SPLIT, end), page_size, page_count,
-            scale_log2, stride_kp, stride_ks, stride_vp, stride_vs,
+            q, k_ptr, v_ptr, table_ptr, tl.maximum(split * SPLIT, begin),
+            tl.minimum(split * SPLIT + SPLIT, end), pages_held, scale_log2, strides_k, strides_v,
             HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT, IN_PAGE,
         )  # fmt: skip
-        if k_scale_ptr is not None:
+        if kv_scales[0] is not None:
             acc *= v_scale
+        # The output where there is one split, else its partial result.
         if last - first == 1:
             tl.store(out_at, (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
         else:
@@ -214,6 +229,7 @@ def attend_sequence(
         if program == 0:
             tl.store(out_at, tl.zeros([BLOCK_H, BLOCK_D], out_ptr.dtype.element_ty), mask=mask)
     elif (last - first > 1) & (first + program < last):
+        # The last program of the sequence to arrive combines.
         counter_ptr += (row * KV_HEADS + kv_head) * head_blocks + head_block
         # Every thread's stores come before the one thread's release.
         tl.debug_barrier()
@@ -240,8 +256,8 @@ def decode_attention_kernel(
     acc_ptr,  # (batch, heads, max_splits, head_dim) fp32, scratch
     stats_ptr,  # (batch, heads, max_splits, 2) fp32, scratch: maximum and sum
     counter_ptr,  # (batch * kv_heads * head blocks,) int32, zero before and after
-    k_scale_ptr,  # (kv_heads,) fp32, or None: what keys and values of the cache are multiplied by
-    v_scale_ptr,
+    k_scale_ptr,  # (kv_heads,) fp32 factors that dequantise an fp8 cache, or None
+    v_scale_ptr,  # (kv_heads,), or None
     scale_log2, window, page_size, max_pages, page_count, max_splits,
     stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -256,18 +272,20 @@ def decode_attention_kernel(
     begin, end, page_count = attended_tokens(
         lens_ptr, starts_ptr, row, window, max_pages, page_size, page_count
     )  # fmt: skip
+    pages_held = (page_size, page_count)
+    strides_k = (stride_kp, stride_ks, stride_kh)
+    strides_v = (stride_vp, stride_vs, stride_vh)
     if PREFETCH and PDL:
         prefetch_split(
-            k_ptr, v_ptr, table_ptr, row, kv_head, begin // SPLIT + program, begin, end, page_size,
-            page_count, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
-            HEAD_DIM, BLOCK_D, SPLIT, PDL,
+            k_ptr, v_ptr, table_ptr, row, kv_head, begin // SPLIT + program, begin, end, pages_held,
+            strides_k, strides_v, stride_tb, HEAD_DIM, BLOCK_D, SPLIT, PDL,
         )  # fmt: skip
     if PREFETCH:
         wait(PDL)
     attend_sequence(
-        q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, acc_ptr, stats_ptr, counter_ptr, k_scale_ptr, v_scale_ptr,
-        scale_log2, page_size, page_count, max_splits, begin, end,
-        stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
+        q_ptr, k_ptr, v_ptr, (k_scale_ptr, v_scale_ptr), out_ptr, table_ptr,
+        (acc_ptr, stats_ptr, counter_ptr), scale_log2, pages_held, max_splits, begin, end,
+        (stride_qb, stride_qh), strides_k, strides_v, stride_tb,
         row, kv_head, program, programs, tl.program_id(2), tl.num_programs(2),
         KV_HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT, IN_PAGE,
     )  # fmt: skip
@@ -278,22 +296,24 @@ def append_kv_kernel(
     k_ptr,  # (tokens, kv_heads, head_dim)
     v_ptr,  # (tokens, kv_heads, head_dim)
     k_cache_ptr,  # (pages, page_size, kv_heads, head_dim)
-    v_cache_ptr,
-    slots_ptr,  # (tokens,) int64; where the cache has no such slot nothing is written
-    k_scale_ptr,  # (kv_heads,) fp32, or None: what the cache is multiplied by
-    v_scale_ptr,
+    v_cache_ptr,  # as k_cache
+    slots_ptr,  # (tokens,) int64; a slot that the cache does not have is not written
+    k_scale_ptr,  # (kv_heads,) fp32 factors that dequantise an fp8 cache, or None
+    v_scale_ptr,  # (kv_heads,), or None
     page_size, page_count,
     stride_kt, stride_kh, stride_vt, stride_vh,
     stride_kp, stride_ks, stride_kch, stride_vp, stride_vs, stride_vch,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program copies BLOCK_H heads of one token."""
+    # The token's slot.
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     dims = tl.arange(0, BLOCK_D)[None, :]
     page, offset = slot // page_size, slot % page_size
     mask = (heads < KV_HEADS) & (dims < HEAD_DIM) & (slot >= 0) & (page < page_count)
+    # Load its keys and values, in e4m3 for an fp8 cache, and store them there.
     k = tl.load(k_ptr + token * stride_kt + heads * stride_kh + dims, mask=mask, other=0.0)
     v = tl.load(v_ptr + token * stride_vt + heads * stride_vh + dims, mask=mask, other=0.0)
     k_at = k_cache_ptr + page * stride_kp + offset * stride_ks + heads * stride_kch + dims

@@ -46,16 +46,15 @@ def row_moments(
 
 
 @triton.jit
-def load_rows(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, rows, row_mask, columns, mean, rstd, store_normed,
-    K: tl.constexpr,
-):  # fmt: skip
-    """``(BLOCK_R, columns)`` of x, or of its norm."""
+def load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K: tl.constexpr):
+    """``(BLOCK_R, columns)`` of x, or of its norm: ``norm`` is (weight, bias, normed_out) or Nones."""
+    norm_weight_ptr, norm_bias_ptr, normed_ptr = norm
     inside = columns < K
     at = rows[:, None] + columns[None, :]
     mask = row_mask[:, None] & inside[None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0.0)
     if norm_weight_ptr is not None:
+        mean, rstd = moments
         scale = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * scale[None, :]
         if norm_bias_ptr is not None:
@@ -69,43 +68,42 @@ def load_rows(
 
 @triton.jit
 def product(
-    x_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, rows, row_mask, outputs, k_begin, k_end,
-    mean, rstd, stride_weight,
+    x_ptr, weight_ptr, norm, rows, row_mask, outputs, k_begin, k_end, moments, stride_weight, store_normed,
     N: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    store_normed,
 ):  # fmt: skip
-    """fp32 ``(BLOCK_N, BLOCK_R)``: weight norm(x)^T over columns k_begin to k_end.
+    """``(BLOCK_N, BLOCK_R)`` fp32: weight norm(x)^T over columns k_begin to k_end.
 
-    Weights of fewer bits than x's are widened as they are: whoever calls scales the sums.
+    Weights of fewer bits than x's are widened without their scales: the caller scales the sums.
     """
     acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     # int64: a head of 128k outputs and 16k columns passes 2^31.
     weight_rows = outputs.to(tl.int64) * stride_weight
     for start in tl.range(k_begin, k_end, BLOCK_K):
+        # A tile of weights, the same columns of x, their product.
         columns = start + tl.arange(0, BLOCK_K)
         mask = (outputs < N)[:, None] & (columns < K)[None, :]
         weight = tl.load(weight_ptr + weight_rows[:, None] + columns[None, :], mask=mask, other=0.0)
-        x = load_rows(
-            x_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, rows, row_mask, columns, mean, rstd,
-            store_normed, K,
-        )  # fmt: skip
+        x = load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K)
         acc = tl.dot(weight.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
 def product_int4(
-    x_ptr, weight_ptr, scale_ptr, zero_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, rows, row_mask,
-    outputs, k_begin, k_end, mean, rstd,
+    x_ptr, weight_ptr, packing, norm, rows, row_mask, outputs, k_begin, k_end, moments, store_normed,
     N: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
-    store_normed,
 ):  # fmt: skip
-    """The same of weights of four bits, a group of columns at a time; a byte holds one of each half of it."""
+    """``product`` of int4 weights, one group of columns at a time; ``packing`` is (scale, zero) pointers.
+
+    A byte holds one column of each half of its group.
+    """
+    scale_ptr, zero_ptr = packing
     acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     HALF: tl.constexpr = GROUP // 2
     weight_rows = outputs.to(tl.int64) * (K // 2)
     scale_rows = outputs.to(tl.int64) * (K // GROUP)
     for start in tl.range(k_begin, k_end, GROUP):
+        # The group's packed weights, its scale and its zero point (8 where it has none).
         places = start // 2 + tl.arange(0, HALF)
         packed = tl.load(
             weight_ptr + weight_rows[:, None] + places[None, :], mask=(outputs < N)[:, None], other=0
@@ -114,15 +112,11 @@ def product_int4(
         zero = tl.full([BLOCK_N], 8, tl.float32)
         if zero_ptr is not None:
             zero = tl.load(zero_ptr + scale_rows + start // GROUP, mask=outputs < N, other=0).to(tl.float32)
+        # x's columns of the low and of the high halves of the bytes.
         columns = start + tl.arange(0, HALF)
-        low = load_rows(
-            x_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, rows, row_mask, columns, mean, rstd,
-            store_normed, K,
-        )  # fmt: skip
-        high = load_rows(
-            x_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, rows, row_mask, columns + HALF, mean, rstd,
-            store_normed, K,
-        )  # fmt: skip
+        low = load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K)
+        high = load_rows(x_ptr, norm, rows, row_mask, columns + HALF, moments, store_normed, K)
+        # Two products of whole numbers, scaled once.
         first = ((packed & 15).to(tl.float32) - zero[:, None]).to(low.dtype)
         second = ((packed >> 4).to(tl.float32) - zero[:, None]).to(low.dtype)
         part = tl.dot(first, tl.trans(low), input_precision="ieee")
@@ -167,7 +161,7 @@ def prefetch_weights(
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     GROUP: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """Ask for the weights of a tile's split to be brought into L2."""
+    """Fetch the weights of a tile's split into L2."""
     LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
     PACKED: tl.constexpr = 2 if GROUP else 1
     k_begin, k_end = split_columns(split, K, BLOCK_K, SPLIT_K)
@@ -180,22 +174,27 @@ def prefetch_weights(
 
 @triton.jit
 def store_kv(
-    result, k_cache_ptr, v_cache_ptr, slots, column, mask, k_scale_ptr, v_scale_ptr, page_size, page_count,
-    stride_kp, stride_ks, stride_vp, stride_vs,
-    KV_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+    result, cache, slots, column, mask, KV_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
-    """Write what of ``result`` (outputs, rows) is keys or values to the rows' slots; column 0 is key 0.
+    """Write the keys and values in ``result`` (outputs, rows) to the rows' slots; column 0 is key 0.
 
-    Where the cache has no such slot nothing is written.
+    ``cache`` is (k, v, k_scale, v_scale) pointers, page size and count, and strides of page and slot of k and
+    of v. A slot that the cache does not have is not written.
     """
+    (
+        k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, page_size, page_count,
+        stride_kp, stride_ks, stride_vp, stride_vs,
+    ) = cache  # fmt: skip
     pages, offsets = slots // page_size, slots % page_size
     mask = mask & ((slots >= 0) & (pages < page_count))[None, :] & (column >= 0)
+    # Keys.
     k_at = (pages * stride_kp + offsets * stride_ks)[None, :] + column
     k_mask, k = mask & (column < KV_WIDTH), result
     if k_scale_ptr is not None:
         head = tl.minimum(tl.maximum(column, 0), KV_WIDTH - 1) // HEAD_DIM
         k = to_e4m3(result, tl.load(k_scale_ptr + head))
     tl.store(k_cache_ptr + k_at, k, mask=k_mask)
+    # Values.
     column -= KV_WIDTH
     v_at = (pages * stride_vp + offsets * stride_vs)[None, :] + column
     v_mask, v = mask & (column >= 0), result
@@ -207,39 +206,46 @@ def store_kv(
 
 @triton.jit
 def linear_tile(
-    x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, normed_ptr,
-    k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr, counter_ptr, scale_ptr, zero_ptr, k_scale_ptr,
-    v_scale_ptr, row_count, eps, page_size, page_count, stride_weight, stride_kp, stride_ks, stride_vp,
-    stride_vs, tile, tiles, split, row_block,
+    x_ptr, weight_ptr, bias_ptr, packing, norm, residual_ptr, out_ptr, cache, slots_ptr, scratch,
+    row_count, eps, stride_weight, tile, tiles, split, row_block,
     N: tl.constexpr, K: tl.constexpr, KV_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     SPLIT_K: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One split of one tile of a layer; the last to come of a tile's splits stores its outputs."""
+    """One split of one tile of a layer; the last to come of a tile's splits stores its outputs.
+
+    ``packing`` is (scale, zero) pointers of a quantised weight, ``norm`` as in ``load_rows``, ``cache`` as in
+    ``store_kv``, ``scratch`` (partial sums, counters).
+    """
+    partial_ptr, counter_ptr = scratch
     k_begin, k_end = split_columns(split, K, BLOCK_K, SPLIT_K)
     outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     numbers = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     row_mask = numbers < row_count
-    if norm_weight_ptr is not None:
-        mean, rstd = row_moments(x_ptr, numbers * K, row_mask, eps, K, BLOCK_R, BLOCK_S)
+    # The norm's statistics of each row, over all its columns.
+    if norm[0] is not None:
+        moments = row_moments(x_ptr, numbers * K, row_mask, eps, K, BLOCK_R, BLOCK_S)
     else:
-        mean, rstd = eps, eps
+        moments = (eps, eps)
+    # The product over this split's columns. The first tile also stores norm(x).
     if GROUP:
         acc = product_int4(
-            x_ptr, weight_ptr, scale_ptr, zero_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, numbers * K,
-            row_mask, outputs, k_begin, k_end, mean, rstd, N, K, BLOCK_R, BLOCK_N, GROUP, tile == 0,
+            x_ptr, weight_ptr, packing, norm, numbers * K, row_mask, outputs, k_begin, k_end, moments,
+            tile == 0, N, K, BLOCK_R, BLOCK_N, GROUP,
         )  # fmt: skip
     else:
         acc = product(
-            x_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, numbers * K, row_mask, outputs,
-            k_begin, k_end, mean, rstd, stride_weight, N, K, BLOCK_R, BLOCK_N, BLOCK_K, tile == 0,
+            x_ptr, weight_ptr, norm, numbers * K, row_mask, outputs, k_begin, k_end, moments,
+            stride_weight, tile == 0, N, K, BLOCK_R, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+    # The sum of all splits, in their order.
     place = row_block * tiles + tile
     partial_ptr += place.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_R)
     acc, last = sum_splits(acc, partial_ptr, counter_ptr + place, split, BLOCK_N, BLOCK_R, SPLIT_K)
     if last:
-        if scale_ptr is not None and not GROUP:
-            acc *= tl.load(scale_ptr + outputs, mask=outputs < N, other=0.0)[:, None]
+        # Scale, bias, activation, residual.
+        if packing[0] is not None and not GROUP:
+            acc *= tl.load(packing[0] + outputs, mask=outputs < N, other=0.0)[:, None]
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[:, None]
         acc = activate(acc, ACTIVATION)
@@ -247,18 +253,15 @@ def linear_tile(
         if residual_ptr is not None:
             at = numbers[None, :] * N + outputs[:, None]
             acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        # Store the outputs; keys and values go to the cache.
         result = acc.to(out_ptr.dtype.element_ty)
         WIDTH: tl.constexpr = N - 2 * KV_WIDTH
         # int64: rows times a vocabulary passes 2^31 beyond 16k rows.
         at = numbers.to(tl.int64)[None, :] * WIDTH + outputs[:, None]
         tl.store(out_ptr + at, result, mask=mask & (outputs < WIDTH)[:, None])
-        if k_cache_ptr is not None:
+        if cache[0] is not None:
             slots = tl.load(slots_ptr + numbers, mask=row_mask, other=-1)
-            store_kv(
-                result, k_cache_ptr, v_cache_ptr, slots, (outputs - WIDTH)[:, None], mask, k_scale_ptr,
-                v_scale_ptr, page_size, page_count, stride_kp, stride_ks, stride_vp, stride_vs,
-                KV_WIDTH, HEAD_DIM,
-            )  # fmt: skip
+            store_kv(result, cache, slots, (outputs - WIDTH)[:, None], mask, KV_WIDTH, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["row_count", "page_count"])
@@ -291,10 +294,13 @@ def decode_linear_kernel(
             weight_ptr, stride_weight, tile, split, N, K, BLOCK_N, BLOCK_K, SPLIT_K, GROUP, PDL
         )  # fmt: skip
     wait(PDL)
+    cache = (
+        k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, page_size, page_count,
+        stride_kp, stride_ks, stride_vp, stride_vs,
+    )  # fmt: skip
     linear_tile(
-        x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, normed_ptr,
-        k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr, counter_ptr, scale_ptr, zero_ptr, k_scale_ptr,
-        v_scale_ptr, row_count, eps, page_size, page_count, stride_weight, stride_kp, stride_ks, stride_vp,
-        stride_vs, tile, tl.num_programs(0), split, row_block,
+        x_ptr, weight_ptr, bias_ptr, (scale_ptr, zero_ptr), (norm_weight_ptr, norm_bias_ptr, normed_ptr),
+        residual_ptr, out_ptr, cache, slots_ptr, (partial_ptr, counter_ptr), row_count, eps, stride_weight,
+        tile, tl.num_programs(0), split, row_block,
         N, K, KV_WIDTH, ACTIVATION, BLOCK_R, BLOCK_N, BLOCK_K, BLOCK_S, SPLIT_K, GROUP, HEAD_DIM,
     )  # fmt: skip

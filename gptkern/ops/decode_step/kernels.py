@@ -101,7 +101,7 @@ def prefetch_matrix(table_ptr, program, MATRIX: tl.constexpr, CUT: tl.constexpr,
 @triton.jit
 def prefetch_next(
     weights_ptr, k_ptr, v_ptr, page_table_ptr, lens_ptr, row_count, page_size, max_pages, page_count,
-    programs_per_head, stride_kp, stride_ks, stride_vp, stride_vs, stride_tb, program, kind, last_layer,
+    programs_per_head, strides_k, strides_v, stride_tb, program, kind, last_layer,
     QKV_CUT: tl.constexpr, OUT_CUT: tl.constexpr, FC_CUT: tl.constexpr, PROJ_CUT: tl.constexpr,
     HEAD_CUT: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, WEIGHT: tl.constexpr,
@@ -114,14 +114,13 @@ def prefetch_next(
         sequence = program // programs_per_head
         row, head = sequence // HEADS, sequence % HEADS
         if row < row_count:
-            begin, end, held = attended_tokens(
+            begin, end, pages_held = attended_tokens(
                 lens_ptr, None, row, 2147483647, max_pages, page_size, page_count
             )  # fmt: skip
             split = begin // SPLIT + program % programs_per_head
             prefetch_split(
-                k_ptr, v_ptr, page_table_ptr, row, head, split, begin, end, page_size, held,
-                stride_kp, stride_ks, HEAD_DIM, stride_vp, stride_vs, HEAD_DIM, stride_tb,
-                HEAD_DIM, BLOCK_D, SPLIT, True,
+                k_ptr, v_ptr, page_table_ptr, row, head, split, begin, end, (page_size, pages_held),
+                strides_k, strides_v, stride_tb, HEAD_DIM, BLOCK_D, SPLIT, True,
             )  # fmt: skip
         prefetch_matrix(weights_ptr, program, OUT, OUT_CUT, WEIGHT)
     elif kind == 2:
@@ -137,30 +136,34 @@ def prefetch_next(
 
 @triton.jit
 def linear_phase(
-    x_ptr, residual_ptr, out_ptr, normed_ptr, table_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr,
-    counter_ptr, k_scale_ptr, v_scale_ptr, row_count, eps, page_size, page_count,
-    stride_kp, stride_ks, stride_vp, stride_vs, program, programs,
+    x_ptr, residual_ptr, out_ptr, normed_ptr, table_ptr, cache, slots_ptr, scratch, row_count, eps,
+    program, programs,
     MATRIX: tl.constexpr, CUT: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KV_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
     WEIGHT: tl.constexpr, SCALED: tl.constexpr, ZEROS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One linear layer, every item of it that is this program's."""
+    """This program's items of one linear layer; ``cache`` and ``scratch`` are as in ``linear_tile``."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     AT: tl.constexpr = MATRICES + 4 * MATRIX
     weight_ptr = address(table_ptr, AT, WEIGHT)
     bias_ptr = address(table_ptr, AT + 1, DTYPE) if BIAS else None
-    scale_ptr = address(table_ptr, AT + 2, tl.float32) if SCALED else None
-    zero_ptr = address(table_ptr, AT + 3, tl.uint8) if ZEROS else None
-    norm_weight_ptr = address(table_ptr, NORM, DTYPE) if NORM >= 0 else None
-    norm_bias_ptr = address(table_ptr, NORM + 1, DTYPE) if NORM >= 0 and NORM_BIAS else None
+    # In a tuple None must be written in place: Triton refuses a variable that is None.
+    packing = (
+        address(table_ptr, AT + 2, tl.float32) if SCALED else None,
+        address(table_ptr, AT + 3, tl.uint8) if ZEROS else None,
+    )
+    norm = (
+        address(table_ptr, NORM, DTYPE) if NORM >= 0 else None,
+        address(table_ptr, NORM + 1, DTYPE) if NORM >= 0 and NORM_BIAS else None,
+        normed_ptr,
+    )
     TILES: tl.constexpr = (CUT[0] + CUT[2] - 1) // CUT[2]
     STRIDE: tl.constexpr = CUT[1] // 2 if CUT[5] else CUT[1]
     for item in tl.range(program, TILES * CUT[4], programs, disable_licm=True):
         linear_tile(
-            x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, normed_ptr,
-            k_cache_ptr, v_cache_ptr, slots_ptr, partial_ptr, counter_ptr, scale_ptr, zero_ptr, k_scale_ptr,
-            v_scale_ptr, row_count, eps, page_size, page_count, STRIDE, stride_kp, stride_ks, stride_vp,
-            stride_vs, item % TILES, TILES, item // TILES, 0,
+            x_ptr, weight_ptr, bias_ptr, packing, norm,
+            residual_ptr, out_ptr, cache, slots_ptr, scratch, row_count, eps, STRIDE,
+            item % TILES, TILES, item // TILES, 0,
             CUT[0], CUT[1], KV_WIDTH, ACTIVATION, ROWS, CUT[2], CUT[3], BLOCK_S, CUT[4], CUT[5], HEAD_DIM,
         )  # fmt: skip
 
@@ -173,22 +176,22 @@ def linear_phase(
 )
 def persistent_step_kernel(
     tokens_ptr,  # (rows,) int64
-    live_ptr,  # (1,) int32: rows from here on are padding
+    live_ptr,  # (1,) int32: the number of rows that are not padding
     token_weight_ptr,  # (vocabulary, WIDTH)
     position_weight_ptr,  # (positions, WIDTH)
     table_ptr,  # (LAYERS + 1, COLUMNS) int64: addresses
-    attention_scales_ptr,  # (LAYERS,) fp32: what scores are multiplied by, in base 2
+    attention_scales_ptr,  # (LAYERS,) fp32: softmax scales, times log2(e)
     page_table_ptr,  # (rows, max_pages) int32
     lens_ptr,  # (rows,) int32, advanced
     k_ptr,  # (LAYERS, pages, page_size, HEADS, HEAD_DIM)
-    v_ptr,
-    k_scale_ptr,  # (LAYERS, HEADS) fp32: of an fp8 cache; or None
-    v_scale_ptr,
+    v_ptr,  # as k
+    k_scale_ptr,  # (LAYERS, HEADS) fp32 factors that dequantise an fp8 cache, or None
+    v_scale_ptr,  # (LAYERS, HEADS), or None
     slots_ptr,  # (rows,) int64, scratch
-    x_ptr,  # (rows, WIDTH), scratch: what a layer is given
+    x_ptr,  # (rows, WIDTH), scratch: a layer's input
     middle_ptr,  # (rows, WIDTH), scratch: after attention's branch
-    kept_ptr,  # (rows, WIDTH), scratch: with POST_NORM the norm of x, to which a branch is added; or None
-    kept_middle_ptr,  # the same of middle
+    normed_x_ptr,  # (rows, WIDTH), scratch of POST_NORM: norm(x), the residual of attention's branch; or None
+    normed_middle_ptr,  # (rows, WIDTH), scratch of POST_NORM: norm(middle); or None
     q_ptr,  # (rows, WIDTH), scratch
     attended_ptr,  # (rows, WIDTH), scratch
     inner_ptr,  # (rows, inner width), scratch
@@ -218,34 +221,39 @@ def persistent_step_kernel(
         weights_ptr = table_ptr + layer * COLUMNS
         layer_k_ptr = k_ptr + layer.to(tl.int64) * stride_kl
         layer_v_ptr = v_ptr + layer.to(tl.int64) * stride_vl
-        layer_k_scale_ptr = None if k_scale_ptr is None else k_scale_ptr + layer * HEADS
-        layer_v_scale_ptr = None if v_scale_ptr is None else v_scale_ptr + layer * HEADS
+        cache = (
+            layer_k_ptr, layer_v_ptr,
+            None if k_scale_ptr is None else k_scale_ptr + layer * HEADS,
+            None if v_scale_ptr is None else v_scale_ptr + layer * HEADS,
+            page_size, page_count, stride_kp, stride_ks, stride_vp, stride_vs,
+        )  # fmt: skip
+        no_cache = (None, None, None, None, 1, 0, 0, 0, 0, 0)
+        scratch = (partial_ptr, counter_ptr)
+        strides_k, strides_v = (stride_kp, stride_ks, HEAD_DIM), (stride_vp, stride_vs, HEAD_DIM)
         if phase == 0:
             for row in range(program, row_count, programs):
                 embed_row(
                     tokens_ptr, live_ptr, token_weight_ptr, position_weight_ptr, page_table_ptr, lens_ptr,
-                    kept_ptr if POST_NORM else x_ptr, slots_ptr, words, positions, max_pages, page_size,
+                    normed_x_ptr if POST_NORM else x_ptr, slots_ptr, words, positions, max_pages, page_size,
                     stride_token, stride_position, stride_tb, row, WIDTH, EMBED_BLOCK,
                 )  # fmt: skip
         elif phase == LAYERS * PHASES_PER_LAYER + 1:
             linear_phase(
-                x_ptr, None, logits_ptr, None, weights_ptr, None, None, None, partial_ptr, counter_ptr,
-                None, None, row_count, eps, 1, 0, 0, 0, 0, 0, program, programs,
+                x_ptr, None, logits_ptr, None, weights_ptr, no_cache, None, scratch, row_count, eps,
+                program, programs,
                 HEAD, HEAD_CUT, NORM_1, BIAS, False, "none", 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         elif POST_NORM and phase == 1:
             # The embeddings have no norm before them.
             linear_phase(
-                kept_ptr, None, q_ptr, None, weights_ptr, layer_k_ptr, layer_v_ptr, slots_ptr, partial_ptr,
-                counter_ptr, layer_k_scale_ptr, layer_v_scale_ptr, row_count, eps, page_size, page_count,
-                stride_kp, stride_ks, stride_vp, stride_vs, program, programs,
+                normed_x_ptr, None, q_ptr, None, weights_ptr, cache, slots_ptr, scratch, row_count, eps,
+                program, programs,
                 QKV, QKV_CUT, -1, False, BIAS, "none", WIDTH, HEAD_DIM, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         elif kind == 0:
             linear_phase(
-                x_ptr, None, q_ptr, kept_ptr, weights_ptr, layer_k_ptr, layer_v_ptr, slots_ptr, partial_ptr,
-                counter_ptr, layer_k_scale_ptr, layer_v_scale_ptr, row_count, eps, page_size, page_count,
-                stride_kp, stride_ks, stride_vp, stride_vs, program, programs,
+                x_ptr, None, q_ptr, normed_x_ptr, weights_ptr, cache, slots_ptr, scratch, row_count, eps,
+                program, programs,
                 QKV, QKV_CUT, NORM_1, BIAS, BIAS, "none", WIDTH, HEAD_DIM, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         elif kind == 1:
@@ -254,36 +262,32 @@ def persistent_step_kernel(
             for item in tl.range(program, items, programs, disable_licm=True):
                 sequence = item // programs_per_head
                 row, head = sequence // HEADS, sequence % HEADS
-                begin, end, held = attended_tokens(
+                begin, end, pages_held = attended_tokens(
                     lens_ptr, None, row, 2147483647, max_pages, page_size, page_count
                 )  # fmt: skip
                 attend_sequence(
-                    q_ptr, layer_k_ptr, layer_v_ptr, attended_ptr, page_table_ptr, acc_ptr, stats_ptr,
-                    counter_ptr, layer_k_scale_ptr, layer_v_scale_ptr, scale_log2, page_size, held,
-                    max_splits, begin, end, WIDTH, HEAD_DIM, stride_kp, stride_ks, HEAD_DIM,
-                    stride_vp, stride_vs, HEAD_DIM, stride_tb,
+                    q_ptr, layer_k_ptr, layer_v_ptr, (cache[2], cache[3]), attended_ptr,
+                    page_table_ptr, (acc_ptr, stats_ptr, counter_ptr), scale_log2, (page_size, pages_held),
+                    max_splits, begin, end, (WIDTH, HEAD_DIM), strides_k, strides_v, stride_tb,
                     row, head, item % programs_per_head, programs_per_head, 0, 1,
                     HEADS, 1, HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT, IN_PAGE,
                 )  # fmt: skip
         elif kind == 2:
             linear_phase(
-                attended_ptr, kept_ptr if POST_NORM else x_ptr, middle_ptr, None, weights_ptr,
-                None, None, None, partial_ptr, counter_ptr,
-                None, None, row_count, eps, 1, 0, 0, 0, 0, 0, program, programs,
+                attended_ptr, normed_x_ptr if POST_NORM else x_ptr, middle_ptr, None, weights_ptr,
+                no_cache, None, scratch, row_count, eps, program, programs,
                 OUT, OUT_CUT, -1, False, BIAS, "none", 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         elif kind == 3:
             linear_phase(
-                middle_ptr, None, inner_ptr, kept_middle_ptr, weights_ptr,
-                None, None, None, partial_ptr, counter_ptr,
-                None, None, row_count, eps, 1, 0, 0, 0, 0, 0, program, programs,
+                middle_ptr, None, inner_ptr, normed_middle_ptr, weights_ptr, no_cache, None, scratch,
+                row_count, eps, program, programs,
                 FC, FC_CUT, NORM_2, BIAS, BIAS, ACTIVATION, 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         else:
             linear_phase(
-                inner_ptr, kept_middle_ptr if POST_NORM else middle_ptr, x_ptr, None, weights_ptr,
-                None, None, None, partial_ptr, counter_ptr,
-                None, None, row_count, eps, 1, 0, 0, 0, 0, 0, program, programs,
+                inner_ptr, normed_middle_ptr if POST_NORM else middle_ptr, x_ptr, None, weights_ptr,
+                no_cache, None, scratch, row_count, eps, program, programs,
                 PROJ, PROJ_CUT, -1, False, BIAS, "none", 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
             )  # fmt: skip
         if phase + 1 < end_phase:
@@ -291,8 +295,8 @@ def persistent_step_kernel(
             if COMPILED:
                 prefetch_next(
                     weights_ptr, layer_k_ptr, layer_v_ptr, page_table_ptr, lens_ptr, row_count, page_size,
-                    max_pages, page_count, programs_per_head, stride_kp, stride_ks, stride_vp, stride_vs,
-                    stride_tb, program, kind, layer == LAYERS - 1,
+                    max_pages, page_count, programs_per_head, strides_k, strides_v, stride_tb, program, kind,
+                    layer == LAYERS - 1,
                     QKV_CUT, OUT_CUT, FC_CUT, PROJ_CUT, HEAD_CUT, HEADS, HEAD_DIM, BLOCK_D, SPLIT, WEIGHT,
                 )  # fmt: skip
             await_arrivals(barrier_ptr, (phase + 1 - first_phase) * programs, COMPILED)
