@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gptkern.checkpoint import CheckpointError
     from gptkern.config import GPTConfig
     from gptkern.drop_in import accelerate, restore
+    from gptkern.engine.async_engine import AsyncEngine
     from gptkern.engine.cache import KVCache
     from gptkern.engine.engine import Engine
     from gptkern.engine.request import Request, TokenEvent
@@ -36,6 +37,7 @@ _HOMES = {
     "GPTConfig": "gptkern.config",
     "GPTOutput": "gptkern.model.decoder",
     "GenerateOutput": "gptkern.generate",
+    "AsyncEngine": "gptkern.engine.async_engine",
     "Engine": "gptkern.engine.engine",
     "KVCache": "gptkern.engine.cache",
     "Score": "gptkern.generate",
@@ -59,6 +61,7 @@ _HOMES = {
 
 __all__ = [
     "GPT",
+    "AsyncEngine",
     "CheckpointError",
     "Completion",
     "Engine",

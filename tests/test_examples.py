@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from documents import ROOT
+
+from gptkern import GPT
 
 EXAMPLES = ROOT / "examples"
 
@@ -63,3 +66,14 @@ def test_the_index_names_every_example() -> None:
     index = (EXAMPLES / "README.md").read_text()
     files = {path.name for path in EXAMPLES.glob("*.py")}
     assert set(re.findall(r"\[([\w.]+)\]\(", index)) == files
+
+
+def test_engine_answers_each_as_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = dict(line.split(": ", 1) for line in run("engine.py", monkeypatch, capsys).splitlines())
+    assert sorted(printed) == ["0", "1", "2", "3"]
+    model = GPT.from_pretrained()
+    ids = torch.tensor([model.tokenizer.encode("ROMEO:")])
+    alone = model.generate(ids, max_new_tokens=30, do_sample=True, seed=1)
+    assert printed["1"] == repr(model.tokenizer.decode(alone[0]))

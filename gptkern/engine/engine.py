@@ -166,6 +166,10 @@ class Engine:
         """Whether a request is there that has not ended."""
         return bool(self._rows or self._inbox.added)
 
+    def has(self, request: int) -> bool:
+        """Whether a request is there that has not ended."""
+        return request in self._rows or any(copies[0].row.request == request for copies in self._inbox.added)
+
     @property
     def preemptions(self) -> int:
         """How often a sequence gave its memory to others and was computed again."""

@@ -92,7 +92,11 @@ class Row:
 
     def tokens(self, start: int, count: int) -> list[int]:
         """``count`` of its tokens from place ``start`` on, its draft included."""
-        return [*self.prompt, *self.generated, *self.draft][start : start + count]
+        tokens: list[int] = []
+        for source in (self.prompt, self.generated, self.draft):
+            tokens += source[start : start + count - len(tokens)]
+            start = max(start - len(source), 0)
+        return tokens
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,226 @@
+"""Exact under load: whatever happens around a request, its tokens are the bits that it gets alone."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from gptkern import GPT, GPTConfig, ops
+from gptkern.engine import engine as engine_module
+from gptkern.engine.engine import Engine
+from gptkern.engine.request import Request, TokenEvent
+from gptkern.ops import _dispatch
+
+CONFIG = GPTConfig(vocab_size=23, n_positions=48, n_layer=2, n_head=2, n_embd=12, initializer_range=0.5)
+# What each copy of a request has made: (tokens, log-probabilities, reason).
+Made = dict[int, tuple[list[int], list[float | None], str | None]]
+
+
+def _model(dtype: torch.dtype, layers: int) -> GPT:
+    torch.manual_seed(3)
+    model = GPT(CONFIG.replace(n_layer=layers)).to(dtype).eval()
+    with torch.no_grad():
+        # It repeats itself now and then, so that drafts hold.
+        for name, parameter in model.named_parameters():
+            if "c_proj" in name:
+                parameter.mul_(0.3)
+    return model
+
+
+def _requests(rng: random.Random, most_new: int, count: int) -> list[Request]:
+    """Prompts that often begin alike, with all kinds of options."""
+    stems = [[rng.randrange(CONFIG.vocab_size) for _ in range(24)] for _ in range(3)]
+    motif = [4, 7, 9] * 8
+    requests = []
+    for seed in range(count):
+        stem = rng.choice([*stems, motif])
+        prompt = [*stem[: rng.choice([0, 8, 11, 16, 24])], rng.randrange(CONFIG.vocab_size)]
+        options: dict[str, Any] = {"max_new_tokens": rng.randint(1, most_new), "seed": seed % 5}
+        options["do_sample"] = rng.random() < 0.6
+        if rng.random() < 0.3 and options["do_sample"]:
+            options |= {"top_p": 0.8, "top_k": 9, "num_return_sequences": rng.randint(1, 3)}
+        if rng.random() < 0.4:
+            options["speculate"] = rng.randint(1, 5)
+        if rng.random() < 0.2:
+            options |= {"repetition_penalty": 1.3, "frequency_penalty": 0.2}
+        if rng.random() < 0.2:
+            options["no_repeat_ngram_size"] = 2
+            options.pop("speculate", None)
+        if rng.random() < 0.3:
+            options["eos_token_id"] = rng.randrange(CONFIG.vocab_size)
+        requests.append(Request(prompt=prompt, options=options, logprobs=0))
+    return requests
+
+
+def _collect(made: Made, event: TokenEvent) -> None:
+    tokens, logprobs, reason = made.setdefault(event.copy, ([], [], None))
+    assert reason is None, "an event after the last"
+    if event.token is not None:
+        tokens.append(event.token)
+        logprobs.append(event.logprob)
+    made[event.copy] = tokens, logprobs, event.finish_reason
+
+
+def _alone(model: GPT, request: Request, chunk: int) -> Made:
+    options = {name: value for name, value in request.options.items() if name != "speculate"}
+    engine = Engine(model, max_seqs=3, prefill_chunk=chunk, page_size=8, prefix_cache=False)
+    engine.add(replace(request, options=options))
+    made: Made = {}
+    while engine.has_work:
+        for event in engine.step():
+            _collect(made, event)
+    return made
+
+
+@dataclass
+class Counts:
+    """What the schedules of one test met."""
+
+    preempted: int = 0
+    found: int = 0
+    accepted: int = 0
+    cut_short: int = 0
+    whole: int = 0
+    reasons: set[str] = field(default_factory=set)
+
+
+class Schedules:
+    """Random schedules of one model's requests."""
+
+    def __init__(self, model: GPT, seed: int, most_new: int, requests: int) -> None:
+        self.model, self.rng = model, random.Random(seed)
+        self.requests = _requests(self.rng, most_new, requests)
+        self.expected: dict[tuple[int, int], Made] = {}
+        self.counts = Counts()
+        # Some go on where an earlier one ended, as a chat does: what was generated there is a prompt now.
+        for index in range(0, requests, 3):
+            earlier = self.requests[index]
+            prompt = [*earlier.prompt, *self.expect(index, 8)[0][0], 5]
+            if len(prompt) < CONFIG.n_positions - most_new:
+                self.requests.append(replace(earlier, prompt=prompt))
+
+    def expect(self, index: int, chunk: int) -> Made:
+        if (index, chunk) not in self.expected:
+            self.expected[index, chunk] = _alone(self.model, self.requests[index], chunk)
+        return self.expected[index, chunk]
+
+    def run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One schedule, checked."""
+        rng = self.rng
+        monkeypatch.setattr(engine_module, "AHEAD_ON", rng.choice([("cuda",), ("cuda", "cpu")]))
+        page = rng.choice([2, 4, 8])
+        chunk = rng.choice([8, 16, 48])
+        engine = Engine(
+            self.model,
+            max_seqs=rng.randint(3, 6),
+            page_size=page,
+            # From room for the longest request alone to room for all.
+            cache_tokens=rng.choice([48, 64, 96, 400]),
+            prefill_chunk=chunk,
+            prefix_cache=rng.random() < 0.7,
+        )
+        begun: dict[int, int] = {}
+        made: dict[int, Made] = defaultdict(dict)
+        waiting = rng.choices(range(len(self.requests)), k=rng.randint(1, 8))
+        self._watch_prefixes(engine)
+        while waiting or engine.has_work:
+            for _ in range(min(rng.choice([0, 0, 1, 1, 3]), len(waiting))):
+                index = waiting.pop()
+                deadline = 1e-9 if rng.random() < 0.05 else None
+                request = replace(self.requests[index], priority=rng.randint(0, 1), deadline=deadline)
+                begun[engine.add(request)] = index
+            if begun and rng.random() < 0.05:
+                engine.cancel(rng.choice(list(begun)))
+            for event in engine.step():
+                _collect(made[event.request], event)
+                self.counts.accepted += event.accepted
+        self.counts.preempted += engine.preemptions
+        self._check(made, begun, chunk)
+        assert engine.cache.sequences == []
+        assert engine.cache.free_pages == engine.cache.num_pages
+        engine.close()
+
+    def _watch_prefixes(self, engine: Engine) -> None:
+        begin = engine.cache.begin
+
+        def counted(*args: Any, **kwargs: Any) -> tuple[int, int]:
+            sequence, held = begin(*args, **kwargs)
+            self.counts.found += held > 0
+            return sequence, held
+
+        engine.cache.begin = counted  # type: ignore[method-assign]
+
+    def _check(self, made: dict[int, Made], begun: dict[int, int], chunk: int) -> None:
+        assert set(made) == set(begun)
+        for number, index in begun.items():
+            expected = self.expect(index, chunk)
+            assert set(made[number]) == set(expected)
+            for copy, (tokens, logprobs, reason) in made[number].items():
+                whole_tokens, whole_logprobs, whole_reason = expected[copy]
+                assert tokens == whole_tokens[: len(tokens)]
+                assert logprobs == whole_logprobs[: len(tokens)]
+                if reason in ("cancelled", "deadline"):
+                    self.counts.cut_short += 1
+                else:
+                    assert (len(tokens), reason) == (len(whole_tokens), whole_reason)
+                    self.counts.whole += 1
+
+
+@pytest.fixture
+def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without the interpreter."""
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+
+
+def _run(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    seed: int,
+    count: int,
+    executor: str,
+    kernels: AbstractContextManager[Any] | None = None,
+) -> Counts:
+    # Interpreted kernels take seconds a pass.
+    layers, most_new, requests = (2, 16, 24) if kernels is None else (1, 3, 5)
+    with kernels or nullcontext():
+        schedules = Schedules(_model(dtype, layers), seed, most_new, requests)
+        assert Engine(schedules.model).executors.decode.name == executor
+        for _ in range(count):
+            schedules.run(monkeypatch)
+    return schedules.counts
+
+
+@pytest.mark.usefixtures("plain_cpu")
+@pytest.mark.filterwarnings("ignore::gptkern.FallbackWarning")
+@pytest.mark.parametrize(("dtype", "executor"), [(torch.float32, "cpu"), (torch.float64, "torch")], ids=str)
+def test_random_schedules(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, executor: str) -> None:
+    counts = _run(monkeypatch, dtype, 1, 25, executor)
+    assert counts.preempted and counts.found and counts.cut_short and counts.whole > 40
+    assert counts.accepted or executor == "torch"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plain_cpu")
+@pytest.mark.filterwarnings("ignore::gptkern.FallbackWarning")
+@pytest.mark.parametrize(
+    ("dtype", "executor"),
+    [(torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "torch"), (torch.float16, "torch")],
+    ids=str,
+)
+def test_five_hundred_schedules(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, executor: str) -> None:
+    for seed in range(2, 12):
+        _run(monkeypatch, dtype, seed, 50, executor)
+
+
+@pytest.mark.slow
+@pytest.mark.kernels
+def test_schedules_with_the_kernels(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    with device:
+        counts = _run(monkeypatch, torch.float32, 1, 6, "graph", ops.backend("kernel"))
+    assert counts.whole > 4
