@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import gptkern
+import gptkern.bench
 import gptkern.transformers
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,9 @@ with gptkern.backend("reference"):
 MISTAKE = "gptkern.Tokenizer.bytes().encode(3)\n"
 
 
-@pytest.mark.parametrize("package", [gptkern, gptkern.transformers], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package", [gptkern, gptkern.bench, gptkern.transformers], ids=lambda package: package.__name__
+)
 def test_every_public_name_is_reached_and_listed(package: object) -> None:
     homes, listed = package._HOMES, package.__all__  # type: ignore[attr-defined]
     assert sorted(homes) == sorted(listed)

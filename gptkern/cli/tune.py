@@ -16,7 +16,7 @@ def tune(
         Path, typer.Option(help="File to write; it begins as a copy of the package's table.")
     ] = Path("launch.toml"),
     again: Annotated[
-        bool, typer.Option("--again", help="Measure again the rows that this kind of GPU was measured with.")
+        bool, typer.Option("--again", help="Also measure rows that were measured on this kind of GPU before.")
     ] = False,
 ) -> int:
     """Measure the launch table's rows against their neighbours on this GPU, and write the faster ones.
