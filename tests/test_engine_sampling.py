@@ -11,6 +11,7 @@ import torch
 
 import gptkern
 from gptkern.config import GPTConfig
+from gptkern.engine.processors import callbacks
 from gptkern.engine.rules import RowRules, Rules
 from gptkern.engine.sampling import RowDraw, RowParams, Sampler, SamplerRow, row_keys
 from gptkern.engine.settings import Settings, merged, settle
@@ -195,7 +196,7 @@ def test_a_row_that_fails_fails_alone(bad: str, reason: str, drafted: bool) -> N
         if turn == 2:
             failed = drawn.pop(2)
             del requests[2]
-            assert failed.tokens == [] and failed.failure is not None and reason in failed.failure
+            assert failed.tokens == [] and reason in str(failed.failure)
         for request, own in zip(requests, drawn, strict=True):
             request.take(own)
     for request, own in zip(requests, expected, strict=True):
@@ -214,7 +215,7 @@ def test_bans_of_every_token_fail_by_name() -> None:
     assert sampler.draw([row], torch.zeros(1, VOCAB)).read()[0].tokens == [0]
     row.push(0)
     failure = sampler.draw([row], torch.zeros(1, VOCAB)).read()[0].failure
-    assert failure is not None and "bar every token there is" in failure
+    assert "bar every token there is" in str(failure)
 
 
 def test_keys_of_rows() -> None:
@@ -261,3 +262,78 @@ def _barred(size: int, tokens: list[int]) -> set[int]:
         if tokens[-len(word) + 1 :] == word[:-1]:
             barred.add(word[-1])
     return barred
+
+
+class Barring:
+    """Bars a token, and notes the tokens that it was shown."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+        self.seen: list[list[int]] = []
+
+    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        assert ids.shape[0] == 1 and logits.shape == (1, VOCAB) and logits.dtype == torch.float32
+        self.seen.append(ids[0].tolist())
+        logits[0, self.token] = -float("inf")
+        return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("backend")
+def test_processors_see_a_rows_tokens_and_change_its_draws_alone(dtype: torch.dtype) -> None:
+    options = {"do_sample": True, "temperature": 2.0}
+    plain, barred = [RowParams(settings(**options), VOCAB, 3) for _ in range(2)]
+    logits = (torch.randn(2, VOCAB) * 3).to(dtype)
+    kept = logits.clone()
+    exact = logits[1].float().log_softmax(-1)
+    best = int(logits[1].argmax())
+    processor = Barring(best)
+    alone = [Sampler(VOCAB, CPU) for _ in range(2)]
+    for seed in range(20):
+        other = SamplerRow(plain, [1, 2], seed=seed, request=0)
+        own = SamplerRow(barred, [3, 4], seed=seed, request=0, generated=[5], processors=[processor])
+        processor.seen = []
+        draws = Sampler(VOCAB, CPU).draw([other, own], logits).read()
+        assert processor.seen == [[3, 4, 5]]
+        assert torch.equal(logits, kept)
+        assert draws[0] == alone[0].draw([other], logits[:1]).read()[0]
+        assert draws[1] == alone[1].draw([own], logits[1:]).read()[0]
+        assert draws[1].tokens != [best]
+        # The model's own log-probabilities, the barred token's too.
+        assert draws[1].logprobs == [pytest.approx(float(exact[draws[1].tokens[0]]), abs=1e-5)]
+        assert draws[1].top_logprobs is not None
+        assert draws[1].top_logprobs[0][0] == (best, pytest.approx(float(exact[best]), abs=1e-5))
+
+
+def test_processors_with_drafts() -> None:
+    processor = Barring(0)
+    row = SamplerRow(RowParams(settings(), VOCAB), [1, 2], seed=0, request=0, processors=[processor])
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 0] = 9.0
+    logits[[0, 1, 2], [7, 8, 9]] = 5.0
+    assert Sampler(VOCAB, CPU).draw([row], logits, [[7, 8]]).read()[0].tokens == [7, 8, 9]
+    assert processor.seen == [[1, 2], [1, 2, 7], [1, 2, 7, 8]]
+
+
+def test_a_processor_that_raises_fails_its_row_alone() -> None:
+    def broken(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        raise KeyError("mine")
+
+    params = RowParams(settings(), VOCAB)
+    rows = [SamplerRow(params, [1], seed=0, request=0, processors=p) for p in ([], [broken], [])]
+    rows.append(SamplerRow(params, [1], seed=0, request=0, processors=[lambda ids, logits: logits[0]]))
+    logits = torch.randn(4, VOCAB)
+    draws = Sampler(VOCAB, CPU).draw(rows, logits).read()
+    assert [draw.tokens for draw in draws] == [[int(logits[0].argmax())], [], [int(logits[2].argmax())], []]
+    assert isinstance(draws[1].failure, KeyError)
+    assert "returned (67,); a tensor of shape (1, 67) is needed" in str(draws[3].failure)
+
+
+def test_callbacks_are_callables() -> None:
+    assert (
+        callbacks("x", None) == ()
+        and callbacks("x", print) == (print,)
+        and callbacks("x", [print]) == (print,)
+    )
+    with pytest.raises(TypeError, match="generate: stopping_criteria is or holds 3; a callable"):
+        callbacks("stopping_criteria", [print, 3])

@@ -15,6 +15,7 @@ from gptkern import cli
 from gptkern.checkpoint.generation import FIELDS
 from gptkern.cli.chat import chat
 from gptkern.cli.generate import generate
+from gptkern.engine.library_names import INSTEAD
 from gptkern.engine.option_checks import checked
 from gptkern.engine.options import OPTIONS, TABLE, GenerateOptions, Option
 from gptkern.ops.sample import SamplingParams
@@ -135,3 +136,20 @@ def test_help_tells_each_commands_own_defaults() -> None:
 def test_the_table_needs_no_torch() -> None:
     code = "import sys, gptkern.engine.options; sys.exit(bool({'torch', 'triton'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_names_of_transformers_are_answered() -> None:
+    from transformers import GenerationConfig
+    from transformers.generation.utils import GenerationMixin
+
+    own = {"self", "kwargs", "_from_model_config", "transformers_version"}
+    taken = {"logits_processor", "stopping_criteria", "streamer", "return_dict_in_generate"}
+    theirs = {*inspect.signature(GenerationMixin.generate).parameters, *GenerationConfig().to_dict()}
+    assert theirs - set(OPTIONS) - own - taken <= set(INSTEAD)
+    assert not set(INSTEAD) & (set(OPTIONS) | taken)
+    with pytest.raises(TypeError, match=r"'output_scores'.*output_logprobs=True.*gptkern\.accelerate"):
+        checked("generate", {"output_scores": True})
+    with pytest.raises(TypeError, match=r"does not have: gptkern\.accelerate keeps"):
+        checked("generate", {"penalty_alpha": 0.6})
+    with pytest.raises(TypeError, match="'top_kk' is no option; did you mean 'top_k'"):
+        checked("generate", {"top_kk": 3})

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
+from gptkern.engine.library_names import answer
 from gptkern.engine.options import OPTIONS, Option
 
 Tokens = tuple[int, ...]
@@ -43,6 +44,8 @@ def _key(value: Any) -> Any:
 
 
 def _known(name: str) -> Option:
+    if (known := answer(name)) is not None:
+        raise TypeError(known)
     if name not in OPTIONS:
         near = difflib.get_close_matches(name, OPTIONS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -13,6 +13,7 @@ import torch
 
 from gptkern._native import COUNTERS, IN_PROMPT, INFINITE, NAN, NOTHING_ALLOWED, PARAMETERS
 from gptkern.engine.options import OPTIONS
+from gptkern.engine.processors import LogitsProcessor, processed, with_raw_logprobs
 from gptkern.engine.rules import RowRules, Rules, Verdict
 from gptkern.engine.settings import Settings
 from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, sample
@@ -80,6 +81,7 @@ class SamplerRow:
         prompt: Its tokens, without padding.
         seed, request: 64 bits each. A draw is a function of these and of the row's position alone.
         generated: New tokens that it has already, where it goes on with them.
+        processors: Called one after another with its tokens and logits, before its settings apply.
     """
 
     def __init__(
@@ -90,8 +92,9 @@ class SamplerRow:
         seed: int,
         request: int,
         generated: Sequence[int] = (),
+        processors: Sequence[LogitsProcessor] = (),
     ) -> None:
-        self.params, self.prompt = params, prompt
+        self.params, self.prompt, self.processors = params, prompt, processors
         self.seed, self.request = seed, request
         self.generated: list[int] = []
         self.rules = RowRules(params.rules, prompt) if params.rules.changing else None
@@ -133,7 +136,7 @@ class RowDraw:
     tokens: list[int]
     logprobs: list[float] | None
     top_logprobs: list[list[tuple[int, float]]] | None
-    failure: str | None
+    failure: Exception | None
 
 
 class Drawn:
@@ -150,7 +153,7 @@ class Drawn:
         rows: Sequence[SamplerRow],
         drafts: Sequence[Sequence[int]],
         sampled: Sampled,
-        failures: dict[int, str],
+        failures: dict[int, Exception],
     ) -> None:
         self._sampler, self._rows, self._drafts, self._sampled = sampler, rows, drafts, sampled
         self._failures = failures
@@ -186,11 +189,11 @@ class Drawn:
 
 def _accepted(
     tokens: list[int], statuses: list[int], start: int, draft: Sequence[int]
-) -> tuple[int, str | None]:
+) -> tuple[int, Exception | None]:
     """How many of a row's draws hold, and why the next one failed. One holds while every draft before did."""
     for ahead in range(len(draft) + 1):
         if status := statuses[start + ahead]:
-            return ahead, _REASONS.get(status, f"the sampler's status is {status}")
+            return ahead, ValueError(_REASONS.get(status, f"the sampler's status is {status}"))
         if ahead == len(draft) or tokens[start + ahead] != draft[ahead]:
             return ahead + 1, None
     raise AssertionError  # the loop returns at its last turn
@@ -230,7 +233,9 @@ class Sampler:
             logits = logits.float()
         drafts = [()] * len(rows) if drafts is None else drafts
         params, state = (self._params, self._state) if not any(drafts) else self._expanded(drafts)
-        failures: dict[int, str] = {}
+        failures: dict[int, Exception] = {}
+        raw = logits
+        logits, places = processed(rows, raw, drafts, failures)
         if any(row.rules is not None for row in rows):
             params = self._ruled(params, rows, drafts, failures)
         sampled = _sample(logits, params, state)
@@ -238,6 +243,7 @@ class Sampler:
             # On a CPU one bad row keeps every row from being counted.
             rest = zip(sampled.tokens.tolist(), sampled.status.tolist(), strict=True)
             self._advance([[] if status else [token] for token, status in rest])
+        sampled = with_raw_logprobs(sampled, raw, places)
         return Drawn(self, list(rows), drafts, sampled, failures)
 
     def _arrange(self, rows: Sequence[SamplerRow]) -> None:
@@ -285,13 +291,13 @@ class Sampler:
         params: SamplingParams,
         rows: Sequence[SamplerRow],
         drafts: Sequence[Sequence[int]],
-        failures: dict[int, str],
+        failures: dict[int, Exception],
     ) -> SamplingParams:
         """The parameters with each position's own bans and biases; ``failures`` takes where none is left."""
         verdicts = [v for row, draft in zip(rows, drafts, strict=True) for v in _verdicts(row, draft)]
         for place, verdict in enumerate(verdicts):
             if len(verdict.banned) == self._vocab_size:
-                failures[place] = _ALL_BARRED
+                failures[place] = ValueError(_ALL_BARRED)
         banned, biases = [sorted(v.banned) for v in verdicts], [v.biases for v in verdicts]
         return replace(
             params,
