@@ -168,6 +168,13 @@ class GPT(Decoder):
             streamer: Given the prompt, then each step's tokens, by ``put``; ``end`` follows the last.
             tokenizer: For ``stop_strings``, where the model came without one.
             output_logprobs: Return a ``GenerateOutput`` with the log-probability of each new token.
+            top_logprobs: Return one with the log-probabilities of so many most likely tokens at each new
+                one too.
+            logits_processor: One callable or several, called row by row with the row's tokens so far
+                ``(1, length)`` int64, padding left out, and its logits ``(1, vocab_size)`` fp32, before the
+                options below apply; each returns logits of the same shape. transformers' processors are such.
+            stopping_criteria: One callable or several, called with a row's tokens ``(1, length)``, on the
+                CPU, and None; a row ends with the token after which one returns True.
             return_dict_in_generate: Return a ``GenerateOutput``.
             **kwargs: The options that ``gptkern.generate.GenerateOptions`` lists.
 

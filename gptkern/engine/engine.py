@@ -17,6 +17,7 @@ from gptkern.engine.executors.graph import MOST_ROWS
 from gptkern.engine.launch import Launch, Launcher
 from gptkern.engine.lookup import Lookup
 from gptkern.engine.options import KVCacheDType
+from gptkern.engine.processors import Callbacks
 from gptkern.engine.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from gptkern.engine.request import FinishReason, Request, TokenEvent
 from gptkern.engine.rows import Rows
@@ -47,6 +48,7 @@ class Copy:
         text: Watches for stop strings; None where there are none.
         lookup: Drafts its next tokens; None where none are drafted.
         prompt_logprobs: How many of the likeliest tokens to tell at each of the prompt's; None: nothing.
+        callbacks: The caller's own.
     """
 
     row: Row
@@ -55,6 +57,7 @@ class Copy:
     text: RowText | None
     lookup: Lookup | None
     prompt_logprobs: int | None = None
+    callbacks: Callbacks = Callbacks()  # noqa: RUF009  (frozen)
 
     def push(self, token: int) -> FinishReason | None:
         """Take the next token; why the copy ends with it, None where it goes on."""
@@ -66,6 +69,8 @@ class Copy:
         if self.text is not None:
             self.text.push(token, hidden=ended)
             ended |= self.text.stopped
+        if self.callbacks.criteria:
+            ended |= self.callbacks.end([*self.row.prompt, *self.row.generated])
         if ended:
             return "stop"
         return "length" if len(self.row.generated) == self.settings.max_new else None
@@ -217,6 +222,7 @@ class Engine:
         priority: int = 0,
         deadline: float | None = None,
         prompt_logprobs: int | None = None,
+        callbacks: Callbacks | None = None,
     ) -> int:
         """``add`` for settings that are checked already.
 
@@ -235,6 +241,7 @@ class Engine:
         if settings.stop_strings and tokenizer is None:
             raise ValueError("Engine.add: stop_strings need a tokenizer: the model came without one")
         params = RowParams(settings, self.model.config.vocab_size, logprobs)
+        callbacks = callbacks or Callbacks()
         ends = None if deadline is None else time.monotonic() + deadline
         with self._inbox.lock:
             number = next(self._ids)
@@ -242,12 +249,13 @@ class Engine:
                 Copy(
                     Row(number, copy, priority, number, prompt, settings.max_new, ends),
                     settings,
-                    SamplerRow(params, prompt, seed=seed, request=draws),
+                    SamplerRow(params, prompt, seed=seed, request=draws, processors=callbacks.processors),
                     RowText(tokenizer, settings.stop_strings, prompt)
                     if tokenizer is not None and settings.stop_strings
                     else None,
                     Lookup(prompt) if settings.speculate else None,
                     prompt_logprobs,
+                    callbacks,
                 )
                 for copy, (seed, draws) in enumerate(keys)
             ]
@@ -407,7 +415,7 @@ class Engine:
                 if reason is not None:
                     break
             if reason is None and draw.failure is not None:
-                raise ValueError(draw.failure)
+                raise draw.failure
         except Exception as error:  # whatever a tokenizer raises is its request's alone
             reason = "error"
             events.append(TokenEvent(row.request, row.copy, finish_reason="error", error=error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,26 @@ LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # (a row's tokens ``(1, length)`` int64, None) -> whether it ends: a bool, or a tensor of one, as
 # transformers' ``StoppingCriteria`` has it.
 StoppingCriterion = Callable[[torch.Tensor, None], Any]
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What a caller wants called at every token of a row.
+
+    Attributes:
+        processors: Change the logits before they are drawn from.
+        criteria: End the row after a token.
+    """
+
+    processors: Sequence[LogitsProcessor] = ()
+    criteria: Sequence[StoppingCriterion] = ()
+
+    def end(self, tokens: Sequence[int]) -> bool:
+        """Whether a row ends with the last of its ``tokens``."""
+        if not self.criteria:
+            return False
+        ids = torch.tensor([tokens], device="cpu")
+        return any(bool(criterion(ids, None)) for criterion in self.criteria)
 
 
 def callbacks(name: str, value: Any) -> tuple[Callable[..., Any], ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from gptkern.engine.cache import PAGE_SIZE
+from gptkern.engine.processors import Callbacks
 from gptkern.engine.request import TokenEvent
 from gptkern.engine.sampling import row_keys
 from gptkern.engine.settings import Settings
@@ -26,7 +27,8 @@ def steps(
     *,
     tokenizer: Tokenizer | None = None,
     texts: Sequence[RowText] | None = None,
-    logprobs: bool = False,
+    logprobs: int | None = None,
+    callbacks: Callbacks | None = None,
 ) -> Iterator[Step]:
     """Generate, one step an item, until every row has finished.
 
@@ -36,6 +38,7 @@ def steps(
     Args:
         tokenizer: For stop strings.
         texts: One a row, told of every token as its step is given.
+        logprobs: None: no log-probabilities; 0: those of the tokens; n: also the n most likely tokens'.
 
     Raises:
         ValueError: A row of logits held NaN or +inf, or left no token.
@@ -50,7 +53,7 @@ def steps(
             row = place * copies
             own = keys[row : row + copies]
             request = engine.submit(
-                prompt, settings, own, tokenizer=tokenizer, logprobs=0 if logprobs else None
+                prompt, settings, own, tokenizer=tokenizer, logprobs=logprobs, callbacks=callbacks
             )
             first[request] = row
         line = _Line(count)
@@ -59,8 +62,10 @@ def steps(
                 row = first[event.request] + event.copy
                 if isinstance(event.error, ValueError):
                     raise ValueError(f"generate: row {row}: {event.error}") from event.error
+                if isinstance(event.error, RuntimeError):
+                    raise RuntimeError(f"generate: {event.error}") from event.error
                 if event.error is not None:
-                    raise type(event.error)(f"generate: {event.error}") from event.error
+                    raise event.error
                 line.push(row, event)
             for step in line.ready():
                 for row, token in zip(step.rows, step.tokens, strict=True):
@@ -105,6 +110,7 @@ class _Line:
                 rows,
                 [event.token for event in events if event.token is not None],
                 scores if len(scores) == len(rows) else None,
+                [event.top_logprobs for event in events],
                 [event.finish_reason for event in events],
                 self._drafted,
                 self._accepted,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from gptkern.engine.options import GenerateOptions
+from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion, callbacks
 from gptkern.engine.request import FinishReason
 from gptkern.engine.settings import Settings, merged, settle
 from gptkern.engine.stop_strings import RowText
 from gptkern.generate.beam import beam_search
 from gptkern.generate.loop import steps
 from gptkern.generate.prompt import Prompts, prompts
-from gptkern.generate.step import Step
+from gptkern.generate.step import Step, TopTokens
+from gptkern.ops.sample import TopLogprobs
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -39,8 +43,11 @@ class GenerateOutput:
         sequences: ``(batch * num_return_sequences, width + new)`` int64: prompts and new tokens,
             filled up with ``pad_token_id``.
         finish_reasons: "stop" (end-of-text token or stop string) or "length", one a sequence.
-        logprobs: With ``output_logprobs=True``, ``(sequences, new)`` fp32: the model's log-probability
-            of each new token, before any processing; 0 past a sequence's end.
+        logprobs: With ``output_logprobs=True`` or ``top_logprobs``, ``(sequences, new)`` fp32: the model's
+            log-probability of each new token, before any processing; 0 past a sequence's end.
+        top_logprobs: With ``top_logprobs=n``, the n most likely tokens at each new one, best first, and
+            theirs: (tokens int64, logprobs fp32), ``(sequences, new, n)`` each; -1 and -inf past a
+            sequence's end.
         sequences_scores: ``(sequences,)`` fp32, beam search alone: sum of log-probabilities divided by
             the length to the power of ``length_penalty``.
         draft_tokens, accepted_tokens: With ``speculate``, how many tokens were drafted, and how many of
@@ -50,6 +57,7 @@ class GenerateOutput:
     sequences: torch.Tensor
     finish_reasons: list[FinishReason]
     logprobs: torch.Tensor | None = None
+    top_logprobs: TopLogprobs | None = None
     sequences_scores: torch.Tensor | None = None
     draft_tokens: int = 0
     accepted_tokens: int = 0
@@ -63,19 +71,23 @@ def generate(
     streamer: Streamer | None = None,
     tokenizer: Tokenizer | None = None,
     output_logprobs: bool = False,
+    top_logprobs: int | None = None,
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
+    stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None,
     return_dict_in_generate: bool | None = None,
     **options: Unpack[GenerateOptions],
 ) -> torch.Tensor | GenerateOutput:
     """Continue prompts; see ``GPT.generate``."""
-    detailed = _is_detailed(model, output_logprobs, return_dict_in_generate)
+    detailed = _is_detailed(model, output_logprobs, return_dict_in_generate) or top_logprobs is not None
     prompt, settings = prepare(model, input_ids, attention_mask, options)
+    called = checked_callbacks(logits_processor, stopping_criteria)
+    asked = logprobs_asked(model, output_logprobs, top_logprobs)
+    refuse_beams(settings, asked, called)
     several = len(prompt.rows) * settings.num_return_sequences > 1
-    if several and settings.stop_strings and settings.pad is None:
+    if several and (settings.stop_strings or called.criteria) and settings.pad is None:
         raise ValueError(
             "generate: rows may end before others, and there is nothing to fill them with: give pad_token_id"
         )
-    if output_logprobs and settings.num_beams > 1:
-        raise ValueError("generate: output_logprobs with num_beams > 1; beam search gives sequences_scores")
     if settings.stop_strings:
         tokenizer = needed_tokenizer(model, tokenizer)
     if settings.num_beams > 1:
@@ -87,9 +99,10 @@ def generate(
         rows = [beam.tokens for beam in found]
         reasons: list[FinishReason] = [beam.finish_reason or "length" for beam in found]
         scores = torch.tensor([b.score for b in found], device="cpu")
-        output = GenerateOutput(_sequences(prompt, settings, rows), reasons, None, scores)
+        output = GenerateOutput(_sequences(prompt, settings, rows), reasons, sequences_scores=scores)
     else:
-        output = _sample(model, prompt, settings, tokenizer, streamer, output_logprobs)
+        events = steps(model, prompt, settings, tokenizer=tokenizer, logprobs=asked, callbacks=called)
+        output = _sample(prompt, settings, events, streamer, asked)
     return output if detailed else output.sequences
 
 
@@ -104,6 +117,37 @@ def _is_detailed(model: GPT, output_logprobs: bool, return_dict_in_generate: boo
         if not isinstance(value, bool):
             raise TypeError(f"generate: {name} is {value!r}; True or False is needed")
     return output_logprobs or return_dict_in_generate
+
+
+def logprobs_asked(model: GPT, output_logprobs: bool, top_logprobs: int | None) -> int | None:
+    """The log-probabilities that are wanted: None, 0 for those of the tokens, n for the n most likely too."""
+    if top_logprobs is None:
+        return 0 if output_logprobs else None
+    if not isinstance(top_logprobs, int) or isinstance(top_logprobs, bool):
+        raise TypeError(f"generate: top_logprobs is {top_logprobs!r}; a whole number is needed")
+    most = model.config.vocab_size
+    if not 1 <= top_logprobs <= most:
+        raise ValueError(f"generate: top_logprobs is {top_logprobs}; 1 to the vocabulary's {most} is needed")
+    return top_logprobs
+
+
+def checked_callbacks(logits_processor: Any, stopping_criteria: Any) -> Callbacks:
+    """The callables of a call."""
+    return Callbacks(
+        callbacks("logits_processor", logits_processor), callbacks("stopping_criteria", stopping_criteria)
+    )
+
+
+def refuse_beams(settings: Settings, logprobs: int | None, called: Callbacks) -> None:
+    """Refuse what beam search does not do."""
+    if settings.num_beams == 1:
+        return
+    if logprobs is not None:
+        name = "top_logprobs" if logprobs else "output_logprobs"
+        raise ValueError(f"generate: {name} with num_beams > 1; beam search gives sequences_scores")
+    for name, given in (("logits_processor", called.processors), ("stopping_criteria", called.criteria)):
+        if given:
+            raise ValueError(f"generate: {name} with num_beams > 1; beam search calls none")
 
 
 def prepare(
@@ -147,37 +191,49 @@ def row_texts(prompt: Prompts, settings: Settings, tokenizer: Tokenizer) -> list
 
 
 def _sample(
-    model: GPT,
     prompt: Prompts,
     settings: Settings,
-    tokenizer: Tokenizer | None,
+    events: Iterable[Step],
     streamer: Streamer | None,
-    output_logprobs: bool,
+    asked: int | None,
 ) -> GenerateOutput:
     count = len(prompt.rows) * settings.num_return_sequences
     rows: list[list[int]] = [[] for _ in range(count)]
     logprobs: list[list[float]] = [[] for _ in range(count)]
+    top: list[list[TopTokens]] = [[] for _ in range(count)]
     reasons: list[FinishReason] = ["length"] * count
     drafted = accepted = 0
     if streamer is not None:
         streamer.put(prompt.ids.repeat_interleave(settings.num_return_sequences, 0).cpu())
-    for step in steps(model, prompt, settings, tokenizer=tokenizer, logprobs=output_logprobs):
+    for step in events:
         for index, row in enumerate(step.rows):
             rows[row].append(step.tokens[index])
             reasons[row] = step.finished[index] or "length"
             if step.logprobs is not None:
                 logprobs[row].append(step.logprobs[index])
+            top[row].append(step.top_logprobs[index])
         drafted, accepted = drafted + step.drafted, accepted + step.accepted
         if streamer is not None:
             streamer.put(_streamed(step, count, settings.pad))
     if streamer is not None:
         streamer.end()
     new = max(map(len, rows))
-    scored = None
-    if output_logprobs:
+    scored = best = None
+    if asked is not None:
         scored = torch.tensor([r + [0.0] * (new - len(r)) for r in logprobs], device="cpu")
+    if asked:
+        best = _top(top, new, asked)
     sequences = _sequences(prompt, settings, rows)
-    return GenerateOutput(sequences, reasons, scored, draft_tokens=drafted, accepted_tokens=accepted)
+    return GenerateOutput(sequences, reasons, scored, best, None, drafted, accepted)
+
+
+def _top(rows: Sequence[Sequence[TopTokens]], new: int, asked: int) -> TopLogprobs:
+    """The most likely tokens at each new one as tensors, filled up."""
+    filling = [(-1, -math.inf)] * asked
+    filled = [[[*pairs, *filling][:asked] for pairs in [*row, *[()] * (new - len(row))]] for row in rows]
+    tokens = [[[token for token, _ in pairs] for pairs in row] for row in filled]
+    logprobs = [[[logprob for _, logprob in pairs] for pairs in row] for row in filled]
+    return TopLogprobs(torch.tensor(tokens, device="cpu"), torch.tensor(logprobs, device="cpu"))
 
 
 def _streamed(step: Step, count: int, pad: int | None) -> torch.Tensor:

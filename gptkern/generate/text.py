@@ -10,13 +10,20 @@ import torch
 
 from gptkern.engine.option_checks import plain
 from gptkern.engine.options import GenerateOptions
+from gptkern.engine.processors import LogitsProcessor, StoppingCriterion
 from gptkern.engine.request import FinishReason
-from gptkern.engine.settings import Settings
 from gptkern.engine.stop_strings import RowText
 from gptkern.generate.beam import beam_search
 from gptkern.generate.loop import steps
-from gptkern.generate.prompt import Prompts
-from gptkern.generate.run import needed_tokenizer, prepare, row_texts
+from gptkern.generate.run import (
+    checked_callbacks,
+    logprobs_asked,
+    needed_tokenizer,
+    prepare,
+    refuse_beams,
+    row_texts,
+)
+from gptkern.generate.step import Step
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -35,12 +42,15 @@ class Completion:
         text: What was generated, without the prompt, up to the end-of-text token or stop string.
         token_ids: All new tokens, the one that ended it included.
         logprobs: The model's log-probability of each token; None from beam search.
+        top_logprobs: With ``top_logprobs=n``, at each token the n most likely ones, (token, log-probability)
+            best first; else None.
         finish_reason: "stop" (end-of-text token or stop string) or "length".
     """
 
     text: str
     token_ids: list[int]
     logprobs: list[float] | None
+    top_logprobs: list[list[tuple[int, float]]] | None
     finish_reason: FinishReason
 
 
@@ -51,13 +61,11 @@ class TextStream(Iterator[str]):
         completion: What was generated so far; its ``finish_reason`` holds once the iterator has ended.
     """
 
-    def __init__(
-        self, model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tokenizer, text: RowText
-    ) -> None:
-        self._steps = steps(model, prompts, settings, tokenizer=tokenizer, texts=[text], logprobs=True)
-        self._text = text
+    def __init__(self, passes: Iterator[Step], text: RowText, top_logprobs: bool) -> None:
+        self._steps, self._text = passes, text
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
+        self._top: list[list[tuple[int, float]]] | None = [] if top_logprobs else None
         self._reason: FinishReason = "length"
 
     def __next__(self) -> str:
@@ -66,6 +74,8 @@ class TextStream(Iterator[str]):
             assert step.logprobs is not None
             self._tokens += step.tokens
             self._logprobs += step.logprobs
+            if self._top is not None:
+                self._top.append(list(step.top_logprobs[0]))
             if step.finished[0]:
                 self._reason = step.finished[0]
                 self._text.end()
@@ -74,11 +84,18 @@ class TextStream(Iterator[str]):
     @property
     def completion(self) -> Completion:
         """See the class."""
-        return Completion(self._text.text, self._tokens, self._logprobs, self._reason)
+        return Completion(self._text.text, self._tokens, self._logprobs, self._top, self._reason)
 
 
 def stream(
-    model: GPT, prompt: Prompt, *, tokenizer: Tokenizer | None = None, **options: Unpack[GenerateOptions]
+    model: GPT,
+    prompt: Prompt,
+    *,
+    tokenizer: Tokenizer | None = None,
+    top_logprobs: int | None = None,
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
+    stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None,
+    **options: Unpack[GenerateOptions],
 ) -> TextStream:
     """Yield the continuation of one prompt as it is made; see ``GPT.stream``."""
     tokenizer = needed_tokenizer(model, tokenizer)
@@ -89,8 +106,13 @@ def stream(
             f"{settings.num_return_sequences}: both must be 1, and be given where the checkpoint says "
             "otherwise; generate_text takes more"
         )
+    called = checked_callbacks(logits_processor, stopping_criteria)
+    asked = logprobs_asked(model, True, top_logprobs)
     (text,) = row_texts(prompts, settings, tokenizer)
-    return TextStream(model, prompts, settings, tokenizer, text)
+    passes = steps(
+        model, prompts, settings, tokenizer=tokenizer, texts=[text], logprobs=asked, callbacks=called
+    )
+    return TextStream(passes, text, top_logprobs is not None)
 
 
 def generate_text(
@@ -98,6 +120,9 @@ def generate_text(
     prompts: str | Sequence[Prompt],
     *,
     tokenizer: Tokenizer | None = None,
+    top_logprobs: int | None = None,
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
+    stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None,
     **options: Unpack[GenerateOptions],
 ) -> list[Completion]:
     """Continue prompts; see ``GPT.generate_text``."""
@@ -111,9 +136,13 @@ def generate_text(
     if not given:
         return []
     checked, settings = prepare(model, *batch(tokenizer, given), options)
+    called = checked_callbacks(logits_processor, stopping_criteria)
+    asked = logprobs_asked(model, settings.num_beams == 1, top_logprobs)
+    refuse_beams(settings, asked, called)
     texts = row_texts(checked, settings, tokenizer)
     tokens: list[list[int]] = [[] for _ in texts]
     logprobs: list[list[float]] = [[] for _ in texts]
+    top: list[list[list[tuple[int, float]]]] = [[] for _ in texts]
     reasons: list[FinishReason] = ["length"] * len(texts)
     if settings.num_beams > 1:
         for row, beam in enumerate(beam_search(model, checked, settings, tokenizer)):
@@ -121,19 +150,22 @@ def generate_text(
             for token in tokens[row]:
                 texts[row].push(token, hidden=token in settings.eos)
     else:
-        for step in steps(model, checked, settings, tokenizer=tokenizer, texts=texts, logprobs=True):
+        for step in steps(
+            model, checked, settings, tokenizer=tokenizer, texts=texts, logprobs=asked, callbacks=called
+        ):
             assert step.logprobs is not None
-            for row, token, logprob, reason in zip(
-                step.rows, step.tokens, step.logprobs, step.finished, strict=True
-            ):
-                tokens[row].append(token)
-                logprobs[row].append(logprob)
-                reasons[row] = reason or "length"
+            for place, row in enumerate(step.rows):
+                tokens[row].append(step.tokens[place])
+                logprobs[row].append(step.logprobs[place])
+                top[row].append(list(step.top_logprobs[place]))
+                reasons[row] = step.finished[place] or "length"
     for text in texts:
         text.end()
     return [
-        Completion(text.text, ids, scores if settings.num_beams == 1 else None, reason)
-        for text, ids, scores, reason in zip(texts, tokens, logprobs, reasons, strict=True)
+        Completion(
+            text.text, ids, scores if settings.num_beams == 1 else None, best if asked else None, reason
+        )
+        for text, ids, scores, best, reason in zip(texts, tokens, logprobs, top, reasons, strict=True)
     ]
 
 
