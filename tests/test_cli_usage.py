@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 import gptkern.cli
 from gptkern.cli import terminal
 from gptkern.cli.usage import _example
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -191,3 +195,17 @@ def test_an_extension_of_another_version_is_told_in_a_line(run: Any, monkeypatch
     monkeypatch.setattr("gptkern.cli.info.describe", lambda _: exec("from json import nothing"))
     with pytest.raises(ImportError, match="nothing"):
         run("info")
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    def completed(words: str) -> list[str]:
+        typed = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", "from gptkern.cli import main; main()"]
+        environment = {**os.environ, **typed, "_GPTKERN_COMPLETE": "complete_bash"}
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=200, check=True
+        )
+        return done.stdout.split()
+
+    assert completed("gptkern gen") == ["generate"]
+    assert completed("gptkern generate --top") == ["--top-k", "--top-p"]
