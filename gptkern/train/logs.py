@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gptkern._visible import visible
 from gptkern.durable import naming, no_link, write_file
 from gptkern.train.settings import SettingsError
 
@@ -151,9 +152,6 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line above the bar. Paths and samples come from anywhere: they must not command a terminal."""
-        # imported here: the command line imports this package
-        from gptkern.cli.terminal import visible
-
         text = visible(text, self.console.file)
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
