@@ -34,6 +34,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return markdown
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """A page without the marks by which docstrings announce their code, as plain text needs them."""
+    return html.replace("<p>::</p>", "").replace("::</p>", ":</p>")
+
+
 def commands() -> str:
     """Every command: its text, its arguments and its options, as Markdown."""
     app: Any = typer.main.get_command(gptkern.cli.build())

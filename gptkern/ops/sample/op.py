@@ -155,8 +155,8 @@ def top_k_logprobs(
         scores: ``(batch, beams)`` fp32, the beams' sums of log-probabilities so far; None: 0.
 
     Returns:
-        ``(logprobs, beams, tokens)``, each ``(batch, k)``: score plus log-softmax (fp32), the beam it
-        continues and the token (int64); best first, ties by the lower beam, then the lower token.
+        ``(logprobs, beams, tokens)``, each ``(batch, k)``. They are score plus log-softmax (fp32), the
+        beam it continues and the token (int64); best first, ties by the lower beam, then the lower token.
 
     Raises:
         ValueError: k out of range, NaN or +inf in the logits, shapes that do not fit.
