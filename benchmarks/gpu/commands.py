@@ -19,8 +19,8 @@ from stages import Row, Scope, tiny
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# Tokens that the drop-in's stage asks for.
-NEW = 128
+# Tokens that the drop-in's stage gives, and asks for.
+PROMPT, NEW = 32, 128
 
 
 def tests(scope: Scope) -> Iterator[Row]:
@@ -118,16 +118,16 @@ def drop_in(scope: Scope) -> Iterator[Row]:
     if importlib.util.find_spec("transformers") is None:
         yield Row("transformers", note="not installed")
         return
-    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2} if scope.dry else {}
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64} if scope.dry else {}
     dtype = torch.float32 if scope.dry else torch.bfloat16
     models = drop_in_models(scope.device, dtype, **sizes)
-    new = 2 if scope.dry else NEW
-    for batch in (1, 8):
+    seq, new = (4, 2) if scope.dry else (PROMPT, NEW)
+    for batch in (1,) if scope.dry else (1, 8):
         seconds: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(1 if scope.dry else 4):
             for name, model in models.items():
                 began = time.perf_counter()
-                continued(model, batch, new)
+                continued(model, batch, seq, new)
                 if scope.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - began)
@@ -153,9 +153,9 @@ def drop_in_models(device: torch.device, dtype: torch.dtype, **sizes: int) -> di
     return {"transformers": library, "gptkern": gptkern.accelerate(copy.deepcopy(library))}
 
 
-def continued(model: Any, batch: int, new: int) -> None:
-    """``new`` tokens after random prompts of 32."""
-    ids = torch.randint(model.config.vocab_size, (batch, 32), device=model.device)
+def continued(model: Any, batch: int, seq: int, new: int) -> None:
+    """``new`` tokens after random prompts of ``seq``."""
+    ids = torch.randint(model.config.vocab_size, (batch, seq), device=model.device)
     mask = torch.ones_like(ids)
     model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
 

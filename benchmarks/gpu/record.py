@@ -97,7 +97,7 @@ def without_results(seen: Seen) -> None:
             soak_persistent.soak(soak_persistent.CONFIG, cpu, torch.bfloat16, batch=batch, steps=2)
         ours = commands.drop_in_models(cpu, torch.bfloat16)["gptkern"]
         for batch in (1, 8):
-            commands.continued(ours, batch, commands.NEW)
+            commands.continued(ours, batch, commands.PROMPT, commands.NEW)
 
 
 def executed(seen: Seen) -> None:
