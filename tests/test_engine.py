@@ -262,3 +262,27 @@ def test_log_probabilities_of_the_prompt_and_of_the_likeliest_tokens() -> None:
     assert events[0].logprob == events[0].top_logprobs[0][1]
     (whole,) = model.score(prompt)
     torch.testing.assert_close(torch.tensor([own for own, _ in found]), torch.tensor(whole.logprobs))
+
+
+def test_turns_of_a_conversation_compute_only_what_is_new() -> None:
+    from gptkern.generate.engines import Engines
+
+    model = make_model()
+    model.engines = Engines(keeps_prefixes=True)
+    said = [1 + i * 7 % 60 for i in range(100)]
+    model.generate(torch.tensor([said]), max_new_tokens=4)
+    computed: list[int] = []
+    with model.engines.engine(model, 1, 256, "auto") as engine:
+        real = engine.executors.prefill.forward
+
+        def counted(rows: Any) -> torch.Tensor:
+            computed.append(sum(rows.counts))
+            return real(rows)
+
+        engine.executors.prefill.forward = counted  # type: ignore[method-assign]
+    longer = torch.tensor([[*said, 5, 6, 7]])
+    found = model.generate(longer, max_new_tokens=20)
+    assert sum(computed) == 103 - 64
+    fresh = make_model()
+    fresh.engines = Engines(keeps_prefixes=True)
+    assert torch.equal(found, fresh.generate(longer, max_new_tokens=20))

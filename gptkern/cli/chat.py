@@ -75,6 +75,9 @@ def chat(
 
     - `gptkern chat --model gpt2-xl --system "A talk between a student and a patient teacher."`
     """
+    # imported here: --help need not wait for PyTorch
+    from gptkern.generate.engines import Engines
+
     gpt = o.load(model, device, dtype, weights, tokenizer)
     o.tokenizer_of(gpt)  # refused before anybody types
     asked |= {
@@ -83,6 +86,8 @@ def chat(
         "num_return_sequences": 1,
     }
     options = g.generation(gpt, FALLBACK, asked, greedy=greedy)
+    # Each turn begins with those before it: only what is new goes through the model.
+    gpt.engines = Engines(keeps_prefixes=True)
     transcript = Transcript(g.unescape(system), you, bot)
     interactive = terminal.waits_for_a_person()
     if interactive:

@@ -18,9 +18,15 @@ class Engines:
 
     Each call has an engine to itself. One that is through leaves it for the next, the larger of two stays.
     A copy of the model, and a pickled one, begin without.
+
+    Args:
+        keeps_prefixes: Whether a prompt takes over what an earlier one that began alike left behind, as the
+            turns of a conversation do. Off by default: whoever writes to the weights past PyTorch's counting
+            must not get what was computed before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_prefixes: bool = False) -> None:
+        self._keeps_prefixes = keeps_prefixes
         self._lock = threading.Lock()
         self._idle: Engine | None = None
         self._made_for: tuple[Any, ...] = ()
@@ -48,15 +54,7 @@ class Engines:
             if idle is not None:
                 rows, pages = max(rows, idle.cache.max_seqs), max(pages, idle.cache.num_pages)
             del idle
-            engine = Engine(
-                model,
-                max_seqs=_rounded(rows),
-                cache_tokens=_rounded(pages) * PAGE_SIZE,
-                # Whoever writes to the weights past PyTorch's counting must not get what was computed before.
-                prefix_cache=False,
-                prefill_chunk=DEFAULT_CHUNK,
-                kv_cache_dtype=kv_cache_dtype,
-            )
+            engine = self._made(model, _rounded(rows), _rounded(pages), kv_cache_dtype)
         else:
             engine = idle
         try:
@@ -65,6 +63,22 @@ class Engines:
             self._leave(engine, made_for)
             raise
         self._leave(engine, made_for)
+
+    def _made(self, model: Decoder, rows: int, pages: int, kv_cache_dtype: KVCacheDType) -> Engine:
+        chunk = DEFAULT_CHUNK
+        if self._keeps_prefixes:
+            # What is found ends at a multiple of the chunk; small chunks cost a GPU launches.
+            chunk = PAGE_SIZE if model.device.type == "cpu" else 4 * PAGE_SIZE
+            # An engine that grows begins without prefixes: room for the whole context at once.
+            pages = max(pages, rows * (-(-model.config.n_positions // PAGE_SIZE) + 1))
+        return Engine(
+            model,
+            max_seqs=rows,
+            cache_tokens=pages * PAGE_SIZE,
+            prefix_cache=self._keeps_prefixes,
+            prefill_chunk=chunk,
+            kv_cache_dtype=kv_cache_dtype,
+        )
 
     def _leave(self, engine: Engine, made_for: tuple[Any, ...]) -> None:
         """Keep an engine for the next call. One whose call failed is not kept."""
