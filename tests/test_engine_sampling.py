@@ -11,7 +11,6 @@ import torch
 
 import gptkern
 from gptkern.config import GPTConfig
-from gptkern.engine.processors import callbacks
 from gptkern.engine.rules import RowRules, Rules
 from gptkern.engine.sampling import RowDraw, RowParams, Sampler, SamplerRow, row_keys
 from gptkern.engine.settings import Settings, merged, settle
@@ -327,13 +326,3 @@ def test_a_processor_that_raises_fails_its_row_alone() -> None:
     assert [draw.tokens for draw in draws] == [[int(logits[0].argmax())], [], [int(logits[2].argmax())], []]
     assert isinstance(draws[1].failure, KeyError)
     assert "returned (67,); a tensor of shape (1, 67) is needed" in str(draws[3].failure)
-
-
-def test_callbacks_are_callables() -> None:
-    assert (
-        callbacks("x", None) == ()
-        and callbacks("x", print) == (print,)
-        and callbacks("x", [print]) == (print,)
-    )
-    with pytest.raises(TypeError, match="generate: stopping_criteria is or holds 3; a callable"):
-        callbacks("stopping_criteria", [print, 3])

@@ -9,6 +9,8 @@ import pytest
 import torch
 from generate_support import VOCAB, left_padded, pair, prompts
 
+from gptkern.engine.engine import Engine
+from gptkern.engine.request import Request
 from gptkern.generate import GenerateOutput
 
 
@@ -143,3 +145,42 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         pair("odd width")[1].generate(prompts(1, 4), max_new_tokens=2, **options)
+
+
+def test_requests_have_callbacks_and_one_that_raises_ends_alone() -> None:
+    ours = pair("odd width")[1]
+    engine = Engine(ours, max_seqs=4, cache_tokens=1024)
+    options = {"max_new_tokens": 6, "eos_token_id": None}
+    plain = ours.generate(torch.tensor([[3, 4]]), **options)[0, 2:].tolist()
+
+    def barred(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        logits[0, plain[0]] = -math.inf
+        return logits
+
+    def broken(tokens: torch.Tensor, _: Any) -> Any:
+        if tokens.shape[1] == 5:
+            raise KeyError("mine")
+        return False
+
+    asked = [
+        {},
+        {"logits_processor": barred},
+        {"stopping_criteria": lambda tokens, _: tokens.shape[1] == 4},
+        {"stopping_criteria": broken},
+    ]
+    numbers = [engine.add(Request(prompt=[3, 4], options=options, **more)) for more in asked]
+    events: dict[int, list[Any]] = {number: [] for number in numbers}
+    while engine.has_work:
+        for event in engine.step():
+            events[event.request].append(event)
+    first, second, third, fourth = events.values()
+    assert [event.token for event in first] == plain
+    assert len(second) == 6 and plain[0] not in [event.token for event in second]
+    assert [event.token for event in third] == plain[:2] and third[-1].finish_reason == "stop"
+    assert [event.token for event in fourth] == [*plain[:2], None]
+    assert isinstance(fourth[-1].error, KeyError) and fourth[-1].finish_reason == "error"
+    assert engine.cache.free_pages == engine.cache.num_pages
+    with pytest.raises(TypeError, match="Request: logits_processor is or holds 3; a callable"):
+        Request(prompt=[1], logits_processor=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"Engine.add: logprobs is {VOCAB + 1}; at most the vocabulary's"):
+        engine.add(Request(prompt=[1], logprobs=VOCAB + 1))

@@ -196,6 +196,11 @@ class Engine:
             raise ValueError(
                 f"Engine.add: prompt holds {outside[0]}; token ids from 0 to {vocab_size - 1} are accepted"
             )
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(request, name) or 0) > vocab_size:
+                raise ValueError(
+                    f"Engine.add: {name} is {getattr(request, name)}; at most the vocabulary's {vocab_size}"
+                )
         length = len(request.prompt)
         asked = merged(request.options, getattr(self.model, "generation_config", {}) | {"num_beams": 1})
         given = any(request.options.get(name) is not None for name in ("max_length", "max_new_tokens"))
@@ -209,6 +214,7 @@ class Engine:
             priority=request.priority,
             deadline=request.deadline,
             prompt_logprobs=request.prompt_logprobs,
+            callbacks=request.callbacks,
         )
 
     def submit(

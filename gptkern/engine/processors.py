@@ -33,6 +33,18 @@ class Callbacks:
     processors: Sequence[LogitsProcessor] = ()
     criteria: Sequence[StoppingCriterion] = ()
 
+    @classmethod
+    def of(cls, logits_processor: Any, stopping_criteria: Any, *, source: str = "generate") -> Callbacks:
+        """Callables as a caller gives them: one, several, or None for none.
+
+        Raises:
+            TypeError: Anything else; the message begins with ``source``.
+        """
+        return cls(
+            _several(f"{source}: logits_processor", logits_processor),
+            _several(f"{source}: stopping_criteria", stopping_criteria),
+        )
+
     def end(self, tokens: Sequence[int]) -> bool:
         """Whether a row ends with the last of its ``tokens``."""
         if not self.criteria:
@@ -41,18 +53,13 @@ class Callbacks:
         return any(bool(criterion(ids, None)) for criterion in self.criteria)
 
 
-def callbacks(name: str, value: Any) -> tuple[Callable[..., Any], ...]:
-    """The argument ``name`` of ``generate``: one callable or several, None for none.
-
-    Raises:
-        TypeError: Anything else.
-    """
+def _several(name: str, value: Any) -> tuple[Callable[..., Any], ...]:
     if value is None:
         return ()
     several = tuple(value) if isinstance(value, list | tuple) else (value,)
     for one in several:
         if not callable(one):
-            raise TypeError(f"generate: {name} is or holds {one!r}; a callable or a list of them is needed")
+            raise TypeError(f"{name} is or holds {one!r}; a callable or a list of them is needed")
     return several
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gptkern.engine.option_checks import checked, plain
+from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
@@ -24,6 +25,8 @@ class Request:
         deadline: Seconds after ``add``: what still runs then ends, with the tokens that it has. None: no end.
         logprobs: None: no log-probabilities; 0: that of each new token; n: also the n likeliest tokens'.
         prompt_logprobs: The same of every prompt token but the first, which nothing comes before.
+        logits_processor, stopping_criteria: As in ``GPT.generate``, called in ``Engine.step``. A copy ends
+            with the error that one of them raises for it.
 
     Raises:
         TypeError, ValueError: A field or an option of the wrong type or out of range; what depends on the
@@ -36,6 +39,8 @@ class Request:
     deadline: float | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None
+    stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _tokens(self.prompt))
@@ -53,6 +58,13 @@ class Request:
                 if value < 0:
                     raise ValueError(f"Request: {name} is {value}; 0 or more is needed, or None")
         _check_deadline(self.deadline)
+        # A bad one is refused now.
+        _ = self.callbacks
+
+    @property
+    def callbacks(self) -> Callbacks:
+        """The caller's own callables."""
+        return Callbacks.of(self.logits_processor, self.stopping_criteria, source="Request")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from gptkern.engine.options import GenerateOptions
-from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion, callbacks
+from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion
 from gptkern.engine.request import FinishReason
 from gptkern.engine.settings import Settings, merged, settle
 from gptkern.engine.stop_strings import RowText
@@ -80,7 +80,7 @@ def generate(
     """Continue prompts; see ``GPT.generate``."""
     detailed = _is_detailed(model, output_logprobs, return_dict_in_generate) or top_logprobs is not None
     prompt, settings = prepare(model, input_ids, attention_mask, options)
-    called = checked_callbacks(logits_processor, stopping_criteria)
+    called = Callbacks.of(logits_processor, stopping_criteria)
     asked = logprobs_asked(model, output_logprobs, top_logprobs)
     refuse_beams(settings, asked, called)
     several = len(prompt.rows) * settings.num_return_sequences > 1
@@ -129,13 +129,6 @@ def logprobs_asked(model: GPT, output_logprobs: bool, top_logprobs: int | None) 
     if not 1 <= top_logprobs <= most:
         raise ValueError(f"generate: top_logprobs is {top_logprobs}; 1 to the vocabulary's {most} is needed")
     return top_logprobs
-
-
-def checked_callbacks(logits_processor: Any, stopping_criteria: Any) -> Callbacks:
-    """The callables of a call."""
-    return Callbacks(
-        callbacks("logits_processor", logits_processor), callbacks("stopping_criteria", stopping_criteria)
-    )
 
 
 def refuse_beams(settings: Settings, logprobs: int | None, called: Callbacks) -> None:

@@ -10,13 +10,12 @@ import torch
 
 from gptkern.engine.option_checks import plain
 from gptkern.engine.options import GenerateOptions
-from gptkern.engine.processors import LogitsProcessor, StoppingCriterion
+from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion
 from gptkern.engine.request import FinishReason
 from gptkern.engine.stop_strings import RowText
 from gptkern.generate.beam import beam_search
 from gptkern.generate.loop import steps
 from gptkern.generate.run import (
-    checked_callbacks,
     logprobs_asked,
     needed_tokenizer,
     prepare,
@@ -106,7 +105,7 @@ def stream(
             f"{settings.num_return_sequences}: both must be 1, and be given where the checkpoint says "
             "otherwise; generate_text takes more"
         )
-    called = checked_callbacks(logits_processor, stopping_criteria)
+    called = Callbacks.of(logits_processor, stopping_criteria)
     asked = logprobs_asked(model, True, top_logprobs)
     (text,) = row_texts(prompts, settings, tokenizer)
     passes = steps(
@@ -136,7 +135,7 @@ def generate_text(
     if not given:
         return []
     checked, settings = prepare(model, *batch(tokenizer, given), options)
-    called = checked_callbacks(logits_processor, stopping_criteria)
+    called = Callbacks.of(logits_processor, stopping_criteria)
     asked = logprobs_asked(model, settings.num_beams == 1, top_logprobs)
     refuse_beams(settings, asked, called)
     texts = row_texts(checked, settings, tokenizer)
