@@ -40,7 +40,7 @@ constexpr Named<Status> kStatuses[] = {{"ok", kOk},
                                        {"bad_draft", kBadDraft},
                                        {"bad_draft_probs", kBadDraftProbs}};
 
-// Columns of a row, by where its struct has them.
+// The columns of a row, by their position in its struct.
 #define GPTKERN_COLUMN(row, name) Named<size_t>{#name, offsetof(row, name) / sizeof(row::name)}
 
 constexpr Named<size_t> kParameters[] = {

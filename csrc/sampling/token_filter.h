@@ -1,4 +1,4 @@
-// What the filters leave of a row: the conditions of TokenFilter, and the distribution over the tokens that pass.
+// The result of the filters: TokenFilter, the conditions that a token passes, and the distribution over such tokens.
 #pragma once
 
 #include "sampling/row.h"
