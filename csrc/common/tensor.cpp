@@ -138,7 +138,9 @@ Tensor Checker::read(const char* name, py::handle object) const {
     tensor.object = object;
     try {
         const View view = view_of(object);
-        if (view.dims > Tensor::kMostDims) refuse(std::string(name) + " has " + std::to_string(view.dims) + " dimensions");
+        if (view.dims > Tensor::kMostDims) {
+            refuse(std::string(name) + " has " + std::to_string(view.dims) + " dimensions");
+        }
         tensor.dims = view.dims;
         std::copy(view.shape, view.shape + view.dims, tensor.shape);
         std::copy(view.stride, view.stride + view.dims, tensor.stride);
@@ -150,7 +152,8 @@ Tensor Checker::read(const char* name, py::handle object) const {
         }
         tensor.device = view.device_type == kOnCpu ? -1 : view.device;
         tensor.data = view.data + view.byte_offset;
-        tensor.bytes = integer(call(call(object, t.untyped_storage), t.nbytes)) - integer(call(object, t.storage_offset)) * (view.bits / 8);
+        const int64_t offset = integer(call(object, t.storage_offset)) * (view.bits / 8);
+        tensor.bytes = integer(call(call(object, t.untyped_storage), t.nbytes)) - offset;
     } catch (const py::error_already_set& error) {
         // A sparse tensor, or one that a function transform has wrapped.
         throw py::type_error(std::string(call_) + ": " + name + " has no memory of its own to read: " + error.what());
@@ -183,7 +186,8 @@ Tensor Checker::dense(const char* name, py::handle object, Kind kind, std::initi
     if (fits && result.kind == kind && result.contiguous()) return result;
     const std::string needed = std::string(name_of(kind)) + " of shape " + shape_of(shape.begin(), result.dims);
     if (result.kind == kind) refuse(name, result, needed + ", contiguous,");
-    throw py::type_error(std::string(call_) + ": " + name + " is " + description(result) + "; " + needed + " is needed");
+    throw py::type_error(std::string(call_) + ": " + name + " is " + description(result) + "; " + needed +
+                         " is needed");
 }
 
 int Checker::number(const char* name, int64_t value, int64_t low, int64_t high) const {
@@ -202,7 +206,10 @@ int Checker::number(const char* name, py::handle value, int64_t low, int64_t hig
     }
     int beyond = 0;
     const long long converted = PyLong_AsLongLongAndOverflow(index.ptr(), &beyond);
-    if (beyond != 0) refuse(std::string(name) + " is beyond 64 bits; " + std::to_string(low) + " to " + std::to_string(high) + " are accepted");
+    if (beyond != 0) {
+        refuse(std::string(name) + " is beyond 64 bits; " + std::to_string(low) + " to " + std::to_string(high) +
+               " are accepted");
+    }
     return number(name, static_cast<int64_t>(converted), low, high);
 }
 

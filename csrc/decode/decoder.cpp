@@ -71,7 +71,8 @@ Decoder::Decoder(const CpuModel& model, std::vector<CpuBlock> blocks) : blocks_(
         refuse("every size of a decoder must be at least 1");
     }
     if (model.width % model.heads != 0) {
-        refuse("a width of " + std::to_string(model.width) + " is no multiple of " + std::to_string(model.heads) + " heads");
+        refuse("a width of " + std::to_string(model.width) + " is no multiple of " + std::to_string(model.heads) +
+               " heads");
     }
     if (model.width > kMostOuts || model.inner > kMostOuts || model.vocab > kMostOuts) {
         refuse("no size of a decoder may pass " + std::to_string(kMostOuts));

@@ -89,7 +89,8 @@ void read_params(Checker& check, SampleArguments& a, const Group& params) {
     const int64_t batch = a.batch;
     const py::handle bias_ids = params.get("bias_ids"), bias_values = params.get("bias_values");
     const py::handle bitmask = params.get("bitmask");
-    a.params = reinterpret_cast<const RowParams*>(check.dense<double>("params.values", params.get("values"), {batch, 12}));
+    const double* const values = check.dense<double>("params.values", params.get("values"), {batch, 12});
+    a.params = reinterpret_cast<const RowParams*>(values);
     a.bias = id_lists(check, "params.bias_ids", bias_ids, a.batch);
     if (bias_ids.is_none() != bias_values.is_none()) {
         check.refuse("params has only one of bias_ids and bias_values; both or neither are needed");
@@ -107,7 +108,8 @@ void read_params(Checker& check, SampleArguments& a, const Group& params) {
 // gptkern.ops.SamplerState.
 void read_state(Checker& check, SampleArguments& a, const Group& state) {
     const int64_t batch = a.batch;
-    a.counters = reinterpret_cast<RowCounter*>(check.dense<int64_t>("state.counters", state.get("counters"), {batch, 3}));
+    int64_t* const counters = check.dense<int64_t>("state.counters", state.get("counters"), {batch, 3});
+    a.counters = reinterpret_cast<RowCounter*>(counters);
     a.counts = check.dense_or_none<int32_t>("state.counts", state.get("counts"), {batch, a.vocab});
 }
 
@@ -224,7 +226,7 @@ void bind_sampler(py::module_& module) {
     module.def("sample", &sample, py::arg("logits"), py::arg("params"), py::arg("state"), py::arg("outputs"), named,
                py::arg("drafts") = py::none(), py::arg("commit"), py::arg("machine"));
     module.def("top_k", &top_k, py::arg("logits"), py::arg("k"), py::arg("outputs"), named, py::arg("machine"));
-    module.def("workspace_bytes", &workspace_bytes, "The bytes of workspace that a CUDA call over (rows, vocab) needs.");
+    module.def("workspace_bytes", &workspace_bytes, "The bytes of workspace of a CUDA call over (rows, vocab).");
     module.def("uniforms", &uniforms, "The two 64-bit uniforms of (seed, request, step).");
     module.def("weight", [](double halvings) { return cpu->weight(halvings); });
     module.def("cpu_path", [] { return cpu->name; });

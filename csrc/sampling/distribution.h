@@ -96,7 +96,8 @@ struct FilterStages {
         over_domain([&](uint32_t id, float v) {
             const uint64_t w = d.filter.weight(v);
             if (w == 0 || !d.filter.passes(id, v, w)) return;
-            moment += static_cast<uint64_t>(static_cast<double>(w) * halvings(d.filter.v_max, v, d.filter.per_unit) + 0.5);
+            const double x = halvings(d.filter.v_max, v, d.filter.per_unit);
+            moment += static_cast<uint64_t>(static_cast<double>(w) * x + 0.5);
         });
         return static_cast<double>(team.sum(moment)) / static_cast<double>(d.total);
     }

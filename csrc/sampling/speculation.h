@@ -98,7 +98,8 @@ GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_
             const Draft draft{a.draft_tokens[at], a.draft_probs ? a.draft_probs + at * a.vocab : nullptr};
             token = static_cast<uint32_t>(draft.token);
             const uint64_t w = d.filter.weight(values[token]);
-            const double p = d.filter.passes(token, values[token], w) ? static_cast<double>(w) / static_cast<double>(d.total) : 0.0;
+            const bool passes = d.filter.passes(token, values[token], w);
+            const double p = passes ? static_cast<double>(w) / static_cast<double>(d.total) : 0.0;
             accepted = accepts(p, draft.probability(token), u.accept);
             if (!accepted) token = draw_residual(team, row.vocab, d, values, draft, u.token);
         }
