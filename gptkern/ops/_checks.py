@@ -32,7 +32,7 @@ def dtype(op: str, name: str, value: torch.Tensor, accepted: Sequence[torch.dtyp
 
 
 def same_device(op: str, **values: torch.Tensor | None) -> None:
-    """All given tensors are on one device."""
+    """All tensors are on one device; None is skipped."""
     devices = {name: value.device for name, value in values.items() if value is not None}
     if len(set(devices.values())) > 1:
         raise ValueError(f"{op}: tensors are on different devices: {devices}")

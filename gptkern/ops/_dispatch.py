@@ -51,7 +51,7 @@ _answers: list[bool] | None = None
 
 @contextmanager
 def asked() -> Iterator[list[bool]]:
-    """Collects what ops called inside are told by ``use_kernel``: nothing where none of them asks."""
+    """Collect the answers of ``use_kernel`` to the ops called in the block: an empty list if none asks."""
     global _answers
     previous, _answers = _answers, []
     try:
@@ -102,7 +102,7 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks of matrix products on ``tensor``'s device, or None outside it."""
+    """The dtype of matrix products on ``tensor``'s device under autocast, or None outside autocast."""
     device = tensor.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 
 import torch
 
-# What kernels are compiled for and checked on: every table, and where sm80.toml has the least room.
+# The architectures that kernels are compiled for and checked on: one for each table, and sm_89, where
+# sm80.toml's rows have the least shared memory.
 ARCHS = (80, 89, 90, 100)
 _NOTES = ("measured",)
 
@@ -30,7 +31,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass
 class Launch:
-    """One kernel launch as it was asked for: what the recorder keeps."""
+    """One kernel launch: the kernel, the grid and the arguments."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -143,7 +144,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def _serving(arch: int) -> int:
-    """Whose table serves ``arch``.
+    """The architecture whose table serves ``arch``.
 
     sm_120 is newer than sm_100, but has sm_89's shared memory (99 KB a block) and no tensor memory:
     it takes sm_80's rows, which fit in that.
@@ -164,26 +165,26 @@ def table(arch: int) -> dict[str, list[dict[str, Any]]]:
     return tomllib.loads(table_file(arch).read_text())
 
 
-_kept: list[Any] = []
+_caches: list[Any] = []
 
 
 def planned(function: Function) -> Function:
-    """``functools.cache`` for what follows from the launch table, and is forgotten when a row changes."""
+    """``functools.cache`` for results that depend on the launch table: cleared when a row changes."""
     cached = functools.cache(function)
-    _kept.append(cached)
+    _caches.append(cached)
     return cached  # type: ignore[return-value]
 
 
 def forget() -> None:
-    """Forget what followed from the launch table, and which of its rows were asked for."""
+    """Clear the caches of ``planned`` functions and the record of the rows that were asked for."""
     rows_asked.clear()
-    for cached in _kept:
+    for cached in _caches:
         cached.cache_clear()
 
 
 @contextmanager
 def trying(arch: int, kernel: str, index: int, row: dict[str, Any]) -> Iterator[None]:
-    """Let ``row`` stand in place of one row of the launch table that serves ``arch``: what a tuner does."""
+    """Replace one row of the launch table that serves ``arch`` for the block: for the tuner."""
     rows = table(arch)[kernel]
     before, rows[index] = rows[index], row
     forget()

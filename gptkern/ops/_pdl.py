@@ -1,8 +1,8 @@
 """Programmatic dependent launch, on the device and on the host (sm_90 and newer).
 
-A kernel launched with ``launch_pdl`` may start before its predecessor in the stream has ended. What it
-reads of its predecessor's results comes after ``wait``; what it does before is fetch into the L2
-cache, which is coherent, so that weights and pages changed by the predecessor are still read right.
+A kernel launched with ``launch_pdl`` may start before its predecessor in the stream has ended. It reads its
+predecessor's results after ``wait`` alone; before, it fetches into the L2 cache, which is coherent, so that
+weights and pages that the predecessor changes are still read right.
 A kernel lets its dependents start only after its own ``wait``: whatever the predecessor's own
 predecessors wrote is then visible to a dependent even before its ``wait``.
 
@@ -24,7 +24,7 @@ from gptkern.ops._dispatch import INTERPRETED
 
 @triton.jit
 def prefetch(pointers, mask, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ask for the 128-byte lines that ``pointers`` lie in to be brought into L2."""
+    """Fetch the 128-byte lines of ``pointers`` into L2."""
     if PDL:
         tl.inline_asm_elementwise(
             "{ .reg .pred wanted; setp.ne.b32 wanted, $2, 0; "

@@ -161,7 +161,7 @@ def prefetch_split(
     lines = tl.arange(0, BLOCK_D // LINE if BLOCK_D > LINE else 1) * LINE
     tokens = split * SPLIT + tl.arange(0, SPLIT)
     valid = (tokens >= begin) & (tokens < end)
-    # .cg for the reason given in attended_tokens.
+    # .cg as in attended_tokens.
     pages, offsets = cache_pages(table_ptr, 0, tokens, valid, page_size, page_count, False, ".cg")
     wanted = valid[:, None] & (lines < HEAD_DIM)[None, :]
     k_rows = pages * strides_k[0] + offsets * strides_k[1]

@@ -1,8 +1,8 @@
-"""Weights of a linear layer in fewer bits: what they are, how they are made, and how they lie.
+"""Quantised weights of a linear layer: the formats, how they are made, and their layout in memory.
 
 ``int8`` and ``fp8`` (e4m3) have a scale for each output; ``int4`` has one for each group of inputs, and
-with ``zero_point`` a zero too. A weight is (value - zero) * scale. Values are exact in fp32, fp16 and bf16,
-so that products take them as they are and scale the sums.
+with ``zero_point`` a zero too. A weight is (value - zero) * scale. Values are exact in fp32, fp16 and bf16:
+kernels multiply with them unscaled and scale the sums.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import torch
 from gptkern.quantization import GROUP_SIZES, check_format
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
-# Shares of a group's range that are tried as its scale: clipping the ends can lose less than coarse steps.
+# Shares of an int4 group's range that are tried for its scale: clipping the ends can lose less than coarse
+# steps.
 _CLIPS = tuple(1.0 - 0.03 * step for step in range(10))
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix ``(outputs, inputs)``.
+    """A quantised matrix ``(outputs, inputs)``.
 
     Attributes:
         format: ``int8``, ``fp8`` or ``int4``.
-        values: ``(outputs, inputs)`` int8, or uint8 that holds e4m3; of int4 ``(outputs, inputs / 2)``
-            uint8, where byte j of a group of G holds input j in its low half and j + G / 2 in its high one.
-        scales: fp32, ``(outputs,)``, of int4 ``(outputs, groups)``.
-        zeros: uint8, like ``scales``, of int4 with a zero point; None: 8 everywhere.
+        values: int8: ``(outputs, inputs)`` int8. fp8: the same shape, e4m3 as uint8. int4: ``(outputs,
+            inputs / 2)`` uint8, where byte j of a group of G holds input j in its low half and j + G / 2 in
+            its high one.
+        scales: fp32, ``(outputs,)``; int4: ``(outputs, groups)``.
+        zeros: int4 with a zero point: uint8, like ``scales``. None otherwise; int4's zero is then 8.
     """
 
     format: str
@@ -47,7 +49,7 @@ class QuantizedWeight:
         return self.shape[1] // self.scales.shape[1] if self.format == "int4" else self.shape[1]
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix, its products in fp32 (float64 for that dtype) and rounded once."""
+        """The matrix in ``dtype``: computed in fp32 (float64 for that dtype), rounded once."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         scales = self.scales.to(wide)
         if self.format != "int4":
@@ -62,10 +64,11 @@ class QuantizedWeight:
 def quantize(
     weight: torch.Tensor, format: str, *, group_size: int = GROUP_SIZES[0], zero_point: bool = False
 ) -> QuantizedWeight:
-    """A matrix ``(outputs, inputs)`` in fewer bits.
+    """Quantise a matrix ``(outputs, inputs)``.
 
     Args:
-        group_size, zero_point: Of int4 alone.
+        group_size: int4 only: inputs that share a scale.
+        zero_point: int4 only: whether each group has a zero point beside its scale.
 
     Raises:
         ValueError: An unknown format, or groups that do not divide the inputs.
@@ -85,7 +88,7 @@ def quantize(
 
 
 def _int4(groups: torch.Tensor, zero_point: bool) -> QuantizedWeight:
-    """Of ``(outputs, groups, inputs of a group)``: each group by the clipping of least squared error."""
+    """int4 of ``(outputs, groups, group_size)``: each group with the clipping of least squared error."""
     low, high = groups.amin(2), groups.amax(2)
     best: tuple[torch.Tensor, ...] = ()
     for clip in _CLIPS:
@@ -97,21 +100,21 @@ def _int4(groups: torch.Tensor, zero_point: bool) -> QuantizedWeight:
             zeros = torch.full_like(scales, 8)
         values = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 15)
         error = (((values - zeros[..., None]) * scales[..., None] - groups) ** 2).sum(2)
-        found: tuple[torch.Tensor, ...] = (error, values, scales, zeros)
+        candidate: tuple[torch.Tensor, ...] = (error, values, scales, zeros)
         if best:
             better = error < best[0]
-            found = tuple(
+            candidate = tuple(
                 torch.where(better.reshape(better.shape + (1,) * (new.dim() - 2)), new, old)
-                for new, old in zip(found, best, strict=True)
+                for new, old in zip(candidate, best, strict=True)
             )
-        best = found
+        best = candidate
     _, values, scales, zeros = best
     packed = pack(values.to(torch.uint8).flatten(1), groups.shape[2])
     return QuantizedWeight("int4", packed, scales, zeros.to(torch.uint8) if zero_point else None)
 
 
 def pack(values: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Numbers 0 to 15, ``(rows, width)`` uint8, two in a byte; a last group is filled up to be whole."""
+    """Pack numbers 0 to 15, ``(rows, width)`` uint8, two in a byte; the last group is padded with zeros."""
     rows, width = values.shape
     filled = torch.nn.functional.pad(values, (0, -width % group_size))
     halves = filled.reshape(rows, -1, 2, group_size // 2)
@@ -119,7 +122,7 @@ def pack(values: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, group_size: int, width: int | None = None) -> torch.Tensor:
-    """What ``pack`` was given; ``width``: of its rows, where the last group was not whole."""
+    """The inverse of ``pack``; ``width`` cuts off the padding of the last group."""
     halves = packed.unflatten(1, (-1, group_size // 2))
     values = torch.stack([halves & 15, halves >> 4], 2).flatten(1)
     return values if width is None else values[:, :width]

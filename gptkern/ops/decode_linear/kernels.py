@@ -11,7 +11,7 @@ A row's bits do not depend on its neighbours: BLOCK_N, BLOCK_K, SPLIT_K and BLOC
 layer's shape and dtype, BLOCK_R alone from the number of rows, and it only says how many rows go side by
 side through the same sums over k.
 
-With programmatic dependent launch a program asks for all its weights before it waits for x.
+With programmatic dependent launch a program fetches its weights into L2 before it waits for x.
 """
 
 import triton

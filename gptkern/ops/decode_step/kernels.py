@@ -38,14 +38,14 @@ ROWS = tl.constexpr(16)
 
 @triton.jit
 def address(table_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
-    """The pointer in a column of the table; the host has seen that it is a multiple of 16."""
-    # Said of the pointer: of the number that it is made of, the compiler forgets it.
+    """The pointer in a column of the table; the host has checked that it is a multiple of 16."""
+    # The hint goes on the pointer: on the integer that it is made from, the compiler forgets it.
     return tl.multiple_of(tl.load(table_ptr + COLUMN).to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
 def arrive(counter_ptr, COMPILED: tl.constexpr):
-    """Say that this program's stores are done."""
+    """Signal that this program's stores are done."""
     if COMPILED:
         # Every thread's stores come before the one thread's release.
         tl.debug_barrier()
@@ -54,7 +54,7 @@ def arrive(counter_ptr, COMPILED: tl.constexpr):
 
 @triton.jit
 def await_arrivals(counter_ptr, count, COMPILED: tl.constexpr):
-    """Wait until ``count`` arrivals were seen; what came before them is then visible to every thread.
+    """Wait for ``count`` arrivals; the stores before them are then visible to every thread.
 
     One thread polls, for the others' polls would stand in the way of the arrivals, which need the same line.
     Its acquire and the barrier after it order all threads behind it, as in a cooperative group's barrier.
@@ -88,7 +88,7 @@ def leave(counter_ptr, finished_ptr, programs, COMPILED: tl.constexpr):
 
 @triton.jit
 def prefetch_matrix(table_ptr, program, MATRIX: tl.constexpr, CUT: tl.constexpr, WEIGHT: tl.constexpr):
-    """Ask for the weights of the first item that this program will take of a layer."""
+    """Fetch the weights of this program's first item of a layer into L2."""
     TILES: tl.constexpr = (CUT[0] + CUT[2] - 1) // CUT[2]
     STRIDE: tl.constexpr = CUT[1] // 2 if CUT[5] else CUT[1]
     if program < TILES * CUT[4]:
@@ -106,9 +106,9 @@ def prefetch_next(
     HEAD_CUT: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Ask for what this program reads first after a phase of ``kind``, as far as no program writes it now.
+    """Fetch into L2 what this program reads first after a phase of ``kind``, unless a program writes it now.
 
-    Before attention that is pages, and the weights of the layer behind it.
+    Before attention that is its pages, and the weights of the output projection.
     """
     if kind == 0:
         sequence = program // programs_per_head

@@ -14,7 +14,7 @@ from gptkern.ops.decode_attention.launch import LOG2E
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_step import kernels
 
-# What an address must be a multiple of, for loads of 16 bytes.
+# Addresses must be multiples of it, for loads of 16 bytes.
 _ALIGNMENT = 16
 # The kernel's table: its columns, and where in a row the norms and the matrices begin.
 COLUMNS: int = kernels.COLUMNS.value
@@ -38,8 +38,10 @@ class LayerWeights:
     """One layer; norms are (weight, bias or None).
 
     Attributes:
-        norm_1, norm_2: Of what QKV and FC are given. Where norms follow their branches (GPT-1), ``norm_1`` is
-            that of the layer before, and None in the first layer.
+        norm_1: The norm of QKV's input. Where norms follow their branches (GPT-1), it is the last norm of the
+            layer before, and None in the first layer.
+        norm_2: The norm of FC's input.
+        attention_scale: The softmax scale.
     """
 
     norm_1: NormWeights | None
@@ -53,16 +55,16 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class StepWeights:
-    """All that a step multiplies with, of one dtype and on one device.
+    """The weights of a whole step, of one dtype and on one device.
 
     Attributes:
         token_weight, position_weight: ``(vocabulary, width)`` and ``(positions, width)``.
         layers: From the first to the last.
-        norm: The one before the head.
-        head: Without bias.
-        heads: Of attention.
-        eps: Of every norm.
-        activation: Between a layer's FC and projection.
+        norm: The norm before the head.
+        head: The output layer, without bias.
+        heads: The number of attention heads.
+        eps: The epsilon of every norm.
+        activation: The activation between a layer's FC and projection.
 
     Raises:
         ValueError: Layers that are not alike (shape, bias, format), or a weight that is not contiguous or
@@ -108,7 +110,7 @@ class StepWeights:
 
     @property
     def post_norm(self) -> bool:
-        """Whether a branch is added to the norm of what it is given, not to that itself."""
+        """True for post-norm models (GPT-1): the residual is the normalised input."""
         return self.layers[0].norm_1 is None
 
     def rows(self) -> Iterator[list[torch.Tensor | None]]:
@@ -131,7 +133,7 @@ class StepWeights:
 
     @functools.cached_property
     def attention_scales(self) -> torch.Tensor:
-        """What each layer's scores are multiplied by, ``(layers,)`` fp32, for powers of 2."""
+        """Each layer's softmax scale, times log2(e), ``(layers,)`` fp32."""
         scales = tuple(layer.attention_scale * LOG2E for layer in self.layers)
         return _on_device(scales, torch.float32, self.token_weight.device)
 
@@ -166,7 +168,7 @@ def unflat(
     activation: str,
     format: str | None,
 ) -> StepWeights:
-    """The weights that ``flat`` was given."""
+    """The inverse of ``flat``."""
     count = len(attention_scales)
     if len(tensors) != (count + 1) * COLUMNS:
         raise ValueError(
@@ -224,12 +226,12 @@ def _fields(linear: Linear) -> tuple[torch.Tensor | None, ...]:
 
 
 def _parts(layer: LayerWeights) -> tuple[NormWeights | Linear, ...]:
-    """All but the first norm."""
+    """The parts of a layer, without its first norm."""
     return layer.norm_2, layer.qkv, layer.out, layer.fc, layer.proj
 
 
 def _format(linear: Linear) -> str:
-    """In what a matrix is kept."""
+    """The number format of a matrix, in words."""
     weight = linear.weight
     if not isinstance(weight, QuantizedWeight):
         return str(weight.dtype)
@@ -237,7 +239,7 @@ def _format(linear: Linear) -> str:
 
 
 def _kind(part: NormWeights | Linear | None) -> str:
-    """What must be the same in every layer."""
+    """The properties that must be the same in every layer, in words."""
     if part is None:
         return "no norm"
     if isinstance(part, tuple):

@@ -138,7 +138,7 @@ def flash_attention_varlen(
         k: ``(tokens_k, heads_k, head_dim)``.
         v: as k.
         cu_seqlens_q: ``(sequences + 1,)`` int32 on q's device: 0, then the running total of lengths. On a
-            GPU, where looking would stall, what decreases or passes the last token is cut off there.
+            GPU, where a check would stall, offsets that decrease or pass the last token are cut off there.
         cu_seqlens_k: the same of k; sequences of q and k may differ in length.
         max_seqlen_q: at least the longest length in ``cu_seqlens_q``. Not compared with it, which
             would wait for the GPU: rows past it are not computed.
