@@ -99,10 +99,12 @@ class Schedules:
         self.expected: dict[tuple[int, int], Made] = {}
         self.counts = Counts()
         # Some go on where an earlier one ended, as a chat does: what was generated there is a prompt now.
+        self.earlier: dict[int, int] = {}
         for index in range(0, requests, 3):
             earlier = self.requests[index]
             prompt = [*earlier.prompt, *self.expect(index, 8)[0][0], 5]
             if len(prompt) < CONFIG.n_positions - most_new:
+                self.earlier[len(self.requests)] = index
                 self.requests.append(replace(earlier, prompt=prompt))
 
     def expect(self, index: int, chunk: int) -> Made:
@@ -128,9 +130,13 @@ class Schedules:
         begun: dict[int, int] = {}
         made: dict[int, Made] = defaultdict(dict)
         waiting = rng.choices(range(len(self.requests)), k=rng.randint(1, 8))
+        for index in self.earlier.keys() & set(waiting):
+            waiting.insert(waiting.index(index) + 1, self.earlier[index])
         self._watch_prefixes(engine)
         while waiting or engine.has_work:
             for _ in range(min(rng.choice([0, 0, 1, 1, 3]), len(waiting))):
+                if any(engine.has(n) for n, index in begun.items() if index == self.earlier.get(waiting[-1])):
+                    break
                 index = waiting.pop()
                 deadline = 1e-9 if rng.random() < 0.05 else None
                 request = replace(self.requests[index], priority=rng.randint(0, 1), deadline=deadline)
