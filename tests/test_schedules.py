@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -20,6 +20,10 @@ from gptkern.ops import _dispatch
 CONFIG = GPTConfig(vocab_size=23, n_positions=48, n_layer=2, n_head=2, n_embd=12, initializer_range=0.5)
 # What each copy of a request has made: (tokens, log-probabilities, reason).
 Made = dict[int, tuple[list[int], list[float | None], str | None]]
+
+
+class Failure(Exception):
+    """What is thrown into a step."""
 
 
 def _model(dtype: torch.dtype, layers: int) -> GPT:
@@ -86,8 +90,8 @@ class Counts:
     found: int = 0
     accepted: int = 0
     cut_short: int = 0
+    failed: int = 0
     whole: int = 0
-    reasons: set[str] = field(default_factory=set)
 
 
 class Schedules:
@@ -133,6 +137,8 @@ class Schedules:
         for index in self.earlier.keys() & set(waiting):
             waiting.insert(waiting.index(index) + 1, self.earlier[index])
         self._watch_prefixes(engine)
+        if rng.random() < 0.3:
+            self._let_fail(engine)
         while waiting or engine.has_work:
             for _ in range(min(rng.choice([0, 0, 1, 1, 3]), len(waiting))):
                 if any(engine.has(n) for n, index in begun.items() if index == self.earlier.get(waiting[-1])):
@@ -143,9 +149,10 @@ class Schedules:
                 begun[engine.add(request)] = index
             if begun and rng.random() < 0.05:
                 engine.cancel(rng.choice(list(begun)))
-            for event in engine.step():
-                _collect(made[event.request], event)
-                self.counts.accepted += event.accepted
+            with suppress(Failure):
+                for event in engine.step():
+                    _collect(made[event.request], event)
+                    self.counts.accepted += event.accepted
         self.counts.preempted += engine.preemptions
         self._check(made, begun, chunk)
         assert engine.cache.sequences == []
@@ -161,6 +168,18 @@ class Schedules:
             return sequence, held
 
         engine.cache.begin = counted  # type: ignore[method-assign]
+
+    def _let_fail(self, engine: Engine) -> None:
+        draw = engine._sampler.draw
+
+        def method(*args: Any) -> Any:
+            drawn = draw(*args)
+            if self.rng.random() < 0.1:
+                self.counts.failed += 1
+                raise Failure
+            return drawn
+
+        engine._sampler.draw = method  # type: ignore[method-assign]
 
     def _check(self, made: dict[int, Made], begun: dict[int, int], chunk: int) -> None:
         assert set(made) == set(begun)
@@ -207,7 +226,7 @@ def _run(
 @pytest.mark.parametrize(("dtype", "executor"), [(torch.float32, "cpu"), (torch.float64, "torch")], ids=str)
 def test_random_schedules(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, executor: str) -> None:
     counts = _run(monkeypatch, dtype, 1, 25, executor)
-    assert counts.preempted and counts.found and counts.cut_short and counts.whole > 40
+    assert counts.preempted and counts.found and counts.cut_short and counts.failed and counts.whole > 40
     assert counts.accepted or executor == "torch"
 
 

@@ -73,7 +73,7 @@ class Copy:
             ended |= self.callbacks.end([*self.row.prompt, *self.row.generated])
         if ended:
             return "stop"
-        return "length" if len(self.row.generated) == self.settings.max_new else None
+        return "length" if len(self.row.generated) >= self.settings.max_new else None
 
 
 @dataclass
@@ -161,6 +161,8 @@ class Engine:
         self._copies: dict[Row, Copy] = {}
         self._rows: dict[int, list[Row]] = {}
         self._launched: Launch | None = None
+        # Those of a step that fails are given out by the next.
+        self._events: list[TokenEvent] = []
         self._ids = itertools.count()
         self._inbox = _Inbox()
         self._stepping = threading.Lock()
@@ -168,8 +170,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is there that has not ended."""
-        return bool(self._rows or self._inbox.added)
+        """Whether a request is there that has not ended, or an event that nobody was given."""
+        return bool(self._rows or self._inbox.added or self._events)
 
     def has(self, request: int) -> bool:
         """Whether a request is there that has not ended."""
@@ -276,6 +278,8 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Run one pass; the new tokens and ends that came of it.
 
+        Where a pass fails, its error is raised, and the next step computes anew what was running.
+
         Raises:
             RuntimeError: Another thread is in ``step``; the engine is closed; the model's weights were moved
                 or given another dtype since it was made.
@@ -286,9 +290,14 @@ class Engine:
             if self._closed:
                 raise RuntimeError("Engine.step: the engine is closed")
             with torch.inference_mode():
-                return self._step()
+                self._step()
+        except BaseException:
+            self._start_over()
+            raise
         finally:
             self._stepping.release()
+        events, self._events = self._events, []
+        return events
 
     def prefilled(self, prompt: Sequence[int]) -> torch.Tensor:
         """Begin a sequence of the cache with a prompt, beside all requests; the logits after it.
@@ -310,6 +319,7 @@ class Engine:
             self._scheduler.finish(copy.row)
         self._copies.clear()
         self._rows.clear()
+        self._events.clear()
         self._launched = None
 
     def close(self) -> None:
@@ -317,13 +327,20 @@ class Engine:
         self._closed = True
         self.clear()
 
-    def _step(self) -> list[TokenEvent]:
-        events = self._follow_inbox() + self._refuse_changed()
+    def _start_over(self) -> None:
+        """Compute every row again: nobody knows how far a step came that failed."""
+        self._launched = None
+        self._sampler.forget()
+        self._scheduler.start_over([copy.row for copy in self._copies.values()])
+
+    def _step(self) -> None:
+        self._follow_inbox()
+        self._refuse_changed()
         launch, self._launched = self._launched or self._launch(None), None
-        events += self._ended(launch.expired, "deadline")
+        self._events += self._ended(launch.expired, "deadline")
         launch = launch.without_finished()
         if not launch.rows:
-            return events
+            return
         copies = [self._copies[row] for row in launch.rows]
         drawn = self._sampler.draw([copy.sampler for copy in copies], launch.logits, launch.drafts)
         if self._may_launch_ahead(copies, launch):
@@ -336,44 +353,41 @@ class Engine:
             copy.row.ahead = 0
             if part is not None:
                 self._scheduler.computed(part, len(draw.tokens))
-            events += self._taken(copy, draw, 0 if part is None else part.count - 1)
+            self._events += self._taken(copy, draw, 0 if part is None else part.count - 1)
         if self._decode.row_invariant:
             self._draft(self._decode.max_rows or 0)
-        return events
 
     def _launch(self, ahead: tuple[Sequence[Row], torch.Tensor] | None) -> Launch:
         if self._version is not None and self._scheduler.waiting:
             self._scheduler.follow_weights(self._version.current())
         return self._launcher.launch(time.monotonic(), ahead)
 
-    def _follow_inbox(self) -> list[TokenEvent]:
+    def _follow_inbox(self) -> None:
         added, cancelled = self._inbox.take()
-        if added:
-            self.executors.look_again()
         for copies in added:
             rows = [copy.row for copy in copies]
             self._rows[rows[0].request] = rows
             self._copies.update(zip(rows, copies, strict=True))
             self._scheduler.add(rows)
-        events: list[TokenEvent] = []
         for number in cancelled:
             running = [row for row in self._rows.get(number, []) if row.state != "finished"]
             for row in running:
                 self._scheduler.finish(row)
-            events += self._ended(running, "cancelled")
-        return events
+            self._events += self._ended(running, "cancelled")
+        if added:
+            self.executors.look_again()
 
-    def _refuse_changed(self) -> list[TokenEvent]:
+    def _refuse_changed(self) -> None:
         """End rows whose drafts were computed by what serves the model no more: a hook would be left out."""
         decode = self.executors.decode
         if decode is self._decode:
-            return []
+            return
         self._decode = decode
         drafting = [copy.row for copy in self._copies.values() if copy.lookup and copy.row.generated]
         for row in drafting:
             self._scheduler.finish(row)
         reason = f"{self.executors.reason}, since generation with speculate began; begin it anew"
-        return self._ended(drafting, "error", RuntimeError(reason))
+        self._events += self._ended(drafting, "error", RuntimeError(reason))
 
     def _ended(
         self, rows: Iterable[Row], reason: FinishReason, error: BaseException | None = None

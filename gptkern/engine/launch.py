@@ -70,16 +70,9 @@ class Launcher:
         decodes = [part for part in chosen.parts if part.start >= len(part.row.prompt)]
         prefills = [part for part in chosen.parts if part.start < len(part.row.prompt)]
         logits: list[torch.Tensor] = []
-        try:
-            for executor, parts in ((self._executors.decode, decodes), (self._executors.prefill, prefills)):
-                if parts:
-                    logits.append(executor.forward(self._rows(executor, parts, ahead)))
-        except BaseException:
-            # Each executor undoes its own; what ran before it counts as not computed either.
-            for part in decodes:
-                if part.row.sequence is not None:
-                    self._cache.truncate(part.row.sequence, part.row.computed)
-            raise
+        for executor, parts in ((self._executors.decode, decodes), (self._executors.prefill, prefills)):
+            if parts:
+                logits.append(executor.forward(self._rows(executor, parts, ahead)))
         return self._launched(decodes + prefills, logits, chosen.expired)
 
     def _launched(self, parts: Sequence[Part], logits: Sequence[torch.Tensor], expired: list[Row]) -> Launch:

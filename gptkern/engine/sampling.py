@@ -246,6 +246,10 @@ class Sampler:
         sampled = with_raw_logprobs(sampled, raw, places)
         return Drawn(self, list(rows), drafts, sampled, failures)
 
+    def forget(self) -> None:
+        """Take the device's state for unknown: draws were made that nobody read."""
+        self._rows = []
+
     def _arrange(self, rows: Sequence[SamplerRow]) -> None:
         """Bring parameters and state of these rows together, the device's where it has them."""
         if len(rows) == len(self._rows) and all(map(_is, rows, self._rows)):

@@ -279,6 +279,13 @@ class Scheduler:
             member.state, member.followers = "finished", []
         return group
 
+    def start_over(self, rows: Sequence[Row]) -> None:
+        """Let ``rows``, whatever was planned with them, wait to be computed again. They are all there are."""
+        for row in rows:
+            self._release(row)
+            row.state, row.ahead, row.followers = "waiting", 0, []
+        self._waiting, self._running = sorted(rows, key=_order), []
+
     def _all(self) -> list[Row]:
         return [member for row in (*self._running, *self._waiting) for member in (row, *row.followers)]
 
