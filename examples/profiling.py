@@ -28,11 +28,8 @@ def main() -> None:
     model = GPT.from_pretrained(args.model)
     print(explain(model))
     found = profile(model, model.tokenizer.encode(args.prompt), args.tokens, args.trace)
-    floor = found.bytes_moved / found.copy
-    print(f"\nprompt: {found.prefill * 1e3:.2f} ms; then each token: {found.step * 1e3:.3f} ms")
-    print(
-        f"a token reads {found.bytes_moved / 1e6:.2f} MB, which this machine copies in {floor * 1e3:.3f} ms"
-    )
+    print(f"\nprompt: {found.prefill * 1e3:.2f} ms; then each token: {found.per_token * 1e3:.3f} ms")
+    print(f"a token reads {found.bytes_moved / 1e6:.2f} MB; copied here in {found.floor * 1e3:.3f} ms")
     for operator in found.operators[:5]:
         print(f"{operator.seconds * 1e6:8.2f} µs  {operator.calls:4.0f} calls  {operator.name}")
 
