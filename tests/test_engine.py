@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from gptkern import GPT, GPTConfig
+from gptkern.engine import engine as module
 from gptkern.engine.engine import Engine
+from gptkern.engine.executors import choose
+from gptkern.engine.executors.graph import GraphExecutor, Graphs
 from gptkern.engine.request import Request, TokenEvent
 from gptkern.ops import _dispatch
 
@@ -69,7 +73,6 @@ def test_events_are_the_tokens_of_generate() -> None:
 
 
 def test_a_second_generate_allocates_no_cache_and_makes_no_executor(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptkern.engine import engine as module
     from gptkern.engine.executors.cpu import CpuExecutor
 
     made: list[str] = []
@@ -286,3 +289,48 @@ def test_turns_of_a_conversation_compute_only_what_is_new() -> None:
     fresh = make_model()
     fresh.engines = Engines(keeps_prefixes=True)
     assert torch.equal(found, fresh.generate(longer, max_new_tokens=20))
+
+
+class StandIn(Graphs):
+    """CUDA graphs without CUDA: what was captured runs when it is replayed."""
+
+    made: ClassVar[list[int]] = []
+
+    def __init__(self, executor: GraphExecutor) -> None:
+        self._executor, self._captured = executor, {}
+
+    def clear(self) -> None:
+        self._captured.clear()
+
+    def _capture(self, rows: int) -> tuple[Any, torch.Tensor]:
+        self.made.append(rows)
+        out = torch.empty(rows, CONFIG.vocab_size)
+        return SimpleNamespace(replay=lambda: out.copy_(self._executor.run(rows))), out
+
+
+class Captured(GraphExecutor):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.graphs = StandIn(self)
+
+    @staticmethod
+    def serves(model: Any, dtype: torch.dtype) -> str | None:
+        return None
+
+
+def test_a_graph_is_captured_once_a_bucket_and_never_by_a_second_generate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(StandIn, "made", [])
+    model, ids = make_model(), torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    options = {"max_new_tokens": 9, "eos_token_id": None}
+    expected = model.generate(ids, **options)
+    monkeypatch.setattr(choose, "EXECUTORS", (Captured,))
+    for ahead in ((), ("cpu",)):
+        monkeypatch.setattr(module, "AHEAD_ON", ahead)
+        for _ in range(3):
+            assert torch.equal(model.generate(ids, **options), expected)
+            assert torch.equal(model.generate(ids[:2], **options), expected[:2])
+    assert sorted(StandIn.made) == [2, 4]
+    model.generate(ids[:1], **options)
+    assert sorted(StandIn.made) == [1, 2, 4]
