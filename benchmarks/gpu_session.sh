@@ -21,7 +21,7 @@ case " $* " in
             export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/gptkern_triton_cache}
             python3 benchmarks/gpu/archive.py "$archive" "$TRITON_CACHE_DIR"
         fi
-        python3 -c 'from gptkern import _C; raise SystemExit(not _C.has_cuda)' 2>/dev/null ||
+        python3 -c 'from gptkern._native import extension as e; raise SystemExit(e is None or not e.has_cuda)' 2>/dev/null ||
             GPTKERN_CUDA=1 GPTKERN_CUDA_ARCHS=${GPTKERN_CUDA_ARCHS:-90} python3 setup.py -q build_ext --inplace
         ;;
 esac
