@@ -13,6 +13,7 @@ from torch import nn
 
 import gptkern
 from gptkern import GPT, GPTConfig, _native, environment
+from gptkern.cli import doctor
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.base import Executor
 from gptkern.engine.executors.choose import EXECUTORS, Executors, choose
@@ -182,3 +183,15 @@ def test_the_choice_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pyt
         Executors(model, cache_of(model), 4)
     assert "the graph executor is passed over: the decode kernels run on CUDA devices" in caplog.text
     assert "decoding: the cpu executor runs" in caplog.text
+
+
+def test_doctor_names_the_executor_and_why_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    found = {finding.subject: finding for finding in doctor.examine()}["executor"]
+    assert found.verdict == "ok"
+    assert found.text.startswith("cpu; not persistent: the decode kernels run on CUDA devices")
+    monkeypatch.setattr(_native, "extension", SimpleNamespace(has_decoder=False))
+    (found,) = doctor._executor()
+    assert found.verdict == "fallback"
+    assert found.text.startswith("torch; ")
+    assert "not cpu: the CPU's decode step needs AVX2" in found.text

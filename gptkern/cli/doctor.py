@@ -59,7 +59,7 @@ def doctor(
 
 def examine() -> list[Finding]:
     """The report's lines, most important first."""
-    return [*_device(), *_kernels(), *_extension(), *_versions()]
+    return [*_device(), *_kernels(), *_extension(), *_executor(), *_versions()]
 
 
 def _device() -> Iterator[Finding]:
@@ -123,6 +123,23 @@ def _extension() -> Iterator[Finding]:
     else:
         verdict: Verdict = "fallback" if torch.cuda.is_available() else "note"
         yield Finding("sampler on CUDA", verdict, "not built: no nvcc was found when gptkern was installed")
+
+
+def _executor() -> Iterator[Finding]:
+    """Which executor decodes a model of floats on this machine, and why not the others."""
+    import torch
+
+    from gptkern.config import GPTConfig
+    from gptkern.engine.executors.choose import choose
+    from gptkern.model.decoder import Decoder
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = GPTConfig(vocab_size=8, n_positions=8, n_layer=1, n_head=1, n_embd=8)
+    model = Decoder(config).to(device)
+    chosen, passed = choose(model, model.dtype)
+    others = "".join(f"; not {other.executor.name}: {other.reason}" for other in passed)
+    slower = any(other.is_fallback for other in passed)
+    yield Finding("executor", "fallback" if slower else "ok", f"{chosen.name}{others}")
 
 
 def _versions() -> Iterator[Finding]:
