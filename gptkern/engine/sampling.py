@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gptkern._native import COUNTERS, IN_PROMPT, INFINITE, NAN, NOTHING_ALLOWED, PARAMETERS
-from gptkern.engine.options import OPTIONS
+from gptkern.engine.options import TABLE
 from gptkern.engine.processors import LogitsProcessor, processed, with_raw_logprobs
 from gptkern.engine.rules import RowRules, Rules, Verdict
 from gptkern.engine.settings import Settings
@@ -26,6 +26,7 @@ _REASONS = {
     NOTHING_ALLOWED: "the logits leave no token to choose: every one is -inf or barred",
 }
 _ALL_BARRED = "bad_words_ids, suppress_tokens and no_repeat_ngram_size bar every token there is"
+_OF_COLUMN = {option.column: option for option in TABLE if option.column is not None}
 _STEP = COUNTERS.index("step")
 
 
@@ -67,10 +68,12 @@ def _values(settings: Settings, vocab_size: int, n_logprobs: int) -> list[float]
     }
     greedy = NEUTRAL | {"temperature": 0.0}
     values: list[float] = []
-    for name in PARAMETERS:
-        idle = not settings.do_sample and name in OPTIONS and OPTIONS[name].draws
-        own = special[name] if name in special else getattr(settings, name)
-        values.append(float(greedy[name] if idle else own))
+    for column in PARAMETERS:
+        option = _OF_COLUMN.get(column)
+        if option is not None and option.draws and not settings.do_sample:
+            values.append(greedy[column])
+        else:
+            values.append(float(special[column] if column in special else getattr(settings, column)))
     return values
 
 
