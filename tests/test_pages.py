@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
+from gptkern import GPT
 from gptkern.config import GPTConfig
 from gptkern.engine.cache import CacheFullError, KVCache
 from gptkern.engine.pages import PagePool
 from gptkern.engine.prefix import PageKeys
+from gptkern.ops import _dispatch
 
 CONFIG = GPTConfig(vocab_size=11, n_positions=64, n_layer=1, n_head=1, n_embd=2)
 
@@ -195,6 +198,25 @@ def test_beams_copy_at_most_one_page_a_beam_and_step() -> None:
         grow(cache, [1] * 4)
         assert cache.copied_pages - copied <= 4
     assert cache.copied_pages > 4
+
+
+def test_generate_with_beams_copies_pages_and_not_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    torch.manual_seed(0)
+    model = GPT(CONFIG.replace(n_positions=256, n_embd=8, initializer_range=0.5)).eval()
+    copied: list[tuple[int, int]] = []
+    own_tail = KVCache._own_tail
+
+    def counted(cache: KVCache, row: Any) -> None:
+        copied.append((row.length, row.length % cache.page_size))
+        own_tail(cache, row)
+
+    monkeypatch.setattr(KVCache, "_own_tail", counted)
+    model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=200, num_beams=4, eos_token_id=None)
+    # At most one a beam and step; the last beam of a page writes in place, so that it is one fewer.
+    assert max(Counter(length for length, _ in copied).values()) <= 3
+    assert len(copied) > 10
+    assert all(tokens for _, tokens in copied)
 
 
 def test_sequences_may_swap_what_they_hold() -> None:

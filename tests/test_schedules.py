@@ -231,6 +231,7 @@ def test_random_schedules(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, e
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("plain_cpu")
 @pytest.mark.filterwarnings("ignore::gptkern.FallbackWarning")
 @pytest.mark.parametrize(
