@@ -13,7 +13,7 @@ import pytest
 from documents import ROOT, files
 
 FILES = files((ROOT / "docs" / "add-an-op.md").read_text())
-TABLES = "gptkern/ops/launch/sm*.toml"
+TABLES = "gptkern/ops/tables/sm*.toml"
 SIX = {"reference.py", "kernels.py", "launch.py", "register.py", "op.py", "cases.py"}
 
 

@@ -12,7 +12,7 @@ Table = dict[str, list[dict[str, Any]]]
 
 
 def text(table: Table, header: str) -> str:
-    """The table as ``gptkern/ops/launch/`` holds it: ``header``, then a block a row."""
+    """The table as ``gptkern/ops/tables/`` holds it: ``header``, then a block a row."""
     blocks = [
         "\n".join([f"[[{kernel}]]", *(f"{name} = {_value(value)}" for name, value in row.items())])
         for kernel, rows in table.items()

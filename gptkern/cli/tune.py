@@ -25,7 +25,7 @@ def tune(
     faster by more than the noise, gives the same results and compiles without a spill. Each row is
     written as soon as it is done: an interrupted run goes on where it stopped.
 
-    Nothing changes until you put the table in the package's place (gptkern/ops/launch/ in a checkout):
+    Nothing changes until you put the table in the package's place (gptkern/ops/tables/ in a checkout):
     its rows say where they were measured.
 
     Examples:

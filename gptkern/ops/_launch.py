@@ -1,6 +1,6 @@
 """Launching kernels: the launch table, one launch function, and a recorder of launches.
 
-Launch configurations are data, in ``launch/sm80.toml``, ``sm90.toml`` and ``sm100.toml``: per
+Launch configurations are data, in ``tables/sm80.toml``, ``sm90.toml`` and ``sm100.toml``: per
 kernel an ordered list of rows. A row's ``max_<name>`` keys and string keys say
 when it applies, the others are what is passed to the kernel. The first row that applies wins. There
 is no autotuning at run time: it would stall first calls, break graph capture and make results depend
@@ -156,7 +156,7 @@ def _serving(arch: int) -> int:
 
 def table_file(arch: int) -> Path:
     """The file of the launch table that serves ``arch``."""
-    return Path(str(resources.files(__package__).joinpath("launch", f"sm{_serving(arch)}.toml")))
+    return Path(str(resources.files(__package__).joinpath("tables", f"sm{_serving(arch)}.toml")))
 
 
 @functools.cache
@@ -216,7 +216,7 @@ def _row(kernel: str, arch: int, shape: tuple[tuple[str, Any], ...]) -> dict[str
                 for key, value in row.items()
                 if not key.startswith("max_") and key not in asked and key not in _NOTES
             }
-    raise ValueError(f"{kernel}: no launch row for {asked} on sm_{arch}; see gptkern/ops/launch/")
+    raise ValueError(f"{kernel}: no launch row for {asked} on sm_{arch}; see gptkern/ops/tables/")
 
 
 def config(kernel: str, device: torch.device, **shape: Any) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def test_rows_asked_for_are_remembered(table: dict[str, Any], monkeypatch: pytes
     ],
 )
 def test_the_table_of_an_architecture(arch: int, file: str) -> None:
-    path = Path(_launch.__file__).parent / "launch" / f"{file}.toml"
+    path = Path(_launch.__file__).parent / "tables" / f"{file}.toml"
     assert _launch.table(arch) == tomllib.loads(path.read_text())
 
 
