@@ -15,7 +15,6 @@ import sys
 import time
 
 import torch
-from rich.progress import Progress
 
 from gptkern.bench.suites import _models as models
 from gptkern.bench.suites.decode_step import filled
@@ -49,8 +48,8 @@ def soak(
     separate = GraphExecutor(model, caches[1])
     generator = torch.Generator().manual_seed(2)
     cycles, compared = -(-steps // cycle), 0
-    with Progress(disable=not sys.stderr.isatty()) as progress, torch.inference_mode():
-        for index in progress.track(range(cycles), description=f"{batch} sequences"):
+    with torch.inference_mode():
+        for index in range(cycles):
             count = min(cycle, steps - index * cycle)
             tokens = torch.randint(config.vocab_size, (count, batch), generator=generator).to(device)
             logits = _run(persistent, caches[0], tokens)
@@ -60,6 +59,7 @@ def soak(
                 if not torch.equal(logits, _run(separate, caches[1], tokens)):
                     raise ValueError(f"the steps from {index * cycle} on differ from separate launches")
                 compared += 1
+                print(f"{batch} sequences: {index * cycle + count} of {steps} steps", file=sys.stderr)
     return compared
 
 

@@ -59,6 +59,7 @@ constexpr Named<size_t> kCounters[] = {GPTKERN_COLUMN(RowCounter, seed), GPTKERN
 }  // namespace
 
 void export_constants(py::module_& module) {
+    module.attr("interface") = kInterface;
     module.attr("activations") = table(kActivations);
     module.attr("commits") = table(kCommits);
     module.attr("statuses") = table(kStatuses);

@@ -9,6 +9,7 @@ from gptkern.engine.executors.cpu_model import CpuModel
 from gptkern.ops.sample.launch import Drafts, Machine, Outputs
 from gptkern.ops.sample.params import SamplerState, SamplingParams
 
+interface: int
 has_cuda: bool
 cuda_archs: str
 max_vocab: int

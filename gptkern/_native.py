@@ -21,6 +21,19 @@ def _load() -> tuple[Any, ImportError | None]:
 
 extension, load_error = _load()
 
+# What Python passes to the extension: csrc/constants.h has the same number.
+_INTERFACE = 1
+_BUILD_AGAIN = "build the extension again, from the sources that gptkern's Python files come from"
+
+
+def _check_interface() -> None:
+    """Refuse an extension that takes other arguments, which would fail in the middle of a call."""
+    if extension is not None and (built := getattr(extension, "interface", 0)) != _INTERFACE:
+        raise ImportError(f"gptkern._C has interface {built}; {_INTERFACE} is needed: {_BUILD_AGAIN}")
+
+
+_check_interface()
+
 
 def _numbers(table: str, *names: str) -> dict[str, int]:
     """The extension's number of each name in one of its tables."""
@@ -29,8 +42,7 @@ def _numbers(table: str, *names: str) -> dict[str, int]:
     exported: dict[str, int] = getattr(extension, table, {})
     if set(exported) != set(names):
         raise ImportError(
-            f"gptkern._C has the {table} {', '.join(exported)}; {', '.join(names)} are needed: "
-            "build the extension again, from the sources that gptkern's Python files come from"
+            f"gptkern._C has the {table} {', '.join(exported)}; {', '.join(names)} are needed: {_BUILD_AGAIN}"
         )
     return exported
 

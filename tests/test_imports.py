@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +67,33 @@ def test_columns_follow_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "extension", None)
     assert _native._columns("rows", "a", "b") == ("a", "b")
     assert _native._number("max_vocab", 7) == 7
+
+
+def test_an_extension_that_takes_other_arguments_is_refused_in_one_line() -> None:
+    code = """
+import importlib.machinery, importlib.util, sys
+older = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("gptkern._C", None))
+sys.modules["gptkern._C"] = older
+import gptkern.cli
+sys.exit(gptkern.cli.run(["doctor"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"gptkern: gptkern._C has interface 0; {_C.interface} is needed: build the extension again, "
+        "from the sources that gptkern's Python files come from\n"
+    )
+
+
+def test_what_python_passes_to_the_extension_has_a_number() -> None:
+    """Where this fails, C++ reads something else: raise kInterface and _INTERFACE, note the new digest."""
+    names = []
+    for part in ("decode", "sampling"):
+        source = (Path(__file__).parent.parent / "csrc" / part / "bindings.cpp").read_text()
+        names += re.findall(r'(?:\bdef|py::arg|\.get)\("(\w+)"', source)
+    assert {"sample", "step", "machine", "workspace", "qkv"} < set(names)
+    digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
+    assert (_C.interface, digest) == (1, "02938f9ad8ed")
 
 
 def test_without_the_extension_sampling_falls_back_and_says_so() -> None:

@@ -47,6 +47,15 @@ def test_a_difference_is_found(
         script.soak(CONFIG, device, torch.float32, batch=1, steps=1)
 
 
+def test_no_package_is_needed_that_a_gpu_session_lacks() -> None:
+    """A checkout on a borrowed machine has torch and what torch brings, not the command line's packages."""
+    code = "import runpy, sys; sys.modules |= {'rich': None, 'typer': None}; runpy.run_path(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(SCRIPT)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it would start")
 def test_without_a_gpu_it_says_so() -> None:
     done = subprocess.run(
