@@ -403,6 +403,8 @@ class KVCache:
             CacheFullError: Too few free pages, or a sequence would pass ``max_len``.
         """
         rows = self._selected(new_lengths, sequences)
+        if all(map(self._has_room, rows, new_lengths)):
+            return
         demands = self._demands(rows, new_lengths)
         needed = sum(demand.pages for demand in demands)
         if needed > self._pool.available:
@@ -492,6 +494,14 @@ class KVCache:
         if min(new_lengths, default=0) < 0:
             raise ValueError(f"KVCache: lengths are {list(new_lengths)}; 0 or more is needed")
         return rows
+
+    def _has_room(self, row: _Row, new: int) -> bool:
+        """Whether a sequence has pages for so many more tokens that may be written as they are."""
+        size = self.page_size
+        if row.length + new > len(row.pages) * size:
+            return False
+        # Spare pages are nobody else's.
+        return row.length % size == 0 or self._pool.is_own(row.pages[row.length // size])
 
     def _demands(self, rows: list[_Row], new_lengths: Sequence[int]) -> list[_Demand]:
         """What ``reserve`` takes from the pool."""

@@ -154,7 +154,7 @@ class Engine:
             decode_tokens=decode.max_rows or 1 if decode.row_invariant else 1,
             prefix_cache=prefix_cache,
         )
-        self._launcher = Launcher(self.cache, self.executors, self._scheduler)
+        self._launcher = Launcher(self.cache, self.executors.prefill, self._scheduler)
         self._sampler = Sampler(model.config.vocab_size, model.device)
         self._version = WeightsVersion(model) if prefix_cache else None
         self._kv_cache_dtype = kv_cache_dtype
@@ -335,7 +335,6 @@ class Engine:
 
     def _step(self) -> None:
         self._follow_inbox()
-        self._refuse_changed()
         launch, self._launched = self._launched or self._launch(None), None
         self._events += self._ended(launch.expired, "deadline")
         launch = launch.without_finished()
@@ -358,9 +357,10 @@ class Engine:
             self._draft(self._decode.max_rows or 0)
 
     def _launch(self, ahead: tuple[Sequence[Row], torch.Tensor] | None) -> Launch:
+        self._refuse_changed()
         if self._version is not None and self._scheduler.waiting:
             self._scheduler.follow_weights(self._version.current())
-        return self._launcher.launch(time.monotonic(), ahead)
+        return self._launcher.launch(time.monotonic(), self._decode, ahead)
 
     def _follow_inbox(self) -> None:
         added, cancelled = self._inbox.take()
@@ -452,6 +452,8 @@ class Engine:
 
     def _draft(self, most: int) -> None:
         """Draft tokens for the next pass; rows that have some share alike what it has room for."""
+        if not any(copy.lookup for copy in self._copies.values()):
+            return
         rows = [c for c in self._copies.values() if c.row.state == "running" and c.row.generated]
         drafts: dict[Copy, list[int]] = {}
         for copy in rows:

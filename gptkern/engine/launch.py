@@ -9,7 +9,6 @@ import torch
 
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.base import Executor
-from gptkern.engine.executors.choose import Executors
 from gptkern.engine.rows import Rows
 from gptkern.engine.scheduler import Part, Row, Scheduler
 
@@ -56,55 +55,59 @@ class Launch:
 class Launcher:
     """Runs what the scheduler chooses."""
 
-    def __init__(self, cache: KVCache, executors: Executors, scheduler: Scheduler) -> None:
-        self._cache, self._executors, self._scheduler = cache, executors, scheduler
+    def __init__(self, cache: KVCache, prefill: Executor, scheduler: Scheduler) -> None:
+        self._device, self._prefill, self._scheduler = cache.device, prefill, scheduler
 
-    def launch(self, now: float, ahead: Ahead | None) -> Launch:
+    def launch(self, now: float, decode: Executor, ahead: Ahead | None) -> Launch:
         """Begin the next pass.
 
         Args:
             now: The engine's clock.
+            decode: Runs rows that have their prompt behind them.
             ahead: Rows whose last token is on the device alone, and these tokens.
         """
         chosen = self._scheduler.plan(now)
         decodes = [part for part in chosen.parts if part.start >= len(part.row.prompt)]
         prefills = [part for part in chosen.parts if part.start < len(part.row.prompt)]
         logits: list[torch.Tensor] = []
-        for executor, parts in ((self._executors.decode, decodes), (self._executors.prefill, prefills)):
-            if parts:
-                logits.append(executor.forward(self._rows(executor, parts, ahead)))
+        if decodes:
+            logits.append(decode.forward(self._rows(decodes, ahead)))
+        if prefills:
+            logits.append(self._prefill.forward(self._rows(prefills, None)))
         return self._launched(decodes + prefills, logits, chosen.expired)
 
     def _launched(self, parts: Sequence[Part], logits: Sequence[torch.Tensor], expired: list[Row]) -> Launch:
-        launch = Launch([], torch.empty(0), [], [], expired)
+        rows: list[Row] = []
+        drafts: list[list[int]] = []
+        unsettled: list[Part | None] = []
         positions: list[int] = []
         end = 0
         for part in parts:
-            draft, owners = list(part.row.draft) if part.samples else [], [part.row]
-            if draft:
-                part_to_settle: Part | None = part
-            else:
-                part_to_settle, owners = None, self._scheduler.computed(part)
+            draft, owners = part.row.draft if part.samples else [], [part.row]
+            if not draft:
+                owners = self._scheduler.computed(part)
             if not part.samples:
                 continue
             for row in owners:
                 positions += range(end, end + len(draft) + 1)
-                launch.rows.append(row)
-                launch.drafts.append(draft)
-                launch.parts.append(part_to_settle)
+                rows.append(row)
+                drafts.append(draft)
+                unsettled.append(part if draft else None)
             end += len(draft) + 1
         if not positions:
-            return launch
+            return Launch([], torch.empty(0), [], [], expired)
         joined = logits[0] if len(logits) == 1 else torch.cat(list(logits))
-        return replace(launch, logits=joined if positions == list(range(end)) else joined[positions])
+        if positions != list(range(end)):
+            joined = joined[positions]
+        return Launch(rows, joined, drafts, unsettled, expired)
 
-    def _rows(self, executor: Executor, parts: Sequence[Part], ahead: Ahead | None) -> Rows:
+    def _rows(self, parts: Sequence[Part], ahead: Ahead | None) -> Rows:
         sequences = [part.row.sequence for part in parts if part.row.sequence is not None]
         counts = [part.count for part in parts]
         wanted = [len(part.row.draft) + 1 if part.samples else 0 for part in parts]
-        if ahead is None or executor is not self._executors.decode:
+        if ahead is None:
             tokens = [token for part in parts for token in part.row.tokens(part.start, part.count)]
-            return Rows(sequences, counts, torch.tensor(tokens, device=self._cache.device), wanted)
+            return Rows(sequences, counts, torch.tensor(tokens, device=self._device), wanted)
         return Rows(sequences, counts, self._tokens_ahead(parts, ahead), wanted)
 
     def _tokens_ahead(self, parts: Sequence[Part], ahead: Ahead) -> torch.Tensor:
@@ -121,8 +124,8 @@ class Launcher:
                 tokens.append(0)
             else:
                 tokens += part.row.tokens(part.start, part.count)
-        flat = torch.tensor(tokens, device=self._cache.device)
+        flat = torch.tensor(tokens, device=self._device)
         if places:
-            to, taken = torch.tensor(places, device=self._cache.device).unbind(1)
+            to, taken = torch.tensor(places, device=self._device).unbind(1)
             flat[to] = drawn[taken]
         return flat

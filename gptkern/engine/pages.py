@@ -58,6 +58,10 @@ class PagePool:
         """How many sequences hold a page."""
         return self._holders[page]
 
+    def is_own(self, page: int) -> bool:
+        """Whether one sequence alone holds a page and no key leads to it, so that it may be written."""
+        return self._holders[page] == 1 and page not in self._key_of
+
     def take(self, count: int, after: int | None = None) -> list[int]:
         """Give a sequence ``count`` pages that nobody held, next to each other as far as that is possible.
 

@@ -88,5 +88,5 @@ class RowTable:
             self._lengths = lengths
 
     def advanced(self, rows: int) -> None:
-        """Note that a launch added 1 to the first ``rows`` lengths on the device."""
+        """Note that a pass added 1 to the first ``rows`` lengths on the device."""
         self._lengths = [length + 1 for length in self._lengths[:rows]]

@@ -7,7 +7,8 @@ rows stand beside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -17,7 +18,8 @@ from gptkern.engine.processors import LogitsProcessor, processed, with_raw_logpr
 from gptkern.engine.rules import RowRules, Rules, Verdict
 from gptkern.engine.settings import Settings
 from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, sample
-from gptkern.ops.sample.launch import serves
+from gptkern.ops.sample.launch import Outputs, sample_outputs, serves
+from gptkern.ops.sample.op import sample_into
 from gptkern.sampler_columns import NEUTRAL
 
 _REASONS = {
@@ -125,8 +127,7 @@ def row_keys(settings: Settings, prompts: int) -> list[tuple[int, int]]:
     return [(seed, row) for row in rows]
 
 
-@dataclass(frozen=True)
-class RowDraw:
+class RowDraw(NamedTuple):
     """A row's new tokens, on the host.
 
     Attributes:
@@ -165,7 +166,11 @@ class Drawn:
     def read(self) -> list[RowDraw]:
         """Wait for the device, and let drafts that held count as drawn. To be called once."""
         sampled = self._sampled
-        tokens, statuses = torch.stack([sampled.tokens, sampled.status.long()]).tolist()
+        if sampled.tokens.device.type == "cpu":
+            tokens, statuses = sampled.tokens.tolist(), sampled.status.tolist()
+        else:
+            # Both at once: each reading waits for the device.
+            tokens, statuses = torch.stack([sampled.tokens, sampled.status.long()]).tolist()
         logprobs = None if sampled.logprobs is None else sampled.logprobs.tolist()
         top = None if sampled.top_logprobs is None else [part.tolist() for part in sampled.top_logprobs]
         draws: list[RowDraw] = []
@@ -215,10 +220,14 @@ class Sampler:
         self._rows: list[SamplerRow] = []
         self._params: SamplingParams
         self._state: SamplerState
+        # Where the extension writes, from draw to draw of the same rows: it is read before the next one.
+        self._outputs: Outputs | None = None
+        # Whether one of the rows has rules that depend on its tokens, or processors.
+        self._ruled = self._processed = False
 
     def draw(
         self,
-        rows: Sequence[SamplerRow],
+        rows: list[SamplerRow],
         logits: torch.Tensor,
         drafts: Sequence[Sequence[int]] | None = None,
     ) -> Drawn:
@@ -235,27 +244,38 @@ class Sampler:
             # The sampler takes no float64; transformers draws in at most fp32 too.
             logits = logits.float()
         drafts = [()] * len(rows) if drafts is None else drafts
-        params, state = (self._params, self._state) if not any(drafts) else self._expanded(drafts)
+        drafted = any(drafts)
+        params, state = self._expanded(drafts) if drafted else (self._params, self._state)
         failures: dict[int, Exception] = {}
         raw = logits
-        logits, places = processed(rows, raw, drafts, failures)
-        if any(row.rules is not None for row in rows):
-            params = self._ruled(params, rows, drafts, failures)
-        sampled = _sample(logits, params, state)
-        if state is self._state and logits.device.type != "cuda" and bool(sampled.status.any()):
+        places: list[int] = []
+        if self._processed:
+            logits, places = processed(rows, raw, drafts, failures)
+        if self._ruled:
+            params = self._with_rules(params, rows, drafts, failures)
+        if serves(logits):
+            outputs = None if drafted else self._outputs
+            if outputs is None:
+                outputs = sample_outputs(logits, params.max_logprobs)
+            if not drafted:
+                self._outputs = outputs
+            sampled = sample_into(outputs, logits, params, state=state)
+        else:
+            sampled = _sample_by_pytorch(logits, params, state)
+        if not drafted and logits.device.type != "cuda" and any(sampled.status.tolist()):
             # On a CPU one bad row keeps every row from being counted.
             rest = zip(sampled.tokens.tolist(), sampled.status.tolist(), strict=True)
             self._advance([[] if status else [token] for token, status in rest])
         sampled = with_raw_logprobs(sampled, raw, places)
-        return Drawn(self, list(rows), drafts, sampled, failures)
+        return Drawn(self, self._rows, drafts, sampled, failures)
 
     def forget(self) -> None:
         """Take the device's state for unknown: draws were made that nobody read."""
         self._rows = []
 
-    def _arrange(self, rows: Sequence[SamplerRow]) -> None:
-        """Bring parameters and state of these rows together, the device's where it has them."""
-        if len(rows) == len(self._rows) and all(map(_is, rows, self._rows)):
+    def _arrange(self, rows: list[SamplerRow]) -> None:
+        """Bring together all that follows from which rows these are; their state where the device has it."""
+        if rows == self._rows:
             return
         own = [row.params for row in rows]
         asked = [p.top_logprobs for p in own if p.top_logprobs is not None]
@@ -271,6 +291,9 @@ class Sampler:
         before = {id(row): place for place, row in enumerate(self._rows)}
         stay = [(place, before[id(row)]) for place, row in enumerate(rows) if id(row) in before]
         self._state = self._moved(rows, stay)
+        self._outputs = None
+        self._ruled = any(row.rules is not None for row in rows)
+        self._processed = any(row.processors for row in rows)
         self._rows = list(rows)
 
     def _moved(self, rows: Sequence[SamplerRow], stay: Sequence[tuple[int, int]]) -> SamplerState:
@@ -293,7 +316,7 @@ class Sampler:
                 _count(state.counts[place : place + 1], [row.generated])
         return state
 
-    def _ruled(
+    def _with_rules(
         self,
         params: SamplingParams,
         rows: Sequence[SamplerRow],
@@ -342,10 +365,6 @@ def padded(
     return torch.tensor(filled, dtype=dtype, device=device)
 
 
-def _is(one: SamplerRow, other: SamplerRow) -> bool:
-    return one is other
-
-
 def _signed(number: int) -> int:
     """64 bits as torch holds them."""
     return (number + 2**63) % 2**64 - 2**63
@@ -376,10 +395,8 @@ def _chosen(
     return params, SamplerState(state.counters[rows], some(state.counts))
 
 
-def _sample(logits: torch.Tensor, params: SamplingParams, state: SamplerState) -> Sampled:
+def _sample_by_pytorch(logits: torch.Tensor, params: SamplingParams, state: SamplerState) -> Sampled:
     """Draw; a row that cannot be drawn gets a status, and no error."""
-    if serves(logits):
-        return sample(logits, params, state=state, validate=False)
     try:
         return sample(logits, params, state=state)
     except ValueError:

@@ -99,7 +99,7 @@ class Row:
         return tokens
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Part:
     """One row's share of a pass.
 
@@ -174,6 +174,8 @@ class Scheduler:
         # Both sorted by ``order``.
         self._waiting: list[Row] = []
         self._running: list[Row] = []
+        # Those that have a deadline and have not ended.
+        self._timed: set[Row] = set()
 
     @property
     def waiting(self) -> list[Row]:
@@ -209,6 +211,7 @@ class Scheduler:
         first, *others = rows
         first.followers = list(others)
         bisect.insort(self._waiting, first, key=_order)
+        self._timed.update(row for row in rows if row.deadline is not None)
 
     def follow_weights(self, version: int) -> None:
         """Find no page again that was computed with other weights."""
@@ -218,11 +221,13 @@ class Scheduler:
 
     def plan(self, now: float) -> Pass:
         """Choose the next pass, and reserve the pages that it needs."""
-        expired = [row for row in self._all() if row.deadline is not None and row.deadline <= now]
+        expired = self._expired(now) if self._timed else []
         for row in expired:
             self.finish(row)
         preempted: list[Row] = []
         parts = self._decodes(preempted)
+        if len(parts) == len(self._running) and not self._waiting:
+            return Pass(parts, expired, preempted)
         budget = self._chunk
         for row in self._unfilled(preempted):
             if not self._prefilling(row):
@@ -255,6 +260,8 @@ class Scheduler:
         self._remember(row)
         if row.computed < len(row.prompt):
             return [row]
+        if not row.followers:
+            return [row]
         followers = [follower for follower in row.followers if follower.state == "running"]
         row.followers = []
         if followers:
@@ -277,6 +284,7 @@ class Scheduler:
         for member in group:
             self._release(member)
             member.state, member.followers = "finished", []
+        self._timed.difference_update(group)
         return group
 
     def start_over(self, rows: Sequence[Row]) -> None:
@@ -286,39 +294,40 @@ class Scheduler:
             row.state, row.ahead, row.followers = "waiting", 0, []
         self._waiting, self._running = sorted(rows, key=_order), []
 
-    def _all(self) -> list[Row]:
-        return [member for row in (*self._running, *self._waiting) for member in (row, *row.followers)]
+    def _expired(self, now: float) -> list[Row]:
+        """Rows whose deadline has passed, those that run first, in order."""
+        rows = [member for row in (*self._running, *self._waiting) for member in (row, *row.followers)]
+        return [row for row in rows if row.deadline is not None and row.deadline <= now]
 
     def _decodes(self, preempted: list[Row]) -> list[Part]:
         """The parts of rows that have their prompt behind them, with pages for all their tokens."""
         rows = [row for row in self._running if not self._prefilling(row)]
-        if not self._reserved(rows):
-            for row in rows:
-                self._make_room(row, preempted)
+        parts = list(map(self._decode, rows))
+        if self._reserved(parts):
+            return parts
+        for row in rows:
+            self._make_room(row, preempted)
         return [self._decode(row) for row in rows if row.sequence is not None]
 
     def _decode(self, row: Row) -> Part:
-        count = self._decode_count(row)
-        return Part(row, row.computed, count, False, row.computed + count >= row.total)
-
-    def _decode_count(self, row: Row) -> int:
-        """Tokens of a row's next part behind its prompt: the last one and its draft, or some taken again."""
+        """A row's next part behind its prompt: its last token and its draft, or some tokens taken again."""
         again = row.total - row.computed - 1
-        return min(again, self._decode_tokens) if again else 1 + len(row.draft)
+        count = min(again, self._decode_tokens) if again else 1 + len(row.draft)
+        return Part(row, row.computed, count, False, not again)
 
     def _make_room(self, row: Row, preempted: list[Row]) -> None:
         """Reserve a row's next pages; the last in the order, at the end itself, gives way while they lack."""
-        while row.sequence is not None and not self._reserved([row]):
+        while row.sequence is not None and not self._reserved([self._decode(row)]):
             if row.draft:
                 row.draft = []
             else:
                 preempted.append(self._running[-1])
                 self._give_way(self._running[-1])
 
-    def _reserved(self, rows: Sequence[Row]) -> bool:
-        counts = [self._decode_count(row) for row in rows]
+    def _reserved(self, parts: Sequence[Part]) -> bool:
+        sequences = [part.row.sequence for part in parts if part.row.sequence is not None]
         try:
-            self._cache.reserve(counts, [row.sequence for row in rows if row.sequence is not None])
+            self._cache.reserve([part.count for part in parts], sequences)
         except CacheFullError:
             return False
         return True

@@ -26,6 +26,9 @@ EXECUTORS: tuple[type[Executor], ...] = (PersistentExecutor, GraphExecutor, CpuE
 _LAYERS = "the model's layers one by one"
 _log = logging.getLogger("gptkern")
 
+# Dtype, device and quantisation.
+Weights = tuple[torch.dtype, torch.device, str | None]
+
 
 @dataclass(frozen=True)
 class PassedOver:
@@ -89,8 +92,8 @@ class Executors:
         weights = _weights_of(self._model)
         if weights != self._weights:
             raise RuntimeError(
-                f"GPT: weights changed while generation was under way: they were {self._weights}, "
-                f"they are {weights}"
+                f"GPT: weights changed while generation was under way: they were {_in_words(self._weights)}, "
+                f"they are {_in_words(weights)}"
             )
         autocast = torch.is_autocast_enabled(self._model.device.type)
         if self._watch.stirred() or autocast != self._autocast or self._decode is None:
@@ -123,10 +126,15 @@ class Executors:
         return kind(self._model, self._cache)
 
 
-def _weights_of(model: Decoder) -> str:
-    """Dtype, device and quantisation in words."""
-    quantised = "" if model.quantization is None else f" quantised as {model.quantization.format}"
-    return f"{model.dtype} on {model.device}{quantised}"
+def _weights_of(model: Decoder) -> Weights:
+    # One walk to the weight: this is asked in every pass, and each step of a walk costs a microsecond.
+    weight, quantised = model.transformer.wte.weight, model.quantization
+    return weight.dtype, weight.device, None if quantised is None else quantised.format
+
+
+def _in_words(weights: Weights) -> str:
+    dtype, device, quantised = weights
+    return f"{dtype} on {device}" + (f" quantised as {quantised}" if quantised else "")
 
 
 def routes(model: Decoder) -> Iterator[Route]:

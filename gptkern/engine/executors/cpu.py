@@ -83,8 +83,12 @@ class CpuExecutor(TableExecutor):
         return unserved(model, dtype)
 
     def _launch(self, tokens: torch.Tensor, places: Sequence[tuple[list[int], int]]) -> torch.Tensor:
-        self._table.lay(places)
-        return self.logits(tokens, self._table.storage.page_table, self._table.lengths)
+        table, rows = self._table, len(places)
+        table.lay(places)
+        logits = self.logits(tokens, table.storage.page_table, table.lengths)
+        table.lengths[:rows] += 1
+        table.advanced(rows)
+        return logits
 
     def logits(self, tokens: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Logits after ``tokens``, whose keys and values are written; the cache's lengths stay.

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from gptkern._native import KEEP_STATE, MAX_VOCAB_TOP_K
+from gptkern._native import COMMIT, KEEP_STATE, MAX_VOCAB_TOP_K
 from gptkern.ops import _checks
 from gptkern.ops.sample import checks, fallback, launch, reference, register  # noqa: F401  (torch.ops.gptkern)
 from gptkern.ops.sample.launch import Drafts, Outputs
@@ -108,6 +108,21 @@ def sample(
     outputs = launch.sample_outputs(logits, width)
     launch.sample_and_commit("sample", logits, params, state, outputs, validate)
     return _sampled(width, outputs)
+
+
+def sample_into(
+    outputs: Outputs, logits: torch.Tensor, params: SamplingParams, *, state: SamplerState
+) -> Sampled:
+    """``sample`` for every pass of a batch: into tensors that were made once, with no check in Python.
+
+    A row that cannot be sampled gets a status; on a CPU no row's state changes then.
+
+    Args:
+        outputs: ``launch.sample_outputs`` of such logits and ``params.max_logprobs``.
+        logits: Logits that ``launch.serves``.
+    """
+    launch.sample(logits, params, state, outputs, COMMIT)
+    return _sampled(params.max_logprobs, outputs)
 
 
 def sampling_probs(logits: torch.Tensor, params: SamplingParams, *, state: SamplerState) -> torch.Tensor:
