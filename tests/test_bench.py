@@ -463,6 +463,31 @@ def test_the_machine_codes_changes_are_told_kernel_by_kernel(tmp_path: Path) -> 
         inspect.load(path)
 
 
+def test_saving_a_named_op_replaces_its_rows_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [_report(op="gelu_mlp"), _report(arch=80), _report(), _report(op="rms_norm")]
+    path = tmp_path / "baseline.json"
+    inspect.save(before, path)
+    found = [_report(registers=96), _report(registers=80)]
+    monkeypatch.setattr(inspect, "compiled", lambda *_, **__: found)
+    save = ["inspect", "linear", "--arch", "90", "--save", str(path)]
+    assert gptkern.cli.run(save) == 0
+    assert inspect.load(path)[0] == [*before[:2], *found, before[3]]
+    path.write_text(path.read_text().replace(triton.__version__, "0.1"))
+    code, text = _failure(capsys, *save)
+    assert code == 1 and "was compiled by triton 0.1" in text
+    assert gptkern.cli.run(["inspect", "--save", str(path)]) == 0
+    assert inspect.load(path) == (found, triton.__version__)
+
+
+def test_compiling_tells_which_op_it_has_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect._aot, "reports", lambda op, *_: iter([_report(op=op)]))
+    told: list[str] = []
+    inspect.compiled(["linear", "rms_norm"], (90,), progress=told.append)
+    assert told == ["compiling linear (1 of 2)", "compiling rms_norm (2 of 2)"]
+
+
 def test_floors_follow_from_the_datasheet() -> None:
     line = next(line for line in inspect.floors(["layer_norm"], 90) if "layer_norm/16384x768/bf" in line)
     # 2 x 16384 x 768 x 2 bytes at 3.35 TB/s

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -78,6 +78,14 @@ def load(path: Path) -> tuple[list[Report], str]:
         raise ValueError(f"{path}: not a report of gptkern inspect: {failure}") from failure
 
 
+def merged(old: Iterable[Report], new: Iterable[Report]) -> list[Report]:
+    """``old`` with the reports of ``new``'s operations and architectures replaced by ``new``'s."""
+    found = list(new)
+    covered = {(report.op, report.arch) for report in found}
+    kept = [report for report in old if (report.op, report.arch) not in covered]
+    return sorted(kept + found, key=lambda report: (report.op, report.arch))
+
+
 def diff(old: Iterable[Report], new: Iterable[Report]) -> list[str]:
     """The changes in the generated code, a line for each kernel; empty where there are none.
 
@@ -105,11 +113,16 @@ def _changes(old: Report, new: Report) -> str:
 
 
 def compiled(
-    ops: Sequence[str], archs: tuple[int, ...], most: int | None = None, per: str = "binary"
+    ops: Sequence[str],
+    archs: tuple[int, ...],
+    most: int | None = None,
+    per: str = "binary",
+    progress: Callable[[str], None] | None = None,
 ) -> list[Report]:
     """Compile these ops, or all, for these architectures; ``most`` kernels of each op.
 
     ``per`` says of what there is one report: ``binary``, ``row`` (of the launch table, by dtype), ``kernel``.
+    ``progress`` is told each op before it is compiled.
 
     Raises:
         ValueError: There is no such op or architecture, or a case launches nothing.
@@ -121,7 +134,12 @@ def compiled(
     for arch in archs:
         if arch not in _launch.ARCHS:
             raise ValueError(f"inspect: no launch table serves sm_{arch}; there are {_launch.ARCHS}")
-    found = {op: list(islice(_aot.reports(op, archs, per), most)) for op in ops or known}
+    found: dict[str, list[Report]] = {}
+    asked = list(ops or known)
+    for number, op in enumerate(asked, 1):
+        if progress is not None:
+            progress(f"compiling {op} ({number} of {len(asked)})")
+        found[op] = list(islice(_aot.reports(op, archs, per), most))
     for op in ops:
         if not found[op]:
             raise ValueError(f"inspect: {op} has no case for {', '.join(f'sm_{arch}' for arch in archs)}")

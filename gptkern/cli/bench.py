@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptkern.bench.suites import SUITES
 from gptkern.cli import _options as o
 from gptkern.cli import terminal
 from gptkern.durable import make_folder
@@ -48,8 +49,7 @@ def bench(
     First the machine's ceilings are measured: the rate of a large copy, and of a large matrix product.
     Every provider's result is checked against a float64 reference before it is timed.
 
-    Suites: layer_norm, rms_norm, flash_attention, linear, gelu_mlp, linear_cross_entropy,
-    decode_attention, sample, prefill, decode_step, generate, train_step.
+    Suites: {suites}.
 
     Examples:
 
@@ -84,6 +84,10 @@ def bench(
         if find_spec("matplotlib") is None:
             terminal.tell("no pictures, which need matplotlib: pip install 'gptkern[bench]'")
     return 0
+
+
+# The list of suites is written once, where they are.
+bench.__doc__ = (bench.__doc__ or "").replace("{suites}", ", ".join(SUITES))
 
 
 def _measured(names: list[str], device: object, quick: bool) -> Results:

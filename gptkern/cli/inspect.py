@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gptkern.cli import terminal
+
+if TYPE_CHECKING:
+    from gptkern.bench.inspect import Report
 
 
 class Per(Enum):
@@ -31,7 +35,12 @@ def inspect(
         Per, typer.Option(help="Report every different binary, every launch row, or every kernel.")
     ] = Per.BINARY,
     diff: Annotated[Path | None, typer.Option(help="Print only the differences from this report.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the report as JSON. With ops named, a report that is there keeps its other ops."
+        ),
+    ] = None,
     floor: Annotated[
         bool, typer.Option("--floor", help="Print each problem's bytes, operations and least time, too.")
     ] = False,
@@ -52,6 +61,9 @@ def inspect(
 
     - `gptkern inspect --save before.json`, change a kernel, `gptkern inspect --diff before.json`
 
+    - `gptkern inspect linear --per row --arch 80 --arch 90 --arch 100 --save benchmarks/machine_code.json`
+      replaces linear's rows of the baseline, and no others
+
     - `gptkern inspect --per row --arch 80 --arch 90 --arch 100 --diff benchmarks/machine_code.json`
       compares a checkout with the baseline that it carries
     """
@@ -62,8 +74,9 @@ def inspect(
 
     archs = tuple(arch or _launch.ARCHS)
     before = None if diff is None else report.load(diff)
+    kept = _kept(save, triton.__version__) if ops and save is not None else []
     floors = {each: report.floors(ops or [], each) for each in archs} if floor else {}
-    found = report.compiled(ops or [], archs, per=per.value)
+    found = report.compiled(ops or [], archs, per=per.value, progress=_tell)
     lines: list[str] = []
     if json_:
         lines = [] if before is None else report.diff(before[0], found)
@@ -79,5 +92,28 @@ def inspect(
         print(f"\nleast times on sm_{each} ({report.NAMES[each]}, by datasheet)")
         print("\n".join(times))
     if save is not None:
-        report.save(found, save)
+        report.save(report.merged(kept, found), save)
     return int(bool(lines) or any(item.problems for item in found))
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _kept(path: Path, version: str) -> list[Report]:
+    """The reports that are in ``path`` already, none where there is no such file.
+
+    Raises:
+        ValueError: The file is no report, or another version of Triton compiled it.
+    """
+    from gptkern.bench import inspect as report
+
+    if not path.exists():
+        return []
+    reports, compiled_by = report.load(path)
+    if compiled_by != version:
+        raise ValueError(
+            f"inspect: {path} was compiled by triton {compiled_by}, this is {version}: one report holds one "
+            "version's code. Name no op, to write it anew, or another file"
+        )
+    return reports

@@ -87,11 +87,15 @@ def _uses_kernel(tensor: torch.Tensor) -> bool:
 
 
 def traced(tensor: torch.Tensor) -> bool:
-    """Whether a call on ``tensor`` has shapes and no values: the registered op then takes it.
+    """Whether the registered op takes a call on ``tensor``, as its arguments hold no memory to launch on.
 
-    So it is under ``torch.compile``, of fake tensors, and of meta tensors where no launches are recorded.
+    So it is under ``torch.compile``, of fake tensors, of meta tensors where no launches are recorded, and
+    under ``torch.vmap``, which calls the registered op for each sample.
     """
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return True
+    # The stack holds the running vmap: any argument may be the mapped one, not ``tensor`` alone.
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return tensor.device.type == "meta" and not _launch.recording()
 

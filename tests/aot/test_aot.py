@@ -53,7 +53,8 @@ def test_launch_rows_compile(op: str) -> None:
     done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (
         f"{done.stdout}\n{done.stderr[-4000:]}\n"
-        f"Where the change is meant: gptkern inspect --per row {' '.join(archs)} --save {BASELINE.name}"
+        f"Where the change is meant: gptkern inspect {op} --per row {' '.join(archs)} "
+        f"--save {BASELINE.relative_to(ROOT)}"
     )
 
 

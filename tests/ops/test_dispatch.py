@@ -77,6 +77,29 @@ def test_needs_grad_follows_grad_mode() -> None:
         assert not _dispatch.needs_grad(X, weight)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0)])
+def test_vmap_runs_the_kernel_for_each_sample(mapped: tuple[int | None, int | None]) -> None:
+    """Whichever argument is mapped, results and gradients are those of one call a sample."""
+    x, weight = torch.randn(3, 5, 17, requires_grad=True), torch.randn(3, 17, requires_grad=True)
+    given = [t if dim == 0 else t[0] for t, dim in zip((x, weight), mapped, strict=True)]
+    names, observed = _launches()
+    with observed:
+        got = torch.vmap(layer_norm, in_dims=mapped)(*given)
+    assert names == ["norm_forward_kernel"] * 3
+    calls = [[t if dim is None else t[i] for t, dim in zip(given, mapped, strict=True)] for i in range(3)]
+    expected = torch.stack([layer_norm(*call) for call in calls])
+    assert torch.equal(got, expected)
+    grad = torch.randn_like(got)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, (x, weight), grad),
+        torch.autograd.grad(expected, (x, weight), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_autocast_dtype() -> None:
     assert _dispatch.autocast_dtype(X) is None
     with torch.autocast("cpu", torch.bfloat16):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the command's help names the suites, and loads no torch for that
+    import torch
 
-from gptkern.bench.problem import Problem
+    from gptkern.bench.problem import Problem
 
 OPS = (
     "layer_norm",
