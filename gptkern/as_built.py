@@ -1,9 +1,9 @@
-"""Whether modules are as they were built: the one check before anything computes from weights alone.
+"""The one check before anything computes from weights alone: are modules as they were built?
 
-A fused op or a decode step reads a module's weights and never calls the module. That is right only where a
+A fused op or an executor reads a module's weights and never calls the module. That is right only where a
 call would do no more than that: no hook, no ``forward`` of an instance's own, no layer of somebody else's in
-its place, no number other than the config's. ``untouched`` asks this of one layer, on each pass;
-``Blueprint.difference`` of a whole model, when a generation begins; ``Watch`` says when to ask again.
+its place, no number other than the config's. ``untouched`` checks one layer, on each pass;
+``Blueprint.difference`` checks a whole model, when a generation begins; ``Watch`` says when to check again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS: list[dict[int, Any]] = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
 _PLAIN = (int, float, bool, str, tuple, type(None), types.FunctionType, types.BuiltinFunctionType)
-# Dropout is off while decoding, and a training pass reads its probability from the module; the rest says
-# nothing of what a module computes.
+# Attributes that may differ: dropout is off while decoding, and a training pass reads its probability from
+# the module; the others do not change what a module computes.
 _FREE = {"p", "inplace", "embd_pdrop", "resid_pdrop", "training", "gradient_checkpointing", "name_or_path"}
 
 Hook = Callable[..., Any]
@@ -32,12 +32,12 @@ T = TypeVar("T")
 
 
 def untouched(module: nn.Module, *forwards: Any) -> bool:
-    """Whether a call of ``module`` runs one of ``forwards`` and nothing beside it.
+    """True if a call of ``module`` runs one of ``forwards`` and nothing else.
 
     Args:
-        forwards: Functions, taken from their classes when gptkern was imported, so that one that was put into
-            its class's place since is found too. A parametrised layer has its class's function still: its
-            ``weight`` may be read and not its parameter.
+        forwards: Functions, taken from their classes when gptkern was imported, so that a function assigned
+            to the class since then is noticed too. A parametrised layer still has its class's function:
+            read its ``weight``, not its parameter.
     """
     return (
         type(module).forward in forwards
@@ -52,7 +52,7 @@ def own_method(module: nn.Module, names: Collection[str]) -> str | None:
     """The first of ``names`` under which the instance has something other than its class, or None."""
     for name in names:
         own = module.__dict__.get(name)
-        # A method that somebody put aside and back again is the class's after all.
+        # A method of the class that somebody stored in the instance is no other method.
         if own is not None and getattr(own, "__func__", None) is not getattr(type(module), name):
             return name
     return None
@@ -64,12 +64,12 @@ def _methods(cls: type) -> frozenset[str]:
 
 
 def forwards_of(cls: type) -> tuple[Any, ...]:
-    """The ``forward`` of a class and of each of its bases; None of one that has none."""
+    """The ``forward`` of a class and of each of its bases; None for a class without one."""
     return tuple(vars(base).get("forward") for base in cls.__mro__)
 
 
 class _Unset(TorchFunctionMode):
-    """Leaves tensors as they were allocated: most of a model's construction is drawing its first weights."""
+    """A mode in which initialisation does nothing: it takes most of the time of building a model."""
 
     _SKIPPED: ClassVar = {
         *(torch.nn.init.normal_, torch.nn.init.uniform_, torch.nn.init.kaiming_uniform_),
@@ -83,14 +83,14 @@ class _Unset(TorchFunctionMode):
 
 
 def skeleton(make: Callable[[], T]) -> T:
-    """What ``make`` builds, on the meta device: modules and shapes without weights."""
+    """The result of ``make`` on the meta device: modules and shapes without weights."""
     with torch.device("meta"), _Unset():
         return make()
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One module as built: its place, the classes it may be of, its numbers and its parameters' shapes."""
+    """One module as built: its place, the classes it may have, its numbers and its parameters' shapes."""
 
     path: str
     name: str
@@ -103,15 +103,15 @@ class _Part:
 
 
 class Blueprint:
-    """What the modules of a model are when it has just been built.
+    """The modules of a model that has just been built, for comparison with a model in use.
 
     Args:
-        built: Such a model, on any device.
-        instead: Of a class, those that may stand in its place and compute the same.
-        forwards: Of a class, ``forwards_of`` it before anybody could have put another there.
-        harmless: Tells hooks that have no effect on what is computed.
+        built: The new model, on any device.
+        instead: For a class, other classes that may stand in its place and compute the same.
+        forwards: For a class, its ``forwards_of`` from before anybody could have assigned another.
+        harmless: A function that is True for a hook without effect on what is computed.
 
-    Of the root, only hooks and children are looked at: its class, methods and numbers are the caller's.
+    Only the hooks and children of the root are compared: its class, methods and numbers are the caller's.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Blueprint:
             )
 
     def difference(self, model: nn.Module) -> str | None:
-        """The first thing in which ``model`` is not as built, in words; None: it is, throughout."""
+        """The first difference between ``model`` and the model as built, in words; None if there is none."""
         if any(_GLOBAL_HOOKS):
             return "a hook of all modules is registered"
         found: list[nn.Module] = []
@@ -153,7 +153,7 @@ class Blueprint:
             found.append(module)
             reason = self._hooked(module)
             if part.path and reason is None:
-                reason = _own(module) or _other(module, part, forwards)
+                reason = _replaced_method(module) or _part_difference(module, part, forwards)
             if reason:
                 return f"{part.path or 'the model'} {reason}"
             if len(module._modules) > part.children:
@@ -168,7 +168,7 @@ class Blueprint:
         return None
 
 
-def _own(module: nn.Module) -> str | None:
+def _replaced_method(module: nn.Module) -> str | None:
     kind: type = type(module)
     methods = _methods(kind)
     if methods.isdisjoint(module.__dict__):
@@ -177,8 +177,8 @@ def _own(module: nn.Module) -> str | None:
     return own and f"has a {own} of its own"
 
 
-def _other(module: nn.Module, part: _Part, forwards: dict[type, tuple[Any, ...]]) -> str | None:
-    """In what ``module`` is not what ``part`` says; ``forwards`` remembers those of classes."""
+def _part_difference(module: nn.Module, part: _Part, forwards: dict[type, tuple[Any, ...]]) -> str | None:
+    """The first difference between ``module`` and ``part``; ``forwards`` caches ``forwards_of`` classes."""
     kind, inside = type(module), module.__dict__
     if kind not in part.kinds:
         return f"is a {kind.__name__} that was put in"
@@ -190,7 +190,7 @@ def _other(module: nn.Module, part: _Part, forwards: dict[type, tuple[Any, ...]]
         now = inside.get(name, value)
         if now is not value and now != value:
             return f"has {name} {now!r}, where the config gives {value!r}"
-    # A layer that only stands in for one keeps its matrix in its own way.
+    # A substitute of another class may store its matrix in its own way.
     if module._parameters and issubclass(kind, part.kind):
         shapes = _shapes(module)
         if shapes != part.shapes:
@@ -205,9 +205,9 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 class Watch:
-    """Whether a model's modules have stirred since; a few microseconds a question.
+    """A cheap detector of changes in a model's modules: a few microseconds a call.
 
-    It sees forward hooks, modules put in another's place and anything new in an instance, such as a
+    It notices forward hooks, modules that replace others and any new attribute of an instance, such as a
     ``forward``.
     """
 
@@ -220,7 +220,7 @@ class Watch:
         self._before = self._now()
 
     def stirred(self) -> bool:
-        """Whether something has changed since this was made, or since it was asked last."""
+        """True if something has changed since the last call, or since this object was made."""
         if self._before == self._now() and not any(self._empty):
             return False
         self._before = self._now()

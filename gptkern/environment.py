@@ -1,4 +1,4 @@
-"""What holds for the whole process: strict mode, and that nothing falls back in silence."""
+"""Strict mode and fallback warnings of the process: nothing falls back in silence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 from gptkern._warn import warn
 
-_told: set[tuple[str, str]] = set()
+_past_warnings: set[tuple[str, str]] = set()
 
 
 class FallbackWarning(UserWarning):
@@ -14,19 +14,19 @@ class FallbackWarning(UserWarning):
 
 
 def strict() -> bool:
-    """Whether ``GPTKERN_STRICT=1`` makes an error of every fallback."""
+    """True if ``GPTKERN_STRICT=1`` makes an error of every fallback."""
     return os.environ.get("GPTKERN_STRICT", "0") == "1"
 
 
-def fallback(part: str, instead: str, reason: str) -> None:
-    """Say, once a process, that ``part`` runs on ``instead``, and why.
+def fallback(part: str, substitute: str, reason: str) -> None:
+    """Warn, once in a process, that ``part`` runs on ``substitute``, and why.
 
     Raises:
         RuntimeError: ``GPTKERN_STRICT=1`` is set.
     """
-    message = f"gptkern: {part} runs on {instead}: {reason}"
+    message = f"gptkern: {part} runs on {substitute}: {reason}"
     if strict():
         raise RuntimeError(f"{message} (GPTKERN_STRICT=1 makes this an error)")
-    if (part, reason) not in _told:
-        _told.add((part, reason))
+    if (part, reason) not in _past_warnings:
+        _past_warnings.add((part, reason))
         warn(message, FallbackWarning)

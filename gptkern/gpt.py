@@ -1,4 +1,4 @@
-"""GPT: the model as people use it: read and saved, asked to generate and to score."""
+"""The class ``GPT``, which people use: read and save a checkpoint, generate, score, explain."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ class GPT(Decoder):
     """A GPT language model: GPT-2's family, or the GPT of 2018 (``model_type="openai-gpt"``).
 
     Args:
-        config: Its shape and switches. Weights are fresh, as GPT-2 initialises them.
+        config: The model's shape and switches. Weights are fresh, as GPT-2 initialises them.
 
     ``GPT.from_pretrained`` reads a checkpoint; ``generate``, ``stream``, ``generate_text`` and
     ``score`` are the ways to use one.
 
     Attributes:
-        config: Its shape and switches.
-        tokenizer: The one found beside the checkpoint, or None; assign one to use and save it.
-        quantization: How the linear layers' weights are kept; None: as they were trained.
+        config: The model's shape and switches.
+        tokenizer: The tokenizer beside the checkpoint, or None; assign one to use and save it.
+        quantization: The format of the linear layers' weights; None for floats.
         generation_config: The defaults of ``generate`` under transformers' names, as the checkpoint's
-            ``generation_config.json`` has them; may be changed.
+            ``generation_config.json`` has them; you may change them.
         config_extras: Fields of the checkpoint's ``config.json`` that ``config`` has no name for (labels,
-            ``task_specific_params``); saved again.
-        kv_scales: Of an fp8 cache, of keys and of values ``(n_layer, n_head)``; None: 1. Saved and
-            loaded with the weights. ``gptkern.quantize.kv_scales`` finds them.
+            ``task_specific_params``); they are saved with the model.
+        kv_scales: (k_scale, v_scale), each ``(n_layer, n_head)``: the scales of an fp8 cache; None for scales
+            of 1. They are saved and loaded with the weights; ``gptkern.quantize.kv_scales`` computes them.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -79,17 +79,17 @@ class GPT(Decoder):
             path_or_hub_id: A folder of transformers' (``gpt2``, ``distilgpt2``, ``openai-gpt``), a nanoGPT
                 ``ckpt.pt``, an llm.c GPT-2 ``.bin``, a hub id, or ``"embedded"``, the package's own model.
             dtype: The weights' floating-point type, or its name, ``"bfloat16"``; None keeps the checkpoint's.
-            device: Where they go; PyTorch's default device when None.
+            device: The device for the weights; None is PyTorch's default device.
             revision: Branch, tag or commit of a hub id.
-            local_files_only: Take a hub id from the cache only, as HF_HUB_OFFLINE=1 does.
+            local_files_only: Look for a hub id in the cache only, as HF_HUB_OFFLINE=1 does.
             check_finite: Refuse weights that are NaN or infinite.
-            tokenizer: Its tokenizer, or where that is: what ``Tokenizer.from_pretrained`` takes. None takes
-                the one beside the checkpoint: of nanoGPT's files also ``meta.pkl``, of files with GPT-2's
-                vocabulary also GPT-2's from the hub's cache, with a warning.
-            weights: ``"int8"``, ``"fp8"`` or ``"int4"`` keeps the linear layers so; None as the checkpoint
-                has them. One that ``gptkern quantize`` wrote is quantised already.
-            group_size, zero_point: Of int4: inputs that share a scale (128, 64 or 32; the largest that
-                divides the widths when None), and whether they share a zero (they do unless False).
+            tokenizer: A tokenizer, or whatever ``Tokenizer.from_pretrained`` takes. None takes the one
+                beside the checkpoint: for nanoGPT's files also ``meta.pkl``, for files with GPT-2's
+                vocabulary also GPT-2's tokenizer in the hub's cache, with a warning.
+            weights: ``"int8"``, ``"fp8"`` or ``"int4"`` quantises the linear layers; None leaves them as the
+                checkpoint has them. A checkpoint that ``gptkern quantize`` wrote is quantised already.
+            group_size, zero_point: For int4, the number of inputs that share a scale (128, 64 or 32; None is
+                the largest that divides the widths), and whether they share a zero point (unless False).
 
         Raises:
             CheckpointError: Nothing there, damaged, of another architecture or shape; the message names
@@ -103,46 +103,46 @@ class GPT(Decoder):
         path = locate(path_or_hub_id, revision=revision, local_files_only=local_files_only)
 
         def opened(files: Files) -> tuple[Contents, Tokenizer | None]:
-            # Every save replaces it: asked for here, weights and tokenizer are of one save.
+            # Every save replaces this file: reading it first makes weights and tokenizer come from one save.
             _ = files / CONFIG
             contents = open_checkpoint(path)
             return contents, tokenizer_for(contents, tokenizer, local_files_only=local_files_only)
 
-        contents, found_tokenizer = read(path, opened) if path.is_dir() else opened(Files(path.parent, {}))
-        wanted = None
+        contents, own_tokenizer = read(path, opened) if path.is_dir() else opened(Files(path.parent, {}))
+        target = None
         if weights is not None:
-            wanted = Quantization.make(contents.config, weights, group_size, zero_point)
+            target = Quantization.make(contents.config, weights, group_size, zero_point)
         elif group_size is not None or zero_point is not None:
             raise ValueError("GPT: group_size and zero_point need weights='int4'")
-        check_quantization(contents, wanted, device)
+        check_quantization(contents, target, device)
         model = load(cls, contents, dtype=dtype, device=device, check_finite=check_finite)
-        if wanted is not None:
-            quantize_model(model, wanted)
+        if target is not None:
+            quantize_model(model, target)
         if contents.kv_scales is not None:
             k_scale, v_scale = (scale.to(model.device) for scale in contents.kv_scales)
             model.kv_scales = (k_scale, v_scale)
         if contents.generation_config is not None:
             model.generation_config = contents.generation_config
         model.config_extras = contents.extras
-        model.tokenizer = found_tokenizer
+        model.tokenizer = own_tokenizer
         return model
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
         """Write a folder that ``from_pretrained`` and transformers open, with the tokenizer if there is one.
 
-        It is all or nothing: killed at any point, the old folder or the new one is there. Files of the
-        folder that are no part of a model stay. What the checkpoint said beside the model's shape is written
-        again (``config_extras``, ``generation_config``).
+        A save is all or nothing: a process killed at any point leaves the old model or the new one. Files of
+        the folder that are no part of a model stay. ``config_extras`` and ``generation_config`` are saved
+        as well.
 
         Args:
-            folder: Made if it is not there.
-            max_shard_size: Weights beyond it go into several files; bytes, or text like ``"500MB"``.
+            folder: The folder to write; it is created if there is none.
+            max_shard_size: The largest size of a file of weights: bytes, or text like ``"500MB"``.
 
         Raises:
             ValueError: ``folder`` is empty text.
             CheckpointError: ``folder`` is a file, the tokenizer there or here does not fit the model, or the
                 head is not the embedding that ``config.tie_word_embeddings`` says it is.
-            OSError: It could not be written (a full disk): the old model is whole, or the new one.
+            OSError: A file could not be written (a full disk); the old model is whole, or the new one.
         """
         save(self, folder, max_shard_size=max_shard_size)
 
@@ -157,22 +157,23 @@ class GPT(Decoder):
     ) -> torch.Tensor | GenerateOutput:
         """Continue prompts, with the names, meaning and defaults of transformers' ``generate``.
 
-        An option that is not given is what the checkpoint says (``generation_config``), else the default; one
-        that is given goes before both, None included, which is the default.
+        An option that you leave out has the checkpoint's value (``generation_config``), else the default. An
+        option that you pass overrides both; None stands for the default.
         Dropout is off in every mode, and the mode stays as it is: a model may generate while it is trained.
         Padding may be on any side; new tokens follow the whole row.
 
         Args:
             input_ids: ``(batch, seq)`` integers.
             attention_mask: ``(batch, seq)``, 1 for tokens and 0 for padding.
-            streamer: Given the prompt, then each step's tokens, by ``put``; ``end`` follows the last.
-            tokenizer: For ``stop_strings``, where the model came without one.
+            streamer: An object whose ``put`` gets the prompt, then the new tokens of all rows each time;
+                ``end`` follows the last.
+            tokenizer: The tokenizer for ``stop_strings``, if the model has none.
             output_logprobs: Return a ``GenerateOutput`` with the log-probability of each new token.
-            top_logprobs: Return one with the log-probabilities of so many most likely tokens at each new
-                one too.
+            top_logprobs: Return a ``GenerateOutput`` that also has the log-probabilities of this many most
+                likely tokens in the place of each new token.
             logits_processor: One callable or several, called row by row with the row's tokens so far
                 ``(1, length)`` int64, padding left out, and its logits ``(1, vocab_size)`` fp32, before the
-                options below apply; each returns logits of the same shape. transformers' processors are such.
+                options below apply; each returns logits of the same shape. transformers' processors fit.
             stopping_criteria: One callable or several, called with a row's tokens ``(1, length)``, on the
                 CPU, and None; a row ends with the token after which one returns True.
             return_dict_in_generate: Return a ``GenerateOutput``.
@@ -189,10 +190,10 @@ class GPT(Decoder):
         return fronts.generate(self, input_ids, attention_mask, **kwargs)
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> TextStream:
-        """Yield the continuation of a prompt piece by piece, as it is made.
+        """Yield the continuation of a prompt piece by piece, as it is generated.
 
-        No piece ends in half a character or holds any of a stop string. Empty text is the beginning of
-        a text. Options and errors are those of ``generate``, raised at once.
+        No piece ends in half a character or contains part of a stop string. An empty prompt stands for the
+        beginning of a text. Options and errors are those of ``generate``, raised at once.
         """
         return fronts.stream(self, prompt, **options)
 
@@ -215,28 +216,30 @@ class GPT(Decoder):
 
         Args:
             texts: Text, or token ids.
-            context: What comes before and is not scored, one for all texts or one each; encoded apart
-                (a GPT-2 text then begins with a space: " Paris"). ``""`` is the beginning-of-text
-                token; with None a text's first token is not scored.
-            stride: Score texts beyond the context in windows of it, each moved on by so many tokens, so
-                that every token sees at least ``n_positions - stride`` before it.
+            context: Text that comes before and has no score itself, one for all texts or one for each. It is
+                encoded apart (a GPT-2 text then begins with a space: " Paris"). ``""`` is the
+                beginning-of-text token; with None a text's first token has no score.
+            stride: Score texts longer than the model's context in overlapping windows, each this many tokens
+                further on, so that every token sees at least ``n_positions - stride`` tokens before it.
 
         Raises:
-            ValueError: A text beyond the context and no stride, an empty text, a token id out of range.
+            ValueError: A text longer than the context without a stride, an empty text, a token id out of
+                range.
         """
         return fronts.score(self, texts, context, stride=stride, tokenizer=tokenizer)
 
     def explain(self) -> Explanation:
-        """How each part of the model runs, and why."""
+        """The route of each part of the model and the reason for it."""
         return Explanation(routes(self))
 
 
 def explain(model: Any, generation_config: Any = None) -> Explanation:
-    """How each part of a model runs, and why.
+    """The route of each part of a model and the reason for it.
 
     Args:
         model: A ``GPT``, or a model of transformers, accelerated or not.
-        generation_config: Of a transformers model, what ``generate`` is asked about; its own when None.
+        generation_config: For a transformers model, the GenerationConfig that is explained; None for the
+            model's own.
 
     Raises:
         TypeError: Another kind of model.

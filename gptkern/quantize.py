@@ -20,10 +20,10 @@ from gptkern.quantization import Quantization
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer of fewer bits.
+    """A linear layer whose weights have 8 or 4 bits.
 
     Buffers ``values``, ``scales`` and ``zeros`` are those of ``QuantizedWeight``; moving the model to another
-    dtype leaves them alone, and changes what ``weight`` is dequantised to.
+    dtype leaves them alone and changes the dtype that ``weight`` dequantises to.
     """
 
     values: torch.Tensor
@@ -53,7 +53,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantised matrix, made anew."""
+        """The dequantised matrix, ``(out, in)``, computed anew at each call."""
         return self.quantized.dequantize(self._like.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ class QuantizedLinear(nn.Module):
         scales = self.scales
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:
-            # A cast to half precision is meant for what is computed, not for the scales.
+            # A cast to half precision concerns what is computed; the scales stay fp32.
             self.scales = scales.to(self.scales.device)
         return self
 
@@ -73,7 +73,7 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_model(model: Any, quantization: Quantization) -> None:
-    """Put every linear layer of a ``GPT`` into fewer bits, in place, one at a time.
+    """Quantise every linear layer of a ``GPT``, in place, one at a time.
 
     Raises:
         ValueError: The model is quantised already.
@@ -150,7 +150,7 @@ def kv_scales(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     numbers up to twice as large; larger ones saturate.
 
     Args:
-        ids: ``(batch, seq)``: texts such as the model is to continue.
+        ids: ``(batch, seq)``: texts like those that the model will continue.
 
     Raises:
         ValueError: Texts longer than the model's context.

@@ -1,25 +1,25 @@
-"""How the parts of a model run and why: what ``explain`` tells."""
+"""The routes of a model's parts, which ``explain`` returns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-# What parts of a transformers model run on where they fall back.
+# The code that a part of a transformers model falls back on.
 LIBRARY = "transformers' own code"
 
 
 @dataclass(frozen=True)
 class Route:
-    """How one part of a model runs.
+    """The way in which one part of a model runs.
 
     Attributes:
         part: "attention", "norm", "mlp", "loss" or "generate" of a transformers model; "norm", "mlp" or
             "decode" (each token after a prompt) of a ``GPT``.
         route: "kernel" (gptkern's ops, on a GPU as kernels), "reference" (the same ops' PyTorch
-            expressions, on a CPU), "engine" (gptkern's decode step), "library" (transformers' own) or
-            "fallback".
-        reason: Why.
+            expressions, on a CPU), "engine" (gptkern's decode step), "library" (transformers' own),
+            "fallback" or "passed over" (an executor that was not chosen).
+        reason: The reason for this route.
     """
 
     part: str

@@ -57,7 +57,7 @@ CALLED = (*LAYERS, "", "transformer", "transformer.h.1", "transformer.h.1.attn",
 @pytest.fixture(autouse=True)
 def untold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warnings that were given before do not count."""
-    monkeypatch.setattr(environment, "_told", set())
+    monkeypatch.setattr(environment, "_past_warnings", set())
 
 
 def model_of(**changes: Any) -> GPT:

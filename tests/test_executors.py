@@ -32,7 +32,7 @@ Change = Callable[[GPT], Any]
 
 @pytest.fixture(autouse=True)
 def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_told", set())
+    monkeypatch.setattr(environment, "_past_warnings", set())
 
 
 def make_model() -> GPT:

@@ -341,7 +341,7 @@ def test_explain() -> None:
 
 
 def test_a_fallback_warns_once_and_strict_makes_it_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_told", set())
+    monkeypatch.setattr(environment, "_past_warnings", set())
     model = gptkern.accelerate(build("GPT2LMHeadModel")).eval()
     ids = torch.randint(0, 59, (1, 5))
     options = {"max_new_tokens": 3, "use_cache": False, "do_sample": False}

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::gptkern.FallbackWarning", "igno
 @pytest.fixture(autouse=True)
 def untold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warnings that were given before do not count."""
-    monkeypatch.setattr(environment, "_told", set())
+    monkeypatch.setattr(environment, "_past_warnings", set())
 
 
 def logits(model: Any) -> torch.Tensor:

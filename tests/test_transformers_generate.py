@@ -253,7 +253,7 @@ def test_the_kernels_decode_from_the_librarys_own_weights(kind: str, device: tor
 def _untold() -> bool:
     from gptkern import environment
 
-    return not any("training mode" in reason for _, reason in environment._told)
+    return not any("training mode" in reason for _, reason in environment._past_warnings)
 
 
 @pytest.mark.usefixtures("strict")

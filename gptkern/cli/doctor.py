@@ -126,7 +126,7 @@ def _extension() -> Iterator[Finding]:
 
 
 def _executor() -> Iterator[Finding]:
-    """Which executor decodes a model of floats on this machine, and why not the others."""
+    """The executor that decodes a model of floats on this machine, and the reasons against the others."""
     import torch
 
     from gptkern.config import GPTConfig

@@ -28,12 +28,12 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
     with model.engines.engine(model, most, tokens, settings.kv_cache_dtype) as engine:
         cache = engine.cache
         try:
-            return _searched(engine, prompts, search)
+            return _search(engine, prompts, search)
         finally:
             cache.clear()
 
 
-def _searched(engine: Engine, prompts: Prompts, search: BeamSearch) -> list[Beam]:
+def _search(engine: Engine, prompts: Prompts, search: BeamSearch) -> list[Beam]:
     cache = engine.cache
     logits = torch.cat([engine.prefilled(prompt) for prompt in prompts.rows])
     while True:

@@ -1,4 +1,4 @@
-"""The engines that a model keeps for ``generate`` and its like, so that a second call makes nothing anew."""
+"""The idle engine of a model: ``generate`` and ``stream`` reuse it, so that a second call builds nothing."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from gptkern.model.decoder import Decoder
 class Engines:
     """A model's idle engine: its cache, its graphs, its sampler.
 
-    Each call has an engine to itself. One that is through leaves it for the next, the larger of two stays.
-    A copy of the model, and a pickled one, begin without.
+    Each call has an engine to itself. A call that ends leaves its engine for the next one; of two engines the
+    larger stays. A copy of the model and a pickled model begin without an engine.
 
     Args:
-        keeps_prefixes: Whether a prompt takes over what an earlier one that began alike left behind, as the
-            turns of a conversation do. Off by default: whoever writes to the weights past PyTorch's counting
-            must not get what was computed before.
+        keeps_prefixes: True lets a prompt reuse the keys and values of an earlier prompt that began alike, as
+            the turns of a conversation do. Off by default: a caller who writes to the weights in a way that
+            PyTorch does not count must not get results of the old weights.
     """
 
     def __init__(self, keeps_prefixes: bool = False) -> None:
         self._keeps_prefixes = keeps_prefixes
         self._lock = threading.Lock()
         self._idle: Engine | None = None
-        self._made_for: tuple[Any, ...] = ()
+        self._idle_key: tuple[Any, ...] = ()
 
     def __reduce__(self) -> tuple[type[Engines], tuple[()]]:
         return Engines, ()
@@ -43,33 +43,33 @@ class Engines:
     def engine(
         self, model: Decoder, rows: int, tokens: int, kv_cache_dtype: KVCacheDType
     ) -> Iterator[Engine]:
-        """An engine with room for ``rows`` sequences and ``tokens`` of them all; grown where need be."""
-        made_for = _made_for(model, kv_cache_dtype)
+        """An engine with room for ``rows`` sequences and ``tokens`` tokens in all, or more."""
+        key = _engine_key(model, kv_cache_dtype)
         with self._lock:
             idle, self._idle = self._idle, None
-            if self._made_for != made_for:
-                idle, self._made_for = None, made_for
+            if self._idle_key != key:
+                idle, self._idle_key = None, key
         pages = -(-tokens // PAGE_SIZE)
         if idle is None or idle.cache.max_seqs < rows or idle.cache.num_pages < pages:
             if idle is not None:
                 rows, pages = max(rows, idle.cache.max_seqs), max(pages, idle.cache.num_pages)
             del idle
-            engine = self._made(model, _rounded(rows), _rounded(pages), kv_cache_dtype)
+            engine = self._new_engine(model, _rounded(rows), _rounded(pages), kv_cache_dtype)
         else:
             engine = idle
         try:
             yield engine
         except GeneratorExit:
-            self._leave(engine, made_for)
+            self._leave(engine, key)
             raise
-        self._leave(engine, made_for)
+        self._leave(engine, key)
 
-    def _made(self, model: Decoder, rows: int, pages: int, kv_cache_dtype: KVCacheDType) -> Engine:
+    def _new_engine(self, model: Decoder, rows: int, pages: int, kv_cache_dtype: KVCacheDType) -> Engine:
         chunk = DEFAULT_CHUNK
         if self._keeps_prefixes:
-            # What is found ends at a multiple of the chunk; small chunks cost a GPU launches.
+            # A prefix that is reused ends at a multiple of the chunk; small chunks cost a GPU more launches.
             chunk = PAGE_SIZE if model.device.type == "cpu" else 4 * PAGE_SIZE
-            # An engine that grows begins without prefixes: room for the whole context at once.
+            # A new, larger engine has no prefixes to reuse, so that this one gets room for the whole context.
             pages = max(pages, rows * (-(-model.config.n_positions // PAGE_SIZE) + 1))
         return Engine(
             model,
@@ -80,12 +80,12 @@ class Engines:
             kv_cache_dtype=kv_cache_dtype,
         )
 
-    def _leave(self, engine: Engine, made_for: tuple[Any, ...]) -> None:
-        """Keep an engine for the next call. One whose call failed is not kept."""
+    def _leave(self, engine: Engine, key: tuple[Any, ...]) -> None:
+        """Keep the engine of a call for the next one; a call that fails does not come here."""
         engine.clear()
         with self._lock:
-            smaller = self._idle is None or self._idle.cache.num_pages < engine.cache.num_pages
-            if self._made_for == made_for and smaller:
+            larger = self._idle is None or self._idle.cache.num_pages < engine.cache.num_pages
+            if self._idle_key == key and larger:
                 self._idle = engine
 
 
@@ -94,8 +94,8 @@ def _rounded(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _made_for(model: Decoder, kv_cache_dtype: KVCacheDType) -> tuple[Any, ...]:
-    """What an engine's tensors were made for."""
+def _engine_key(model: Decoder, kv_cache_dtype: KVCacheDType) -> tuple[Any, ...]:
+    """All that the tensors of an engine depend on: a model's shape, dtype, device and quantisation."""
     kv_scales = (
         None if kv_cache_dtype == "auto" or model.kv_scales is None else tuple(map(id, model.kv_scales))
     )

@@ -1,4 +1,4 @@
-"""One call of ``generate`` and its like: its prompts put to an engine, its tokens in steps."""
+"""The loop behind ``generate`` and ``stream``: prompts go to an engine, tokens come back in columns."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gptkern.engine.request import TokenEvent
 from gptkern.engine.sampling import row_keys
 from gptkern.engine.settings import Settings
 from gptkern.engine.stop_strings import RowText
+from gptkern.generate.column import Column
 from gptkern.generate.prompt import Prompts
-from gptkern.generate.step import Step
 
 if TYPE_CHECKING:
     from gptkern.gpt import GPT
     from gptkern.tokenizer import Tokenizer
 
 
-def steps(
+def columns(
     model: GPT,
     prompts: Prompts,
     settings: Settings,
@@ -29,16 +29,17 @@ def steps(
     texts: Sequence[RowText] | None = None,
     logprobs: int | None = None,
     callbacks: Callbacks | None = None,
-) -> Iterator[Step]:
-    """Generate, one step an item, until every row has finished.
+) -> Iterator[Column]:
+    """Generate until every row has finished; each item is one new token of every running row.
 
     Rows are the prompts in order, each ``num_return_sequences`` times; all copies of one share its
     prefill. A row that has finished leaves the batch.
 
     Args:
         tokenizer: For stop strings.
-        texts: One a row, told of every token as its step is given.
-        logprobs: None: no log-probabilities; 0: those of the tokens; n: also the n most likely tokens'.
+        texts: One for each row; every token of a column is pushed to them before the column is yielded.
+        logprobs: None for no log-probabilities, 0 for those of the new tokens, n for those of the n most
+            likely tokens as well.
 
     Raises:
         ValueError: A row of logits held NaN or +inf, or left no token.
@@ -56,8 +57,8 @@ def steps(
                 prompt, settings, own, tokenizer=tokenizer, logprobs=logprobs, callbacks=callbacks
             )
             first[request] = row
-        line = _Line(count)
-        while line.open:
+        queue = _Queue(count)
+        while queue.open:
             for event in engine.step():
                 row = first[event.request] + event.copy
                 if isinstance(event.error, ValueError):
@@ -66,47 +67,47 @@ def steps(
                     raise RuntimeError(f"generate: {event.error}") from event.error
                 if event.error is not None:
                     raise event.error
-                line.push(row, event)
-            for step in line.ready():
-                for row, token in zip(step.rows, step.tokens, strict=True):
+                queue.push(row, event)
+            for column in queue.ready():
+                for row, token in zip(column.rows, column.tokens, strict=True):
                     if texts is not None:
                         texts[row].push(token, hidden=token in settings.eos)
-                yield step
+                yield column
 
 
 def pool_tokens(prompts: Prompts, settings: Settings, rows: int) -> int:
-    """Tokens that a cache has to have room for, so that each of ``rows`` can be as long as the longest.
+    """The number of tokens a cache needs room for, so that each of ``rows`` can be as long as the longest.
 
-    A page more each: a row is begun while every running one could still take another.
+    Each row counts one page more: a row begins while every running row could still take another page.
     """
     return rows * (-(-(prompts.longest + settings.max_new) // PAGE_SIZE) + 1) * PAGE_SIZE
 
 
-class _Line:
-    """Rows' tokens, waiting until every running row has its next one."""
+class _Queue:
+    """A queue of tokens for each row, read when every running row has its next one."""
 
     def __init__(self, rows: int) -> None:
-        self._waiting: dict[int, deque[TokenEvent]] = {row: deque() for row in range(rows)}
+        self._tokens: dict[int, deque[TokenEvent]] = {row: deque() for row in range(rows)}
         self._drafted = self._accepted = 0
 
     @property
     def open(self) -> bool:
-        """Whether a row still runs."""
-        return bool(self._waiting)
+        """True while a row still runs."""
+        return bool(self._tokens)
 
     def push(self, row: int, event: TokenEvent) -> None:
         """Take a row's next token."""
-        self._waiting[row].append(event)
+        self._tokens[row].append(event)
         self._drafted += event.drafted
         self._accepted += event.accepted
 
-    def ready(self) -> Iterator[Step]:
-        """The steps that are whole."""
-        while self._waiting and all(self._waiting.values()):
-            rows = list(self._waiting)
-            events = [waiting.popleft() for waiting in self._waiting.values()]
+    def ready(self) -> Iterator[Column]:
+        """The columns that are complete."""
+        while self._tokens and all(self._tokens.values()):
+            rows = list(self._tokens)
+            events = [tokens.popleft() for tokens in self._tokens.values()]
             scores = [event.logprob for event in events if event.logprob is not None]
-            step = Step(
+            column = Column(
                 rows,
                 [event.token for event in events if event.token is not None],
                 scores if len(scores) == len(rows) else None,
@@ -116,7 +117,7 @@ class _Line:
                 self._accepted,
             )
             self._drafted = self._accepted = 0
-            for row, reason in zip(rows, step.finished, strict=True):
+            for row, reason in zip(rows, column.finish_reasons, strict=True):
                 if reason is not None:
-                    del self._waiting[row]
-            yield step
+                    del self._tokens[row]
+            yield column

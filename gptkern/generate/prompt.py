@@ -1,4 +1,4 @@
-"""The prompts of one call: checked, and what the model and the output need of them."""
+"""The prompts of one call: their checks, and the forms that the model and the output need."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Prompts:
     """A batch of prompts.
 
     Attributes:
-        ids: ``(batch, width)`` int64, as it came, padding included.
-        mask: ``(batch, width)`` bool, where tokens are; None where they are everywhere.
-        rows: The tokens of each, without padding.
+        ids: ``(batch, width)`` int64, the caller's tokens with their padding.
+        mask: ``(batch, width)`` bool, True for tokens and False for padding; None if there is no padding.
+        rows: The tokens of each prompt, without padding.
     """
 
     ids: torch.Tensor
@@ -24,12 +24,12 @@ class Prompts:
 
     @property
     def width(self) -> int:
-        """Tokens of a row, padding included."""
+        """The number of tokens in a row, padding included."""
         return self.ids.shape[1]
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """The number of tokens in the longest prompt."""
         return max(map(len, self.rows))
 
 
@@ -44,8 +44,8 @@ def prompts(
 ) -> Prompts:
     """Check a batch and bring it to the model's device.
 
-    Without a mask, tokens equal to ``pad`` are taken for padding where that is no end-of-text token,
-    as transformers does.
+    Without a mask, tokens equal to ``pad`` count as padding unless ``pad`` is an end-of-text token, as in
+    transformers.
 
     Raises:
         TypeError, ValueError: Not integers ``(batch, width)``, an empty row, a token outside the
@@ -68,7 +68,7 @@ def prompts(
     rows = ids.tolist()
     if mask is not None:
         rows = [
-            [t for t, kept in zip(*row, strict=True) if kept] for row in zip(rows, mask.tolist(), strict=True)
+            [t for t, real in zip(*row, strict=True) if real] for row in zip(rows, mask.tolist(), strict=True)
         ]
     for index, row in enumerate(rows):
         if not row:

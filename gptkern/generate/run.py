@@ -15,9 +15,9 @@ from gptkern.engine.request import FinishReason
 from gptkern.engine.settings import Settings, merged, settle
 from gptkern.engine.stop_strings import RowText
 from gptkern.generate.beam import beam_search
-from gptkern.generate.loop import steps
+from gptkern.generate.column import Column, TopTokens
+from gptkern.generate.loop import columns
 from gptkern.generate.prompt import Prompts, prompts
-from gptkern.generate.step import Step, TopTokens
 from gptkern.ops.sample import TopLogprobs
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Streamer(Protocol):
-    """transformers' streamers: given the prompt ``(batch, width)``, then each step's tokens ``(rows,)``."""
+    """A streamer of transformers: ``put`` gets the prompt ``(batch, width)``, then new tokens ``(rows,)``."""
 
     def put(self, value: torch.Tensor) -> Any: ...
 
@@ -37,7 +37,7 @@ class Streamer(Protocol):
 
 @dataclass(frozen=True)
 class GenerateOutput:
-    """What ``generate`` returns with ``return_dict_in_generate`` or ``output_logprobs``.
+    """The result of ``generate`` with ``return_dict_in_generate`` or ``output_logprobs``.
 
     Attributes:
         sequences: ``(batch * num_return_sequences, width + new)`` int64: prompts and new tokens,
@@ -45,13 +45,13 @@ class GenerateOutput:
         finish_reasons: "stop" (end-of-text token or stop string) or "length", one a sequence.
         logprobs: With ``output_logprobs=True`` or ``top_logprobs``, ``(sequences, new)`` fp32: the model's
             log-probability of each new token, before any processing; 0 past a sequence's end.
-        top_logprobs: With ``top_logprobs=n``, the n most likely tokens at each new one, best first, and
-            theirs: (tokens int64, logprobs fp32), ``(sequences, new, n)`` each; -1 and -inf past a
-            sequence's end.
+        top_logprobs: With ``top_logprobs=n``, the n most likely tokens in the place of each new token, best
+            first, and their log-probabilities: (tokens int64, logprobs fp32), each of shape
+            ``(sequences, new, n)``; -1 and -inf past a sequence's end.
         sequences_scores: ``(sequences,)`` fp32, beam search alone: sum of log-probabilities divided by
             the length to the power of ``length_penalty``.
-        draft_tokens, accepted_tokens: With ``speculate``, how many tokens were drafted, and how many of
-            those held, all rows together.
+        draft_tokens, accepted_tokens: With ``speculate``, the number of drafted tokens and of those that
+            were accepted, over all rows.
     """
 
     sequences: torch.Tensor
@@ -80,11 +80,11 @@ def generate(
     """Continue prompts; see ``GPT.generate``."""
     detailed = _is_detailed(model, output_logprobs, return_dict_in_generate) or top_logprobs is not None
     prompt, settings = prepare(model, input_ids, attention_mask, options)
-    called = Callbacks.of(logits_processor, stopping_criteria)
-    asked = logprobs_asked(model, output_logprobs, top_logprobs)
-    refuse_beams(settings, asked, called)
+    callbacks = Callbacks.of(logits_processor, stopping_criteria)
+    logprobs = logprobs_count(model, output_logprobs, top_logprobs)
+    refuse_beams(settings, logprobs, callbacks)
     several = len(prompt.rows) * settings.num_return_sequences > 1
-    if several and (settings.stop_strings or called.criteria) and settings.pad is None:
+    if several and (settings.stop_strings or callbacks.criteria) and settings.pad is None:
         raise ValueError(
             "generate: rows may end before others, and there is nothing to fill them with: give pad_token_id"
         )
@@ -95,19 +95,19 @@ def generate(
             raise ValueError(
                 "generate: streamer with num_beams > 1; beam search settles its tokens at the end"
             )
-        found = beam_search(model, prompt, settings, tokenizer)
-        rows = [beam.tokens for beam in found]
-        reasons: list[FinishReason] = [beam.finish_reason or "length" for beam in found]
-        scores = torch.tensor([b.score for b in found], device="cpu")
+        beams = beam_search(model, prompt, settings, tokenizer)
+        rows = [beam.tokens for beam in beams]
+        reasons: list[FinishReason] = [beam.finish_reason or "length" for beam in beams]
+        scores = torch.tensor([beam.score for beam in beams], device="cpu")
         output = GenerateOutput(_sequences(prompt, settings, rows), reasons, sequences_scores=scores)
     else:
-        events = steps(model, prompt, settings, tokenizer=tokenizer, logprobs=asked, callbacks=called)
-        output = _sample(prompt, settings, events, streamer, asked)
+        items = columns(model, prompt, settings, tokenizer=tokenizer, logprobs=logprobs, callbacks=callbacks)
+        output = _collect(prompt, settings, items, streamer, logprobs)
     return output if detailed else output.sequences
 
 
 def _is_detailed(model: GPT, output_logprobs: bool, return_dict_in_generate: bool | None) -> bool:
-    """Whether a ``GenerateOutput`` is returned."""
+    """True if the result is a ``GenerateOutput``."""
     if return_dict_in_generate is None:
         return_dict_in_generate = bool(model.generation_config.get("return_dict_in_generate"))
     for name, value in (
@@ -119,8 +119,8 @@ def _is_detailed(model: GPT, output_logprobs: bool, return_dict_in_generate: boo
     return output_logprobs or return_dict_in_generate
 
 
-def logprobs_asked(model: GPT, output_logprobs: bool, top_logprobs: int | None) -> int | None:
-    """The log-probabilities that are wanted: None, 0 for those of the tokens, n for the n most likely too."""
+def logprobs_count(model: GPT, output_logprobs: bool, top_logprobs: int | None) -> int | None:
+    """None for no log-probabilities, 0 for those of the new tokens, n for the n most likely ones as well."""
     if top_logprobs is None:
         return 0 if output_logprobs else None
     if not isinstance(top_logprobs, int) or isinstance(top_logprobs, bool):
@@ -131,33 +131,40 @@ def logprobs_asked(model: GPT, output_logprobs: bool, top_logprobs: int | None) 
     return top_logprobs
 
 
-def refuse_beams(settings: Settings, logprobs: int | None, called: Callbacks) -> None:
-    """Refuse what beam search does not do."""
+def refuse_beams(settings: Settings, logprobs: int | None, callbacks: Callbacks) -> None:
+    """Refuse the options that beam search does not have.
+
+    Raises:
+        ValueError: Beam search together with log-probabilities or callbacks.
+    """
     if settings.num_beams == 1:
         return
     if logprobs is not None:
         name = "top_logprobs" if logprobs else "output_logprobs"
         raise ValueError(f"generate: {name} with num_beams > 1; beam search gives sequences_scores")
-    for name, given in (("logits_processor", called.processors), ("stopping_criteria", called.criteria)):
-        if given:
+    for name, functions in (
+        ("logits_processor", callbacks.processors),
+        ("stopping_criteria", callbacks.criteria),
+    ):
+        if functions:
             raise ValueError(f"generate: {name} with num_beams > 1; beam search calls none")
 
 
 def prepare(
     model: GPT, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, options: GenerateOptions
 ) -> tuple[Prompts, Settings]:
-    """Check prompts and options."""
-    asked = merged(options, model.generation_config)
+    """Check prompts and options; return both in the forms that the loop needs."""
+    values = merged(options, model.generation_config)
     prompt = prompts(
         input_ids,
         attention_mask,
         device=model.device,
         vocab_size=model.config.vocab_size,
-        pad=asked.get("pad_token_id"),
-        eos=asked["eos_token_id"],
+        pad=values.get("pad_token_id"),
+        eos=values["eos_token_id"],
     )
     settings = settle(
-        asked,
+        values,
         model.config,
         width=prompt.width,
         longest=prompt.longest,
@@ -183,13 +190,14 @@ def row_texts(prompt: Prompts, settings: Settings, tokenizer: Tokenizer) -> list
     ]
 
 
-def _sample(
+def _collect(
     prompt: Prompts,
     settings: Settings,
-    events: Iterable[Step],
+    items: Iterable[Column],
     streamer: Streamer | None,
-    asked: int | None,
+    logprobs_count: int | None,
 ) -> GenerateOutput:
+    """The output made of all columns, each handed to the streamer as it comes."""
     count = len(prompt.rows) * settings.num_return_sequences
     rows: list[list[int]] = [[] for _ in range(count)]
     logprobs: list[list[float]] = [[] for _ in range(count)]
@@ -198,40 +206,41 @@ def _sample(
     drafted = accepted = 0
     if streamer is not None:
         streamer.put(prompt.ids.repeat_interleave(settings.num_return_sequences, 0).cpu())
-    for step in events:
-        for index, row in enumerate(step.rows):
-            rows[row].append(step.tokens[index])
-            reasons[row] = step.finished[index] or "length"
-            if step.logprobs is not None:
-                logprobs[row].append(step.logprobs[index])
-            top[row].append(step.top_logprobs[index])
-        drafted, accepted = drafted + step.drafted, accepted + step.accepted
+    for column in items:
+        for index, row in enumerate(column.rows):
+            rows[row].append(column.tokens[index])
+            reasons[row] = column.finish_reasons[index] or "length"
+            if column.logprobs is not None:
+                logprobs[row].append(column.logprobs[index])
+            top[row].append(column.top_logprobs[index])
+        drafted, accepted = drafted + column.drafted, accepted + column.accepted
         if streamer is not None:
-            streamer.put(_streamed(step, count, settings.pad))
+            streamer.put(_by_row(column, count, settings.pad))
     if streamer is not None:
         streamer.end()
     new = max(map(len, rows))
     scored = best = None
-    if asked is not None:
+    if logprobs_count is not None:
         scored = torch.tensor([r + [0.0] * (new - len(r)) for r in logprobs], device="cpu")
-    if asked:
-        best = _top(top, new, asked)
+    if logprobs_count:
+        best = _top(top, new, logprobs_count)
     sequences = _sequences(prompt, settings, rows)
     return GenerateOutput(sequences, reasons, scored, best, None, drafted, accepted)
 
 
-def _top(rows: Sequence[Sequence[TopTokens]], new: int, asked: int) -> TopLogprobs:
-    """The most likely tokens at each new one as tensors, filled up."""
-    filling = [(-1, -math.inf)] * asked
-    filled = [[[*pairs, *filling][:asked] for pairs in [*row, *[()] * (new - len(row))]] for row in rows]
+def _top(rows: Sequence[Sequence[TopTokens]], new: int, count: int) -> TopLogprobs:
+    """The ``count`` most likely tokens in each place as tensors, filled up to ``new`` places."""
+    filling = [(-1, -math.inf)] * count
+    filled = [[[*pairs, *filling][:count] for pairs in [*row, *[()] * (new - len(row))]] for row in rows]
     tokens = [[[token for token, _ in pairs] for pairs in row] for row in filled]
     logprobs = [[[logprob for _, logprob in pairs] for pairs in row] for row in filled]
     return TopLogprobs(torch.tensor(tokens, device="cpu"), torch.tensor(logprobs, device="cpu"))
 
 
-def _streamed(step: Step, count: int, pad: int | None) -> torch.Tensor:
+def _by_row(column: Column, count: int, pad: int | None) -> torch.Tensor:
+    """The tokens of a column as one token for each of ``count`` rows; padding for rows that have ended."""
     tokens = [pad or 0] * count
-    for row, token in zip(step.rows, step.tokens, strict=True):
+    for row, token in zip(column.rows, column.tokens, strict=True):
         tokens[row] = token
     return torch.tensor(tokens, device="cpu")
 

@@ -1,4 +1,4 @@
-"""How likely a text is, token by token."""
+"""The log-likelihood of texts, token by token."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from gptkern.gpt import GPT
     from gptkern.tokenizer import Tokenizer
 
-# A forward pass takes windows up to so many tokens together, the head so many rows: logits of GPT-2's
-# vocabulary are 200 kB a row.
+# Bounds on memory: the tokens of the windows in one forward pass, and the rows of the head's product (a row
+# of logits has 200 kB with GPT-2's vocabulary).
 TOKENS_AT_ONCE = 4096
 ROWS_AT_ONCE = 256
 
@@ -29,9 +29,9 @@ class Score:
     """The log-likelihood of one text.
 
     Attributes:
-        token_ids: The tokens scored: the text's, less the first where nothing comes before it.
-        logprobs: The natural logarithm of each one's probability, given all that came before.
-        greedy: Each one is the likeliest token at its place.
+        token_ids: The tokens with a score: the text's, without the first one if nothing comes before it.
+        logprobs: The natural logarithm of each token's probability after all tokens before it.
+        greedy: True if each token is the most likely one in its place.
     """
 
     token_ids: list[int]
@@ -45,15 +45,15 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(-mean log-probability); not a number where no token was scored."""
+        """exp(-mean log-probability); NaN if no token has a score."""
         count = len(self.logprobs)
-        # as a tensor, whose exp is inf and no error where it overflows
+        # torch's exp overflows to inf; math.exp raises
         return float(torch.tensor(-self.total / count, device="cpu").exp()) if count else float("nan")
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Tokens of one text that go through the model together; those from ``first`` on are scored."""
+    """Tokens of one text in one forward pass; those from index ``first`` on get a score."""
 
     text: int
     ids: list[int]
@@ -73,8 +73,8 @@ def score(
         raise ValueError(
             f"score: stride is {stride!r}; a whole number from 1 to {model.config.n_positions - 1} is needed"
         )
-    bodies = _several(texts)
-    contexts = [None] * len(bodies) if context is None else _several(context)
+    bodies = _as_list(texts)
+    contexts = [None] * len(bodies) if context is None else _as_list(context)
     if len(contexts) == 1:
         contexts = contexts * len(bodies)
     if len(contexts) != len(bodies):
@@ -98,15 +98,16 @@ def score(
     return [Score(ids, logprobs, all(greedy)) for ids, logprobs, greedy in results]
 
 
-def _several(given: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    plainly: Any = plain(given)
+def _as_list(texts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of texts; one text, or the token ids of one, become a list of one."""
+    plainly: Any = plain(texts)
     if isinstance(plainly, str) or (plainly and all(isinstance(item, int) for item in plainly)):
         return [plainly]
     return list(plainly)
 
 
 def _ids(model: GPT, text: Prompt, tokenizer: Tokenizer | None, *, whole: bool) -> list[int]:
-    """Token ids; a beginning token, of a tokenizer that adds one, stands before a whole text alone."""
+    """Token ids of a text; only before a ``whole`` text may the tokenizer put a beginning-of-text token."""
     if isinstance(text, str):
         ids = needed_tokenizer(model, tokenizer).encode(text, add_special_tokens=whole)
     else:
@@ -120,7 +121,7 @@ def _ids(model: GPT, text: Prompt, tokenizer: Tokenizer | None, *, whole: bool) 
 
 
 def _start(model: GPT, context: Prompt | None, tokenizer: Tokenizer | None) -> list[int]:
-    """What comes before a text: nothing, its context, or for an empty one the beginning-of-text token."""
+    """The tokens before a text: none, its context, or for an empty context the beginning-of-text token."""
     if context is None:
         return []
     ids = _ids(model, context, tokenizer, whole=False)
@@ -168,7 +169,7 @@ def _groups(windows: list[_Window]) -> Iterator[list[_Window]]:
 
 
 def _run(model: GPT, windows: list[_Window]) -> Iterator[tuple[list[float], list[bool]]]:
-    """Log-probabilities of each window's scored tokens, and whether each is the likeliest."""
+    """Log-probabilities of each window's tokens, and for each token True if it is the most likely one."""
     inputs = [window.ids[:-1] for window in windows]
     lengths = torch.tensor([len(row) for row in inputs], device="cpu")
     ends = F.pad(lengths.cumsum(0), (1, 0))

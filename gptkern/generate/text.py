@@ -14,15 +14,15 @@ from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriter
 from gptkern.engine.request import FinishReason
 from gptkern.engine.stop_strings import RowText
 from gptkern.generate.beam import beam_search
-from gptkern.generate.loop import steps
+from gptkern.generate.column import Column
+from gptkern.generate.loop import columns
 from gptkern.generate.run import (
-    logprobs_asked,
+    logprobs_count,
     needed_tokenizer,
     prepare,
     refuse_beams,
     row_texts,
 )
-from gptkern.generate.step import Step
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -38,11 +38,11 @@ class Completion:
     """One continuation of one prompt.
 
     Attributes:
-        text: What was generated, without the prompt, up to the end-of-text token or stop string.
-        token_ids: All new tokens, the one that ended it included.
+        text: The new text without the prompt, up to the end-of-text token or stop string.
+        token_ids: All new tokens, the one that ended the text included.
         logprobs: The model's log-probability of each token; None from beam search.
-        top_logprobs: With ``top_logprobs=n``, at each token the n most likely ones, (token, log-probability)
-            best first; else None.
+        top_logprobs: With ``top_logprobs=n``, for each new token the n most likely ones in its place, as
+            pairs (token, log-probability), best first; else None.
         finish_reason: "stop" (end-of-text token or stop string) or "length".
     """
 
@@ -57,11 +57,11 @@ class TextStream(Iterator[str]):
     """The continuation of one prompt, piece by piece, as it is made.
 
     Attributes:
-        completion: What was generated so far; its ``finish_reason`` holds once the iterator has ended.
+        completion: The text so far; its ``finish_reason`` is valid once the iterator has ended.
     """
 
-    def __init__(self, passes: Iterator[Step], text: RowText, top_logprobs: bool) -> None:
-        self._steps, self._text = passes, text
+    def __init__(self, items: Iterator[Column], text: RowText, top_logprobs: bool) -> None:
+        self._columns, self._text = items, text
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._top: list[list[tuple[int, float]]] | None = [] if top_logprobs else None
@@ -69,20 +69,20 @@ class TextStream(Iterator[str]):
 
     def __next__(self) -> str:
         while not (piece := self._text.fresh()):
-            step = next(self._steps)
-            assert step.logprobs is not None
-            self._tokens += step.tokens
-            self._logprobs += step.logprobs
+            column = next(self._columns)
+            assert column.logprobs is not None
+            self._tokens += column.tokens
+            self._logprobs += column.logprobs
             if self._top is not None:
-                self._top.append(list(step.top_logprobs[0]))
-            if step.finished[0]:
-                self._reason = step.finished[0]
+                self._top.append(list(column.top_logprobs[0]))
+            if column.finish_reasons[0]:
+                self._reason = column.finish_reasons[0]
                 self._text.end()
         return piece
 
     @property
     def completion(self) -> Completion:
-        """See the class."""
+        """The completion so far: see the class."""
         return Completion(self._text.text, self._tokens, self._logprobs, self._top, self._reason)
 
 
@@ -105,13 +105,19 @@ def stream(
             f"{settings.num_return_sequences}: both must be 1, and be given where the checkpoint says "
             "otherwise; generate_text takes more"
         )
-    called = Callbacks.of(logits_processor, stopping_criteria)
-    asked = logprobs_asked(model, True, top_logprobs)
+    callbacks = Callbacks.of(logits_processor, stopping_criteria)
+    logprobs = logprobs_count(model, True, top_logprobs)
     (text,) = row_texts(prompts, settings, tokenizer)
-    passes = steps(
-        model, prompts, settings, tokenizer=tokenizer, texts=[text], logprobs=asked, callbacks=called
+    items = columns(
+        model,
+        prompts,
+        settings,
+        tokenizer=tokenizer,
+        texts=[text],
+        logprobs=logprobs,
+        callbacks=callbacks,
     )
-    return TextStream(passes, text, top_logprobs is not None)
+    return TextStream(items, text, top_logprobs is not None)
 
 
 def generate_text(
@@ -126,18 +132,18 @@ def generate_text(
 ) -> list[Completion]:
     """Continue prompts; see ``GPT.generate_text``."""
     tokenizer = needed_tokenizer(model, tokenizer)
-    given = [prompts] if isinstance(prompts, str) else plain(prompts)
-    if not isinstance(given, list | tuple):
+    several = [prompts] if isinstance(prompts, str) else plain(prompts)
+    if not isinstance(several, list | tuple):
         raise TypeError(
             f"generate_text: prompts is {type(prompts).__name__}; text, or a list of texts or of lists of "
             "token ids, is needed"
         )
-    if not given:
+    if not several:
         return []
-    checked, settings = prepare(model, *batch(tokenizer, given), options)
-    called = Callbacks.of(logits_processor, stopping_criteria)
-    asked = logprobs_asked(model, settings.num_beams == 1, top_logprobs)
-    refuse_beams(settings, asked, called)
+    checked, settings = prepare(model, *batch(tokenizer, several), options)
+    callbacks = Callbacks.of(logits_processor, stopping_criteria)
+    count = logprobs_count(model, settings.num_beams == 1, top_logprobs)
+    refuse_beams(settings, count, callbacks)
     texts = row_texts(checked, settings, tokenizer)
     tokens: list[list[int]] = [[] for _ in texts]
     logprobs: list[list[float]] = [[] for _ in texts]
@@ -149,31 +155,33 @@ def generate_text(
             for token in tokens[row]:
                 texts[row].push(token, hidden=token in settings.eos)
     else:
-        for step in steps(
-            model, checked, settings, tokenizer=tokenizer, texts=texts, logprobs=asked, callbacks=called
+        for column in columns(
+            model, checked, settings, tokenizer=tokenizer, texts=texts, logprobs=count, callbacks=callbacks
         ):
-            assert step.logprobs is not None
-            for place, row in enumerate(step.rows):
-                tokens[row].append(step.tokens[place])
-                logprobs[row].append(step.logprobs[place])
-                top[row].append(list(step.top_logprobs[place]))
-                reasons[row] = step.finished[place] or "length"
+            assert column.logprobs is not None
+            for place, row in enumerate(column.rows):
+                tokens[row].append(column.tokens[place])
+                logprobs[row].append(column.logprobs[place])
+                top[row].append(list(column.top_logprobs[place]))
+                reasons[row] = column.finish_reasons[place] or "length"
     for text in texts:
         text.end()
     return [
         Completion(
-            text.text, ids, scores if settings.num_beams == 1 else None, best if asked else None, reason
+            text.text, ids, scores if settings.num_beams == 1 else None, best if count else None, reason
         )
         for text, ids, scores, best, reason in zip(texts, tokens, logprobs, top, reasons, strict=True)
     ]
 
 
 def batch(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(input_ids, attention_mask)`` of prompts, padded on the left. Empty text is the beginning of a text.
+    """``(input_ids, attention_mask)`` of prompts, padded on the left.
+
+    Empty text becomes the beginning-of-text token.
 
     Raises:
         TypeError: A prompt that is neither text nor token ids.
-        ValueError: An empty one, where the tokenizer has no beginning-of-text token.
+        ValueError: An empty prompt, if the tokenizer has no beginning-of-text token.
     """
     rows = [_ids(tokenizer, prompt) for prompt in prompts]
     width = max(map(len, rows))

@@ -1,7 +1,7 @@
-"""The decoder's modules, in terms of ops only: for training, for prefill, and what executors are tested with.
+"""The decoder's modules, built of ops only: they train, run prefill, and are the reference of executors.
 
 Parameter names are those of transformers' GPT-2 (``transformer.h.0.attn.c_attn.weight``), matrices
-are ``(out, in)``. Between blocks travels a pair: a branch's output and the residual that it is
+are ``(out, in)``. Blocks pass on a pair, a branch's output and the residual that it is
 still to be added to, so that each addition is fused with the norm that follows.
 """
 
@@ -36,7 +36,7 @@ IGNORE_INDEX = -100
 class GPTOutput:
     """Logits and loss of a pass: ``output.logits``, ``output["logits"]``, ``loss, logits = output[:2]``.
 
-    As in transformers, numbers count what is there: 0 is the loss where labels were given, else the logits.
+    Indices count as in transformers: 0 is the loss of a call with labels, else the logits.
 
     Attributes:
         logits: ``(batch, seq, vocab_size)``, or the last ``logits_to_keep`` positions of it; zeros
@@ -48,7 +48,7 @@ class GPTOutput:
     loss: torch.Tensor | None = None
 
     def to_tuple(self) -> tuple[torch.Tensor, ...]:
-        """The loss, where labels were given, and the logits."""
+        """The loss, of a call with labels, and the logits."""
         return (self.logits,) if self.loss is None else (self.loss, self.logits)
 
     @overload
@@ -119,7 +119,7 @@ class Norm(nn.Module):
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p)
 
 
-# What a fused op computes from weights alone.
+# The functions that a fused op may replace, as it computes them from weights alone.
 LINEAR = (nn.Linear.forward, QuantizedLinear.forward)
 NORM = (Norm.forward,)
 
@@ -127,7 +127,7 @@ NORM = (Norm.forward,)
 def add_norm(
     norm: nn.Module, x: torch.Tensor, residual: torch.Tensor, dropout_p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of ``residual + dropout(x)``, and that sum; in one pass where ``norm`` may be fused."""
+    """The norm of ``residual + dropout(x)``, and that sum; in one kernel if ``norm`` may be fused."""
     if isinstance(norm, Norm) and untouched(norm, *NORM):
         return norm.add(x, residual, dropout_p)
     residual = residual + F.dropout(x, dropout_p)
@@ -149,7 +149,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, attend: Attend
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``(x, residual)`` to the next such pair; the residual is None where nothing is to be added."""
+        """Map ``(x, residual)`` to the next such pair; a residual of None stands for nothing to add."""
         dropout_p = self.resid_pdrop if self.training and attend.dropout else 0.0
         if self.post_norm:
             h, _ = add_norm(self.ln_1, self.attn(x, attend), x, dropout_p)
@@ -195,13 +195,13 @@ class Decoder(nn.Module):
     """The network: token ids to logits. Weights are fresh, as GPT-2 initialises them.
 
     Args:
-        config: Its shape and switches.
+        config: The model's shape and switches.
 
     Attributes:
-        config: Its shape and switches.
-        quantization: How the linear layers' weights are kept; None: as they were trained.
-        kv_scales: Of an fp8 cache, of keys and of values ``(n_layer, n_head)``; None: 1. Saved and
-            loaded with the weights. ``gptkern.quantize.kv_scales`` finds them.
+        config: The model's shape and switches.
+        quantization: The format of the linear layers' weights; None for floats.
+        kv_scales: (k_scale, v_scale), each ``(n_layer, n_head)``: the scales of an fp8 cache; None for scales
+            of 1. They are saved and loaded with the weights; ``gptkern.quantize.kv_scales`` computes them.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -216,7 +216,7 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        # to_empty and moves off the meta device make new parameters, one for each place of a shared one
+        # to_empty and moves off the meta device make a new parameter for each place of a shared one
         head = self.lm_head
         tied = isinstance(head, nn.Linear) and head.weight is self.transformer.wte.weight
         super()._apply(fn, recurse)
@@ -238,7 +238,7 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.transformer.wte.weight.device
 
     @property
@@ -268,21 +268,21 @@ class Decoder(nn.Module):
         logits_to_keep: int = 0,
         sequences: Sequence[int] | None = None,
     ) -> GPTOutput:
-        """Logits, and the loss where labels are given.
+        """Logits, and the loss if there are labels.
 
         Args:
             input_ids: ``(batch, seq)`` int64.
-            labels: ``(batch, seq)`` int64, usually ``input_ids`` themselves: they are shifted inside;
-                -100 is left out of the mean.
+            labels: ``(batch, seq)`` int64, usually ``input_ids`` themselves, for they are shifted inside; the
+                mean leaves out labels of -100.
             attention_mask: ``(batch, seq)``, 1 for tokens and 0 for padding, on any side. Padding is
                 left out of the computation. With a cache it speaks of the new tokens only.
-            cache: Keys and values of what came before, row i of the batch being the i-th live
-                sequence; an empty one is filled with the batch's sequences. Grows by this call's tokens.
-                A pass through a cache has no dropout, as no gradient comes back through it.
-            position_ids: ``(batch, seq)`` int64; by default 0, 1, 2, ... along the row, as in
-                transformers, or with a cache each sequence's own count of tokens.
-            logits_to_keep: Only the last so many positions' logits (of each sequence, with a cache or
-                a mask); 0 keeps all.
+            cache: Keys and values of the tokens before; row i of the batch continues the cache's i-th
+                sequence, and in an empty cache begins one. The cache grows by this call's tokens. A pass
+                with a cache has no dropout, as no gradient comes back through it.
+            position_ids: ``(batch, seq)`` int64. None counts 0, 1, ... along the row, as transformers does,
+                or with a cache from each sequence's number of tokens on.
+            logits_to_keep: The number of last positions whose logits are returned (of each sequence, with a
+                cache or a mask); 0 returns all.
             sequences: Ids of the cache's sequences that the rows belong to; None: all of them, in order.
 
         Raises:
@@ -301,13 +301,14 @@ class Decoder(nn.Module):
             hidden = self.transformer(input_ids, position_ids, DenseAttend(dropout_p))
             logits = self.lm_head(hidden[:, -logits_to_keep:] if labels is None else hidden)
         else:
-            kept = attention_mask.bool()
-            lengths = kept.sum(1)
+            token_mask = attention_mask.bool()
+            lengths = token_mask.sum(1)
             cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
             attend = PackedAttend(cu_seqlens, int(lengths.max()) if batch else 0, dropout_p)
-            hidden = self.transformer(input_ids[kept], position_ids[kept], attend)
+            hidden = self.transformer(input_ids[token_mask], position_ids[token_mask], attend)
             packed = self.lm_head(hidden)
-            logits = packed.new_zeros(batch, seq, packed.shape[-1]).masked_scatter(kept[..., None], packed)
+            zeros = packed.new_zeros(batch, seq, packed.shape[-1])
+            logits = zeros.masked_scatter(token_mask[..., None], packed)
         loss = None if labels is None else _shifted_loss(logits, labels)
         return GPTOutput(logits[:, -logits_to_keep:], loss)
 
@@ -324,23 +325,23 @@ class Decoder(nn.Module):
         if attention_mask is None:
             lengths, ids = [seq] * batch, input_ids.flatten()
         else:
-            kept = attention_mask.bool()
-            lengths, ids = kept.sum(1).tolist(), input_ids[kept]
-            position_ids = None if position_ids is None else position_ids[kept]
+            token_mask = attention_mask.bool()
+            lengths, ids = token_mask.sum(1).tolist(), input_ids[token_mask]
+            position_ids = None if position_ids is None else position_ids[token_mask]
         if not cache.sequences:
             cache.allocate(batch)
-        held = cache.lengths if sequences is None else [cache.length(sequence) for sequence in sequences]
-        self._check_length(max(map(operator.add, held, lengths), default=0))
-        step = cache.extend(lengths, sequences)
-        positions = step.positions if position_ids is None else position_ids.flatten()
-        hidden = self.transformer(ids, positions, step)
-        step.commit()
+        past = cache.lengths if sequences is None else [cache.length(sequence) for sequence in sequences]
+        self._check_length(max(map(operator.add, past, lengths), default=0))
+        attend = cache.extend(lengths, sequences)
+        positions = attend.positions if position_ids is None else position_ids.flatten()
+        hidden = self.transformer(ids, positions, attend)
+        attend.commit()
         if seq == 1:
             return GPTOutput(self.lm_head(hidden)[:, None])
-        kept_rows = logits_to_keep or max(lengths)
-        ends = step.cu_seqlens_q[1:].long()
-        rows = ends[:, None] + torch.arange(-kept_rows, 0, device=ends.device)
-        present = rows >= step.cu_seqlens_q[:-1, None]
+        count = logits_to_keep or max(lengths)
+        ends = attend.cu_seqlens_q[1:].long()
+        rows = ends[:, None] + torch.arange(-count, 0, device=ends.device)
+        present = rows >= attend.cu_seqlens_q[:-1, None]
         logits = self.lm_head(hidden[rows.clamp_min(0)])
         return GPTOutput(logits.masked_fill(~present[..., None], 0.0))
 
@@ -390,7 +391,7 @@ class Decoder(nn.Module):
                 )
         if cache is None:
             self._check_length(input_ids.shape[1])
-        # Not in a compiled graph, which the values of a tensor must not steer; the lookup fails there itself.
+        # A compiled graph must not branch on a tensor's values; there the embedding's own lookup fails.
         if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
             low, high = input_ids.min().item(), input_ids.max().item()
             if low < 0 or high >= self.config.vocab_size:

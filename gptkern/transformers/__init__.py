@@ -1,4 +1,4 @@
-"""gptkern in transformers: ``accelerate`` for models at hand, classes to import, an attention to choose.
+"""The three ways into transformers: accelerate a model, import a class, choose an attention.
 
 ::
 
@@ -6,8 +6,8 @@
     from gptkern.transformers import GPT2LMHeadModel, GPT2Tokenizer         # or one line changed
     AutoModelForCausalLM.from_pretrained(..., attn_implementation="gptkern")  # or any other model
 
-``import gptkern`` is enough for the last. Names are imported at their first use; all but the warning and the
-two ``explain`` returns need transformers: ``pip install 'gptkern[transformers]'``.
+``import gptkern`` is enough for the last. Names are imported at their first use; all but ``FallbackWarning``,
+``Explanation`` and ``Route`` need transformers: ``pip install 'gptkern[transformers]'``.
 """
 
 from typing import TYPE_CHECKING, Any

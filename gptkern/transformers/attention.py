@@ -17,7 +17,7 @@ from gptkern.transformers.masks import gptkern_mask
 
 
 def register() -> None:
-    """Put the functions themselves in the places that ``import gptkern`` has taken for them."""
+    """Replace the placeholders that ``import gptkern`` registered by the functions themselves."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, gptkern_mask)
     AttentionInterface.register(PAGED, paged_attention_forward)
@@ -37,24 +37,24 @@ def attention_forward(
     cache: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention as ``AttentionInterface`` asks for it.
+    """Attention with the signature of ``AttentionInterface``.
 
     Args:
         query: ``(batch, heads, queries, head_dim)``.
-        key, value: ``(batch, kv_heads, keys, head_dim)``, a static cache's unused ones included.
-        attention_mask: As ``gptkern_mask`` makes it, or any 4-dimensional mask.
+        key, value: ``(batch, kv_heads, keys, head_dim)``, the unused places of a static cache included.
+        attention_mask: The result of ``gptkern_mask``, or any 4-dimensional mask.
         scaling: The complete factor on the scores.
-        cache, cu_seq_lens_q: Of packed sequences; see ``paged_attention_forward``.
+        cache, cu_seq_lens_q: Packed sequences; see ``paged_attention_forward``.
 
     Returns:
-        ``(batch, queries, heads, head_dim)``, and the weights where attentions are to be returned.
+        ``(batch, queries, heads, head_dim)``, and the weights if the caller wants attentions.
 
     Raises:
         ValueError: Attention sinks or a position bias, which are not supported.
     """
     if cache is not None or kwargs.get("cu_seq_lens_q") is not None:
-        told: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sliding_window": sliding_window}
-        return paged_attention_forward(module, query, key, value, attention_mask, cache, **told, **kwargs)
+        options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sliding_window": sliding_window}
+        return paged_attention_forward(module, query, key, value, attention_mask, cache, **options, **kwargs)
     for name in ("s_aux", "position_bias", "sinks"):
         if kwargs.get(name) is not None:
             raise ValueError(f"gptkern attention: {name} was given; choose attn_implementation='eager'")
@@ -73,7 +73,7 @@ def attention_forward(
             )
         return _masked(query, key, value, attention_mask, dropout, scaling), None
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    options: dict[str, Any] = {"scale": scaling, "window": window, "softcap": softcap, "dropout_p": dropout}
+    options = {"scale": scaling, "window": window, "softcap": softcap, "dropout_p": dropout}
     if attention_mask is None:
         out = ops.flash_attention(q, k, v, causal=is_causal, **options)
         assert isinstance(out, torch.Tensor)
@@ -96,8 +96,8 @@ def _padded(
 ) -> torch.Tensor:
     """Attention among the tokens that are not padding, packed; 0 for padding.
 
-    Tensors are ``(batch, seq, heads, head_dim)``. Padding is sorted to the end rather than left out: the
-    shapes do not depend on how much there is, so nothing waits for the device.
+    Tensors are ``(batch, seq, heads, head_dim)``. Padding is sorted to the end rather than left out, so that
+    shapes do not depend on its amount and nothing waits for the device.
     """
     batch, seq_q, seq_k = *q.shape[:2], k.shape[1]
     q_mask = mask[:, -seq_q:] if causal else mask.new_ones(batch, seq_q)
@@ -124,7 +124,7 @@ def _padded(
 
 
 def _packing(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order that puts real tokens first, and where each sequence begins in it."""
+    """The order that puts real tokens first, and the beginning of each sequence in it."""
     order = torch.argsort(~mask.reshape(-1), stable=True)
     cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     return order, cu_seqlens
@@ -138,8 +138,8 @@ def _masked(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    """PyTorch's attention, for patterns that only a matrix describes."""
-    # One query has no matrix of scores to save; and nothing can be told from inside a compiled graph.
+    """PyTorch's attention, for patterns that need a matrix."""
+    # One query has no matrix of scores to save; and a compiled graph cannot warn.
     if query.device.type == "cuda" and query.shape[2] > 1 and not torch.compiler.is_compiling():
         fallback("attention", LIBRARY, "the mask is a matrix")
     out = F.scaled_dot_product_attention(
@@ -166,7 +166,7 @@ def _eager(
     softcap: float | None,
     is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The textbook's attention, which has the weights to return."""
+    """The textbook's attention, which computes the weights and returns them."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -201,7 +201,7 @@ def _visible(
 
 
 def _wants_weights(kwargs: dict[str, Any]) -> bool:
-    """Whether the caller is to get attention weights; most models do not hand the wish on."""
+    """True if the caller wants attention weights; most models do not pass ``output_attentions`` on."""
     if kwargs.get("output_attentions"):
         return True
     collected = _collector()
@@ -213,8 +213,8 @@ def _collector() -> dict[str, Any] | None:
         from transformers.utils.output_capturing import _active_collector
     except ImportError:
         return None
-    found: dict[str, Any] | None = _active_collector.get()
-    return found
+    collector: dict[str, Any] | None = _active_collector.get()
+    return collector
 
 
 def paged_attention_forward(
@@ -231,18 +231,19 @@ def paged_attention_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of transformers' continuous batching: packed queries over a paged cache of the library's.
+    """Attention of transformers' continuous batching: packed queries over the library's paged cache.
 
     Args:
         query: ``(1, heads, tokens, head_dim)``: the new tokens of all requests, end to end.
-        key, value: Of the new tokens where there is a cache, else of all.
-        cache: The library's; told of the new keys and values, it gives those of all requests, end to end.
-            From transformers 5.24 on the models tell it themselves.
-        cu_seq_lens_q, cu_seq_lens_k: Where each request begins; of keys, one for each kind of layer.
+        key, value: Keys and values of the new tokens if there is a cache, else of all tokens.
+        cache: The library's cache: its ``update`` takes the new keys and values and returns those of all
+            requests, end to end. From transformers 5.24 on the models call it themselves.
+        cu_seq_lens_q, cu_seq_lens_k: The beginning of each request; for keys a dict with one tensor for each
+            kind of layer is possible.
         scaling: The complete factor on the scores; the module's own when None.
 
     Raises:
-        ValueError: Called without what continuous batching prepares.
+        ValueError: A call without the packed sequences that continuous batching prepares.
     """
     if cu_seq_lens_q is None or cu_seq_lens_k is None:
         raise ValueError(
@@ -275,23 +276,23 @@ def paged_attention_forward(
 
 
 def _longest(kwargs: dict[str, Any], side: str, kind: str) -> int:
-    """The longest sequence of queries or keys, under either of the library's names; 0: not told."""
-    found = kwargs.get(f"max_length_{side}", kwargs.get(f"max_seqlen_{side}"))
-    return int((found[kind] if isinstance(found, dict) else found) or 0)
+    """The longest sequence of queries or keys, under either of the library's names; 0 if unknown."""
+    length = kwargs.get(f"max_length_{side}", kwargs.get(f"max_seqlen_{side}"))
+    return int((length[kind] if isinstance(length, dict) else length) or 0)
 
 
 def _all_of(
     cache: Any, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of all requests, ``(tokens, kv_heads, head_dim)``, the new ones kept."""
-    told = {"key_states": key, "value_states": value, "layer_idx": module.layer_idx}
+    """Keys and values of all requests, ``(tokens, kv_heads, head_dim)``; the cache takes in the new ones."""
+    new = {"key_states": key, "value_states": value, "layer_idx": module.layer_idx}
     if "kwargs" not in inspect.signature(cache.update).parameters:  # up to transformers 5.22
-        found: tuple[torch.Tensor, torch.Tensor] = cache.update(
-            **told, read_index=kwargs["read_index"], write_index=kwargs["write_index"]
+        both: tuple[torch.Tensor, torch.Tensor] = cache.update(
+            **new, read_index=kwargs["read_index"], write_index=kwargs["write_index"]
         )
-        return found
+        return both
     kwargs.setdefault("max_length_k", dict.fromkeys(kwargs["cu_seq_lens_k"], 0))
-    keys, values = cache.update(**told, kwargs=kwargs)
+    keys, values = cache.update(**new, kwargs=kwargs)
     return keys[0].transpose(0, 1), values[0].transpose(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""The classes to import: transformers' own, accelerated from the moment they are made."""
+"""The classes to import: transformers' own, whose instances are accelerated from the start."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from gptkern.transformers import models
 from gptkern.transformers.swap import accelerate
 
 
-def _made_accelerated(cls: Any, library: Any) -> Any:
+def _accelerating(cls: Any, library: Any) -> Any:
     """A subclass of ``cls`` under the library's name, whose instances are accelerated."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
-        # An attention that was asked for by name stays; "sdpa" is what asking for none gives.
-        asked = self.config._attn_implementation
+        # An attention that the caller chose by name stays; "sdpa" is the library's default.
+        chosen = self.config._attn_implementation
         accelerate(self)
-        if asked not in ("sdpa", "gptkern", None):
-            self.set_attn_implementation(asked)
+        if chosen not in ("sdpa", "gptkern", None):
+            self.set_attn_implementation(chosen)
 
-    def from_pretrained(made: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = cls.from_pretrained.__func__(made, *args, **kwargs)
-        asked = kwargs.get("attn_implementation")
-        if asked is not None:
+    def from_pretrained(subclass: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = cls.from_pretrained.__func__(subclass, *args, **kwargs)
+        chosen = kwargs.get("attn_implementation")
+        if chosen is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
-            model.set_attn_implementation(asked)
+            model.set_attn_implementation(chosen)
         return loaded
 
     from_pretrained.__doc__ = cls.from_pretrained.__doc__
@@ -40,8 +40,8 @@ def _made_accelerated(cls: Any, library: Any) -> Any:
     return type(library.__name__, (cls,), namespace)
 
 
-GPT2LMHeadModel = _made_accelerated(models.GPT2LMHeadModel, transformers.GPT2LMHeadModel)
-OpenAIGPTLMHeadModel = _made_accelerated(models.OpenAIGPTLMHeadModel, transformers.OpenAIGPTLMHeadModel)
+GPT2LMHeadModel = _accelerating(models.GPT2LMHeadModel, transformers.GPT2LMHeadModel)
+OpenAIGPTLMHeadModel = _accelerating(models.OpenAIGPTLMHeadModel, transformers.OpenAIGPTLMHeadModel)
 (
     GPT2Model,
     GPT2ForSequenceClassification,
@@ -49,7 +49,7 @@ OpenAIGPTLMHeadModel = _made_accelerated(models.OpenAIGPTLMHeadModel, transforme
     GPT2ForQuestionAnswering,
     GPT2DoubleHeadsModel,
 ) = (
-    _made_accelerated(cls, cls)
+    _accelerating(cls, cls)
     for cls in (
         transformers.GPT2Model,
         transformers.GPT2ForSequenceClassification,

@@ -1,7 +1,8 @@
-"""``generate`` on gptkern's engine: transformers' loop around gptkern's prefill, paged cache and decode step.
+"""``generate`` on gptkern's engine: transformers' loop around gptkern's prefill, paged cache and executors.
 
-The library's loop is kept, so that every processor, stopping criterion, streamer and field of the result
-is its own; what it calls the model for is answered here. ``EngineCache`` travels in the cache's place.
+The library's loop stays, so that every processor, stopping criterion, streamer and field of the result is
+its own; the engine computes the logits that the loop calls the model for. An ``EngineCache`` takes the
+cache's place in it.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from gptkern.model.decoder import Decoder, GPTOutput
 from gptkern.ops._dispatch import use_kernel
 from gptkern.transformers.modules import CACHE, FORWARDS, INSTEAD, activation_of
 
-# What ``_sample`` may be given beside it; anything else is an input that the engine does not know.
+# The inputs of ``_sample`` that the engine knows; any other is a reason to refuse the call.
 _KNOWN_INPUTS = {"attention_mask", "use_cache", CACHE, "logits_to_keep", "position_ids"}
 _GPT1_NAMES = {"wte": "tokens_embed", "wpe": "positions_embed"}
 _views: WeakKeyDictionary[nn.Module, tuple[str, Decoder]] = WeakKeyDictionary()
 _blueprints: WeakKeyDictionary[nn.Module, tuple[str, Blueprint]] = WeakKeyDictionary()
 _LIBRARY_CLASSES = (gpt2.GPT2LMHeadModel, gpt1.OpenAIGPTLMHeadModel)
-# What the engine or its loop does in the place of the library's methods.
+# The methods of the library that the engine or its loop replaces.
 _LOOP_METHODS = (
     "__call__",
     "forward",
@@ -52,25 +53,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def view(model: Any) -> Decoder:
-    """A ``Decoder`` over the model's own weights: an optimizer step on one is seen by the other."""
+    """A ``Decoder`` over the model's own weights: an update of one changes the other."""
     if use_kernel(model.lm_head.weight):
         _lay_rows(model)
-    key, found = _views.get(model, ("", None))
+    key, previous = _views.get(model, ("", None))
     sources = _sources(model)
-    if found is not None and key == _shape_key(model):
-        parameters = dict(found.named_parameters(remove_duplicate=False))
+    if previous is not None and key == _shape_key(model):
+        parameters = dict(previous.named_parameters(remove_duplicate=False))
         if all(p.data_ptr() == sources[name].data_ptr() for name, p in parameters.items()):
-            return found
-    made = skeleton(lambda: Decoder(gpt_config(model)))
+            return previous
+    decoder = skeleton(lambda: Decoder(gpt_config(model)))
     for name, source in sources.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(made.get_submodule(owner), leaf, nn.Parameter(source.detach(), requires_grad=False))
-    _views[model] = _shape_key(model), made.eval()
-    return made
+        setattr(decoder.get_submodule(owner), leaf, nn.Parameter(source.detach(), requires_grad=False))
+    _views[model] = _shape_key(model), decoder.eval()
+    return decoder
 
 
 def _lay_rows(model: Any) -> None:
-    """Lay matrices, ``(in, out)`` in the library, so in memory that kernels find rows of ``(out, in)``.
+    """Store the library's ``(in, out)`` matrices transposed, so that kernels read rows of ``(out, in)``.
 
     Shapes, values and the parameters themselves stay, and an update in place keeps the layout.
     """
@@ -81,14 +82,14 @@ def _lay_rows(model: Any) -> None:
 
 
 def _sizes(model: Any) -> dict[str, int]:
-    """What the model's own modules say of its size, whatever its config says."""
+    """The numbers of layers and of tokens by the model's modules, which may differ from its config."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     tokens = model.config.vocab_size if weight is None else weight.shape[0]
     return {"n_layer": len(getattr(model.transformer, "h", ())), "vocab_size": tokens}
 
 
 def _shape_key(model: Any) -> str:
-    """All that a model's modules are built of, as text."""
+    """All numbers that a model's modules are built from, as text."""
     return repr((_sizes(model), sorted(vars(model.config).items(), key=lambda item: item[0])))
 
 
@@ -98,7 +99,7 @@ def gpt_config(model: Any) -> GPTConfig:
 
 
 def _sources(model: Any) -> dict[str, torch.Tensor]:
-    """Of every parameter of ``view(model)``, the model's tensor, matrices as ``(out, in)`` views."""
+    """The model's tensor for every parameter name of ``view(model)``, matrices as ``(out, in)`` views."""
     body = model.transformer
     gpt1_names = model.config.model_type == "openai-gpt"
     found = {"lm_head.weight": model.lm_head.weight}
@@ -115,13 +116,13 @@ def _sources(model: Any) -> dict[str, torch.Tensor]:
 
 
 def library_takes_over(method: F) -> F:
-    """Mark a method that stands before the library's and calls it where the engine does not serve."""
+    """Mark a method that replaces the library's, and calls it if the engine does not serve."""
     method._gptkern = True  # type: ignore[attr-defined]
     return method
 
 
-def refused_model(model: Any) -> str | None:
-    """Why the engine cannot take the model's place, or None where it can."""
+def model_refusal(model: Any) -> str | None:
+    """The reason why the engine cannot run the model; None if it can."""
     parameters = list(model.parameters())
     if len({(p.dtype, p.device) for p in parameters}) > 1:
         return "the weights are of several dtypes or on several devices"
@@ -137,13 +138,13 @@ def refused_model(model: Any) -> str | None:
 
 
 def changed(model: Any) -> str | None:
-    """What makes ``model`` other than its library class builds it; None: nothing does."""
+    """The first difference between ``model`` and what its library class builds; None if there is none."""
     name = own_method(model, _LOOP_METHODS) or _overridden(model)
     return f"{type(model).__name__} has a {name} of its own" if name else _blueprint(model).difference(model)
 
 
 def known_attention(name: str) -> bool:
-    """Whether an attention computes what the engine does: gptkern's, and each of the library's."""
+    """True for an attention that computes what the engine does: gptkern's and each of the library's."""
     function = ALL_ATTENTION_FUNCTIONS.get(name)
     return name in (NAME, "eager") or getattr(function, "__module__", "").startswith("transformers.")
 
@@ -161,7 +162,7 @@ def _overridden(model: Any) -> str | None:
 
 
 def _blueprint(model: Any) -> Blueprint:
-    """That of the model's config, with as many tokens and blocks as the model has."""
+    """The blueprint of the model's config, with as many tokens and blocks as the model has."""
     found = _blueprints.get(model)
     if found is None or found[0] != _shape_key(model):
         config = copy.deepcopy(model.config)
@@ -169,18 +170,18 @@ def _blueprint(model: Any) -> Blueprint:
             setattr(config, name, size)
         library = next(cls for cls in type(model).__mro__ if cls in _LIBRARY_CLASSES)
         built = skeleton(lambda: library(config))
-        blueprint = Blueprint(built, forwards=FORWARDS, instead=INSTEAD, harmless=_records)
+        blueprint = Blueprint(built, forwards=FORWARDS, instead=INSTEAD, harmless=_is_library_recorder)
         found = _blueprints[model] = _shape_key(model), blueprint
     return found[1]
 
 
-def _records(hook: Any) -> bool:
-    """Whether a hook is the library's own, which only listens, and to nobody while the engine runs."""
+def _is_library_recorder(hook: Any) -> bool:
+    """True for a hook of the library that only records; nothing listens to it while the engine runs."""
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
-def refused_config(model: Any, config: Any) -> str | None:
-    """Why a GenerationConfig is none that the engine takes, or None."""
+def config_refusal(model: Any, config: Any) -> str | None:
+    """The reason why the engine cannot follow a GenerationConfig; None if it can."""
     if model._gptkern_generation == "library":
         return "accelerate(generation='library') asked for it"
     if config.use_cache is False:
@@ -196,8 +197,8 @@ def refused_config(model: Any, config: Any) -> str | None:
     return None
 
 
-def refused_call(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> str | None:
-    """Why the inputs of one call are none that the engine takes, or None."""
+def call_refusal(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> str | None:
+    """The reason why the engine cannot take the inputs of a call; None if it can."""
     for name, value in kwargs.items():
         if name not in _KNOWN_INPUTS and value is not None and value is not False:
             return f"{name} was given"
@@ -214,7 +215,7 @@ def refused_call(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[
         return f"max_length passes the model's context of {limit}"
     if input_ids.shape[1] < 1:
         return "the prompt is empty"
-    return _refused_mask(model, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+    return _mask_refusal(model, kwargs.get("attention_mask"), kwargs.get("position_ids"))
 
 
 def _readable(past: Any) -> bool:
@@ -226,7 +227,7 @@ def _readable(past: Any) -> bool:
     return type(past) is StaticCache and int(past.get_seq_length()) == 0
 
 
-def _refused_mask(model: Any, mask: torch.Tensor | None, positions: torch.Tensor | None) -> str | None:
+def _mask_refusal(model: Any, mask: torch.Tensor | None, positions: torch.Tensor | None) -> str | None:
     if mask is not None:
         if mask.dim() != 2:
             return "attention_mask is a matrix"
@@ -246,17 +247,17 @@ def _refused_mask(model: Any, mask: torch.Tensor | None, positions: torch.Tensor
 
 
 class EngineCache(Cache):
-    """The cache of one ``generate`` call, and what runs the model on it.
+    """The cache of one ``generate`` call, and the executors that run the model on it.
 
     Attributes:
-        whole_ids: ``run`` is given whole sequences and not new tokens alone, as of a model without a cache.
+        whole_ids: True if ``run`` gets whole sequences instead of new tokens, as in a model without a cache.
 
     Args:
-        model: An accelerated language model that ``refused_model`` has no reason against.
+        model: An accelerated language model for which ``model_refusal`` is None.
         rows: Sequences in the batch.
-        max_len: Longest sequence, padding included.
-        past: What the library prepared or the caller passed in; its contents are taken over.
-        mask: ``(rows, seen + new)``, or None.
+        max_len: The length of the longest sequence, padding included.
+        past: The cache that the library prepared or the caller passed; its contents are copied.
+        mask: ``(rows, past + new)``, or None.
     """
 
     def __init__(
@@ -280,26 +281,26 @@ class EngineCache(Cache):
         )
         self._kv.allocate(rows)
         self._past = past
-        self._taken = 0 if past is None or self.whole_ids else int(past.get_seq_length())
-        if self._taken:
-            self._take(past)
+        self._past_length = 0 if past is None or self.whole_ids else int(past.get_seq_length())
+        if self._past_length:
+            self._copy_past(past)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens a row has seen, padding included."""
+        """The number of tokens in a row, padding included."""
         return self._seen
 
     @property
     def vocab_size(self) -> int:
-        """Logits of a row."""
+        """The number of logits in a row."""
         return self._gpt.config.vocab_size
 
     @property
     def is_linear(self) -> list[bool]:
-        """Of each layer, whether it keeps a state instead of keys and values (from transformers 5.24 on)."""
+        """True for each layer with a state instead of keys and values (from transformers 5.24 on): none."""
         return [False] * self._gpt.config.n_layer
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i takes what row ``beam_idx[i]``, a beam of the same prompt, holds."""
+        """Give row i the tokens of row ``beam_idx[i]``, a beam of the same prompt."""
         ids, order = self._kv.sequences, beam_idx.tolist()
         self._kv.reorder([ids[i] for i in order])
 
@@ -307,7 +308,7 @@ class EngineCache(Cache):
         """Logits after the last of ``input_ids``, ``(rows, 1, vocab_size)``.
 
         Raises:
-            RuntimeError: The model was hooked or changed since, and its layers are to be called.
+            RuntimeError: The model was hooked or changed since, so that its layers must be called.
         """
         reason = changed(self._model) if self._watch.stirred() else None
         if reason is not None:
@@ -323,25 +324,25 @@ class EngineCache(Cache):
             else:
                 logits = self._prefill(input_ids)
         self._seen += input_ids.shape[1]
-        # What was made in inference mode could not be written to outside it.
+        # A tensor of inference mode cannot be written to outside it.
         return logits.clone()
 
     def hand_back(self) -> Cache | None:
-        """The library's cache, with what was computed since; padding is zeros."""
+        """The library's cache with the keys and values of this call; padding is zeros."""
         past, rows = self._past, len(self._kv.sequences)
         if past is None or self.whole_ids:
             return past
-        kept = torch.ones(rows, self._seen, dtype=torch.bool, device=self._kv.device)
+        token_mask = torch.ones(rows, self._seen, dtype=torch.bool, device=self._kv.device)
         if self._mask is not None:
             width = min(self._mask.shape[1], self._seen)
-            kept[:, :width] = self._mask[:, :width]
-        places = (kept.long().cumsum(1) - 1).clamp_min(0)
+            token_mask[:, :width] = self._mask[:, :width]
+        places = (token_mask.long().cumsum(1) - 1).clamp_min(0)
         pages = self._kv.page_table[:rows].long().gather(1, places // PAGE_SIZE)
         for layer in range(self._gpt.config.n_layer):
             tensors = []
-            for held in (self._kv.k[layer], self._kv.v[layer]):
-                tokens = held[pages, places % PAGE_SIZE].masked_fill(~kept[..., None, None], 0)
-                tensors.append(tokens[:, self._taken :].transpose(1, 2).contiguous())
+            for pool in (self._kv.k[layer], self._kv.v[layer]):
+                tokens = pool[pages, places % PAGE_SIZE].masked_fill(~token_mask[..., None, None], 0)
+                tensors.append(tokens[:, self._past_length :].transpose(1, 2).contiguous())
             past.update(*tensors, layer)
         return past
 
@@ -356,20 +357,21 @@ class EngineCache(Cache):
                 # A chunk of the prompts that is padding throughout: nobody reads these logits.
                 vocab_size = self._gpt.config.vocab_size
                 return torch.zeros(len(mask), 1, vocab_size, dtype=self._gpt.dtype, device=mask.device)
-            # Whatever stands in the padding may be no token of the model.
+            # Padding may hold ids that are no tokens of the model.
             input_ids = input_ids.masked_fill(~mask, 0)
         output: GPTOutput = self._gpt(input_ids, attention_mask=mask, cache=self._kv, logits_to_keep=1)
         return output.logits[:, -1:]
 
-    def _take(self, past: Any) -> None:
-        """Copy what a library's cache holds, without its padding."""
-        seen, rows = self._taken, len(self._kv.sequences)
-        kept = torch.ones(rows, seen, dtype=torch.bool, device=self._kv.device)
+    def _copy_past(self, past: Any) -> None:
+        """Copy the keys and values of a library's cache, without its padding."""
+        seen, rows = self._past_length, len(self._kv.sequences)
+        token_mask = torch.ones(rows, seen, dtype=torch.bool, device=self._kv.device)
         if self._mask is not None:
-            kept = self._mask[:, :seen]
-        step = self._kv.extend(kept.sum(1).tolist())
+            token_mask = self._mask[:, :seen]
+        forward_pass = self._kv.extend(token_mask.sum(1).tolist())
         for layer, source in enumerate(past.layers):
-            for held, given in ((self._kv.k[layer], source.keys), (self._kv.v[layer], source.values)):
-                held.flatten(0, 1)[step.slots] = given.transpose(1, 2)[kept].to(held.dtype)
-        step.commit()
+            for pool, tensor in ((self._kv.k[layer], source.keys), (self._kv.v[layer], source.values)):
+                new = tensor.transpose(1, 2)[token_mask]
+                pool.flatten(0, 1)[forward_pass.slots] = new.to(pool.dtype)
+        forward_pass.commit()
         self._seen = seen

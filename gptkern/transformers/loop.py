@@ -1,7 +1,7 @@
-"""``generate`` on the engine alone: gptkern's steps and sampler, with the library's criteria and streamers.
+"""``generate`` on the engine alone: gptkern's passes and sampler, with the library's criteria and streamers.
 
-It takes a call whose every logits processor is one that ``gptkern.ops.sample`` computes as the library
-does, and nothing of which asks for the scores of a step. Any other call keeps the library's loop.
+The loop takes a call if ``gptkern.ops.sample`` computes each of its logits processors as the library does
+and the scores are not returned. Any other call keeps the library's loop.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def _warper(option: Option) -> tuple[type, Callable[[Any, int], Options]]:
     return warper, lambda processor, _: {option.name: number(getattr(processor, attribute))}
 
 
-# The sampler's arguments for each of the library's processors, given the width of the prompt. In the order in
-# which the sampler applies them, which is the library's.
+# The sampler's arguments for each of the library's processors, given the width of the prompt, in the order in
+# which both apply them.
 _OPTIONS: dict[type, Callable[[Any, int], Options]] = {
     library.RepetitionPenaltyLogitsProcessor: lambda p, _: {
         "repetition_penalty": p.penalty,
@@ -59,10 +59,10 @@ _OPTIONS: dict[type, Callable[[Any, int], Options]] = {
 
 
 def sampler_options(processors: Any, config: Any, width: int, vocab: int) -> Options | None:
-    """``SamplingParams.make``'s arguments for a call of ``generate``; None where they do not say it all.
+    """``SamplingParams.make``'s arguments for a call of ``generate``; None if the sampler lacks something.
 
-    Beside them, with a repetition penalty, ``prompt_ignore_length``: how many tokens at the beginning it
-    passes over, None, a number, or one a row.
+    With a repetition penalty the options also have ``prompt_ignore_length``, the number of tokens at the
+    beginning that the penalty passes over: None, a number, or one for each row.
     """
     if config.return_dict_in_generate and (config.output_scores or config.output_logits):
         return None
@@ -72,13 +72,13 @@ def sampler_options(processors: Any, config: Any, width: int, vocab: int) -> Opt
         return None
     options: Options = {} if config.do_sample else {"temperature": 0.0}
     for processor in processors:
-        made = _OPTIONS[type(processor)](processor, width)
+        own = _OPTIONS[type(processor)](processor, width)
         if getattr(processor, "min_tokens_to_keep", 1) != 1:
             return None
-        # Two kinds speak of the least length.
-        if "min_new_tokens" in options and "min_new_tokens" in made:
-            made["min_new_tokens"] = max(made["min_new_tokens"], options["min_new_tokens"])
-        options |= made
+        # Two kinds of processor set a least length.
+        if "min_new_tokens" in options and "min_new_tokens" in own:
+            own["min_new_tokens"] = max(own["min_new_tokens"], options["min_new_tokens"])
+        options |= own
     return options | {"top_k": min(options.get("top_k", 0), vocab)}
 
 
@@ -92,11 +92,11 @@ def run(
     config: Any,
     streamer: Any,
 ) -> torch.Tensor:
-    """``(rows, width + new)``: what the library's loop would return, with the engine's sampler.
+    """The result of the library's loop, ``(rows, width + new)``, with the engine's sampler.
 
     Args:
-        input_ids: Whole sequences, or the new tokens alone where ``mask`` is longer and a cache was given.
-        criteria: Asked after every token, with the ids so far.
+        input_ids: Whole sequences, or the new tokens alone if there is a cache and ``mask`` is longer.
+        criteria: The stopping criteria, called after every token with the ids so far.
     """
     rows, width = input_ids.shape
     device = input_ids.device
@@ -113,9 +113,9 @@ def run(
     ids = torch.empty(rows, max(config.max_length, width) + 1, dtype=input_ids.dtype, device=device)
     ids[:, :width] = input_ids
     running = torch.ones(rows, dtype=torch.bool, device=device)
-    logits = engine.run(_unseen(engine, input_ids, mask))
+    logits = engine.run(_new_tokens(engine, input_ids, mask))
     while True:
-        # float64 the library rounds too.
+        # The library, too, rounds float64 logits.
         last = logits[:, -1].float() if logits.dtype == torch.float64 else logits[:, -1]
         tokens = sample(last, params, state=state).tokens
         if ends:
@@ -133,13 +133,13 @@ def run(
     return ids[:, :width].clone()
 
 
-def _unseen(engine: EngineCache, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The prompt's tokens that a cache which was passed in does not hold."""
+def _new_tokens(engine: EngineCache, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The prompt's tokens that are not in the cache yet."""
     if engine.whole_ids or (mask is not None and mask.shape[1] != input_ids.shape[1]):
         return input_ids
     return input_ids[:, engine.get_seq_length() :]
 
 
 def result(ids: torch.Tensor, config: Any) -> Any:
-    """As the library returns it."""
+    """The tokens in the form that the library returns."""
     return GenerateDecoderOnlyOutput(sequences=ids) if config.return_dict_in_generate else ids

@@ -18,17 +18,17 @@ from gptkern.ops._dispatch import use_kernel
 from gptkern.routes import LIBRARY
 from gptkern.transformers.engine import (
     EngineCache,
+    call_refusal,
+    config_refusal,
     library_takes_over,
-    refused_call,
-    refused_config,
-    refused_model,
+    model_refusal,
 )
 from gptkern.transformers.loop import result, run, sampler_options
 from gptkern.transformers.modules import CACHE, HEAD
 
 
 class LanguageModel:
-    """What an accelerated language model has before the library's class in its bases."""
+    """The base of an accelerated language model that stands before the library's class."""
 
     _gptkern_generation = "auto"
     _gptkern_rng = "torch"
@@ -36,7 +36,7 @@ class LanguageModel:
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # The library reads the source of the class's module to find out, and this is not where it looks.
+        # The library finds out by reading the source of the class's module, which is the wrong one here.
         return bool(cls._gptkern_library_class._can_set_attn_implementation())
 
     @library_takes_over
@@ -59,20 +59,20 @@ _LOOP_ARGUMENTS = {
 
 
 def _on_engine(model: Any, name: str, loop: Any, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> Any:
-    """Run the engine's loop, or the library's, its calls of the model answered by the engine where it can."""
+    """Run the engine's loop, else the library's with the engine's logits, else the library's alone."""
     config = kwargs["generation_config"]
     inputs = {key: value for key, value in kwargs.items() if key not in _LOOP_ARGUMENTS}
     reason = (
-        refused_model(model)
-        or refused_config(model, config)
-        or refused_call(model, input_ids, config, inputs)
+        model_refusal(model)
+        or config_refusal(model, config)
+        or call_refusal(model, input_ids, config, inputs)
     )
     if kwargs.get("synced_gpus"):
         reason = "several processes generate in step"
     if reason is not None:
         fallback("generate", LIBRARY, reason)
         return loop(input_ids, **kwargs)
-    # Whatever integers they came as: the library, too, gives its results as int64.
+    # The library, too, returns int64 whatever integers the prompt has.
     input_ids = input_ids.long()
     past, mask = inputs.get(CACHE), inputs.get("attention_mask")
     engine = EngineCache(model, input_ids.shape[0], config.max_length, past, mask)
@@ -93,7 +93,7 @@ def _on_engine(model: Any, name: str, loop: Any, input_ids: torch.Tensor, kwargs
 
 
 def _fused_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the loss can come straight from the product with the head, which holds no fp32 logits."""
+    """True if the loss can be fused with the head's product, which stores no fp32 logits."""
     head = model.lm_head
     if (
         kwargs.get("labels") is None
@@ -102,12 +102,12 @@ def _fused_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
         or "loss_function" in vars(model)
     ):
         return False
-    known = not {"shift_labels", "ignore_index", "weight", "label_smoothing"} & kwargs.keys()
+    usual = not {"shift_labels", "ignore_index", "weight", "label_smoothing"} & kwargs.keys()
     plain = (
         model.loss_function is ForCausalLMLoss
         and kwargs.get("return_dict", model.config.return_dict) is not False
     )
-    return known and plain and untouched(head, HEAD) and use_kernel(head.weight)
+    return usual and plain and untouched(head, HEAD) and use_kernel(head.weight)
 
 
 def _forward_with_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -143,7 +143,7 @@ def _forward_of(cls: Any) -> Any:
 
 @functools.cache
 def accelerated_class(cls: Any) -> Any:
-    """The accelerated class of a language model's: a subclass of its name."""
+    """The accelerated subclass of a language model's class, under the same name."""
     module = __name__ if cls in LIBRARY_CLASSES else cls.__module__
     namespace = {
         "__module__": module,

@@ -1,9 +1,9 @@
 """The accelerated blocks of GPT-2 and of the GPT of 2018.
 
-Each is a subclass of the library's, whose class an existing module is given: its parameters, their
-names, its hooks and its place in the model stay, and giving it its old class back undoes everything.
-Where somebody has put another module in the place of a layer (an adapter, a quantised matrix) or hooked
-one, that part runs the library's own code.
+Each is a subclass of the library's class. An existing module changes its ``__class__`` to it: parameters,
+their names, hooks and the place in the model stay, and the old class undoes everything. A part of the
+model with another module in the place of a layer (an adapter, a quantised matrix), or with a hook, runs the
+library's own code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gptkern.transformers.attention import attention_forward
 # Up to transformers 5.23 the cache is called past_key_values, since then cache: as argument and as output.
 _RENAMED = "cache" in inspect.signature(gpt2.GPT2LMHeadModel.forward).parameters
 CACHE = "cache" if _RENAMED else "past_key_values"
-# the activations of transformers' OpenAIGPTModel: its "gelu" is the tanh form
+# The activations of transformers' OpenAIGPTModel: its "gelu" is the tanh form
 GPT1_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 
 
@@ -41,7 +41,7 @@ _ACTIVATIONS = {
 
 
 def activation(act: Any) -> str | None:
-    """The op's name of what an activation module computes; None of any other, or of one that is hooked."""
+    """The op's name for an activation module; None for an unknown module or one with a hook."""
     ours, forward = _ACTIVATIONS.get(type(act), (None, None))
     return ours if ours is not None and untouched(act, forward) else None
 
@@ -51,7 +51,7 @@ def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
 
 
 def _fused_norm(norm: nn.Module, x: torch.Tensor) -> bool:
-    # Mixed dtypes (an fp32 norm over bf16) promote in PyTorch's way, which is not ours.
+    # Mixed dtypes (an fp32 norm over bf16) promote by PyTorch's rules, which the op does not follow.
     return untouched(norm, NORM) and norm.weight is not None and norm.weight.dtype == x.dtype
 
 
@@ -64,8 +64,8 @@ def _mlp(module: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.T
     )
 
 
-def as_library(mlp: Any) -> str | None:
-    """What of a perceptron the op does not compute, in words; None: it computes all but the dropout."""
+def library_reason(mlp: Any) -> str | None:
+    """The reason why the op cannot compute a perceptron; None if it computes all but the dropout."""
     for name in ("c_fc", "c_proj"):
         if not untouched(getattr(mlp, name), CONV):
             return f"{name} is a {type(getattr(mlp, name)).__name__} that was put in or hooked"
@@ -77,12 +77,12 @@ def as_library(mlp: Any) -> str | None:
 
 
 class GPT2MLP(gpt2.GPT2MLP):
-    """Both layers, bias and activation in the products' epilogues."""
+    """A perceptron with bias and activation in the epilogues of its two products."""
 
     def fused(self, x: torch.Tensor) -> bool:
-        """Whether the op computes what this module does, but for its dropout."""
+        """True if the op computes all of this module but its dropout."""
         return (
-            as_library(self) is None
+            library_reason(self) is None
             and self.c_fc.weight.dtype == self.c_proj.weight.dtype
             and (x.dtype == self.c_fc.weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
@@ -99,7 +99,7 @@ _OWN_MLP = GPT2MLP.forward
 
 
 class GPT2Block(gpt2.GPT2Block):
-    """Norms, the addition between the branches, and the perceptron with the addition after it."""
+    """A block with the addition fused into its second norm and the residual fused into its perceptron."""
 
     def forward(
         self,
@@ -151,7 +151,7 @@ class GPT2Block(gpt2.GPT2Block):
 
 
 class GPT1Attention(gpt1.Attention):
-    """Attention that never holds the matrix of weights, unless it is asked for."""
+    """Attention that never stores the matrix of weights, unless the caller wants it."""
 
     is_causal = True
 
@@ -165,11 +165,11 @@ class GPT1Attention(gpt1.Attention):
         q, k, v = (self.split_heads(t) for t in qkv.split(self.split_size, dim=2))
         dropout = self.attn_dropout.p if self.training else 0.0
         # The library's mask is 0 for tokens and the least number for padding.
-        kept = None if attention_mask is None else attention_mask[:, 0, 0] == 0
-        if kept is not None and kept.device.type == "cpu" and bool(kept.all()):
-            kept = None
+        token_mask = None if attention_mask is None else attention_mask[:, 0, 0] == 0
+        if token_mask is not None and token_mask.device.type == "cpu" and bool(token_mask.all()):
+            token_mask = None
         scale = None if self.scale else 1.0
-        out, _ = attention_forward(self, q, k, v, kept, dropout=dropout, scaling=scale)
+        out, _ = attention_forward(self, q, k, v, token_mask, dropout=dropout, scaling=scale)
         return [self.resid_dropout(self.c_proj(out.flatten(-2)))]
 
     def _fused(self) -> bool:
@@ -182,7 +182,7 @@ class GPT1Attention(gpt1.Attention):
 
 
 class GPT1MLP(gpt1.MLP):
-    """As ``GPT2MLP``."""
+    """The perceptron of the GPT of 2018, fused as ``GPT2MLP``."""
 
     fused = GPT2MLP.fused
 
@@ -195,14 +195,14 @@ class GPT1MLP(gpt1.MLP):
 
 
 class GPT1Block(gpt1.Block):
-    """Each norm in one pass with the addition before it."""
+    """A block with each norm fused with the addition before it."""
 
     def forward(
         self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, output_attentions: bool = False
     ) -> list[torch.Tensor]:
         autocast = torch.is_autocast_enabled(x.device.type)
-        kept = gpt1.Block.forward is _GPT1_BLOCK
-        if autocast or not (kept and _fused_norm(self.ln_1, x) and _fused_norm(self.ln_2, x)):
+        original = gpt1.Block.forward is _GPT1_BLOCK
+        if autocast or not (original and _fused_norm(self.ln_1, x) and _fused_norm(self.ln_2, x)):
             found: list[torch.Tensor] = super().forward(x, attention_mask, output_attentions)
             return found
         attended, *weights = self.attn(x, attention_mask=attention_mask, output_attentions=output_attentions)
@@ -222,13 +222,13 @@ class LayerNorm(nn.LayerNorm):
 
 
 def activation_of(config: Any) -> str | None:
-    """The op's name of a config's activation; None where it has none."""
+    """The op's name for a config's activation; None if the op does not have it."""
     if config.model_type == "openai-gpt":
         return GPT1_ACTIVATIONS.get(config.afn)
     return ACTIVATIONS.get(config.activation_function)
 
 
-# A class of the library's -> ours. Names stay, for the library looks some classes up by name.
+# The library's class -> gptkern's. Names stay, for the library looks some classes up by name.
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     gpt2.GPT2Block: GPT2Block,
     gpt2.GPT2MLP: GPT2MLP,
@@ -238,7 +238,7 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
 }
 for _old, _new in SWAPS.items():
     _new.__name__ = _old.__name__
-# What stands in an accelerated model in the place of the library's, and all their functions at first.
+# The classes that replace each of the library's in an accelerated model, and the functions of all of them.
 INSTEAD: dict[type, tuple[type, ...]] = {old: (new,) for old, new in SWAPS.items()}
 INSTEAD[nn.LayerNorm] = (LayerNorm,)
 _LIBRARYS: tuple[type, ...] = (Conv1D, nn.Dropout, nn.Embedding, nn.Linear, nn.ModuleList, gpt2.GPT2Model)

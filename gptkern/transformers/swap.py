@@ -1,4 +1,4 @@
-"""``accelerate``, ``restore`` and ``explain``: existing models on gptkern's ops, and back."""
+"""``accelerate``, ``restore`` and ``explain`` for models of transformers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gptkern.drop_in import Generation, Rng
 from gptkern.ops._dispatch import use_kernel
 from gptkern.quantization import METHOD
 from gptkern.routes import Explanation, Route
-from gptkern.transformers.engine import known_attention, refused_config, refused_model
+from gptkern.transformers.engine import config_refusal, known_attention, model_refusal
 from gptkern.transformers.models import LIBRARY_CLASSES, LanguageModel, accelerated_class
-from gptkern.transformers.modules import NORM, SWAPS, LayerNorm, activation_of, as_library
+from gptkern.transformers.modules import NORM, SWAPS, LayerNorm, activation_of, library_reason
 
 SUPPORTED = (
     "GPT2LMHeadModel",
@@ -33,7 +33,7 @@ NORMS = (NORM, LayerNorm.forward)
 
 
 def accelerate(model: Any, *, generation: Generation = "auto", rng: Rng = "torch") -> Any:
-    """Put a loaded transformers model on gptkern's ops, in place: see ``gptkern.accelerate``."""
+    """Make a loaded transformers model run on gptkern's ops, in place: see ``gptkern.accelerate``."""
     _check(model, generation, rng)
     if is_accelerated(model):
         if isinstance(model, LanguageModel):
@@ -45,8 +45,8 @@ def accelerate(model: Any, *, generation: Generation = "auto", rng: Rng = "torch
         if not is_accelerated(model):
             raise RuntimeError(f"accelerate: transformers {transformers.__version__} kept its own attention")
     except BaseException:
-        for step in reversed(undo):
-            step()
+        for reversal in reversed(undo):
+            reversal()
         raise
     if isinstance(model, LanguageModel):
         model._gptkern_generation, model._gptkern_rng = generation, rng
@@ -73,7 +73,7 @@ def restore(model: Any) -> Any:
 
 
 def is_accelerated(model: Any) -> bool:
-    """Whether blocks and, where the library lets it be chosen, attention are gptkern's."""
+    """True if blocks and, for models with a choice, attention are gptkern's."""
     blocks = [m for m in model.modules() if type(m) in SWAPS or type(m) in SWAPS.values()]
     swapped = bool(blocks) and all(type(m) in SWAPS.values() for m in blocks)
     chosen = model.config.model_type == "openai-gpt" or "_gptkern_attention" in model.__dict__
@@ -81,10 +81,10 @@ def is_accelerated(model: Any) -> bool:
 
 
 def explain(model: Any, generation_config: Any = None) -> Explanation:
-    """How each part of a model of transformers runs, and why: see ``gptkern.explain``.
+    """The route of each part of a transformers model and the reason for it: see ``gptkern.explain``.
 
     Raises:
-        TypeError: No such model.
+        TypeError: ``model`` is no transformers model.
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(
@@ -130,13 +130,16 @@ def _check(model: Any, generation: str, rng: str) -> None:
 
 
 def refuse_quantised(config: Any) -> None:
-    """Refuse the checkpoints of ``gptkern quantize``: transformers skips their weights, and draws new ones.
+    """Refuse checkpoints of ``gptkern quantize``: transformers skips their weights and draws new ones.
 
     Raises:
-        ValueError: ``config`` is of one.
+        ValueError: ``config`` belongs to such a checkpoint.
     """
-    found = getattr(config, "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    section = getattr(config, "quantization_config", None)
+    if isinstance(section, dict):
+        method = section.get("quant_method")
+    else:
+        method = getattr(section, "quant_method", None)
     if method == METHOD:
         raise ValueError(
             "accelerate: the checkpoint was quantised by gptkern, which transformers does not read: open it "
@@ -153,7 +156,7 @@ def _apply(model: Any, undo: list[Callable[[], None]]) -> None:
     if model.config.model_type != "openai-gpt":
         previous = model.config._attn_implementation
         undo.append(lambda: model.set_attn_implementation(previous))
-        # An attention of somebody's own may compute anything, and stays.
+        # An attention that is not the library's may compute anything, and stays.
         if known_attention(previous):
             model.set_attn_implementation(NAME)
         if model.config._attn_implementation == NAME or not known_attention(previous):
@@ -163,7 +166,7 @@ def _apply(model: Any, undo: list[Callable[[], None]]) -> None:
         if type(module) in SWAPS:
             become(module, SWAPS[type(module)])
         elif isinstance(model, transformers.GPT2ForQuestionAnswering) and type(module) is GPT2Attention:
-            # Its loss is a softmax over all positions: what stands at the padding after a text counts.
+            # Its loss is a softmax over all positions, padding after a text included.
             module.padding_attends = True
             undo.append(lambda m=module: m.__dict__.pop("padding_attends", None))  # type: ignore[misc]
         elif name.endswith("ln_f") and type(module) is nn.LayerNorm:
@@ -196,7 +199,7 @@ def _norm_route(model: Any) -> Route:
 def _mlp_route(model: Any) -> Route:
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] == "mlp":
-            reason = "was put in" if type(module) not in SWAPS.values() else as_library(module)
+            reason = "was put in" if type(module) not in SWAPS.values() else library_reason(module)
             if reason is not None:
                 return Route("mlp", "fallback", f"{name}: {reason}")
     return Route("mlp", _ops_route(model), "gelu_mlp")
@@ -211,19 +214,19 @@ def _loss_route(model: Any) -> Route:
 
 
 def _loop_of(model: Any, config: Any) -> str:
-    """Who chooses the tokens on the engine."""
-    ours = "prefill, paged cache and decode step; "
+    """The loop and the sampler that choose the tokens on the engine."""
+    engine = "prefill, paged cache and decode step; "
     if (config.num_beams or 1) > 1:
-        return ours + "the library's beam search"
+        return engine + "the library's beam search"
     if config.do_sample and model._gptkern_rng == "torch":
-        return ours + "the library's loop and samplers, for its very tokens: rng='philox' is faster"
-    return ours + "gptkern's loop and sampler, where it knows every processor and no scores are returned"
+        return engine + "the library's loop and samplers, for its very tokens: rng='philox' is faster"
+    return engine + "gptkern's loop and sampler, where it knows every processor and no scores are returned"
 
 
 def _generate_route(model: Any, config: Any) -> Route:
     if LanguageModel not in type(model).__mro__:
         return Route("generate", "library", f"{type(model).__name__} does not generate on the engine")
-    reason = refused_model(model) or refused_config(model, config or model.generation_config)
+    reason = model_refusal(model) or config_refusal(model, config or model.generation_config)
     if reason is None:
         return Route("generate", "engine", _loop_of(model, config or model.generation_config))
     return Route("generate", "library" if "asked for it" in reason else "fallback", reason)

@@ -1,7 +1,7 @@
-"""Proof of the drop-in on somebody's own checkpoint: numbers against the unaccelerated model, then speed.
+"""Proof of the drop-in on any checkpoint: numbers against the unaccelerated model, then speed.
 
-Both are compared with the same model in a wider dtype. What gptkern computes may be off by twice what the
-library's own computation is off by, and a rounding error of the result's scale.
+Both models are compared with the same model in a wider dtype. gptkern's error may be twice the library's own,
+plus one rounding error of the result's scale.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Check:
     """One comparison.
 
     Attributes:
-        case: Its setting: batch, tokens, padding.
-        what: "logits", "tokens" or "gradients".
-        error: gptkern's distance from the wider dtype, as a share of the result's scale; of tokens, how far
-            below the likeliest the first different choice was, 0 where all agree.
-        allowed: What it may be.
+        case: The setting: batch, tokens, padding.
+        what: The quantity: "logits", "tokens" or "gradients".
+        error: gptkern's distance from the wider dtype, as a share of the result's scale; for tokens, the gap
+            between the first different choice and the most likely token, 0 if all agree.
+        allowed: The largest error that passes.
     """
 
     case: str
@@ -48,7 +48,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether the error is allowed; NaN is not."""
+        """True if the error is allowed; NaN never is."""
         return self.error <= self.allowed
 
 
@@ -68,14 +68,14 @@ def load(name: str, *, dtype: torch.dtype | None, device: torch.device) -> Any:
         name: A folder, a hub id, or ``"embedded"``, the package's own model.
 
     Raises:
-        CheckpointError: There is none, or a save was cut off there.
+        CheckpointError: There is no checkpoint, or a save was cut off.
         ValueError: A single file, or weights that ``gptkern quantize`` wrote.
     """
     folder = locate(name, revision=None, local_files_only=False)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; verify takes a folder that transformers opens")
     check_settled(folder)
-    # transformers would draw weights that it does not find, and the comparison would be with itself.
+    # transformers draws missing weights at random; both models would agree on them.
     open_checkpoint(folder)
     refuse_quantised(transformers.AutoConfig.from_pretrained(folder))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
@@ -86,11 +86,11 @@ class Verification:
     """A model, its accelerated copy, and the same in a wider dtype.
 
     Args:
-        model: Of a class that ``accelerate`` takes, in evaluation mode.
-        seed: Of the random settings.
+        model: A model that ``accelerate`` takes, in evaluation mode.
+        seed: The seed of the random settings.
 
     Raises:
-        TypeError, ValueError: As ``accelerate``; a dtype that has no wider one.
+        TypeError, ValueError: A model that ``accelerate`` refuses, or a dtype without a wider one.
     """
 
     def __init__(self, model: Any, seed: int = 0) -> None:
@@ -103,11 +103,11 @@ class Verification:
         self._seed = seed
 
     def routes(self) -> Explanation:
-        """How the accelerated model runs."""
+        """The routes of the accelerated model."""
         return explain(self.gptkern)
 
     def checks(self, cases: int) -> Iterator[Check]:
-        """Three comparisons for each of so many random settings."""
+        """Three comparisons for each of ``cases`` random settings."""
         draw = random.Random(self._seed)
         for _ in range(cases):
             batch = draw.randint(1, 3)
@@ -127,7 +127,7 @@ class Verification:
             *(_forward_backward(m, ids, mask) for m in (self.gptkern, self.library, self.exact)), strict=True
         )
         ulp = torch.finfo(self.library.dtype).eps
-        ours, theirs = (_distance(found, logits[2]) for found in logits[:2])
+        ours, theirs = (_distance(result, logits[2]) for result in logits[:2])
         allowed = 2 * theirs + ulp
         yield Check(case, "logits", ours, allowed)
         worst = Check(case, "gradients", 0.0, ulp)
@@ -139,7 +139,7 @@ class Verification:
 
     @torch.no_grad()
     def _token_gap(self, ids: torch.Tensor, mask: torch.Tensor) -> float:
-        """0 where both make the same tokens; otherwise the gap between the two choices, relative to scale."""
+        """The gap between the first different choices, relative to the scale of logits; 0 if all agree."""
         options = {"max_new_tokens": _NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         pair = [m.generate(ids, attention_mask=mask, **options) for m in (self.gptkern, self.library)]
         gap = 0.0
@@ -177,9 +177,9 @@ def _forward_backward(
     return logits.detach(), gradients
 
 
-def _distance(found: torch.Tensor, exact: torch.Tensor) -> float:
-    scale = exact.abs().max().clamp_min(torch.finfo(found.dtype).tiny)
-    return float((found.to(exact.dtype) - exact).abs().max() / scale)
+def _distance(result: torch.Tensor, exact: torch.Tensor) -> float:
+    scale = exact.abs().max().clamp_min(torch.finfo(result.dtype).tiny)
+    return float((result.to(exact.dtype) - exact).abs().max() / scale)
 
 
 def _seconds(model: Any, ids: torch.Tensor) -> float:
