@@ -226,6 +226,11 @@ class Watch:
         self._before = self._now()
         return True
 
+    @property
+    def hooked(self) -> bool:
+        """Whether some module had a forward hook when this was made."""
+        return bool(self._hooks)
+
     def _now(self) -> tuple[list[int], list[int], list[Any]]:
         return (
             list(map(len, self._hooks)),

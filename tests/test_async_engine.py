@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gptkern import GPT, GPTConfig
+from gptkern.engine import async_engine
 from gptkern.engine.async_engine import AsyncEngine
 from gptkern.engine.engine import Engine
 from gptkern.engine.request import Request, TokenEvent
@@ -162,6 +163,12 @@ def test_the_thread_ends_with_its_owner(model: GPT) -> None:
     gc.collect()
     thread.join(30)
     assert not thread.is_alive()
+
+
+def test_no_thread_is_left_when_the_interpreter_goes(model: GPT) -> None:
+    engine = AsyncEngine(Engine(model))
+    async_engine._end_all()
+    assert not engine._worker._thread.is_alive()
 
 
 def test_a_closed_event_loop_is_a_consumer_that_went_away(model: GPT) -> None:

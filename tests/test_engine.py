@@ -217,6 +217,93 @@ def test_a_closed_engine_takes_nothing() -> None:
         engine.step()
 
 
+def test_an_engine_that_is_closed_during_a_step_gives_everything_back() -> None:
+    engine = Engine(make_model())
+    engine.add(asked(5))
+    inside, leave = threading.Event(), threading.Event()
+    real = engine.executors.prefill.forward
+    events: list[TokenEvent] = []
+
+    def slow(rows: Any) -> torch.Tensor:
+        inside.set()
+        leave.wait(30)
+        return real(rows)
+
+    engine.executors.prefill.forward = slow  # type: ignore[method-assign]
+    thread = threading.Thread(target=lambda: events.extend(engine.step()))
+    thread.start()
+    assert inside.wait(30)
+    engine.close()
+    leave.set()
+    thread.join()
+    assert len(events) == 1
+    assert engine.cache.free_pages == engine.cache.num_pages and not engine.cache.sequences
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_seqs": 1.5},
+        {"max_seqs": "3"},
+        {"page_size": True},
+        {"prefill_chunk": 512.0},
+        {"memory_bytes": 1e9},
+        {"cache_tokens": 64.0},
+        {"prefix_cache": "no"},
+        {"kv_cache_dtype": "int3"},
+    ],
+)
+def test_what_an_engine_is_made_of_is_refused_by_name(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises((TypeError, ValueError), match=f"Engine: {name} is "):
+        Engine(make_model(), **options)
+
+
+def test_a_cancel_of_no_number_is_refused_and_ends_nothing() -> None:
+    engine = Engine(make_model())
+    engine.add(asked(5))
+    with pytest.raises(TypeError, match="request is \\[0\\]"):
+        engine.cancel([0])  # type: ignore[arg-type]
+    assert len(run(engine)) == 8
+
+
+def test_beams_of_a_kept_engine_follow_a_number_that_changed() -> None:
+    model = make_model()
+    options = {"max_new_tokens": 8, "num_beams": 2, "eos_token_id": None}
+    ids = torch.tensor([[5, 6, 7]])
+    before = model.generate(ids, **options)
+    model.transformer.h[1].ln_2.eps = 30.0
+    after = model.generate(ids, **options)
+    model.engines.clear()
+    expected = model.generate(ids, **options)
+    assert torch.equal(after, expected) and not torch.equal(after, before)
+
+
+def test_a_hook_is_called_at_every_token_of_a_prompt_that_came_before() -> None:
+    model = make_model()
+    seen: list[int] = []
+    model.transformer.h[0].register_forward_hook(lambda _, given, out: seen.append(given[0].shape[-2]))
+    engine = Engine(model, page_size=2, prefill_chunk=2)
+    for _ in range(2):
+        engine.add(Request(prompt=[1, 2, 3, 4, 5], options={"max_new_tokens": 1}))
+        run(engine)
+    assert sum(seen) == 10
+
+
+def test_pages_computed_under_autocast_are_not_found_without() -> None:
+    model = make_model()
+    engine, alone = (Engine(model, page_size=2, prefill_chunk=2) for _ in range(2))
+    request = Request(prompt=[1, 2, 3, 4, 5], options={"max_new_tokens": 2}, logprobs=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine.add(request)
+        run(engine)
+    for each in (engine, alone):
+        each.add(request)
+    found, expected = ([event.logprob for event in run(each)] for each in (engine, alone))
+    assert found == expected
+
+
 def test_a_pass_that_raises_is_taken_again() -> None:
     model = make_model()
     engine = Engine(model)

@@ -48,7 +48,6 @@ def _set(model: GPT, name: str, value: Any) -> None:
         lambda m: m.transformer.h[1].attn.c_proj.weight.data.add_(1.0),
         lambda m: _set(m, "transformer.h.1.attn.scale", 0.25),
         lambda m: _set(m, "transformer.h.1.mlp", m.transformer.h[0].mlp),
-        lambda m: m.transformer.h[0].register_forward_hook(lambda *_: None),
     ],
 )  # fmt: skip
 def test_a_change_makes_another_version(change: Callable[[GPT], object]) -> None:
@@ -61,6 +60,16 @@ def test_a_change_makes_another_version(change: Callable[[GPT], object]) -> None
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert versions.current() == 2
+
+
+def test_a_hook_makes_another_version_at_every_look() -> None:
+    model = GPT(CONFIG)
+    versions = WeightsVersion(model)
+    assert versions.current() == 0
+    hook = model.transformer.h[0].register_forward_hook(lambda *_: None)
+    assert [versions.current(), versions.current()] == [1, 2]
+    hook.remove()
+    assert [versions.current(), versions.current()] == [3, 3]
 
 
 def test_use_makes_none() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterable
@@ -84,6 +85,18 @@ class _Stream:
         return True
 
 
+# Those whose thread may run still.
+_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Let no thread be in a pass while the interpreter goes: its libraries end the process with an abort."""
+    for worker in list(_workers):
+        worker.stop()
+        worker.join()
+
+
 class _Worker:
     """The thread that steps the engine, and who is told of what."""
 
@@ -93,6 +106,7 @@ class _Worker:
         self._changed = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="gptkern-engine", daemon=True)
+        _workers.add(self)
         self._thread.start()
 
     def add(self, request: Request, tokenizer: Tokenizer | None) -> _Stream:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -118,6 +118,7 @@ class Engine:
         kv_cache_dtype: "auto" keeps keys and values in the model's dtype, "fp8" in a byte each.
 
     Raises:
+        TypeError: A size that is no whole number.
         ValueError: A size out of range.
     """
 
@@ -133,6 +134,13 @@ class Engine:
         prefill_chunk: int = DEFAULT_CHUNK,
         kv_cache_dtype: KVCacheDType = "auto",
     ) -> None:
+        _check_whole("Engine", max_seqs=max_seqs, page_size=page_size, prefill_chunk=prefill_chunk)
+        _check_whole("Engine", memory_bytes=0 if memory_bytes is None else memory_bytes)
+        _check_whole("Engine", cache_tokens=0 if cache_tokens is None else cache_tokens)
+        if kv_cache_dtype not in get_args(KVCacheDType):
+            raise ValueError(f"Engine: kv_cache_dtype is {kv_cache_dtype!r}; 'auto' or 'fp8' is needed")
+        if not isinstance(prefix_cache, bool):
+            raise TypeError(f"Engine: prefix_cache is {prefix_cache!r}; True or False is needed")
         self.cache = KVCache.for_config(
             model.config,
             max_seqs=max_seqs,
@@ -271,7 +279,12 @@ class Engine:
         return number
 
     def cancel(self, request: int) -> None:
-        """End a request at the next step, with the reason "cancelled". One that has ended stays as it is."""
+        """End a request at the next step, with the reason "cancelled". One that has ended stays as it is.
+
+        Raises:
+            TypeError: No whole number.
+        """
+        _check_whole("Engine.cancel", request=request)
         with self._inbox.lock:
             self._inbox.cancelled.append(request)
 
@@ -291,12 +304,14 @@ class Engine:
                 raise RuntimeError("Engine.step: the engine is closed")
             with torch.inference_mode():
                 self._step()
+            events, self._events = self._events, []
         except BaseException:
             self._start_over()
             raise
         finally:
             self._stepping.release()
-        events, self._events = self._events, []
+            if self._closed:
+                self.close()
         return events
 
     def prefilled(self, prompt: Sequence[int]) -> torch.Tensor:
@@ -323,9 +338,13 @@ class Engine:
         self._launched = None
 
     def close(self) -> None:
-        """End every request, and take no more."""
+        """End every request, and take no more; from any thread. A step under way does it when done."""
         self._closed = True
-        self.clear()
+        if self._stepping.acquire(blocking=False):
+            try:
+                self.clear()
+            finally:
+                self._stepping.release()
 
     def _start_over(self) -> None:
         """Compute every row again: nobody knows how far a step came that failed."""
@@ -464,3 +483,9 @@ class Engine:
         share = max((most - len(rows)) // wanted, 0) if wanted else 0
         for copy, draft in drafts.items():
             copy.row.draft = draft[:share]
+
+
+def _check_whole(source: str, **values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{source}: {name} is {value!r}; a whole number is needed")

@@ -6,10 +6,10 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gptkern.as_built import Watch
+from gptkern.model.decoder import Decoder
 
 _PLAIN = (bool, int, float, str)
 # Values of each tensor that are compared.
@@ -29,12 +29,13 @@ class WeightsVersion:
     """Watches a model's parameters, buffers, modules, hooks and plain attributes.
 
     It sees every optimizer's step, writes in place by PyTorch's operators, tensors that moved or were
-    replaced, and what ``Watch`` sees. Of writes that leave no other trace (through ``parameter.data``, a raw
-    pointer) it sees those that change one of a few values of some tensor; whoever writes less calls
-    ``changed``.
+    replaced, autocast, and what ``Watch`` sees. Nobody knows what a forward hook computes from: while there
+    is one, every look finds another version. Of writes that leave no other trace (through
+    ``parameter.data``, a raw pointer) it sees those that change one of a few values of some tensor; whoever
+    writes less calls ``changed``.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Decoder) -> None:
         self._model = model
         self._version = 0
         self._look_anew()
@@ -42,7 +43,8 @@ class WeightsVersion:
     def current(self) -> int:
         """The version now; never again one that it was before. On a GPU this waits for it."""
         if (
-            self._watch.stirred()
+            self._watch.hooked
+            or self._watch.stirred()
             or self._traces() != self._traces_before
             or not all(map(torch.equal, self._sampled(), self._sampled_before))
         ):
@@ -81,8 +83,10 @@ class WeightsVersion:
             for t in self._tensors()
         ]
         plain = [inside.get(name) for inside, name in self._plain]
+        device = self._model.device.type
         return (
             tensors,
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
             [value if isinstance(value, _PLAIN) else id(value) for value in plain],
             *_optimizer_steps,
         )

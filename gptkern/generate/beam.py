@@ -27,6 +27,8 @@ def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tok
     tokens = pool_tokens(prompts, settings, most)
     with model.engines.engine(model, most, tokens, settings.kv_cache_dtype) as engine:
         cache = engine.cache
+        # An engine that was kept chose its executor for the model as it was at the last call.
+        engine.executors.look_again()
         try:
             return _search(engine, prompts, search)
         finally:
