@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gptkern.bench.timing import cpu_clock
+from gptkern.bench.timing import cpu_clock, reset_persisting_l2
 
 CLOCKS = {time.process_time: "CPU time", time.perf_counter: "elapsed time"}
 PACKAGES = ("gptkern", "torch", "triton", "transformers", "liger-kernel", "flashinfer-python", "flash-attn")
@@ -29,6 +29,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "clock": "elapsed time" if device.type == "cuda" else CLOCKS[cpu_clock()],
+        "persisting_l2": _persisting_l2() if device.type == "cuda" else None,
         "python": platform.python_version(),
         "system": platform.platform(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
@@ -71,6 +72,11 @@ def _driver() -> str | None:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _persisting_l2() -> str:
+    failure = reset_persisting_l2()
+    return f"not reset: {failure}" if failure else "reset before every sample"
 
 
 def _version(package: str) -> str | None:

@@ -40,6 +40,8 @@ class Problem:
         exact: Results must equal the reference's, not only be near them.
         comparable: (result, inputs) -> the tensors to compare instead of the result, for outputs with more
             than one right value, such as a random draw.
+        restart: Takes a provider's name and takes the state that its calls change back to what the first
+            call found, for outputs that depend on the calls before; None where no output does.
     """
 
     suite: str
@@ -53,6 +55,7 @@ class Problem:
     backward: bool = False
     exact: bool = False
     comparable: Callable[[Any, Inputs], Any] = lambda result, inputs: result
+    restart: Callable[[str], None] | None = None
 
     @property
     def name(self) -> str:
@@ -98,8 +101,15 @@ def expected_of(problem: Problem, inputs: Inputs) -> list[torch.Tensor]:
 
 
 def error(problem: Problem, provider: Provider, inputs: Inputs, expected: list[torch.Tensor]) -> float:
+    """The error of one call: see ``difference``."""
+    return difference(problem, call_of(problem, provider, inputs)(), inputs, expected)
+
+
+def difference(
+    problem: Problem, result: list[torch.Tensor], inputs: Inputs, expected: list[torch.Tensor]
+) -> float:
     """Largest relative error over the outputs: ||out - ref|| / ||ref||, inf where shapes or NaN differ."""
-    got = outputs(problem.comparable(call_of(problem, provider, inputs)(), inputs))
+    got = outputs(problem.comparable(result, inputs))
     if len(got) != len(expected):
         return math.inf
     return max(

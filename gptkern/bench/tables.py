@@ -145,6 +145,7 @@ def markdown(results: Results) -> str:
     where, ceilings = results.environment, results.ceilings
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.matmul.items())
+    persisting = where.get("persisting_l2")
     head = [
         f"# gptkern bench: {where['device']}",
         "",
@@ -155,6 +156,7 @@ def markdown(results: Results) -> str:
         "Time is the median, spread the interquartile range over it. The floor is the larger of bytes over",
         "the copy rate and operations over the matrix rate; causal attention counts half its square.",
         "gptkern's speed is relative to the row's provider: 2 x is half its time, below 1 x it is slower.",
+        *([f"Persisting lines of L2: {persisting}."] if persisting else []),
         "",
     ]
     return "\n".join([*head, *_table(map(cells, lines(results))), ""])

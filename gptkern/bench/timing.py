@@ -6,6 +6,7 @@ it, and a CPU path waits for nothing. Threads that wait for each other spin: wit
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -70,6 +71,9 @@ def _sample_cuda(calls: Sequence[Call], count: int) -> list[float]:
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
     ]
     for turn, (start, end) in enumerate(pairs):
+        # The reset is the host's and takes effect at once: not while a call before is still running.
+        torch.cuda.synchronize()
+        reset_persisting_l2()
         flush.amax()
         start.record()
         calls[turn % len(calls)]()
@@ -81,6 +85,29 @@ def _sample_cuda(calls: Sequence[Call], count: int) -> list[float]:
 @cache
 def _flush_buffer() -> torch.Tensor:
     return torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+
+
+def reset_persisting_l2() -> str:
+    """Lines that a kernel asked L2 to keep become ordinary ones, which a flush removes.
+
+    Returns:
+        "", or why it could not be done.
+    """
+    reset = _persisting_l2_reset()
+    if reset is None:
+        return "the driver's library has no cuCtxResetPersistingL2Cache"
+    code = reset()
+    return f"CUDA error {code}" if code else ""
+
+
+@cache
+def _persisting_l2_reset() -> Callable[[], int] | None:
+    # PyTorch's own cudart() does not have it.
+    try:
+        reset: Callable[[], int] = ctypes.CDLL("libcuda.so.1").cuCtxResetPersistingL2Cache
+    except (OSError, AttributeError):
+        return None
+    return reset
 
 
 def synchronize(device: torch.device) -> None:

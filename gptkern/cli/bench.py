@@ -47,7 +47,7 @@ def bench(
     """Time the kernels and the model against their peers and against this machine's ceilings.
 
     First the machine's ceilings are measured: the rate of a large copy, and of a large matrix product.
-    Every provider's result is checked against a float64 reference before it is timed.
+    Every provider's result is checked against a float64 reference before it is timed, and again after.
 
     Suites: {suites}.
 

@@ -58,16 +58,20 @@ def filled(config: GPTConfig, batch: int, context: int, dtype: torch.dtype, devi
     return cache
 
 
-def _growing(decode: Decode, cache: KVCache, context: int) -> Decode:
+class _Growing:
     """``decode``, its cache taken back to ``context`` when it is full; the first row's logits."""
 
-    def call(tokens: torch.Tensor) -> torch.Tensor:
-        if cache.lengths[0] == cache.max_len - 1:
-            for sequence in cache.sequences:
-                cache.truncate(sequence, context)
-        return decode(tokens)[:1]
+    def __init__(self, decode: Decode, cache: KVCache, context: int) -> None:
+        self._decode, self._cache, self._context = decode, cache, context
 
-    return call
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self._cache.lengths[0] == self._cache.max_len - 1:
+            self.restart()
+        return self._decode(tokens)[:1]
+
+    def restart(self) -> None:
+        for sequence in self._cache.sequences:
+            self._cache.truncate(sequence, self._context)
 
 
 def _problem(
@@ -78,21 +82,21 @@ def _problem(
         return (torch.randint(config.vocab_size, (batch,), generator=generator).to(device),)
 
     @once
-    def made() -> Decode:
+    def made() -> _Growing:
         cache = filled(config, batch, context, dtype, device)
         decode = Executors(models.ours(config, dtype, device), cache, batch).decode
-        return _growing(decode, cache, context)
+        return _Growing(decode, cache, context)
 
     @once
-    def persistent() -> Decode:
+    def persistent() -> _Growing:
         cache = filled(config, batch, context, dtype, device)
         decode = PersistentExecutor(models.ours(config, dtype, device), cache)
-        return _growing(decode, cache, context)
+        return _Growing(decode, cache, context)
 
     @once
-    def eager() -> Decode:
+    def eager() -> _Growing:
         model, cache = models.ours(config, dtype, device), filled(config, batch, context, dtype, device)
-        return _growing(lambda tokens: model(tokens[:, None], cache=cache).logits[:, 0], cache, context)
+        return _Growing(lambda tokens: model(tokens[:, None], cache=cache).logits[:, 0], cache, context)
 
     @torch.inference_mode()
     def reference(tokens: torch.Tensor) -> torch.Tensor:
@@ -102,12 +106,17 @@ def _problem(
         ).logits
         return logits[:, 0]
 
-    providers: dict[str, Provider] = {
-        "gptkern": torch.inference_mode()(lambda tokens: made()(tokens)),
-        "gptkern, layer by layer": torch.inference_mode()(lambda tokens: eager()(tokens)),
-    }
+    makers = {"gptkern": made, "gptkern, layer by layer": eager}
     if device.type == "cuda" and batch <= MOST_ROWS:
-        providers["gptkern, persistent"] = torch.inference_mode()(lambda tokens: persistent()(tokens))
+        makers["gptkern, persistent"] = persistent
+
+    def provider(name: str) -> Provider:
+        return torch.inference_mode()(lambda tokens: makers[name]()(tokens))
+
+    @torch.inference_mode()
+    def restart(name: str) -> None:
+        makers[name]().restart()
+
     token_bytes = 2 * config.n_layer * config.n_embd * dtype.itemsize
     weights = models.weight_bytes(config, dtype)
     return Problem(
@@ -115,8 +124,9 @@ def _problem(
         f"{config.n_layer}x{config.n_embd}, {batch} at {context}",
         dtype,
         inputs,
-        providers,
+        {name: provider(name) for name in makers},
         reference,
         bytes_moved=weights + batch * (context * token_bytes + config.vocab_size * dtype.itemsize),
         flops=2.0 * batch * (weights / dtype.itemsize + 2 * config.n_layer * config.n_embd * context),
+        restart=restart,
     )

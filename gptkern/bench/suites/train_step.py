@@ -23,6 +23,7 @@ class _Step:
 
     def __init__(self, model: nn.Module, device: torch.device, compiled: bool) -> None:
         self.device = device
+        self._weights = list(model.parameters())
         self.model: Any = torch.compile(model.train()) if compiled else model.train()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
@@ -34,6 +35,12 @@ class _Step:
         self.optimizer.zero_grad()
         return loss.detach()
 
+    @torch.no_grad()
+    def restart(self, first: nn.Module) -> None:
+        """Take the weights back to those of ``first``."""
+        for weight, before in zip(self._weights, first.parameters(), strict=True):
+            weight.copy_(before)
+
 
 def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
     """Every model and batch, fp32 weights under bf16 autocast."""
@@ -42,13 +49,20 @@ def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
 
 
 def _problem(config: GPTConfig, batch: int, seq: int, device: torch.device, quick: bool) -> Problem:
-    def lazily(make: Any, compiled: bool = False) -> Provider:
-        steps: list[_Step] = []
+    makers = {"gptkern": models.ours, "transformers": models.theirs}
+    if not quick:
+        makers["torch.compile"] = models.theirs
+    steps: dict[str, _Step] = {}
 
+    def first(name: str) -> nn.Module:
+        model: nn.Module = makers[name](config, torch.float32, device)
+        return model
+
+    def provider(name: str) -> Provider:
         def call(ids: torch.Tensor) -> torch.Tensor:
-            if not steps:
-                steps.append(_Step(deepcopy(make(config, torch.float32, device)), device, compiled))
-            return steps[0](ids)
+            if name not in steps:
+                steps[name] = _Step(deepcopy(first(name)), device, name == "torch.compile")
+            return steps[name](ids)
 
         return call
 
@@ -60,17 +74,16 @@ def _problem(config: GPTConfig, batch: int, seq: int, device: torch.device, quic
             loss: torch.Tensor = models.theirs(config, torch.float32, device)(ids, labels=ids).loss
         return loss.double()
 
-    providers = {"gptkern": lazily(models.ours), "transformers": lazily(models.theirs)}
-    if not quick:
-        providers["torch.compile"] = lazily(models.theirs, compiled=True)
     return Problem(
         "train_step",
         f"{config.n_layer}x{config.n_embd}, {batch}x{seq}",
         torch.bfloat16,
         inputs,
-        providers,
+        {name: provider(name) for name in makers},
         reference,
         # AdamW alone: weight, gradient and two moments read, weight and moments written, 4 bytes each
         bytes_moved=28.0 * models.weight_bytes(config, torch.int8),
         flops=3 * models.forward_flops(config, batch, seq),
+        # The loss is that of the weights before the step.
+        restart=lambda name: steps[name].restart(first(name)),
     )
