@@ -471,7 +471,7 @@ class Engine:
 
     def _draft(self, most: int) -> None:
         """Draft tokens for the next pass; rows that have some share alike what it has room for."""
-        if not any(copy.lookup for copy in self._copies.values()):
+        if all(copy.lookup is None for copy in self._copies.values()):
             return
         rows = [c for c in self._copies.values() if c.row.state == "running" and c.row.generated]
         drafts: dict[Copy, list[int]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gptkern.engine.option_checks import checked, plain
 from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion
@@ -67,8 +67,7 @@ class Request:
         return Callbacks.of(self.logits_processor, self.stopping_criteria, source="Request")
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One new token of one copy of a request, or its end.
 
     Attributes:

@@ -160,7 +160,7 @@ class Drawn:
         failures: dict[int, Exception],
     ) -> None:
         self._sampler, self._rows, self._drafts, self._sampled = sampler, rows, drafts, sampled
-        self._failures = failures
+        self._drafted, self._failures = any(drafts), failures
         self.tokens = sampled.tokens
 
     def read(self) -> list[RowDraw]:
@@ -173,6 +173,8 @@ class Drawn:
             tokens, statuses = torch.stack([sampled.tokens, sampled.status.long()]).tolist()
         logprobs = None if sampled.logprobs is None else sampled.logprobs.tolist()
         top = None if sampled.top_logprobs is None else [part.tolist() for part in sampled.top_logprobs]
+        if logprobs is None and not self._drafted and not any(statuses):
+            return [RowDraw([token], None, None, None) for token in tokens]
         draws: list[RowDraw] = []
         start = 0
         for row, draft in zip(self._rows, self._drafts, strict=True):
@@ -190,7 +192,7 @@ class Drawn:
                 )
             )
             start += len(draft) + 1
-        if any(self._drafts):
+        if self._drafted:
             self._sampler._advance([draw.tokens for draw in draws])
         return draws
 

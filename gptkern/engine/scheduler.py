@@ -92,6 +92,9 @@ class Row:
 
     def tokens(self, start: int, count: int) -> list[int]:
         """``count`` of its tokens from place ``start`` on, its draft included."""
+        place = start - len(self.prompt)
+        if place >= 0 and place + count <= len(self.generated):
+            return self.generated[place : place + count]
         tokens: list[int] = []
         for source in (self.prompt, self.generated, self.draft):
             tokens += source[start : start + count - len(tokens)]
@@ -397,10 +400,13 @@ class Scheduler:
 
     def _remember(self, row: Row) -> None:
         """Let the pages that a row has filled be found again, where they hold what any row would compute."""
-        assert row.keys is not None and row.sequence is not None
-        if not self._prefix_cache or row.keys.version != self._version:
+        size = self._cache.page_size
+        if not self._prefix_cache or row.computed < (row.remembered + 1) * size:
             return
-        size, known = self._cache.page_size, len(row.prompt) + len(row.generated)
+        assert row.keys is not None and row.sequence is not None
+        if row.keys.version != self._version:
+            return
+        known = len(row.prompt) + len(row.generated)
         end = min(row.computed, known if self._row_invariant else len(row.prompt))
         pages = end // size // self._group * self._group
         if pages > row.remembered:

@@ -95,7 +95,7 @@ class Executors:
                 f"GPT: weights changed while generation was under way: they were {_in_words(self._weights)}, "
                 f"they are {_in_words(weights)}"
             )
-        autocast = torch.is_autocast_enabled(self._model.device.type)
+        autocast = torch.is_autocast_enabled(weights[1].type)
         if self._watch.stirred() or autocast != self._autocast or self._decode is None:
             self._autocast = autocast
             self.look_again()
