@@ -1,4 +1,4 @@
-"""What the engine costs and saves, as ratios within one run.
+"""The cost and the savings of the engine, as ratios within one run.
 
     pytest benchmarks/bench_engine.py -n 0 -s --benchmark-enable
 
@@ -36,7 +36,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _drain(engine: Engine) -> int:
-    """Step until every request has ended; how many tokens came."""
+    """Call ``step`` until every request has ended; return the number of tokens."""
     tokens = 0
     while engine.has_work:
         tokens += len(engine.step())
@@ -44,7 +44,7 @@ def _drain(engine: Engine) -> int:
 
 
 def test_host_time_of_a_pass(benchmark: BenchmarkFixture) -> None:
-    """A token of the engine at batch 1, less the executor's own pass: at most 60 microseconds are wanted."""
+    """A token of the engine at batch 1, less the executor's own pass: the goal is 60 microseconds or less."""
     model = GPT.from_pretrained(device=DEVICE)
     prompt = list(range(1, 33))
     engine = Engine(model, max_seqs=1, prefix_cache=False)
@@ -126,14 +126,14 @@ def test_the_tenth_turn(benchmark: BenchmarkFixture) -> None:
 
     def first_tokens() -> tuple[float, float]:
         model.engines = Engines(keeps_prefixes=True)
-        said: list[int] = []
+        conversation: list[int] = []
         times = []
         for _ in range(10):
-            said = said + turn
-            stream = model.stream(said, max_new_tokens=8, eos_token_id=None)
+            conversation = conversation + turn
+            stream = model.stream(conversation, max_new_tokens=8, eos_token_id=None)
             times.append(_seconds(lambda stream=stream: next(stream)))
             list(stream)
-            said = said + stream.completion.token_ids
+            conversation = conversation + stream.completion.token_ids
         return times[0], times[-1]
 
     first_tokens()

@@ -69,7 +69,7 @@ def test_against_transformers(benchmark: BenchmarkFixture, dtype: torch.dtype) -
 
 
 class _Clock:
-    """A streamer that notes when each step's token came, in elapsed and CPU seconds."""
+    """A streamer that notes the time of each token, in elapsed and CPU seconds."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, float]] = []
@@ -78,7 +78,7 @@ class _Clock:
         self.times.append((time.perf_counter(), time.process_time()))
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: the times are complete."""
 
 
 def _token_times(model: GPT, context: int, new: int) -> tuple[float, float]:
@@ -87,16 +87,16 @@ def _token_times(model: GPT, context: int, new: int) -> tuple[float, float]:
     ids = torch.randint(model.config.vocab_size, (1, context - new // 2))
     model.generate(ids, max_new_tokens=new, eos_token_id=None, streamer=clock)
     # The first two are the prompt and the prefill's token.
-    steps = list(zip(clock.times[2:], clock.times[3:], strict=False))
-    return tuple(median((b[i] - a[i]) * 1e3 for a, b in steps) for i in (0, 1))  # type: ignore[return-value]
+    pairs = list(zip(clock.times[2:], clock.times[3:], strict=False))
+    return tuple(median((b[i] - a[i]) * 1e3 for a, b in pairs) for i in (0, 1))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_time_of_a_token_at_each_context(benchmark: BenchmarkFixture, dtype: torch.dtype) -> None:
     model = models.ours(models.GPT2, dtype, CPU)
-    found = {context: _token_times(model, context, 40) for context in CONTEXTS}
+    times = {context: _token_times(model, context, 40) for context in CONTEXTS}
     benchmark.pedantic(_token_times, args=(model, CONTEXTS[0], 40), rounds=1)
-    benchmark.extra_info["ms_per_token"] = found
+    benchmark.extra_info["ms_per_token"] = times
     print(f"\n{dtype}, {torch.get_num_threads()} threads: elapsed (CPU) ms a token")
-    for context, (elapsed, busy) in found.items():
+    for context, (elapsed, busy) in times.items():
         print(f"  {context:5} tokens of context: {elapsed:6.1f} ({busy:6.1f})")

@@ -1,8 +1,8 @@
-"""What decides between one launch and many: a grid barrier, a node of a CUDA graph, a dependent launch.
+"""The costs that decide between one launch and many: a grid barrier, a graph node, a dependent launch.
 
     pytest benchmarks/bench_launch_costs.py --benchmark-enable -n 0 -s
 
-Each is the slope between one of them and a hundred more, so that what a replay costs once is left out.
+Each cost is the slope between one of them and a hundred more, without the fixed cost of a replay.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ def node(dependent: bool) -> float:
 def _microseconds(call: Callable[[], object]) -> float:
     for _ in range(5):
         call()
-    found = []
+    times = []
     for _ in range(SAMPLES):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
         call()
         ended.record()
         ended.synchronize()
-        found.append(began.elapsed_time(ended) * 1e3)
-    return median(found)
+        times.append(began.elapsed_time(ended) * 1e3)
+    return median(times)
 
 
 @pytest.mark.parametrize("per_sm", [1, 2])

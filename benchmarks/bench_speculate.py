@@ -1,8 +1,8 @@
-"""Speculation by prompt lookup: what a pass of several tokens costs, and what text that repeats itself gains.
+"""Speculation by prompt lookup: the cost of a pass of several tokens, and the gain on repetitive text.
 
     pytest benchmarks/bench_speculate.py --benchmark-enable -n 0 -s
 
-The pass is GPT-2 124M's with random weights, in bf16, at 128 tokens of context: a step of one row, then of
+The pass is GPT-2 124M's with random weights, in bf16, at 128 tokens of context: one row, then
 more. The text is the embedded model's, which goes on with lines that it was given; both ways make the same
 tokens, checked before any timing.
 """
@@ -44,11 +44,11 @@ def test_what_a_pass_costs(benchmark: BenchmarkFixture) -> None:
     model(torch.randint(config.vocab_size, (1, CONTEXT), device=DEVICE), cache=cache, logits_to_keep=1)
     executor = Executors(model, cache, 9).decode
     tokens = torch.randint(config.vocab_size, (9,), device=DEVICE)
-    (sequence,), held = cache.sequences, cache.lengths[0]
+    (sequence,), length = cache.sequences, cache.lengths[0]
 
     def verify(n: int) -> None:
         executor.forward(Rows([sequence], [n], tokens[:n], [n]))
-        cache.truncate(sequence, held)
+        cache.truncate(sequence, length)
 
     calls = {n: lambda n=n: verify(n) for n in (1, 2, 3, 4, 5, 9)}
     for call in calls.values():
@@ -59,7 +59,7 @@ def test_what_a_pass_costs(benchmark: BenchmarkFixture) -> None:
     benchmark.extra_info.update({f"rows_{n}": t for n, t in times.items()})
     print()
     for n, seconds in times.items():
-        print(f"{n - 1} drafted tokens: {seconds * 1e3:.2f} ms, {seconds / times[1]:.2f} x a step")
+        print(f"{n - 1} drafted tokens: {seconds * 1e3:.2f} ms, {seconds / times[1]:.2f} x one row")
 
 
 @pytest.mark.parametrize("drafted", [2, 4, 8])
@@ -71,11 +71,11 @@ def test_text_that_repeats_itself(benchmark: BenchmarkFixture, drafted: int) -> 
     def generate(**options: int) -> object:
         return model.generate(ids, max_new_tokens=128, return_dict_in_generate=True, **options)
 
-    plain, found = generate(), generate(speculate=drafted)
-    assert torch.equal(plain.sequences, found.sequences)  # type: ignore[attr-defined]
+    plain, output = generate(), generate(speculate=drafted)
+    assert torch.equal(plain.sequences, output.sequences)  # type: ignore[attr-defined]
     rounds = [(_seconds(generate), _seconds(lambda: generate(speculate=drafted))) for _ in range(5)]
     gain = median(a / b for a, b in rounds)
-    held = found.accepted_tokens / max(found.draft_tokens, 1)  # type: ignore[attr-defined]
+    accepted = output.accepted_tokens / max(output.draft_tokens, 1)  # type: ignore[attr-defined]
     benchmark.pedantic(lambda: generate(speculate=drafted), rounds=1)
-    benchmark.extra_info.update(gain=gain, held=held)
-    print(f"\nspeculate={drafted}: {gain:.2f} x as fast, {held:.0%} of {found.draft_tokens} drafts held")  # type: ignore[attr-defined]
+    benchmark.extra_info.update(gain=gain, accepted=accepted)
+    print(f"\nspeculate={drafted}: {gain:.2f} x as fast, {accepted:.0%} of {output.draft_tokens} accepted")  # type: ignore[attr-defined]

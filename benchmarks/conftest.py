@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @dataclass
 class Measure:
-    """Checks one case, then times it."""
+    """A function that checks one case, then times it."""
 
     problem: Problem
     provider: str
@@ -61,7 +61,7 @@ class Measure:
 
 
 def _finished(call: Callable[[], object]) -> Callable[[], None]:
-    """``call`` until the device is done with it."""
+    """A function that runs ``call`` and waits until the device has finished."""
 
     def run() -> None:
         call()

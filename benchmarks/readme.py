@@ -30,14 +30,14 @@ WHOLE = ("generate", "decode_step", "prefill", "train_step", "sample")
 
 
 def section(folder: Path) -> str:
-    """The section's text: a table for each result, GPUs first.
+    """The text of the section: a table for each result, GPUs first.
 
     Raises:
         ValueError: A results file cannot be read.
     """
-    found = [(path.parent, results.load(path)) for path in sorted(folder.glob("*/results.json"))]
-    on_gpu = [each for each in found if each[1].environment["device_type"] == "cuda"]
-    on_cpu = [each for each in found if each not in on_gpu]
+    runs = [(path.parent, results.load(path)) for path in sorted(folder.glob("*/results.json"))]
+    on_gpu = [each for each in runs if each[1].environment["device_type"] == "cuda"]
+    on_cpu = [each for each in runs if each not in on_gpu]
     tables_ = [_device(place, result) for place, result in [*on_gpu, *on_cpu]]
     return "\n\n".join([*([] if on_gpu else [UNMEASURED]), MEANING, *tables_])
 

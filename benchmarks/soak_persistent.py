@@ -1,9 +1,9 @@
-"""The persistent step, many thousand times: no deadlock, and the bits of separate launches to the end.
+"""The persistent executor, many thousand times: no deadlock, and the bits of separate launches to the end.
 
     python benchmarks/soak_persistent.py --steps 100000
     python benchmarks/soak_persistent.py --steps 100000 --beside   # while another process uses the GPU
 
-Ends with 1 where a step does not come back within a minute, or the two kinds of step differ.
+The exit status is 1 if a token does not come back within a minute, or if the two executors differ.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Stuck(RuntimeError):
 def soak(
     config: GPTConfig, device: torch.device, dtype: torch.dtype, *, batch: int, steps: int, cycle: int = CYCLE
 ) -> int:
-    """Run ``steps`` persistent steps in cycles of ``cycle``; how many cycles were compared.
+    """Run ``steps`` persistent steps in cycles of ``cycle``; return the number of cycles compared.
 
     The first cycle, the last, and one in ten are repeated by separate launches and compared.
 
@@ -63,21 +63,21 @@ def soak(
     return compared
 
 
-def _run(step: GraphExecutor, cache: KVCache, tokens: torch.Tensor) -> torch.Tensor:
+def _run(executor: GraphExecutor, cache: KVCache, tokens: torch.Tensor) -> torch.Tensor:
     for sequence in cache.sequences:
         cache.truncate(sequence, CONTEXT)
     for row in tokens:
-        logits = step(row)
+        logits = executor(row)
     return logits
 
 
 def _await(device: torch.device, step: int) -> None:
     if device.type != "cuda":
         return
-    done = torch.cuda.Event()
-    done.record()
+    end = torch.cuda.Event()
+    end.record()
     began = time.monotonic()
-    while not done.query():
+    while not end.query():
         if time.monotonic() - began > PATIENCE:
             raise Stuck(f"the steps from {step} on did not end within {PATIENCE:.0f} s")
         time.sleep(0.001)
@@ -93,24 +93,24 @@ def _load() -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000, help="of each batch size (default: 100000)")
     parser.add_argument("--beside", action="store_true", help="with another process on the same GPU")
     parser.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this needs a CUDA device: torch sees none")
-    if asked.load:
+    if options.load:
         _load()
-    other = subprocess.Popen([sys.executable, __file__, "--load"]) if asked.beside else None
+    other = subprocess.Popen([sys.executable, __file__, "--load"]) if options.beside else None
     try:
         for batch in (1, 8):
             began = time.monotonic()
-            compared = soak(CONFIG, torch.device("cuda"), torch.bfloat16, batch=batch, steps=asked.steps)
+            compared = soak(CONFIG, torch.device("cuda"), torch.bfloat16, batch=batch, steps=options.steps)
             beside = " beside another process" if other else ""
             print(
-                f"{torch.cuda.get_device_name()}, {batch} sequences: {asked.steps} steps{beside} in "
+                f"{torch.cuda.get_device_name()}, {batch} sequences: {options.steps} steps{beside} in "
                 f"{time.monotonic() - began:.0f} s, {compared} cycles compared, all the same"
             )
     except (Stuck, ValueError) as error:

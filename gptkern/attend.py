@@ -1,4 +1,4 @@
-"""How the tokens of one forward pass attend to each other: dense, packed, or through a cache."""
+"""Attention among the tokens of one forward pass: dense, packed, or through a cache."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ class GPTConfig:
 
     @property
     def post_norm(self) -> bool:
-        """Whether norms follow each branch, as in the GPT of 2018."""
+        """True if norms follow each branch, as in the GPT of 2018."""
         return self.model_type == "openai-gpt"
 
     @property
@@ -199,7 +199,7 @@ class GPTConfig:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model has, a tied head's once."""
+        """The number of the model's parameters, a tied head counted once."""
         width, inner = self.n_embd, self.inner_dim
         norm = 2 * width if self.bias else width
         block = 4 * width * width + 2 * width * inner + 2 * norm + (5 * width + inner if self.bias else 0)
@@ -207,7 +207,7 @@ class GPTConfig:
         return embeddings + self.n_layer * block + (0 if self.post_norm else norm)
 
     def attention_scale(self, layer: int) -> float:
-        """What scores of block ``layer`` (from 0) are multiplied by."""
+        """The factor on the scores of block ``layer`` (from 0)."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 

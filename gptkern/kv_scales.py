@@ -6,5 +6,5 @@ import torch
 
 
 def are_kv_scales(scale: torch.Tensor, shape: tuple[int, int]) -> bool:
-    """Whether ``scale`` can be that of keys or of values: ``(n_layer, n_kv_head)`` finite numbers above 0."""
+    """True if ``scale`` can scale keys or values: ``(n_layer, n_kv_head)`` finite numbers above 0."""
     return tuple(scale.shape) == shape and bool((scale.isfinite() & (scale > 0)).all())

@@ -28,7 +28,7 @@ class Range:
     open_high: bool = False
 
     def accepts(self, value: float) -> bool:
-        """Whether ``value`` lies within the bounds."""
+        """True if ``value`` lies within the bounds."""
         above = self.low < value if self.open_low else self.low <= value
         return above and (value < self.high if self.open_high else value <= self.high)
 

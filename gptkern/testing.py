@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptkern.ops._cases import Call, tensors
-from gptkern.ops._dispatch import asked, backend
+from gptkern.ops._dispatch import backend, kernel_answers
 
 __all__ = [
     "DTYPES",
@@ -85,8 +85,8 @@ def check(
     calls = [c if isinstance(c, Call) else Call(tuple(c)) for c in sample_inputs]
     for number, call in enumerate(calls):
         for dtype in dtypes:
-            given = _converted(call, dtype)
-            check_values(op, given, reference=reference, what=f"sample {number}, {dtype}")
+            converted = _converted(call, dtype)
+            check_values(op, converted, reference=reference, what=f"sample {number}, {dtype}")
     whole = [c for c in calls if all(t.numel() for t in tensors((c.args, c.kwargs)))]
     if whole:
         _check_registration(op, whole[0])
@@ -174,7 +174,7 @@ def attention_terms(
         v: As k.
         grad: The gradient of the output, as q.
         lse: What the forward pass returned.
-        scale: Factor on the scores, ``1 / sqrt(head_dim)`` unless given.
+        scale: Factor on the scores, ``1 / sqrt(head_dim)`` by default.
     """
     wider = torch.finfo(torch.float32).eps / torch.finfo(q.dtype).eps
     q, k, v, grad, lse = (t.detach().double() for t in (q, k, v, grad, lse))
@@ -300,9 +300,9 @@ def check_values(op: Op, call: Call, *, reference: Op | None = None, what: str =
     with backend("reference"):
         plain, exact = _run(reference or op, call), _run(reference or op, _double(call))
 
-    def compare(case: str, given: Call) -> None:
+    def compare(case: str, variant_call: Call) -> None:
         with backend("kernel"):
-            got = _run(op, given)
+            got = _run(op, variant_call)
         if len(got) != len(plain):
             raise AssertionError(f"{case}: {len(got)} results and gradients; the reference has {len(plain)}")
         for index, (a, b, c) in enumerate(zip(got, plain, exact, strict=True)):
@@ -323,7 +323,7 @@ def _refuse_itself(op: Op, call: Call, reference: Op | None) -> None:
     An op that asks for no backend does the same under each, so its own result is no reference.
     """
     call = _apart(call)
-    with asked() as answers, backend("reference"), torch.no_grad():
+    with kernel_answers() as answers, backend("reference"), torch.no_grad():
         op(*call.args, **call.kwargs)
     if answers:
         return
@@ -355,7 +355,7 @@ class _Dispatched(TorchDispatchMode):
 
 
 def _calls(function: Op, op: Op, call: Call) -> bool:
-    """Whether ``function`` calls ``op``, a Python function or a registered operator."""
+    """True if ``function`` calls ``op``, a Python function or a registered operator."""
     code = getattr(inspect.unwrap(op), "__code__", None)
     entered = False
 
@@ -414,16 +414,16 @@ def _compiled(op: Op, forward_calls: list[OpCall], backward_calls: list[OpCall])
 
 def _check_registration(op: Op, call: Call) -> None:
     cases = [("compact", _converted(call, torch.float32)), *_variants(_converted(call, torch.float32))]
-    for name, given in cases:
+    for name, variant_call in cases:
         forward: list[OpCall] = []
         backward: list[OpCall] = []
         torch._dynamo.reset()
         with backend("kernel"):
             try:
-                eager = _run(op, given)
+                eager = _run(op, variant_call)
             except ValueError:  # this layout is refused, which check_values has looked at
                 continue
-            compiled = _run(_compiled(op, forward, backward), given)
+            compiled = _run(_compiled(op, forward, backward), variant_call)
             if not forward:
                 raise AssertionError(f"{name}: the compiled op holds no registered op: it was traced through")
             if not all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True)):

@@ -1,4 +1,4 @@
-"""Checkpoints of other programs, made small: what several test files start from."""
+"""Small checkpoints in the formats of other programs, for several test files."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def reference(**options: Any) -> GPT2LMHeadModel:
 
 
 def linear_layout(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
-    """Its tensors with (out, in) matrices, as nanoGPT and llm.c keep them."""
+    """The model's tensors with (out, in) matrices, as nanoGPT and llm.c store them."""
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     return {name: t.t().contiguous() if name.endswith(MATRICES) else t for name, t in tensors.items()}
 
 
 def write_nanogpt(path: Path, model: GPT2LMHeadModel, *, bias: bool, prefix: str = "", **extra: Any) -> None:
-    """What nanoGPT's train.py saves; without biases the model's must be zero."""
+    """Write a file as nanoGPT's train.py does; without ``bias`` the model's biases must be zero."""
     tensors = {
         prefix + name: tensor
         for name, tensor in linear_layout(model).items()
@@ -68,7 +68,7 @@ def write_nanogpt(path: Path, model: GPT2LMHeadModel, *, bias: bool, prefix: str
 
 
 def write_llmc(path: Path, model: GPT2LMHeadModel, version: int) -> None:
-    """What llm.c's gpt2_write_to_checkpoint writes."""
+    """Write a file as llm.c's gpt2_write_to_checkpoint does."""
     tensors = linear_layout(model)
     header = torch.zeros(256, dtype=torch.int32)
     header[:8] = torch.tensor([20240326, version, CONTEXT, VOCAB, LAYERS, HEADS, WIDTH, PADDED_VOCAB])

@@ -182,7 +182,7 @@ def _nested(rng: random.Random) -> str:
 
 
 def damaged(kind: str, data: bytes, rng: random.Random) -> bytes:
-    """The contents of that kind of file, damaged."""
+    """A damaged copy of a file of that kind, as bytes."""
     if kind == "merges" or rng.random() < 0.4:
         return damaged_bytes(data, rng)
     if data.startswith(b"{"):
@@ -213,7 +213,7 @@ def _damaged_zip(data: bytes, rng: random.Random) -> bytes:
 
 
 def open_all(kind: str, path: Path) -> None:
-    """Everything that reads that file; raises where what was read is wrong."""
+    """Read that file in every way there is; raise if the result is wrong."""
     if kind == "meta":
         assert sorted(read_meta(path).values()) == list(range(len(read_meta(path))))
         return
@@ -231,7 +231,7 @@ def open_all(kind: str, path: Path) -> None:
 
 
 def compare(kind: str, path: Path, model: gptkern.GPT) -> None:
-    """The weights with what another library reads from the same file, where it reads it."""
+    """Compare the weights with those that another library reads from the same file, if it can."""
     try:
         if kind == "safetensors":
             expected = load_file(path)
@@ -252,7 +252,7 @@ def compare(kind: str, path: Path, model: gptkern.GPT) -> None:
 
 
 def in_a_child(action: Callable[[], None]) -> str:
-    """How it ended in a process of its own: "loaded", "refused: ...", or what went wrong."""
+    """The outcome in a process of its own: "loaded", "refused: ...", or what went wrong."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:

@@ -1,4 +1,4 @@
-"""What every test shares: which implementation runs, seeds, threads, data.
+"""Settings and fixtures of all tests: the implementation that runs, seeds, threads, data.
 
 Where there is no CUDA, kernels run under Triton's interpreter, for tests in ``tests/ops`` and for
 tests marked ``kernels`` alone; every other test runs on the PyTorch references, which are fast.
@@ -69,14 +69,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """The same random numbers in every run, whatever ran before."""
+    """Seed every test, so that its random numbers do not depend on the tests before."""
     random.seed(0)
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where kernels are tested: the GPU where there is one."""
+    """The device on which kernels are tested: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

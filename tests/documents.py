@@ -1,4 +1,4 @@
-"""What the tests of README and docs share: code blocks, commands, and the tensors that snippets only name."""
+"""Helpers of the tests of README and docs: code blocks, commands, and the tensors that snippets name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH = 64
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks of one language; indented ones, in notes and lists, and whole files are not taken."""
+    """The fenced blocks of one language; no indented blocks (notes, lists) and no whole files."""
     return [code for named, title, code in _fenced(text) if named == language and not title]
 
 
@@ -48,7 +48,7 @@ def accept(arguments: list[str], folder: Path) -> None:
     """Parse a command as ``gptkern`` does, without running it.
 
     Args:
-        folder: Where the command is typed: files that it names are made there.
+        folder: The working directory of the command: the files that it names are created there.
     """
     (folder / "configs").symlink_to(ROOT / "configs")
     for name in ("tinyshakespeare.txt", "prompt.txt", "held-out.txt", "my.toml", "old.json", "new.json"):
@@ -76,7 +76,7 @@ def _leaves(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    """What a reader has already: the tensors that the kernels' snippets only name."""
+    """The tensors that a reader has already and the snippets of kernels only name."""
     x = torch.randn(2, 8, WIDTH)
     return {
         **{name: torch.randn(2, 8, 4, 16) for name in "qkv"},

@@ -1,4 +1,4 @@
-"""Let the n-th write, flush, rename, opening, allocation or thread start fail, and look at what is left.
+"""Let the n-th write, flush, rename, opening, allocation or thread start fail, and look at the rest.
 
 ``LD_PRELOAD=faults.so python fault_run.py FOLDER SCENARIO,... KIND,... EVERY`` does an operation over an old
 state once for each fault: a forked child fails at that point, then the parent compares the folder with the
@@ -59,12 +59,12 @@ State = object
 
 @dataclass
 class Scenario:
-    """What is done over and over.
+    """The operation that is repeated with faults.
 
     Attributes:
         prepare: Makes the old state in an empty folder.
-        act: Makes the new one of it.
-        state: What a reader finds there, comparable.
+        act: Makes the new state of it.
+        state: The result of reading the folder, comparable.
     """
 
     prepare: Callable[[Path], object]
@@ -80,7 +80,7 @@ def build(seed: int, **changes: object) -> GPT:
 
 
 def model_state(folder: Path) -> State:
-    """Everything that was saved, as it is read."""
+    """All saved values, as they are read back."""
     model = GPT.from_pretrained(folder)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     values = {name: (str(t.dtype), tuple(t.shape), t.tolist()) for name, t in tensors.items()}

@@ -1,8 +1,8 @@
 """A plugin of pytest that stands in for a GPU: which tests would give a kernel CPU tensors there?
 
 CUDA says that it is there, ``device`` is the meta device, whose tensors have shapes and no values, and
-what asks for values is told that they are right: a test goes on to its end, at next to no cost. Whether it
-passes means nothing; what it gives to kernels does. ``GPU_STAND_IN`` names the file for the tests found.
+questions about values have the right answer: a test goes on to its end, at next to no cost. Its result means
+nothing; the tensors that it gives to kernels do. ``GPU_STAND_IN`` names the file for the tests found.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ found: dict[str, list[str]] = {"refused": [], "mixed": [], "silent": [], "reache
 
 
 def _valued(name: str, owner: Any, answer: Any) -> None:
-    """``owner.name`` gives ``answer`` where a tensor without values is asked."""
+    """Make ``owner.name`` return ``answer`` for tensors without values."""
     plain = getattr(owner, name)
 
-    def asked(*args: Any, **kwargs: Any) -> Any:
+    def answering(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(a, torch.Tensor) and a.is_meta for a in args):
             return answer
         return plain(*args, **kwargs)
 
-    setattr(owner, name, asked)
+    setattr(owner, name, answering)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, answer in (("__bool__", True), ("item", 1), ("__float__", 1.0), ("__int__", 1), ("tolist", [])):
         _valued(name, torch.Tensor, answer)
     torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True
-    # What takes long and gives a kernel nothing else.
+    # These take long and pass nothing new to a kernel.
     torch.compile = lambda function=None, **_: function if function is not None else torch.compile
     torch.library.opcheck = lambda *_, **__: {}
     torch.autograd.gradcheck = lambda *_, **__: True

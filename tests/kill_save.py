@@ -1,4 +1,4 @@
-"""Kill a process at every file operation of a save, and look at what it leaves behind.
+"""Kill a process at every file operation of a save, and look at the files that remain.
 
 ``python kill_save.py SCENARIO FOLDER`` forks a child for each operation in turn; the child saves a new model
 over an old one and kills itself (SIGKILL) just before that operation, or in the middle of writing a file
@@ -66,7 +66,7 @@ def die_at_size(size: int) -> None:
 
 
 def survives(save: Callable[[], None], die: Callable[[int], None], when: int) -> bool:
-    """Whether the child ended before it was killed."""
+    """True if the child ended before it was killed."""
     child = os.fork()
     if child == 0:
         die(when)
@@ -78,7 +78,7 @@ def survives(save: Callable[[], None], die: Callable[[int], None], when: int) ->
 
 
 def is_in(folder: Path, model: GPT | None) -> bool:
-    """Whether the folder holds exactly that model, nothing where it is None."""
+    """True if the folder holds exactly that model; for None, if it holds none."""
     if model is None:
         return not (folder / "config.json").exists()
     found = GPT.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Load a checkpoint and print, as JSON, what memory that took.
+"""Load a checkpoint and print, as JSON, the memory that loading took.
 
 ``python load_memory.py SMALL PATH``. All figures are of this process alone, from /proc/self/status, in bytes:
 ``before`` the resident set after the small checkpoint SMALL was loaded (imports, first-use costs), ``peak``

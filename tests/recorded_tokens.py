@@ -1,7 +1,7 @@
-"""What ``generate`` gave for a seed: the embedded model and 20 random small models, with random options.
+"""Tokens of ``generate`` for fixed seeds: the embedded model and 20 small random ones, random options.
 
-``python tests/recorded_tokens.py`` writes ``tests/fixtures/generate_tokens.json`` anew. That is right only
-where a change is meant to give other tokens, which its commit then says.
+``python tests/recorded_tokens.py`` writes ``tests/fixtures/generate_tokens.json`` anew. Do so only
+for a change that is meant to give other tokens, and say so in its commit.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def run(model: GPT, prompts: list[list[int]], options: dict[str, Any]) -> list[l
 
 
 def record() -> dict[str, list[dict[str, Any]]]:
-    """Every model's calls with what comes of them."""
+    """The calls of every model and their tokens."""
     found: dict[str, list[dict[str, Any]]] = {}
     embedded = GPT.from_pretrained()
     assert embedded.tokenizer is not None

@@ -158,7 +158,10 @@ def test_trying_a_row_is_undone(places: list[tune.Place], arch: int, device: tor
     place = places[0]
     before = dict(place.row)
     asked = {"width": 96}
-    with pytest.raises(KeyError), _launch.trying(arch, place.kernel, place.index, {**before, "num_warps": 1}):
+    with (
+        pytest.raises(KeyError),
+        _launch.replaced_row(arch, place.kernel, place.index, {**before, "num_warps": 1}),
+    ):
         assert _launch.config(place.kernel, device, **asked)["num_warps"] == 1
         raise KeyError
     assert place.row == before

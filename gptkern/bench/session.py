@@ -32,26 +32,26 @@ def run_suites(
         problem for name in names or suites.SUITES for problem in suites.problems(name, device, quick)
     ]
     progress("ceilings of this machine")
-    found = ceilings.measure(device)
+    rates = ceilings.measure(device)
     rounds, samples, seconds = _QUICK if quick else _FULL
-    return run(problems, device, found, rounds=rounds, samples=samples, seconds=seconds, progress=progress)
+    return run(problems, device, rates, rounds=rounds, samples=samples, seconds=seconds, progress=progress)
 
 
-def write(found: Results, folder: Path, sections: dict[str, str] | None = None) -> list[Path]:
+def write(outcome: Results, folder: Path, sections: dict[str, str] | None = None) -> list[Path]:
     """Write results.json, results.md, report.html and, with matplotlib, pictures into ``folder``.
 
     Returns:
         The files written.
     """
     make_folder(folder)
-    results.save(found, folder / "results.json")
-    write_file(folder / "results.md", tables.markdown(found))
+    results.save(outcome, folder / "results.json")
+    write_file(folder / "results.md", tables.markdown(outcome))
     pictures: list[Path] = []
     if find_spec("matplotlib") is not None:
         from gptkern.bench import plots
 
-        pictures = plots.draw(found, folder)
+        pictures = plots.draw(outcome, folder)
     # The page has bars of its own: of the pictures only those of something else.
     others = [picture for picture in pictures if picture.name != "speed.png"]
-    write_file(folder / "report.html", html.page(found, others, sections))
+    write_file(folder / "report.html", html.page(outcome, others, sections))
     return [folder / "results.json", folder / "results.md", *pictures, folder / "report.html"]

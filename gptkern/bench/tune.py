@@ -67,7 +67,7 @@ def places(ops: Iterable[str], arch: int) -> list[Place]:
             for dtype in case.dtypes if case.archs is None or arch in case.archs else ():
                 _launch.forget()
                 _aot.record_case(case, dtype, arch)
-                for _, kernel, index in sorted(_launch.rows_asked):
+                for _, kernel, index in sorted(_launch.row_lookups):
                     found.setdefault((kernel, index), []).append(TypedCase(op, case, dtype))
     order = list(_launch.table(arch))
     keys = sorted(found, key=lambda key: (order.index(key[0]), key[1]))
@@ -161,7 +161,7 @@ class _Bench:
     def _one(self, number: int, case: TypedCase, row: Row) -> float:
         place = self._place
         decided = self._decided(case, row)
-        with _launch.trying(place.arch, place.kernel, place.index, row):
+        with _launch.replaced_row(place.arch, place.kernel, place.index, row):
             launches, results = _run(case, self._device)
         if number == len(self._expected):
             self._expected.append(results)
@@ -188,7 +188,7 @@ class _Bench:
         ]
 
     def _recorded(self, case: TypedCase, row: Row) -> list[_launch.Launch]:
-        with _launch.trying(self._place.arch, self._place.kernel, self._place.index, row):
+        with _launch.replaced_row(self._place.arch, self._place.kernel, self._place.index, row):
             return _aot.record_case(case.case, case.dtype, self._place.arch)
 
 
@@ -232,7 +232,7 @@ def note(device: torch.device) -> str:
 
 
 def tune(
-    found: Sequence[Place],
+    places: Sequence[Place],
     path: Path,
     device: torch.device,
     timer: Callable[[timing.Call], float] | None = None,
@@ -243,7 +243,7 @@ def tune(
         The place, its row now, and the row's time over that of the one before.
     """
     table, header = launch_file.read(path)
-    for place in found:
+    for place in places:
         row, ratio = tuned(place, device, timer)
         row = {**row, "measured": note(device)}
         table[place.kernel][place.index] = row
@@ -251,18 +251,18 @@ def tune(
         yield place, row, ratio
 
 
-def pending(found: Sequence[Place], path: Path, device: torch.device, again: bool) -> list[Place]:
+def pending(places: Sequence[Place], path: Path, device: torch.device, again: bool) -> list[Place]:
     """The places whose rows at ``path`` were not measured on such a device yet; with ``again`` all of them.
 
     Raises:
         ValueError: The table at ``path`` has other rows than the package's.
     """
     table, _ = launch_file.read(path)
-    for place in found:
+    for place in places:
         if len(table.get(place.kernel, ())) != len(_launch.table(place.arch)[place.kernel]):
             raise ValueError(
                 f"{path}: its rows of {place.kernel} are not those of the package: begin a new file"
             )
     name = environment.device_name(device)
-    measured = (table[place.kernel][place.index].get("measured", "") for place in found)
-    return [place for place, text in zip(found, measured, strict=True) if again or not text.startswith(name)]
+    measured = (table[place.kernel][place.index].get("measured", "") for place in places)
+    return [place for place, text in zip(places, measured, strict=True) if again or not text.startswith(name)]

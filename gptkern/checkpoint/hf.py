@@ -36,9 +36,9 @@ _SAVED_ANEW = {*JSON_FIELDS, KV_SCALES, QUANTIZATION, "dtype", "torch_dtype", "a
 def open_folder(files: Files) -> Contents:
     """Open a folder that transformers' ``save_pretrained`` or ours wrote."""
     config = read_config(files / CONFIG)
-    said = read_json(files / CONFIG)
-    quantization = _read_quantization(files / CONFIG, said.get(QUANTIZATION), config)
-    kv_scales = _read_kv_scales(files / CONFIG, said.get(KV_SCALES), config)
+    fields = read_json(files / CONFIG)
+    quantization = _read_quantization(files / CONFIG, fields.get(QUANTIZATION), config)
+    kv_scales = _read_kv_scales(files / CONFIG, fields.get(KV_SCALES), config)
     found = next((files / name for name in WEIGHTS if name in files), None)
     if found is None:
         raise CheckpointError(f"{files.folder}: no weights here; one of {', '.join(WEIGHTS)} is needed")
@@ -50,8 +50,8 @@ def open_folder(files: Files) -> Contents:
         True,
         quantization,
         kv_scales,
-        _read_generation_config(files, said, config),
-        {name: value for name, value in said.items() if name not in _SAVED_ANEW},
+        _read_generation_config(files, fields, config),
+        {name: value for name, value in fields.items() if name not in _SAVED_ANEW},
     )
 
 
@@ -65,10 +65,10 @@ def read_config(path: Path) -> GPTConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read_generation_config(files: Files, said: dict[str, Any], config: GPTConfig) -> dict[str, Any]:
+def _read_generation_config(files: Files, fields: dict[str, Any], config: GPTConfig) -> dict[str, Any]:
     """``generation_config.json``, else the fields of ``config.json``: as in transformers, never both."""
     if GENERATION_CONFIG not in files:
-        return generation.of_json(said, config)
+        return generation.of_json(fields, config)
     return read_json(files / GENERATION_CONFIG)
 
 

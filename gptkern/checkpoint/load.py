@@ -131,7 +131,7 @@ def load(
 
 
 def check_quantization(
-    contents: Contents, wanted: Quantization | None, device: torch.device | str | None
+    contents: Contents, target: Quantization | None, device: torch.device | str | None
 ) -> None:
     """Refuse a quantisation that the checkpoint or the device cannot have, before any weight is read.
 
@@ -139,12 +139,12 @@ def check_quantization(
         ValueError: It is in fewer bits already; fp8 on a GPU that has none; a device that is not there.
     """
     found = contents.quantization
-    if wanted is not None and found is not None:
+    if target is not None and found is not None:
         raise ValueError(
-            f"{contents.source}: weights is {wanted.format!r}, the checkpoint is {found.format} already: "
+            f"{contents.source}: weights is {target.format!r}, the checkpoint is {found.format} already: "
             "leave weights out, or quantise the original"
         )
-    quantization, where = wanted or found, checked_device(device)
+    quantization, where = target or found, checked_device(device)
     if quantization is not None and quantization.format == "fp8" and where.type == "cuda":
         capability = torch.cuda.get_device_capability(where)
         if capability < (8, 9):

@@ -82,11 +82,11 @@ class Files:
     def __init__(self, folder: Path, elsewhere: Mapping[str, Path]) -> None:
         self.folder = folder
         self._elsewhere = elsewhere
-        self._asked: dict[Path, object] = {}
+        self._marks: dict[Path, object] = {}
 
     def __truediv__(self, name: str) -> Path:
         path = self._elsewhere.get(name, self.folder / name)
-        self._asked.setdefault(path, _mark(path))
+        self._marks.setdefault(path, _mark(path))
         return path
 
     def __contains__(self, name: str) -> bool:
@@ -97,8 +97,8 @@ class Files:
         return os.path.lexists(self / name)
 
     def unchanged(self) -> bool:
-        """True if every file that was asked for is still the one that it was."""
-        return all(_mark(path) == mark for path, mark in self._asked.items())
+        """True if every file that a reader has looked up is still the same."""
+        return all(_mark(path) == mark for path, mark in self._marks.items())
 
 
 def read(folder: Path, reader: Callable[[Files], T]) -> T:

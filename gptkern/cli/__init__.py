@@ -35,8 +35,8 @@ COMMANDS = {
 _INTERRUPTED = 130
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(value: bool) -> None:
+    if value:
         import gptkern
 
         print(f"gptkern {gptkern.__version__}")

@@ -30,7 +30,7 @@ Greedy = Annotated[
 def generation_options(
     fallback: Mapping[str, Any], *, without: Collection[str] = ()
 ) -> Callable[[Command], Command]:
-    """Put the table's options in place of a command's ``**asked``, which holds those that were given.
+    """Put the table's options in place of a command's ``**choices``: the options that the user typed.
 
     Args:
         fallback: The command's own defaults, which the help tells.
@@ -45,8 +45,8 @@ def generation_options(
         names = {option.name for option in options}
 
         def run(**values: Any) -> None:
-            asked = {name: _plain(values.pop(name)) for name in names}
-            command(**values, **{name: value for name, value in asked.items() if value not in (None, [])})
+            choices = {name: _plain(values.pop(name)) for name in names}
+            command(**values, **{name: value for name, value in choices.items() if value not in (None, [])})
 
         run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
         parameters = sorted([*own, *(_parameter(option, fallback) for option in options)], key=_panel)
@@ -103,26 +103,26 @@ def _type(option: Option) -> Any:
 
 
 def generation(
-    gpt: GPT, fallback: Mapping[str, Any], asked: Mapping[str, Any], *, greedy: bool
+    gpt: GPT, fallback: Mapping[str, Any], choices: Mapping[str, Any], *, greedy: bool
 ) -> dict[str, Any]:
-    """Options for ``generate``: those that were asked for, else the checkpoint's, else ``fallback``.
+    """Options for ``generate``: the caller's choices, else the checkpoint's, else ``fallback``.
 
     Args:
         fallback: The command's own defaults.
-        asked: Options of ``generate`` that were given.
+        choices: The options of ``generate`` that the user typed.
     """
     from gptkern.engine.settings import options_over
 
-    asked = dict(asked)
-    if "stop_strings" in asked:
-        asked["stop_strings"] = list(map(unescape, asked["stop_strings"]))
-    if asked.get("temperature") == 0:
-        del asked["temperature"]
+    choices = dict(choices)
+    if "stop_strings" in choices:
+        choices["stop_strings"] = list(map(unescape, choices["stop_strings"]))
+    if choices.get("temperature") == 0:
+        del choices["temperature"]
         greedy = True
-    if greedy or asked.get("num_beams", 1) > 1:
-        asked["do_sample"] = False
-    seed = asked.pop("seed", None)
-    options = options_over(fallback, gpt.generation_config, asked)
+    if greedy or choices.get("num_beams", 1) > 1:
+        choices["do_sample"] = False
+    seed = choices.pop("seed", None)
+    options = options_over(fallback, gpt.generation_config, choices)
     if options.get("do_sample", gpt.generation_config.get("do_sample")):
         # Drawn here, so that it can be told.
         options["seed"] = secrets.randbits(32) if seed is None else seed

@@ -73,13 +73,13 @@ def bench(
     where = torch.device(o.chosen_device(device))
     if out is not None:
         make_folder(out)  # refused before the measurements, which take minutes
-    found = _measured(what or [], where, quick)
+    outcome = _measured(what or [], where, quick)
     if json_:
-        print(results.text(found), end="")
+        print(results.text(outcome), end="")
     else:
-        _print(found)
+        _print(outcome)
     if out is not None:
-        for path in session.write(found, out, _sections(where, quick)):
+        for path in session.write(outcome, out, _sections(where, quick)):
             print(terminal.visible(path, sys.stderr), file=sys.stderr)
         if find_spec("matplotlib") is None:
             terminal.tell("no pictures, which need matplotlib: pip install 'gptkern[bench]'")
@@ -102,14 +102,14 @@ def _measured(names: list[str], device: object, quick: bool) -> Results:
         return session.run_suites(names, device, quick, lambda text: status.update(text))
 
 
-def _print(found: Results) -> None:
+def _print(outcome: Results) -> None:
     from gptkern.bench.tables import plain
 
-    ceilings = found.ceilings
+    ceilings = outcome.ceilings
     rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in ceilings.matmul.items())
-    terminal.write(f"{found.environment['device']}")
+    terminal.write(f"{outcome.environment['device']}")
     terminal.write(f"copy {ceilings.copy / 1e9:.4g} GB/s (read + written), matrix product {rates} TFLOP/s\n")
-    terminal.write("\n".join(plain(found)))
+    terminal.write("\n".join(plain(outcome)))
     terminal.write("\nfloor: the least time at these rates, over the time. speed: 2 x is half the row's time")
 
 
@@ -132,31 +132,31 @@ def _compare(files: list[str], as_json: bool) -> int:
     from gptkern.bench.compare import compare
     from gptkern.bench.results import load
 
-    found = compare(*(load(Path(name)) for name in files))
+    comparison = compare(*(load(Path(name)) for name in files))
     if as_json:
-        print(json.dumps(_comparison(found)))
-        return int(found.regressed)
-    for change in found.changes:
+        print(json.dumps(_as_json(comparison)))
+        return int(comparison.regressed)
+    for change in comparison.changes:
         if change.verdict != "same":
             terminal.write(
                 f"{change.verdict}: {change.new.title}, {change.new.provider}: {change.ratio:.3f} x the time "
                 f"({change.low:.3f} to {change.high:.3f})"
             )
-    for row in found.broken:
+    for row in comparison.broken:
         terminal.write(f"broken: {row.title}, {row.provider}: {row.problem}")
-    for row in found.missing:
+    for row in comparison.missing:
         terminal.write(f"not measured again: {row.title}, {row.provider}")
-    same = sum(change.verdict == "same" for change in found.changes)
-    print(f"{len(found.changes)} compared, {same} the same within the noise", file=sys.stderr)
-    return int(found.regressed)
+    same = sum(change.verdict == "same" for change in comparison.changes)
+    print(f"{len(comparison.changes)} compared, {same} the same within the noise", file=sys.stderr)
+    return int(comparison.regressed)
 
 
-def _comparison(found: Comparison) -> dict[str, Any]:
+def _as_json(comparison: Comparison) -> dict[str, Any]:
     def named(row: Row) -> dict[str, str]:
         return {"problem": row.title, "provider": row.provider}
 
     return {
-        "regressed": found.regressed,
+        "regressed": comparison.regressed,
         "changes": [
             {
                 **named(change.new),
@@ -164,8 +164,8 @@ def _comparison(found: Comparison) -> dict[str, Any]:
                 "ratio": change.ratio,
                 "interval": [change.low, change.high],
             }
-            for change in found.changes
+            for change in comparison.changes
         ],
-        "broken": [{**named(row), "why": row.problem} for row in found.broken],
-        "missing": [named(row) for row in found.missing],
+        "broken": [{**named(row), "why": row.problem} for row in comparison.broken],
+        "missing": [named(row) for row in comparison.missing],
     }

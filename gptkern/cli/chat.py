@@ -27,7 +27,7 @@ class Transcript:
     Attributes:
         opening: Text before the first turn, never dropped.
         you, bot: What stands before each one's lines.
-        turns: What was said, in pairs; the oldest are dropped when the context is full.
+        turns: Pairs of a user's line and the model's answer; the oldest are dropped when the context is full.
     """
 
     opening: str
@@ -35,12 +35,12 @@ class Transcript:
     bot: str
     turns: list[tuple[str, str]] = field(default_factory=list)
 
-    def prompt(self, said: str) -> str:
+    def prompt(self, line: str) -> str:
         """The transcript up to where the model speaks."""
         lines = [self.opening] if self.opening else []
         for yours, theirs in self.turns:
             lines += [f"{self.you}: {yours}", f"{self.bot}: {theirs}"]
-        return "\n".join([*lines, f"{self.you}: {said}", f"{self.bot}:"])
+        return "\n".join([*lines, f"{self.you}: {line}", f"{self.bot}:"])
 
 
 @g.generation_options(
@@ -60,7 +60,7 @@ def chat(
     dtype: o.Dtype = None,
     weights: o.Weights = None,
     device: o.Device = None,
-    **asked: Any,
+    **choices: Any,
 ) -> None:
     """Talk with a model, which sees the whole conversation.
 
@@ -80,12 +80,12 @@ def chat(
 
     gpt = o.load(model, device, dtype, weights, tokenizer)
     o.tokenizer_of(gpt)  # refused before anybody types
-    asked |= {
+    choices |= {
         "stop_strings": [f"\\n{you}:", f"\\n{bot}:"],
         "num_beams": 1,
         "num_return_sequences": 1,
     }
-    options = g.generation(gpt, FALLBACK, asked, greedy=greedy)
+    options = g.generation(gpt, FALLBACK, choices, greedy=greedy)
     # Each turn begins with those before it: only what is new goes through the model.
     gpt.engines = Engines(keeps_prefixes=True)
     transcript = Transcript(g.unescape(system), you, bot)
@@ -94,22 +94,22 @@ def chat(
         print(_HELP, file=sys.stderr)
         with contextlib.suppress(ImportError):  # Python can be built without it
             import readline  # noqa: F401  # gives input() line editing and a history
-    while (said := _read(f"{you}: ", interactive)) is not None:
-        if said in ("/exit", "/quit"):
+    while (line := _read(f"{you}: ", interactive)) is not None:
+        if line in ("/exit", "/quit"):
             return
-        if said == "/reset":
+        if line == "/reset":
             transcript.turns.clear()
-        elif said.startswith("/"):
+        elif line.startswith("/"):
             print(_HELP, file=sys.stderr)
-        elif said:
+        elif line:
             try:
-                answer = _answer(gpt, transcript, said, max_new_tokens, options, interactive)
+                answer = _answer(gpt, transcript, line, max_new_tokens, options, interactive)
             except TooLong as error:
                 if not interactive:
                     raise
                 terminal.tell(error)
                 continue
-            transcript.turns.append((said, answer))
+            transcript.turns.append((line, answer))
             if "seed" in options:
                 # The same words a second time shall not get the same answer.
                 options["seed"] = (options["seed"] + 1) % 2**64
@@ -133,28 +133,28 @@ def _read(shown: str, interactive: bool) -> str | None:
 
 
 def _answer(
-    gpt: GPT, transcript: Transcript, said: str, most: int, options: dict[str, Any], interactive: bool
+    gpt: GPT, transcript: Transcript, line: str, most: int, options: dict[str, Any], interactive: bool
 ) -> str:
     """Print the model's turn as it is made, and return it."""
     tokenizer = o.tokenizer_of(gpt)
     context = gpt.config.n_positions
-    alone = len(tokenizer.encode(replace(transcript, turns=[]).prompt(said)))
+    alone = len(tokenizer.encode(replace(transcript, turns=[]).prompt(line)))
     if alone >= context:
         raise TooLong(f"the message has {alone} tokens with what stands before it; the context is {context}")
     forgotten = 0
-    while (used := len(tokenizer.encode(transcript.prompt(said)))) + most > context and transcript.turns:
+    while (used := len(tokenizer.encode(transcript.prompt(line)))) + most > context and transcript.turns:
         del transcript.turns[0]
         forgotten += 1
     if forgotten:
         print(f"(the context is full: {forgotten} earlier turns are forgotten)", file=sys.stderr)
     print(f"{transcript.bot}:", end="", flush=True)
-    pieces = gpt.stream(transcript.prompt(said), max_new_tokens=min(most, context - used), **options)
+    pieces = gpt.stream(transcript.prompt(line), max_new_tokens=min(most, context - used), **options)
     try:
         for piece in pieces:
             terminal.write(piece, end="")
     except KeyboardInterrupt:
         if not interactive:
             raise
-        # What was said so far is part of the conversation.
+        # The answer so far is part of the conversation.
     terminal.write("")
     return pieces.completion.text.strip()

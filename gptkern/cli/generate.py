@@ -43,7 +43,7 @@ def generate(
     dtype: o.Dtype = None,
     weights: o.Weights = None,
     device: o.Device = None,
-    **asked: Any,
+    **choices: Any,
 ) -> None:
     """Continue a text, printing it as it is made.
 
@@ -65,8 +65,8 @@ def generate(
     gpt = o.load(model, device, dtype, weights, tokenizer)
     _warn_of_a_classifier(model)
     fallback = {**FALLBACK, "max_new_tokens": o.fitting(gpt, text, DEFAULT_NEW_TOKENS)}
-    samples = asked.setdefault("num_return_sequences", 1)
-    options = g.generation(gpt, fallback, asked, greedy=greedy)
+    samples = choices.setdefault("num_return_sequences", 1)
+    options = g.generation(gpt, fallback, choices, greedy=greedy)
     begin = time.perf_counter()
     beams = options.get("num_beams", gpt.generation_config.get("num_beams")) or 1
     if samples == 1 and beams == 1 and not json_:

@@ -74,7 +74,7 @@ def inspect(
 
     archs = tuple(arch or _launch.ARCHS)
     before = None if diff is None else report.load(diff)
-    kept = _kept(save, triton.__version__) if ops and save is not None else []
+    kept = _saved_reports(save, triton.__version__) if ops and save is not None else []
     floors = {each: report.floors(ops or [], each) for each in archs} if floor else {}
     found = report.compiled(ops or [], archs, per=per.value, progress=_tell)
     lines: list[str] = []
@@ -100,7 +100,7 @@ def _tell(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _kept(path: Path, version: str) -> list[Report]:
+def _saved_reports(path: Path, version: str) -> list[Report]:
     """The reports that are in ``path`` already, none where there is no such file.
 
     Raises:

@@ -56,35 +56,35 @@ def profile(
     ids = o.tokenizer_of(gpt).encode(prompt)
     if not ids:
         raise typer.BadParameter("the prompt is empty")
-    found = measure(gpt, ids, tokens, trace)
+    costs = measure(gpt, ids, tokens, trace)
     if json_:
-        print(json.dumps({**asdict(found), "floor": found.floor}))
+        print(json.dumps({**asdict(costs), "floor": costs.floor}))
     else:
-        terminal.write("\n".join(_lines(found, rows)))
+        terminal.write("\n".join(_lines(costs, rows)))
 
 
-def _lines(found: Profile, rows: int) -> list[str]:
+def _lines(costs: Profile, rows: int) -> list[str]:
     from gptkern.bench.tables import seconds_text
 
-    made = ", ".join(f"{count} {name}" for name, count in found.launches.items())
-    total = sum(operator.seconds for operator in found.operators)
+    made = ", ".join(f"{count} {name}" for name, count in costs.launches.items())
+    total = sum(operator.seconds for operator in costs.operators)
     lines = [
-        f"prompt     {seconds_text(found.prefill)}",
-        f"token      {seconds_text(found.per_token)}, median of {found.tokens} at {found.context} tokens "
-        f"and more, on {found.device}",
-        f"bytes      {found.bytes_moved / 1e6:.4g} MB: weights, keys and values",
-        f"floor      {seconds_text(found.floor)} at {found.copy / 1e9:.4g} GB/s, this machine's copy: "
-        f"{found.floor / found.per_token:.0%} of the token",
-        f"launches   {sum(found.launches.values())} by the kernels on a GPU: {made}",
+        f"prompt     {seconds_text(costs.prefill)}",
+        f"token      {seconds_text(costs.per_token)}, median of {costs.tokens} at {costs.context} tokens "
+        f"and more, on {costs.device}",
+        f"bytes      {costs.bytes_moved / 1e6:.4g} MB: weights, keys and values",
+        f"floor      {seconds_text(costs.floor)} at {costs.copy / 1e9:.4g} GB/s, this machine's copy: "
+        f"{costs.floor / costs.per_token:.0%} of the token",
+        f"launches   {sum(costs.launches.values())} by the kernels on a GPU: {made}",
         "",
         f"{'calls':>8}  {'time':>9}  {'share':>5}  of one token",
     ]
-    for operator in found.operators[:rows]:
+    for operator in costs.operators[:rows]:
         lines.append(
             f"{operator.calls:8.4g}  {seconds_text(operator.seconds):>9}  "
             f"{operator.seconds / total:5.0%}  {operator.name}"
         )
-    others = found.operators[rows:]
+    others = costs.operators[rows:]
     if others:
         seconds = sum(operator.seconds for operator in others)
         lines.append(f"{'':8}  {seconds_text(seconds):>9}  {seconds / total:5.0%}  {len(others)} others")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from gptkern.train import Settings
 
 
-def _show_settings(wanted: bool) -> None:
-    if wanted:
+def _show_settings(value: bool) -> None:
+    if value:
         from gptkern.train.reference import reference
 
         print(reference(), end="")

@@ -1,8 +1,8 @@
-"""What the compiler makes of the kernels, without a GPU: registers, spills, shared memory, instructions.
+"""The machine code of the kernels, without a GPU: registers, spills, shared memory, instructions.
 
 Every op's ``CASES`` (see ``_cases``) are called on meta tensors while launches are recorded
-(``_launch.record``); each recorded launch is compiled by Triton's own just-in-time path, told that
-the current GPU is of the asked architecture, so that argument types, divisibility by 16 and values
+(``_launch.record``); each recorded launch is compiled by Triton's own just-in-time path, which
+sees a GPU of the chosen architecture, so that argument types, divisibility by 16 and values
 equal to 1 are specialised as in a real launch. The machine code is then read.
 
     python -m gptkern.ops._aot                     # all ops, all architectures, as a table
@@ -38,12 +38,12 @@ from gptkern.ops import _cases, _launch
 from gptkern.ops._dispatch import INTERPRETED
 
 _REGISTERS_PER_SM = 65536
-_REGISTERS_PER_WARP_STEP = 256
+_REGISTER_ALLOCATION_UNIT = 256
 _SHARED_RESERVED_PER_BLOCK = 1024
 
 
 class _Limits(NamedTuple):
-    """Of one multiprocessor (CUDA programming guide, compute capabilities)."""
+    """The limits of one multiprocessor (CUDA programming guide, compute capabilities)."""
 
     shared: int
     threads: int
@@ -65,7 +65,7 @@ _LIMITS = {
     120: _Limits(100 * 1024, 1536, 24),
 }
 
-# The last that occurs names the kernel: a wgmma kernel may hold a small mma.sync beside it.
+# The last instruction that occurs classifies the kernel: a wgmma kernel may hold a small mma.sync beside it.
 _MATRIX_INSTRUCTIONS = {"mma.sync": "mma.sync.", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 _GLOBAL_LOAD = re.compile(r"\bld(?:\.\w+)*?\.global(?:[.:]\w+)*?(?:\.v(\d))?\.[bsuf](\d+)\b")
 _ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)")
@@ -74,12 +74,12 @@ _BULK_COPY = "cp.async.bulk.tensor"
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel needs and uses.
+    """The resources and instructions of one compiled kernel.
 
-    ``local_bytes`` is the stack frame of a thread: what did not fit in registers spills there.
-    ``matrix`` is the matrix instruction, or "" where there is none. ``widest_load`` is the bytes of
-    the widest load from global memory by one thread; bulk copies by the copy engine are ``bulk``.
-    ``serialised`` is whether ptxas had to let each wgmma end before the next one starts.
+    ``local_bytes`` is the stack frame of a thread, where values spill that do not fit in registers.
+    ``matrix`` is the matrix instruction, or "" if there is none. ``widest_load`` is the number of bytes of
+    the widest load from global memory by one thread; ``bulk`` is True for copies by the copy engine.
+    ``serialised`` is True if ptxas makes each wgmma end before the next one starts.
     """
 
     op: str
@@ -102,7 +102,7 @@ class Report:
 
 
 class _Target:
-    """The little of a Triton driver that compiling asks for."""
+    """The few methods of a Triton driver that the compiler calls."""
 
     def __init__(self, arch: int) -> None:
         self._arch = arch
@@ -131,10 +131,10 @@ def _compiling_for(arch: int) -> Iterator[None]:
 
 
 def record_case(case: _cases.Case, dtype: torch.dtype, arch: int) -> list[_launch.Launch]:
-    """What ``case`` launches on ``arch``: without gradients, then with them and the backward pass.
+    """The launches of ``case`` on ``arch``: without gradients, then with them and the backward pass.
 
     Raises:
-        ValueError: It launches nothing.
+        ValueError: The case launches nothing.
     """
     with _launch.record(arch) as launches:
         call = case.make(torch.device("meta"), dtype)
@@ -173,10 +173,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         text = subprocess.run(
             [_cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    if found is None:
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if usage is None:
         raise RuntimeError(f"cuobjdump printed no resource usage:\n{text}")
-    registers, stack, local = map(int, found.groups())
+    registers, stack, local = map(int, usage.groups())
     return registers, stack + local
 
 
@@ -196,30 +196,30 @@ def _code_bytes(cubin: bytes) -> int:
 
 
 def blocks_per_sm(arch: int, threads: int, registers: int, shared_bytes: int) -> int:
-    """How many blocks one multiprocessor of ``arch`` holds at once; 0 where a block does not fit."""
+    """The number of blocks that one multiprocessor of ``arch`` holds at once; 0 if a block does not fit."""
     warps = -(-threads // 32)
-    steps = -(-registers * 32 // _REGISTERS_PER_WARP_STEP)
+    units = -(-registers * 32 // _REGISTER_ALLOCATION_UNIT)
     limits = _LIMITS[arch]
     if shared_bytes > limits.shared_per_block:
         return 0
     return min(
         limits.blocks,
         limits.threads // threads,
-        _REGISTERS_PER_SM // (steps * _REGISTERS_PER_WARP_STEP * warps),
+        _REGISTERS_PER_SM // (units * _REGISTER_ALLOCATION_UNIT * warps),
         limits.shared // (shared_bytes + _SHARED_RESERVED_PER_BLOCK),
     )
 
 
 def _serialised(ptx: str) -> bool:
-    """Whether ptxas warns (C7510, C7515) that it serialises wgmma; in machine code that is hard to see."""
+    """True if ptxas warns (C7510, C7515) that it serialises wgmma; machine code hardly shows it."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)
         source.flush()
         command = [triton.knobs.nvidia.ptxas.path, "-v", "--regAllocOptLevel=2", "--gpu-name=sm_90a"]
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, source.name, "-o", os.devnull], capture_output=True, text=True, check=True
         )
-    return "wgmma.mma_async instructions are serialized" in done.stderr
+    return "wgmma.mma_async instructions are serialized" in process.stderr
 
 
 def _widest_load(ptx: str) -> int:
@@ -279,26 +279,26 @@ def inspect(op: str, case: _cases.Case, dtype: torch.dtype, launch: _launch.Laun
 
 
 def _kind(launch: _launch.Launch, dtype: torch.dtype, arch: int, per: str) -> tuple[Any, ...]:
-    """What is the same for two launches of which one is enough."""
+    """A key: one launch for each different key is enough."""
     if per == "kernel":
         return (launch.name,)
-    said = {key for rows in _launch.table(arch).values() for row in rows for key in row}
-    return (launch.name, dtype, *sorted(item for item in launch.kwargs.items() if item[0] in said))
+    row_keys = {key for rows in _launch.table(arch).values() for row in rows for key in row}
+    return (launch.name, dtype, *sorted(item for item in launch.kwargs.items() if item[0] in row_keys))
 
 
-def _served(op: str, arch: int) -> list[_cases.Case]:
+def _cases_for(op: str, arch: int) -> list[_cases.Case]:
     return [case for case in _cases.cases(op) if case.archs is None or arch in case.archs]
 
 
 def reports(op: str, archs: tuple[int, ...] = _launch.ARCHS, per: str = "binary") -> Iterator[Report]:
-    """Reports of what the cases of ``op`` compile to.
+    """Reports on the kernels that the cases of ``op`` launch.
 
-    ``per`` is of what there is one: of every different "binary", of every launch "row" and dtype, or of
-    every "kernel".
+    ``per`` selects one report for every different "binary", for every launch "row" and dtype, or for every
+    "kernel".
     """
     for arch in archs:
         seen = set()
-        for case in _served(op, arch):
+        for case in _cases_for(op, arch):
             for dtype in case.dtypes:
                 for launch in record_case(case, dtype, arch):
                     if per == "binary":
@@ -311,16 +311,16 @@ def reports(op: str, archs: tuple[int, ...] = _launch.ARCHS, per: str = "binary"
 
 
 def rows_without_case(arch: int) -> list[str]:
-    """Rows of the launch table of ``arch`` that no op's cases ask for, and so nothing compiles."""
+    """Rows of the launch table of ``arch`` that no op's cases use, so that nothing compiles them."""
     for op in _cases.ops():
-        for case in _served(op, arch):
+        for case in _cases_for(op, arch):
             for dtype in case.dtypes:
                 record_case(case, dtype, arch)
     return [
         f"sm_{arch}: {kernel}, row {index + 1}"
         for kernel, rows in _launch.table(arch).items()
         for index in range(len(rows))
-        if (arch, kernel, index) not in _launch.rows_asked
+        if (arch, kernel, index) not in _launch.row_lookups
     ]
 
 
@@ -343,21 +343,21 @@ _COLUMNS = (
 )
 
 
-def as_table(found: list[Report]) -> str:
+def as_table(rows: list[Report]) -> str:
     """The reports as aligned text, one line a kernel, problems beneath their kernel."""
-    cells = [_COLUMNS] + [tuple(str(getattr(report, name)) for name in _COLUMNS) for report in found]
+    cells = [_COLUMNS] + [tuple(str(getattr(report, name)) for name in _COLUMNS) for report in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     ]
-    for position in range(len(found), 0, -1):
-        lines[position + 1 : position + 1] = [f"    {problem}" for problem in found[position - 1].problems]
+    for position in range(len(rows), 0, -1):
+        lines[position + 1 : position + 1] = [f"    {problem}" for problem in rows[position - 1].problems]
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 1 where a kernel has a problem or a launch row has no case."""
+    """Print the table; return 1 if a kernel has a problem or a launch row has no case."""
     parser = argparse.ArgumentParser(prog="python -m gptkern.ops._aot", description=__doc__.split("\n")[0])
     parser.add_argument("--op", action="append", help="only this op (repeatable)")
     parser.add_argument(
@@ -375,17 +375,17 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     parser.add_argument("--rows", action="store_true", help="only list launch rows without a case")
-    asked = parser.parse_args(arguments)
-    archs = tuple(asked.arch or _launch.ARCHS)
-    if asked.rows:
+    options = parser.parse_args(arguments)
+    archs = tuple(options.arch or _launch.ARCHS)
+    if options.rows:
         missing = [row for arch in archs for row in rows_without_case(arch)]
         print("\n".join(missing))
         return int(bool(missing))
-    found = [report for op in asked.op or _cases.ops() for report in reports(op, archs, asked.per)]
-    print(as_table(found))
-    if asked.json:
-        write_file(asked.json, json.dumps([dataclasses.asdict(report) for report in found], indent=1))
-    return int(any(report.problems for report in found))
+    results = [report for op in options.op or _cases.ops() for report in reports(op, archs, options.per)]
+    print(as_table(results))
+    if options.json:
+        write_file(options.json, json.dumps([dataclasses.asdict(report) for report in results], indent=1))
+    return int(any(report.problems for report in results))
 
 
 if __name__ == "__main__":

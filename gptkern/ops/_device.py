@@ -60,7 +60,7 @@ def activation_grad(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def row_offsets(row, inner, stride_outer, stride_inner):
-    """Where each row starts in a tensor whose rows lie in two nested strides.
+    """The start of each row in a tensor whose rows lie in two nested strides.
 
     int64: rows times stride passes 2^31 at 2.8 M tokens of GPT-2 124M.
     """

@@ -1,4 +1,4 @@
-"""Which implementation a call takes: the Triton kernel or the PyTorch reference.
+"""The choice of an implementation for a call: the Triton kernel or the PyTorch reference.
 
 CUDA tensors run the kernel. CPU tensors run the reference, or the kernel under Triton's
 interpreter when ``TRITON_INTERPRET=1`` was set before Triton was imported; it is then mended first, as
@@ -50,7 +50,7 @@ _answers: list[bool] | None = None
 
 
 @contextmanager
-def asked() -> Iterator[list[bool]]:
+def kernel_answers() -> Iterator[list[bool]]:
     """Collect the answers of ``use_kernel`` to the ops called in the block: an empty list if none asks."""
     global _answers
     previous, _answers = _answers, []
@@ -61,7 +61,7 @@ def asked() -> Iterator[list[bool]]:
 
 
 def use_kernel(tensor: torch.Tensor) -> bool:
-    """Whether a call on ``tensor`` runs the Triton kernel (the tensors' agreement is checked apart)."""
+    """True if a call on ``tensor`` runs the Triton kernel (the tensors' agreement is checked apart)."""
     answer = _uses_kernel(tensor)
     if _answers is not None:
         _answers.append(answer)
@@ -87,7 +87,7 @@ def _uses_kernel(tensor: torch.Tensor) -> bool:
 
 
 def traced(tensor: torch.Tensor) -> bool:
-    """Whether the registered op takes a call on ``tensor``, as its arguments hold no memory to launch on.
+    """True if the registered op takes a call on ``tensor``, as its arguments hold no memory to launch on.
 
     So it is under ``torch.compile``, of fake tensors, of meta tensors where no launches are recorded, and
     under ``torch.vmap``, which calls the registered op for each sample.
@@ -101,7 +101,7 @@ def traced(tensor: torch.Tensor) -> bool:
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must see this call."""
+    """True if autograd must see this call."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

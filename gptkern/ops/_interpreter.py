@@ -4,11 +4,11 @@ The interpreter (seen in triton 3.6.0 and 3.8.0) keeps bf16 as raw 16-bit patter
 add, compare and multiply those patterns; its cast from fp32 truncates where hardware rounds to
 nearest even. ``install`` wraps its builder: a bf16 operand is widened to fp32, the operation is
 done there, and a bf16 result is rounded to nearest even, as the hardware does. Its casts to and from
-e4m3 lose the carry of a rounding, and NaN; here PyTorch does them.
+e4m3 lose the carry of a rounding, and NaN; here PyTorch casts.
 
 Its matrix products are a BLAS library's, which sums in an order that depends on processor, shape and
-layout (seen: OpenBLAS 0.3.31 on a machine with AVX2 alone, rows of 16 and of 64). A matrix unit does not:
-here the sums are taken in fp64 and rounded once, where the order is lost in rounding.
+layout (seen: OpenBLAS 0.3.31 on a machine with AVX2 alone, rows of 16 and of 64). A matrix unit has no such
+dependence: here the sums are computed in fp64 and rounded once, which hides their order.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def widen(bits: np.ndarray) -> np.ndarray:
 def round_to_bf16(values: np.ndarray) -> np.ndarray:
     """The bf16 bit patterns nearest to fp32 ``values``, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    lowest_kept = (bits >> np.uint32(16)) & np.uint32(1)
-    rounded = ((bits + np.uint32(0x7FFF) + lowest_kept) >> np.uint32(16)).astype(np.uint16)
+    last_bit = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = ((bits + np.uint32(0x7FFF) + last_bit) >> np.uint32(16)).astype(np.uint16)
     quiet_nan = np.uint16(0x7FC0)
     return np.where(np.isnan(values), quiet_nan, rounded).reshape(np.shape(values))
 
@@ -75,7 +75,7 @@ def _truncate_to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def _is_bf16(handle: Any) -> bool:
-    # A comparison's result keeps its operands' type in the interpreter, so the data is asked too.
+    # The interpreter gives a comparison's result the type of its operands, so the data's dtype counts too.
     return (
         isinstance(handle, TensorHandle)
         and not isinstance(handle.dtype, tl.pointer_type)
@@ -113,8 +113,8 @@ def _from_e4m3(handle: TensorHandle) -> TensorHandle:
 
 
 def _to_e4m3(handle: TensorHandle) -> TensorHandle:
-    kept = torch.from_numpy(np.ascontiguousarray(handle.data, dtype=np.float32)).to(torch.float8_e4m3fn)
-    return TensorHandle(kept.view(torch.uint8).numpy().reshape(handle.data.shape), tl.float8e4nv)
+    narrow = torch.from_numpy(np.ascontiguousarray(handle.data, dtype=np.float32)).to(torch.float8_e4m3fn)
+    return TensorHandle(narrow.view(torch.uint8).numpy().reshape(handle.data.shape), tl.float8e4nv)
 
 
 def _cast(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,7 +162,7 @@ def _dot(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _whole_array(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A reduction or scan that NumPy does over the whole array at once."""
+    """Wrap a reduction or scan that NumPy computes over the whole array at once."""
 
     @functools.wraps(original)
     def reduction(self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -191,7 +191,7 @@ def _get_bf16(self: Any, value: float) -> TensorHandle:
 
 
 def install() -> None:
-    """Make the interpreter of this process compute as above; a second call does nothing."""
+    """Make the interpreter of this process compute bf16 and e4m3 by value; a second call does nothing."""
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "computes_bf16_by_value", False):
         return

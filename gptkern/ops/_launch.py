@@ -2,7 +2,7 @@
 
 Launch configurations are data, in ``tables/sm80.toml``, ``sm90.toml`` and ``sm100.toml``: per
 kernel an ordered list of rows. A row's ``max_<name>`` keys and string keys say
-when it applies, the others are what is passed to the kernel. The first row that applies wins. There
+when it applies, the other keys are the kernel's options. The first row that applies wins. There
 is no autotuning at run time: it would stall first calls, break graph capture and make results depend
 on timing.
 """
@@ -43,8 +43,8 @@ class Launch:
         return str(self.kernel.fn.__name__)
 
 
-# (architecture, kernel, position) of table rows asked for: the ahead-of-time report finds rows nobody uses.
-rows_asked: set[tuple[int, str, int]] = set()
+# (architecture, kernel, position) of each table row in use: the ahead-of-time report finds the others.
+row_lookups: set[tuple[int, str, int]] = set()
 
 _observer: Observer | None = None
 _recorded_arch: int | None = None
@@ -64,7 +64,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
 
 @contextmanager
 def observe(observer: Observer) -> Iterator[None]:
-    """Show every launch to ``observer``, which returns whether the launch is to take place."""
+    """Pass every launch to ``observer``, which returns True to let it take place."""
     global _observer
     previous, _observer = _observer, observer
     try:
@@ -83,20 +83,20 @@ def record(arch: int) -> Iterator[list[Launch]]:
     global _recorded_arch
     launches: list[Launch] = []
 
-    def keep(item: Launch) -> bool:
+    def collect(item: Launch) -> bool:
         launches.append(item)
         return False
 
     previous, _recorded_arch = _recorded_arch, arch
     try:
-        with observe(keep):
+        with observe(collect):
             yield launches
     finally:
         _recorded_arch = previous
 
 
 def recording() -> bool:
-    """Whether launches are collected, of meta tensors as well (see ``record``)."""
+    """True while launches are collected, those of meta tensors included (see ``record``)."""
     return _recorded_arch is not None
 
 
@@ -176,15 +176,15 @@ def planned(function: Function) -> Function:
 
 
 def forget() -> None:
-    """Clear the caches of ``planned`` functions and the record of the rows that were asked for."""
-    rows_asked.clear()
+    """Clear the caches of ``planned`` functions and ``row_lookups``."""
+    row_lookups.clear()
     for cached in _caches:
         cached.cache_clear()
 
 
 @contextmanager
-def trying(arch: int, kernel: str, index: int, row: dict[str, Any]) -> Iterator[None]:
-    """Replace one row of the launch table that serves ``arch`` for the block: for the tuner."""
+def replaced_row(arch: int, kernel: str, index: int, row: dict[str, Any]) -> Iterator[None]:
+    """Replace one row of the launch table that serves ``arch`` within the block: for the tuner."""
     rows = table(arch)[kernel]
     before, rows[index] = rows[index], row
     forget()
@@ -207,16 +207,16 @@ def _applies(row: dict[str, Any], shape: dict[str, Any]) -> bool:
 
 @planned
 def _row(kernel: str, arch: int, shape: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    asked = dict(shape)
+    extents = dict(shape)
     for index, row in enumerate(table(arch).get(kernel, ())):
-        if _applies(row, asked):
-            rows_asked.add((arch, kernel, index))
+        if _applies(row, extents):
+            row_lookups.add((arch, kernel, index))
             return {
                 key: value
                 for key, value in row.items()
-                if not key.startswith("max_") and key not in asked and key not in _NOTES
+                if not key.startswith("max_") and key not in extents and key not in _NOTES
             }
-    raise ValueError(f"{kernel}: no launch row for {asked} on sm_{arch}; see gptkern/ops/tables/")
+    raise ValueError(f"{kernel}: no launch row for {extents} on sm_{arch}; see gptkern/ops/tables/")
 
 
 def config(kernel: str, device: torch.device, **shape: Any) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class Progress:
         )
         self._task = self._bar.add_task("train", total=steps, completed=step, status="")
         self._steps, self._moves = steps, bar and self.console.is_terminal
-        self._told = step
+        self._last_line_step = step
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -146,8 +146,8 @@ class Progress:
         if utilisation is not None:
             status += f"  MFU {utilisation:.1%}"
         self._bar.update(self._task, completed=step, status=status)
-        if not self._moves and step - self._told >= self._steps / _LINES:
-            self._told = step
+        if not self._moves and step - self._last_line_step >= self._steps / _LINES:
+            self._last_line_step = step
             self.say(f"step {step} of {self._steps}: {status}")
 
     def say(self, text: str) -> None:

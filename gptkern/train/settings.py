@@ -372,11 +372,11 @@ class Settings:
         return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **changes)})
 
 
-def _check_names(where: str, given: dict[str, Any], known: set[str]) -> None:
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+def _check_names(where: str, values: dict[str, Any], names: set[str]) -> None:
+    for name in values:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(names))}"
             raise SettingsError(f"{where}{name} is not a setting; {hint}")
 
 
@@ -386,14 +386,14 @@ def _section(cls: type[Section], name: str, table: dict[str, Any]) -> Section:
     return cls(**{key: _typed(f"[{name}] {key}", value, hints[key]) for key, value in table.items()})
 
 
-def _typed(where: str, value: Any, wanted: Any) -> Any:
-    if get_origin(wanted) is list:
+def _typed(where: str, value: Any, kind: Any) -> Any:
+    if get_origin(kind) is list:
         value = [value] if isinstance(value, str) else value
-        if isinstance(value, list) and all(isinstance(item, get_args(wanted)[0]) for item in value):
+        if isinstance(value, list) and all(isinstance(item, get_args(kind)[0]) for item in value):
             return value
         raise SettingsError(f"{where} is {value!r}; text, or a list of texts, is needed")
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not wanted:
-        raise SettingsError(f"{where} is {value!r}; {_TYPES[wanted]} is needed")
+    if type(value) is not kind:
+        raise SettingsError(f"{where} is {value!r}; {_TYPES[kind]} is needed")
     return value

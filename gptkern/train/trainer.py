@@ -68,7 +68,7 @@ class _Signals:
     """SIGTERM and Ctrl-C ask for a stop after the current step; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.received = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -80,9 +80,9 @@ class _Signals:
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = number
+        self.received = number
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -222,13 +222,13 @@ class _Run:
         steps = self.settings.train.steps
         for step in range(self.start, steps):
             batch = self.trainer.source.training_batch(step, self.settings.train.batch_size)
-            report = self.trainer.step(step, batch, bool(signals.asked))
+            report = self.trainer.step(step, batch, bool(signals.received))
             self.speed.add(batch.ids.numel())
             stop = self._read(report)
             self._after(step + 1, stop)
             if stop:
-                return Result(step + 1, step + 1 == steps, self.metrics, signals.asked)
-        return Result(steps, True, self.metrics, signals.asked)
+                return Result(step + 1, step + 1 == steps, self.metrics, signals.received)
+        return Result(steps, True, self.metrics, signals.received)
 
     def _last_checkpoint(self) -> str:
         return f"the last checkpoint, {self.saved}, is whole" if self.saved else "there is no checkpoint yet"

@@ -44,10 +44,10 @@ def test_the_first_row_that_applies_wins(table: dict[str, Any]) -> None:
 
 
 def test_rows_asked_for_are_remembered(table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_launch, "rows_asked", set())
+    monkeypatch.setattr(_launch, "row_lookups", set())
     with _launch.record(100):
         _launch.config("kernel", META, rows=17, dtype="half")
-    assert _launch.rows_asked == {(100, "kernel", 1)}
+    assert _launch.row_lookups == {(100, "kernel", 1)}
 
 
 @pytest.mark.parametrize(

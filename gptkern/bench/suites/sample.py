@@ -22,16 +22,16 @@ def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
         yield _problem(batch, vocab, device)
 
 
-def _kept(logits: torch.Tensor) -> torch.Tensor:
-    """The mask of tokens that are left after top-k, then top-p."""
+def _token_mask(logits: torch.Tensor) -> torch.Tensor:
+    """The mask of the tokens that remain after top-k, then top-p."""
     values, order = (logits / TEMPERATURE).topk(TOP_K)
     probs = torch.softmax(values, -1)
     inside = probs.cumsum(-1) - probs < TOP_P
     return torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, inside)
 
 
-def _chosen_are_kept(tokens: list[torch.Tensor], inputs: Inputs) -> torch.Tensor:
-    return _kept(inputs[0].double()).gather(1, tokens[0].view(-1, 1)).float()
+def _choices_in_mask(tokens: list[torch.Tensor], inputs: Inputs) -> torch.Tensor:
+    return _token_mask(inputs[0].double()).gather(1, tokens[0].view(-1, 1)).float()
 
 
 def _sorting(logits: torch.Tensor) -> torch.Tensor:
@@ -93,5 +93,5 @@ def _problem(batch: int, vocab: int, device: torch.device) -> Problem:
         providers,
         lambda logits: torch.ones(batch, 1, device=logits.device),
         bytes_moved=4.0 * batch * vocab,
-        comparable=_chosen_are_kept,
+        comparable=_choices_in_mask,
     )

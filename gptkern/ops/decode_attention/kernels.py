@@ -41,7 +41,7 @@ def cache_pages(
 
 @triton.jit
 def lacks_pages(table_ptr, begin, end, page_size, page_count, SPLIT: tl.constexpr):
-    """Whether tokens ``begin <= t < end`` of one split lie in a page that the cache does not have."""
+    """True if tokens ``begin <= t < end`` of one split lie in a page that the cache does not have."""
     tokens = begin // SPLIT * SPLIT + tl.arange(0, SPLIT)
     inside = (tokens >= begin) & (tokens < end)
     pages = tl.load(table_ptr + tokens // page_size, mask=inside, other=0)

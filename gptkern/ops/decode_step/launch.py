@@ -64,7 +64,7 @@ class _Cut:
 
 
 class _Plan:
-    """How a step is cut: items of layers and of attention, and how many programs take them."""
+    """The parts of one pass: items of layers and of attention, and the number of programs that take them."""
 
     def __init__(self, a: StepArguments) -> None:
         weights, device = a.weights, a.tokens.device

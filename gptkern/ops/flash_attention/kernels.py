@@ -51,7 +51,7 @@ def locate(
 
 @triton.jit
 def head_offset(batch, first_row, head, stride_b, stride_s, stride_h):
-    """From a tensor's start to a sequence's first row of one head."""
+    """The offset from a tensor's start to a sequence's first row of one head."""
     # int64: batch * seq * heads * head_dim passes 2^31 at 128k context.
     return batch.to(tl.int64) * stride_b + first_row.to(tl.int64) * stride_s + head.to(tl.int64) * stride_h
 

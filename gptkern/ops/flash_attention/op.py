@@ -215,7 +215,7 @@ def _span(op: str, causal: bool, window: int | None) -> tuple[int, int]:
 
 
 def _cpu_expresses(q: torch.Tensor, k: torch.Tensor, o: Options) -> bool:
-    """Whether PyTorch's own attention can express it: causal or not, no window, no query without keys."""
+    """True if PyTorch's own attention can express it: causal or not, no window, no query without keys."""
     if o.softcap or o.window_left != UNLIMITED:
         return False
     return o.window_right == UNLIMITED or (o.window_right == 0 and q.shape[1] <= k.shape[1])

@@ -1,4 +1,4 @@
-"""What attention means, in plain PyTorch (Vaswani et al. 2017, equation 1).
+"""The meaning of attention, in plain PyTorch (Vaswani et al. 2017, equation 1).
 
 Tensors are ``(batch, seq, heads, head_dim)``, packed ones ``(tokens, heads, head_dim)``. Masks are
 aligned to the bottom right, so that the last query sees the last key; ``left`` and ``right`` are how
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 def visible(
     seq_q: int, seq_k: int, left: int | None, right: int | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Which keys each query sees, ``(seq_q, seq_k)`` bool; None when it is all of them."""
+    """The keys that each query sees, ``(seq_q, seq_k)`` bool; None if it sees all of them."""
     if left is None and right is None:
         return None
     own = torch.arange(seq_q, device=device)[:, None] + (seq_k - seq_q)
@@ -91,7 +91,7 @@ def attention_cpu(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """The same through PyTorch's own CPU attention, where that can express it: no window, no softcap.
+    """The reference through PyTorch's own CPU attention, for calls without window and softcap.
 
     With a causal mask every query must see a key: no more queries than keys.
     """

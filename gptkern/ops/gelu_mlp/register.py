@@ -14,7 +14,7 @@ from gptkern.ops.gelu_mlp import launch, reference
 from gptkern.ops.gelu_mlp.launch import Layers, Saved
 from gptkern.ops.linear import checks
 from gptkern.ops.linear.launch import matrix, matrix_of_grad
-from gptkern.ops.linear.register import wanted_grads
+from gptkern.ops.linear.register import needed_grads
 
 Maybe = torch.Tensor | None
 
@@ -101,7 +101,7 @@ def _backward(dout: torch.Tensor, *saved_and_needs: Any) -> tuple[torch.Tensor, 
         )
         dw_fc, dw_proj = torch.empty_like(w_fc).copy_(dw_fc), torch.empty_like(w_proj).copy_(dw_proj)
         grads = dx.view(x.shape), dw_fc, db_fc, dw_proj, db_proj
-    return wanted_grads(grads, needs, x)
+    return needed_grads(grads, needs, x)
 
 
 def _fake_backward(dout: torch.Tensor, *saved_and_needs: Any) -> tuple[torch.Tensor, ...]:
@@ -114,7 +114,7 @@ def _fake_backward(dout: torch.Tensor, *saved_and_needs: Any) -> tuple[torch.Ten
         torch.empty_like(w_proj),
         x.new_empty(w_proj.shape[0]),
     )
-    return wanted_grads(grads, needs, x)
+    return needed_grads(grads, needs, x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

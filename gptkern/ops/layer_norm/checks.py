@@ -11,7 +11,7 @@ Maybe = torch.Tensor | None
 
 
 def _ordinary(x: torch.Tensor, residual: Maybe, weight: torch.Tensor, bias: Maybe) -> bool:
-    """Whether the call is right and like nearly every call: contiguous tensors on one device."""
+    """True if the call is right and like nearly every call: contiguous tensors on one device."""
     if not isinstance(x, torch.Tensor) or x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         return False
     device, width = x.device, x.shape[-1:]

@@ -60,7 +60,7 @@ class Saved(NamedTuple):
 
     @property
     def separate_residual_grad(self) -> bool:
-        """Whether the residual's gradient differs from that of ``x``: by dropout or in dtype."""
+        """True if the residual's gradient differs from that of ``x``: by dropout or in dtype."""
         return self.seed is not None or self.x_dtype != self.residual_dtype
 
 

@@ -90,7 +90,7 @@ def kernel_inputs(op: str, features: int, **values: torch.Tensor | None) -> None
 
 
 def _rows_merge(x: torch.Tensor) -> bool:
-    """Whether ``x`` is a matrix of its last dimension without a copy."""
+    """True if ``x`` is a matrix of its last dimension without a copy."""
     if x.dim() <= 2 or x.is_contiguous() or x.numel() == 0:
         return True
     lead = [(size, step) for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]

@@ -52,7 +52,7 @@ def _power_of_two(value: int) -> int:
 
 
 def _aligned(x: torch.Tensor) -> bool:
-    """Whether the copy engine and wide loads can read ``x``: contiguous one way, 16-byte steps the other."""
+    """True if the copy engine and wide loads can read ``x``: contiguous one way, 16-byte steps the other."""
     inner = 1 if x.stride(1) == 1 else 0
     step = x.stride(1 - inner) * x.element_size()
     return x.stride(inner) == 1 and step > 0 and step % 16 == 0 and x.numel() > 0 and x.data_ptr() % 16 == 0

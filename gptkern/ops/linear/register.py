@@ -41,7 +41,7 @@ class Linear(torch.autograd.Function):
         return *grads, dout if needs[3] else None, None
 
 
-def wanted_grads(
+def needed_grads(
     grads: tuple[Maybe, ...], needs: tuple[bool, ...], like: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """The outputs of a registered backward op: empty for a gradient that nobody needs."""
@@ -97,7 +97,7 @@ def _backward(dout: torch.Tensor, *saved_and_needs: Any) -> tuple[torch.Tensor, 
             dout_rows, launch.matrix(x), weight, pre, saved.activation
         )
         grads = dx.view(x.shape), torch.empty_like(weight).copy_(dweight), dbias
-    return wanted_grads(grads, needs, x)
+    return needed_grads(grads, needs, x)
 
 
 def _fake_backward(dout: torch.Tensor, *saved_and_needs: Any) -> tuple[torch.Tensor, ...]:
@@ -105,7 +105,7 @@ def _fake_backward(dout: torch.Tensor, *saved_and_needs: Any) -> tuple[torch.Ten
     saved = Saved(*values)
     x, weight = saved.x, saved.weight
     grads = x.new_empty(x.shape), torch.empty_like(weight), x.new_empty(weight.shape[0])
-    return wanted_grads(grads, needs, x)
+    return needed_grads(grads, needs, x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -103,7 +103,7 @@ _warned = False
 
 
 def serves(logits: torch.Tensor) -> bool:
-    """Whether the extension runs on these logits. If it is missing, the reference runs, with one warning."""
+    """True if the extension runs on these logits. If it is missing, the reference runs, with one warning."""
     global _warned
     if _dispatch._backend == "reference":
         return False
@@ -120,12 +120,12 @@ def serves(logits: torch.Tensor) -> bool:
 
 
 def traced(logits: torch.Tensor) -> bool:
-    """Whether a call computes nothing, or not yet: tensors without memory, or a graph being traced."""
+    """True if a call computes nothing, or not yet: tensors without memory, or a graph being traced."""
     return torch.compiler.is_compiling() or isinstance(logits, FakeTensor) or logits.is_meta
 
 
 def _machine(logits: torch.Tensor, state: SamplerState | None) -> Machine:
-    """Where a call on ``logits`` runs; a state holds the workspace for the next call."""
+    """The place where a call on ``logits`` runs; a state holds the workspace for the next call."""
     threads = torch.get_num_threads()
     if not logits.is_cuda:
         return Machine(threads)

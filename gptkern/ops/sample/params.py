@@ -217,7 +217,7 @@ def _row_numbers(name: str, value: Any, batch: int) -> list[int]:
 
 @dataclass
 class SamplerState:
-    """What the sampler remembers from token to token. Every call advances it in place, on the device.
+    """The memory of the sampler from token to token. Every call advances it in place, on the device.
 
     Attributes:
         counters: ``(batch, 3)`` int64: seed, request, step. A draw is a function of these three alone,
