@@ -48,10 +48,16 @@ def _set(model: GPT, name: str, value: Any) -> None:
         lambda m: m.transformer.h[1].attn.c_proj.weight.data.add_(1.0),
         lambda m: _set(m, "transformer.h.1.attn.scale", 0.25),
         lambda m: _set(m, "transformer.h.1.mlp", m.transformer.h[0].mlp),
+        lambda m: vars(m)["scaling"].update(default=2.0),
+        lambda m: vars(m)["active"].append("other"),
+        lambda m: _set(m, "transformer.h.0.mlp.forward", lambda x: 2 * x),
     ],
 )  # fmt: skip
 def test_a_change_makes_another_version(change: Callable[[GPT], object]) -> None:
     model = GPT(CONFIG)
+    # As adapters have them.
+    vars(model).update(scaling={"default": 1.0}, active=["default"])
+    _set(model, "transformer.h.0.mlp.forward", lambda x: x)
     versions = WeightsVersion(model)
     seen = [versions.current(), versions.current()]
     change(model)
@@ -70,6 +76,13 @@ def test_a_hook_makes_another_version_at_every_look() -> None:
     assert [versions.current(), versions.current()] == [1, 2]
     hook.remove()
     assert [versions.current(), versions.current()] == [3, 3]
+
+
+def test_another_forward_of_a_class_makes_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(CONFIG)
+    versions = WeightsVersion(model)
+    monkeypatch.setattr(type(model.transformer.h[0].ln_1), "forward", lambda self, x: x)
+    assert [versions.current(), versions.current()] == [1, 1]
 
 
 def test_use_makes_none() -> None:

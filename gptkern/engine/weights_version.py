@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import types
 from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gptkern.as_built import Watch
 from gptkern.model.decoder import Decoder
 
-_PLAIN = (bool, int, float, str)
+_HELD = (bool, int, float, str, type(None), types.FunctionType, types.MethodType)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # Values of each tensor that are compared.
 _SAMPLES = 8
 # Fused optimizers write without counting it in the tensor's version.
@@ -60,12 +63,8 @@ class WeightsVersion:
         modules = list(self._model.modules())
         self._watch = Watch(self._model)
         self._owners = [owner for m in modules for owner in (m._parameters, m._buffers) if owner]
-        self._plain = [
-            (vars(module), name)
-            for module in modules
-            for name, value in vars(module).items()
-            if isinstance(value, _PLAIN) and name != "training"
-        ]
+        self._types = {type(module) for module in modules}
+        self._inside = [(vars(module), _own_names(module)) for module in modules]
         self._samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
         for tensor in self._tensors():
             if tensor.numel() and tensor.device.type != "meta":
@@ -82,18 +81,33 @@ class WeightsVersion:
             (id(t), t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version)
             for t in self._tensors()
         ]
-        plain = [inside.get(name) for inside, name in self._plain]
         device = self._model.device.type
         return (
             tensors,
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-            [value if isinstance(value, _PLAIN) else id(value) for value in plain],
+            [_trace(inside.get(name)) for inside, names in self._inside for name in names],
+            [kind.forward for kind in self._types],
             *_optimizer_steps,
         )
 
     def _sampled(self) -> list[torch.Tensor]:
         """Some values of every tensor, those of one dtype and device together."""
         return [torch.cat(views) for views in self._samples.values()]
+
+
+def _own_names(module: nn.Module) -> list[str]:
+    """The attributes that a module's class gave it; what every module has is watched in other ways."""
+    return [name for name in vars(module) if name not in _OF_EVERY_MODULE]
+
+
+def _trace(value: Any, depth: int = 2) -> Any:
+    """Equal as long as an attribute says the same; adapters keep numbers in lists and dictionaries."""
+    if isinstance(value, dict) and depth:
+        return [(key, _trace(inner, depth - 1)) for key, inner in value.items()]
+    if isinstance(value, list | tuple) and depth:
+        return [_trace(inner, depth - 1) for inner in value]
+    # Functions are held, so that another one cannot have the same place.
+    return value if isinstance(value, _HELD) else id(value)
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
