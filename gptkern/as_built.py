@@ -228,7 +228,7 @@ class Watch:
 
     @property
     def hooked(self) -> bool:
-        """Whether some module had a forward hook when this was made."""
+        """True if some module had a forward hook when this object was made."""
         return bool(self._hooks)
 
     def _now(self) -> tuple[list[int], list[int], list[Any]]:
