@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What every kernel takes, and ``check`` runs in unless told otherwise."""
 
 Op = Callable[..., Any]
 OpCall = tuple[torch._ops.OpOverload, tuple[Any, ...], dict[str, Any]]

@@ -14,6 +14,8 @@ from documents import ROOT, files
 
 FILES = files((ROOT / "docs" / "add-an-op.md").read_text())
 TABLES = "gptkern/ops/tables/sm*.toml"
+DEGENERATE = "tests/ops/test_degenerate.py"
+ROWS = f"{DEGENERATE}, in ROWS"
 SIX = {"reference.py", "kernels.py", "launch.py", "register.py", "op.py", "cases.py"}
 
 
@@ -24,14 +26,23 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "gptkern", copy / "gptkern", ignore=ignored)
     (copy / "tests" / "ops").mkdir(parents=True)
-    for name in ("pyproject.toml", "tests/conftest.py", "tests/ops/test_layout.py"):
+    for name in (
+        "pyproject.toml",
+        "tests/conftest.py",
+        "tests/test_bench.py",
+        "tests/ops/test_layout.py",
+        DEGENERATE,
+    ):
         shutil.copy(ROOT / name, copy / name)
     for table in copy.glob(TABLES):
         table.write_text(f"{table.read_text()}\n{FILES[TABLES]}")
     for name, text in FILES.items():
-        if name != TABLES:
+        if name not in (TABLES, ROWS):
             (copy / name).parent.mkdir(exist_ok=True)
             (copy / name).write_text(text)
+    degenerate = copy / DEGENERATE
+    start = "ROWS: dict[str, list[Row]] = {\n"
+    degenerate.write_text(degenerate.read_text().replace(start, start + FILES[ROWS]))
     names = copy / "gptkern" / "ops" / "__init__.py"
     text = names.read_text().replace(
         "__all__ = [", 'from gptkern.ops.swiglu import swiglu\n\n__all__ = ["swiglu",'
@@ -70,6 +81,17 @@ def test_its_files_are_clean(tree: Path) -> None:
 def test_its_tests_pass(tree: Path) -> None:
     own, layout = "tests/ops/test_swiglu.py", "tests/ops/test_layout.py"
     assert " passed" in run(tree, "-m", "pytest", "-q", "-n", "0", own, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_the_suites_tests_take_it_in(tree: Path) -> None:
+    """Its rows of empty shapes are computed, and the command's help names its suite."""
+    for file, some, count in (
+        (DEGENERATE, "swiglu or every_op", 7),
+        ("tests/test_bench.py", "names_every", 1),
+    ):
+        assert f"{count} passed" in run(tree, "-m", "pytest", "-q", "-n", "0", file, "-k", some)
 
 
 @pytest.mark.slow
