@@ -86,7 +86,7 @@ class CpuExecutor(TableExecutor):
         table, rows = self._table, len(places)
         table.lay(places)
         logits = self.logits(tokens, table.storage.page_table, table.lengths)
-        table.lengths[:rows] += 1
+        table.lengths[:rows].add_(1)
         table.advanced(rows)
         return logits
 
