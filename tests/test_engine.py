@@ -421,3 +421,14 @@ def test_a_graph_is_captured_once_a_bucket_and_never_by_a_second_generate(
     assert sorted(StandIn.made) == [2, 4]
     model.generate(ids[:1], **options)
     assert sorted(StandIn.made) == [1, 2, 4]
+
+
+@pytest.mark.timeout(60)
+def test_a_stream_may_end_while_its_engine_is_chosen() -> None:
+    """Garbage collection ends abandoned streams anywhere, in the same thread's choice of an engine too."""
+    model = make_model()
+    with model.engines.engine(model, 1, 64, "auto") as engine:
+        pass
+    with model.engines._lock:
+        model.engines._leave(engine, model.engines._idle_key)
+    assert model.engines._idle is engine

@@ -142,8 +142,10 @@ class _Worker:
             try:
                 self._deliver(self._engine.step())
             except BaseException as error:  # it is told to everybody, by name
-                self._engine.clear()
-                self._fail(error)
+                # Together: a request added in between would be told of the failure and yet run.
+                with self._changed:
+                    self._engine.clear()
+                    self._fail(error)
         self._engine.close()
         self._fail(RuntimeError("the engine is closed"))
 

@@ -27,7 +27,8 @@ class Engines:
 
     def __init__(self, keeps_prefixes: bool = False) -> None:
         self._keeps_prefixes = keeps_prefixes
-        self._lock = threading.Lock()
+        # Reentrant: garbage collection under it may end an abandoned stream, whose engine is left here.
+        self._lock = threading.RLock()
         self._idle: Engine | None = None
         self._idle_key: tuple[Any, ...] = ()
 
