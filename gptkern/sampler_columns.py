@@ -55,7 +55,7 @@ ABOVE_ZERO = Range("a finite number above 0", low=0, open_low=True, open_high=Tr
 
 # The extension says in which order it reads them: gptkern._native.PARAMETERS.
 COLUMNS = (
-    Column("temperature", 1.0, Range("a finite number, 0 or more", low=0, open_high=True)),
+    Column("temperature", 1.0, Range("a finite number, 0 (greedy) or more", low=0, open_high=True)),
     Column("top_k", 0.0, Range("0 or more", low=0), whole=True, within_vocab=True),
     Column("top_p", 1.0, Range("0 < top_p <= 1", low=0, high=1, open_low=True)),
     Column("min_p", 0.0, Range("0 <= min_p <= 1", low=0, high=1)),

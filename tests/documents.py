@@ -1,4 +1,4 @@
-"""Helpers of the tests of README and docs: code blocks, commands, and the tensors that snippets name."""
+"""Helpers of the tests of README and docs: code blocks and commands."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer.main
 
 import gptkern.cli
 from gptkern import GPT
 
 ROOT = Path(__file__).parents[1]
-WIDTH = 64
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -73,22 +71,6 @@ def _leaves(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path.strip(), command
     for name, below in getattr(command, "commands", {}).items():
         yield from _leaves(below, f"{path} {name}")
-
-
-def tensors() -> dict[str, torch.Tensor]:
-    """The tensors that a reader has already and the snippets of kernels only name."""
-    x = torch.randn(2, 8, WIDTH)
-    return {
-        **{name: torch.randn(2, 8, 4, 16) for name in "qkv"},
-        "x": x,
-        "residual": torch.randn_like(x),
-        "weight": torch.ones(WIDTH),
-        "bias": torch.zeros(WIDTH),
-        "w_fc": torch.randn(4 * WIDTH, WIDTH),
-        "b_fc": torch.zeros(4 * WIDTH),
-        "w_proj": torch.randn(WIDTH, 4 * WIDTH),
-        "b_proj": torch.zeros(WIDTH),
-    }
 
 
 def embedded_for_gpt2(name: str | Path = "embedded", _load: Any = GPT.from_pretrained, **options: Any) -> GPT:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
-from documents import ROOT, accept, blocks, broken_links, commands, embedded_for_gpt2, tensors
+from documents import ROOT, accept, blocks, broken_links, commands, embedded_for_gpt2
 
 import gptkern
 import gptkern.cli
@@ -38,7 +38,7 @@ def test_snippets_run_one_after_another(name: str, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(GPT, "from_pretrained", embedded_for_gpt2)
     (tmp_path / "tinyshakespeare.txt").write_text("to be or not to be, that is the question\n" * 40)
-    names: dict[str, Any] = {"__name__": "snippet", **tensors()}
+    names: dict[str, Any] = {"__name__": "snippet"}
     for number, code in enumerate(blocks(TEXTS[name], "python")):
         exec(compile(code, f"{name}, snippet {number}", "exec"), names)
 

@@ -260,6 +260,13 @@ def test_what_an_engine_is_made_of_is_refused_by_name(options: dict[str, Any]) -
         Engine(make_model(), **options)
 
 
+def test_text_in_place_of_a_model_or_a_request_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="Engine: model is str; a GPT is needed"):
+        Engine("gpt2")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"Engine\.add: request is str; a Request is needed"):
+        Engine(make_model()).add("ROMEO:")  # type: ignore[arg-type]
+
+
 def test_a_cancel_of_no_number_is_refused_and_ends_nothing() -> None:
     engine = Engine(make_model())
     engine.add(asked(5))

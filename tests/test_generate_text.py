@@ -388,6 +388,18 @@ def test_scores_from_the_beginning_of_a_text() -> None:
         byte_model().score("ab", "")
 
 
+def test_a_text_without_a_scorable_token_is_refused(model: GPT) -> None:
+    with pytest.raises(ValueError, match="score: text 1 is one token with none before it"):
+        model.score(["ab", "a"])
+
+
+def test_text_in_place_of_ids_is_refused_by_name(model: GPT) -> None:
+    with pytest.raises(TypeError, match=r"input_ids is str.*for text there is generate_text or stream"):
+        model.generate("ROMEO:")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"GPT: input_ids is str; a torch\.Tensor is needed"):
+        model("hello")
+
+
 @pytest.mark.parametrize("length", [48, 49, 50, 96, 131])
 @pytest.mark.parametrize("stride", [1, 10, 47])
 def test_long_texts_are_scored_in_windows(model: GPT, length: int, stride: int) -> None:
@@ -414,7 +426,7 @@ def test_score_errors(model: GPT) -> None:
     with pytest.raises(ValueError, match="text 0 has 60 tokens with its context, the model's context is 48"):
         model.score("x" * 60)
     with pytest.raises(ValueError, match="text 1 is empty"):
-        model.score(["a", ""])
+        model.score(["ab", ""])
     with pytest.raises(ValueError, match="token id 256 found"):
         model.score([[1, 256]])
     with pytest.raises(ValueError, match="2 contexts for 3 texts"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import ROOT, WIDTH, accept, blocks, broken_links, commands, embedded_for_gpt2, tensors
+from documents import ROOT, accept, blocks, broken_links, commands, embedded_for_gpt2
 
 import gptkern
 from gptkern.gpt import GPT
@@ -27,7 +27,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("offline")
 def test_snippets_run_one_after_another(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(SNIPPETS) >= 3
-    names: dict[str, Any] = tensors()
+    names: dict[str, Any] = {}
     printed = []
     for code in SNIPPETS:
         exec(compile(code, "README.md", "exec"), names)
@@ -35,8 +35,8 @@ def test_snippets_run_one_after_another(capsys: pytest.CaptureFixture[str]) -> N
     assert len(printed[0]) >= 50
     assert printed[1].startswith("Once upon a time")
     assert len(printed[1]) == len("Once upon a time") + 34 + 1
-    assert names["out"].shape == (2, 8, 4, 16)
-    assert names["y"].shape == (2, 8, WIDTH)
+    assert names["out"].shape == (2, 10, 4, 16)
+    assert names["y"].shape == (2, 10, 64)
 
 
 @pytest.mark.parametrize("arguments", list(commands(TEXT, "")), ids=" ".join)

@@ -58,7 +58,7 @@ def generate(
     - `gptkern generate "ROMEO:" --num-samples 3 --json | jq .text`
 
     The text goes to standard output, seed and speed to standard error. A prompt from a file or a pipe is
-    UTF-8, and the line break that ends its last line is no part of it. On a terminal, control characters
+    UTF-8; one final line break is dropped. On a terminal, control characters
     that a model writes are spelled out (`\\x1b`); pipes and files get them as they are.
     """
     text = _prompt(prompt, file)

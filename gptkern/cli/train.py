@@ -72,7 +72,8 @@ def train(
 
     Examples:
 
-    - `gptkern train shakespeare_char_cpu --data story.txt --out runs/story` takes any text from 100 kB on
+    - `gptkern train shakespeare_char_cpu --data story.txt --out runs/story` takes any text; below
+      about 100 kB it learns little
 
     - `gptkern train --show-settings > my.toml` begins a configuration of your own
 

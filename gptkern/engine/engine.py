@@ -134,6 +134,8 @@ class Engine:
         prefill_chunk: int = DEFAULT_CHUNK,
         kv_cache_dtype: KVCacheDType = "auto",
     ) -> None:
+        if not isinstance(model, Decoder):
+            raise TypeError(f"Engine: model is {type(model).__name__}; a GPT is needed")
         _check_whole("Engine", max_seqs=max_seqs, page_size=page_size, prefill_chunk=prefill_chunk)
         _check_whole("Engine", memory_bytes=0 if memory_bytes is None else memory_bytes)
         _check_whole("Engine", cache_tokens=0 if cache_tokens is None else cache_tokens)
@@ -200,6 +202,8 @@ class Engine:
             TypeError, ValueError: A bad option, a prompt that the model's context or vocabulary does not
                 hold, or more pages or sequences than the engine has.
         """
+        if not isinstance(request, Request):
+            raise TypeError(f"Engine.add: request is {type(request).__name__}; a Request is needed")
         vocab_size = self.model.config.vocab_size
         outside = [token for token in request.prompt if token >= vocab_size]
         if outside:

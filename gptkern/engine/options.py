@@ -273,7 +273,7 @@ TABLE = (
         Sequence[Sequence[int]] | None,
         (),
         "Lists of token ids that never come.",
-        "``[[5], [7, 8]]`` bars 5, and 8 after 7.",
+        "``[[5], [7, 8]]``: never 5; never 8 directly after 7.",
     ),
     Option("suppress_tokens", Sequence[int] | None, (), "Tokens that never come."),
     Option(

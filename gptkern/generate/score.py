@@ -45,10 +45,9 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(-mean log-probability); NaN if no token has a score."""
-        count = len(self.logprobs)
+        """exp(-mean log-probability)."""
         # torch's exp overflows to inf; math.exp raises
-        return float(torch.tensor(-self.total / count, device="cpu").exp()) if count else float("nan")
+        return float(torch.tensor(-self.total / len(self.logprobs), device="cpu").exp())
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,11 @@ def score(
         if not ids:
             raise ValueError(f"score: text {index} is empty")
         start = _start(model, before, tokenizer)
+        if not start and len(ids) == 1:
+            raise ValueError(
+                f"score: text {index} is one token with none before it, which has no score: "
+                'give a longer text, or context="" to begin at the beginning-of-text token'
+            )
         results.append((ids if start else ids[1:], [], []))
         windows += _windows(index, start + ids, max(len(start), 1), model.config.n_positions, stride)
     with torch.inference_mode():

@@ -361,6 +361,8 @@ class Decoder(nn.Module):
         logits_to_keep: int,
         sequences: list[int] | None,
     ) -> None:
+        if not isinstance(input_ids, torch.Tensor):
+            raise TypeError(f"GPT: input_ids is {type(input_ids).__name__}; a torch.Tensor is needed")
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"GPT: input_ids is {input_ids.dtype} of shape {tuple(input_ids.shape)}; "

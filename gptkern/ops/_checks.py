@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,6 +59,12 @@ def probability(op: str, name: str, value: float) -> None:
     """``value`` is a dropout probability in [0, 1)."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{op}: {name} is {value}; 0 <= {name} < 1 is needed")
+
+
+def eps(op: str, value: float) -> None:
+    """``value`` keeps the root of a variance plus it real."""
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{op}: eps is {value}; a finite number, 0 or more, is needed")
 
 
 def fp8_device(op: str, name: str, device: torch.device) -> None:

@@ -345,6 +345,14 @@ def test_bad_residuals_are_named(
         add_layer_norm(X, residual, W, dropout_p=p)
 
 
+@pytest.mark.parametrize("eps", [-9.0, float("nan"), float("inf")])
+def test_an_eps_without_a_root_is_refused(eps: float) -> None:
+    with pytest.raises(ValueError, match=f"^layer_norm: eps is {eps}"):
+        layer_norm(X, W, None, eps)
+    with pytest.raises(ValueError, match=f"add_layer_norm: eps is {eps}"):
+        add_layer_norm(X, X, W, None, eps)
+
+
 @needs_kernels
 def test_kernels_refuse_float64_by_name() -> None:
     x, weight = torch.ones(2, 8, dtype=torch.float64), torch.ones(8)

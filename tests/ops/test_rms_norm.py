@@ -66,3 +66,7 @@ def test_bad_arguments_are_named() -> None:
         rms_norm(torch.ones(2, 8), torch.ones(7))
     with pytest.raises(ValueError, match="add_rms_norm: residual has shape"):
         add_rms_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8))
+    with pytest.raises(ValueError, match=r"^rms_norm: eps is -9"):
+        rms_norm(torch.ones(2, 8), torch.ones(8), eps=-9.0)
+    with pytest.raises(ValueError, match="add_rms_norm: eps is -9"):
+        add_rms_norm(torch.ones(2, 8), torch.ones(2, 8), torch.ones(8), eps=-9.0)

@@ -28,9 +28,16 @@ def _ordinary(x: torch.Tensor, residual: Maybe, weight: torch.Tensor, bias: Mayb
 
 
 def check(
-    op: str, x: torch.Tensor, residual: Maybe, weight: torch.Tensor, bias: Maybe, dropout_p: float = 0.0
+    op: str,
+    x: torch.Tensor,
+    residual: Maybe,
+    weight: torch.Tensor,
+    bias: Maybe,
+    eps: float,
+    dropout_p: float = 0.0,
 ) -> None:
     """Raise for arguments that a norm accepts on no device."""
+    _checks.eps(op, eps)
     if 0.0 <= dropout_p < 1.0 and _ordinary(x, residual, weight, bias):
         return
     _checks.tensor(op, "x", x)

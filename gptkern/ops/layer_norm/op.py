@@ -35,7 +35,7 @@ def layer_norm(
         TypeError: a dtype that is not accepted.
         ValueError: a shape, layout or device that is not accepted.
     """
-    check("layer_norm", x, None, weight, bias)
+    check("layer_norm", x, None, weight, bias, eps)
     dtype = out_dtype(x, None)
     if not use_kernel(x):
         return reference.layer_norm(x, weight, bias, eps).to(dtype)
@@ -71,7 +71,7 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: as ``layer_norm``.
     """
-    check("add_layer_norm", x, residual, weight, bias, dropout_p)
+    check("add_layer_norm", x, residual, weight, bias, eps, dropout_p)
     dtype = out_dtype(x, residual)
     if not use_kernel(x):
         normed, total = reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p)

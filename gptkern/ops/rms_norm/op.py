@@ -30,7 +30,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
         TypeError: a dtype that is not accepted.
         ValueError: a shape, layout or device that is not accepted.
     """
-    check("rms_norm", x, None, weight, None)
+    check("rms_norm", x, None, weight, None, eps)
     dtype = out_dtype(x, None)
     if not use_kernel(x):
         return reference.rms_norm(x, weight, eps).to(dtype)
@@ -65,7 +65,7 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError: as ``rms_norm``.
     """
-    check("add_rms_norm", x, residual, weight, None, dropout_p)
+    check("add_rms_norm", x, residual, weight, None, eps, dropout_p)
     dtype = out_dtype(x, residual)
     if not use_kernel(x):
         normed, total = reference.add_rms_norm(x, residual, weight, eps, dropout_p)
