@@ -52,8 +52,10 @@ def prompts(
             vocabulary, a mask of another shape or other values than 0 and 1.
     """
     if not isinstance(input_ids, torch.Tensor):
-        hint = "; for text there is generate_text or stream" if isinstance(input_ids, str) else ""
-        raise TypeError(f"generate: input_ids is {type(input_ids).__name__}; a torch.Tensor is needed{hint}")
+        raise TypeError(
+            f"generate: input_ids is {type(input_ids).__name__}; a torch.Tensor is needed"
+            + ("; for text there is generate_text or stream" if isinstance(input_ids, str) else "")
+        )
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.numel():
         raise ValueError(
             f"generate: input_ids is {input_ids.dtype} of shape {tuple(input_ids.shape)}; "

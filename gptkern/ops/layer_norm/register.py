@@ -84,7 +84,7 @@ def _check_seed(op: str, x: torch.Tensor, dropout_p: float, seed: Maybe) -> None
 
 def _check_backward(d_out: torch.Tensor, d_total: Maybe, saved: Saved) -> None:
     op, total, stats = "norm_backward", saved.total, saved.stats
-    check(op, total, None, saved.weight, None)
+    check(op, total, None, saved.weight, None, eps=0.0)
     check_kernel(op, d_out=d_out, d_total=d_total, total=total, weight=saved.weight)
     for name, value in (("d_out", d_out), ("d_total", d_total)):
         if value is not None:
@@ -146,7 +146,7 @@ def register_norm(name: str, *, centered: bool) -> None:
 
     def kernel(*args: Any) -> Any:
         x, weight, bias, eps, dtype = split(args)
-        check(name, x, None, weight, bias)
+        check(name, x, None, weight, bias, eps)
         check_kernel(name, x=x, weight=weight, bias=bias)
         settings = Settings(name, centered, eps, 0.0, dtype)
         out, _, stats = launch.forward(x, None, weight, bias, None, settings, True)
@@ -182,7 +182,7 @@ def register_add_norm(name: str, *, centered: bool) -> None:
 
     def kernel(*args: Any) -> Any:
         x, residual, weight, bias, eps, dropout_p, seed, dtype = split(args)
-        check(name, x, residual, weight, bias, dropout_p)
+        check(name, x, residual, weight, bias, eps, dropout_p)
         check_kernel(name, x=x, residual=residual, weight=weight, bias=bias)
         _check_seed(name, x, dropout_p, seed)
         settings = Settings(name, centered, eps, dropout_p, dtype)
