@@ -265,7 +265,7 @@ class BeamSearch:
         return beam
 
     def _closed(self, search: _Search) -> bool:
-        """Whether no running beam is taken to beat the complete ones."""
+        """True if no running beam can beat the complete ones, by the ``early_stopping`` rule."""
         settings = self._settings
         if len(search.complete) < settings.num_beams or not search.running:
             return False

@@ -65,7 +65,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Demand:
-    """What new tokens of a sequence take from the pool: pages, one of them for a copy of its last page."""
+    """The pages that a sequence's new tokens take from the pool, one of them for a copy of its last page."""
 
     row: _Row
     pages: int
@@ -210,12 +210,12 @@ class KVCache:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """The dtype of keys and values."""
         return self.k.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where keys and values are."""
+        """The device of keys and values."""
         return self.k.device
 
     @property
@@ -496,7 +496,7 @@ class KVCache:
         return rows
 
     def _has_room(self, row: _Row, new: int) -> bool:
-        """Whether a sequence has pages for so many more tokens that may be written as they are."""
+        """True if a sequence has pages for ``new`` more tokens and may write to them without a copy."""
         size = self.page_size
         if row.length + new > len(row.pages) * size:
             return False
@@ -504,7 +504,7 @@ class KVCache:
         return row.length % size == 0 or self._pool.is_own(row.pages[row.length // size])
 
     def _demands(self, rows: list[_Row], new_lengths: Sequence[int]) -> list[_Demand]:
-        """What ``reserve`` takes from the pool."""
+        """The pages that ``reserve`` takes from the pool, for each row."""
         demands: list[_Demand] = []
         readers_gone: Counter[int] = Counter()
         size = self.page_size

@@ -78,7 +78,7 @@ class Copy:
 
 @dataclass
 class _Inbox:
-    """What other threads asked for since the last step."""
+    """The requests and cancellations of other threads since the last step."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     added: list[list[Copy]] = field(default_factory=list)
@@ -180,16 +180,16 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is there that has not ended, or an event that nobody was given."""
+        """True if a request has not ended, or an event has not been returned."""
         return bool(self._rows or self._inbox.added or self._events)
 
     def has(self, request: int) -> bool:
-        """Whether a request is there that has not ended."""
+        """True if the request exists and has not ended."""
         return request in self._rows or any(copies[0].row.request == request for copies in self._inbox.added)
 
     @property
     def preemptions(self) -> int:
-        """How often a sequence gave its memory to others and was computed again."""
+        """The number of times that a sequence gave its memory to others and was computed again."""
         return self._scheduler.preemptions
 
     def add(self, request: Request, tokenizer: Tokenizer | None = None) -> int:
@@ -468,7 +468,7 @@ class Engine:
         return events
 
     def _may_launch_ahead(self, copies: Sequence[Copy], launch: Launch) -> bool:
-        """Whether the next pass can begin before the host knows this one's tokens."""
+        """True if the next pass can begin before the host knows this one's tokens."""
         return self.cache.device.type in AHEAD_ON and not any(
             copy.lookup is not None or copy.sampler.rules is not None for copy in copies
         )

@@ -45,7 +45,7 @@ class PassRow:
 
 @dataclass(frozen=True)
 class Storage:
-    """Where keys and values lie.
+    """The tensors that hold keys and values.
 
     Attributes:
         k, v: ``(n_layer, num_pages, page_size, n_kv_head, head_dim)``.
@@ -76,7 +76,7 @@ class ForwardPass:
     second's, and so on.
 
     Args:
-        storage: Where keys and values lie.
+        storage: The tensors that hold keys and values.
         rows: The sequences, in the order of their tokens.
         commit: Told of this pass when its tokens are to count as held.
 
@@ -211,7 +211,7 @@ class ForwardPass:
 
     @cached_property
     def _host_rows(self) -> list[tuple[slice, torch.Tensor | int, int]]:
-        """Of each sequence with new tokens: these, its pages, its length.
+        """For each sequence with new tokens: their slice, its pages, its length.
 
         A number in place of pages is the first of a run of neighbouring ones, which is a plain view.
         """

@@ -35,7 +35,7 @@ class Launch:
     expired: list[Row] = field(default_factory=list)
 
     def without_finished(self) -> Launch:
-        """The same without rows that have ended meanwhile."""
+        """This launch without rows that have ended meanwhile."""
         stay = [place for place, row in enumerate(self.rows) if row.state != "finished"]
         if len(stay) == len(self.rows):
             return self

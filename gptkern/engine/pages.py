@@ -55,11 +55,11 @@ class PagePool:
         return len(self._idle)
 
     def holders(self, page: int) -> int:
-        """How many sequences hold a page."""
+        """The number of sequences that hold a page."""
         return self._holders[page]
 
     def is_own(self, page: int) -> bool:
-        """Whether one sequence alone holds a page and no key leads to it, so that it may be written."""
+        """True if one sequence alone holds a page and no key leads to it, so that it may be written."""
         return self._holders[page] == 1 and page not in self._key_of
 
     def take(self, count: int, after: int | None = None) -> list[int]:
@@ -146,7 +146,7 @@ class PagePool:
         self._free_count += 1
 
     def _start(self) -> int:
-        """Where a run is to begin: the region with the most free pages in a row, or else the longest run."""
+        """The first page of a run: in the region with the most free pages in a row, else the longest run."""
         free = [page for page in self._regions if self._free_map[page]]
         if not free:
             runs = [run.span() for run in _FREE_RUN.finditer(self._free_map)]
@@ -154,6 +154,6 @@ class PagePool:
         return max(free, key=lambda page: self._free_from(page))
 
     def _free_from(self, page: int) -> int:
-        """How many free pages there are from ``page`` on, side by side."""
+        """The number of free pages from ``page`` on, side by side."""
         end = self._free_map.find(0, page)
         return (self.num_pages if end < 0 else end) - page

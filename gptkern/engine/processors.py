@@ -23,7 +23,7 @@ StoppingCriterion = Callable[[torch.Tensor, None], Any]
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What a caller wants called at every token of a row.
+    """The caller's functions that are called at every token of a row.
 
     Attributes:
         processors: Change the logits before they are drawn from.
@@ -46,7 +46,7 @@ class Callbacks:
         )
 
     def end(self, tokens: Sequence[int]) -> bool:
-        """Whether a row ends with the last of its ``tokens``."""
+        """True if a row ends with the last of its ``tokens``."""
         if not self.criteria:
             return False
         ids = torch.tensor([tokens], device="cpu")

@@ -16,7 +16,7 @@ PromptLogprobs = tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
 
 
 def prompt_logprobs(model: Decoder, prompt: Sequence[int], top: int) -> PromptLogprobs:
-    """Of each token from the second on its log-probability, and the ``top`` likeliest tokens with theirs.
+    """The log-probability of each token from the second on, and the ``top`` likeliest tokens with theirs.
 
     The prompt goes through the model once more, alone: its bits depend on nothing else.
     """

@@ -1,4 +1,4 @@
-"""What an executor sees of one pass: new tokens of some sequences, and a table with a row for each."""
+"""The input of an executor for one pass: new tokens of some sequences, one row for each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Rows:
         return cls(sequences, ones, tokens, ones)
 
     def only_wanted(self, logits: torch.Tensor) -> torch.Tensor:
-        """Of the logits after every token those that are wanted."""
+        """The logits that ``wanted`` counts, out of those after every token."""
         if list(self.wanted) == list(self.counts):
             return logits
         chosen: list[int] = []

@@ -200,7 +200,7 @@ class Drawn:
 def _accepted(
     tokens: list[int], statuses: list[int], start: int, draft: Sequence[int]
 ) -> tuple[int, Exception | None]:
-    """How many of a row's draws hold, and why the next one failed. One holds while every draft before did."""
+    """The number of a row's draws that hold, all drafts before them included, and the next one's error."""
     for ahead in range(len(draft) + 1):
         if status := statuses[start + ahead]:
             return ahead, ValueError(_REASONS.get(status, f"the sampler's status is {status}"))

@@ -22,7 +22,7 @@ RowState = Literal["waiting", "running", "finished"]
 
 
 class Cache(Protocol):
-    """What the scheduler asks of a ``KVCache``."""
+    """The part of a ``KVCache`` that the scheduler uses."""
 
     page_size: int
     max_seqs: int
@@ -82,7 +82,7 @@ class Row:
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """What rows are sorted by, first to last."""
+        """The key by which rows are sorted, first to last."""
         return (-self.priority, self.arrival, self.copy)
 
     @property
@@ -121,7 +121,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Pass:
-    """What the next pass computes.
+    """The work of the next pass.
 
     Attributes:
         parts: One a row.
@@ -351,7 +351,7 @@ class Scheduler:
                     yield row
 
     def _prefilling(self, row: Row) -> bool:
-        """Whether a row's next tokens run in a chunk."""
+        """True if a row's next tokens run in a chunk."""
         again = self._row_invariant and row.total - row.computed > 1
         return row.computed < len(row.prompt) or again
 

@@ -84,7 +84,7 @@ def merged(options: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any
 def options_over(
     fallback: Mapping[str, Any], said: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What to give ``generate`` so that options win, then the checkpoint's word, then ``fallback``.
+    """The options for ``generate``: the caller's, else the checkpoint's, else ``fallback``.
 
     For a caller that has defaults of its own. One of them stands where neither options nor checkpoint have a
     word for it; a longest length where they name neither, sampling where they ask for no beams.
@@ -115,7 +115,7 @@ def _meant(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults(options: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """What of ``said`` stands beside the options of a call."""
+    """The defaults in ``said`` that apply beside the options of a call."""
     found = {n: v for n, v in said.items() if n in OPTIONS and n not in options and v is not None}
     # Of two options that mean the same, the one that was given counts.
     for alike in (_LONGEST, _SHORTEST):

@@ -51,11 +51,11 @@ class RowText:
 
     @property
     def text(self) -> str:
-        """What is settled so far. A suffix that may be the beginning of a stop string is held back."""
+        """The text that is final so far, without a suffix that may be the beginning of a stop string."""
         return "".join(self._settled)
 
     def fresh(self) -> str:
-        """What was settled since the last call."""
+        """The text that has become final since the last call."""
         fresh = "".join(self._settled[self._given :])
         self._given = len(self._settled)
         return fresh
@@ -116,7 +116,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class StopWatch:
-    """Whether one row's new text completes a stop string: what ``RowText.stopped`` is, and no more."""
+    """A check whether one row's new text completes a stop string, as ``RowText.stopped``, and no more."""
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str], prompt_ids: Sequence[int]) -> None:
         self._stream = tokenizer.stream()
@@ -157,6 +157,6 @@ def _opening(prompt_ids: Sequence[int], stop_strings: Sequence[str], read: Calla
 
 
 def _first_stop(text: str, old: int, stop_strings: Sequence[str]) -> int | None:
-    """Where the first stop string begins that ends behind the first ``old`` characters of ``text``."""
+    """The beginning of the first stop string that ends behind the first ``old`` characters of ``text``."""
     places = [text.find(s, max(0, old - len(s) + 1)) for s in stop_strings]
     return min((place for place in places if place >= 0), default=None)

@@ -1,1 +1,1 @@
-"""What runs a model over the tokens of one pass: each executor says what it serves, or why not."""
+"""The executors, which run a model over the tokens of one pass; each names what it cannot serve."""

@@ -1,4 +1,4 @@
-"""What executors have in common: tokens of some sequences in, logits out, and the cache grown by them."""
+"""The base of all executors: tokens of some sequences in, logits out, and the cache grown by them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Executor(ABC):
     @staticmethod
     @abstractmethod
     def serves(model: Decoder, dtype: torch.dtype) -> str | None:
-        """Why this executor cannot run ``model`` over a cache of ``dtype``; None: it can."""
+        """The reason why this executor cannot run ``model`` over a cache of ``dtype``; None if it can."""
 
     @abstractmethod
     def forward(self, rows: Rows) -> torch.Tensor:
@@ -119,7 +119,7 @@ class TableExecutor(Executor):
         """Logits after each of up to ``max_rows`` tokens, whose rows are ``places``; the caller's own."""
 
     def _places(self, rows: Rows) -> list[tuple[list[int], int]]:
-        """Of each token the pages of its sequence, and how many tokens come before it."""
+        """For each token the pages of its sequence and the number of tokens before it."""
         places: list[tuple[list[int], int]] = []
         for sequence, count in zip(rows.sequences, rows.counts, strict=True):
             pages, length = self._cache.pages(sequence), self._cache.length(sequence)

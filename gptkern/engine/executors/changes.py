@@ -1,4 +1,4 @@
-"""Whether a model is as it was built, so that its weights say all that it computes."""
+"""The check that a model is as it was built, so that its weights determine all that it computes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _FORWARDS = {kind: forwards_of(kind) for kind in (*_TORCHS, *_OURS)}
 
 
 def changed(model: Decoder) -> str | None:
-    """What makes ``model`` other than as built, so that its weights do not say all; None: nothing does."""
+    """The first difference between ``model`` and the model as built; None if there is none."""
     if type(model).forward is not _FORWARD or own_method(model, _PASS) is not None:
         return f"the model, a {type(model).__name__}, has a forward of its own"
     return _blueprint(model.config).difference(model)
 
 
 def reads_weights_alone(model: Decoder) -> str | None:
-    """Why an executor that reads weights and calls no module cannot run ``model``; None: it can."""
+    """The reason why an executor that calls no module cannot run ``model``; None if it can."""
     reason = changed(model)
     if reason is None and torch.is_autocast_enabled(model.device.type):
         reason = "autocast is on"

@@ -1,4 +1,4 @@
-"""Which executor runs a model: the first that serves it, and the reasons of those that were passed over."""
+"""The choice of an executor: the first that serves a model, and the reasons of those passed over."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _in_words(weights: Weights) -> str:
 
 
 def routes(model: Decoder) -> Iterator[Route]:
-    """How the parts of a model run, and why the executors before the one that decodes were passed over."""
+    """The routes of a model's parts, and the reasons why executors before the chosen one were passed over."""
     kernel = use_kernel(model.transformer.wte.weight)
     ops: Literal["kernel", "reference"] = "kernel" if kernel else "reference"
     parts = {"norm": (NORM, ("ln_1", "ln_2", "ln_f")), "mlp": (LINEAR, ("mlp.c_fc", "mlp.c_proj"))}

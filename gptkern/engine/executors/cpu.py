@@ -27,7 +27,7 @@ DTYPES_SERVED = (torch.float32, torch.bfloat16)
 
 
 def unserved(model: Decoder, dtype: torch.dtype) -> str | None:
-    """Why the extension cannot read this model's weights beside a cache of ``dtype``; None where it can."""
+    """The reason why the extension cannot run these weights with a cache of ``dtype``; None if it can."""
     parameters = list(model.parameters())
     if len({(p.dtype, p.device.type) for p in parameters}) > 1:
         return "the weights are of several dtypes or on several devices"
