@@ -54,7 +54,7 @@ class GPTConfig:
         vocab_size: Rows of the token embedding.
         n_positions: Longest context, in tokens.
         n_layer, n_head, n_embd: Decoder blocks, attention heads, width; ``n_head`` divides ``n_embd``.
-        n_inner: Width of the MLP; ``4 * n_embd`` when None.
+        n_inner: Width of the MLP; None, or left out: ``4 * n_embd``.
         activation_function: ``gelu_new``, ``gelu``, ``relu`` or ``silu`` (and their aliases).
         resid_pdrop, embd_pdrop, attn_pdrop: Dropout in training, on each branch's output, on the
             embeddings, on the attention weights.

@@ -249,7 +249,7 @@ def test_a_missing_extra_is_named(run: Any, folder: str, monkeypatch: pytest.Mon
     monkeypatch.setitem(gptkern.cli.COMMANDS, "info", "bench")
     monkeypatch.setattr(info_command, "describe", lambda _: __import__("no_such_package"))
     done = run("info", folder)
-    assert (done.code, done.err) == (1, "gptkern: info needs no_such_package: pip install 'gptkern[bench]'\n")
+    assert (done.code, done.err) == (1, "gptkern: info needs no_such_package: pip install '.[bench]'\n")
 
 
 def test_interrupted(run: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,6 +303,8 @@ def test_doctor(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {f["subject"]: f for f in json.loads(run("doctor", "--json").out)}
     assert {"device", "kernels", "python", "torch", "triton"} <= set(found)
     assert torch.__version__ in found["torch"]["text"]
+    if not torch.cuda.is_available():
+        assert found["executor"]["text"].startswith("cpu (persistent and graph need a CUDA device)")
     assert "torch" in run("doctor").out
     assert "decoding on CUDA" not in found or torch.cuda.is_available()
     monkeypatch.setitem(doctor_command.TESTED, "torch", "1.0")

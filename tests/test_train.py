@@ -137,6 +137,25 @@ def test_settings_refused(data: dict[str, Any], message: str) -> None:
         Settings.from_dict(data)
 
 
+def test_a_text_in_place_of_a_configuration_is_refused_with_a_hint(tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text("Once upon a time")
+    with pytest.raises(SettingsError, match=r"no TOML: .*; a text to train on is given by --data"):
+        Settings.from_file(tmp_path / "story.txt")
+
+
+def test_a_text_too_short_to_hold_some_of_it_out_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text("abcdefgh")
+    data = DataSettings(path=[str(tmp_path / "story.txt")], tokenizer="bytes")
+    with pytest.raises(SettingsError, match=r"has 8 tokens; the last 0.1 of it, 1, is held out.*--val-data"):
+        load_split(data, None, tmp_path / "cache", writer=True)
+    with pytest.raises(SettingsError, match=r'a new model needs .data. tokenizer = "char"'):
+        load_split(DataSettings(path=data.path), None, tmp_path / "cache", writer=True)
+    with pytest.raises(SettingsError, match=r"one\.txt has 1 tokens; 2 or more are needed"):
+        (tmp_path / "one.txt").write_text("a")
+        held_out = dataclasses.replace(data, val_path=[str(tmp_path / "one.txt")])
+        load_split(held_out, None, tmp_path / "cache", writer=True)
+
+
 def test_settings_read_back(tmp_path: Path) -> None:
     settings = tiny(tmp_path / "a", optimizer={"lr": 1})
     assert settings.optimizer.lr == 1.0
@@ -764,7 +783,7 @@ def test_a_learning_rate_is_found_without_matplotlib(
     assert gptkern.cli.run([*arguments, "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     assert told.startswith("recommended: [optimizer] lr = ")
-    assert "needs matplotlib: pip install 'gptkern[train]'" in told
+    assert "needs matplotlib: pip install '.[train]'" in told
 
 
 def test_unwritable_folder_is_said_at_the_start(text_file: Path, tmp_path: Path) -> None:

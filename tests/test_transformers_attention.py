@@ -352,5 +352,5 @@ def test_explain_of_models_that_take_the_attention_alone() -> None:
         assert routes.pop("attention").route == "reference"
         assert {r.route for r in routes.values()} == {"library"}
     assert "not accelerated" in routes["generate"].reason
-    with pytest.raises(TypeError, match="model is a int"):
+    with pytest.raises(TypeError, match="model is int"):
         gptkern.explain(3)

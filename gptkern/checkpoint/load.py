@@ -74,6 +74,7 @@ def _open_file(path: Path) -> Contents:
         raise CheckpointError(
             f"{path}: not a PyTorch checkpoint, or truncated: a transformers folder, nanoGPT's ckpt.pt or "
             "llm.c's .bin is needed"
+            + ("; a text to continue is given by --file" if path.suffix == ".txt" else "")
         )
     return nanogpt.open_file(path)
 
@@ -81,6 +82,8 @@ def _open_file(path: Path) -> Contents:
 def _open_folder(files: Files) -> Contents:
     if hf.CONFIG not in files and "ckpt.pt" in files:
         return nanogpt.open_file(files / "ckpt.pt")
+    if hf.CONFIG not in files:
+        raise CheckpointError(f"{files.folder} holds no model: no {hf.CONFIG}, no ckpt.pt")
     return hf.open_folder(files)
 
 

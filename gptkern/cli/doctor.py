@@ -97,7 +97,7 @@ def _kernels() -> Iterator[Finding]:
     elif torch.cuda.is_available():
         yield Finding("kernels", "ok", "Triton, compiled for the device on first use and then cached")
     else:
-        yield Finding("kernels", "ok", "PyTorch's CPU operators: the Triton kernels run on CUDA devices")
+        yield Finding("kernels", "note", "PyTorch's CPU operators: the Triton kernels run on CUDA devices")
 
 
 def _extension() -> Iterator[Finding]:
@@ -137,7 +137,14 @@ def _executor() -> Iterator[Finding]:
     config = GPTConfig(vocab_size=8, n_positions=8, n_layer=1, n_head=1, n_embd=8)
     model = Decoder(config).to(device)
     chosen, passed = choose(model, model.dtype)
-    others = "".join(f"; not {other.executor.name}: {other.reason}" for other in passed)
+    others = "".join(
+        f"; not {other.executor.name}: {other.reason}"
+        for other in passed
+        if other.is_fallback or device == "cuda"
+    )
+    if device == "cpu":
+        names = " and ".join(other.executor.name for other in passed if not other.is_fallback)
+        others = f" ({names} need a CUDA device){others}"
     slower = any(other.is_fallback for other in passed)
     yield Finding("executor", "fallback" if slower else "ok", f"{chosen.name}{others}")
 

@@ -68,16 +68,19 @@ def _lines(costs: Profile, rows: int) -> list[str]:
 
     made = ", ".join(f"{count} {name}" for name, count in costs.launches.items())
     total = sum(operator.seconds for operator in costs.operators)
+    share = costs.floor / costs.per_token
+    cached = " (more than 100%: data lay in the cache)" if share > 1 else ""
     lines = [
         f"prompt     {seconds_text(costs.prefill)}",
         f"token      {seconds_text(costs.per_token)}, median of {costs.tokens} at {costs.context} tokens "
         f"and more, on {costs.device}",
         f"bytes      {costs.bytes_moved / 1e6:.4g} MB: weights, keys and values",
         f"floor      {seconds_text(costs.floor)} at {costs.copy / 1e9:.4g} GB/s, this machine's copy: "
-        f"{costs.floor / costs.per_token:.0%} of the token",
+        f"{share:.0%} of the token{cached}",
         f"launches   {sum(costs.launches.values())} by the kernels on a GPU: {made}",
         "",
-        f"{'calls':>8}  {'time':>9}  {'share':>5}  of one token",
+        f"{'calls':>8}  {'time':>9}  {'share':>5}  of a token under the profiler, which takes longer: "
+        f"{seconds_text(total)}",
     ]
     for operator in costs.operators[:rows]:
         lines.append(

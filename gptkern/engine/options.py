@@ -340,7 +340,12 @@ TABLE = (
         str | Sequence[str] | None,
         (),
         "Text that ends generation when the new tokens complete it.",
-        flag=Flag(("--stop",), type=list[str], help="Stop before this text; repeatable.", panel="Generation"),
+        flag=Flag(
+            ("--stop",),
+            type=list[str],
+            help="Stop before this text, in which \\n is a line break; repeatable.",
+            panel="Generation",
+        ),
     ),
     Option(
         "speculate",

@@ -67,7 +67,7 @@ class DataSettings:
         val_path: Held-out files. Without them the last ``val_fraction`` of the data is held out.
         val_fraction: Share of the data that is held out where ``val_path`` is empty.
         tokenizer: ``char`` (one token a character of the text), ``bytes``, a folder or a hub id; ``""`` takes
-            the tokenizer of the model that [model] from names.
+            the tokenizer of the model that [model] from names; a new model needs one of the others.
         context: Tokens of one training sequence.
         text_key, prompt_key, answer_key, label_key: Names in the lines of JSONL.
         separator: Text between a prompt and its answer.
@@ -251,7 +251,7 @@ class LogSettings:
     Attributes:
         every: Steps from one line of ``log.jsonl`` to the next.
         tensorboard: Also write TensorBoard's events, into the folder ``tensorboard``; needs its package:
-            ``pip install 'gptkern[train]'``.
+            ``pip install '.[train]'``.
     """
 
     every: int = 10
@@ -360,7 +360,10 @@ class Settings:
             return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise SettingsError(f"{path}: {error.strerror or error}") from error
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError, SettingsError) as error:
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            hint = "" if Path(path).suffix == ".toml" else "; a text to train on is given by --data"
+            raise SettingsError(f"{path}: no TOML: {error}{hint}") from error
+        except SettingsError as error:
             raise SettingsError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:

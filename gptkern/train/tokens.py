@@ -237,7 +237,7 @@ def choose_tokenizer(settings: DataSettings, own: Tokenizer | None, text: str) -
     if settings.tokenizer:
         return Tokenizer.from_pretrained(settings.tokenizer)
     if own is None:
-        raise SettingsError("[data] tokenizer is needed: char, bytes, or a folder; no model brings one along")
+        raise SettingsError('a new model needs [data] tokenizer = "char" (or "bytes", or a folder)')
     return own
 
 
@@ -306,14 +306,29 @@ def _tokenise(settings: DataSettings, own: Tokenizer | None, cache: Path) -> Non
     dtype = token_dtype(tokenizer.vocab_size)
     replaced = {"train.bin", "val.bin", noted.name, *Tokenizer.files}
     with replacing(cache, replaced.__contains__) as staging:
+        counts: list[int] = []
         for name, documents in (("train", train), ("val", val)):
             with staging.new_file(f"{name}.bin") as file:
-                count = write_tokens(file, _document_ids(tokenizer, documents, settings), dtype)
-            if count < 2:
-                raise SettingsError(f"[data] {name}: {count} tokens; 2 or more are needed")
+                counts.append(write_tokens(file, _document_ids(tokenizer, documents, settings), dtype))
+        _check_counts(settings, *counts)
         tokenizer.save(staging.folder)
         with staging.new_file(noted.name) as file:
             file.write(json.dumps(stamp).encode())
+
+
+def _check_counts(settings: DataSettings, train: int, val: int) -> None:
+    """Refuse data of which nothing can be predicted: a token needs one before it."""
+    paths = ", ".join(settings.path)
+    if settings.val_path:
+        short = [(paths, train), (", ".join(settings.val_path), val)]
+        for where, count in short:
+            if count < 2:
+                raise SettingsError(f"{where} has {count} tokens; 2 or more are needed")
+    elif min(train, val) < 2:
+        raise SettingsError(
+            f"{paths} has {train + val} tokens; the last {settings.val_fraction:.3g} of it, {val}, is held "
+            "out, and 2 or more are needed on either side: give a longer text, or --val-data"
+        )
 
 
 def _read_stamp(path: Path) -> Any:

@@ -56,7 +56,7 @@ def accelerate(model: Any, *, generation: Generation = "auto", rng: Rng = "torch
 def restore(model: Any) -> Any:
     """Undo ``accelerate``: see ``gptkern.restore``."""
     if not isinstance(model, transformers.PreTrainedModel):
-        raise TypeError(f"restore: model is a {type(model).__name__}; a transformers model is needed")
+        raise TypeError(f"restore: model is {type(model).__name__}; a transformers model is needed")
     backwards = {new: old for old, new in SWAPS.items()} | {LayerNorm: nn.LayerNorm}
     for module in model.modules():
         if type(module) in backwards:
@@ -87,9 +87,7 @@ def explain(model: Any, generation_config: Any = None) -> Explanation:
         TypeError: ``model`` is no transformers model.
     """
     if not isinstance(model, transformers.PreTrainedModel):
-        raise TypeError(
-            f"explain: model is a {type(model).__name__}; a GPT or a transformers model is needed"
-        )
+        raise TypeError(f"explain: model is {type(model).__name__}; a GPT or a transformers model is needed")
     if not _supported(model):
         reason = f"a {type(model).__name__}: gptkern.accelerate takes {', '.join(SUPPORTED)}"
     elif not is_accelerated(model):
@@ -108,9 +106,7 @@ def _supported(model: Any) -> bool:
 
 def _check(model: Any, generation: str, rng: str) -> None:
     if not _supported(model):
-        raise TypeError(
-            f"accelerate: model is a {type(model).__name__}; supported are {', '.join(SUPPORTED)}"
-        )
+        raise TypeError(f"accelerate: model is {type(model).__name__}; supported are {', '.join(SUPPORTED)}")
     if generation not in ("auto", "library"):
         raise ValueError(f"accelerate: generation is {generation!r}; 'auto' or 'library' is needed")
     if rng not in ("torch", "philox"):

@@ -201,6 +201,9 @@ def make_options(
     dropout_p: float,
 ) -> Options:
     """The settings of a call, checked; ``span`` is the window's left and right."""
+    for name, value in (("scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
+        if isinstance(value, str):
+            raise TypeError(f"{op}: {name} is {value!r}; a number is needed")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     checks.check_numbers(op, scale, softcap, dropout_p)
     return Options(*span, scale, float(softcap or 0.0), float(dropout_p))
