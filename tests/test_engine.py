@@ -311,6 +311,22 @@ def test_pages_computed_under_autocast_are_not_found_without() -> None:
     assert found == expected
 
 
+def test_pages_are_not_found_once_it_is_told_that_weights_changed() -> None:
+    model = make_model()
+    engine = Engine(model, page_size=2, prefill_chunk=2)
+    request = Request(prompt=list(range(1, 30)), options={"max_new_tokens": 2}, logprobs=0)
+    engine.add(request)
+    run(engine)
+    row = engine.model.transformer.wpe.weight.data[3]
+    row[1] += 1  # one value, of which PyTorch counts nothing
+    engine.weights_changed()
+    alone = Engine(model, page_size=2, prefill_chunk=2)
+    for each in (engine, alone):
+        each.add(request)
+    logprobs, expected = ([event.logprob for event in run(each)] for each in (engine, alone))
+    assert logprobs == expected
+
+
 def test_a_pass_that_raises_is_taken_again() -> None:
     model = make_model()
     engine = Engine(model)

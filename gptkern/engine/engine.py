@@ -282,6 +282,15 @@ class Engine:
             self._inbox.added.append(copies)
         return number
 
+    def weights_changed(self) -> None:
+        """Find no prefix again that was computed until now.
+
+        Called after writes that PyTorch does not count: through ``parameter.data`` or a raw pointer. All
+        other changes are noticed.
+        """
+        if self._version is not None:
+            self._version.changed()
+
     def cancel(self, request: int) -> None:
         """End a request at the next step, with the reason "cancelled". One that has ended stays as it is.
 
