@@ -190,6 +190,7 @@ def good(**changes: Any) -> dict[str, Any]:
         ({"q": torch.randn(2, 8, 16, 4).transpose(2, 3)}, ValueError, "last dimension must be contiguous"),
         ({"scale": 0.0}, ValueError, "scale is 0.0"),
         ({"scale": math.nan}, ValueError, "scale is nan"),
+        ({"scale": "a"}, TypeError, "scale is 'a'; a number is needed"),
         ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
         ({"window": 0}, ValueError, "window is 0"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
