@@ -7,7 +7,8 @@ An op takes part by its file ``gptkern/ops/<op>/cases.py``, found by name, with 
     row of the launch tables. They are never computed: the ahead-of-time build (``_aot``) makes
     them on meta tensors and compiles what they would launch for sm_80, sm_89, sm_90 and sm_100.
 ``CHECKS``
-    Calls with small shapes, the nasty ones among them, that ``gptkern.testing.check`` computes.
+    Calls with small shapes, the nasty ones among them. Each op's own test computes them, and a session
+    on a GPU.
 
 Example::
 
