@@ -343,7 +343,7 @@ def test_explain_of_a_model_as_built() -> None:
     assert (routes["norm"], routes["mlp"], routes["decode"]) == ("reference", "fallback", "fallback")
     assert routes["decode by cpu"] == "passed over"
     assert "transformer.h.0.mlp.c_fc is hooked" in str(gptkern.explain(model))
-    with pytest.raises(TypeError, match="model is a Linear"):
+    with pytest.raises(TypeError, match="model is Linear; a GPT or a transformers model is needed"):
         gptkern.explain(nn.Linear(1, 1))
 
 

@@ -189,7 +189,7 @@ def test_doctor_names_the_executor_and_why_not_the_others(monkeypatch: pytest.Mo
     monkeypatch.setattr(_dispatch, "INTERPRETED", False)
     found = {finding.subject: finding for finding in doctor.examine()}["executor"]
     assert found.verdict == "ok"
-    assert found.text.startswith("cpu; not persistent: the decode kernels run on CUDA devices")
+    assert found.text == "cpu (persistent and graph need a CUDA device)"
     monkeypatch.setattr(_native, "extension", SimpleNamespace(has_decoder=False))
     (found,) = doctor._executor()
     assert found.verdict == "fallback"
