@@ -193,5 +193,5 @@ def test_doctor_names_the_executor_and_why_not_the_others(monkeypatch: pytest.Mo
     monkeypatch.setattr(_native, "extension", SimpleNamespace(has_decoder=False))
     (found,) = doctor._executor()
     assert found.verdict == "fallback"
-    assert found.text.startswith("torch; ")
+    assert found.text.startswith("torch (persistent and graph need a CUDA device); ")
     assert "not cpu: the CPU's decode step needs AVX2" in found.text
