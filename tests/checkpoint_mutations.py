@@ -39,6 +39,8 @@ from gptkern.checkpoint.nanogpt import read_meta
 from gptkern.cli.info import describe
 
 MEMORY, SECONDS, PATIENCE = 1 << 30, 5, 90
+# a forked child has none of its parent's threads, and waits for them for ever
+torch.set_num_threads(1)
 _FILES = {
     "config": "hf/config.json",
     "generation_config": "hf/generation_config.json",
