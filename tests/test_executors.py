@@ -136,7 +136,6 @@ def test_reasons_of_the_cpu_executor_that_lie_outside_the_model(monkeypatch: pyt
         check(CpuExecutor, "gptkern._C is not built", make_model(), patched)
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("name", GRAPH)
 def test_reasons_of_the_graph_executor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, (change, reason) = make_model(), GRAPH[name]
@@ -147,7 +146,6 @@ def test_reasons_of_the_graph_executor(name: str, monkeypatch: pytest.MonkeyPatc
         assert reason in (PersistentExecutor.serves(model, model.dtype) or "")
 
 
-@pytest.mark.kernels
 def test_reasons_of_the_graph_executor_that_lie_outside_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     with gptkern.backend("reference"):
         assert "run on CUDA devices" in (GraphExecutor.serves(make_model(), torch.float32) or "")
