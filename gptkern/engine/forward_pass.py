@@ -164,7 +164,7 @@ class ForwardPass:
         append(k, v, k_cache, v_cache, self.slots, scales=kv_scales)
         if self._starting and not self._decoding:
             cu, longest = self.cu_seqlens_q, self.max_seqlen_q
-            return _varlen(q, k, v, cu, cu, longest, longest, scale)
+            return ops.flash_attention_varlen(q, k, v, cu, cu, longest, longest, scale=scale)
         dtype = q.dtype
         if kv_scales is None:
             q = q.to(k_cache.dtype)
@@ -179,7 +179,7 @@ class ForwardPass:
                 reference.rows(cache.flatten(0, 1), self._slots_k) for cache in (k_cache, v_cache)
             )
             k_all, v_all = reference.widened(k_all, v_all, kv_scales, dtype)
-            out = _varlen(
+            out = ops.flash_attention_varlen(
                 q,
                 k_all,
                 v_all,
@@ -187,7 +187,7 @@ class ForwardPass:
                 self._cu_seqlens_k,
                 self.max_seqlen_q,
                 self.max_seqlen_k,
-                scale,
+                scale=scale,
             )
         return out.to(dtype)
 
@@ -251,23 +251,6 @@ class ForwardPass:
 
     def _device(self, host: torch.Tensor) -> torch.Tensor:
         return host.to(self._storage.k.device, non_blocking=True)
-
-
-def _varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-) -> torch.Tensor:
-    out = ops.flash_attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=scale
-    )
-    assert isinstance(out, torch.Tensor)  # a pair only where the log-sum-exp is asked for
-    return out
 
 
 def _cumulative(lengths: list[int]) -> torch.Tensor:

@@ -8,16 +8,7 @@ from typing import Any
 
 import torch
 
-from gptkern.bench.problem import Provider, Unavailable
-
-
-def gpu_only(why: str) -> Provider:
-    """A provider that only exists on a GPU."""
-
-    def refuse(*_: Any) -> Any:
-        raise Unavailable(why)
-
-    return refuse
+from gptkern.bench.problem import Provider
 
 
 def compiled(function: Provider) -> Provider:

@@ -195,9 +195,6 @@ class Graphs:
 
     A graph holds addresses, not values: growing sequences, new pages and updated weights need no new
     capture. Only weights that moved do.
-
-    Attributes:
-        captures: Graphs captured so far.
     """
 
     def __init__(self, executor: GraphExecutor) -> None:
@@ -205,7 +202,6 @@ class Graphs:
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._stream = torch.cuda.Stream(executor._cache.device)
         self._pool = torch.cuda.graph_pool_handle()
-        self.captures = 0
 
     def clear(self) -> None:
         """Forget every graph: weights have moved."""
@@ -228,5 +224,4 @@ class Graphs:
         # Thread-local: another thread's allocation or event query must not end this capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             out = self._executor.run(rows)
-        self.captures += 1
         return graph, out

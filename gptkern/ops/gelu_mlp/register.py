@@ -14,7 +14,7 @@ from gptkern.ops.gelu_mlp import launch, reference
 from gptkern.ops.gelu_mlp.launch import Layers, Saved
 from gptkern.ops.linear import checks
 from gptkern.ops.linear.launch import matrix, matrix_of_grad
-from gptkern.ops.linear.register import needed_grads
+from gptkern.ops.linear.register import needed_grads, registered_grads
 
 Maybe = torch.Tensor | None
 
@@ -125,15 +125,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 
 def _grads(ctx: Any, dout: Maybe, *_: Maybe) -> tuple[Any, ...]:
-    if dout is None:
-        return (None,) * 8
-    needs = ctx.needs_input_grad[:5]
-    grads: tuple[Maybe, ...] = (None,) * 5
-    if any(needs):
-        saved = _saved(ctx)
-        outputs = torch.ops.gptkern.gelu_mlp_backward(dout, *saved, needs)
-        grads = tuple(grad if needed else None for grad, needed in zip(outputs, needs, strict=True))
-    return *grads, dout if ctx.needs_input_grad[5] else None, None, None
+    backward = torch.ops.gptkern.gelu_mlp_backward
+    return registered_grads(backward, _saved, ctx.needs_input_grad[:5], ctx, dout)
 
 
 register(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,24 @@ def needed_grads(
     """The outputs of a registered backward op: empty for a gradient that nobody needs."""
     pairs = zip(grads, needs, strict=True)
     return tuple(tensor_or_empty(grad if needed else None, like) for grad, needed in pairs)
+
+
+def registered_grads(
+    backward: Any, saved: Callable[[Any], tuple[Any, ...]], needs: tuple[bool, ...], ctx: Any, dout: Maybe
+) -> tuple[Any, ...]:
+    """The gradients of a registered layer's inputs: its tensors', the residual's, and None for two settings.
+
+    Args:
+        backward: The registered backward op, called with dout, ``saved(ctx)`` and ``needs``.
+        needs: Whether each of the layer's tensors needs a gradient; the input after them is the residual.
+    """
+    grads: tuple[Maybe, ...] = (None,) * len(needs)
+    if dout is None:
+        return *grads, None, None, None
+    if any(needs):
+        outputs = backward(dout, *saved(ctx), needs)
+        grads = tuple(grad if needed else None for grad, needed in zip(outputs, needs, strict=True))
+    return *grads, dout if ctx.needs_input_grad[len(needs)] else None, None, None
 
 
 def _forward(
@@ -115,16 +134,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.set_materialize_grads(False)  # no zeros the size of pre for its gradient, which nobody needs
 
 
-def _grads(ctx: Any, dout: Maybe, dpre: Maybe) -> tuple[Any, ...]:
-    if dout is None:
-        return (None,) * 6
-    needs = ctx.needs_input_grad[:3]
-    grads: tuple[Maybe, ...] = (None, None, None)
-    if any(needs):
-        saved = _saved(ctx)
-        outputs = torch.ops.gptkern.linear_backward(dout, *saved, needs)
-        grads = tuple(grad if needed else None for grad, needed in zip(outputs, needs, strict=True))
-    return *grads, dout if ctx.needs_input_grad[3] else None, None, None
+def _grads(ctx: Any, dout: Maybe, _: Maybe) -> tuple[Any, ...]:
+    backward = torch.ops.gptkern.linear_backward
+    return registered_grads(backward, _saved, ctx.needs_input_grad[:3], ctx, dout)
 
 
 register(
