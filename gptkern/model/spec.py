@@ -100,7 +100,7 @@ class DecoderSpec:
         qkv_bias, out_bias: Attention's two products have biases.
         fc_bias, proj_bias: The MLP's two products have biases.
         head_bias: The head has a bias.
-        qk_norm: An RMS norm of each ``head`` of queries and keys, or of the ``whole`` of them, before rotation.
+        qk_norm: An RMS norm of each ``head`` of queries and keys, or of the ``whole``; before rotation.
         parallel: Both branches of a layer read its input: ``x + attention(norm x) + mlp(norm x)``.
         shared_norm: With ``parallel``: one norm for both branches.
         learned_positions: Positions are embeddings, added to the tokens'.
