@@ -18,6 +18,7 @@ from gptkern.ops.layer_norm import add_layer_norm, layer_norm
 from gptkern.ops.linear import linear, linear_act, linear_residual
 from gptkern.ops.linear_cross_entropy import linear_cross_entropy
 from gptkern.ops.rms_norm import add_rms_norm, rms_norm
+from gptkern.ops.rotary import rotary
 from gptkern.ops.sample import (
     SamplerState,
     SamplingParams,
@@ -50,6 +51,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_residual",
     "rms_norm",
+    "rotary",
     "sample",
     "sampling_probs",
     "speculative_accept",

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 import gptkern
 from gptkern import ops
+from gptkern.ops.rotary.reference import rotary as turned
 from gptkern.testing import Call, _double, _run, assert_accurate
 
 SAMPLER = {
@@ -435,6 +436,20 @@ def embed_rows() -> list[Row]:
     ]
 
 
+def rotary_rows() -> list[Row]:
+    def plain(q: torch.Tensor, k: torch.Tensor, *settings: Any) -> Any:
+        return turned(q, k, *settings, None, "halves", None, False)
+
+    return [
+        Row(
+            case,
+            Call((leaf(seq, heads, 2 * dim), leaf(seq, 1, 2 * dim), fixed(4, dim), fixed(4, dim))),
+            plain,
+        )
+        for case, seq, heads, dim in (("no token", 0, 3, 4), ("one of each", 1, 1, 1), ("one pair", 3, 2, 1))
+    ]
+
+
 def squeezed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> torch.Tensor:
     return attention(q, k, v, **{"causal": False, **settings})
 
@@ -461,6 +476,7 @@ ROWS: dict[str, list[Row]] = {
         lambda x, weight, bias, residual: residual + F.linear(x, weight, bias), True
     ),
     "rms_norm": norm_rows(root_normed, False, False, 3.0),
+    "rotary": rotary_rows(),
 }
 # Ops that write into what they are given, as functions of it.
 FUNCTIONS: dict[str, Callable[..., Any]] = {

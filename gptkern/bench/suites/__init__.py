@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the command's help names the suites, and loads no torch for
 OPS = (
     "layer_norm",
     "rms_norm",
+    "rotary",
     "flash_attention",
     "linear",
     "gelu_mlp",

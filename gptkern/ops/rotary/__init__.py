@@ -1,0 +1,3 @@
+from gptkern.ops.rotary.op import rotary
+
+__all__ = ["rotary"]
