@@ -311,7 +311,7 @@ X, W = torch.ones(2, 8), torch.ones(8)
     ("arguments", "error", "message"),
     [
         (([1.0], W), TypeError, "layer_norm: x is list"),
-        ((X, None), TypeError, "layer_norm: weight is NoneType"),
+        ((X, 1.0), TypeError, "layer_norm: weight is float"),
         ((X.int(), W), TypeError, "layer_norm: x is int32; accepted"),
         ((X, W.long()), TypeError, "layer_norm: weight is int64"),
         ((torch.tensor(1.0), W), ValueError, "a last dimension of 1 to 65536"),
@@ -383,3 +383,28 @@ def test_small_steps_beside_a_large_mean(width: int, mean: float) -> None:
     terms = norm_terms(x, weight, d_out, 1e-5)
     for name, *tensors in zip(("out", "dx", "dweight", "dbias"), got, rough, exact, strict=True):
         assert_accurate(*tensors, name, terms=terms.get(name, 0.0))
+
+
+@needs_kernels
+def test_without_a_weight() -> None:
+    x, residual = leaf(3, 65), leaf(3, 65)
+    check(layer_norm, [(x,)], dtypes=[torch.float32])
+    check_values(add_layer_norm, Call((x, residual)))
+    check_values(layer_norm, Call((leaf(2, 16640),)))
+
+
+@needs_kernels
+def test_several_dimensions() -> None:
+    x, weight, bias = leaf(3, 4, 5, 6), leaf(5, 6), leaf(5, 6)
+    check(layer_norm, [Call((x, weight, bias), {"dims": 2})], dtypes=[torch.float32])
+    expected = F.layer_norm(x, (4, 5, 6))
+    assert torch.allclose(layer_norm(x, dims=3), expected, atol=1e-6)
+
+
+def test_dimensions_that_do_not_merge_are_named() -> None:
+    with pytest.raises(ValueError, match=r"its last 2 dimensions must merge into one"):
+        layer_norm(torch.ones(4, 3, 5).transpose(0, 1), dims=2)
+    with pytest.raises(ValueError, match=r"dims is 4, x has shape \(3, 5, 6\): 1 to 3 is accepted"):
+        layer_norm(torch.ones(3, 5, 6), dims=4)
+    with pytest.raises(ValueError, match="bias is given without a weight"):
+        layer_norm(torch.ones(3, 5), None, torch.ones(5))

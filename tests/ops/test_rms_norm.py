@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from norm_cases import add_rms_norm, call, few_programs, grid, rms_norm
+from norm_cases import add_rms_norm, call, few_programs, grid, leaf, rms_norm
 
-from gptkern.testing import check, check_values
+from gptkern.testing import Call, check, check_values
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -37,6 +37,32 @@ def test_registration(op: Any) -> None:
 def test_programs_take_several_rows(rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with few_programs(monkeypatch):
         check_values(rms_norm, call(rms_norm, rows, width, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("width", [65, 8200, 16640])
+def test_unit_offset_and_weights_of_fp32(width: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        x, residual = leaf(2, width, dtype=dtype), leaf(2, width, dtype=torch.float32)
+        weight = leaf(width, scale=0.01)
+        for unit_offset in (False, True):
+            options = {"unit_offset": unit_offset}
+            check_values(rms_norm, Call((x, weight), options))
+            check_values(add_rms_norm, Call((x, residual, weight), options))
+
+
+def test_unit_offset_is_one_more() -> None:
+    x, weight = torch.randn(3, 33), torch.randn(33)
+    expected = rms_norm(x, weight + 1.0)
+    assert torch.equal(rms_norm(x, weight, unit_offset=True), expected)
+    assert torch.equal(add_rms_norm(x, torch.zeros(3, 33), weight, unit_offset=True)[0], expected)
+
+
+def test_without_a_weight() -> None:
+    x, residual = leaf(3, 65), leaf(3, 65)
+    check(rms_norm, [(x,), (x, None, 1e-5)], dtypes=[torch.float32])
+    check_values(add_rms_norm, Call((x, residual)))
+    check(rms_norm, [Call((x, leaf(65)), {"unit_offset": True})], dtypes=[torch.float32])
+    check(add_rms_norm, [Call((x, residual, leaf(65)), {"unit_offset": True})], dtypes=[torch.float32])
 
 
 def test_nan_stays_in_its_row() -> None:

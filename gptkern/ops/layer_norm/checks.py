@@ -10,7 +10,7 @@ from gptkern.ops.layer_norm.launch import MAX_WIDTH, layout
 Maybe = torch.Tensor | None
 
 
-def _ordinary(x: torch.Tensor, residual: Maybe, weight: torch.Tensor, bias: Maybe) -> bool:
+def _ordinary(x: torch.Tensor, residual: Maybe, weight: Maybe, bias: Maybe) -> bool:
     """True if the call is right and like nearly every call: contiguous tensors on one device."""
     if not isinstance(x, torch.Tensor) or x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         return False
@@ -24,14 +24,14 @@ def _ordinary(x: torch.Tensor, residual: Maybe, weight: torch.Tensor, bias: Mayb
             and value.is_contiguous()
         ):
             return False
-    return weight is not None
+    return weight is not None or bias is None
 
 
 def check(
     op: str,
     x: torch.Tensor,
     residual: Maybe,
-    weight: torch.Tensor,
+    weight: Maybe,
     bias: Maybe,
     eps: float,
     dropout_p: float = 0.0,
@@ -47,8 +47,11 @@ def check(
             f"{op}: x has shape {tuple(x.shape)}; a last dimension of 1 to {MAX_WIDTH} is needed"
         )
     layout(op, "x", x)
-    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    for name, value in parameters.items():
+    if weight is None and bias is not None:
+        raise ValueError(f"{op}: bias is given without a weight; both, a weight alone or neither is needed")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
         _checks.tensor(op, name, value)
         _checks.shape(op, name, value, x.shape[-1:], "x's last dimension")
         _checks.dtype(op, name, value)

@@ -3,6 +3,8 @@
     s = residual + dropout(x)                          (s = x without a residual)
     y = (s - mean) * rstd * weight + bias              mean, rstd over a row's WIDTH columns
 
+Without a weight it is 1; with UNIT_OFFSET the factor is 1 + weight (Gemma's RMS norm).
+
 Layer norm: Ba, Kiros and Hinton 2016, equations 3 and 4; RMS norm, which is CENTERED = False and
 has no bias: Zhang and Sennrich 2019, equation 4. With g = dy * weight and h = (s - mean) * rstd,
 
@@ -30,11 +32,23 @@ from gptkern.ops._device import row_dropout, row_offsets, row_statistics
 _VARYING = ("rows", "x_inner", "residual_inner", "threshold", "parts")
 
 
+@triton.jit
+def load_weight(weight_ptr, columns, lanes, UNIT_OFFSET: tl.constexpr):
+    """The factors of some columns, fp32."""
+    if weight_ptr is None:
+        weight = tl.full(columns.shape, 1.0, tl.float32)
+    else:
+        weight = tl.load(weight_ptr + columns, mask=lanes, other=0.0).to(tl.float32)
+        if UNIT_OFFSET:
+            weight += 1.0
+    return weight
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def norm_forward_kernel(
     x_ptr,  # rows of WIDTH, row r at (r // x_inner) * stride_xo + (r % x_inner) * stride_xi
     residual_ptr,  # rows of WIDTH with their own strides, or None
-    weight_ptr,  # (WIDTH,)
+    weight_ptr,  # (WIDTH,), or None
     bias_ptr,  # (WIDTH,) or None
     out_ptr,  # (rows, WIDTH)
     sum_ptr,  # (rows, WIDTH), or None without a residual
@@ -48,12 +62,13 @@ def norm_forward_kernel(
     keep_scale,
     WIDTH: tl.constexpr,
     CENTERED: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     lanes = columns < WIDTH
-    weight = tl.load(weight_ptr + columns, mask=lanes, other=0.0).to(tl.float32)
+    weight = load_weight(weight_ptr, columns, lanes, UNIT_OFFSET)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=lanes, other=0.0).to(tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
@@ -90,7 +105,7 @@ def norm_backward_kernel(
     d_out_ptr,  # (rows, WIDTH)
     d_sum_ptr,  # (rows, WIDTH): the gradient of the sum itself, or None
     sum_ptr,  # the rows before normalisation; row r at (r // x_inner) * stride_xo + (r % x_inner) * stride_xi
-    weight_ptr,  # (WIDTH,)
+    weight_ptr,  # (WIDTH,), or None
     stats_ptr,  # fp32 (2, rows): rstd, mean (RMS norm: (1, rows))
     seed_ptr,  # one int64, or None without dropout
     dx_ptr,  # (rows, WIDTH)
@@ -103,12 +118,13 @@ def norm_backward_kernel(
     keep_scale,
     WIDTH: tl.constexpr,
     CENTERED: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     lanes = columns < WIDTH
-    weight = tl.load(weight_ptr + columns, mask=lanes, other=0.0).to(tl.float32)
+    weight = load_weight(weight_ptr, columns, lanes, UNIT_OFFSET)
     d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
     d_bias = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
@@ -191,6 +207,7 @@ def norm_wide_forward_kernel(
     keep_scale,
     WIDTH: tl.constexpr,
     CENTERED: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``norm_forward_kernel`` for one row a program, in chunks; arguments as there.
@@ -239,7 +256,7 @@ def norm_wide_forward_kernel(
         lanes = columns < WIDTH
         x = tl.load(x_ptr + columns[None, :], mask=lanes[None, :], other=0.0).to(tl.float32)
         out = (x - mean[:, None]) * rstd[:, None]
-        out *= tl.load(weight_ptr + columns, mask=lanes, other=0.0).to(tl.float32)[None, :]
+        out *= load_weight(weight_ptr, columns, lanes, UNIT_OFFSET)[None, :]
         if bias_ptr is not None:
             out += tl.load(bias_ptr + columns, mask=lanes, other=0.0).to(tl.float32)[None, :]
         tl.store(out_ptr + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=lanes[None, :])
@@ -254,6 +271,7 @@ def norm_wide_backward_kernel(
     keep_scale,
     WIDTH: tl.constexpr,
     CENTERED: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``norm_backward_kernel`` for one row a program, in chunks, without weight and bias grads."""
@@ -268,7 +286,7 @@ def norm_wide_backward_kernel(
     for start in range(0, WIDTH, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         lanes = (columns < WIDTH)[None, :]
-        weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+        weight = load_weight(weight_ptr, columns, columns < WIDTH, UNIT_OFFSET)[None, :]
         grad = tl.load(d_out_ptr + base + columns[None, :], mask=lanes, other=0.0).to(tl.float32) * weight
         normed = tl.load(sum_ptr + columns[None, :], mask=lanes, other=0.0).to(tl.float32)
         normed = tl.where(lanes, (normed - mean[:, None]) * rstd[:, None], 0.0)
@@ -279,7 +297,7 @@ def norm_wide_backward_kernel(
     for start in range(0, WIDTH, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         lanes = (columns < WIDTH)[None, :]
-        weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+        weight = load_weight(weight_ptr, columns, columns < WIDTH, UNIT_OFFSET)[None, :]
         grad = tl.load(d_out_ptr + base + columns[None, :], mask=lanes, other=0.0).to(tl.float32) * weight
         normed = tl.load(sum_ptr + columns[None, :], mask=lanes, other=0.0).to(tl.float32)
         normed = (normed - mean[:, None]) * rstd[:, None]

@@ -27,6 +27,7 @@ class Settings(NamedTuple):
         eps: Added to the variance, or to the mean square.
         dropout_p: Probability that an element of ``x`` is dropped before the addition.
         dtype: Of the normalised rows.
+        unit_offset: The factors are ``1 + weight``.
     """
 
     op: str
@@ -34,6 +35,7 @@ class Settings(NamedTuple):
     eps: float
     dropout_p: float
     dtype: torch.dtype
+    unit_offset: bool = False
 
 
 class Saved(NamedTuple):
@@ -41,19 +43,20 @@ class Saved(NamedTuple):
 
     Attributes:
         total: The rows that were normalised: the sum, or ``x`` if there was no residual.
-        weight: ``(width,)``.
+        weight: ``(width,)`` or None.
         stats: fp32 ``(2, rows)``: 1 / standard deviation, mean (RMS norm: ``(1, rows)``).
         seed: ``(1,)`` int64, None without dropout.
-        dropout_p, centered: As in ``Settings``.
+        dropout_p, centered, unit_offset: As in ``Settings``.
         x_dtype, residual_dtype, bias_dtype: Of the gradients; ``bias_dtype`` is None without a bias.
     """
 
     total: torch.Tensor
-    weight: torch.Tensor
+    weight: Maybe
     stats: torch.Tensor
     seed: Maybe
     dropout_p: float
     centered: bool
+    unit_offset: bool
     x_dtype: torch.dtype
     residual_dtype: torch.dtype
     bias_dtype: torch.dtype | None
@@ -116,14 +119,14 @@ def plan(kernel: str, width: int, device: torch.device) -> tuple[int, dict[str, 
 def forward(
     x: torch.Tensor,
     residual: Maybe,
-    weight: torch.Tensor,
+    weight: Maybe,
     bias: Maybe,
     seed: Maybe,
     settings: Settings,
     save_stats: bool,
 ) -> tuple[torch.Tensor, Any, Any]:
     """(normed, new_residual, stats): None without a residual, None without ``save_stats``."""
-    op, centered, eps, dropout_p, dtype = settings
+    op, centered, eps, dropout_p, dtype, unit_offset = settings
     width, shape, device = x.shape[-1], x.shape, x.device
     rows = x.numel() // width
     x_layout = residual_layout = layout(op, "x", x)
@@ -144,7 +147,8 @@ def forward(
     with _launch.on_device(x):
         _launch.launch(
             kernel, (grid,), x, residual, weight, bias, out, total, stats, seed, *x_layout, *residual_layout,
-            rows, eps, *_dropout(dropout_p), WIDTH=width, CENTERED=centered, **config,
+            rows, eps, *_dropout(dropout_p), WIDTH=width, CENTERED=centered, UNIT_OFFSET=unit_offset,
+            **config,
         )  # fmt: skip
     return out, total, stats
 
@@ -154,10 +158,10 @@ def backward(
 ) -> tuple[torch.Tensor, Maybe, Maybe, Maybe]:
     """(dx, d_residual, d_weight, d_bias); d_residual is None if it equals dx.
 
-    The last two are None without ``weight_grads``, d_bias also without a bias. Gradients that are
+    The last two are None without ``weight_grads`` or a weight, d_bias also without a bias. Gradients that are
     not contiguous (autograd may expand one) are copied.
     """
-    total, weight, stats, seed, dropout_p, centered, x_dtype, residual_dtype, bias_dtype = saved
+    total, weight, stats, seed, dropout_p, centered, unit_offset, x_dtype, residual_dtype, bias_dtype = saved
     width, device = total.shape[-1], total.device
     rows = total.numel() // width
     wide = width > _BACKWARD_WIDTH
@@ -170,7 +174,9 @@ def backward(
     columns = -(-width // config["COLUMNS"]) if wide else 1
     parts = max(1, min(programs // columns, -(-rows // config["ROWS"])))
     d_weight = d_bias = weight_parts = bias_parts = None
+    weight_grads = weight_grads and weight is not None
     if weight_grads:
+        assert weight is not None
         d_weight, weight_parts = torch.empty_like(weight), _parts(parts, width, device)
         if bias_dtype is not None:
             d_bias, bias_parts = torch.empty_like(weight, dtype=bias_dtype), _parts(parts, width, device)
@@ -182,12 +188,12 @@ def backward(
         if not wide:
             _launch.launch(
                 kernels.norm_backward_kernel, (min(parts, rows),), *inputs, dx, d_residual, weight_parts,
-                bias_parts, *total_rows, *dropout, **kind, **config,
+                bias_parts, *total_rows, *dropout, **kind, UNIT_OFFSET=unit_offset, **config,
             )  # fmt: skip
         else:
             _launch.launch(
                 kernels.norm_wide_backward_kernel, (rows,), *inputs, dx, d_residual, *total_rows, *dropout,
-                **kind, **plan("norm_wide_backward", width, device)[1],
+                **kind, UNIT_OFFSET=unit_offset, **plan("norm_wide_backward", width, device)[1],
             )  # fmt: skip
             if weight_grads:
                 _launch.launch(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 
+from gptkern.ops import _checks
 from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
 from gptkern.ops.layer_norm import launch, reference
 from gptkern.ops.layer_norm.checks import check, check_kernel
@@ -14,9 +18,14 @@ Maybe = torch.Tensor | None
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dims: int = 1,
 ) -> torch.Tensor:
-    """Layer normalisation over the last dimension (Ba, Kiros and Hinton 2016).
+    """Layer normalisation over the last dimension, or the last few (Ba, Kiros and Hinton 2016).
 
     ``(x - mean) / sqrt(variance + eps) * weight + bias``, with statistics in fp32 whatever the dtypes.
 
@@ -24,9 +33,11 @@ def layer_norm(
         x: ``(..., width)``, width 1 to 65536; fp32, fp16 or bf16 (float64 on a CPU). The last
             dimension is contiguous; the leading ones must collapse to at most two strided loops, and a
             stride of 0 is allowed.
-        weight: ``(width,)``, of the same or another floating dtype.
-        bias: ``(width,)`` or None.
+        weight: ``(width,)``, of the same or another floating dtype; None: none.
+        bias: ``(width,)`` or None; not without a weight.
         eps: Added to the variance.
+        dims: How many trailing dimensions of ``x`` are normalised as one, of width elements in all; weight
+            and bias then have these dimensions. They must merge without a copy.
 
     Returns:
         Contiguous, of ``x``'s shape and dtype; under autocast of autocast's dtype.
@@ -35,6 +46,10 @@ def layer_norm(
         TypeError: a dtype that is not accepted.
         ValueError: a shape, layout or device that is not accepted.
     """
+    if dims != 1:
+        shape = x.shape if isinstance(x, torch.Tensor) else ()
+        x, weight, bias = merge_dims("layer_norm", dims, x=x, weight=weight, bias=bias)
+        return layer_norm(x, weight, bias, eps).view(shape)
     check("layer_norm", x, None, weight, bias, eps)
     dtype = out_dtype(x, None)
     if not use_kernel(x):
@@ -49,7 +64,7 @@ def layer_norm(
 def add_layer_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     *,
@@ -89,6 +104,28 @@ def add_layer_norm(
 # Shared with RMS norm.
 
 
+def merge_dims(op: str, dims: int, **values: Maybe) -> Any:
+    """The tensors with their last ``dims`` dimensions as one, without a copy; None stays."""
+    merged = []
+    for name, value in values.items():
+        if value is not None:
+            _checks.tensor(op, name, value)
+            if not 1 <= dims <= value.dim():
+                raise ValueError(
+                    f"{op}: dims is {dims}, {name} has shape {tuple(value.shape)}: "
+                    f"1 to {value.dim()} is accepted"
+                )
+            try:
+                value = value.view(*value.shape[:-dims], math.prod(value.shape[-dims:]))
+            except RuntimeError:
+                raise ValueError(
+                    f"{op}: {name} has shape {tuple(value.shape)} and strides {value.stride()}; its last "
+                    f"{dims} dimensions must merge into one: call {name}.contiguous() if a copy is acceptable"
+                ) from None
+        merged.append(value)
+    return merged
+
+
 def out_dtype(x: torch.Tensor, residual: Maybe) -> torch.dtype:
     """The dtype of the normalised rows: autocast's, else that of the rows before normalisation."""
     cast = autocast_dtype(x)
@@ -102,7 +139,7 @@ def new_seed(x: torch.Tensor, dropout_p: float) -> Maybe:
     return torch.randint(2**62, (1,), device=x.device) if dropout_p > 0.0 else None
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, settings: Settings) -> torch.Tensor:
+def norm(x: torch.Tensor, weight: Maybe, bias: Maybe, settings: Settings) -> torch.Tensor:
     """The norm by the kernels, eagerly."""
     if needs_grad(x, weight, bias):
         out: torch.Tensor = Norm.apply(x, None, weight, bias, None, settings)
@@ -113,7 +150,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, settings: Settings)
 def add_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Maybe,
     bias: Maybe,
     seed: Maybe,
     settings: Settings,

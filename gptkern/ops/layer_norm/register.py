@@ -26,13 +26,13 @@ class Norm(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         residual: Maybe,
-        weight: torch.Tensor,
+        weight: Maybe,
         bias: Maybe,
         seed: Maybe,
         settings: Settings,
     ) -> Any:
         out, total, stats = launch.forward(x, residual, weight, bias, seed, settings, True)
-        _save(ctx, x, residual, weight, bias, total, stats, seed, settings.dropout_p, settings.centered)
+        _save(ctx, x, residual, weight, bias, total, stats, seed, settings)
         return out if total is None else (out, total)
 
     @staticmethod
@@ -51,25 +51,25 @@ def _save(
     ctx: Any,
     x: torch.Tensor,
     residual: Maybe,
-    weight: torch.Tensor,
+    weight: Maybe,
     bias: Maybe,
     total: Maybe,
     stats: torch.Tensor,
     seed: Maybe,
-    dropout_p: float,
-    centered: bool,
+    settings: Settings,
 ) -> None:
     """Save a forward pass for ``Saved(*ctx.saved_tensors, *ctx.settings)``."""
     ctx.save_for_backward(x if total is None else total, weight, stats, seed)
     residual_dtype = x.dtype if residual is None else residual.dtype
-    ctx.settings = (dropout_p, centered, x.dtype, residual_dtype, None if bias is None else bias.dtype)
+    kind = (settings.dropout_p, settings.centered, settings.unit_offset)
+    ctx.settings = (*kind, x.dtype, residual_dtype, None if bias is None else bias.dtype)
     ctx.set_materialize_grads(False)
 
 
 _BACKWARD = (
-    "norm_backward(Tensor d_out, Tensor? d_total, Tensor total, Tensor weight, Tensor stats, Tensor? seed, "
-    "float dropout_p, bool centered, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? bias_dtype, "
-    "bool weight_grads) -> (Tensor, Tensor, Tensor, Tensor)"
+    "norm_backward(Tensor d_out, Tensor? d_total, Tensor total, Tensor? weight, Tensor stats, Tensor? seed, "
+    "float dropout_p, bool centered, bool unit_offset, ScalarType x_dtype, ScalarType residual_dtype, "
+    "ScalarType? bias_dtype, bool weight_grads) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -109,15 +109,15 @@ def _backward(d_out: torch.Tensor, d_total: Maybe, *rest: Any) -> Any:
 def _fake_backward(d_out: torch.Tensor, d_total: Maybe, *rest: Any) -> Any:
     *values, weight_grads = rest
     saved = Saved(*values)
-    total, weight, empty = saved.total, saved.weight, saved.total.new_empty(0)
+    total, weight = saved.total, saved.weight
     separate, bias_dtype = saved.separate_residual_grad, saved.bias_dtype
     return (
         total.new_empty(total.shape, dtype=saved.x_dtype),
-        total.new_empty(total.shape, dtype=saved.residual_dtype) if separate else empty,
-        torch.empty_like(weight) if weight_grads else total.new_empty(0),
-        weight.new_empty(weight.shape, dtype=bias_dtype)
-        if weight_grads and bias_dtype
-        else total.new_empty(0),
+        total.new_empty(total.shape, dtype=saved.residual_dtype) if separate else total.new_empty(0),
+        total.new_empty(0) if weight is None or not weight_grads else torch.empty_like(weight),
+        total.new_empty(0)
+        if weight is None or not weight_grads or bias_dtype is None
+        else weight.new_empty(weight.shape, dtype=bias_dtype),
     )
 
 
@@ -129,67 +129,74 @@ def _grads(ctx: Any, d_out: Maybe, d_total: Maybe, weight_grads: bool) -> tuple[
     return (
         dx,
         d_residual if saved.separate_residual_grad else dx,
-        d_weight if weight_grads else None,
+        d_weight if weight_grads and saved.weight is not None else None,
         d_bias if weight_grads and saved.bias_dtype is not None else None,
     )
 
 
 def register_norm(name: str, *, centered: bool) -> None:
-    """``name(x, weight, [bias,] eps, dtype) -> (normed, stats)``."""
-    bias_argument = "Tensor? bias, " if centered else ""
+    """``name(x, weight, [bias,] eps, dtype[, unit_offset]) -> (normed, stats)``."""
+    bias_argument, offset_argument = ("Tensor? bias, ", "") if centered else ("", ", bool unit_offset")
     schema = (
-        f"{name}(Tensor x, Tensor weight, {bias_argument}float eps, ScalarType dtype) -> (Tensor, Tensor)"
+        f"{name}(Tensor x, Tensor? weight, {bias_argument}float eps, ScalarType dtype{offset_argument}) "
+        "-> (Tensor, Tensor)"
     )
 
     def split(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if centered else (*args[:2], None, *args[2:])
+        """(x, weight, bias, eps, dtype, unit_offset)."""
+        return (*args, False) if centered else (*args[:2], None, *args[2:])
 
     def kernel(*args: Any) -> Any:
-        x, weight, bias, eps, dtype = split(args)
+        x, weight, bias, eps, dtype, unit_offset = split(args)
         check(name, x, None, weight, bias, eps)
         check_kernel(name, x=x, weight=weight, bias=bias)
-        settings = Settings(name, centered, eps, 0.0, dtype)
+        settings = Settings(name, centered, eps, 0.0, dtype, unit_offset)
         out, _, stats = launch.forward(x, None, weight, bias, None, settings, True)
         return out, stats
 
     def fake(*args: Any) -> Any:
-        x, _, _, _, dtype = split(args)
+        x, _, _, _, dtype, _ = split(args)
         rows = x.numel() // x.shape[-1]
         return x.new_empty(x.shape, dtype=dtype), x.new_empty((1 + centered, rows), dtype=torch.float32)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, bias, _, _ = split(inputs)
-        _save(ctx, x, None, weight, bias, None, output[1], None, 0.0, centered)
+        x, weight, bias, eps, dtype, unit_offset = split(inputs)
+        settings = Settings(name, centered, eps, 0.0, dtype, unit_offset)
+        _save(ctx, x, None, weight, bias, None, output[1], None, settings)
 
     def backward(ctx: Any, d_out: Maybe, _: Maybe) -> Any:
         needs = ctx.needs_input_grad[1:3] if centered else ctx.needs_input_grad[1:2]
         dx, _, d_weight, d_bias = _grads(ctx, d_out, None, any(needs))
-        return (dx, d_weight, d_bias, None, None) if centered else (dx, d_weight, None, None)
+        return (dx, d_weight, d_bias, None, None) if centered else (dx, d_weight, None, None, None)
 
     register(schema, kernel, fake=fake, setup_context=setup, backward=backward, devices=_DEVICES)
 
 
 def register_add_norm(name: str, *, centered: bool) -> None:
-    """``name(x, residual, weight, [bias,] eps, dropout_p, seed, dtype) -> (normed, new_residual, stats)``."""
-    bias_argument = "Tensor? bias, " if centered else ""
+    """``name(x, residual, weight, [bias,] eps, dropout_p, seed, dtype[, unit_offset])``.
+
+    It returns (normed, new_residual, stats).
+    """
+    bias_argument, offset_argument = ("Tensor? bias, ", "") if centered else ("", ", bool unit_offset")
     schema = (
-        f"{name}(Tensor x, Tensor residual, Tensor weight, {bias_argument}float eps, float dropout_p, "
-        "Tensor? seed, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
+        f"{name}(Tensor x, Tensor residual, Tensor? weight, {bias_argument}float eps, float dropout_p, "
+        f"Tensor? seed, ScalarType dtype{offset_argument}) -> (Tensor, Tensor, Tensor)"
     )
 
     def split(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if centered else (*args[:3], None, *args[3:])
+        """(x, residual, weight, bias, eps, dropout_p, seed, dtype, unit_offset)."""
+        return (*args, False) if centered else (*args[:3], None, *args[3:])
 
     def kernel(*args: Any) -> Any:
-        x, residual, weight, bias, eps, dropout_p, seed, dtype = split(args)
+        x, residual, weight, bias, eps, dropout_p, seed, dtype, unit_offset = split(args)
         check(name, x, residual, weight, bias, eps, dropout_p)
         check_kernel(name, x=x, residual=residual, weight=weight, bias=bias)
         _check_seed(name, x, dropout_p, seed)
-        settings = Settings(name, centered, eps, dropout_p, dtype)
+        settings = Settings(name, centered, eps, dropout_p, dtype, unit_offset)
         return launch.forward(x, residual, weight, bias, seed, settings, True)
 
     def fake(*args: Any) -> Any:
-        x, residual, *_, dtype = split(args)
+        x, residual, *_, dtype, _ = split(args)
         rows = x.numel() // x.shape[-1]
         return (
             x.new_empty(x.shape, dtype=dtype),
@@ -198,13 +205,14 @@ def register_add_norm(name: str, *, centered: bool) -> None:
         )
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, residual, weight, bias, _, dropout_p, seed, _ = split(inputs)
-        _save(ctx, x, residual, weight, bias, output[1], output[2], seed, dropout_p, centered)
+        x, residual, weight, bias, eps, dropout_p, seed, dtype, unit_offset = split(inputs)
+        settings = Settings(name, centered, eps, dropout_p, dtype, unit_offset)
+        _save(ctx, x, residual, weight, bias, output[1], output[2], seed, settings)
 
     def backward(ctx: Any, d_out: Maybe, d_total: Maybe, _: Maybe) -> Any:
         needs = ctx.needs_input_grad[2:4] if centered else ctx.needs_input_grad[2:3]
         grads = _grads(ctx, d_out, d_total, any(needs))
-        return (*(grads if centered else grads[:3]), None, None, None, None)
+        return (*(grads if centered else (*grads[:3], None)), None, None, None, None)
 
     register(schema, kernel, fake=fake, setup_context=setup, backward=backward, devices=_DEVICES)
 

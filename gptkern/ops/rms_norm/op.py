@@ -11,7 +11,9 @@ from gptkern.ops.layer_norm.op import add_norm, new_seed, norm, out_dtype
 from gptkern.ops.rms_norm import reference, register  # noqa: F401  (register: torch.ops.gptkern.rms_norm)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, unit_offset: bool = False
+) -> torch.Tensor:
     """RMS normalisation over the last dimension (Zhang and Sennrich 2019).
 
     ``x / sqrt(mean(x**2) + eps) * weight``, with the mean in fp32 whatever the dtypes.
@@ -20,8 +22,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
         x: ``(..., width)``, width 1 to 65536; fp32, fp16 or bf16 (float64 on a CPU). The last
             dimension is contiguous; the leading ones must collapse to at most two strided loops, and a
             stride of 0 is allowed.
-        weight: ``(width,)``, of the same or another floating dtype.
+        weight: ``(width,)``, of the same or another floating dtype: fp32 beside halves is used as it is;
+            None: none.
         eps: Added to the mean square.
+        unit_offset: The factors are ``1 + weight`` (Gemma), not ``weight``.
 
     Returns:
         Contiguous, of ``x``'s shape and dtype; under autocast of autocast's dtype.
@@ -33,28 +37,29 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     check("rms_norm", x, None, weight, None, eps)
     dtype = out_dtype(x, None)
     if not use_kernel(x):
-        return reference.rms_norm(x, weight, eps).to(dtype)
+        return reference.rms_norm(x, weight, eps, unit_offset).to(dtype)
     check_kernel("rms_norm", x=x, weight=weight)
     if traced(x):
-        out: torch.Tensor = torch.ops.gptkern.rms_norm(x, weight, eps, dtype)[0]
+        out: torch.Tensor = torch.ops.gptkern.rms_norm(x, weight, eps, dtype, unit_offset)[0]
         return out
-    return norm(x, weight, None, Settings("rms_norm", False, eps, 0.0, dtype))
+    return norm(x, weight, None, Settings("rms_norm", False, eps, 0.0, dtype, unit_offset))
 
 
 def add_rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     *,
     dropout_p: float = 0.0,
+    unit_offset: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``new_residual = residual + dropout(x)`` and its RMS normalisation, in one pass over memory.
 
     Args:
         x: ``(..., width)``, as in ``rms_norm``.
         residual: The same shape, of the same or another floating dtype, any layout that ``x`` may have.
-        weight, eps: As in ``rms_norm``.
+        weight, eps, unit_offset: As in ``rms_norm``.
         dropout_p: Probability that an element of ``x`` is dropped, in [0, 1), rounded by the kernel
             to a multiple of 2**-16. 0 outside training.
 
@@ -68,13 +73,13 @@ def add_rms_norm(
     check("add_rms_norm", x, residual, weight, None, eps, dropout_p)
     dtype = out_dtype(x, residual)
     if not use_kernel(x):
-        normed, total = reference.add_rms_norm(x, residual, weight, eps, dropout_p)
+        normed, total = reference.add_rms_norm(x, residual, weight, eps, dropout_p, unit_offset)
         return normed.to(dtype), total
     check_kernel("add_rms_norm", x=x, residual=residual, weight=weight)
     seed = new_seed(x, dropout_p)
     if traced(x):
         op = torch.ops.gptkern.add_rms_norm
-        normed, total, _ = op(x, residual, weight, eps, dropout_p, seed, dtype)
+        normed, total, _ = op(x, residual, weight, eps, dropout_p, seed, dtype, unit_offset)
         return normed, total
-    settings = Settings("add_rms_norm", False, eps, dropout_p, dtype)
+    settings = Settings("add_rms_norm", False, eps, dropout_p, dtype, unit_offset)
     return add_norm(x, residual, weight, None, seed, settings)
