@@ -4,7 +4,8 @@
 
 Machine code goes to Triton's cache (``TRITON_CACHE_DIR``), by the path that a real launch takes, so that one
 with the same Triton finds it there. ``--launchers``: also the small C modules that Triton 3.6 builds to call
-a kernel, and its driver's. The last line says how many kernels were compiled and how many were found.
+a kernel, and its driver's. The last line says how many kernels were compiled, how many were found, and how
+many launches repeat another's kernel.
 """
 
 from __future__ import annotations
@@ -168,8 +169,11 @@ def _all(texts: Sequence[str], launchers: bool) -> None:
         CudaUtils()
     for index, text in enumerate(texts):
         counted["launches"] += 1
+        before = counted["compiled"] + counted["found"]
         try:
             kernel = compiled(read(text))
+            # Lines that differ in what no machine code depends on.
+            counted["repeated"] += before == counted["compiled"] + counted["found"]
             if launchers:
                 CudaLauncher(kernel.src, kernel.metadata)
         # Whatever a compiler raises: the others are worth having.

@@ -13,7 +13,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +134,27 @@ def launch_costs(seen: Seen) -> None:
         noted(seen, launch, interpreted=False)
 
 
-SOURCES: tuple[Callable[[Seen], None], ...] = (launch_costs, on_meta, without_results, generation, executed)
+def tuning(seen: Seen) -> None:
+    """The rows that are tuned first and their neighbours: where a row stays, that is all the search tries."""
+    import commands
+
+    from gptkern.bench import tune
+    from gptkern.ops import _aot
+
+    for place in tune.places(commands.TUNED[:1], ARCH):
+        for row in (place.row, *tune.neighbours(place.row)):
+            with _launch.replaced_row(ARCH, place.kernel, place.index, row):
+                for typed in place.cases:
+                    # What a size refuses is no candidate there either.
+                    with suppress(ValueError):
+                        for launch in _aot.record_case(typed.case, typed.dtype, ARCH):
+                            noted(seen, launch, interpreted=False)
+
+
+SOURCES: tuple[Callable[[Seen], None], ...] = (
+    *(launch_costs, on_meta, without_results, generation, executed),
+    tuning,
+)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from stages import Row, Scope, guarded, tiny
 
 from gptkern import ops
+from gptkern.bench import timing
 from gptkern.bench.suites import _models as models
 from gptkern.bench.suites.decode_step import filled
 from gptkern.engine.executors.graph import GraphExecutor
@@ -36,7 +37,9 @@ def microseconds(scope: Scope, make: Make, sets: int) -> float:
     if scope.device.type != "cuda":
         began = time.perf_counter()
         calls[0]()
-        return (time.perf_counter() - began) * 1e6
+        found = (time.perf_counter() - began) * 1e6
+        _check_repeats(calls[0])
+        return found
     for call in calls:
         call()
     stream = torch.cuda.Stream()
@@ -49,7 +52,28 @@ def microseconds(scope: Scope, make: Make, sets: int) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    return replayed(graph.replay) / len(calls)
+    found = replayed(graph.replay) / len(calls)
+    _check_repeats(calls[0])
+    return found
+
+
+def _check_repeats(call: Callable[[], object]) -> None:
+    """Refuse a time of a kernel whose result, after all those replays, is not finite or not its own again.
+
+    Raises:
+        ArithmeticError: One of the two.
+    """
+    first, second = call(), call()
+    if isinstance(first, tuple):
+        assert isinstance(second, tuple)
+        first, second = first[0], second[0]
+    # A draw is another one each time; meta tensors, on which launches are recorded, have no values.
+    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor) or first.is_meta:
+        return
+    if not first.isfinite().all():
+        raise ArithmeticError("the timed kernel's result is not finite")
+    if not torch.equal(first, second):
+        raise ArithmeticError("the timed kernel gives other bits at each call")
 
 
 def replayed(replay: Callable[[], object]) -> float:
@@ -58,6 +82,9 @@ def replayed(replay: Callable[[], object]) -> float:
         replay()
     found = []
     for _ in range(REPLAYS):
+        # The host's, and at once: not while a replay is running.
+        torch.cuda.synchronize()
+        timing.reset_persisting_l2()
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
         replay()
