@@ -63,12 +63,10 @@ def _check_repeats(call: Callable[[], object]) -> None:
     Raises:
         ArithmeticError: One of the two.
     """
-    first, second = call(), call()
-    if isinstance(first, tuple):
-        assert isinstance(second, tuple)
-        first, second = first[0], second[0]
-    # A draw is another one each time; meta tensors, on which launches are recorded, have no values.
-    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor) or first.is_meta:
+    first, second = (out[0] if isinstance(out, tuple) else out for out in (call(), call()))
+    assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+    # A draw, integers, is another one each time; meta tensors, on which launches are recorded, have no values.
+    if first.is_meta or not first.is_floating_point():
         return
     if not first.isfinite().all():
         raise ArithmeticError("the timed kernel's result is not finite")
