@@ -65,7 +65,7 @@ def _check_repeats(call: Callable[[], object]) -> None:
     """
     first, second = (out[0] if isinstance(out, tuple) else out for out in (call(), call()))
     assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
-    # A draw, integers, is another one each time; meta tensors, of which launches are recorded, have no values.
+    # A draw, integers, is another one each time; meta tensors have no values.
     if first.is_meta or not first.is_floating_point():
         return
     if not first.isfinite().all():
