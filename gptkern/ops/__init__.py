@@ -13,6 +13,7 @@ from gptkern.ops.flash_attention import (
     flash_attn_func,
     flash_attn_varlen_func,
 )
+from gptkern.ops.gated_mlp import gated_mlp
 from gptkern.ops.gelu_mlp import gelu_mlp
 from gptkern.ops.layer_norm import add_layer_norm, layer_norm
 from gptkern.ops.linear import linear, linear_act, linear_residual
@@ -44,6 +45,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "gated_mlp",
     "gelu_mlp",
     "layer_norm",
     "linear",

@@ -273,6 +273,27 @@ def mlp_rows() -> list[Row]:
     ]
 
 
+def gated_rows() -> list[Row]:
+    def plain(
+        x: torch.Tensor, w_fc: torch.Tensor, b_fc: torch.Tensor, w_proj: torch.Tensor, b_proj: torch.Tensor
+    ) -> torch.Tensor:
+        gate, up = F.linear(x, w_fc, b_fc).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, w_proj, b_proj)
+
+    def row(case: str, shape: tuple[int, ...], inner: int, outputs: int) -> Row:
+        first = (leaf(*shape), leaf(2 * inner, shape[-1]), leaf(2 * inner))
+        return Row(case, Call((*first, leaf(outputs, inner), leaf(outputs))), plain)
+
+    return [
+        row("no row", (0, 8), 6, 8),
+        row("no batch", (0, 4, 8), 6, 8),
+        row("no column", (3, 0), 6, 8),
+        row("no inner column", (3, 8), 0, 8),
+        row("no output", (3, 8), 6, 0),
+        row("one of each", (1, 1), 1, 1),
+    ]
+
+
 def over_pages(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor, lens: torch.Tensor
 ) -> torch.Tensor:
@@ -467,6 +488,7 @@ ROWS: dict[str, list[Row]] = {
     "flash_attn_func": [row for row in dense_rows() if row.case != "no head"],
     "flash_attn_varlen_func": packed_rows(),
     "flash_attn_with_kvcache": cache_rows(),
+    "gated_mlp": gated_rows(),
     "gelu_mlp": mlp_rows(),
     "layer_norm": norm_rows(normed, False, True, 3.0),
     "linear": linear_rows(F.linear),

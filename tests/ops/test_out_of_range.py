@@ -213,7 +213,7 @@ REFUSED: dict[str, Refused] = {
     "a norm's statistics": (
         None, registered.norm_backward,
         (torch.zeros(2, 8), None, torch.zeros(2, 8), torch.zeros(8), torch.zeros(2, 1), None, 0.0, True,
-         torch.float32, torch.float32, None, True), (),
+         False, torch.float32, torch.float32, None, True), (),
         "stats has shape",
     ),
     "a target beyond": (

@@ -18,6 +18,7 @@ OPS = (
     "flash_attention",
     "linear",
     "gelu_mlp",
+    "gated_mlp",
     "linear_cross_entropy",
     "decode_attention",
 )

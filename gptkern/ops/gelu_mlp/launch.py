@@ -1,4 +1,4 @@
-"""The launches of the perceptron, in terms of ``linear``'s.
+"""The launches of a perceptron, in terms of ``linear``'s; ``gated_mlp`` shares all but the first product.
 
 Forward: two products. Backward: five (with ``pre`` and ``hidden`` saved) or six (recomputed); the
 gradients of the activation and of the first bias are in the epilogue of the product that gives dhidden.
@@ -6,6 +6,7 @@ gradients of the activation and of the first bias are in the epilogue of the pro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,27 @@ from gptkern.ops.linear.launch import (
 Maybe = torch.Tensor | None
 
 
+class Form(NamedTuple):
+    """One kind of perceptron.
+
+    Attributes:
+        op: The public function's name.
+        gate: Rows of ``w_fc`` for each value of the hidden layer.
+        first: (x, w_fc, b_fc, activation, save) gives (hidden, pre or None).
+        first_grad: (dout, w_proj, pre, activation, dtype of sums or None) gives (dpre, its column sums or
+            None).
+    """
+
+    op: str
+    gate: int
+    first: Callable[[torch.Tensor, torch.Tensor, Maybe, str, bool], tuple[torch.Tensor, Maybe]]
+    first_grad: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, str, torch.dtype | None], tuple[torch.Tensor, Maybe]
+    ]
+
+
 class Layers(NamedTuple):
-    """The two linear layers: ``w_fc (hidden, in)``, ``w_proj (out, hidden)`` and their biases or None."""
+    """The two linear layers: ``w_fc (gate * hidden, in)``, ``w_proj (out, hidden)``, their biases or None."""
 
     w_fc: torch.Tensor
     b_fc: Maybe
@@ -36,8 +56,8 @@ class Saved(NamedTuple):
 
     Attributes:
         x, w_fc, b_fc, w_proj, activation: The arguments.
-        pre, hidden: ``(tokens, hidden)``, the hidden layer before and after its activation; None to
-            compute it again.
+        pre: ``(tokens, gate * hidden)``, the first product before the activation; None to compute it again.
+        hidden: ``(tokens, hidden)``, the hidden layer; None to compute it again.
     """
 
     x: torch.Tensor
@@ -49,19 +69,28 @@ class Saved(NamedTuple):
     activation: str
 
 
+def _first(
+    x: torch.Tensor, w_fc: torch.Tensor, b_fc: Maybe, activation: str, save: bool
+) -> tuple[torch.Tensor, Maybe]:
+    return product(x, w_fc.t(), b_fc, None, activation, save)
+
+
+PLAIN = Form("gelu_mlp", 1, _first, product_dact)
+
+
 def forward(
-    x: torch.Tensor, layers: Layers, residual: Maybe, activation: str, save: bool
+    form: Form, x: torch.Tensor, layers: Layers, residual: Maybe, activation: str, save: bool
 ) -> tuple[torch.Tensor, Maybe, Maybe]:
     """(out, pre, hidden), the last two None without ``save``."""
     w_fc, b_fc, w_proj, b_proj = layers
-    hidden, pre = product(matrix(x), w_fc.t(), b_fc, None, activation, save)
+    hidden, pre = form.first(matrix(x), w_fc, b_fc, activation, save)
     residual_rows = None if residual is None else matrix(residual)
     out, _ = product(hidden, w_proj.t(), b_proj, residual_rows)
     return out.view(*x.shape[:-1], w_proj.shape[0]), pre, hidden if save else None
 
 
 def backward(
-    dout: torch.Tensor, saved: Saved, needs: tuple[bool, bool, bool, bool, bool]
+    form: Form, dout: torch.Tensor, saved: Saved, needs: tuple[bool, bool, bool, bool, bool]
 ) -> tuple[Maybe, ...]:
     """(dx, dw_fc, db_fc, dw_proj, db_proj), None for each that ``needs`` does not ask for."""
     x, w_fc, b_fc, w_proj, pre, hidden, activation = saved
@@ -69,13 +98,13 @@ def backward(
     dout = matrix_of_grad(dout, x.dtype)
     x_rows = matrix(x)
     if pre is None or hidden is None:
-        hidden, pre = product(x_rows, w_fc.t(), b_fc, None, activation, True)
+        hidden, pre = form.first(x_rows, w_fc, b_fc, activation, True)
     assert pre is not None
     dw_proj = weight_grad(dout, hidden, w_proj) if needs_w_proj else None
     db_proj = column_sum(dout, x.dtype) if needs_b_proj else None
     if not (needs_x or needs_w_fc or needs_b_fc):
         return None, None, None, dw_proj, db_proj
-    dpre, db_fc = product_dact(dout, w_proj, pre, activation, x.dtype if needs_b_fc else None)
+    dpre, db_fc = form.first_grad(dout, w_proj, pre, activation, x.dtype if needs_b_fc else None)
     dx = product(dpre, w_fc)[0].view(x.shape) if needs_x else None
     dw_fc = weight_grad(dpre, x_rows, w_fc) if needs_w_fc else None
     return dx, dw_fc, db_fc, dw_proj, db_proj

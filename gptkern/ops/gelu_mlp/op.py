@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
 from gptkern.ops.gelu_mlp import launch, reference
-from gptkern.ops.gelu_mlp.launch import Layers
-from gptkern.ops.gelu_mlp.register import GeluMLP
+from gptkern.ops.gelu_mlp.launch import PLAIN, Form, Layers
+from gptkern.ops.gelu_mlp.register import MLP, check_layers
 from gptkern.ops.linear import checks
 from gptkern.ops.linear.op import cast
 
@@ -53,26 +55,40 @@ def gelu_mlp(
         TypeError: a dtype that is not accepted.
         ValueError: a shape, layout, device or activation that is not accepted.
     """
-    op = "gelu_mlp"
-    checks.activation(op, activation)
-    checks.tensors(op, x=x, w_fc=w_fc, b_fc=b_fc, w_proj=w_proj, b_proj=b_proj, residual=residual)
-    dtype = autocast_dtype(x)
-    x, w_fc, b_fc = cast(x, dtype), cast(w_fc, dtype), cast(b_fc, dtype)
-    w_proj, b_proj = cast(w_proj, dtype), cast(b_proj, dtype)
-    checks.layer(op, x, x.shape[-1], ("w_fc", "b_fc"), w_fc, b_fc)
-    checks.layer(op, x, w_fc.shape[0], ("w_proj", "b_proj"), w_proj, b_proj)
-    if residual is not None:
-        checks.residual(op, x, residual, w_proj.shape[0])
-    if not use_kernel(x):
-        return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, activation, residual)
-    checks.kernel_inputs(op, max(w_fc.shape[0], w_proj.shape[0]), x=x, residual=residual)
-    grad = needs_grad(x, w_fc, b_fc, w_proj, b_proj, residual)
-    save = grad and not recompute
     layers = Layers(w_fc, b_fc, w_proj, b_proj)
+    return mlp(PLAIN, reference.gelu_mlp, x, layers, activation, residual, recompute)
+
+
+def mlp(
+    form: Form,
+    plain: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    layers: Layers,
+    activation: str,
+    residual: torch.Tensor | None,
+    recompute: bool,
+) -> torch.Tensor:
+    """A perceptron of any form; ``plain`` is its reference."""
+    op = form.op
+    checks.activation(op, activation)
+    checks.tensors(op, x=x, **layers._asdict(), residual=residual)
+    dtype = autocast_dtype(x)
+    w_fc, b_fc, w_proj, b_proj = layers
+    layers = Layers(cast(w_fc, dtype), cast(b_fc, dtype), cast(w_proj, dtype), cast(b_proj, dtype))
+    x = cast(x, dtype)
+    check_layers(op, form.gate, x, layers, activation)
+    if residual is not None:
+        checks.residual(op, x, residual, layers.w_proj.shape[0])
+    if not use_kernel(x):
+        return plain(x, *layers, activation, residual)
+    checks.kernel_inputs(op, max(layers.w_fc.shape[0], layers.w_proj.shape[0]), x=x, residual=residual)
+    grad = needs_grad(x, *layers, residual)
+    save = grad and not recompute
     if traced(x):
-        out: torch.Tensor = torch.ops.gptkern.gelu_mlp(x, *layers, residual, activation, save)[0]
+        registered = getattr(torch.ops.gptkern, op)
+        out: torch.Tensor = registered(x, *layers, residual, activation, save)[0]
         return out
     if grad:
-        out = GeluMLP.apply(x, *layers, residual, activation, save)
+        out = MLP.apply(form, x, *layers, residual, activation, save)
         return out
-    return launch.forward(x, layers, residual, activation, False)[0]
+    return launch.forward(form, x, layers, residual, activation, False)[0]

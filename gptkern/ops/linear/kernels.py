@@ -22,7 +22,7 @@ from gptkern.ops._device import activate, activation_grad
 
 
 @triton.jit
-def _tile(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_at(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """(row, column) of tile number ``index``, in tiles."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     group = GROUP_M * tl.cdiv(N, BLOCK_N)
@@ -32,7 +32,7 @@ def _tile(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
 
 
 @triton.jit
-def _product(
+def product_tile(
     a,
     b,
     row,
@@ -89,7 +89,7 @@ def _product(
 
 
 @triton.jit
-def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The left and right half of a tile; no value moves to another thread."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
@@ -115,7 +115,7 @@ def _finish(
 ):
     """Bias, activation and residual on an accumulated tile, STORE_N columns at a time to spare registers."""
     if BLOCK_N > STORE_N:
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
         half: tl.constexpr = BLOCK_N // 2
         _finish(
             left, bias_ptr, residual_ptr, out_ptr, pre_ptr, row, col, M, N,
@@ -178,9 +178,9 @@ def linear(
     """out and pre, or None for pre: (M, N) contiguous. bias: (N,). residual: (M, N), any strides."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=PERSISTENT):
-        tile_m, tile_n = _tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
-        acc = _product(
+        acc = product_tile(
             a, b, row, col, 0, tl.cdiv(K, BLOCK_K), M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
             BLOCK_M, BLOCK_N, BLOCK_K, TMA, A_ROWS, B_ROWS,
         )  # fmt: skip
@@ -207,7 +207,7 @@ def _finish_dact(
 ):
     """The activation's gradient on an accumulated tile, and its column sums, STORE_N columns at a time."""
     if BLOCK_N > STORE_N:
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
         half: tl.constexpr = BLOCK_N // 2
         _finish_dact(left, pre_ptr, dpre_ptr, partial_ptr, row, col, M, N, ACTIVATION, BLOCK_M, half, STORE_N)
         _finish_dact(
@@ -253,9 +253,9 @@ def linear_dact(
     B_ROWS: tl.constexpr,
 ):
     """dpre: (M, N) contiguous, as pre. partial: (ceil(M / BLOCK_M), N) fp32, column sums of dpre's tiles."""
-    tile_m, tile_n = _tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
-    acc = _product(
+    acc = product_tile(
         a, b, row, col, 0, tl.cdiv(K, BLOCK_K), M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
         BLOCK_M, BLOCK_N, BLOCK_K, TMA, A_ROWS, B_ROWS,
     )  # fmt: skip
@@ -286,12 +286,12 @@ def linear_dw(
 ):
     """out: (splits, M, N), the weight's own strides within a split; grid (tiles, splits)."""
     # This program's share of the sum over k.
-    tile_m, tile_n = _tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
     k_tiles = tl.cdiv(K, BLOCK_K)
     split = tl.program_id(1)
     share = tl.cdiv(k_tiles, tl.num_programs(1))
-    acc = _product(
+    acc = product_tile(
         a, b, row, col, split * share, tl.minimum(split * share + share, k_tiles), M, N, K,
         stride_am, stride_ak, stride_bk, stride_bn, BLOCK_M, BLOCK_N, BLOCK_K, TMA, A_ROWS, B_ROWS,
     )  # fmt: skip

@@ -64,7 +64,7 @@ def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
-def _operands(
+def operands(
     kernel: str, a: torch.Tensor, b: torch.Tensor, **shape: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The leading arguments of a kernel for ``a @ b``, and its launch row with the operands' flags.
@@ -88,7 +88,7 @@ def _operands(
     return (_descriptor(a, [block_m, block_k]), _descriptor(b, [block_k, block_n])), flags
 
 
-def _tiles(m: int, n: int, config: dict[str, Any]) -> int:
+def tile_count(m: int, n: int, config: dict[str, Any]) -> int:
     block_m, block_n = int(config["BLOCK_M"]), int(config["BLOCK_N"])
     return -(-m // block_m) * -(-n // block_n)
 
@@ -106,8 +106,8 @@ def product(
     out = a.new_empty(m, n, dtype=a.dtype if residual is None else residual.dtype)
     pre = a.new_empty(m, n) if save_pre else None
     epilogue = "plain" if activation == "none" else "activation"
-    matrices, config = _operands("linear", a, b, epilogue=epilogue)
-    programs = _tiles(m, n, config)
+    matrices, config = operands("linear", a, b, epilogue=epilogue)
+    programs = tile_count(m, n, config)
     if config["PERSISTENT"]:
         programs = min(programs, _launch.multiprocessors(a.device))
     stride_bias = 0 if bias is None else bias.stride(0)
@@ -126,11 +126,11 @@ def product_dact(
     """``dpre = (a @ b) * activation'(pre)``, and its column sums in the dtype ``sums``."""
     (m, k), n = a.shape, b.shape[1]
     dpre = torch.empty_like(pre)
-    matrices, config = _operands("linear_dact", a, b)
+    matrices, config = operands("linear_dact", a, b)
     partial = None if sums is None else a.new_empty(-(-m // config["BLOCK_M"]), n, dtype=torch.float32)
     with _launch.on_device(a):
         _launch.launch(
-            kernels.linear_dact, (_tiles(m, n, config),), *matrices, pre, dpre, partial, m, n, k,
+            kernels.linear_dact, (tile_count(m, n, config),), *matrices, pre, dpre, partial, m, n, k,
             *a.stride(), *b.stride(), ACTIVATION=activation, **config,
         )  # fmt: skip
     return dpre, None if partial is None or sums is None else column_sum(partial, sums)
@@ -151,8 +151,8 @@ def weight_grad(dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> to
     (tokens, m), n = dout.shape, x.shape[1]
     dw = torch.empty_like(weight)
     dout_t = dout.t()
-    matrices, config = _operands("linear_dw", dout_t, x)
-    tiles = _tiles(m, n, config)
+    matrices, config = operands("linear_dw", dout_t, x)
+    tiles = tile_count(m, n, config)
     splits = _dw_splits(tiles, -(-tokens // config["BLOCK_K"]))
     parts = dw if splits == 1 else dw.new_empty(splits, m * n, dtype=torch.float32)
     with _launch.on_device(x):

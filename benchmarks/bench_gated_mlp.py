@@ -1,0 +1,5 @@
+"""The gated MLP: bound by the matrix units."""
+
+
+def test_gated_mlp(measure) -> None:
+    measure()
