@@ -35,7 +35,7 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are changed for contexts longer than those of pre-training.
+    """A change of rotary frequencies for contexts longer than those of pre-training.
 
     Attributes:
         kind: The method, under transformers' ``rope_type``.
@@ -66,7 +66,7 @@ class RotarySpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What may differ from layer to layer.
+    """One layer: what may differ from layer to layer.
 
     Attributes:
         attention_scale: The softmax scale.
