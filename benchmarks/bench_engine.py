@@ -19,7 +19,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from gptkern import GPT, Engine, Request
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.choose import Executors
-from gptkern.engine.rows import Rows
 from gptkern.generate.engines import Engines
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,10 +64,8 @@ def test_host_time_of_a_pass(benchmark: BenchmarkFixture) -> None:
     def alone() -> float:
         cache.truncate(sequence, 0)
         for _ in range(len(prompt)):
-            executor.forward(Rows([sequence], [1], token, [1]))
-        return (
-            _seconds(lambda: [executor.forward(Rows([sequence], [1], token, [1])) for _ in range(NEW)]) / NEW
-        )
+            executor(token)
+        return _seconds(lambda: [executor(token) for _ in range(NEW)]) / NEW
 
     rounds = [(passes(), alone()) for _ in range(ROUNDS)]
     benchmark.pedantic(lambda: engine.has_work, rounds=1)

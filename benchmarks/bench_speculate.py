@@ -47,6 +47,7 @@ def test_what_a_pass_costs(benchmark: BenchmarkFixture) -> None:
     (sequence,), length = cache.sequences, cache.lengths[0]
 
     def verify(n: int) -> None:
+        cache.reserve([n])
         executor.forward(Rows([sequence], [n], tokens[:n], [n]))
         cache.truncate(sequence, length)
 

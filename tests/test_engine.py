@@ -248,6 +248,7 @@ def test_an_engine_that_is_closed_during_a_step_gives_everything_back() -> None:
         {"max_seqs": "3"},
         {"page_size": True},
         {"prefill_chunk": 512.0},
+        {"prefill_chunk": 0},
         {"memory_bytes": 1e9},
         {"cache_tokens": 64.0},
         {"prefix_cache": "no"},
@@ -258,6 +259,14 @@ def test_what_an_engine_is_made_of_is_refused_by_name(options: dict[str, Any]) -
     (name,) = options
     with pytest.raises((TypeError, ValueError), match=f"Engine: {name} is "):
         Engine(make_model(), **options)
+
+
+def test_a_page_may_be_larger_than_what_one_pass_takes_of_a_prompt() -> None:
+    expected = Engine(make_model())
+    engine = Engine(make_model(), page_size=4096, prefill_chunk=1)
+    for each in (expected, engine):
+        each.add(asked(*range(1, 40)))
+    assert [event.token for event in run(engine)] == [event.token for event in run(expected)]
 
 
 def test_text_in_place_of_a_model_or_a_request_is_refused_by_name() -> None:
@@ -394,11 +403,11 @@ def test_turns_of_a_conversation_compute_only_what_is_new() -> None:
 
         engine.executors.prefill.forward = counted  # type: ignore[method-assign]
     longer = torch.tensor([[*said, 5, 6, 7]])
-    found = model.generate(longer, max_new_tokens=20)
-    assert sum(computed) == 103 - 64
-    fresh = make_model()
-    fresh.engines = Engines(keeps_prefixes=True)
-    assert torch.equal(found, fresh.generate(longer, max_new_tokens=20))
+    options = {"max_new_tokens": 20, "eos_token_id": None}
+    found = model.generate(longer, **options)
+    assert computed == [103 - 64, *[1] * 19]
+    # ``generate`` gives the same, whether it keeps prefixes or not.
+    assert torch.equal(found, make_model().generate(longer, **options))
 
 
 class StandIn(Graphs):

@@ -25,7 +25,7 @@ class Harness:
         *,
         pages: int,
         max_seqs: int,
-        row_invariant: bool = False,
+        unit: int = CHUNK,
         decode_tokens: int = 1,
         prefix_cache: bool = True,
         seed: int = 0,
@@ -33,11 +33,11 @@ class Harness:
         self.cache = KVCache.for_config(
             CONFIG, max_seqs=max_seqs, max_len=64, page_size=PAGE, cache_tokens=pages * PAGE
         )
-        self.row_invariant = row_invariant
+        self.unit = unit
         self.scheduler = Scheduler(
             self.cache,
             prefill_chunk=CHUNK,
-            row_invariant=row_invariant,
+            unit=unit,
             decode_tokens=decode_tokens,
             prefix_cache=prefix_cache,
         )
@@ -101,16 +101,16 @@ class Harness:
 
     def _check(self, parts: list[Part]) -> None:
         assert len({id(part.row) for part in parts}) == len(parts)
-        assert sum(p.count for p in parts if p.prefill) <= CHUNK
+        assert sum(p.count for p in parts if p.prefill) <= max(CHUNK, self.unit)
         for part in parts:
             row = part.row
             assert part.start == row.computed and part.count > 0
             assert row.sequence is not None
             assert len(self.cache.pages(row.sequence)) * PAGE >= part.start + part.count
             if row.computed < len(row.prompt):
-                # A chunk begins at a multiple or ends there, and no chunk crosses one.
-                assert part.start % CHUNK == 0 or self.row_invariant
-                assert part.start // CHUNK == (part.start + part.count - 1) // CHUNK
+                end = part.start + part.count
+                assert part.start % self.unit == 0
+                assert end % self.unit == 0 or end == len(row.prompt)
             assert part.samples == (part.start + part.count - len(row.draft) == row.total)
 
     def _check_lengths(self) -> None:
@@ -148,7 +148,7 @@ requests = st.lists(
     requests,
     st.integers(10, 24),
     st.integers(3, 5),
-    st.booleans(),
+    st.sampled_from([1, 2, 3, 4, 6]),
     st.integers(1, 3),
     st.booleans(),
     st.booleans(),
@@ -158,7 +158,7 @@ def test_every_request_ends_and_everything_comes_back(
     asked: list[tuple[list[int], int, int, int, int]],
     pages: int,
     max_seqs: int,
-    row_invariant: bool,
+    unit: int,
     decode_tokens: int,
     drafts: bool,
     prefix_cache: bool,
@@ -167,7 +167,7 @@ def test_every_request_ends_and_everything_comes_back(
     harness = Harness(
         pages=pages,
         max_seqs=max_seqs,
-        row_invariant=row_invariant,
+        unit=unit,
         decode_tokens=decode_tokens,
         prefix_cache=prefix_cache,
         seed=rng.randrange(1000),
@@ -270,7 +270,7 @@ def test_own_tokens_are_taken_again_behind_the_prompt(decode_tokens: int) -> Non
 
 
 def test_where_rows_are_invariant_own_tokens_run_in_chunks() -> None:
-    harness = Harness(pages=8, max_seqs=2, row_invariant=True, prefix_cache=False)
+    harness = Harness(pages=8, max_seqs=2, unit=1, prefix_cache=False)
     harness.add([1] * 3, 9)
     (young,) = harness.add([2] * 3, 9)
     while not harness.scheduler.preemptions:
@@ -282,16 +282,17 @@ def test_where_rows_are_invariant_own_tokens_run_in_chunks() -> None:
     assert [part.count for part in parts][:-1] == [4] * (len(parts) - 1)
 
 
-@pytest.mark.parametrize(("row_invariant", "found"), [(True, [10, 12]), (False, [8, 8])])
-def test_a_prompt_that_ran_before_is_found_again(row_invariant: bool, found: list[int]) -> None:
-    harness = Harness(pages=30, max_seqs=3, row_invariant=row_invariant)
+@pytest.mark.parametrize(("unit", "found"), [(1, [10, 12]), (4, [8, 8]), (3, [6, 6])])
+def test_a_prompt_that_ran_before_is_found_again(unit: int, found: list[int]) -> None:
+    harness = Harness(pages=30, max_seqs=3, unit=unit)
     prompt = list(range(11))
     harness.add(prompt, 3)
     harness.run()
     (again,) = harness.add(prompt, 1)
     first = harness.step()[0]
     assert (first.row, first.start) == (again, found[0])
-    # What was generated runs as a prompt now: its bits are those of a chunk only where rows are invariant.
+    harness.run()
+    # What was generated runs as a prompt now: its bits are those of a unit only where rows are invariant.
     harness.add([*prompt, 111, 112, 113], 1)
     assert harness.step()[0].start == found[1]
 
@@ -376,6 +377,3 @@ def test_what_can_never_fit_is_refused_by_name() -> None:
         harness.add([1] * 10, 7)
     with pytest.raises(ValueError, match="num_return_sequences is 3, the engine's max_seqs is 2"):
         harness.add([1], 1, copies=3)
-    harness.run()
-    with pytest.raises(ValueError, match="prefill_chunk is 3; a multiple of the page size, 2, is needed"):
-        Scheduler(harness.cache, prefill_chunk=3, row_invariant=True)

@@ -252,6 +252,7 @@ def test_rows_are_bitwise_the_plain_step_and_rejects_leave_no_trace(
         assert type(executor) is kind
         counts, before = [len(ids) for ids in tokens], held.lengths
         flat = torch.tensor([token for ids in tokens for token in ids], device=where)
+        held.reserve(counts)
         logits = executor.forward(Rows(held.sequences, counts, flat, counts))
         free = held.free_pages
         at = 0

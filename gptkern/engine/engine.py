@@ -114,7 +114,7 @@ class Engine:
             together. With neither there is room for ``max_seqs`` sequences of the model's whole context.
         page_size: Tokens that share a page.
         prefix_cache: Whether a prompt's keys and values are taken over from an earlier one that began alike.
-        prefill_chunk: Tokens of prompts in one pass; long prompts run in chunks of so many.
+        prefill_chunk: Most tokens of prompts in one pass, about: a longer prompt takes several.
         kv_cache_dtype: "auto" keeps keys and values in the model's dtype, "fp8" in a byte each.
 
     Raises:
@@ -143,6 +143,8 @@ class Engine:
             raise ValueError(f"Engine: kv_cache_dtype is {kv_cache_dtype!r}; 'auto' or 'fp8' is needed")
         if not isinstance(prefix_cache, bool):
             raise TypeError(f"Engine: prefix_cache is {prefix_cache!r}; True or False is needed")
+        if prefill_chunk < 1:
+            raise ValueError(f"Engine: prefill_chunk is {prefill_chunk}; 1 or more is needed")
         self.cache = KVCache.for_config(
             model.config,
             max_seqs=max_seqs,
@@ -154,17 +156,11 @@ class Engine:
             **model.cache_options(kv_cache_dtype),
         )
         self.model = model
-        self.prefill_chunk = prefill_chunk
         self.executors = Executors(model, self.cache, max(MOST_ROWS, max_seqs))
-        self._decode = decode = self.executors.decode
-        self._scheduler = Scheduler(
-            self.cache,
-            prefill_chunk=prefill_chunk,
-            row_invariant=self.executors.prefill.row_invariant,
-            decode_tokens=decode.max_rows or 1 if decode.row_invariant else 1,
-            prefix_cache=prefix_cache,
-        )
-        self._launcher = Launcher(self.cache, self.executors.prefill, self._scheduler)
+        self._scheduler = Scheduler(self.cache, prefill_chunk=prefill_chunk, prefix_cache=prefix_cache)
+        self._decode = self.executors.decode
+        self._divide()
+        self._launcher = Launcher(self.cache.device, self._scheduler)
         self._sampler = Sampler(model.config.vocab_size, model.device)
         self._version = WeightsVersion(model) if prefix_cache else None
         self._kv_cache_dtype = kv_cache_dtype
@@ -334,11 +330,9 @@ class Engine:
             CacheFullError: No room.
         """
         (sequence,) = self.cache.allocate()
-        for start in range(0, len(prompt), self.prefill_chunk):
-            part = prompt[start : start + self.prefill_chunk]
-            tokens = torch.tensor(part, device=self.cache.device)
-            logits = self.executors.prefill.forward(Rows([sequence], [len(part)], tokens, [1]))
-        return logits
+        self.cache.reserve([len(prompt)], [sequence])
+        tokens = torch.tensor(prompt, device=self.cache.device)
+        return self.executors.prefill.forward(Rows([sequence], [len(prompt)], tokens, [1]))
 
     def clear(self) -> None:
         """End every request, without an event, and give back what they hold. Prefixes stay."""
@@ -386,13 +380,13 @@ class Engine:
                 self._scheduler.computed(part, len(draw.tokens))
             self._events += self._taken(copy, draw, 0 if part is None else part.count - 1)
         if self._decode.row_invariant:
-            self._draft(self._decode.max_rows or 0)
+            self._draft(self._decode.draft_rows)
 
     def _launch(self, ahead: tuple[Sequence[Row], torch.Tensor] | None) -> Launch:
         self._refuse_changed()
         if self._version is not None and self._scheduler.waiting:
             self._scheduler.follow_weights(self._version.current())
-        return self._launcher.launch(time.monotonic(), self._decode, ahead)
+        return self._launcher.launch(time.monotonic(), self._decode, self.executors.prefill, ahead)
 
     def _follow_inbox(self) -> None:
         added, cancelled = self._inbox.take()
@@ -409,12 +403,19 @@ class Engine:
         if added:
             self.executors.look_again()
 
+    def _divide(self) -> None:
+        """Let the scheduler cut rows' tokens as the executors need them."""
+        decode = self._decode
+        self._scheduler.unit = self.executors.unit
+        self._scheduler.decode_tokens = decode.max_rows or 1 if decode.row_invariant else 1
+
     def _refuse_changed(self) -> None:
         """End rows whose drafts were computed by what serves the model no more: a hook would be left out."""
         decode = self.executors.decode
         if decode is self._decode:
             return
         self._decode = decode
+        self._divide()
         drafting = [copy.row for copy in self._copies.values() if copy.lookup and copy.row.generated]
         for row in drafting:
             self._scheduler.finish(row)
@@ -486,7 +487,8 @@ class Engine:
         """Draft tokens for the next pass; rows that have some share alike what it has room for."""
         if all(copy.lookup is None for copy in self._copies.values()):
             return
-        rows = [c for c in self._copies.values() if c.row.state == "running" and c.row.generated]
+        # Rows that compute their tokens anew draft none.
+        rows = [c for c in self._copies.values() if c.row.generated and c.row.computed + 1 == c.row.total]
         drafts: dict[Copy, list[int]] = {}
         for copy in rows:
             room = copy.row.max_new - len(copy.row.generated) - 1

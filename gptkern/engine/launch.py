@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.base import Executor
+from gptkern.engine.executors.prompt import PromptExecutor
 from gptkern.engine.rows import Rows
 from gptkern.engine.scheduler import Part, Row, Scheduler
 
@@ -55,25 +55,30 @@ class Launch:
 class Launcher:
     """Runs what the scheduler chooses."""
 
-    def __init__(self, cache: KVCache, prefill: Executor, scheduler: Scheduler) -> None:
-        self._device, self._prefill, self._scheduler = cache.device, prefill, scheduler
+    def __init__(self, device: torch.device, scheduler: Scheduler) -> None:
+        self._device, self._scheduler = device, scheduler
 
-    def launch(self, now: float, decode: Executor, ahead: Ahead | None) -> Launch:
+    def launch(
+        self, now: float, decode: Executor, prefill: Executor | PromptExecutor, ahead: Ahead | None
+    ) -> Launch:
         """Begin the next pass.
 
         Args:
             now: The engine's clock.
-            decode: Runs rows that have their prompt behind them.
+            decode, prefill: Run rows that have their prompt behind them, and prompts.
             ahead: Rows whose last token is on the device alone, and these tokens.
         """
         chosen = self._scheduler.plan(now)
+        if prefill is decode:
+            logits = [decode.forward(self._rows(chosen.parts, ahead))] if chosen.parts else []
+            return self._launched(chosen.parts, logits, chosen.expired)
         decodes = [part for part in chosen.parts if part.start >= len(part.row.prompt)]
         prefills = [part for part in chosen.parts if part.start < len(part.row.prompt)]
-        logits: list[torch.Tensor] = []
+        logits = []
         if decodes:
             logits.append(decode.forward(self._rows(decodes, ahead)))
         if prefills:
-            logits.append(self._prefill.forward(self._rows(prefills, None)))
+            logits.append(prefill.forward(self._rows(prefills, None)))
         return self._launched(decodes + prefills, logits, chosen.expired)
 
     def _launched(self, parts: Sequence[Part], logits: Sequence[torch.Tensor], expired: list[Row]) -> Launch:

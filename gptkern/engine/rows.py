@@ -34,16 +34,14 @@ class Rows:
         ones = [1] * len(sequences)
         return cls(sequences, ones, tokens, ones)
 
-    def only_wanted(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits that ``wanted`` counts, out of those after every token."""
-        if list(self.wanted) == list(self.counts):
-            return logits
-        chosen: list[int] = []
+    def positions_wanted(self) -> list[int]:
+        """The places, among all tokens, of those after which logits are wanted."""
+        places: list[int] = []
         end = 0
         for count, wanted in zip(self.counts, self.wanted, strict=True):
             end += count
-            chosen += range(end - wanted, end)
-        return logits[chosen]
+            places += range(end - wanted, end)
+        return places
 
 
 class RowTable:

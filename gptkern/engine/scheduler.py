@@ -1,7 +1,7 @@
 """Scheduler: which rows go into the next pass, with how many tokens, and who has to wait or give way.
 
 Order is that of priority, then of arrival. Rows that have their prompt behind them run in every pass, a token
-each. Beside them, prompts run in chunks that begin at fixed multiples. A row is begun when there is room for
+each. Beside them, prompts run in chunks. A row is begun when there is room for
 its whole prompt and one token, and no later row is begun before it. Where memory runs out, the row that is
 last in the order gives its pages back and waits to be computed again.
 
@@ -11,6 +11,7 @@ Everything here is plain Python on counts of tokens; it takes no tensor in its h
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -139,18 +140,15 @@ class Scheduler:
 
     Args:
         cache: Where sequences and pages are reserved; nobody else may begin or end sequences in it.
-        prefill_chunk: Tokens of prompts in one pass, and where chunks begin: at its multiples.
-        row_invariant: Whether a token's keys and values are the same bits in every pass, chunk or not. Where
-            not, only whole chunks of prompts are found again, and a row that gave way takes its own new
-            tokens again in passes like those that they came from.
-        decode_tokens: How many of those one such pass takes.
+        prefill_chunk: Most tokens of prompts in one pass, as far as whole units allow.
         prefix_cache: Whether full pages are found again.
 
     Attributes:
+        unit: Prompts are cut at its multiples alone. 1: a token's keys and values are the same bits in every
+            pass. If not, only whole units of prompts are found again, and a row that gave way takes its own
+            new tokens again in passes like those that they came from.
+        decode_tokens: How many of those one such pass takes.
         preemptions: How often a row gave way, so far.
-
-    Raises:
-        ValueError: ``prefill_chunk`` is no multiple of the page size.
     """
 
     def __init__(
@@ -158,20 +156,14 @@ class Scheduler:
         cache: Cache,
         *,
         prefill_chunk: int,
-        row_invariant: bool,
+        unit: int = 1,
         decode_tokens: int = 1,
         prefix_cache: bool = True,
     ) -> None:
-        if prefill_chunk < 1 or prefill_chunk % cache.page_size:
-            raise ValueError(
-                f"Engine: prefill_chunk is {prefill_chunk}; "
-                f"a multiple of the page size, {cache.page_size}, is needed"
-            )
+        self.unit, self.decode_tokens = unit, decode_tokens
         self.preemptions = 0
         self._cache = cache
         self._chunk = prefill_chunk
-        self._row_invariant = row_invariant
-        self._decode_tokens = decode_tokens
         self._prefix_cache = prefix_cache
         self._version = 0
         # Both sorted by ``order``.
@@ -231,17 +223,19 @@ class Scheduler:
         parts = self._decodes(preempted)
         if len(parts) == len(self._running) and not self._waiting:
             return Pass(parts, expired, preempted)
-        budget = self._chunk
+        budget = max(self._chunk, self.unit)
         for row in self._unfilled(preempted):
             if not self._prefilling(row):
                 # Pages that were found hold all but its last token.
                 parts.append(self._decode(row))
                 continue
-            chunk = min(self._chunk - row.computed % self._chunk, self._prefill_end(row) - row.computed)
-            if chunk > budget:
+            count = self._prefill_end(row) - row.computed
+            if count > budget:
+                count = (row.computed + budget) // self.unit * self.unit - row.computed
+            if count <= 0:
                 break
-            budget -= chunk
-            parts.append(Part(row, row.computed, chunk, True, row.computed + chunk == row.total))
+            budget -= count
+            parts.append(Part(row, row.computed, count, True, row.computed + count == row.total))
             if not budget:
                 break
         return Pass(parts, expired, preempted)
@@ -315,7 +309,7 @@ class Scheduler:
     def _decode(self, row: Row) -> Part:
         """A row's next part behind its prompt: its last token and its draft, or some tokens taken again."""
         again = row.total - row.computed - 1
-        count = min(again, self._decode_tokens) if again else 1 + len(row.draft)
+        count = min(again, self.decode_tokens) if again else 1 + len(row.draft)
         return Part(row, row.computed, count, False, not again)
 
     def _make_room(self, row: Row, preempted: list[Row]) -> None:
@@ -349,6 +343,10 @@ class Scheduler:
                     waiting = []
                 else:
                     yield row
+
+    @property
+    def _row_invariant(self) -> bool:
+        return self.unit == 1
 
     def _prefilling(self, row: Row) -> bool:
         """True if a row's next tokens run in a chunk."""
@@ -387,7 +385,7 @@ class Scheduler:
     @property
     def _group(self) -> int:
         """Pages that are found together or not at all."""
-        return 1 if self._row_invariant else self._chunk // self._cache.page_size
+        return self.unit // math.gcd(self.unit, self._cache.page_size)
 
     def _findable(self, row: Row) -> list[bytes]:
         """The keys that a row may begin with: at least its last token is to be computed."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gptkern.engine.cache import PAGE_SIZE
-from gptkern.engine.engine import DEFAULT_CHUNK, Engine
+from gptkern.engine.engine import Engine
 from gptkern.engine.options import KVCacheDType
 from gptkern.model.decoder import Decoder
 
@@ -66,10 +66,7 @@ class Engines:
         self._leave(engine, key)
 
     def _new_engine(self, model: Decoder, rows: int, pages: int, kv_cache_dtype: KVCacheDType) -> Engine:
-        chunk = DEFAULT_CHUNK
         if self._keeps_prefixes:
-            # A prefix that is reused ends at a multiple of the chunk; small chunks cost a GPU more launches.
-            chunk = PAGE_SIZE if model.device.type == "cpu" else 4 * PAGE_SIZE
             # A new, larger engine has no prefixes to reuse, so that this one gets room for the whole context.
             pages = max(pages, rows * (-(-model.config.n_positions // PAGE_SIZE) + 1))
         return Engine(
@@ -77,7 +74,6 @@ class Engines:
             max_seqs=rows,
             cache_tokens=pages * PAGE_SIZE,
             prefix_cache=self._keeps_prefixes,
-            prefill_chunk=chunk,
             kv_cache_dtype=kv_cache_dtype,
         )
 

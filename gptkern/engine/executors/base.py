@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 import torch
@@ -32,6 +33,9 @@ class Executor(ABC):
         row_invariant: A token's logits are bitwise the same however many tokens of its sequence share the
             pass. They never depend on other sequences.
         max_rows: Most tokens of one launch; a pass of more is several launches. None: any number.
+        draft_rows: Most tokens of a pass that has drafts: more cost more time than they save.
+        prompt_tokens: Most tokens of a prompt that it computes sooner than the model's layers do. None: any
+            number, so that it runs whole prompts.
     """
 
     name: ClassVar[str]
@@ -39,6 +43,8 @@ class Executor(ABC):
     on_request: ClassVar[bool] = False
     row_invariant: ClassVar[bool]
     max_rows: int | None = None
+    draft_rows: int = 0
+    prompt_tokens: int | None = 0
 
     def __init__(self, model: Decoder, cache: KVCache) -> None:
         self._model, self._cache = model, cache
@@ -52,13 +58,13 @@ class Executor(ABC):
     def forward(self, rows: Rows) -> torch.Tensor:
         """The logits that ``rows`` wants, ``(sum of wanted, vocab_size)`` in the model's dtype.
 
-        Room for the tokens is reserved, their keys and values are written, and the cache's lengths grow by
-        them. Where the pass fails, the cache holds what it held.
+        Room for the tokens was reserved by the caller; their keys and values are written, and the cache's
+        lengths grow by them. Where the pass fails, the cache holds what it held.
 
         Raises:
             TypeError: Tokens that are no whole numbers.
-            ValueError: Tokens that do not fit ``rows``, outside the vocabulary, or past the context.
-            CacheFullError: No room in the cache.
+            ValueError: Tokens that do not fit ``rows``, outside the vocabulary, past the context, or without
+                room that was reserved.
         """
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -77,6 +83,7 @@ class Executor(ABC):
                 f"{type(self).__name__}: tokens has shape {tuple(tokens.shape)}; "
                 f"({len(sequences)},), one a sequence of the cache, is needed"
             )
+        self._cache.reserve([1] * len(sequences))
         return self.forward(Rows.one_each(sequences, tokens))
 
 
@@ -92,27 +99,27 @@ class TableExecutor(Executor):
 
     def __init__(self, model: Decoder, cache: KVCache, max_rows: int) -> None:
         super().__init__(model, cache)
-        self.max_rows = max_rows
+        self.max_rows = self.draft_rows = max_rows
         self._table = RowTable(cache, max_rows)
 
     @torch.no_grad()
     def forward(self, rows: Rows) -> torch.Tensor:
         """See ``Executor``."""
         self._check(rows)
-        self._cache.reserve(rows.counts, rows.sequences)
         places = self._places(rows)
+        wanted = rows.positions_wanted()
+        logits: list[torch.Tensor] = []
         try:
-            parts = [
-                self._launch(
-                    rows.tokens[start : start + self.max_rows], places[start : start + self.max_rows]
-                )
-                for start in range(0, len(places), self.max_rows)
-            ]
+            for start in range(0, len(places), self.max_rows):
+                end = min(start + self.max_rows, len(places))
+                out = self._launch(rows.tokens[start:end], places[start:end])
+                own = [place - start for place in wanted if start <= place < end]
+                logits.append(out if len(own) == end - start else out[own])
         except BaseException:
             self._table.forget()
             raise
         self._cache.advance(rows.counts, rows.sequences)
-        return rows.only_wanted(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     @abstractmethod
     def _launch(self, tokens: torch.Tensor, places: Sequence[tuple[list[int], int]]) -> torch.Tensor:
@@ -123,6 +130,8 @@ class TableExecutor(Executor):
         places: list[tuple[list[int], int]] = []
         for sequence, count in zip(rows.sequences, rows.counts, strict=True):
             pages, length = self._cache.pages(sequence), self._cache.length(sequence)
+            if length + count > len(pages) * self._cache.page_size:
+                raise ValueError(f"{type(self).__name__}: no room was reserved for {count} tokens")
             places += [(pages, length + ahead) for ahead in range(count)]
         return places
 
@@ -141,6 +150,18 @@ class TableExecutor(Executor):
                 raise ValueError(
                     f"{type(self).__name__}: {length} tokens are longer than the model's context of {context}"
                 )
+
+
+@contextmanager
+def undone_on_failure(cache: KVCache, sequences: Sequence[int]) -> Iterator[None]:
+    """Sequences hold what they held before the body, where that fails."""
+    before = [cache.length(sequence) for sequence in sequences]
+    try:
+        yield
+    except BaseException:
+        for sequence, length in zip(sequences, before, strict=True):
+            cache.truncate(sequence, length)
+        raise
 
 
 def check_cache(name: str, model: Decoder, cache: KVCache) -> None:

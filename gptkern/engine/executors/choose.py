@@ -15,6 +15,7 @@ from gptkern.engine.executors.base import Executor, TableExecutor
 from gptkern.engine.executors.cpu import CpuExecutor
 from gptkern.engine.executors.graph import GraphExecutor
 from gptkern.engine.executors.persistent import PersistentExecutor
+from gptkern.engine.executors.prompt import PromptExecutor
 from gptkern.engine.executors.torch import TorchExecutor
 from gptkern.environment import fallback
 from gptkern.model.decoder import LINEAR, NORM, Decoder
@@ -59,7 +60,7 @@ def choose(model: Decoder, dtype: torch.dtype) -> tuple[type[Executor], list[Pas
 
 
 class Executors:
-    """The executors of one model over one cache: for prompts the model's layers, else the first that serves.
+    """The executors of one model over one cache: the first that serves, and for prompts what is fastest.
 
     The choice holds until somebody touches the model's modules; it is made anew before the next pass.
 
@@ -67,19 +68,25 @@ class Executors:
         max_rows: Most tokens of one launch, where the executor has no bound of its own.
 
     Attributes:
-        prefill: Runs prompts.
+        prefill: Runs prompts: ``decode`` itself, or units by the model's layers.
         reason: Why the fastest executor for this device was passed over; None: it was not.
     """
 
     def __init__(self, model: Decoder, cache: KVCache, max_rows: int) -> None:
         self.reason: str | None = None
         self._model, self._cache, self._max_rows = model, cache, max_rows
-        self.prefill = TorchExecutor(model, cache)
+        self._layers = TorchExecutor(model, cache)
         self._watch = Watch(model)
         self._autocast = torch.is_autocast_enabled(model.device.type)
         self._weights = _weights_of(model)
         self._decode: Executor | None = None
+        self.prefill: Executor | PromptExecutor
         self.look_again()
+
+    @property
+    def unit(self) -> int:
+        """Tokens of the units that a prompt is computed in; 1: its bits are the same in any division."""
+        return self.prefill.unit if isinstance(self.prefill, PromptExecutor) else 1
 
     @property
     def decode(self) -> Executor:
@@ -119,6 +126,9 @@ class Executors:
         if self._decode is None:
             _log.debug("decoding: the %s executor runs", kind.name)
             self._decode = self._made(kind)
+            self.prefill = self._decode
+            if not self._decode.row_invariant or self._decode.prompt_tokens is not None:
+                self.prefill = PromptExecutor(self._cache, self._layers, self._decode)
 
     def _made(self, kind: type[Executor]) -> Executor:
         if issubclass(kind, TableExecutor) and not issubclass(kind, CpuExecutor):

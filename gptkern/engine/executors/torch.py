@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gptkern.engine.executors.base import Executor
+from gptkern.engine.executors.base import Executor, undone_on_failure
 from gptkern.engine.rows import Rows
 from gptkern.model.decoder import Decoder, GPTOutput
 
@@ -27,10 +27,9 @@ class TorchExecutor(Executor):
 
     def forward(self, rows: Rows) -> torch.Tensor:
         """See ``Executor``."""
-        before = [self._cache.length(sequence) for sequence in rows.sequences]
         logits: list[torch.Tensor] = []
         start = 0
-        try:
+        with undone_on_failure(self._cache, rows.sequences):
             for sequence, count, wanted in zip(rows.sequences, rows.counts, rows.wanted, strict=True):
                 tokens = rows.tokens[start : start + count]
                 start += count
@@ -38,8 +37,4 @@ class TorchExecutor(Executor):
                     tokens[None], cache=self._cache, sequences=[sequence], logits_to_keep=max(wanted, 1)
                 )
                 logits.append(output.logits[0, -wanted:] if wanted else output.logits[0, :0])
-        except BaseException:
-            for sequence, length in zip(rows.sequences, before, strict=True):
-                self._cache.truncate(sequence, length)
-            raise
         return logits[0] if len(logits) == 1 else torch.cat(logits)
