@@ -1,25 +1,21 @@
-"""GPTConfig: the shape and switches of a model, under transformers' names."""
+"""Configurations, under transformers' names: ``GPTConfig`` of the first two GPTs, ``FamilyConfig`` of others.
+
+``read`` makes one of a ``config.json``; ``.spec`` is what the decoder, executors and cache go by.
+"""
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from gptkern.checkpoint.errors import shown
+from gptkern.model.families import FAMILIES, check_served, gpt2, openai_gpt
+from gptkern.model.families.table import ACTIVATIONS, Family, Fields, is_integer, is_number
+from gptkern.model.spec import Activation, DecoderSpec
 
-# transformers' activation names -> the names gptkern.ops uses
-ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
 # Models pad their vocabulary with rows that stand for no token, to multiples of at most this (64 in nanoGPT,
 # 128 in llm.c and Megatron, times the GPUs that share the matrix).
 VOCAB_PADDING = 1024
@@ -31,8 +27,6 @@ _HEADS = (
     *("Model", "LMHeadModel", "DoubleHeadsModel"),
     *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"),
 )
-# sizes and token ids are 32-bit integers in the kernels
-_LARGEST = 2**31 - 1
 # the activations of transformers' OpenAIGPTModel: its "gelu" is the tanh form
 _GPT1_ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "swish"}
 _GPT1_DEFAULTS = {"vocab_size": 40478, "n_positions": 512, "bos_token_id": None, "eos_token_id": None}
@@ -127,22 +121,20 @@ class GPTConfig:
 
     def _check_integer(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if not _is_integer(value, least):
+        if not is_integer(value, least):
             needed = "a positive integer" if least else "an integer, 0 or more,"
             raise ValueError(f"GPTConfig: {name} is {shown(value)}; {needed} is needed, 2^31 - 1 at most")
 
     def _check_number(self, name: str) -> None:
         value = getattr(self, name)
-        # integers beyond the largest float are compared, as they cannot be converted
-        finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max
-        if not finite or isinstance(value, bool):
+        if not is_number(value):
             raise ValueError(f"GPTConfig: {name} is {shown(value)}; a finite number is needed")
 
     def _check_tokens(self) -> None:
         if self.bos_token_id is not None:
             self._check_integer("bos_token_id", 0)
         for token in self.eos_token_ids:
-            if not _is_integer(token, 0):
+            if not is_integer(token, 0):
                 raise ValueError(
                     f"GPTConfig: eos_token_id is {shown(self.eos_token_id)}; "
                     "a token id, several of them, or None is needed"
@@ -181,7 +173,7 @@ class GPTConfig:
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
     @property
-    def activation(self) -> str:
+    def activation(self) -> Activation:
         """The activation under the name ``gptkern.ops`` uses."""
         return ACTIVATIONS[self.activation_function]
 
@@ -200,11 +192,17 @@ class GPTConfig:
     @property
     def parameters(self) -> int:
         """The number of the model's parameters, a tied head counted once."""
-        width, inner = self.n_embd, self.inner_dim
-        norm = 2 * width if self.bias else width
-        block = 4 * width * width + 2 * width * inner + 2 * norm + (5 * width + inner if self.bias else 0)
-        embeddings = (self.vocab_size * (1 if self.tie_word_embeddings else 2) + self.n_positions) * width
-        return embeddings + self.n_layer * block + (0 if self.post_norm else norm)
+        return self.spec.parameters
+
+    @property
+    def scaled_init(self) -> bool:
+        """True if fresh weights of each branch's last product are divided by sqrt(2 n_layer)."""
+        return not self.post_norm
+
+    @cached_property
+    def spec(self) -> DecoderSpec:
+        """The decoder that this configuration describes."""
+        return openai_gpt.spec(self) if self.post_norm else gpt2.spec(self)
 
     def attention_scale(self, layer: int) -> float:
         """The factor on the scores of block ``layer`` (from 0)."""
@@ -251,8 +249,126 @@ class GPTConfig:
         return data
 
 
-def _is_integer(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
+@dataclass(frozen=True)
+class FamilyConfig:
+    """The configuration of a model of another family: the fields of its ``config.json``, as they are.
+
+    Fields are attributes (``config.hidden_size``), those left out with the family's defaults.
+    ``FamilyConfig.from_dict`` makes one.
+
+    Args:
+        model_type: The family.
+        text: The ``config.json``, sorted by name.
+
+    Raises:
+        AttributeError: A field that neither ``config.json`` nor the family's defaults have.
+    """
+
+    model_type: str
+    text: str
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FamilyConfig:
+        """Read a ``config.json`` of transformers.
+
+        Raises:
+            ValueError: A family, a switch or a size that is not served; the message names the field.
+        """
+        model_type = data.get("model_type")
+        check_served(data)
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            raise ValueError(
+                f"config: model_type is {shown(model_type)}; supported are "
+                f"{', '.join((*MODEL_TYPES, *FAMILIES))}"
+            )
+        config = cls(model_type, json.dumps(dict(data), sort_keys=True))
+        _ = config.spec, config.bos_token_id, config.eos_token_ids, config.initializer_range
+        return config
+
+    def __getattr__(self, name: str) -> Any:
+        # copying and unpickling ask for special names, and for others before there are any fields
+        if not name.startswith("__") and "text" in self.__dict__ and name in self.values:
+            return self.values[name]
+        raise AttributeError(f"FamilyConfig of {self.__dict__.get('model_type')} has no {name!r}")
+
+    @property
+    def family(self) -> Family:
+        """The tables of the family."""
+        return FAMILIES[self.model_type]
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """All fields, those left out with the family's defaults."""
+        return {**self.family.defaults, **json.loads(self.text)}
+
+    @cached_property
+    def _fields(self) -> Fields:
+        return Fields(self.model_type, self.values)
+
+    @cached_property
+    def spec(self) -> DecoderSpec:
+        """The decoder that this configuration describes."""
+        return self.family.spec(self._fields)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The beginning-of-text token; None where there is none."""
+        name = "bos_token_id"
+        return None if self.values.get(name) is None else self._fields.integer(name, least=0)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end-of-text tokens, empty where there are none."""
+        value = self.values.get("eos_token_id")
+        found = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+        if not all(is_integer(token, 0) for token in found):
+            raise self._fields.refuse("eos_token_id", "a token id, several of them, or null is needed")
+        return found
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """The head shares the token embedding's matrix."""
+        return self.spec.tied
+
+    @property
+    def initializer_range(self) -> float:
+        """Standard deviation of fresh weights."""
+        return self._fields.number("initializer_range", 0.02, above=0.0)
+
+    @property
+    def scaled_init(self) -> bool:
+        """True if fresh weights of each branch's last product are divided by sqrt(2 layers)."""
+        return self.family.scaled_init
+
+    @property
+    def parameters(self) -> int:
+        """The number of the model's parameters, a tied head counted once."""
+        return self.spec.parameters
+
+    def replace(self, **changes: Any) -> FamilyConfig:
+        """A copy with some fields changed."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``config.json``, which transformers opens."""
+        data: dict[str, Any] = json.loads(self.text)
+        return data | {"architectures": [self.family.architecture]}
+
+
+Config = GPTConfig | FamilyConfig
+
+
+def read(data: Mapping[str, Any]) -> Config:
+    """Read a ``config.json`` of transformers, of any family that is served.
+
+    Raises:
+        ValueError: A family, a switch or a size that is not served; the message names the field.
+        TypeError: A switch of a GPT that is neither True nor False.
+    """
+    model_type = data.get("model_type") or _type_of(data.get("architectures"))
+    if model_type in MODEL_TYPES:
+        return GPTConfig.from_dict(data)
+    return FamilyConfig.from_dict(data)
 
 
 def _type_of(architectures: object) -> str | None:

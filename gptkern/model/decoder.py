@@ -22,6 +22,7 @@ from gptkern import ops
 from gptkern.as_built import untouched
 from gptkern.attend import Attend, DenseAttend, PackedAttend
 from gptkern.config import GPTConfig
+from gptkern.model.spec import DecoderSpec
 from gptkern.ops.linear.reference import ACTIVATIONS
 from gptkern.quantization import Quantization
 from gptkern.quantize import QuantizedLinear
@@ -235,6 +236,11 @@ class Decoder(nn.Module):
                 )
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """What the decoder computes: its sizes and switches."""
+        return self.config.spec
 
     @property
     def device(self) -> torch.device:

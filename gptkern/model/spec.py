@@ -193,6 +193,25 @@ class DecoderSpec:
         """Outputs of the MLP's first product: gate and up one after the other where it is gated."""
         return 2 * self.inner if self.gated else self.inner
 
+    @property
+    def parameters(self) -> int:
+        """The number of parameters, a tied head counted once."""
+        width, inner = self.width, self.inner
+        norm = 2 * width if self.norm.bias else width
+        norms = {"before": 2, "after": 2, "branch": 2, "both": 4}[self.norm_place] - self.shared_norm
+        matrices = width * (self.qkv_width + self.q_width + self.fc_width + inner)
+        biases = (
+            self.qkv_bias * self.qkv_width
+            + self.out_bias * width
+            + self.fc_bias * self.fc_width
+            + self.proj_bias * width
+        )
+        heads = {None: 0, "head": 2 * self.head_dim, "whole": self.q_width + self.kv_width}[self.qk_norm]
+        rows = self.vocab_size * (1 if self.tied else 2)
+        rows += self.learned_positions * (self.context + self.position_offset)
+        head = self.head_bias * self.vocab_size + (0 if self.norm_place == "after" else norm)
+        return rows * width + head + len(self.layers) * (matrices + biases + norms * norm + heads)
+
     def replace(self, **changes: Any) -> DecoderSpec:
         """A copy with some fields changed."""
         return replace(self, **changes)

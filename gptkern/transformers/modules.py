@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gptkern import ops
 from gptkern.as_built import forwards_of, own_method, untouched
-from gptkern.config import ACTIVATIONS
+from gptkern.model.families.table import ACTIVATIONS
 from gptkern.transformers.attention import attention_forward
 
 # Up to transformers 5.23 the cache is called past_key_values, since then cache: as argument and as output.

@@ -1,0 +1,56 @@
+"""The families of models, by the model type of ``config.json``; one file of tables each.
+
+``gptkern.model.families.table`` says what such a file holds. GPT-2 and the GPT of 2018 have their own
+configuration, ``GPTConfig``; all others are read through the registry below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gptkern.checkpoint.errors import shown
+from gptkern.model.families import llama
+from gptkern.model.families.table import Family
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (llama.LLAMA, llama.SMOLLM3)}
+# Fields that tell of parts which no executor serves, and what they are.
+_EXPERTS = "mixtures of experts are not served"
+_LINEAR = "linear attention is not served"
+_UNSERVED = {
+    "num_local_experts": _EXPERTS,
+    "num_experts": _EXPERTS,
+    "n_routed_experts": _EXPERTS,
+    "moe_num_experts": _EXPERTS,
+    "linear_num_value_heads": _LINEAR,
+    "ssm_cfg": "state space layers are not served",
+    "state_size": "state space layers are not served",
+    "kv_lora_rank": "latent attention is not served",
+}
+_UNSERVED_TYPES = {
+    "gpt_oss": "attention sinks are not served",
+    "mamba": "state space layers are not served",
+    "rwkv": _LINEAR,
+}
+
+
+def check_served(data: Mapping[str, Any]) -> None:
+    """Refuse what has parts that are not served.
+
+    Raises:
+        ValueError: The message names the field of ``config.json`` and what it asks for.
+    """
+    model_type = data.get("model_type")
+    if isinstance(model_type, str) and model_type in _UNSERVED_TYPES:
+        raise ValueError(f"config: model_type is {model_type!r}: {_UNSERVED_TYPES[model_type]}")
+    for name, reason in _UNSERVED.items():
+        if data.get(name):
+            raise ValueError(f"config: {name} is {shown(data[name])}: {reason}")
+    kinds = data.get("layer_types")
+    for kind in kinds if isinstance(kinds, list | tuple) else ():
+        if kind not in ("full_attention", "sliding_attention"):
+            what = _LINEAR if kind == "linear_attention" else "it is not served"
+            raise ValueError(f"config: layer_types has {shown(kind)}: {what}")
+    if data.get("add_cross_attention") or data.get("is_encoder_decoder"):
+        name = "add_cross_attention" if data.get("add_cross_attention") else "is_encoder_decoder"
+        raise ValueError(f"config: {name} is true: decoders without cross-attention are served")

@@ -1,0 +1,106 @@
+"""Configurations of families: read from transformers' config.json into a spec, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, SmolLM3Config
+
+from gptkern import GPTConfig
+from gptkern.config import FamilyConfig, read
+
+LLAMA = {"model_type": "llama", "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
+
+
+def test_gpt_configurations_have_a_spec() -> None:
+    config = GPTConfig(n_layer=2, scale_attn_by_inverse_layer_idx=True, bias=False, attn_pdrop=0.2)
+    spec = config.spec
+    assert (spec.width, spec.heads, spec.kv_heads, spec.head_dim, spec.inner) == (768, 12, 12, 64, 3072)
+    assert [layer.attention_scale for layer in spec.layers] == [0.125, 0.0625]
+    assert (spec.norm.kind, spec.norm.bias, spec.qkv_bias, spec.norm_place) == (
+        "layer",
+        False,
+        False,
+        "before",
+    )
+    assert (spec.attention_dropout, spec.learned_positions, spec.tied) == (0.2, True, True)
+    assert read({"model_type": "openai-gpt"}).spec.norm_place == "after"
+
+
+def test_llama() -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    theirs = LlamaConfig(num_key_value_heads=4, num_hidden_layers=3, rope_theta=5e5, rope_scaling=scaling)
+    config = read(theirs.to_dict())
+    assert isinstance(config, FamilyConfig)
+    spec = config.spec
+    assert (spec.width, spec.heads, spec.kv_heads, spec.head_dim) == (4096, 32, 4, 128)
+    assert (len(spec.layers), spec.gated, spec.activation, spec.tied) == (3, True, "silu", False)
+    rotary = spec.layers[0].rotary
+    assert rotary is not None and rotary.scaling is not None
+    assert (rotary.dim, rotary.theta, rotary.scaling.kind) == (128, 5e5, "llama3")
+    assert dict(rotary.scaling.values)["original_max_position_embeddings"] == 32
+    # the names of before transformers 5
+    old = read({**LLAMA, "rope_theta": 5e5, "rope_scaling": {**scaling, "type": "llama3"}})
+    assert old.spec.layers[0].rotary == rotary.__class__(8, 5e5, "halves", rotary.scaling)
+
+
+def test_smollm3_leaves_rotation_out_of_every_fourth_layer() -> None:
+    theirs = SmolLM3Config(num_hidden_layers=8, use_sliding_window=True, sliding_window=5)
+    for data in (theirs.to_dict(), {**theirs.to_dict(), "layer_types": None, "no_rope_layers": None}):
+        layers = read(data).spec.layers
+        assert [layer.rotary is None for layer in layers] == [i % 4 == 3 for i in range(8)]
+        assert [layer.window for layer in layers] == [5 if i % 4 == 3 else None for i in range(8)]
+        assert layers[0].rotary is not None and layers[0].rotary.theta == 2e6
+
+
+def test_fields_are_attributes_and_copies_are_equal() -> None:
+    config = FamilyConfig.from_dict({**LLAMA, "eos_token_id": [3, 4], "bos_token_id": None})
+    assert (config.hidden_size, config.rms_norm_eps) == (48, 1e-6)
+    assert (config.bos_token_id, config.eos_token_ids, config.tie_word_embeddings) == (None, (3, 4), False)
+    assert config == copy.deepcopy(config) == pickle.loads(pickle.dumps(config))
+    assert FamilyConfig.from_dict(config.to_dict()).spec == config.spec
+    assert config.replace(num_hidden_layers=2).spec.layers == config.spec.layers[:2]
+    assert LlamaConfig(**config.to_dict()).num_key_value_heads == 2
+    with pytest.raises(AttributeError, match="FamilyConfig of llama has no 'n_embd'"):
+        _ = config.n_embd
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 4}, "num_key_value_heads is 4; a divisor of the 6 query heads"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 1}, "the width is 48, the number of heads 5"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; a positive integer"),
+        ({"hidden_act": "xielu"}, "hidden_act is 'xielu'; accepted are"),
+        ({"rms_norm_eps": "a"}, "rms_norm_eps is 'a'; a finite number"),
+        ({"attention_bias": 1}, "attention_bias is 1; true or false"),
+        ({"attention_dropout": 1.0}, "attention_dropout is 1.0"),
+        ({"head_dim": 7}, "7 of a head's 7 elements are rotated"),
+        ({"rope_scaling": {"type": "su"}}, "rope_scaling has rope_type 'su'; served are default, linear"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear has no factor"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": -1}}, "rope_parameters has factor -1"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; an object"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0] * 4}},
+            "short_factor .*a list of 4 numbers",
+        ),
+        ({"eos_token_id": -1}, "eos_token_id is -1"),
+        ({"num_local_experts": 8, "model_type": "mixtral"}, "num_local_experts is 8: mixtures of experts"),
+        ({"layer_types": ["linear_attention"]}, "'linear_attention': linear attention is not served"),
+        ({"model_type": "gpt_oss"}, "'gpt_oss': attention sinks are not served"),
+        ({"model_type": "bert"}, "model_type is 'bert'; supported are gpt2, openai-gpt, llama, smollm3"),
+        ({"model_type": None}, "model_type is None"),
+    ],
+)
+def test_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read({**LLAMA, **changes})
