@@ -187,3 +187,46 @@ def test_a_closed_event_loop_is_a_consumer_that_went_away(model: GPT) -> None:
     loop.run_until_complete(begin())
     loop.close()
     _run(main)
+
+
+def test_a_reader_takes_events_in_batches(model: GPT) -> None:
+    async def main() -> None:
+        async with AsyncEngine(Engine(model)) as engine:
+            with engine.open(_request(1, 30)) as events:
+                batches = []
+                while batch := await events.read(within=60, tokens=8):
+                    batches.append(batch)
+            found = [(event.copy, event.token, event.logprob) for batch in batches for event in batch]
+            assert found == _alone(model, _request(1, 30))
+            # The first at once; then at least eight, or all the rest.
+            assert all(len(batch) >= 8 for batch in batches[1:-1])
+            with engine.open(_request(1, 60)) as events:
+                await events.read()
+                events.cancel()
+                last: list[TokenEvent] = []
+                while batch := await events.read():
+                    last = batch
+                assert last[-1].finish_reason in ("cancelled", "length")
+
+    _run(main)
+
+
+def test_a_reader_gives_what_there_is_when_it_has_waited_long_enough(model: GPT) -> None:
+    async def main() -> None:
+        async with AsyncEngine(Engine(model)) as engine:
+            with engine.open(_request(1, 60)) as events:
+                count = 0
+                while batch := await events.read(within=0.001, tokens=1000):
+                    count += len(batch)
+                assert count == 60
+
+    _run(main)
+
+
+def test_a_bad_request_is_refused_where_it_is_opened(model: GPT) -> None:
+    async def main() -> None:
+        async with AsyncEngine(Engine(model)) as engine:
+            with pytest.raises(ValueError, match="token ids from 0 to 30"):
+                engine.open(Request(prompt=[31]))
+
+    _run(main)

@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 
 from gptkern.engine.cache import PAGE_SIZE, KVCache
+from gptkern.engine.constraint import Constraint
 from gptkern.engine.executors.choose import Executors
 from gptkern.engine.executors.graph import MOST_ROWS
 from gptkern.engine.launch import Launch, Launcher
@@ -69,11 +70,32 @@ class Copy:
         if self.text is not None:
             self.text.push(token, hidden=ended)
             ended |= self.text.stopped
+        if self.sampler.constraint is not None:
+            ended |= self.sampler.constraint.complete
         if self.callbacks.criteria:
             ended |= self.callbacks.end([*self.row.prompt, *self.row.generated])
         if ended:
             return "stop"
         return "length" if len(self.row.generated) >= self.settings.max_new else None
+
+
+class EngineLoad(NamedTuple):
+    """The work of an engine at one moment.
+
+    Attributes:
+        running, waiting: Sequences that hold memory, and requests that hold none yet, or none any more.
+        free_pages, num_pages: Pages of the cache that nobody holds, and all of them.
+        preemptions: How often a sequence gave its memory to others.
+        prefix_queries, prefix_hits: Tokens of prompts that were looked for in the cache, and those found.
+    """
+
+    running: int
+    waiting: int
+    free_pages: int
+    num_pages: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
 
 
 @dataclass
@@ -188,6 +210,20 @@ class Engine:
         """The number of times that a sequence gave its memory to others and was computed again."""
         return self._scheduler.preemptions
 
+    @property
+    def load(self) -> EngineLoad:
+        """The work that the engine has, and the memory that it takes, at this moment; from any thread."""
+        scheduler, cache = self._scheduler, self.cache
+        return EngineLoad(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self._inbox.added),
+            free_pages=cache.free_pages,
+            num_pages=cache.num_pages,
+            preemptions=scheduler.preemptions,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+        )
+
     def add(self, request: Request, tokenizer: Tokenizer | None = None) -> int:
         """Take a request; its number, by which events name it.
 
@@ -225,6 +261,7 @@ class Engine:
             deadline=request.deadline,
             prompt_logprobs=request.prompt_logprobs,
             callbacks=request.callbacks,
+            constraint=request.constraint,
         )
 
     def submit(
@@ -239,6 +276,7 @@ class Engine:
         deadline: float | None = None,
         prompt_logprobs: int | None = None,
         callbacks: Callbacks | None = None,
+        constraint: Constraint | None = None,
     ) -> int:
         """``add`` for settings that are checked already.
 
@@ -265,11 +303,18 @@ class Engine:
                 Copy(
                     Row(number, copy, priority, number, prompt, settings.max_new, ends),
                     settings,
-                    SamplerRow(params, prompt, seed=seed, request=draws, processors=callbacks.processors),
+                    SamplerRow(
+                        params,
+                        prompt,
+                        seed=seed,
+                        request=draws,
+                        processors=callbacks.processors,
+                        constraint=None if constraint is None else constraint.fork(),
+                    ),
                     RowText(tokenizer, settings.stop_strings, prompt)
                     if tokenizer is not None and settings.stop_strings
                     else None,
-                    Lookup(prompt) if settings.speculate else None,
+                    Lookup(prompt) if settings.speculate and constraint is None else None,
                     prompt_logprobs,
                     callbacks,
                 )
@@ -480,7 +525,8 @@ class Engine:
     def _may_launch_ahead(self, copies: Sequence[Copy], launch: Launch) -> bool:
         """True if the next pass can begin before the host knows this one's tokens."""
         return self.cache.device.type in AHEAD_ON and not any(
-            copy.lookup is not None or copy.sampler.rules is not None for copy in copies
+            copy.lookup is not None or copy.sampler.rules is not None or copy.sampler.constraint is not None
+            for copy in copies
         )
 
     def _draft(self, most: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from gptkern.engine.constraint import Constraint
 from gptkern.engine.option_checks import checked, plain
 from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion
 
@@ -27,6 +28,8 @@ class Request:
         prompt_logprobs: The same of every prompt token but the first, which nothing comes before.
         logits_processor, stopping_criteria: As in ``GPT.generate``, called in ``Engine.step``. A copy ends
             with the error that one of them raises for it.
+        constraint: The language that new tokens stay in (a grammar), in which a copy ends where nothing may
+            follow. Each copy goes on with a fork of it. Such a request drafts nothing.
 
     Raises:
         TypeError, ValueError: A field or an option of the wrong type or out of range; what depends on the
@@ -41,6 +44,7 @@ class Request:
     prompt_logprobs: int | None = None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None
     stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _tokens(self.prompt))
@@ -58,6 +62,7 @@ class Request:
                 if value < 0:
                     raise ValueError(f"Request: {name} is {value}; 0 or more is needed, or None")
         _check_deadline(self.deadline)
+        _check_constraint(self.constraint)
         # A bad one is refused now.
         _ = self.callbacks
 
@@ -111,6 +116,12 @@ def _tokens(prompt: Any) -> tuple[int, ...]:
 def _check_whole(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"Request: {name} is {value!r}; a whole number is needed")
+
+
+def _check_constraint(constraint: Any) -> None:
+    if constraint is not None and not isinstance(constraint, Constraint):
+        kind = type(constraint).__name__
+        raise TypeError(f"Request: constraint is {kind}; a Constraint is needed, or None")
 
 
 def _check_deadline(deadline: Any) -> None:

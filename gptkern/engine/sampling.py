@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from gptkern._native import COUNTERS, IN_PROMPT, INFINITE, NAN, NOTHING_ALLOWED, PARAMETERS
+from gptkern.engine.constraint import Constraint, bitmask_of
 from gptkern.engine.options import TABLE
 from gptkern.engine.processors import LogitsProcessor, processed, with_raw_logprobs
 from gptkern.engine.rules import RowRules, Rules, Verdict
@@ -87,6 +88,7 @@ class SamplerRow:
         seed, request: 64 bits each. A draw is a function of these and of the row's position alone.
         generated: New tokens that it has already, where it goes on with them.
         processors: Called one after another with its tokens and logits, before its settings apply.
+        constraint: Bars tokens by those that came; it has none of this row's yet.
     """
 
     def __init__(
@@ -98,8 +100,10 @@ class SamplerRow:
         request: int,
         generated: Sequence[int] = (),
         processors: Sequence[LogitsProcessor] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         self.params, self.prompt, self.processors = params, prompt, processors
+        self.constraint = constraint
         self.seed, self.request = seed, request
         self.generated: list[int] = []
         self.rules = RowRules(params.rules, prompt) if params.rules.changing else None
@@ -111,6 +115,8 @@ class SamplerRow:
         self.generated.append(token)
         if self.rules is not None:
             self.rules.push(token)
+        if self.constraint is not None:
+            self.constraint.push(token)
 
 
 def row_keys(settings: Settings, prompts: int) -> list[tuple[int, int]]:
@@ -224,8 +230,8 @@ class Sampler:
         self._state: SamplerState
         # Where the extension writes, from draw to draw of the same rows: it is read before the next one.
         self._outputs: Outputs | None = None
-        # Whether one of the rows has rules that depend on its tokens, or processors.
-        self._ruled = self._processed = False
+        # Whether one of the rows has rules that depend on its tokens, processors, or a constraint.
+        self._ruled = self._processed = self._constrained = False
 
     def draw(
         self,
@@ -255,6 +261,13 @@ class Sampler:
             logits, places = processed(rows, raw, drafts, failures)
         if self._ruled:
             params = self._with_rules(params, rows, drafts, failures)
+        if self._constrained:
+            # Rows with a constraint draft nothing: a draft's places have no mask of their own.
+            owners = [
+                row.constraint for row, draft in zip(rows, drafts, strict=True) for _ in range(len(draft) + 1)
+            ]
+            bitmask = bitmask_of(owners, self._vocab_size, failures)
+            params = replace(params, bitmask=bitmask.to(self._device))
         if serves(logits):
             outputs = None if drafted else self._outputs
             if outputs is None:
@@ -296,6 +309,7 @@ class Sampler:
         self._outputs = None
         self._ruled = any(row.rules is not None for row in rows)
         self._processed = any(row.processors for row in rows)
+        self._constrained = any(row.constraint is not None for row in rows)
         self._rows = list(rows)
 
     def _moved(self, rows: Sequence[SamplerRow], stay: Sequence[tuple[int, int]]) -> SamplerState:
@@ -393,6 +407,7 @@ def _chosen(
         bias_values=some(params.bias_values),
         banned_ids=some(params.banned_ids),
         eos_ids=some(params.eos_ids),
+        bitmask=some(params.bitmask),
     )
     return params, SamplerState(state.counters[rows], some(state.counts))
 
@@ -420,6 +435,8 @@ def _without_bad_rows(logits: torch.Tensor, params: SamplingParams, state: Sampl
     for ids in (params.banned_ids, params.bias_ids, params.eos_ids):
         if ids is not None:
             ids[bad] = -1
+    if params.bitmask is not None:
+        params.bitmask[bad] = -1
     sampled = sample(logits.index_fill(0, bad, 0.0), params, state=state)
     sampled.tokens[bad] = 0
     sampled.status[bad] = torch.tensor(list(statuses.values()), dtype=torch.int32, device=logits.device)

@@ -149,6 +149,7 @@ class Scheduler:
             new tokens again in passes like those that they came from.
         decode_tokens: How many of those one such pass takes.
         preemptions: How often a row gave way, so far.
+        prefix_queries, prefix_hits: Tokens looked for among the pages that are found again, and those found.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class Scheduler:
     ) -> None:
         self.unit, self.decode_tokens = unit, decode_tokens
         self.preemptions = 0
+        self.prefix_queries = self.prefix_hits = 0
         self._cache = cache
         self._chunk = prefill_chunk
         self._prefix_cache = prefix_cache
@@ -374,6 +376,9 @@ class Scheduler:
             self._cache.free(sequence)
             return False
         row.sequence, row.computed = sequence, found
+        if self._prefix_cache and row.finds_prefix:
+            self.prefix_queries += row.total
+            self.prefix_hits += found
         for follower in row.followers:
             follower.sequence, _ = self._cache.begin([], group=1)
         for member in group:
