@@ -11,7 +11,18 @@ from gptkern import _at_import, _checkout
 from gptkern._lazy import lazily
 
 if TYPE_CHECKING:
-    from gptkern import bench, checkpoint, generate, ops, quantize, testing, tokenizer, train, transformers
+    from gptkern import (
+        bench,
+        checkpoint,
+        generate,
+        ops,
+        quantize,
+        serve,
+        testing,
+        tokenizer,
+        train,
+        transformers,
+    )
     from gptkern.checkpoint import CheckpointError
     from gptkern.config import GPTConfig
     from gptkern.drop_in import accelerate, restore
@@ -53,6 +64,7 @@ _HOMES = {
     "ops": "",
     "quantize": "",
     "restore": "gptkern.drop_in",
+    "serve": "",
     "testing": "",
     "tokenizer": "",
     "train": "",
@@ -83,6 +95,7 @@ __all__ = [
     "ops",
     "quantize",
     "restore",
+    "serve",
     "testing",
     "tokenizer",
     "train",

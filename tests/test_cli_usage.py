@@ -152,7 +152,7 @@ def test_models_tells_what_is_here_and_what_opens(
 @pytest.mark.parametrize("command", gptkern.cli.COMMANDS)
 def test_what_a_script_reads_is_json(run: Any, command: str) -> None:
     """Those without have their result in a file, or speak with a person."""
-    without = {"chat", "train", "plot", "tune"}
+    without = {"chat", "serve", "train", "plot", "tune"}
     assert ("--json" in run(command, "--help")[1]) == (command not in without)
 
 

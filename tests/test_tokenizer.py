@@ -580,3 +580,17 @@ def test_saving_replaces_links_and_writes_through_none(tmp_path: Path) -> None:
     Tokenizer.bytes().save(folder)
     assert blob.read_text() == "somebody's"
     assert Tokenizer.from_pretrained(folder).encode("a") == [97]
+
+
+def test_token_bytes_are_the_text_in_parts() -> None:
+    whole = Tokenizer.from_pretrained()
+    assert b"".join(map(whole.token_bytes, whole.encode("né 😀"))) == "né 😀".encode()
+    assert whole.token_bytes(10**6) == b""
+    pieces = tokenizers.Tokenizer(
+        models.BPE(vocab={"<0xC3>": 0, "\u2581the": 1, "a": 2}, merges=[], byte_fallback=True)
+    )
+    pieces.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback()])
+    assert [Tokenizer(pieces).token_bytes(token) for token in range(3)] == [b"\xc3", b" the", b"a"]
+    words = tokenizers.Tokenizer(models.BPE(vocab={"a</w>": 0, "b": 1}, merges=[]))
+    words.decoder = decoders.BPEDecoder(suffix="</w>")
+    assert [Tokenizer(words).token_bytes(token) for token in range(2)] == [b"a ", b"b"]

@@ -20,6 +20,7 @@ from gptkern.cli.usage import UsageProblem, in_flags, usage_message
 COMMANDS = {
     "generate": "",
     "chat": "",
+    "serve": "serve",
     "info": "",
     "models": "",
     "doctor": "",

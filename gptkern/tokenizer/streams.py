@@ -51,7 +51,7 @@ class ByteStream:
         token = self._backend.id_to_token(checked_id(token_id))
         if token is None or token_id in self._skipped:
             return ""
-        return self._utf8.decode(_token_bytes(token))
+        return self._utf8.decode(bytes_of_token(token))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -145,7 +145,7 @@ def _char_bytes() -> dict[str, int]:
     return {char: byte for byte, char in enumerate(byte_chars())}
 
 
-def _token_bytes(token: str) -> bytes:
+def bytes_of_token(token: str) -> bytes:
     """The bytes a byte-level token stands for; an added token with other characters stands for itself."""
     table = _char_bytes()
     if all(char in table for char in token):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -40,10 +42,15 @@ from gptkern.tokenizer.streams import (
     WindowStream,
     WordStream,
     byte_chars,
+    bytes_of_token,
+    checked_id,
 )
 
 # transformers writes a number beyond this for a tokenizer that knows no longest text.
 _NO_LENGTH = 10**15
+# sentencepiece's mark of a space, and its tokens of one byte
+_SPACE = "\u2581"
+_FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
@@ -383,6 +390,32 @@ class Tokenizer:
     def has_token(self, token_id: int) -> bool:
         """True if an id stands for a token; those of a model's padded rows do not."""
         return self._backend.id_to_token(token_id) is not None
+
+    def token_bytes(self, token_id: int) -> builtins.bytes:
+        """The bytes of text that a token stands for, which may be part of a character.
+
+        An id without a token has none. A text's first token may lose its leading space when it is decoded.
+        """
+        token = self._backend.id_to_token(checked_id(token_id))
+        if token is None:
+            return b""
+        decoder = self._backend.decoder
+        if isinstance(decoder, decoders.ByteLevel):
+            return bytes_of_token(token)
+        if isinstance(decoder, decoders.BPEDecoder):
+            return token.replace(decoder.suffix, " ").encode()
+        if (byte := _FALLBACK_BYTE.fullmatch(token)) is not None and self._decodes_by("ByteFallback"):
+            return builtins.bytes([int(byte[1], 16)])
+        return (token.replace(_SPACE, " ") if self._decodes_by(_SPACE) else token).encode()
+
+    def _decodes_by(self, part: str) -> bool:
+        """True if the decoder has a part of that name, or with that character."""
+        return part in self._decoder_state
+
+    @cached_property
+    def _decoder_state(self) -> str:
+        decoder = self._backend.decoder
+        return "" if decoder is None else decoder.__getstate__().decode()
 
     def stream(self, *, skip_special_tokens: bool = False) -> TokenStream:
         """A decoder of one sequence, token by token, at a cost that does not grow with the sequence."""

@@ -1,0 +1,274 @@
+"""The two ways to ask for text: completions and chat completions, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from gptkern.serve.answers import (
+    Answer,
+    Delta,
+    chat_logprobs,
+    completion_logprobs,
+    prompt_logprobs_json,
+)
+from gptkern.serve.chat import chat_prompt
+from gptkern.serve.connection import EventStream, while_connected
+from gptkern.serve.errors import ApiProblem, bad_field, json_bytes, json_response
+from gptkern.serve.options import DEFAULT_COMPLETION_TOKENS
+from gptkern.serve.protocol import ChatRequest, CompletionRequest
+from gptkern.serve.service import Job, Prompt, Service, Wish
+
+PromptSource = Callable[[], Any]
+
+
+class Form:
+    """The way in which one of the interfaces writes an answer.
+
+    Attributes:
+        prefix: The beginning of an answer's id.
+        whole, chunk: The ``object`` of an answer, and of a stream's chunk.
+    """
+
+    prefix: str
+    whole: str
+    chunk: str
+
+    def __init__(self, service: Service, logprobs: bool) -> None:
+        self.tokenizer, self.logprobs = service.tokenizer, logprobs
+
+    def choice(self, answer: Answer, delta: Delta) -> dict[str, Any]:
+        """A whole answer."""
+        raise NotImplementedError
+
+    def piece(self, answer: Answer, delta: Delta, first: bool) -> dict[str, Any]:
+        """A part of a stream."""
+        raise NotImplementedError
+
+
+class CompletionForm(Form):
+    """Completions."""
+
+    prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, answer: Answer, delta: Delta) -> dict[str, Any]:
+        """A whole answer."""
+        logprobs = completion_logprobs(self.tokenizer, delta.entries) if self.logprobs else None
+        return {
+            "index": answer.index,
+            "text": delta.text,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+        }
+
+    def piece(self, answer: Answer, delta: Delta, first: bool) -> dict[str, Any]:
+        """A part of a stream: its text and its tokens."""
+        return self.choice(answer, delta)
+
+
+class ChatForm(Form):
+    """Chat completions."""
+
+    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, answer: Answer, delta: Delta) -> dict[str, Any]:
+        """A whole answer."""
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        return self._around(answer, delta, "message", message)
+
+    def piece(self, answer: Answer, delta: Delta, first: bool) -> dict[str, Any]:
+        """A part of a stream; the first says who speaks."""
+        message: dict[str, Any] = {"role": "assistant"} if first else {}
+        if first or delta.text:
+            message["content"] = delta.text
+        return self._around(answer, delta, "delta", message)
+
+    def _around(self, answer: Answer, delta: Delta, name: str, message: dict[str, Any]) -> dict[str, Any]:
+        logprobs = chat_logprobs(self.tokenizer, delta.entries) if self.logprobs else None
+        return {
+            "index": answer.index,
+            name: message,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+        }
+
+
+async def complete(service: Service, body: CompletionRequest, http: HttpRequest) -> Response:
+    """Answer ``/v1/completions``."""
+    service.check_model(body.model)
+    echo = bool(body.echo)
+    wish = Wish(body, body.max_tokens, DEFAULT_COMPLETION_TOKENS, body.logprobs, echo)
+    form = CompletionForm(service, body.logprobs is not None)
+    return await _respond(service, form, wish, _prompts(service, body, echo), http)
+
+
+async def chat(service: Service, body: ChatRequest, http: HttpRequest) -> Response:
+    """Answer ``/v1/chat/completions``."""
+    service.check_model(body.model)
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise ApiProblem(
+            400,
+            "max_tokens and max_completion_tokens are two names of one field: give one",
+            param="max_completion_tokens",
+        )
+    if body.top_logprobs is not None and not body.logprobs:
+        raise bad_field("top_logprobs", body.top_logprobs, "it belongs to logprobs: true")
+    most = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
+    wish = Wish(body, most, None, (body.top_logprobs or 0) if body.logprobs else None)
+
+    async def prompt() -> Prompt:
+        return Prompt(
+            await asyncio.to_thread(chat_prompt, service.tokenizer, service.chat_template, body.messages)
+        )
+
+    return await _respond(service, ChatForm(service, bool(body.logprobs)), wish, [prompt], http)
+
+
+def _prompts(service: Service, body: CompletionRequest, echo: bool) -> list[PromptSource]:
+    """The prompts, each read when it is asked for."""
+
+    def source(text: str | None, tokens: Sequence[int]) -> PromptSource:
+        async def read() -> Prompt:
+            ids = _checked_ids(service, tokens) if text is None else await service.encode(text)
+            if not ids:
+                ids = _opening(service)
+            repeated = None
+            if echo:
+                repeated = service.tokenizer.decode(ids, skip_special_tokens=True) if text is None else text
+            return Prompt(ids, repeated)
+
+        return read
+
+    prompt: Any = body.prompt
+    if isinstance(prompt, str):
+        return [source(prompt, ())]
+    if isinstance(prompt[0], int):
+        return [source(None, prompt)]
+    return [source(one, ()) if isinstance(one, str) else source(None, one) for one in prompt]
+
+
+def _checked_ids(service: Service, tokens: Sequence[int]) -> list[int]:
+    vocab_size = service.model.config.vocab_size
+    for token in tokens:
+        if token >= vocab_size:
+            raise bad_field("prompt", token, f"token ids from 0 to {vocab_size - 1} are accepted")
+    return list(tokens)
+
+
+def _opening(service: Service) -> list[int]:
+    """The prompt that an empty text stands for: the beginning of a text."""
+    token = service.tokenizer.bos_token_id
+    token = service.tokenizer.eos_token_id if token is None else token
+    if token is None:
+        raise ApiProblem(
+            400,
+            "prompt is empty, and the model has no token that begins a text; one token or more is needed",
+            param="prompt",
+        )
+    return [token]
+
+
+async def _respond(
+    service: Service, form: Form, wish: Wish, prompts: Sequence[PromptSource], http: HttpRequest
+) -> Response:
+    if not wish.fields.stream:
+        return await while_connected(http.receive, _whole(service, form, wish, prompts, http))
+    job = await while_connected(http.receive, service.begin(wish, prompts))
+    stream = _stream(service, form, wish, job, http)
+    # Begun at once: a generator that was never begun would not give the job back.
+    opening = await anext(stream)
+    return EventStream(_from(opening, stream))
+
+
+async def _from(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    try:
+        yield first
+        async for event in rest:
+            yield event
+    finally:
+        await rest.aclose()  # type: ignore[attr-defined]
+
+
+def _head(service: Service, form: Form, http: HttpRequest, kind: str) -> dict[str, Any]:
+    return {
+        "id": f"{form.prefix}-{http.state.request_id}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": service.settings.model_name,
+    }
+
+
+async def _whole(
+    service: Service, form: Form, wish: Wish, prompts: Sequence[PromptSource], http: HttpRequest
+) -> Response:
+    job = await service.begin(wish, prompts)
+    try:
+        try:
+            await job.finish()
+        except RuntimeError as error:
+            raise _engine_failed(error) from error
+        choices = []
+        for answer in job.answers:
+            choice = form.choice(answer, answer.delta())
+            if wish.fields.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = _of_prompt(service, wish, job, answer)
+            choices.append(choice)
+        http.state.usage = job.usage()
+        return json_response(
+            _head(service, form, http, form.whole) | {"choices": choices, "usage": job.usage()}
+        )
+    finally:
+        service.end(job)
+
+
+def _of_prompt(service: Service, wish: Wish, job: Job, answer: Answer) -> Any:
+    prompt = job.prompts[answer.index // job.copies]
+    top = wish.fields.prompt_logprobs or 0
+    found = tuple((own, likeliest[:top]) for own, likeliest in answer.prompt_logprobs or ())
+    return prompt_logprobs_json(service.tokenizer, prompt.tokens, found)
+
+
+async def _stream(
+    service: Service, form: Form, wish: Wish, job: Job, http: HttpRequest
+) -> AsyncIterator[bytes]:
+    """The chunks of a stream. An error becomes its last."""
+    settings = service.settings
+    head = _head(service, form, http, form.chunk)
+    wants_usage = wish.fields.stream_options is not None and bool(wish.fields.stream_options.include_usage)
+    nothing = {"usage": None} if wants_usage else {}
+    began: set[int] = set()
+    try:
+        yield b": begun\n\n"
+        async for grown in job.progress(within=settings.stream_interval, tokens=settings.stream_tokens):
+            for answer in grown:
+                delta = answer.delta()
+                if not (delta.text or delta.entries or delta.finish_reason):
+                    continue
+                choice = form.piece(answer, delta, answer.index not in began)
+                if wish.fields.prompt_logprobs is not None and answer.index not in began:
+                    choice["prompt_logprobs"] = _of_prompt(service, wish, job, answer)
+                began.add(answer.index)
+                yield _event(head | {"choices": [choice]} | nothing)
+        if wants_usage:
+            yield _event(head | {"choices": [], "usage": job.usage()})
+        yield b"data: [DONE]\n\n"
+    except ApiProblem as error:
+        yield _event(error.body(http.state.request_id))
+    except RuntimeError as error:
+        yield _event(_engine_failed(error).body(http.state.request_id))
+    finally:
+        http.state.usage = job.usage()
+        service.end(job)
+
+
+def _engine_failed(error: RuntimeError) -> ApiProblem:
+    return ApiProblem(500, f"the engine failed: {error}", code="engine_failed")
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json_bytes(value) + b"\n\n"
