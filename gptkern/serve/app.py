@@ -115,8 +115,11 @@ class _Application(FastAPI):
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+        schemas = document["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
-            document.get("components", {}).get("schemas", {}).pop(name, None)
+            schemas.pop(name, None)
+        for name in ("CompletionRequest", "ChatRequest"):
+            schemas[name]["properties"]["model"]["enum"] = [self.state.service.settings.model_name]
         return document
 
 
