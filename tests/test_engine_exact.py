@@ -33,6 +33,7 @@ class Failure(Exception):
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt, "UNIT_ON_CPU", UNIT)
     monkeypatch.setattr(cpu, "PROMPT_TOKENS_IN_BFLOAT16", SHORT)
+    monkeypatch.setattr(cpu, "FEW_WEIGHTS", 0)
 
 
 def _model(dtype: torch.dtype, layers: int, seed: int) -> GPT:

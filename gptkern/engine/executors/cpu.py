@@ -26,7 +26,9 @@ MOST_ROWS = 64
 # From so many rows on, a draft costs more than the chance that it holds is worth.
 DRAFT_ROWS = 16
 # Beyond, PyTorch's products are sooner done: they use instructions for bfloat16 where the processor has them.
+# Layers of few weights have products so small that what PyTorch does between them counts for more.
 PROMPT_TOKENS_IN_BFLOAT16 = 16
+FEW_WEIGHTS = 1 << 20
 DTYPES_SERVED = (torch.float32, torch.bfloat16)
 
 
@@ -71,8 +73,9 @@ class CpuExecutor(TableExecutor):
         check_cache("CpuExecutor", model, cache)
         super().__init__(model, cache, max_rows)
         self.draft_rows = min(max_rows, DRAFT_ROWS)
-        in_bfloat16 = model.dtype == torch.bfloat16 and model.quantization is None
-        self.prompt_tokens = PROMPT_TOKENS_IN_BFLOAT16 if in_bfloat16 else None
+        layer = sum(parameter.numel() for parameter in model.transformer.h[0].parameters())
+        by_layers = model.dtype == torch.bfloat16 and model.quantization is None and layer > FEW_WEIGHTS
+        self.prompt_tokens = PROMPT_TOKENS_IN_BFLOAT16 if by_layers else None
         self._decoder = _decoder(model)
 
     @staticmethod

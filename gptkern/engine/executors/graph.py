@@ -66,11 +66,11 @@ class GraphExecutor(TableExecutor):
     @staticmethod
     def serves(model: Decoder, dtype: torch.dtype) -> str | None:
         """See ``Executor``."""
+        if not use_kernel(model.transformer.wte.weight):
+            return f"the decode kernels run on CUDA devices; the model is on {model.device}"
         reason = reads_weights_alone(model)
         if reason is not None:
             return reason
-        if not use_kernel(model.transformer.wte.weight):
-            return f"the decode kernels run on CUDA devices; the model is on {model.device}"
         if len({(p.dtype, p.device) for p in model.parameters()}) > 1:
             return "the weights are of several dtypes or on several devices"
         if dtype not in (model.dtype, FP8):
