@@ -21,8 +21,8 @@ import gptkern.cli
 from gptkern import _checkout, _native
 from gptkern.cli import doctor as doctor_command
 from gptkern.cli import info as info_command
+from gptkern.cli._conversation import Transcript
 from gptkern.cli._generation import unescape
-from gptkern.cli.chat import Transcript
 from gptkern.config import GPTConfig
 from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
@@ -381,7 +381,7 @@ def test_chat_forgets_the_oldest_turns_and_says_so(run: Any, folder: str) -> Non
 
 
 def test_transcripts_begin_with_their_opening() -> None:
-    transcript = Transcript("A talk.", "A", "B", [("hi", "ho")])
+    transcript = Transcript("A talk.", "A", "B", turns=[("hi", "ho")])
     assert transcript.prompt("and?") == "A talk.\nA: hi\nB: ho\nA: and?\nB:"
 
 

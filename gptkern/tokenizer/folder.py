@@ -347,6 +347,12 @@ def text_of(token: Token) -> str:
     return token if isinstance(token, str) else token.content
 
 
+def text_of_entry(entry: Any) -> str | None:
+    """The text of a special token as ``tokenizer_config.json`` has it: text, or an object; None for none."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else None
+
+
 def _named_texts(
     backend: tokenizers.Tokenizer, family: Family | None, declared: str, special: _Special
 ) -> dict[str, str | None]:

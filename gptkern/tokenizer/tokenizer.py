@@ -22,18 +22,21 @@ from gptkern.checkpoint.pending import read as read_whole
 from gptkern.config import VOCAB_PADDING
 from gptkern.durable import make_folder, named_folder, write_file
 from gptkern.tokenizer.batch import Encoding, Padding, Side, encode_batch
+from gptkern.tokenizer.chat import DEFAULT, Message, chosen_template, named_templates, render
 from gptkern.tokenizer.folder import (
     ADDED,
     CONFIG,
     GENERIC,
     JSON,
     MERGES,
+    NAMED,
     SPECIAL,
     TEMPLATE,
     VOCAB,
     Parts,
     find,
     read,
+    text_of_entry,
 )
 from gptkern.tokenizer.library import library_errors
 from gptkern.tokenizer.streams import (
@@ -61,7 +64,8 @@ class Tokenizer:
         bos_token, eos_token: Its special tokens, by text; None where it has none.
         unk_token, pad_token: Likewise; what they are for is up to the vocabulary's model and to callers.
         configuration: What ``save`` writes into ``tokenizer_config.json``, these tokens included.
-        chat_template: What ``save`` writes into ``chat_template.jinja``.
+        chat_template: What ``save`` writes into ``chat_template.jinja``: the template of
+            ``apply_chat_template``.
 
     Raises:
         CheckpointError: One of the tokens is not in its vocabulary.
@@ -217,6 +221,23 @@ class Tokenizer:
         return self._ids["pad_token"]
 
     @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """The chat templates by their names: mostly one, ``default``; none where files bring none.
+
+        Raises:
+            CheckpointError: ``chat_template`` of ``tokenizer_config.json`` is no template.
+        """
+        if self._chat_template is not None:
+            return {DEFAULT: self._chat_template}
+        return named_templates(CONFIG, self._configuration.get("chat_template"))
+
+    @cached_property
+    def _template_names(self) -> dict[str, str]:
+        """The special tokens that a template sees, by their names in transformers."""
+        named = {name: text_of_entry(self._configuration.get(name)) for name in NAMED} | self._names
+        return {name: text for name, text in named.items() if text is not None}
+
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -361,6 +382,84 @@ class Tokenizer:
 
     def _side(self, name: str) -> Side:
         return "left" if self._configuration.get(name) == "left" else "right"
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message] | Sequence[Sequence[Message]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, str]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        padding: Padding = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        **variables: Any,
+    ) -> Any:
+        """A conversation as the model was trained to see it, with transformers' names and defaults.
+
+        Example::
+
+            messages = [{"role": "user", "content": "Name a colour."}]
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            model.generate_text([prompt], max_new_tokens=50)
+
+        Args:
+            conversation: Messages, dictionaries with ``role`` (``system``, ``user``, ``assistant``) and
+                ``content``, the oldest first; or several conversations.
+            tools, documents: What the model may call or look into, as JSON schemas and as dictionaries; the
+                template must know them.
+            chat_template: A template's text, or the name of one of ``chat_templates``.
+            add_generation_prompt: End with what begins the model's answer.
+            continue_final_message: End inside the last message, which the model is to continue.
+            tokenize: Return token ids; else text.
+            padding, truncation, max_length, return_tensors: As in a call of the tokenizer.
+            return_dict: Return an ``Encoding``; else the ids alone. Text has none.
+            **variables: Further names that the template knows (``enable_thinking``).
+
+        Returns:
+            An ``Encoding``, ids, or text; of several conversations, a list of each.
+
+        Raises:
+            TypeError: The conversation is no list of messages, a tool is no dictionary.
+            ValueError: No template, or one that fails or refuses the messages: the error shows its line.
+        """
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "apply_chat_template: add_generation_prompt begins an answer, continue_final_message goes on "
+                "with one: give one of them"
+            )
+        if tools is not None and not all(isinstance(tool, Mapping) for tool in tools):
+            raise TypeError("apply_chat_template: tools are JSON schemas, dictionaries; other objects found")
+        template = chosen_template(self.chat_templates, chat_template, tools)
+        several = bool(conversation) and all(isinstance(entry, list | tuple) for entry in conversation)
+        conversations: Any = conversation if several else [conversation]
+        texts = [
+            render(
+                template,
+                messages,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                **{**self._template_names, **variables},
+            )
+            for messages in conversations
+        ]
+        if not tokenize:
+            return texts if several else texts[0]
+        encoding = self(
+            texts if several or return_tensors is not None else texts[0],
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            add_special_tokens=False,
+        )
+        return encoding if return_dict else encoding.input_ids
 
     def batch_decode(self, batch: Iterable[Iterable[int]], *, skip_special_tokens: bool = False) -> list[str]:
         """The text of each row of ids: lists, or a tensor of shape ``(batch, seq)``; see ``decode``."""
