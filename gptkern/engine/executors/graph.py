@@ -1,8 +1,7 @@
 """GraphExecutor: on a GPU, as few launches as there are dependencies, captured once and replayed.
 
-A layer is five launches, each one op that works alone: norm, QKV and the cache; attention; output
-projection and residual; norm, FC and activation; projection and residual. Before the layers come the
-embeddings, after them norm and head. The whole pass is captured as one CUDA graph per bucket of row counts.
+Each stage of the decoder's program (``gptkern.model.program``) is one launch, of an op that works alone. The
+whole pass is captured as one CUDA graph per bucket of row counts.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ import torch
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.base import TableExecutor, check_cache
 from gptkern.engine.executors.changes import reads_weights_alone
-from gptkern.engine.executors.weights import matrix, norm_weights
-from gptkern.model.decoder import Block, Decoder, Norm
+from gptkern.engine.rows import RowTable
+from gptkern.model.decoder import Decoder
+from gptkern.model.program import Buffer, Stage, program
+from gptkern.model.weights import decoder_weights
 from gptkern.ops._counters import Pool, counters_from
 from gptkern.ops._dispatch import use_kernel
 from gptkern.ops._launch import on_device
@@ -103,78 +104,7 @@ class GraphExecutor(TableExecutor):
 
     def run(self, rows: int) -> torch.Tensor:
         """The pass itself, over the first ``rows`` rows of the buffers: what a graph captures."""
-        storage, transformer = self._table.storage, self._model.transformer
-        page_table, lengths = storage.page_table[:rows], self._table.lengths[:rows]
-        x, slots = decode_embed(
-            self._tokens[:rows],
-            self._live,
-            transformer.wte.weight,
-            transformer.wpe.weight,
-            page_table,
-            lengths,
-            storage.page_size,
-        )
-        norm: Norm | None = None
-        for block in transformer.h:
-            assert isinstance(block, Block)
-            x, norm = self._block(block, x, norm, slots, page_table, lengths)
-        norm = norm if transformer.ln_f is None else transformer.ln_f
-        return decode_linear(x, matrix(self._model.lm_head), norm=norm_weights(norm))
-
-    def _block(
-        self,
-        block: Block,
-        x: torch.Tensor,
-        pending: Norm | None,
-        slots: torch.Tensor,
-        page_table: torch.Tensor,
-        lengths: torch.Tensor,
-    ) -> tuple[torch.Tensor, Norm | None]:
-        """One layer: (x, the norm that whoever reads x next has to apply).
-
-        Where norms follow a branch (GPT-1), x is what comes before the norm; the next launch normalises
-        it on the way in and keeps the result, to which its branch is added.
-        """
-        attn, mlp, layer = block.attn, block.mlp, block.attn.layer
-        storage = self._table.storage
-        k_cache, v_cache, kv_scales = storage.k[layer], storage.v[layer], storage.layer_kv_scales(layer)
-        normed = torch.empty_like(x) if block.post_norm and pending is not None else None
-        q = decode_qkv(
-            x,
-            matrix(attn.c_attn),
-            attn.c_attn.bias,
-            k_cache,
-            v_cache,
-            slots,
-            norm=norm_weights(pending if block.post_norm else block.ln_1),
-            normed_out=normed,
-            scales=kv_scales,
-        )
-        # The kernel before it is the one above, which writes neither the table nor the lengths.
-        attended = decode_attention(
-            q.unflatten(1, (attn.n_head, attn.head_dim)),
-            k_cache,
-            v_cache,
-            page_table,
-            lengths,
-            scale=attn.scale,
-            prefetch=True,
-            scales=kv_scales,
-        )
-        residual = x if normed is None else normed
-        x = decode_linear(attended.flatten(1), matrix(attn.c_proj), attn.c_proj.bias, residual=residual)
-        normed = torch.empty_like(x) if block.post_norm else None
-        inner = decode_linear(
-            x,
-            matrix(mlp.c_fc),
-            mlp.c_fc.bias,
-            norm=norm_weights(block.ln_1 if block.post_norm else block.ln_2),
-            activation=mlp.activation,
-            normed_out=normed,
-        )
-        residual = x if normed is None else normed
-        x = decode_linear(inner, matrix(mlp.c_proj), mlp.c_proj.bias, residual=residual)
-        return x, block.ln_2 if block.post_norm else None
+        return StagedPass(self._model, self._table, rows).run(self._tokens[:rows], self._live)
 
     def warm_up(self, rows: int, stream: torch.cuda.Stream) -> None:
         """Compile and load every kernel, which a capture forbids, by a pass that leaves no trace."""
@@ -188,6 +118,91 @@ class GraphExecutor(TableExecutor):
         caller.wait_stream(stream)
         self._live.copy_(live)
         self._tokens.copy_(tokens)
+
+
+class StagedPass:
+    """One pass: the stages of the decoder's program over ``rows`` rows of a table, a launch each."""
+
+    def __init__(self, model: Decoder, table: RowTable, rows: int) -> None:
+        self._spec, self._weights, self._storage = model.spec, decoder_weights(model), table.storage
+        self._page_table, self._lengths = table.storage.page_table[:rows], table.lengths[:rows]
+        self._buffers: dict[Buffer, torch.Tensor] = {}
+
+    def run(self, tokens: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+        """Logits ``(rows, vocab_size)`` after ``tokens``, of which the first ``live`` are in use."""
+        positions = self._weights.positions
+        assert positions is not None
+        first, *stages = program(self._spec)
+        self._buffers[first.write], self._slots = decode_embed(
+            tokens,
+            live,
+            self._weights.tokens,
+            positions,
+            self._page_table,
+            self._lengths,
+            self._storage.page_size,
+        )
+        for stage in stages:
+            self._buffers[stage.write] = getattr(self, f"_{stage.kind}")(stage)
+        return self._buffers["logits"]
+
+    def _qkv(self, stage: Stage) -> torch.Tensor:
+        x, storage, layer = self._read(stage), self._storage, stage.layer
+        matrix = self._weights.matrix(layer, "qkv")
+        return decode_qkv(
+            x,
+            matrix.weight,
+            matrix.bias,
+            storage.k[layer],
+            storage.v[layer],
+            self._slots,
+            norm=self._norm(stage),
+            normed_out=self._save(stage, x),
+            scales=storage.layer_kv_scales(layer),
+        )
+
+    def _attention(self, stage: Stage) -> torch.Tensor:
+        spec, storage, layer = self._spec, self._storage, stage.layer
+        out = decode_attention(
+            self._read(stage).unflatten(1, (spec.heads, spec.head_dim)),
+            storage.k[layer],
+            storage.v[layer],
+            self._page_table,
+            self._lengths,
+            scale=spec.layers[layer].attention_scale,
+            # The kernel before it writes neither the table nor the lengths.
+            prefetch=True,
+            scales=storage.layer_kv_scales(layer),
+        )
+        return out.flatten(1)
+
+    def _linear(self, stage: Stage) -> torch.Tensor:
+        assert stage.weight is not None
+        x, matrix = self._read(stage), self._weights.matrix(stage.layer, stage.weight)
+        return decode_linear(
+            x,
+            matrix.weight,
+            matrix.bias,
+            norm=self._norm(stage),
+            activation=self._spec.activation if stage.activated else "none",
+            residual=None if stage.residual is None else self._buffers[stage.residual],
+            normed_out=self._save(stage, x),
+        )
+
+    def _read(self, stage: Stage) -> torch.Tensor:
+        assert stage.read is not None
+        return self._buffers[stage.read]
+
+    def _norm(self, stage: Stage) -> tuple[torch.Tensor, torch.Tensor | None, float] | None:
+        """(weight, bias, epsilon) of the norm of what the stage reads."""
+        return None if stage.norm is None else (*self._weights.norm(stage.norm), self._spec.norm.eps)
+
+    def _save(self, stage: Stage, x: torch.Tensor) -> torch.Tensor | None:
+        """Memory that keeps the normed input, where a later stage adds to it."""
+        if stage.save is None:
+            return None
+        self._buffers[stage.save] = torch.empty_like(x)
+        return self._buffers[stage.save]
 
 
 class Graphs:

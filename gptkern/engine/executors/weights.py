@@ -1,62 +1,37 @@
-"""A model's weights where they lie, as the decode ops take them."""
+"""The table of a whole pass's weights, as the persistent kernel takes it, from the decoder's program."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
-from gptkern.model.decoder import Block, Decoder, Norm
-from gptkern.ops.decode_linear import QuantizedWeight
-from gptkern.ops.decode_step import LayerWeights, Linear, NormWeights, StepWeights
-from gptkern.quantize import QuantizedLinear
-
-
-def matrix(layer: nn.Linear | QuantizedLinear) -> torch.Tensor | QuantizedWeight:
-    """The layer's weight, packed where it is quantised."""
-    return layer.quantized if isinstance(layer, QuantizedLinear) else layer.weight
-
-
-def norm_weights(norm: Norm | None) -> tuple[torch.Tensor, torch.Tensor | None, float] | None:
-    """(weight, bias, epsilon) of a norm."""
-    return None if norm is None else (norm.weight, norm.bias, norm.eps)
+from gptkern.model.decoder import Decoder
+from gptkern.model.program import program
+from gptkern.model.weights import decoder_weights
+from gptkern.ops.decode_step import LayerWeights, StepWeights
 
 
 def step_weights(model: Decoder) -> StepWeights:
     """All of the model's weights where they lie now."""
-
-    def linear(layer: nn.Linear | QuantizedLinear) -> Linear:
-        return Linear(matrix(layer), layer.bias)
-
-    def norm(layer: Norm) -> NormWeights:
-        return layer.weight, layer.bias
-
-    blocks = [block for block in model.transformer.h if isinstance(block, Block)]
-    layers: list[LayerWeights] = []
-    # Where norms follow their branches, whoever reads a branch's sum next applies its norm.
-    pending: Norm | None = None
-    for block in blocks:
-        attn, mlp = block.attn, block.mlp
-        before_qkv = pending if block.post_norm else block.ln_1
+    spec, weights = model.spec, decoder_weights(model)
+    assert weights.positions is not None
+    norms = {
+        (stage.layer, stage.weight): None if stage.norm is None else weights.norm(stage.norm)
+        for stage in program(spec)
+    }
+    layers = []
+    for index, (layer, its) in enumerate(zip(weights.layers, spec.layers, strict=True)):
+        norm_1, norm_2 = norms[index, "qkv"], norms[index, "fc"]
+        assert norm_2 is not None
         layers.append(
-            LayerWeights(
-                None if before_qkv is None else norm(before_qkv),
-                linear(attn.c_attn),
-                linear(attn.c_proj),
-                norm(block.ln_1 if block.post_norm else block.ln_2),
-                linear(mlp.c_fc),
-                linear(mlp.c_proj),
-                attn.scale,
-            )
+            LayerWeights(norm_1, layer.qkv, layer.out, norm_2, layer.fc, layer.proj, its.attention_scale)
         )
-        pending = block.ln_2
-    last = model.transformer.ln_f or blocks[-1].ln_2
+    last = norms[len(layers), "head"]
+    assert last is not None
     return StepWeights(
-        model.transformer.wte.weight,
-        model.transformer.wpe.weight,
+        weights.tokens,
+        weights.positions,
         tuple(layers),
-        norm(last),
-        linear(model.lm_head),
-        heads=model.config.n_head,
-        eps=last.eps,
-        activation=model.config.activation,
+        last,
+        weights.head,
+        heads=spec.heads,
+        eps=spec.norm.eps,
+        activation=spec.activation,
     )
