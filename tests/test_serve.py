@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from importlib.resources import files
 from typing import Any
 
 import httpx
@@ -369,6 +371,32 @@ def test_metrics_count_what_was_served(model: GPT) -> None:
         "inter_token_latency_seconds_bucket",
     }
     assert {f"gptkern:{name}" for name in named} <= values.keys()
+
+
+def test_the_dashboard_reads_metrics_that_there_are(server: Running) -> None:
+    server.complete("ab", max_tokens=3)
+    server.error(n=0)
+    text = httpx.get(server.url + "/metrics").text
+    dashboard = (files("gptkern.serve") / "grafana.json").read_text()
+    named = set(re.findall(r"gptkern:\w+", dashboard))
+    assert len(named) >= 12
+    assert [name for name in named if f"\n{name}{{" not in text] == []
+
+
+def test_the_page_takes_nothing_from_elsewhere(server: Running) -> None:
+    page = httpx.get(server.url + "/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert page.headers["content-security-policy"].startswith("default-src 'self'")
+    parts = [page.text]
+    for path, kind in (("playground.css", "text/css"), ("playground.js", "text/javascript")):
+        assert f'"{path}"' in page.text
+        part = httpx.get(f"{server.url}/{path}")
+        assert part.headers["content-type"].startswith(kind)
+        parts.append(part.text)
+    for part in parts:
+        assert "//" not in part.replace("\n// ", "") and "innerHTML" not in part
+    ids = set(re.findall(r'\bid="(\w+)"', parts[0]))
+    assert set(re.findall(r'\bat\("(\w+)"\)', parts[2])) <= ids
 
 
 def test_keys_and_origins(model: GPT) -> None:

@@ -18,7 +18,7 @@ import gptkern
 from gptkern.gpt import GPT
 from gptkern.serve import endpoints, metrics
 from gptkern.serve.chat import chat_prompt
-from gptkern.serve.errors import ApiProblem, ClientGone, json_response, shown
+from gptkern.serve.errors import ApiProblem, json_response, shown
 from gptkern.serve.guard import REQUEST_ID, Guard
 from gptkern.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gptkern.serve.service import Service
@@ -27,7 +27,9 @@ from gptkern.serve.settings import ServeSettings
 _PAGE = {"": "text/html", "playground.css": "text/css", "playground.js": "text/javascript"}
 # Nothing of the page comes from elsewhere, and nobody else's page may hold it.
 _PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
+    ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -259,10 +261,6 @@ def _add_errors(app: FastAPI) -> None:
         text = message.get(error.status_code, str(error.detail))
         found = ApiProblem(error.status_code, text, headers=error.headers)
         return found.response(request.state.request_id)
-
-    @app.exception_handler(ClientGone)
-    async def gone(request: Request, error: ClientGone) -> Response:
-        raise error
 
 
 def _of_validation(error: RequestValidationError) -> ApiProblem:
