@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gptkern import GPTConfig
-from gptkern.engine.cache import CacheFullError, KVCache
+from gptkern.engine.cache import KVCache
+from gptkern.engine.pages import CacheFullError
 from gptkern.ops.flash_attention.reference import attention
 
 CONFIG = GPTConfig(vocab_size=11, n_positions=64, n_layer=2, n_head=2, n_embd=4)

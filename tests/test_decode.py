@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from gptkern import GPTConfig, backend
-from gptkern.engine.cache import CacheFullError, KVCache
+from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.graph import GraphExecutor, Graphs, StagedPass
+from gptkern.engine.pages import CacheFullError
 from gptkern.gpt import GPT
 from gptkern.ops import _launch
 from gptkern.ops._counters import Pool, counters, counters_from

@@ -12,8 +12,8 @@ import torch
 
 from gptkern import GPT
 from gptkern.config import GPTConfig
-from gptkern.engine.cache import CacheFullError, KVCache
-from gptkern.engine.pages import PagePool
+from gptkern.engine.cache import KVCache
+from gptkern.engine.pages import CacheFullError, PagePool
 from gptkern.engine.prefix import PageKeys
 from gptkern.ops import _dispatch
 

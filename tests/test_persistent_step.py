@@ -62,7 +62,6 @@ def filled(
     cache.allocate(len(lengths))
     cache.reserve(lengths)
     cache.advance(lengths)
-    cache.refresh()
     return cache
 
 

@@ -78,7 +78,7 @@ class ForwardPass:
     Args:
         storage: The tensors that hold keys and values.
         rows: The sequences, in the order of their tokens.
-        commit: Told of this pass when its tokens are to count as held.
+        commit: Called when the pass's tokens are to count as held.
 
     Attributes:
         max_seqlen_q, max_seqlen_k: Most new tokens of one sequence; longest sequence afterwards.
@@ -87,7 +87,7 @@ class ForwardPass:
     # No gradient comes back through a cache, so a pass through one is never training.
     dropout = False
 
-    def __init__(self, storage: Storage, rows: list[PassRow], commit: Callable[[ForwardPass], None]) -> None:
+    def __init__(self, storage: Storage, rows: list[PassRow], commit: Callable[[], None]) -> None:
         self.rows = rows
         self._storage = storage
         self._commit = commit
@@ -102,7 +102,7 @@ class ForwardPass:
         Raises:
             RuntimeError: The cache was changed since this pass began, or it is committed already.
         """
-        self._commit(self)
+        self._commit()
 
     @cached_property
     def positions(self) -> torch.Tensor:

@@ -14,33 +14,13 @@ import bisect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from gptkern.engine.pages import CacheFullError
 from gptkern.engine.prefix import PageKeys
+from gptkern.engine.sequences import Sequences
 
 RowState = Literal["waiting", "running", "finished"]
-
-
-class Cache(Protocol):
-    """The part of a ``KVCache`` that the scheduler uses."""
-
-    page_size: int
-    max_seqs: int
-
-    @property
-    def num_pages(self) -> int: ...
-    @property
-    def free_pages(self) -> int: ...
-    @property
-    def sequences(self) -> list[int]: ...
-    def begin(self, keys: Sequence[bytes], *, group: int) -> tuple[int, int]: ...
-    def reserve(self, new_lengths: Sequence[int], sequences: Sequence[int]) -> None: ...
-    def assign(self, sources: dict[int, int]) -> None: ...
-    def truncate(self, sequence: int, length: int) -> None: ...
-    def free(self, sequence: int) -> None: ...
-    def remember(self, sequence: int, keys: Sequence[bytes]) -> None: ...
-    def forget_prefixes(self) -> None: ...
 
 
 @dataclass(eq=False)
@@ -154,7 +134,7 @@ class Scheduler:
 
     def __init__(
         self,
-        cache: Cache,
+        cache: Sequences,
         *,
         prefill_chunk: int,
         unit: int = 1,
