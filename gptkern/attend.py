@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NotRequired, Protocol, TypedDict, Unpack
 
 import torch
 
 from gptkern import ops
+
+
+class AttendOptions(TypedDict):
+    """Settings of a layer: the softmax scale, its window in tokens, the cap of its scores; None: none."""
+
+    scale: float
+    window: NotRequired[int | None]
+    softcap: NotRequired[float | None]
 
 
 class Attend(Protocol):
@@ -22,7 +30,7 @@ class Attend(Protocol):
     def dropout(self) -> bool: ...
 
     def attention(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Unpack[AttendOptions]
     ) -> torch.Tensor: ...
 
 
@@ -34,9 +42,9 @@ class DenseAttend:
     dropout: bool = True
 
     def attention(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Unpack[AttendOptions]
     ) -> torch.Tensor:
-        return ops.flash_attention(q, k, v, scale=scale, dropout_p=self.dropout_p)
+        return ops.flash_attention(q, k, v, dropout_p=self.dropout_p, **options)
 
 
 @dataclass
@@ -49,9 +57,9 @@ class PackedAttend:
     dropout: bool = True
 
     def attention(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Unpack[AttendOptions]
     ) -> torch.Tensor:
         cu, longest = self.cu_seqlens, self.max_seqlen
         return ops.flash_attention_varlen(
-            q, k, v, cu, cu, longest, longest, scale=scale, dropout_p=self.dropout_p
+            q, k, v, cu, cu, longest, longest, dropout_p=self.dropout_p, **options
         )

@@ -17,7 +17,7 @@ from gptkern.checkpoint.locate import EMBEDDED, locate
 from gptkern.checkpoint.pending import Files, read
 from gptkern.checkpoint.placing import checked_device, checked_dtype, refuse_options
 from gptkern.checkpoint.save import save
-from gptkern.config import GPTConfig
+from gptkern.config import Config
 from gptkern.engine.executors.choose import routes
 from gptkern.generate import Completion, GenerateOutput, Score, TextStream
 from gptkern.generate.engines import Engines
@@ -50,7 +50,7 @@ class GPT(Decoder):
             of 1. They are saved and loaded with the weights; ``gptkern.quantize.kv_scales`` computes them.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.generation_config: dict[str, Any] = of_config(config)
         self.config_extras: dict[str, Any] = {}

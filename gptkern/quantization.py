@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from gptkern.config import GPTConfig
+    from gptkern.config import Config
 
 METHOD = "gptkern"
 FORMATS = ("int8", "fp8", "int4")
@@ -30,7 +30,7 @@ class Quantization:
 
     @classmethod
     def make(
-        cls, config: GPTConfig, format: str, group_size: int | None = None, zero_point: bool | None = None
+        cls, config: Config, format: str, group_size: int | None = None, zero_point: bool | None = None
     ) -> Self:
         """The description for a model of ``config``'s shape.
 
@@ -43,7 +43,8 @@ class Quantization:
         Raises:
             ValueError: The format is unknown, or the groups do not divide a width of the model.
         """
-        widths = [config.n_embd, config.inner_dim]
+        spec = config.spec
+        widths = [spec.width, spec.q_width, spec.inner]
         if format != "int4" and (group_size is not None or zero_point is not None):
             raise ValueError(f"quantize: group_size and zero_point are of int4 alone, weights is {format!r}")
         dividing = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
@@ -59,7 +60,7 @@ class Quantization:
         return fields
 
     @classmethod
-    def from_dict(cls, data: Any, config: GPTConfig) -> Self:
+    def from_dict(cls, data: Any, config: Config) -> Self:
         """The description that ``to_dict`` wrote.
 
         Raises:

@@ -7,13 +7,14 @@ matrices that are dequantised a layer at a time; the kernels that decode read th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from gptkern import ops
+from gptkern.attend import AttendOptions
 from gptkern.ops._types import FP8_MAX
 from gptkern.ops.decode_linear.formats import QuantizedWeight, quantize
 from gptkern.quantization import Quantization
@@ -125,7 +126,7 @@ class _LargestKV:
     """Attention over whole sequences that notes each head's largest key and value.
 
     Attributes:
-        k, v: ``(n_head,)`` fp32 of each layer.
+        k, v: ``(kv_heads,)`` fp32 of each layer.
     """
 
     dropout = False
@@ -135,16 +136,16 @@ class _LargestKV:
         self.v: list[torch.Tensor] = []
 
     def attention(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Unpack[AttendOptions]
     ) -> torch.Tensor:
         for largest, tensor in ((self.k, k), (self.v, v)):
             largest.append(tensor.float().abs().amax(dim=(0, 1, 3)))
-        return ops.flash_attention(q, k, v, scale=scale)
+        return ops.flash_attention(q, k, v, **options)
 
 
 @torch.no_grad()
 def kv_scales(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(k_scales, v_scales) of an fp8 KV cache, fp32 ``(n_layer, n_head)``: set ``model.kv_scales`` to them.
+    """(k_scales, v_scales) of an fp8 KV cache, fp32 ``(layers, kv_heads)``: set ``model.kv_scales`` to them.
 
     Each head's largest number over ``ids`` is scaled to half of e4m3's largest, 448. Other texts may bring
     numbers up to twice as large; larger ones saturate.
@@ -155,9 +156,9 @@ def kv_scales(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     Raises:
         ValueError: Texts longer than the model's context.
     """
-    if ids.shape[1] > model.config.n_positions:
+    if ids.shape[1] > model.spec.context:
         raise ValueError(
-            f"kv_scales: ids has {ids.shape[1]} tokens a row, the model's context {model.config.n_positions}"
+            f"kv_scales: ids has {ids.shape[1]} tokens a row, the model's context {model.spec.context}"
         )
     ids = ids.to(model.device)
     largest = _LargestKV()

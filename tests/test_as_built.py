@@ -353,7 +353,7 @@ def test_the_check_costs_little_and_sees_only_changes() -> None:
     watch = Watch(model)
     generated(model)
     assert not watch.stirred()
-    model.transformer.h[0].mlp = MLP(CONFIG)
+    model.transformer.h[0].mlp = MLP(CONFIG.spec)
     assert watch.stirred() and not watch.stirred()
     assert changed(model) is None
     model.config = CONFIG.replace(layer_norm_epsilon=0.5)

@@ -81,10 +81,10 @@ def profile(model: GPT, ids: list[int], tokens: int, trace: Path | None = None) 
     """
     more = _WARM + _WARM_PROFILED + PROFILED
     needed = len(ids) + tokens + more
-    if needed > model.config.n_positions:
+    if needed > model.spec.context:
         raise ValueError(
             f"profile: {len(ids)} tokens of prompt, {tokens} measured and {more} more do not fit "
-            f"into the model's {model.config.n_positions}"
+            f"into the model's {model.spec.context}"
         )
     model.eval()
     cache = KVCache.for_config(
@@ -106,15 +106,15 @@ def profile(model: GPT, ids: list[int], tokens: int, trace: Path | None = None) 
         decode()
     times = [_seconds(decode) for _ in range(tokens)]
     operators = _operators(decode, model.device, trace)
-    config = model.config
-    kv_bytes = 2 * config.n_layer * config.n_embd * model.dtype.itemsize * (len(ids) + _WARM + tokens // 2)
+    spec = model.spec
+    kv_bytes = 2 * len(spec.layers) * spec.kv_width * model.dtype.itemsize * (len(ids) + _WARM + tokens // 2)
     return Profile(
         device=str(model.device),
         context=len(ids) + _WARM,
         tokens=tokens,
         prefill=prefill,
         per_token=median(times),
-        bytes_moved=float(weight_bytes(config, model.dtype) + kv_bytes),
+        bytes_moved=float(weight_bytes(model.config, model.dtype) + kv_bytes),
         copy=ceilings.copy_rate(model.device),
         launches=launches(model),
         operators=operators,
@@ -126,7 +126,7 @@ def launches(model: GPT) -> dict[str, int]:
     with torch.device("meta"):
         shape = GPT(model.config).to(torch.bfloat16)
     cache = KVCache.for_config(
-        model.config, max_seqs=1, max_len=model.config.n_positions, dtype=torch.bfloat16, device="meta"
+        model.config, max_seqs=1, max_len=model.spec.context, dtype=torch.bfloat16, device="meta"
     )
     on_gpu = model.device.type == "cuda"
     arch = _launch.arch(model.device) if on_gpu else 90

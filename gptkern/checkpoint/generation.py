@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gptkern.config import GPTConfig
+from gptkern.config import Config
 
 # What gptkern's generate has an option for.
 FIELDS = (
@@ -58,13 +58,13 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def of_config(config: GPTConfig) -> dict[str, Any]:
+def of_config(config: Config) -> dict[str, Any]:
     """The defaults of a model that came without any: its special tokens."""
     eos = list(config.eos_token_ids)
     return {"bos_token_id": config.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
 
 
-def of_json(data: Mapping[str, Any], config: GPTConfig) -> dict[str, Any]:
+def of_json(data: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """Generation defaults from ``config.json``, where older checkpoints keep such fields."""
     found = of_config(config)
     return found | {

@@ -19,7 +19,7 @@ from gptkern.checkpoint.files import open_regular
 from gptkern.checkpoint.pending import Files, read
 from gptkern.checkpoint.placing import FLOATS, checked_device, checked_dtype
 from gptkern.checkpoint.storage import StoredTensor
-from gptkern.config import VOCAB_PADDING, GPTConfig
+from gptkern.config import VOCAB_PADDING, Config
 from gptkern.quantization import Quantization
 from gptkern.quantize import QuantizedLinear, empty_layers
 
@@ -157,7 +157,7 @@ def check_quantization(
             )
 
 
-def check_vocabulary(source: Path, config: GPTConfig, tokenizer: Tokenizer) -> None:
+def check_vocabulary(source: Path, config: Config, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer that makes ids without a row in the model; warn where it seems another model's.
 
     Rows without a token are padding, unless there are many more of them than any model is padded by. Added

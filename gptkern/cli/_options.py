@@ -117,7 +117,7 @@ def strict() -> bool:
 def fitting(gpt: GPT, prompt: str, default: int) -> int:
     """The default number of new tokens, or what is left of the context."""
     used = max(1, len(tokenizer_of(gpt).encode(prompt)))
-    return max(1, min(default, gpt.config.n_positions - used))
+    return max(1, min(default, gpt.spec.context - used))
 
 
 def tokenizer_of(gpt: GPT) -> Tokenizer:

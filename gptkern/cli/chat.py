@@ -197,7 +197,7 @@ class _Talk:
     def _answer(self, line: str) -> None:
         """Print the model's turn as it is made, and keep it."""
         tokenizer = o.tokenizer_of(self.gpt)
-        context = self.gpt.config.n_positions
+        context = self.gpt.spec.context
         used = self._make_room(line, context)
         print(f"{self.bot}:", end="", flush=True)
         if isinstance(self.conversation, Templated):

@@ -59,8 +59,10 @@ def describe(model: str) -> dict[str, Any]:
     contents = open_checkpoint(path)
     config, quantization = contents.config, contents.quantization
     parameters = config.parameters
-    embeddings = (config.vocab_size + config.n_positions) * config.n_embd
-    kv = 2 * config.n_layer * config.n_embd
+    spec = config.spec
+    rows = spec.vocab_size + spec.learned_positions * (spec.context + spec.position_offset)
+    embeddings = rows * spec.width
+    kv = 2 * len(spec.layers) * spec.kv_width
     return {
         "model": str(path),
         "config": asdict(config),

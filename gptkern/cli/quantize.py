@@ -133,11 +133,11 @@ def _perplexity(gpt: GPT, ids: Sequence[int], advance: Callable[[int], None]) ->
 
     Each sees half a context before it at least, or all that there is.
     """
-    stride = max(gpt.config.n_positions // 2, 1)
+    stride = max(gpt.spec.context // 2, 1)
     total, count = 0.0, 0
     for begin in range(0, len(ids), stride):
         part = list(ids[begin : begin + stride])
-        context = list(ids[max(0, begin - (gpt.config.n_positions - stride)) : begin])
+        context = list(ids[max(0, begin - (gpt.spec.context - stride)) : begin])
         (found,) = gpt.score([part], context=[context] if context else None)
         total, count = total + found.total, count + len(found.logprobs)
         advance(len(part))

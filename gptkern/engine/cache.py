@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gptkern.config import GPTConfig
+from gptkern.config import Config
 from gptkern.engine.forward_pass import ForwardPass, PassRow, Storage, pack_table
 from gptkern.engine.sequences import Sequences
 from gptkern.kv_scales import are_kv_scales
@@ -116,7 +116,7 @@ class KVCache(Sequences):
     @classmethod
     def for_config(
         cls,
-        config: GPTConfig,
+        config: Config,
         *,
         max_seqs: int,
         max_len: int,
@@ -149,6 +149,7 @@ class KVCache(Sequences):
             raise ValueError(f"KVCache: max_seqs is {max_seqs}, max_len {max_len}; 1 or more is needed")
         if page_size < 1:
             raise ValueError(f"KVCache: page_size is {page_size}; 1 or more is needed")
+        spec = config.spec
         pages_per_seq = -(-max_len // page_size)
         num_pages = max_seqs * pages_per_seq
         if cache_tokens is not None and memory_bytes is not None:
@@ -158,7 +159,7 @@ class KVCache(Sequences):
                 raise ValueError(f"KVCache: cache_tokens is {cache_tokens}; 1 or more is needed")
             num_pages = -(-cache_tokens // page_size)
         if memory_bytes is not None:
-            page_bytes = 2 * config.n_layer * page_size * config.n_embd * dtype.itemsize
+            page_bytes = 2 * len(spec.layers) * page_size * spec.kv_width * dtype.itemsize
             num_pages = memory_bytes // page_bytes
             if num_pages < 1:
                 raise ValueError(
@@ -166,9 +167,9 @@ class KVCache(Sequences):
                     f"one page of {page_size} tokens takes {page_bytes}"
                 )
         return cls(
-            n_layer=config.n_layer,
-            n_kv_head=config.n_head,
-            head_dim=config.head_dim,
+            n_layer=len(spec.layers),
+            n_kv_head=spec.kv_heads,
+            head_dim=spec.head_dim,
             num_pages=num_pages,
             page_size=page_size,
             max_seqs=max_seqs,

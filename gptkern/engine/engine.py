@@ -170,7 +170,7 @@ class Engine:
         self.cache = KVCache.for_config(
             model.config,
             max_seqs=max_seqs,
-            max_len=model.config.n_positions,
+            max_len=model.spec.context,
             page_size=page_size,
             memory_bytes=memory_bytes,
             cache_tokens=cache_tokens,
@@ -183,7 +183,7 @@ class Engine:
         self._decode = self.executors.decode
         self._divide()
         self._launcher = Launcher(self.cache.device, self._scheduler)
-        self._sampler = Sampler(model.config.vocab_size, model.device)
+        self._sampler = Sampler(model.spec.vocab_size, model.device)
         self._version = WeightsVersion(model) if prefix_cache else None
         self._kv_cache_dtype = kv_cache_dtype
         self._copies: dict[Row, Copy] = {}
@@ -236,7 +236,7 @@ class Engine:
         """
         if not isinstance(request, Request):
             raise TypeError(f"Engine.add: request is {type(request).__name__}; a Request is needed")
-        vocab_size = self.model.config.vocab_size
+        vocab_size = self.model.spec.vocab_size
         outside = [token for token in request.prompt if token >= vocab_size]
         if outside:
             raise ValueError(
@@ -294,7 +294,7 @@ class Engine:
         self._scheduler.check_fits(len(prompt), settings.max_new, len(keys))
         if settings.stop_strings and tokenizer is None:
             raise ValueError("Engine.add: stop_strings need a tokenizer: the model came without one")
-        params = RowParams(settings, self.model.config.vocab_size, logprobs)
+        params = RowParams(settings, self.model.spec.vocab_size, logprobs)
         callbacks = callbacks or Callbacks()
         ends = None if deadline is None else time.monotonic() + deadline
         with self._inbox.lock:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Unpack
 
 import torch
 
 from gptkern import ops
+from gptkern.attend import AttendOptions
 from gptkern.ops._dispatch import use_kernel
 from gptkern.ops._types import KvScales
 from gptkern.ops.decode_attention import reference
@@ -143,7 +145,7 @@ class ForwardPass:
 
     @torch.no_grad()
     def attention(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Unpack[AttendOptions]
     ) -> torch.Tensor:
         """Append the new tokens' keys and values to one layer, and let the queries attend to it.
 
@@ -151,7 +153,7 @@ class ForwardPass:
             layer: From 0.
             q: ``(tokens, heads, head_dim)``.
             k, v: ``(tokens, kv_heads, head_dim)``.
-            scale: What scores are multiplied by.
+            options: The layer's softmax scale, its window and the cap of its scores.
 
         Returns:
             ``(tokens, heads, head_dim)``, in q's dtype.
@@ -164,15 +166,18 @@ class ForwardPass:
         append(k, v, k_cache, v_cache, self.slots, scales=kv_scales)
         if self._starting and not self._decoding:
             cu, longest = self.cu_seqlens_q, self.max_seqlen_q
-            return ops.flash_attention_varlen(q, k, v, cu, cu, longest, longest, scale=scale)
+            return ops.flash_attention_varlen(q, k, v, cu, cu, longest, longest, **options)
         dtype = q.dtype
         if kv_scales is None:
             q = q.to(k_cache.dtype)
         if not kernels:
-            out = self._attend_rows(q, k_cache, v_cache, scale, kv_scales)
-        elif self._decoding:
+            out = self._attend_rows(q, k_cache, v_cache, kv_scales, options)
+        elif self._decoding and options.get("softcap") is None:
             out = ops.decode_attention(
-                q, k_cache, v_cache, self.page_table, self.seq_lens_k, scale=scale, scales=kv_scales
+                *(q, k_cache, v_cache, self.page_table, self.seq_lens_k),
+                scale=options["scale"],
+                window=options.get("window"),
+                scales=kv_scales,
             )
         else:
             k_all, v_all = (
@@ -187,7 +192,7 @@ class ForwardPass:
                 self._cu_seqlens_k,
                 self.max_seqlen_q,
                 self.max_seqlen_k,
-                scale=scale,
+                **options,
             )
         return out.to(dtype)
 
@@ -196,14 +201,18 @@ class ForwardPass:
         q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        scale: float,
         kv_scales: KvScales | None,
+        options: AttendOptions,
     ) -> torch.Tensor:
+        scale, window, softcap = options["scale"], options.get("window"), options.get("softcap")
         out = torch.empty_like(q)
         for tokens, pages, length in self._host_rows:
             k, v = (reference.sequence(cache, pages, length) for cache in (k_cache, v_cache))
             k, v = reference.widened(k, v, kv_scales, q.dtype)
-            if self._decoding:
+            if softcap is not None or (window is not None and not self._decoding):
+                out[tokens] = ops.flash_attention(q[None, tokens], k[None], v[None], **options)[0]
+            elif self._decoding:
+                k, v = (k, v) if window is None else (k[-window:], v[-window:])
                 out[tokens] = reference.attend(q[tokens][0].contiguous(), k, v, scale)
             else:
                 out[tokens] = attention_cpu(q[None, tokens], k[None], v[None], scale=scale)[0]

@@ -29,7 +29,7 @@ def prompt_logprobs(model: Decoder, prompt: Sequence[int], top: int) -> PromptLo
     hidden = model.transformer(ids[:-1], torch.arange(count, device=model.device), attend)
     found: list[tuple[float, tuple[tuple[int, float], ...]]] = []
     for rows, targets in zip(hidden.split(ROWS_AT_ONCE), ids[1:].split(ROWS_AT_ONCE), strict=True):
-        logprobs = model.lm_head(rows).float().log_softmax(-1)
+        logprobs = model.logits(rows).float().log_softmax(-1)
         own = logprobs.gather(1, targets[:, None])[:, 0].tolist()
         best = logprobs.topk(min(top, logprobs.shape[1]))
         likeliest = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from gptkern._warn import warn
 from gptkern.checkpoint.generation import UNSUPPORTED
-from gptkern.config import GPTConfig
+from gptkern.config import Config
 from gptkern.engine.option_checks import bad_words, biased, checked, plain, suppressed
 from gptkern.engine.options import OPTIONS, EarlyStopping, KVCacheDType, Option
 
@@ -140,7 +140,7 @@ def _tell_unsupported(said: Mapping[str, Any]) -> None:
 
 
 def settle(
-    asked: Mapping[str, Any], config: GPTConfig, *, width: int, longest: int, lengths_given: bool
+    asked: Mapping[str, Any], config: Config, *, width: int, longest: int, lengths_given: bool
 ) -> Settings:
     """Check options against each other and the model, and fill in the defaults.
 
@@ -157,18 +157,18 @@ def settle(
     sampling = asked.get("do_sample", False)
     _check_modes(asked, beams, returned, sampling)
     eos = asked["eos_token_id"]
-    if asked.get("speculate", 0) >= config.n_positions:
+    if asked.get("speculate", 0) >= config.spec.context:
         raise ValueError(
             f"generate: speculate is {asked['speculate']}; "
-            f"less than the model's context of {config.n_positions} is needed"
+            f"less than the model's context of {config.spec.context} is needed"
         )
-    max_new = _max_new(asked, config.n_positions, width, longest, lengths_given)
+    max_new = _max_new(asked, config.spec.context, width, longest, lengths_given)
     asked = {
         **asked,
         "speculate": asked.get("speculate", 0),
-        "bad_words_ids": bad_words(asked, eos, config.vocab_size),
-        "suppress_tokens": suppressed(asked, config.vocab_size),
-        "sequence_bias": biased(asked, config.vocab_size),
+        "bad_words_ids": bad_words(asked, eos, config.spec.vocab_size),
+        "suppress_tokens": suppressed(asked, config.spec.vocab_size),
+        "sequence_bias": biased(asked, config.spec.vocab_size),
     }
     return Settings(
         max_new=max_new,

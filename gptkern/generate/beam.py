@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def beam_search(model: GPT, prompts: Prompts, settings: Settings, tokenizer: Tokenizer | None) -> list[Beam]:
     """The ``num_return_sequences`` best beams of each prompt, best first, prompt after prompt."""
     most = len(prompts.rows) * settings.num_beams
-    search = BeamSearch(prompts.rows, settings, model.config.vocab_size, model.device, tokenizer)
+    search = BeamSearch(prompts.rows, settings, model.spec.vocab_size, model.device, tokenizer)
     tokens = pool_tokens(prompts, settings, most)
     with model.engines.engine(model, most, tokens, settings.kv_cache_dtype) as engine:
         cache = engine.cache

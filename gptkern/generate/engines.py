@@ -68,7 +68,7 @@ class Engines:
     def _new_engine(self, model: Decoder, rows: int, pages: int, kv_cache_dtype: KVCacheDType) -> Engine:
         if self._keeps_prefixes:
             # A new, larger engine has no prefixes to reuse, so that this one gets room for the whole context.
-            pages = max(pages, rows * (-(-model.config.n_positions // PAGE_SIZE) + 1))
+            pages = max(pages, rows * (-(-model.spec.context // PAGE_SIZE) + 1))
         return Engine(
             model,
             max_seqs=rows,

@@ -125,7 +125,7 @@ def logprobs_count(model: GPT, output_logprobs: bool, top_logprobs: int | None) 
         return 0 if output_logprobs else None
     if not isinstance(top_logprobs, int) or isinstance(top_logprobs, bool):
         raise TypeError(f"generate: top_logprobs is {top_logprobs!r}; a whole number is needed")
-    most = model.config.vocab_size
+    most = model.spec.vocab_size
     if not 1 <= top_logprobs <= most:
         raise ValueError(f"generate: top_logprobs is {top_logprobs}; 1 to the vocabulary's {most} is needed")
     return top_logprobs
@@ -159,7 +159,7 @@ def prepare(
         input_ids,
         attention_mask,
         device=model.device,
-        vocab_size=model.config.vocab_size,
+        vocab_size=model.spec.vocab_size,
         pad=values.get("pad_token_id"),
         eos=values["eos_token_id"],
     )

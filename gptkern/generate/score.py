@@ -68,9 +68,9 @@ def score(
     tokenizer: Tokenizer | None = None,
 ) -> list[Score]:
     """Score texts; see ``GPT.score``."""
-    if stride is not None and (not isinstance(stride, int) or not 0 < stride < model.config.n_positions):
+    if stride is not None and (not isinstance(stride, int) or not 0 < stride < model.spec.context):
         raise ValueError(
-            f"score: stride is {stride!r}; a whole number from 1 to {model.config.n_positions - 1} is needed"
+            f"score: stride is {stride!r}; a whole number from 1 to {model.spec.context - 1} is needed"
         )
     bodies = _as_list(texts)
     contexts = [None] * len(bodies) if context is None else _as_list(context)
@@ -93,7 +93,7 @@ def score(
                 'give a longer text, or context="" to begin at the beginning-of-text token'
             )
         results.append((ids if start else ids[1:], [], []))
-        windows += _windows(index, start + ids, max(len(start), 1), model.config.n_positions, stride)
+        windows += _windows(index, start + ids, max(len(start), 1), model.spec.context, stride)
     with torch.inference_mode():
         for group in _groups(windows):
             for window, (logprobs, greedy) in zip(group, _run(model, group), strict=True):
@@ -116,10 +116,10 @@ def _ids(model: GPT, text: Prompt, tokenizer: Tokenizer | None, *, whole: bool) 
         ids = needed_tokenizer(model, tokenizer).encode(text, add_special_tokens=whole)
     else:
         ids = list(text)
-    bad = [i for i in ids if not 0 <= i < model.config.vocab_size]
+    bad = [i for i in ids if not 0 <= i < model.spec.vocab_size]
     if bad:
         raise ValueError(
-            f"score: token id {bad[0]} found; ids from 0 to {model.config.vocab_size - 1} are accepted"
+            f"score: token id {bad[0]} found; ids from 0 to {model.spec.vocab_size - 1} are accepted"
         )
     return ids
 
@@ -134,7 +134,7 @@ def _start(model: GPT, context: Prompt | None, tokenizer: Tokenizer | None) -> l
     if ids:
         return ids
     bos = model.config.bos_token_id
-    if bos is None or bos >= model.config.vocab_size:
+    if bos is None or bos >= model.spec.vocab_size:
         raise ValueError("score: the context is empty, and the model has no beginning-of-text token")
     return [bos]
 
@@ -187,7 +187,7 @@ def _run(model: GPT, windows: list[_Window]) -> Iterator[tuple[list[float], list
         logprobs: list[float] = []
         greedy: list[bool] = []
         for part, target in zip(rows.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
-            logits = model.lm_head(part).float()
+            logits = model.logits(part).float()
             chosen = logits.gather(1, target[:, None])[:, 0]
             logprobs += (chosen - logits.logsumexp(1)).tolist()
             greedy += (chosen >= logits.amax(1)).tolist()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from gptkern import ops
 from gptkern.as_built import untouched
-from gptkern.attend import Attend, DenseAttend, PackedAttend
-from gptkern.config import GPTConfig
-from gptkern.model.spec import DecoderSpec
+from gptkern.attend import Attend, AttendOptions, DenseAttend, PackedAttend
+from gptkern.config import Config
+from gptkern.model.spec import DecoderSpec, NormSpec, RotarySpec
 from gptkern.ops.linear.reference import ACTIVATIONS
 from gptkern.quantization import Quantization
 from gptkern.quantize import QuantizedLinear
@@ -43,10 +43,12 @@ class GPTOutput:
         logits: ``(batch, seq, vocab_size)``, or the last ``logits_to_keep`` positions of it; zeros
             where ``attention_mask`` is 0.
         loss: Mean cross-entropy of the next token, a scalar in fp32; None without labels.
+        hidden_states: By layer, those asked for: ``(batch, seq, width)``; None where none were.
     """
 
     logits: torch.Tensor
     loss: torch.Tensor | None = None
+    hidden_states: dict[int, torch.Tensor] | None = None
 
     def to_tuple(self) -> tuple[torch.Tensor, ...]:
         """The loss, of a call with labels, and the logits."""
@@ -65,58 +67,154 @@ class GPTOutput:
         return value
 
 
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the tokens of a pass stand.
+
+    Attributes:
+        ids: Each token's position, of the shape of the tokens.
+        tables: The (cos, sin) of each kind of rotary positions of the decoder, ``(context, dim / 2)`` fp32.
+    """
+
+    ids: torch.Tensor
+    tables: Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+def frequencies(rotary: RotarySpec, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin) of every position, ``(context, dim / 2)`` fp32, computed in float64."""
+    if rotary.scaling is not None:
+        raise ValueError(f"GPT: rotary positions scaled by {rotary.scaling.kind} are not served")
+    exponents = torch.arange(0, rotary.dim, 2, dtype=torch.float64, device="cpu") / rotary.dim
+    angles = torch.arange(context, dtype=torch.float64, device="cpu")[:, None] * rotary.theta**-exponents
+    return angles.cos().float(), angles.sin().float()
+
+
+@dataclass
+class Taps:
+    """The hidden states that a pass hands out, and the layer where it ends.
+
+    Attributes:
+        layers: Counted as in transformers: 0 is the embeddings, i what block i - 1 made; after the last block
+            with the final norm.
+        stop: Run only so many blocks; None: all.
+        states: What was found, by layer.
+    """
+
+    layers: frozenset[int]
+    stop: int | None
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def wants(self, layer: int) -> bool:
+        """True if the whole residual stream is needed there."""
+        return layer in self.layers or layer == self.stop
+
+    def take(self, layer: int, x: torch.Tensor) -> bool:
+        """Note ``x`` if it is wanted; True if the pass ends here."""
+        if layer in self.layers:
+            self.states[layer] = x
+        return layer == self.stop
+
+
 class Attention(nn.Module):
     """Causal self-attention with one matrix for queries, keys and values."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
+        own = spec.layers[layer]
         self.layer = layer
-        self.n_head, self.head_dim = config.n_head, config.head_dim
-        self.scale = config.attention_scale(layer)
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.n_kv_head, self.head_dim = spec.heads, spec.kv_heads, spec.head_dim
+        self.scale, self.window, self.softcap = own.attention_scale, own.window, spec.attention_softcap
+        self.rotary = None if own.rotary is None else spec.rotaries.index(own.rotary)
+        self.pairs = None if own.rotary is None else own.rotary.pairs
+        self.c_attn = nn.Linear(spec.width, spec.qkv_width, bias=spec.qkv_bias)
+        self.c_proj = nn.Linear(spec.q_width, spec.width, bias=spec.out_bias)
+        self.whole_norm = spec.qk_norm == "whole"
+        if spec.qk_norm is not None:
+            per_head = NormSpec("rms", spec.norm.eps, unit_offset=spec.norm.unit_offset)
+            self.q_norm: Norm | None = Norm(per_head, spec.q_width if self.whole_norm else spec.head_dim)
+            self.k_norm: Norm | None = Norm(per_head, spec.kv_width if self.whole_norm else spec.head_dim)
+        else:
+            self.q_norm = self.k_norm = None
 
-    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
-        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, self.head_dim))
-        q, k, v = qkv.unbind(-3)
-        out = attend.attention(self.layer, q, k, v, scale=self.scale)
+    def forward(self, x: torch.Tensor, attend: Attend, places: Places) -> torch.Tensor:
+        q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        q, k, v = self.c_attn(x).split((q_width, kv_width, kv_width), dim=-1)
+        if self.whole_norm and self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.unflatten(-1, (self.n_head, self.head_dim))
+        k, v = (t.unflatten(-1, (self.n_kv_head, self.head_dim)) for t in (k, v))
+        q, k = self._turned(q, k, places)
+        options: AttendOptions = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
+        out = attend.attention(self.layer, q, k, v, **options)
         projected: torch.Tensor = self.c_proj(out.flatten(-2))
         return projected
 
+    def _turned(self, q: torch.Tensor, k: torch.Tensor, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys with the norm of each head and their rotation, where the layer has them."""
+        q_norm, k_norm = self.q_norm, self.k_norm
+        norm = None
+        if q_norm is not None and k_norm is not None and not self.whole_norm:
+            if self.rotary is not None and untouched(q_norm, *NORM) and untouched(k_norm, *NORM):
+                norm = (q_norm.weight, k_norm.weight, q_norm.eps)
+            else:
+                q, k = q_norm(q), k_norm(k)
+        if self.rotary is None or self.pairs is None:
+            return q, k
+        cos, sin = places.tables[self.rotary]
+        unit_offset = q_norm is not None and q_norm.unit_offset
+        q, turned = ops.rotary(
+            q, k, cos, sin, places.ids, pairs=self.pairs, norm=norm, unit_offset=unit_offset
+        )
+        assert turned is not None
+        return q, turned
+
 
 class MLP(nn.Module):
-    """The two-layer perceptron."""
+    """The two-layer perceptron, plain or gated: ``act(gate) * up``."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
-        self.activation = config.activation
-        self.c_fc = nn.Linear(config.n_embd, config.inner_dim, bias=config.bias)
-        self.c_proj = nn.Linear(config.inner_dim, config.n_embd, bias=config.bias)
+        self.activation, self.gated = spec.activation, spec.gated
+        self.c_fc = nn.Linear(spec.width, spec.fc_width, bias=spec.fc_bias)
+        self.c_proj = nn.Linear(spec.inner, spec.width, bias=spec.proj_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         fc, proj = self.c_fc, self.c_proj
         if untouched(fc, *LINEAR) and untouched(proj, *LINEAR):
-            return ops.gelu_mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=self.activation)
-        out: torch.Tensor = proj(ACTIVATIONS[self.activation](fc(x)))
+            op = ops.gated_mlp if self.gated else ops.gelu_mlp
+            return op(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=self.activation)
+        inner = fc(x)
+        activation = ACTIVATIONS[self.activation]
+        if self.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            out: torch.Tensor = proj(activation(gate) * up)
+        else:
+            out = proj(activation(inner))
         return out
 
 
 class Norm(nn.Module):
-    """Layer normalisation, alone or fused with the residual addition before it."""
+    """Layer or RMS normalisation, alone or fused with the residual addition before it."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, spec: NormSpec, width: int) -> None:
         super().__init__()
-        self.eps = config.layer_norm_epsilon
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        self.kind, self.eps, self.unit_offset = spec.kind, spec.eps, spec.unit_offset
+        self.weight = nn.Parameter(torch.zeros(width) if spec.unit_offset else torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if spec.bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "rms":
+            return ops.rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(
         self, x: torch.Tensor, residual: torch.Tensor, dropout_p: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of ``residual + dropout(x)``, and that sum."""
+        if self.kind == "rms":
+            return ops.add_rms_norm(
+                x, residual, self.weight, self.eps, dropout_p=dropout_p, unit_offset=self.unit_offset
+            )
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p)
 
 
@@ -136,64 +234,125 @@ def add_norm(
 
 
 class Block(nn.Module):
-    """One decoder block: norm before each branch (GPT-2), or after (GPT-1)."""
+    """One decoder block; ``DecoderSpec`` says where its norms are and whether its branches are parallel."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
-        self.post_norm = config.post_norm
-        self.resid_pdrop = config.resid_pdrop
-        self.ln_1 = Norm(config)
-        self.attn = Attention(config, layer)
-        self.ln_2 = Norm(config)
-        self.mlp = MLP(config)
+        self.norm_place, self.parallel, self.shared_norm = spec.norm_place, spec.parallel, spec.shared_norm
+        self.post_norm = spec.norm_place == "after"
+        self.residual_scale = spec.residual_scale
+        self.resid_pdrop = spec.residual_dropout
+        self.ln_1 = Norm(spec.norm, spec.width)
+        self.attn = Attention(spec, layer)
+        if not spec.shared_norm:
+            self.ln_2 = Norm(spec.norm, spec.width)
+        self.mlp = MLP(spec)
+        both = spec.norm_place == "both"
+        self.post_attn_norm = Norm(spec.norm, spec.width) if both else None
+        self.post_mlp_norm = Norm(spec.norm, spec.width) if both else None
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, attend: Attend
+        self, x: torch.Tensor, residual: torch.Tensor | None, attend: Attend, places: Places
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Map ``(x, residual)`` to the next such pair; a residual of None stands for nothing to add."""
         dropout_p = self.resid_pdrop if self.training and attend.dropout else 0.0
-        if self.post_norm:
-            h, _ = add_norm(self.ln_1, self.attn(x, attend), x, dropout_p)
-            h, _ = add_norm(self.ln_2, self.mlp(h), h, dropout_p)
+        if self.norm_place == "after":
+            h, _ = add_norm(self.ln_1, self._scaled(self.attn(x, attend, places)), x, dropout_p)
+            h, _ = add_norm(self.ln_2, self._scaled(self.mlp(h)), h, dropout_p)
             return h, None
+        if self.norm_place == "branch":
+            h = x + F.dropout(self._scaled(self.ln_1(self.attn(x, attend, places))), dropout_p)
+            return h + F.dropout(self._scaled(self.ln_2(self.mlp(h))), dropout_p), None
         if residual is None:
             h, residual = self.ln_1(x), x
         else:
-            h, residual = add_norm(self.ln_1, x, residual, dropout_p)
-        h, residual = add_norm(self.ln_2, self.attn(h, attend), residual, dropout_p)
-        return self.mlp(h), residual
+            # Parallel branches are dropped out before their sum.
+            h, residual = add_norm(self.ln_1, x, residual, 0.0 if self.parallel else dropout_p)
+        if self.parallel:
+            other = h if self.shared_norm else self.ln_2(residual)
+            branches = self.attn(h, attend, places), self.mlp(other)
+            attended, inner = (F.dropout(self._scaled(branch), dropout_p) for branch in branches)
+            return attended + inner, residual
+        attended = self._branch(self.attn(h, attend, places), self.post_attn_norm)
+        h, residual = add_norm(self.ln_2, attended, residual, dropout_p)
+        return self._branch(self.mlp(h), self.post_mlp_norm), residual
+
+    def _branch(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        """What is added of a branch's output."""
+        return self._scaled(x if norm is None else norm(x))
+
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.residual_scale == 1.0 else x * self.residual_scale
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks and, before-norm models only, the final norm."""
+    """Embeddings, blocks and, unless norms follow each sum, the final norm."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
-        self.embd_pdrop, self.resid_pdrop = config.embd_pdrop, config.resid_pdrop
+        self.embd_pdrop, self.resid_pdrop = spec.embedding_dropout, spec.residual_dropout
+        self.embedding_scale, self.position_offset = spec.embedding_scale, spec.position_offset
+        self.parallel = spec.parallel
         self.gradient_checkpointing = False
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = None if config.post_norm else Norm(config)
+        self.wte = nn.Embedding(spec.vocab_size, spec.width)
+        self.learned_positions = spec.learned_positions
+        if spec.learned_positions:
+            self.wpe = nn.Embedding(spec.context + spec.position_offset, spec.width)
+        self.h = nn.ModuleList(Block(spec, layer) for layer in range(len(spec.layers)))
+        self.ln_f = None if spec.norm_place == "after" else Norm(spec.norm, spec.width)
+        self._context, self._rotaries = spec.context, spec.rotaries
+        self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend) -> torch.Tensor:
-        x: torch.Tensor = self.wte(input_ids) + self.wpe(position_ids)
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attend: Attend,
+        taps: Taps | None = None,
+    ) -> torch.Tensor:
+        places = Places(position_ids.contiguous(), self.rotary_tables(input_ids.device))
+        x = self._embedded(input_ids, position_ids)
+        dropout_p = self.resid_pdrop if self.training and attend.dropout and not self.parallel else 0.0
         x = F.dropout(x, self.embd_pdrop, self.training and attend.dropout)
         residual: torch.Tensor | None = None
-        for block in self.h:
+        for layer, block in enumerate(self.h):
+            if taps is not None:
+                if taps.wants(layer) and residual is not None:
+                    x, residual = residual + F.dropout(x, dropout_p), None
+                if taps.take(layer, x):
+                    return x
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x, residual = checkpoint(block, x, residual, attend, use_reentrant=False)
+                x, residual = checkpoint(block, x, residual, attend, places, use_reentrant=False)
             else:
-                x, residual = block(x, residual, attend)
-        if self.ln_f is None:
+                x, residual = block(x, residual, attend, places)
+        if self.ln_f is not None:
+            x = self.ln_f(x) if residual is None else add_norm(self.ln_f, x, residual, dropout_p)[0]
+        if taps is not None:
+            taps.take(len(self.h), x)
+        return x
+
+    def _embedded(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = self.wte(input_ids)
+        if self.embedding_scale != 1.0:
+            x = x * self.embedding_scale
+        if not self.learned_positions:
             return x
-        assert residual is not None
-        dropout_p = self.resid_pdrop if self.training and attend.dropout else 0.0
-        return add_norm(self.ln_f, x, residual, dropout_p)[0]
+        places = position_ids + self.position_offset if self.position_offset else position_ids
+        embedded: torch.Tensor = x + self.wpe(places)
+        return embedded
+
+    def rotary_tables(self, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(cos, sin) of each kind of rotary positions, in the order of ``spec.rotaries``, on ``device``."""
+        if self._rotaries and (not self._tables or self._tables[0][0].device != device):
+            # Tensors made in inference mode could not be saved for a backward pass.
+            with torch.inference_mode(False):
+                tables = [frequencies(rotary, self._context) for rotary in self._rotaries]
+                self._tables = [(cos.to(device), sin.to(device)) for cos, sin in tables]
+        return self._tables
 
 
 class Decoder(nn.Module):
-    """The network: token ids to logits. Weights are fresh, as GPT-2 initialises them.
+    """The network: token ids to logits. Weights are fresh, as the family initialises them.
 
     Args:
         config: The model's shape and switches.
@@ -201,18 +360,19 @@ class Decoder(nn.Module):
     Attributes:
         config: The model's shape and switches.
         quantization: The format of the linear layers' weights; None for floats.
-        kv_scales: (k_scale, v_scale), each ``(n_layer, n_head)``: the scales of an fp8 cache; None for scales
-            of 1. They are saved and loaded with the weights; ``gptkern.quantize.kv_scales`` computes them.
+        kv_scales: (k_scale, v_scale), each ``(layers, kv_heads)``: the scales of an fp8 cache; None for
+            scales of 1. They are saved and loaded with the weights; ``quantize.kv_scales`` finds them.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
+        spec = config.spec
         self.config = config
         self.quantization: Quantization | None = None
         self.kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.transformer = Transformer(spec)
+        self.lm_head = nn.Linear(spec.width, spec.vocab_size, bias=spec.head_bias)
+        if spec.tied:
             self.lm_head.weight = self.transformer.wte.weight
         self.reset_parameters()
 
@@ -226,13 +386,13 @@ class Decoder(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights: N(0, initializer_range); branches' last layers divided by sqrt(2 n_layer)."""
+        """Draw fresh weights: N(0, initializer_range); GPT-2's last ones of a branch over sqrt(2 layers)."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                branch_end = name.endswith("c_proj.weight") and not self.config.post_norm
+                branch_end = name.endswith("c_proj.weight") and self.config.scaled_init
                 nn.init.normal_(
-                    parameter, std=std / math.sqrt(2 * self.config.n_layer) if branch_end else std
+                    parameter, std=std / math.sqrt(2 * len(self.spec.layers)) if branch_end else std
                 )
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -259,6 +419,16 @@ class Decoder(nn.Module):
         k_scale, v_scale = self.kv_scales or (None, None)
         return {"dtype": torch.float8_e4m3fn, "k_scale": k_scale, "v_scale": v_scale}
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head on last hidden states ``(..., width)``: ``(..., vocab_size)``, scaled and capped."""
+        logits: torch.Tensor = self.lm_head(hidden)
+        spec = self.spec
+        if spec.logits_scale != 1.0:
+            logits = logits * spec.logits_scale
+        if spec.logits_softcap is not None:
+            logits = torch.tanh(logits / spec.logits_softcap) * spec.logits_softcap
+        return logits
+
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.transformer.gradient_checkpointing = enabled
@@ -273,6 +443,8 @@ class Decoder(nn.Module):
         *,
         logits_to_keep: int = 0,
         sequences: Sequence[int] | None = None,
+        hidden_states: Sequence[int] = (),
+        stop_at_layer: int | None = None,
     ) -> GPTOutput:
         """Logits, and the loss if there are labels.
 
@@ -290,33 +462,71 @@ class Decoder(nn.Module):
             logits_to_keep: The number of last positions whose logits are returned (of each sequence, with a
                 cache or a mask); 0 returns all.
             sequences: Ids of the cache's sequences that the rows belong to; None: all of them, in order.
+            hidden_states: Layers whose hidden states are returned, counted as in transformers: 0 is the
+                embeddings, i what the first i blocks made; after all blocks with the final norm. Zeros where
+                ``attention_mask`` is 0. Not with a cache.
+            stop_at_layer: Run only so many blocks, fewer than there are; the logits are then those of no
+                position.
 
         Raises:
             ValueError: Shapes that do not agree, a token outside the vocabulary (on CPU), a sequence
-                longer than ``config.n_positions``, labels together with a cache.
+                longer than the model's context, labels together with a cache.
         """
         rows = None if sequences is None else list(sequences)
         self._check(input_ids, labels, attention_mask, cache, position_ids, logits_to_keep, rows)
+        taps = self._taps(hidden_states, stop_at_layer, labels, cache)
         if cache is not None:
             return self._forward_cached(input_ids, attention_mask, cache, position_ids, logits_to_keep, rows)
         batch, seq = input_ids.shape
         if position_ids is None:
             position_ids = torch.arange(seq, device=input_ids.device).expand(batch, seq)
-        dropout_p = self.config.attn_pdrop if self.training else 0.0
+        dropout_p = self.spec.attention_dropout if self.training else 0.0
+        states: dict[int, torch.Tensor] | None = None
         if attention_mask is None:
-            hidden = self.transformer(input_ids, position_ids, DenseAttend(dropout_p))
-            logits = self.lm_head(hidden[:, -logits_to_keep:] if labels is None else hidden)
+            hidden = self.transformer(input_ids, position_ids, DenseAttend(dropout_p), taps)
+            states = None if taps is None else taps.states
+            if stop_at_layer is not None:
+                return GPTOutput(hidden.new_empty(batch, 0, self.spec.vocab_size), None, states)
+            logits = self.logits(hidden[:, -logits_to_keep:] if labels is None else hidden)
         else:
             token_mask = attention_mask.bool()
             lengths = token_mask.sum(1)
             cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
             attend = PackedAttend(cu_seqlens, int(lengths.max()) if batch else 0, dropout_p)
-            hidden = self.transformer(input_ids[token_mask], position_ids[token_mask], attend)
-            packed = self.lm_head(hidden)
-            zeros = packed.new_zeros(batch, seq, packed.shape[-1])
-            logits = zeros.masked_scatter(token_mask[..., None], packed)
+            hidden = self.transformer(input_ids[token_mask], position_ids[token_mask], attend, taps)
+            if taps is not None:
+                states = {layer: _unpacked(state, token_mask) for layer, state in taps.states.items()}
+            if stop_at_layer is not None:
+                return GPTOutput(hidden.new_empty(batch, 0, self.spec.vocab_size), None, states)
+            logits = _unpacked(self.logits(hidden), token_mask)
         loss = None if labels is None else _shifted_loss(logits, labels)
-        return GPTOutput(logits[:, -logits_to_keep:], loss)
+        return GPTOutput(logits[:, -logits_to_keep:], loss, states)
+
+    def _taps(
+        self,
+        hidden_states: Sequence[int],
+        stop_at_layer: int | None,
+        labels: torch.Tensor | None,
+        cache: KVCache | None,
+    ) -> Taps | None:
+        """The hidden states that a pass hands out; None where none are asked for."""
+        if not hidden_states and stop_at_layer is None:
+            return None
+        layers = len(self.spec.layers)
+        last = layers if stop_at_layer is None else stop_at_layer
+        if stop_at_layer is not None and not 0 <= stop_at_layer < layers:
+            raise ValueError(
+                f"GPT: stop_at_layer is {stop_at_layer}; a number from 0 to {layers - 1} is needed"
+            )
+        if not hidden_states or not all(0 <= layer <= last for layer in hidden_states):
+            raise ValueError(
+                f"GPT: hidden_states is {list(hidden_states)}; layers from 0 to {last} are needed"
+            )
+        if cache is not None:
+            raise ValueError("GPT: hidden_states are not handed out of a pass with a cache: run one without")
+        if labels is not None and stop_at_layer is not None:
+            raise ValueError("GPT: labels need all layers; stop_at_layer is given")
+        return Taps(frozenset(hidden_states), stop_at_layer)
 
     def _forward_cached(
         self,
@@ -343,18 +553,18 @@ class Decoder(nn.Module):
         hidden = self.transformer(ids, positions, attend)
         attend.commit()
         if seq == 1:
-            return GPTOutput(self.lm_head(hidden)[:, None])
+            return GPTOutput(self.logits(hidden)[:, None])
         count = logits_to_keep or max(lengths)
         ends = attend.cu_seqlens_q[1:].long()
         rows = ends[:, None] + torch.arange(-count, 0, device=ends.device)
         present = rows >= attend.cu_seqlens_q[:-1, None]
-        logits = self.lm_head(hidden[rows.clamp_min(0)])
+        logits = self.logits(hidden[rows.clamp_min(0)])
         return GPTOutput(logits.masked_fill(~present[..., None], 0.0))
 
     def _check_length(self, tokens: int) -> None:
-        if tokens > self.config.n_positions:
+        if tokens > self.spec.context:
             raise ValueError(
-                f"GPT: {tokens} tokens are longer than the model's context of {self.config.n_positions}"
+                f"GPT: {tokens} tokens are longer than the model's context of {self.spec.context}"
             )
 
     def _check(
@@ -402,11 +612,17 @@ class Decoder(nn.Module):
         # A compiled graph must not branch on a tensor's values; there the embedding's own lookup fails.
         if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
             low, high = input_ids.min().item(), input_ids.max().item()
-            if low < 0 or high >= self.config.vocab_size:
+            if low < 0 or high >= self.spec.vocab_size:
                 raise ValueError(
                     f"GPT: input_ids holds {low if low < 0 else high}; "
-                    f"token ids from 0 to {self.config.vocab_size - 1} are accepted"
+                    f"token ids from 0 to {self.spec.vocab_size - 1} are accepted"
                 )
+
+
+def _unpacked(packed: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+    """``(tokens, n)`` in the places of their tokens, ``(batch, seq, n)``; zeros elsewhere."""
+    zeros = packed.new_zeros(*token_mask.shape, packed.shape[-1])
+    return zeros.masked_scatter(token_mask[..., None], packed)
 
 
 def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -194,6 +194,11 @@ class DecoderSpec:
         return 2 * self.inner if self.gated else self.inner
 
     @property
+    def rotaries(self) -> tuple[RotarySpec, ...]:
+        """The kinds of rotary positions that its layers have, each once, in their order."""
+        return tuple(dict.fromkeys(layer.rotary for layer in self.layers if layer.rotary is not None))
+
+    @property
     def parameters(self) -> int:
         """The number of parameters, a tied head counted once."""
         width, inner = self.width, self.inner

@@ -159,7 +159,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
             special = body.add_special_tokens is not False
             tokens = await service.encode(body.prompt or "", add_special_tokens=special)
         return json_response(
-            {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.config.n_positions}
+            {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.spec.context}
         )
 
     @app.post("/detokenize", responses=_RESPONSES)
@@ -178,7 +178,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         return json_response(
             {
                 "vocab_size": tokenizer.vocab_size,
-                "model_vocab_size": service.model.config.vocab_size,
+                "model_vocab_size": service.model.spec.vocab_size,
                 "bos_token": tokenizer.bos_token,
                 "eos_token": tokenizer.eos_token,
                 "pad_token": tokenizer.pad_token,
@@ -200,7 +200,7 @@ def _add_about(app: FastAPI, service: Service) -> None:
             "object": "model",
             "created": service.created,
             "owned_by": "gptkern",
-            "max_model_len": service.model.config.n_positions,
+            "max_model_len": service.model.spec.context,
         }
 
     @app.get("/v1/models", responses=_RESPONSES)

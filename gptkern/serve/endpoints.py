@@ -153,7 +153,7 @@ def _prompts(service: Service, body: CompletionRequest, echo: bool) -> list[Prom
 
 
 def _checked_ids(service: Service, tokens: Sequence[int]) -> list[int]:
-    vocab_size = service.model.config.vocab_size
+    vocab_size = service.model.spec.vocab_size
     for token in tokens:
         if token >= vocab_size:
             raise bad_field("prompt", token, f"token ids from 0 to {vocab_size - 1} are accepted")

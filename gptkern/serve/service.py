@@ -180,7 +180,7 @@ class Service:
         self.end_of_text = _end_of_text(model)
         self._jobs: dict[int, Job] = {}
         self.grammars = Grammars(
-            self.tokenizer, model.config.vocab_size, self.end_of_text, settings.grammar_seconds
+            self.tokenizer, model.spec.vocab_size, self.end_of_text, settings.grammar_seconds
         )
 
     @property
@@ -270,11 +270,11 @@ class Service:
         await self.engine.close()
 
     def _most_new(self, wish: Wish, prompt: Prompt) -> int:
-        context = self.model.config.n_positions
+        context = self.model.spec.context
         return max_new_of(wish.max_tokens, wish.default_tokens, len(prompt.tokens), context)
 
     def _open(self, wish: Wish, prompt: Prompt, new: int, constraint: Any) -> EventReader:
-        fields, vocab_size = wish.fields, self.model.config.vocab_size
+        fields, vocab_size = wish.fields, self.model.spec.vocab_size
         options = options_of(fields, max_new=new, end_of_text=self.end_of_text, vocab_size=vocab_size)
         of_prompt = fields.prompt_logprobs
         if wish.echo and wish.logprobs is not None:
@@ -315,7 +315,7 @@ def _end_of_text(model: GPT) -> tuple[int, ...]:
     """The tokens that end a text: the checkpoint's word, else the tokenizer's."""
     asked = model.generation_config.get("eos_token_id")
     ids = asked if isinstance(asked, list | tuple) else [asked]
-    ends = [token for token in ids if isinstance(token, int) and 0 <= token < model.config.vocab_size]
+    ends = [token for token in ids if isinstance(token, int) and 0 <= token < model.spec.vocab_size]
     own = model.tokenizer.eos_token_id if model.tokenizer is not None else None
     return tuple(ends) or (() if own is None else (own,))
 

@@ -37,7 +37,7 @@ def assemble(settings: Settings, out: Path, group: Processes) -> tuple[Source, O
         )
     own = pretrained.tokenizer if pretrained is not None else None
     data, seed = settings.data, settings.train.seed
-    vocab_size = settings.model.get("vocab_size") if pretrained is None else pretrained.config.vocab_size
+    vocab_size = settings.model.get("vocab_size") if pretrained is None else pretrained.spec.vocab_size
     labels: list[str] = []
     shards: list[Array] = []
     source: Source
@@ -58,7 +58,7 @@ def assemble(settings: Settings, out: Path, group: Processes) -> tuple[Source, O
     torch.manual_seed(seed)
     model = _model(settings, pretrained, tokenizer)
     if group.first:
-        check_ids(shards, model.config.vocab_size)
+        check_ids(shards, model.spec.vocab_size)
         _check_sample_prompt(settings, model)
     return source, _objective(settings, model, labels).to(group.device)
 
@@ -73,9 +73,9 @@ def _check_sample_prompt(settings: Settings, model: GPT) -> None:
         raise SettingsError(f"[eval] sample_prompt: {error}") from error
     if not used and model.tokenizer.bos_token_id is None:
         raise SettingsError("[eval] sample_prompt is empty, and the tokenizer has no beginning-of-text token")
-    if used >= model.config.n_positions:
+    if used >= model.spec.context:
         raise SettingsError(
-            f"[eval] sample_prompt has {used} tokens; fewer than the context, {model.config.n_positions}, "
+            f"[eval] sample_prompt has {used} tokens; fewer than the context, {model.spec.context}, "
             "are needed"
         )
 
@@ -102,17 +102,15 @@ def _model(settings: Settings, pretrained: GPT | None, tokenizer: Tokenizer | No
             model.load_state_dict(pretrained.state_dict())
             model.take_settings(pretrained)
         model.tokenizer = tokenizer or pretrained.tokenizer
-        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        if tokenizer is not None and tokenizer.vocab_size > model.spec.vocab_size:
             raise SettingsError(
-                f"[data] tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+                f"[data] tokenizer has {tokenizer.vocab_size} tokens, the model {model.spec.vocab_size}"
             )
     else:
         model = _fresh_model(_fresh_config(settings, rates, tokenizer))
         model.tokenizer = tokenizer
-    if settings.data.context > model.config.n_positions:
-        raise SettingsError(
-            f"[data] context is {settings.data.context}; the model's is {model.config.n_positions}"
-        )
+    if settings.data.context > model.spec.context:
+        raise SettingsError(f"[data] context is {settings.data.context}; the model's is {model.spec.context}")
     return model.train()
 
 
@@ -150,7 +148,7 @@ def _fresh_config(settings: Settings, rates: dict[str, Any], tokenizer: Tokenize
 def _objective(settings: Settings, model: GPT, labels: list[str]) -> Objective:
     train, lora = settings.train, settings.lora
     if lora.rank:
-        width = model.config.n_embd
+        width = model.spec.width
         if lora.rank > width:
             raise SettingsError(f"[lora] rank is {lora.rank}; at most the model's width, {width}, is of use")
         try:

@@ -81,7 +81,7 @@ def sample_texts(objective: Objective, settings: EvalSettings) -> list[str]:
     model = objective.model
     if not settings.samples or model.tokenizer is None or isinstance(objective, Classification):
         return []
-    room = model.config.n_positions - len(model.tokenizer.encode(settings.sample_prompt))
+    room = model.spec.context - len(model.tokenizer.encode(settings.sample_prompt))
     completions = model.generate_text(
         [settings.sample_prompt] * settings.samples,
         max_new_tokens=max(1, min(settings.sample_tokens, room)),

@@ -208,9 +208,9 @@ def _step_bytes(trainer: Trainer, tokens: int) -> int:
     The count is that of Korthikanti et al. 2022 (section 4.1) without the attention matrix, which
     flash attention does not store.
     """
-    config = trainer.objective.model.config
+    spec = trainer.objective.model.spec
     weights = sum(p.numel() for p in trainer.objective.parameters())
-    return tokens * config.n_embd * 4 * 34 * config.n_layer + 4 * 3 * weights
+    return tokens * spec.width * 4 * 34 * len(spec.layers) + 4 * 3 * weights
 
 
 def _alone(group: Processes, what: str) -> None:

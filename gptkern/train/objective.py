@@ -32,7 +32,7 @@ def hidden_states(model: GPT, ids: torch.Tensor, *, dropout: bool = True) -> tor
         dropout: False leaves it out in training mode too.
     """
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    dropout_p = model.config.attn_pdrop if model.training and dropout else 0.0
+    dropout_p = model.spec.attention_dropout if model.training and dropout else 0.0
     hidden: torch.Tensor = model.transformer(ids, positions, DenseAttend(dropout_p, dropout))
     return hidden
 
@@ -64,7 +64,7 @@ class Classification(nn.Module):
         super().__init__()
         self.model, self.labels = model, labels
         self.label_smoothing = label_smoothing
-        self.head = nn.Linear(model.config.n_embd, len(labels))
+        self.head = nn.Linear(model.spec.width, len(labels))
         nn.init.normal_(self.head.weight, std=model.config.initializer_range)
         nn.init.zeros_(self.head.bias)
         # The language model's head has no part in it; its matrix is the embedding's where they are tied.
@@ -115,7 +115,7 @@ class Classification(nn.Module):
         device = self.model.device
         found = []
         for text in texts:
-            ids = torch.tensor([tokenizer.encode(text)[-self.model.config.n_positions :]], device=device)
+            ids = torch.tensor([tokenizer.encode(text)[-self.model.spec.context :]], device=device)
             scores = self.logits(ids, torch.tensor([ids.shape[1] - 1], device=device), dropout=False)
             found.append(self.labels[int(scores.argmax())])
         return found

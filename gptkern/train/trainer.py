@@ -239,7 +239,7 @@ class _Run:
         trained = sum(p.numel() for p in self.trainer.trained)
         part = "" if trained == everything else f", {trained:,} of them trained"
         processes = f", {self.group.world} processes" if self.group.world > 1 else ""
-        context = min(settings.data.context, objective.model.config.n_positions)
+        context = min(settings.data.context, objective.model.spec.context)
         where = f"on {self.group.device}{processes} in {settings.train.precision}"
         self.progress.say(f"{everything:,} parameters{part}, {where}")
         self.progress.say(f"{self.trainer.source.describe()}; {settings.train.batch_size} x {context} a step")
@@ -301,10 +301,11 @@ class _Run:
     def _report_step(self, done: int) -> None:
         rate = self.speed.take()
         model = self.trainer.objective.model
-        config = model.config
-        parameters = sum(p.numel() for p in model.parameters()) - config.n_positions * config.n_embd
+        spec = model.spec
+        positions = (spec.context + spec.position_offset) * spec.width if spec.learned_positions else 0
+        parameters = sum(p.numel() for p in model.parameters()) - positions
         peak = peak_flops(self.group.device)
-        flops = flops_per_token(parameters, config.n_layer, config.n_embd, self.settings.data.context)
+        flops = flops_per_token(parameters, len(spec.layers), spec.q_width, self.settings.data.context)
         utilisation = None if peak is None else rate * flops / (peak * self.group.world)
         self.progress.update(done, self.loss, rate, utilisation)
         if self.log is not None:

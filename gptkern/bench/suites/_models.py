@@ -11,7 +11,7 @@ import torch
 
 from gptkern.bench.problem import Unavailable
 from gptkern.bench.suites._providers import installed
-from gptkern.config import GPTConfig
+from gptkern.config import Config, GPTConfig
 from gptkern.gpt import GPT
 
 GPT2 = GPTConfig(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -50,11 +50,11 @@ def exact(model: Any) -> Any:
     return deepcopy(model).double()
 
 
-def weight_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
+def weight_bytes(config: Config, dtype: torch.dtype) -> int:
     """Bytes of the weights that decoding reads for each token: all but the position table."""
-    inner = config.inner_dim
-    block = 4 * config.n_embd**2 + 2 * config.n_embd * inner
-    return (config.n_layer * block + config.vocab_size * config.n_embd) * dtype.itemsize
+    spec = config.spec
+    layer = spec.qkv_width + spec.q_width + spec.fc_width + spec.inner
+    return (len(spec.layers) * layer + spec.vocab_size) * spec.width * dtype.itemsize
 
 
 def forward_flops(config: GPTConfig, batch: int, seq: int) -> float:

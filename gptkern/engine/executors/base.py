@@ -143,7 +143,7 @@ class TableExecutor(Executor):
             raise ValueError(
                 f"{type(self).__name__}: tokens has shape {tuple(rows.tokens.shape)}; ({total},) is needed"
             )
-        context = self._model.config.n_positions
+        context = self._model.spec.context
         for sequence, count in zip(rows.sequences, rows.counts, strict=True):
             length = self._cache.length(sequence) + count
             if length > context:
@@ -170,12 +170,12 @@ def check_cache(name: str, model: Decoder, cache: KVCache) -> None:
     Raises:
         ValueError: It has another shape or another device.
     """
-    config = model.config
+    spec = model.spec
     layers, _, _, heads, head_dim = cache.k.shape
-    if (layers, heads, head_dim) != (config.n_layer, config.n_head, config.head_dim):
+    if (layers, heads, head_dim) != (len(spec.layers), spec.kv_heads, spec.head_dim):
         raise ValueError(
             f"{name}: the cache has {layers} layers of {heads} x {head_dim}, "
-            f"the model {config.n_layer} of {config.n_head} x {config.head_dim}"
+            f"the model {len(spec.layers)} of {spec.kv_heads} x {spec.head_dim}"
         )
     if cache.device != model.device:
         raise ValueError(f"{name}: the cache is on {cache.device}, the model on {model.device}")

@@ -115,7 +115,7 @@ class CpuExecutor(TableExecutor):
             RuntimeError: The weights have been given a dtype or a device that this cannot serve.
         """
         cache, tokens = self._cache, tokens.to(torch.int64).contiguous()
-        logits = torch.empty(tokens.shape[0], self._model.config.vocab_size, dtype=cache.dtype, device="cpu")
+        logits = torch.empty(tokens.shape[0], self._model.spec.vocab_size, dtype=cache.dtype, device="cpu")
         arguments = (cache.k, cache.v, page_table, lengths, tokens, logits, torch.get_num_threads())
         while not self._decoder.step(*arguments):
             reason = unserved(self._model, cache.dtype)
