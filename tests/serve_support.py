@@ -15,7 +15,7 @@ import uvicorn
 
 from gptkern import GPT, GPTConfig, Tokenizer
 from gptkern.serve.app import create_app
-from gptkern.serve.run import DrainingServer
+from gptkern.serve.process import DrainingServer
 from gptkern.serve.service import Service
 from gptkern.serve.settings import ServeSettings
 

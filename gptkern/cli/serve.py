@@ -153,7 +153,7 @@ def serve(
     - `gptkern serve ./my-model --max-seqs 64 --dtype bfloat16`
     """
     # imported here: --help need not wait for it, and without the extra this is what fails
-    from gptkern.serve.run import run
+    from gptkern.serve.process import run
     from gptkern.serve.settings import ServeSettings
 
     settings = ServeSettings(
