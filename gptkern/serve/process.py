@@ -20,6 +20,9 @@ from gptkern.serve.settings import ServeSettings
 _LAST_SECONDS = 5
 # Requests that a drain has ended get their last tokens within this time.
 _CANCEL_SECONDS = 5.0
+# How long the event loop may keep the engine's thread waiting for the interpreter: a pass takes about a
+# millisecond, and Python's own 5 would be as much as several.
+_SWITCH_SECONDS = 0.0005
 
 
 def run(model: GPT, settings: ServeSettings | None = None, **engine_options: Any) -> int:
@@ -39,6 +42,7 @@ def run(model: GPT, settings: ServeSettings | None = None, **engine_options: Any
         OSError: The address cannot be listened at.
     """
     settings = settings or ServeSettings()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     app: Any = create_app(model, settings, **engine_options)
     config = uvicorn.Config(
         app,

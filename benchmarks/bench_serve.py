@@ -1,0 +1,203 @@
+"""The cost of the server beside its engine, and its latencies by load, as ratios and times within one run.
+
+    pytest benchmarks/bench_serve.py -n 0 -s --benchmark-enable
+
+The server runs in a process of its own; the client is this one, so that on few cores the two share them.
+``GPTKERN_BENCH_PEERS=1`` asks ``transformers serve`` for the same, on the same weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from gptkern import GPT, Engine, Request
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STREAMS = 32
+NEW = 128
+ROUNDS = 5
+PROMPT = "First Citizen:\nBefore we proceed any further, hear me speak."
+
+
+@contextmanager
+def server(*command: str, url: str) -> Iterator[None]:
+    """A server's process, from when it answers on."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            end = time.monotonic() + 120
+            while True:
+                assert process.poll() is None and time.monotonic() < end, "the server does not answer"
+                try:
+                    if httpx.get(url + "/health", timeout=1).status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    pass
+                time.sleep(0.1)
+            yield
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def own_server(port: int) -> Iterator[str]:
+    """gptkern's server of the embedded model; its address."""
+    url = f"http://127.0.0.1:{port}"
+    options = [f"--port={port}", f"--device={DEVICE}", f"--max-seqs={STREAMS}", "--no-access-log"]
+    with server(sys.executable, "-m", "gptkern", "serve", "embedded", *options, url=url):
+        yield url
+
+
+async def stream(port: int, path: str, body: dict[str, Any]) -> list[float]:
+    """The times at which a stream's chunks of text came, from when it was asked for.
+
+    By hand: a client's library costs more than the server.
+    """
+    content = json.dumps(body | {"stream": True}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    began = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    times: list[float] = []
+    received = b""
+    while part := await reader.read(1 << 16):
+        received = part if not received.startswith(b"HTTP/1.1 4") else received + part
+        if b'"choices":[{' in part or b'"choices": [{' in part:
+            times.append(time.perf_counter() - began)
+    writer.close()
+    assert times, received[:500]
+    return times
+
+
+def _body(seed: int) -> dict[str, Any]:
+    shared = {"model": "gptkern", "max_tokens": NEW, "ignore_eos": True}
+    return shared | {"prompt": f"{PROMPT}\n{seed}", "seed": seed}
+
+
+def _all_streams(port: int) -> float:
+    """Tokens a second of ``STREAMS`` streams at once."""
+
+    async def main() -> None:
+        await asyncio.gather(*(stream(port, "/v1/completions", _body(seed)) for seed in range(STREAMS)))
+
+    began = time.perf_counter()
+    asyncio.run(main())
+    return STREAMS * NEW / (time.perf_counter() - began)
+
+
+def _engine_alone(engine: Engine, tokenizer: Any) -> float:
+    """Tokens a second of the same requests in this process, without a server."""
+    began = time.perf_counter()
+    for seed in range(STREAMS):
+        options = {"max_new_tokens": NEW, "eos_token_id": None, "do_sample": True, "top_k": 0, "seed": seed}
+        engine.add(Request(prompt=tokenizer.encode(f"{PROMPT}\n{seed}"), options=options))
+    while engine.has_work:
+        engine.step()
+    return STREAMS * NEW / (time.perf_counter() - began)
+
+
+def test_tokens_of_32_streams(benchmark: BenchmarkFixture) -> None:
+    """32 streams through the server against the engine alone: the goal is at least 0.9 of its tokens/s."""
+    model = GPT.from_pretrained(device=DEVICE)
+    engine = Engine(model, max_seqs=STREAMS)
+    with own_server(8231) as _:
+        _engine_alone(engine, model.tokenizer), _all_streams(8231)
+        rounds = [(_engine_alone(engine, model.tokenizer), _all_streams(8231)) for _ in range(ROUNDS)]
+    benchmark.pedantic(lambda: None, rounds=1)
+    ratio = median(own / alone for alone, own in rounds)
+    alone, own = (median(column) for column in zip(*rounds, strict=True))
+    benchmark.extra_info.update({"engine": alone, "server": own, "ratio": ratio})
+    print(f"\n32 streams: {own:.0f} tokens/s, the engine alone {alone:.0f}: {ratio:.2f} of it")
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_latencies_by_load(benchmark: BenchmarkFixture, share: float) -> None:
+    """Time to the first text and between chunks, of requests that arrive at random at a share of capacity."""
+    with own_server(8232) as _:
+        _all_streams(8232)
+        rate = share * _all_streams(8232) / NEW
+        rng = random.Random(1)
+        firsts: list[float] = []
+        betweens: list[float] = []
+
+        async def one(delay: float, seed: int) -> None:
+            await asyncio.sleep(delay)
+            times = await stream(8232, "/v1/completions", _body(seed))
+            firsts.append(times[0])
+            betweens.extend(b - a for a, b in pairwise(times))
+
+        async def main() -> None:
+            delay = 0.0
+            tasks = []
+            for seed in range(max(40, int(rate * 5))):
+                tasks.append(one(delay, seed))
+                delay += rng.expovariate(rate)
+            await asyncio.gather(*tasks)
+
+        asyncio.run(main())
+    benchmark.pedantic(lambda: None, rounds=1)
+    found = {
+        f"{name} {level}": quantiles(values, n=100)[place] * 1000
+        for name, values in (("first", firsts), ("between", betweens))
+        for level, place in (("p50", 49), ("p99", 98))
+    }
+    benchmark.extra_info.update({"requests/s": rate, **found})
+    words = ", ".join(f"{name} {value:.1f} ms" for name, value in found.items())
+    print(f"\n{share:.0%} of capacity, {rate:.1f} requests/s: {words}")
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.skipif(os.environ.get("GPTKERN_BENCH_PEERS") != "1", reason="GPTKERN_BENCH_PEERS=1 asks for it")
+def test_transformers_serve(benchmark: BenchmarkFixture) -> None:
+    """The same chats from `transformers serve` and from gptkern's server, each alone, in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        GPT.from_pretrained().save_pretrained(folder)
+        (Path(folder) / "chat_template.jinja").write_text(TEMPLATE)
+        body = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": NEW, "temperature": 1.0}
+
+        def tokens_per_second(port: int, name: str, streams: int) -> float:
+            async def main() -> None:
+                asked = body | {"model": name}
+                await asyncio.gather(*(stream(port, "/v1/chat/completions", asked) for _ in range(streams)))
+
+            began = time.perf_counter()
+            asyncio.run(main())
+            return streams * NEW / (time.perf_counter() - began)
+
+        peer = [str(Path(sys.executable).with_name("transformers")), "serve", "--port", "8234"]
+        peer += ["--device", DEVICE, "--continuous-batching", folder]
+        own = [sys.executable, "-m", "gptkern", "serve", folder, "--name=gptkern", "--port=8233"]
+        own += ["--no-access-log", f"--max-seqs={STREAMS}"]
+        with (
+            server(*own, url="http://127.0.0.1:8233"),
+            server(*peer, url="http://127.0.0.1:8234"),
+        ):
+            for streams in (1, STREAMS):
+                tokens_per_second(8233, "gptkern", streams), tokens_per_second(8234, folder, streams)
+                rounds = [
+                    (tokens_per_second(8233, "gptkern", streams), tokens_per_second(8234, folder, streams))
+                    for _ in range(3)
+                ]
+                ratio = median(own_speed / peers for own_speed, peers in rounds)
+                benchmark.extra_info[f"{streams} streams"] = ratio
+                print(f"\n{streams} streams: {ratio:.1f} x transformers serve's tokens/s")
+    benchmark.pedantic(lambda: None, rounds=1)
