@@ -17,6 +17,51 @@ KvScales = tuple[torch.Tensor, torch.Tensor]
 Norm = tuple[torch.Tensor, torch.Tensor | None, float]
 
 
+class RmsNorm(NamedTuple):
+    """An RMS norm over the last dimension.
+
+    Attributes:
+        weight: ``(width,)``.
+        eps: Added to the mean square.
+        unit_offset: The factors are ``1 + weight``.
+    """
+
+    weight: torch.Tensor
+    eps: float
+    unit_offset: bool = False
+
+
+class Rotary(NamedTuple):
+    """Rotary positions of the newest token of each sequence.
+
+    Attributes:
+        cos, sin: ``(context, dim / 2)`` fp32, contiguous: the first ``dim`` elements of a head are turned.
+        seq_lens: ``(rows,)`` int32: tokens in each sequence, the newest included, which stands at
+            ``seq_lens - 1``.
+        pairs: ``halves``: element i turns with ``i + dim / 2``; ``interleaved``: 2 i with 2 i + 1.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    seq_lens: torch.Tensor
+    pairs: str = "halves"
+
+
+class HeadNorm(NamedTuple):
+    """An RMS norm of each query head and each key head.
+
+    Attributes:
+        q_weight, k_weight: ``(head_dim,)``.
+        eps: Added to the mean square.
+        unit_offset: The factors are ``1 + weight``.
+    """
+
+    q_weight: torch.Tensor
+    k_weight: torch.Tensor
+    eps: float
+    unit_offset: bool = False
+
+
 class PagedCache(NamedTuple):
     """A paged KV cache: ``k`` and ``v`` are ``(pages, page_size, kv_heads, head_dim)``.
 

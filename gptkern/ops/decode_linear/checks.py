@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from gptkern.ops import _checks
-from gptkern.ops._dispatch import needs_grad, use_kernel
+from gptkern.ops._dispatch import needs_grad, traced, use_kernel
 from gptkern.ops._types import PagedCache
 from gptkern.ops.decode_attention.checks import check_cache, check_slots
 from gptkern.ops.decode_linear.formats import QuantizedWeight
-from gptkern.ops.decode_linear.launch import LinearInputs
+from gptkern.ops.decode_linear.launch import Epilogue, Heads, LinearInputs, norm_arguments
 from gptkern.ops.linear.reference import ACTIVATIONS
 
 
@@ -34,7 +35,9 @@ def check_inputs(op: str, inputs: LinearInputs) -> None:
     if weight.shape[1] != width:
         raise ValueError(f"{op}: weight has {weight.shape[1]} columns, x {width}: they must be equal")
     if norm is not None:
-        tensors |= {"norm weight": norm[0], "norm bias": norm[1]}
+        norm_weight, norm_bias, eps, _ = norm_arguments(norm)
+        _checks.eps(op, eps)
+        tensors |= {"norm weight": norm_weight, "norm bias": norm_bias}
     shapes: dict[str, Sequence[int]] = {
         "bias": weight.shape[:1],
         "norm weight": (width,),
@@ -43,7 +46,7 @@ def check_inputs(op: str, inputs: LinearInputs) -> None:
     for name, value in tensors.items():
         if value is None:
             continue
-        if value.dtype != x.dtype:
+        if value.dtype != x.dtype and not (name.startswith("norm") and value.dtype == torch.float32):
             raise TypeError(f"{op}: {name} is {value.dtype}, x {x.dtype}: one dtype is needed")
         _checks.shape(op, name, value, shapes.get(name, value.shape))
     _checks.same_device(op, x=x, **tensors)
@@ -54,12 +57,22 @@ def check_inputs(op: str, inputs: LinearInputs) -> None:
         _check_like(op, "normed_out", normed_out, x)
 
 
-def check_epilogue(op: str, inputs: LinearInputs, activation: str, residual: torch.Tensor | None) -> None:
-    """Raise for an activation or a residual that ``decode_linear`` does not accept."""
+def check_epilogue(op: str, inputs: LinearInputs, epilogue: Epilogue) -> None:
+    """Raise for an activation, a residual or a number that ``decode_linear`` does not accept."""
+    activation, residual, gated, scale, softcap = epilogue
+    outputs = inputs.weight.shape[0]
+    if gated and outputs % 2:
+        raise ValueError(
+            f"{op}: weight has {outputs} rows; gated needs an even number: the gate's, then as many of up's"
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"{op}: scale is {scale}; a finite number is needed")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap is {softcap}; a positive, finite number is needed, or None")
     if activation != "none" and activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}, none")
     if residual is not None:
-        expected = (inputs.x.shape[0], inputs.weight.shape[0])
+        expected = (inputs.x.shape[0], outputs // 2 if gated else outputs)
         _checks.tensor(op, "residual", residual)
         _checks.shape(op, "residual", residual, expected, "rows and outputs")
         _check_like(op, "residual", residual, inputs.x)
@@ -85,6 +98,54 @@ def check_kv(op: str, inputs: LinearInputs, cache: PagedCache, slots: torch.Tens
     check_slots(op, cache, slots, x.shape[0])
 
 
+def check_heads(op: str, inputs: LinearInputs, cache: PagedCache, heads: Heads) -> None:
+    """Raise for rotary positions or a norm of heads that ``decode_qkv`` does not accept."""
+    x, head_dim = inputs.x, cache.k.shape[3]
+    if heads != (None, None) and inputs.weight.shape[0] % head_dim:
+        raise ValueError(
+            f"{op}: weight has {inputs.weight.shape[0]} rows; a multiple of the cache's head dimension, "
+            f"{head_dim}, is needed"
+        )
+    if heads.rotary is not None:
+        _check_rotary(op, x, head_dim, heads)
+    if heads.norm is not None:
+        _checks.eps(op, heads.norm.eps)
+        for name, value in (("q_weight", heads.norm.q_weight), ("k_weight", heads.norm.k_weight)):
+            _checks.tensor(op, name, value)
+            _checks.dtype(op, name, value, _checks.KERNEL_FLOATS if use_kernel(x) else _checks.FLOATS)
+            _checks.shape(op, name, value, (head_dim,), "the head dimension")
+            _checks.last_dim_contiguous(op, name, value)
+            _checks.same_device(op, x=x, **{name: value})
+
+
+def _check_rotary(op: str, x: torch.Tensor, head_dim: int, heads: Heads) -> None:
+    assert heads.rotary is not None
+    cos, sin, seq_lens, pairs = heads.rotary
+    if pairs not in ("halves", "interleaved"):
+        raise ValueError(f"{op}: pairs is {pairs!r}; accepted are 'halves' and 'interleaved'")
+    for name, table in (("cos", cos), ("sin", sin)):
+        _checks.tensor(op, name, table, dim=2)
+        _checks.dtype(op, name, table, (torch.float32,))
+        _checks.shape(op, name, table, cos.shape, "that of cos")
+        if not table.is_contiguous():
+            raise ValueError(f"{op}: {name} has strides {table.stride()}; a contiguous table is needed")
+    # The two elements of a pair are neighbours in a tile, whose places are counted over all heads.
+    if head_dim % 2 or not 2 <= 2 * cos.shape[1] <= head_dim:
+        raise ValueError(
+            f"{op}: cos has {cos.shape[1]} columns, one for each pair; the head dimension is {head_dim}: it "
+            "must be even, and hold 1 to half as many pairs"
+        )
+    _checks.tensor(op, "seq_lens", seq_lens, dim=1)
+    _checks.dtype(op, "seq_lens", seq_lens, (torch.int32,))
+    _checks.shape(op, "seq_lens", seq_lens, x.shape[:1], "one per row")
+    _checks.last_dim_contiguous(op, "seq_lens", seq_lens)
+    _checks.same_device(op, x=x, cos=cos, sin=sin, seq_lens=seq_lens)
+    if seq_lens.device.type == "cpu" and seq_lens.numel() and not traced(seq_lens):
+        longest = int(seq_lens.max())
+        if longest > cos.shape[0]:
+            raise ValueError(f"{op}: seq_lens holds {longest}; cos has {cos.shape[0]} positions")
+
+
 def check_compiled(op: str, inputs: LinearInputs) -> None:
     """Raise for a quantised weight under ``torch.compile``."""
     if isinstance(inputs.weight, QuantizedWeight):
@@ -96,7 +157,7 @@ def check_compiled(op: str, inputs: LinearInputs) -> None:
 def check_no_grad(op: str, inputs: LinearInputs, residual: torch.Tensor | None = None) -> None:
     """Raise where autograd would have to see the call."""
     weight = None if isinstance(inputs.weight, QuantizedWeight) else inputs.weight
-    norm = (None, None) if inputs.norm is None else inputs.norm[:2]
+    norm = norm_arguments(inputs.norm)[:2]
     if needs_grad(inputs.x, weight, inputs.bias, residual, *norm):
         raise ValueError(f"{op}: an argument requires grad; it is forward only: use torch.no_grad()")
 

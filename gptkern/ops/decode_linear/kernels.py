@@ -2,6 +2,9 @@
 
     out = activation(norm(x) weight^T + bias) + residual
 
+Gated: out_i = activation(y_i) y_(i + N / 2). Queries and keys: each head's RMS norm, then its rotary
+position, before they are rounded; keys and values go to the cache.
+
 Layout: grid (output tiles, SPLIT_K, row blocks). One program owns BLOCK_N outputs of BLOCK_R rows over
 one of SPLIT_K equal ranges of K. Weights are the wide side of the matrix unit's tile and rows the
 narrow one, so that 1 row and 16 cost the same. Where SPLIT_K > 1 partial sums go through memory and the
@@ -11,23 +14,30 @@ A row's bits do not depend on its neighbours: BLOCK_N, BLOCK_K, SPLIT_K and BLOC
 layer's shape and dtype, BLOCK_R alone from the number of rows, and it only says how many rows go side by
 side through the same sums over k.
 
+A tile's outputs need not be neighbours in the weight: those that meet in the epilogue lie side by side in the
+tile, the gate and up of a hidden value, or the two elements of a rotary pair. Weights stay as the checkpoint
+has them, as each output's row is read whole in any order. Where heads are normalised a tile is one whole
+head, so that its sum of squares needs no other program: BLOCK_N is head_dim's power of two.
+
 With programmatic dependent launch a program fetches its weights into L2 before it waits for x.
 """
 
 import triton
 import triton.language as tl
 
-from gptkern.ops._device import activate, to_e4m3
+from gptkern.ops._device import activate, tanh, to_e4m3
 from gptkern.ops._pdl import prefetch, wait
 
 
 @triton.jit
 def row_moments(
-    x_ptr, rows, row_mask, eps, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr
+    x_ptr, rows, row_mask, eps, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    CENTERED: tl.constexpr = True,
 ):  # fmt: skip
     """(mean, 1 / standard deviation) of whole rows, from the moments of BLOCK_S columns at a time.
 
     They combine as in Chan, Golub and LeVeque (1983), equation 2.1: no cancellation where the mean is large.
+    Without CENTERED the mean is taken to be 0 (RMS norm).
     """
     mean = tl.zeros([BLOCK_R], tl.float32)
     squares = tl.zeros([BLOCK_R], tl.float32)
@@ -35,18 +45,24 @@ def row_moments(
         columns = start + tl.arange(0, BLOCK_S)
         mask = row_mask[:, None] & (columns < K)[None, :]
         x = tl.load(x_ptr + rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        count = tl.minimum(K - start, BLOCK_S).to(tl.float32)
-        part = tl.sum(x, 1) / count
-        centred = tl.where((columns < K)[None, :], x - part[:, None], 0.0)
-        share = count / (start + count)
-        delta = part - mean
-        mean += delta * share
-        squares += tl.sum(centred * centred, 1) + delta * delta * (start * share)
+        if CENTERED:
+            count = tl.minimum(K - start, BLOCK_S).to(tl.float32)
+            part = tl.sum(x, 1) / count
+            centred = tl.where((columns < K)[None, :], x - part[:, None], 0.0)
+            share = count / (start + count)
+            delta = part - mean
+            mean += delta * share
+            squares += tl.sum(centred * centred, 1) + delta * delta * (start * share)
+        else:
+            squares += tl.sum(x * x, 1)
     return mean, tl.rsqrt(squares / K + eps)
 
 
 @triton.jit
-def load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K: tl.constexpr):
+def load_rows(
+    x_ptr, norm, rows, row_mask, columns, moments, store_normed, K: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr = False,
+):  # fmt: skip
     """``(BLOCK_R, columns)`` of x, or of its norm: ``norm`` is (weight, bias, normed_out) or Nones."""
     norm_weight_ptr, norm_bias_ptr, normed_ptr = norm
     inside = columns < K
@@ -56,6 +72,8 @@ def load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K: tl
     if norm_weight_ptr is not None:
         mean, rstd = moments
         scale = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        if UNIT_OFFSET:
+            scale += 1.0
         normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * scale[None, :]
         if norm_bias_ptr is not None:
             shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
@@ -70,6 +88,7 @@ def load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K: tl
 def product(
     x_ptr, weight_ptr, norm, rows, row_mask, outputs, k_begin, k_end, moments, stride_weight, store_normed,
     N: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr = False,
 ):  # fmt: skip
     """``(BLOCK_N, BLOCK_R)`` fp32: weight norm(x)^T over columns k_begin to k_end.
 
@@ -83,7 +102,7 @@ def product(
         columns = start + tl.arange(0, BLOCK_K)
         mask = (outputs < N)[:, None] & (columns < K)[None, :]
         weight = tl.load(weight_ptr + weight_rows[:, None] + columns[None, :], mask=mask, other=0.0)
-        x = load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K)
+        x = load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K, UNIT_OFFSET)
         acc = tl.dot(weight.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
     return acc
 
@@ -92,6 +111,7 @@ def product(
 def product_int4(
     x_ptr, weight_ptr, packing, norm, rows, row_mask, outputs, k_begin, k_end, moments, store_normed,
     N: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr = False,
 ):  # fmt: skip
     """``product`` of int4 weights, one group of columns at a time; ``packing`` is (scale, zero) pointers.
 
@@ -114,8 +134,10 @@ def product_int4(
             zero = tl.load(zero_ptr + scale_rows + start // GROUP, mask=outputs < N, other=0).to(tl.float32)
         # x's columns of the low and of the high halves of the bytes.
         columns = start + tl.arange(0, HALF)
-        low = load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K)
-        high = load_rows(x_ptr, norm, rows, row_mask, columns + HALF, moments, store_normed, K)
+        low = load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K, UNIT_OFFSET)
+        high = load_rows(
+            x_ptr, norm, rows, row_mask, columns + HALF, moments, store_normed, K, UNIT_OFFSET
+        )  # fmt: skip
         # Two products of whole numbers, scaled once.
         first = ((packed & 15).to(tl.float32) - zero[:, None]).to(low.dtype)
         second = ((packed >> 4).to(tl.float32) - zero[:, None]).to(low.dtype)
@@ -156,16 +178,101 @@ def split_columns(split, K: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.con
 
 
 @triton.jit
+def tile_outputs(
+    tile, N: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr, HALVES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_TILES: tl.constexpr,
+):  # fmt: skip
+    """The outputs of a tile's lanes; N in a lane that has none.
+
+    Lanes 2 i and 2 i + 1 hold values that meet in the epilogue: GATED, those of the gate and of up; with
+    HALVES, the number of elements of each head that are turned, those of a pair of halves. HEAD_TILES: tile h
+    is head h.
+    """
+    lanes = tl.arange(0, BLOCK_N)
+    if HEAD_TILES:
+        places = tl.where(lanes < HEAD_DIM, tile * HEAD_DIM + lanes, N)
+    else:
+        places = tile * BLOCK_N + lanes
+    if GATED:
+        places = tl.where(places < N, places // 2 + (places % 2) * (N // 2), N)
+    if HALVES:
+        element = places % HEAD_DIM
+        paired = element // 2 + (element % 2) * (HALVES // 2)
+        places = tl.where((element < HALVES) & (places < N), places - element + paired, places)
+    return places
+
+
+@triton.jit
+def pair_rows(tile):
+    """The even and the odd rows of a tile."""
+    pairs = tl.reshape(tile, (tile.shape[0] // 2, 2, tile.shape[1]))
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@triton.jit
+def unpair_rows(even, odd):
+    """The inverse of ``pair_rows``."""
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 1)), (2 * even.shape[0], even.shape[1]))
+
+
+@triton.jit
+def norm_heads(
+    acc, outputs, q_weight_ptr, k_weight_ptr, eps,
+    N: tl.constexpr, KV_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, UNIT_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """The RMS norm of a tile that is one head, unless it is of the values."""
+    KEYS: tl.constexpr = N - 2 * KV_WIDTH
+    VALUES: tl.constexpr = N - KV_WIDTH
+    element = outputs % HEAD_DIM
+    of_keys = (outputs >= KEYS) & (outputs < VALUES)
+    weight = tl.load(q_weight_ptr + element, mask=outputs < KEYS, other=0.0).to(tl.float32)
+    weight += tl.load(k_weight_ptr + element, mask=of_keys, other=0.0).to(tl.float32)
+    if UNIT_OFFSET:
+        weight += 1.0
+    rstd = tl.rsqrt(tl.sum(acc * acc, 0) / HEAD_DIM + eps)
+    return tl.where((outputs < VALUES)[:, None], acc * rstd[None, :] * weight[:, None], acc)
+
+
+@triton.jit
+def turn_heads(
+    acc, tile, cos_ptr, sin_ptr, lens_ptr, context, numbers, row_mask,
+    N: tl.constexpr, KV_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    HEAD_TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Turn the pairs of queries and keys in a tile; a position beyond the tables gives NaN.
+
+    The two elements of a pair are in lanes 2 i and 2 i + 1 (see ``tile_outputs``).
+    """
+    lanes = 2 * tl.arange(0, BLOCK_N // 2)
+    if HEAD_TILES:
+        places = tl.where(lanes < HEAD_DIM, tile * HEAD_DIM + lanes, N)
+    else:
+        places = tile * BLOCK_N + lanes
+    element = places % HEAD_DIM
+    turned = ((element < DIM) & (places < N - KV_WIDTH))[:, None]
+    position = tl.load(lens_ptr + numbers, mask=row_mask, other=1).to(tl.int64)[None, :] - 1
+    known = turned & (position >= 0) & (position < context)
+    at = position * (DIM // 2) + (element // 2)[:, None]
+    # A padding row has no position: it is not turned.
+    cos = tl.load(cos_ptr + at, mask=known, other=1.0)
+    sin = tl.load(sin_ptr + at, mask=known, other=0.0)
+    cos = tl.where(turned & (position >= context), float("nan"), cos)
+    first, second = pair_rows(acc)
+    return unpair_rows(first * cos - second * sin, second * cos + first * sin)
+
+
+@triton.jit
 def prefetch_weights(
     weight_ptr, stride_weight, tile, split,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    GROUP: tl.constexpr, COMPILED: tl.constexpr,
+    GROUP: tl.constexpr, COMPILED: tl.constexpr, GATED: tl.constexpr = False, HALVES: tl.constexpr = 0,
+    HEAD_DIM: tl.constexpr = 1, HEAD_TILES: tl.constexpr = False,
 ):  # fmt: skip
     """Fetch the weights of a tile's split into L2."""
     LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
     PACKED: tl.constexpr = 2 if GROUP else 1
     k_begin, k_end = split_columns(split, K, BLOCK_K, SPLIT_K)
-    outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    outputs = tile_outputs(tile, N, BLOCK_N, GATED, HALVES, HEAD_DIM, HEAD_TILES)
     for start in range(k_begin // PACKED, k_end // PACKED, 16 * LINE):
         lines = start + tl.arange(0, 16) * LINE
         at = weight_ptr + outputs.to(tl.int64)[:, None] * stride_weight + lines[None, :]
@@ -205,66 +312,103 @@ def store_kv(
 
 
 @triton.jit
+def activate_tile(
+    acc, tile, outputs, GATED: tl.constexpr, ACTIVATION: tl.constexpr, SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(values, their outputs) after activation, gate, scale and soft cap."""
+    if GATED:
+        gate, up = pair_rows(acc)
+        acc = activate(gate, ACTIVATION) * up
+        outputs = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    else:
+        acc = activate(acc, ACTIVATION)
+    if SCALE != 1.0:
+        acc *= SCALE
+    if SOFTCAP != 0.0:
+        acc = SOFTCAP * tanh(acc / SOFTCAP)
+    return acc, outputs
+
+
+@triton.jit
 def linear_tile(
     x_ptr, weight_ptr, bias_ptr, packing, norm, residual_ptr, out_ptr, cache, slots_ptr, scratch,
     row_count, eps, stride_weight, tile, tiles, split, row_block,
     N: tl.constexpr, K: tl.constexpr, KV_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     SPLIT_K: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    heads=None, CENTERED: tl.constexpr = True, UNIT_OFFSET: tl.constexpr = False,
+    GATED: tl.constexpr = False, SCALE: tl.constexpr = 1.0, SOFTCAP: tl.constexpr = 0.0,
+    DIM: tl.constexpr = 0, INTERLEAVED: tl.constexpr = False, HEAD_NORM: tl.constexpr = False,
+    HEAD_UNIT_OFFSET: tl.constexpr = False,
 ):  # fmt: skip
     """One split of one tile of a layer; the last to come of a tile's splits stores its outputs.
 
     ``packing`` is (scale, zero) pointers of a quantised weight, ``norm`` as in ``load_rows``, ``cache`` as in
-    ``store_kv``, ``scratch`` (partial sums, counters).
+    ``store_kv``, ``scratch`` (partial sums, counters). With DIM elements of each head turned or with
+    HEAD_NORM, ``heads`` is (cos, sin, lengths, context, q weight, k weight, eps). SOFTCAP 0 means none.
     """
+    HALVES: tl.constexpr = 0 if INTERLEAVED else DIM
     partial_ptr, counter_ptr = scratch
     k_begin, k_end = split_columns(split, K, BLOCK_K, SPLIT_K)
-    outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    outputs = tile_outputs(tile, N, BLOCK_N, GATED, HALVES, HEAD_DIM, HEAD_NORM)
     numbers = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     row_mask = numbers < row_count
     # The norm's statistics of each row, over all its columns.
     if norm[0] is not None:
-        moments = row_moments(x_ptr, numbers * K, row_mask, eps, K, BLOCK_R, BLOCK_S)
+        moments = row_moments(x_ptr, numbers * K, row_mask, eps, K, BLOCK_R, BLOCK_S, CENTERED)
     else:
         moments = (eps, eps)
     # The product over this split's columns. The first tile also stores norm(x).
     if GROUP:
         acc = product_int4(
             x_ptr, weight_ptr, packing, norm, numbers * K, row_mask, outputs, k_begin, k_end, moments,
-            tile == 0, N, K, BLOCK_R, BLOCK_N, GROUP,
+            tile == 0, N, K, BLOCK_R, BLOCK_N, GROUP, UNIT_OFFSET,
         )  # fmt: skip
     else:
         acc = product(
             x_ptr, weight_ptr, norm, numbers * K, row_mask, outputs, k_begin, k_end, moments,
-            stride_weight, tile == 0, N, K, BLOCK_R, BLOCK_N, BLOCK_K,
+            stride_weight, tile == 0, N, K, BLOCK_R, BLOCK_N, BLOCK_K, UNIT_OFFSET,
         )  # fmt: skip
     # The sum of all splits, in their order.
     place = row_block * tiles + tile
     partial_ptr += place.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_R)
     acc, last = sum_splits(acc, partial_ptr, counter_ptr + place, split, BLOCK_N, BLOCK_R, SPLIT_K)
     if last:
-        # Scale, bias, activation, residual.
+        # Weight scale, bias.
         if packing[0] is not None and not GROUP:
             acc *= tl.load(packing[0] + outputs, mask=outputs < N, other=0.0)[:, None]
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[:, None]
-        acc = activate(acc, ACTIVATION)
-        mask = (outputs < N)[:, None] & row_mask[None, :]
+        if HEAD_NORM:
+            acc = norm_heads(
+                acc, outputs, heads[4], heads[5], heads[6], N, KV_WIDTH, HEAD_DIM, HEAD_UNIT_OFFSET
+            )  # fmt: skip
+        if DIM:
+            acc = turn_heads(
+                acc, tile, heads[0], heads[1], heads[2], heads[3], numbers, row_mask,
+                N, KV_WIDTH, HEAD_DIM, DIM, HEAD_NORM, BLOCK_N,
+            )  # fmt: skip
+        OUT: tl.constexpr = N // 2 if GATED else N
+        # New names: what they hold has another shape.
+        values, places = activate_tile(acc, tile, outputs, GATED, ACTIVATION, SCALE, SOFTCAP, BLOCK_N)
+        # Residual.
+        mask = (places < OUT)[:, None] & row_mask[None, :]
         if residual_ptr is not None:
-            at = numbers[None, :] * N + outputs[:, None]
-            acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            at = numbers[None, :] * OUT + places[:, None]
+            values += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
         # Store the outputs; keys and values go to the cache.
-        result = acc.to(out_ptr.dtype.element_ty)
-        WIDTH: tl.constexpr = N - 2 * KV_WIDTH
+        result = values.to(out_ptr.dtype.element_ty)
+        WIDTH: tl.constexpr = OUT - 2 * KV_WIDTH
         # int64: rows times a vocabulary passes 2^31 beyond 16k rows.
-        at = numbers.to(tl.int64)[None, :] * WIDTH + outputs[:, None]
-        tl.store(out_ptr + at, result, mask=mask & (outputs < WIDTH)[:, None])
+        at = numbers.to(tl.int64)[None, :] * WIDTH + places[:, None]
+        tl.store(out_ptr + at, result, mask=mask & (places < WIDTH)[:, None])
         if cache[0] is not None:
             slots = tl.load(slots_ptr + numbers, mask=row_mask, other=-1)
-            store_kv(result, cache, slots, (outputs - WIDTH)[:, None], mask, KV_WIDTH, HEAD_DIM)
+            store_kv(result, cache, slots, (places - WIDTH)[:, None], mask, KV_WIDTH, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["row_count", "page_count"])
+@triton.jit(do_not_specialize=["row_count", "page_count", "context"])
 def decode_linear_kernel(
     x_ptr,  # (rows, K), contiguous
     weight_ptr,  # (N, K); with GROUP (N, K / 2), two weights a byte
@@ -272,7 +416,7 @@ def decode_linear_kernel(
     norm_weight_ptr,  # (K,), or None: x is taken as it is
     norm_bias_ptr,  # (K,) or None
     residual_ptr,  # (rows, N), contiguous, or None
-    out_ptr,  # (rows, N less keys and values), contiguous
+    out_ptr,  # (rows, N less keys and values), GATED (rows, N / 2), contiguous
     normed_ptr,  # (rows, K), contiguous, or None
     k_cache_ptr,  # (pages, page_size, KV_WIDTH), or None: all outputs go to out
     v_cache_ptr,
@@ -283,15 +427,25 @@ def decode_linear_kernel(
     zero_ptr,  # (N, K / GROUP) uint8, or None
     k_scale_ptr,  # (KV_WIDTH / HEAD_DIM,) fp32: of an fp8 cache; or None
     v_scale_ptr,
-    row_count, eps, page_size, page_count, stride_weight, stride_kp, stride_ks, stride_vp, stride_vs,
+    cos_ptr,  # (context, DIM / 2) fp32, or None: nothing is turned
+    sin_ptr,
+    lens_ptr,  # (rows,) int32: of each sequence, its new token included
+    q_norm_ptr,  # (HEAD_DIM,), or None: heads have no norm
+    k_norm_ptr,
+    context, head_eps, row_count, eps, page_size, page_count,
+    stride_weight, stride_kp, stride_ks, stride_vp, stride_vs,
     N: tl.constexpr, K: tl.constexpr, KV_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     SPLIT_K: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CENTERED: tl.constexpr, UNIT_OFFSET: tl.constexpr, GATED: tl.constexpr, SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, DIM: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_NORM: tl.constexpr,
+    HEAD_UNIT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     tile, split, row_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         prefetch_weights(
-            weight_ptr, stride_weight, tile, split, N, K, BLOCK_N, BLOCK_K, SPLIT_K, GROUP, PDL
+            weight_ptr, stride_weight, tile, split, N, K, BLOCK_N, BLOCK_K, SPLIT_K, GROUP, PDL,
+            GATED, 0 if INTERLEAVED else DIM, HEAD_DIM, HEAD_NORM,
         )  # fmt: skip
     wait(PDL)
     cache = (
@@ -303,4 +457,6 @@ def decode_linear_kernel(
         residual_ptr, out_ptr, cache, slots_ptr, (partial_ptr, counter_ptr), row_count, eps, stride_weight,
         tile, tl.num_programs(0), split, row_block,
         N, K, KV_WIDTH, ACTIVATION, BLOCK_R, BLOCK_N, BLOCK_K, BLOCK_S, SPLIT_K, GROUP, HEAD_DIM,
+        (cos_ptr, sin_ptr, lens_ptr, context, q_norm_ptr, k_norm_ptr, head_eps),
+        CENTERED, UNIT_OFFSET, GATED, SCALE, SOFTCAP, DIM, INTERLEAVED, HEAD_NORM, HEAD_UNIT_OFFSET,
     )  # fmt: skip

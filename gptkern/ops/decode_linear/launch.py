@@ -9,7 +9,7 @@ import triton
 
 from gptkern.ops import _launch, _pdl
 from gptkern.ops._counters import counters
-from gptkern.ops._types import Norm, PagedCache
+from gptkern.ops._types import HeadNorm, Norm, PagedCache, RmsNorm, Rotary
 from gptkern.ops.decode_linear import kernels
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 
@@ -26,19 +26,49 @@ class LinearInputs(NamedTuple):
     x: torch.Tensor
     weight: torch.Tensor | QuantizedWeight
     bias: torch.Tensor | None
-    norm: Norm | None
+    norm: Norm | RmsNorm | None
     normed_out: torch.Tensor | None
 
 
+class Epilogue(NamedTuple):
+    """What becomes of a product y: ``softcap(scale * activation(y)) + residual``.
+
+    Attributes:
+        gated: The first half of the outputs is a gate: ``activation(gate) * up`` in place of activation(y).
+        softcap: ``cap * tanh(x / cap)``; None: none.
+    """
+
+    activation: str = "none"
+    residual: torch.Tensor | None = None
+    gated: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class Heads(NamedTuple):
+    """What becomes of queries and keys before they are rounded: a norm of each head, then its position."""
+
+    rotary: Rotary | None = None
+    norm: HeadNorm | None = None
+
+
 def tiling(
-    weight: torch.Tensor | QuantizedWeight, dtype: torch.dtype, device: torch.device
+    weight: torch.Tensor | QuantizedWeight, dtype: torch.dtype, device: torch.device, head_tile: int = 0
 ) -> dict[str, int]:
-    """A layer's launch row, SPLIT_K at most the blocks there are, and GROUP: int4's group size, or 0."""
+    """A layer's launch row, SPLIT_K at most the blocks there are, and GROUP: int4's group size, or 0.
+
+    With ``head_tile`` a tile is one head of that many elements (see ``HeadNorm``).
+    """
     outputs, width = weight.shape
     kind = "fp32" if dtype == torch.float32 else "half"
     if isinstance(weight, QuantizedWeight):
         kind = "int4" if weight.format == "int4" else "byte"
-    config = dict(_launch.config("decode_linear", device, dtype=kind, n=outputs, k=width))
+    if head_tile:
+        block_n = max(16, triton.next_power_of_2(head_tile))
+        config = dict(_launch.config("decode_heads", device, dtype=kind, head_dim=block_n))
+        config["BLOCK_N"] = block_n
+    else:
+        config = dict(_launch.config("decode_linear", device, dtype=kind, n=outputs, k=width))
     config["GROUP"] = 0
     if kind == "int4" and isinstance(weight, QuantizedWeight):
         config["GROUP"] = config["BLOCK_K"] = weight.group_size
@@ -55,28 +85,31 @@ def packed_values(weight: torch.Tensor | QuantizedWeight) -> torch.Tensor:
 
 def linear(
     inputs: LinearInputs,
-    activation: str = "none",
-    residual: torch.Tensor | None = None,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008  (a NamedTuple cannot change)
     cache: PagedCache | None = None,
     slots: torch.Tensor | None = None,
+    heads: Heads = Heads(),  # noqa: B008
 ) -> torch.Tensor:
     """Launch a layer: all its outputs, or with ``cache`` and ``slots`` its queries alone."""
     x, weight, bias, norm, normed_out = inputs
     rows, width = x.shape
     outputs, device = weight.shape[0], x.device
-    config = tiling(weight, x.dtype, device)
-    block_n, split_k = config["BLOCK_N"], config["SPLIT_K"]
-    block_r = min(max(_MIN_BLOCK_R, triton.next_power_of_2(rows)), _MAX_BLOCK_R)
-    tiles, row_blocks = triton.cdiv(outputs, block_n), triton.cdiv(rows, block_r)
     kv_heads, head_dim = (0, 1) if cache is None else cache.k.shape[2:]
+    config = tiling(weight, x.dtype, device, 0 if heads.norm is None else head_dim)
+    block_n, split_k = config["BLOCK_N"], config["SPLIT_K"]
+    block_r = min(max(_MIN_BLOCK_R, triton.next_power_of_2(rows)), _most_rows(x.dtype, epilogue, heads))
+    tiles = triton.cdiv(outputs, block_n if heads.norm is None else head_dim)
+    row_blocks = triton.cdiv(rows, block_r)
     kv_width = kv_heads * head_dim
-    out = torch.empty((rows, outputs - 2 * kv_width), dtype=x.dtype, device=device)
+    stored = outputs // 2 if epilogue.gated else outputs - 2 * kv_width
+    out = torch.empty((rows, stored), dtype=x.dtype, device=device)
     partial, counter = out, out  # not read without splits
     if split_k > 1:
         shape = (row_blocks, tiles, split_k, block_n, block_r)
         partial = torch.empty(shape, dtype=torch.float32, device=device)
         counter = counters(device, row_blocks * tiles)
-    norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
+    norm_weight, norm_bias, eps, norm_flags = norm_arguments(norm)
+    head_tensors, head_numbers, head_flags = _head_arguments(heads)
     caches, kv_scales, pages, strides = _cache_arguments(cache)
     scales = zeros = None
     if isinstance(weight, QuantizedWeight):
@@ -86,20 +119,57 @@ def linear(
         _launch.launch(
             kernels.decode_linear_kernel,
             (tiles, split_k, row_blocks),
-            *(x, values, bias, norm_weight, norm_bias, residual, out, normed_out),
+            *(x, values, bias, norm_weight, norm_bias, epilogue.residual, out, normed_out),
             *(*caches, slots, partial, counter, scales, zeros, *kv_scales),
-            *(rows, eps, *pages, values.stride(0), *strides),
+            *(*head_tensors, *head_numbers, rows, eps, *pages, values.stride(0), *strides),
             N=outputs,
             K=width,
             KV_WIDTH=kv_width,
-            ACTIVATION=activation,
+            ACTIVATION=epilogue.activation,
+            GATED=epilogue.gated,
+            SCALE=epilogue.scale,
+            SOFTCAP=epilogue.softcap or 0.0,
             BLOCK_R=block_r,
             BLOCK_S=MOMENT_COLUMNS,
             HEAD_DIM=head_dim,
+            **norm_flags,
+            **head_flags,
             **_pdl.options(device),
             **config,
         )
     return out
+
+
+def _most_rows(dtype: torch.dtype, epilogue: Epilogue, heads: Heads) -> int:
+    """The most rows that a program takes together without spilling registers; no row's bits depend on it."""
+    if heads.norm is not None:
+        return _MIN_BLOCK_R
+    return 32 if epilogue.gated and dtype == torch.float32 else _MAX_BLOCK_R
+
+
+def norm_arguments(
+    norm: Norm | RmsNorm | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, float, dict[str, bool]]:
+    """(weight, bias, eps, the kernel's flags) of either kind of norm."""
+    if isinstance(norm, RmsNorm):
+        return norm.weight, None, norm.eps, {"CENTERED": False, "UNIT_OFFSET": norm.unit_offset}
+    weight, bias, eps = (None, None, 0.0) if norm is None else norm
+    return weight, bias, eps, {"CENTERED": True, "UNIT_OFFSET": False}
+
+
+def _head_arguments(heads: Heads) -> tuple[tuple[Any, ...], tuple[int, float], dict[str, Any]]:
+    """(tensors, numbers, flags) of what becomes of queries and keys, in the kernel's order."""
+    rotary, norm = heads
+    tables = (None, None, None) if rotary is None else rotary[:3]
+    weights = (None, None) if norm is None else norm[:2]
+    flags = {
+        "DIM": 0 if rotary is None else 2 * rotary.cos.shape[1],
+        "INTERLEAVED": rotary is not None and rotary.pairs == "interleaved",
+        "HEAD_NORM": norm is not None,
+        "HEAD_UNIT_OFFSET": norm is not None and norm.unit_offset,
+    }
+    context = 0 if rotary is None else rotary.cos.shape[0]
+    return (*tables, *weights), (context, 0.0 if norm is None else norm.eps), flags
 
 
 def _cache_arguments(cache: PagedCache | None) -> tuple[tuple[Any, ...], ...]:

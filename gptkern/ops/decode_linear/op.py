@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from gptkern.ops._dispatch import traced, use_kernel
-from gptkern.ops._types import KvScales, Norm, PagedCache
+from gptkern.ops._types import HeadNorm, KvScales, Norm, PagedCache, RmsNorm, Rotary
 from gptkern.ops.decode_linear import checks, launch, reference
 from gptkern.ops.decode_linear.formats import QuantizedWeight
-from gptkern.ops.decode_linear.launch import LinearInputs
-from gptkern.ops.decode_linear.register import flat_norm
+from gptkern.ops.decode_linear.launch import Epilogue, Heads, LinearInputs
+from gptkern.ops.decode_linear.register import flat_heads, flat_norm, norm_flags
 
 
 def decode_linear(
@@ -17,12 +17,15 @@ def decode_linear(
     weight: torch.Tensor | QuantizedWeight,
     bias: torch.Tensor | None = None,
     *,
-    norm: Norm | None = None,
+    norm: Norm | RmsNorm | None = None,
     activation: str = "none",
     residual: torch.Tensor | None = None,
     normed_out: torch.Tensor | None = None,
+    gated: bool = False,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """``activation(norm(x) @ weight.T + bias) + residual`` for few rows.
+    """``softcap(scale * activation(norm(x) @ weight.T + bias)) + residual`` for few rows.
 
     Bitwise the same for a row alone and among others. Forward only.
 
@@ -32,13 +35,18 @@ def decode_linear(
         weight: ``(outputs, width)`` of x's dtype, rows contiguous; or a ``QuantizedWeight``, which is not
             served under ``torch.compile``.
         bias: ``(outputs,)`` or None.
-        norm: ``(weight, bias or None, eps)`` of a layer norm of x, or None.
+        norm: ``(weight, bias or None, eps)`` of a layer norm of x, an ``RmsNorm``, or None; its tensors are
+            of x's dtype or fp32.
         activation: ``gelu_tanh``, ``gelu``, ``relu``, ``silu`` or ``none``.
         residual: ``(rows, outputs)``, contiguous, or None.
         normed_out: Where ``norm(x)`` is written too: a tensor like x, or None. Needs a norm.
+        gated: The weight's first half are the rows of a gate, the others those of up: ``activation(gate) *
+            up``, of half as many outputs.
+        scale: Factor on the outputs, before the residual is added.
+        softcap: Outputs become ``softcap * tanh(outputs / softcap)`` after the scale; None: they stay.
 
     Returns:
-        ``(rows, outputs)``.
+        ``(rows, outputs)``, gated ``(rows, outputs / 2)``.
 
     Raises:
         TypeError, ValueError: an argument is not as described here, or one requires grad on a GPU or
@@ -47,19 +55,22 @@ def decode_linear(
     op = "decode_linear"
     inputs = LinearInputs(x, weight, bias, norm, normed_out)
     checks.check_inputs(op, inputs)
-    checks.check_epilogue(op, inputs, activation, residual)
+    epilogue = Epilogue(activation, residual, gated, scale, softcap)
+    checks.check_epilogue(op, inputs, epilogue)
     compiling = traced(x)
     if compiling:
         checks.check_compiled(op, inputs)
     elif not use_kernel(x):
-        return reference.decode_linear(x, weight, bias, norm, activation, residual, normed_out)
+        form = (gated, scale, softcap)
+        return reference.decode_linear(x, weight, bias, norm, activation, residual, normed_out, *form)
     checks.check_no_grad(op, inputs, residual)
     if compiling:
         out: torch.Tensor = torch.ops.gptkern.decode_linear(
-            x, weight, bias, *flat_norm(norm), activation, residual, normed_out
-        )
+            x, weight, bias, *flat_norm(norm), activation, residual, normed_out,
+            *norm_flags(norm), gated, scale, softcap,
+        )  # fmt: skip
         return out
-    return launch.linear(inputs, activation, residual)
+    return launch.linear(inputs, epilogue)
 
 
 def decode_qkv(
@@ -70,9 +81,11 @@ def decode_qkv(
     v_cache: torch.Tensor,
     slots: torch.Tensor,
     *,
-    norm: Norm | None = None,
+    norm: Norm | RmsNorm | None = None,
     normed_out: torch.Tensor | None = None,
     scales: KvScales | None = None,
+    rotary: Rotary | None = None,
+    head_norm: HeadNorm | None = None,
 ) -> torch.Tensor:
     """``decode_linear`` that returns the queries and writes keys and values into the cache.
 
@@ -84,6 +97,9 @@ def decode_qkv(
             last two dimensions contiguous.
         slots: ``(rows,)`` int64, as in ``append_kv``.
         scales: (k_scale, v_scale) of an fp8 cache, as in ``decode_attention``.
+        rotary: The rotary positions of queries and keys, turned before they are rounded and stored; None:
+            they have none. On a GPU, where a check would stall, a position beyond the tables gives NaN.
+        head_norm: The RMS norm of each query head and each key head before it is turned, or None.
 
     Returns:
         The queries, ``(rows, outputs - 2 * kv_heads * head_dim)``.
@@ -95,15 +111,20 @@ def decode_qkv(
     inputs, cache = LinearInputs(x, weight, bias, norm, normed_out), PagedCache(k_cache, v_cache, scales)
     checks.check_inputs(op, inputs)
     checks.check_kv(op, inputs, cache, slots)
+    heads = Heads(rotary, head_norm)
+    checks.check_heads(op, inputs, cache, heads)
     compiling = traced(x)
     if compiling:
         checks.check_compiled(op, inputs)
     elif not use_kernel(x):
-        return reference.decode_qkv(x, weight, bias, norm, k_cache, v_cache, slots, normed_out, scales)
+        return reference.decode_qkv(
+            x, weight, bias, norm, k_cache, v_cache, slots, normed_out, scales, *heads
+        )
     checks.check_no_grad(op, inputs)
     if compiling:
         out: torch.Tensor = torch.ops.gptkern.decode_qkv(
-            x, weight, bias, *flat_norm(norm), k_cache, v_cache, slots, normed_out
-        )
+            x, weight, bias, *flat_norm(norm), k_cache, v_cache, slots, normed_out,
+            *norm_flags(norm), *flat_heads(heads),
+        )  # fmt: skip
         return out
-    return launch.linear(inputs, cache=cache, slots=slots)
+    return launch.linear(inputs, cache=cache, slots=slots, heads=heads)

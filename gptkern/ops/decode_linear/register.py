@@ -11,20 +11,53 @@ import torch
 
 from gptkern.ops._dispatch import use_kernel
 from gptkern.ops._register import register
-from gptkern.ops._types import Norm, PagedCache
+from gptkern.ops._types import HeadNorm, Norm, PagedCache, RmsNorm, Rotary
 from gptkern.ops.decode_linear import checks, launch, reference
-from gptkern.ops.decode_linear.launch import LinearInputs
+from gptkern.ops.decode_linear.launch import Epilogue, Heads, LinearInputs, norm_arguments
 
-_NO_NORM = (None, None, 0.0)
+Maybe = torch.Tensor | None
 
 
-def flat_norm(norm: Norm | None) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+def flat_norm(norm: Norm | RmsNorm | None) -> tuple[Maybe, Maybe, float]:
     """A norm as the schemas name it: weight, bias, eps."""
-    return _NO_NORM if norm is None else norm
+    return norm_arguments(norm)[:3]
 
 
-def _norm(weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> Norm | None:
-    return None if weight is None else (weight, bias, eps)
+def norm_flags(norm: Norm | RmsNorm | None) -> tuple[bool, bool]:
+    """(centered, unit_offset) of a norm, in the schemas' order."""
+    flags = norm_arguments(norm)[3]
+    return flags["CENTERED"], flags["UNIT_OFFSET"]
+
+
+def flat_heads(heads: Heads) -> tuple[Any, ...]:
+    """What becomes of queries and keys, in the schema's order."""
+    rotary = (None, None, None, "halves") if heads.rotary is None else tuple(heads.rotary)
+    norm = (None, None, 0.0, False) if heads.norm is None else tuple(heads.norm)
+    return *rotary, *norm
+
+
+def _norm(weight: Maybe, bias: Maybe, eps: float, centered: bool, unit_offset: bool) -> Norm | RmsNorm | None:
+    if weight is None:
+        return None
+    return (weight, bias, eps) if centered else RmsNorm(weight, eps, unit_offset)
+
+
+def _heads(
+    cos: Maybe = None,
+    sin: Maybe = None,
+    seq_lens: Maybe = None,
+    pairs: str = "halves",
+    q_weight: Maybe = None,
+    k_weight: Maybe = None,
+    eps: float = 0.0,
+    unit_offset: bool = False,
+) -> Heads:
+    rotary = norm = None
+    if cos is not None and sin is not None and seq_lens is not None:
+        rotary = Rotary(cos, sin, seq_lens, pairs)
+    if q_weight is not None and k_weight is not None:
+        norm = HeadNorm(q_weight, k_weight, eps, unit_offset)
+    return Heads(rotary, norm)
 
 
 def _linear(
@@ -37,14 +70,21 @@ def _linear(
     activation: str,
     residual: torch.Tensor | None,
     normed_out: torch.Tensor | None,
+    centered: bool = True,
+    unit_offset: bool = False,
+    gated: bool = False,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    norm = _norm(norm_weight, norm_bias, eps)
+    norm = _norm(norm_weight, norm_bias, eps, centered, unit_offset)
     inputs = LinearInputs(x, weight, bias, norm, normed_out)
     checks.check_inputs("decode_linear", inputs)
-    checks.check_epilogue("decode_linear", inputs, activation, residual)
+    epilogue = Epilogue(activation, residual, gated, scale, softcap)
+    checks.check_epilogue("decode_linear", inputs, epilogue)
     if use_kernel(x):
-        return launch.linear(inputs, activation, residual)
-    return reference.decode_linear(x, weight, bias, norm, activation, residual, normed_out)
+        return launch.linear(inputs, epilogue)
+    form = (gated, scale, softcap)
+    return reference.decode_linear(x, weight, bias, norm, activation, residual, normed_out, *form)
 
 
 def _qkv(
@@ -58,19 +98,26 @@ def _qkv(
     v_cache: torch.Tensor,
     slots: torch.Tensor,
     normed_out: torch.Tensor | None,
+    centered: bool = True,
+    unit_offset: bool = False,
+    *head_arguments: Any,
 ) -> torch.Tensor:
-    norm, cache = _norm(norm_weight, norm_bias, eps), PagedCache(k_cache, v_cache)
+    norm = _norm(norm_weight, norm_bias, eps, centered, unit_offset)
+    cache, heads = PagedCache(k_cache, v_cache), _heads(*head_arguments)
     inputs = LinearInputs(x, weight, bias, norm, normed_out)
     checks.check_inputs("decode_qkv", inputs)
     checks.check_kv("decode_qkv", inputs, cache, slots)
+    checks.check_heads("decode_qkv", inputs, cache, heads)
     if use_kernel(x):
-        return launch.linear(inputs, cache=cache, slots=slots)
+        return launch.linear(inputs, cache=cache, slots=slots, heads=heads)
     # The reference's queries are a view of all outputs; the fake kernel promises contiguous ones.
-    return reference.decode_qkv(x, weight, bias, norm, k_cache, v_cache, slots, normed_out).contiguous()
+    q = reference.decode_qkv(x, weight, bias, norm, k_cache, v_cache, slots, normed_out, None, *heads)
+    return q.contiguous()
 
 
-def _fake_linear(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
+def _fake_linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    gated = len(rest) > 9 and rest[9]
+    return x.new_empty((x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0]))
 
 
 def _fake_qkv(
@@ -87,13 +134,17 @@ def _fake_qkv(
 
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps"
+_NORM = "bool centered=True, bool unit_offset=False"
 register(
-    f"decode_linear({_INPUTS}, str activation, Tensor? residual, Tensor(a!)? normed_out) -> Tensor",
+    f"decode_linear({_INPUTS}, str activation, Tensor? residual, Tensor(a!)? normed_out, {_NORM}, "
+    "bool gated=False, float scale=1.0, float? softcap=None) -> Tensor",
     _linear,
     fake=_fake_linear,
 )
 register(
-    f"decode_qkv({_INPUTS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor(c!)? normed_out) "
+    f"decode_qkv({_INPUTS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor(c!)? normed_out, "
+    f"{_NORM}, Tensor? cos=None, Tensor? sin=None, Tensor? seq_lens=None, str pairs='halves', "
+    "Tensor? q_weight=None, Tensor? k_weight=None, float head_eps=0.0, bool head_unit_offset=False) "
     "-> Tensor",
     _qkv,
     fake=_fake_qkv,
