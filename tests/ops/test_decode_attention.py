@@ -72,6 +72,7 @@ def plain(
     lens: torch.Tensor,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Row by row through the specification of attention: nothing shared with decode attention."""
     rows = []
@@ -83,6 +84,8 @@ def plain(
             k, v = k[-window:], v[-window:]
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         scores = torch.einsum("hd,khd->hk", q[i], k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         rows.append(torch.einsum("hk,khd->hd", scores.softmax(-1, dtype=q.dtype), v))
     return torch.stack(rows)
 
@@ -119,6 +122,16 @@ def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.parametrize("window", [1, 5, SPLIT, SPLIT + 1, 1000])
 def test_window(window: int, device: torch.device) -> None:
     Paged([1, 4, 100, 3 * SPLIT], 2, 1, 16, 64, device).check(window=window)
+
+
+@pytest.mark.parametrize("softcap", [0.3, 2.0, 50.0])
+def test_softcap(softcap: float, device: torch.device) -> None:
+    paged = Paged([1, 4, 2 * SPLIT + 3], 2, 1, 16, 64, device)
+    paged.check(softcap=softcap)
+    paged.check(softcap=softcap, window=20, scale=1.5)
+    paged.q = paged.q * 1e4
+    assert torch.isfinite(paged.attend(softcap=softcap)).all()
+    Paged([1, 70, 200], 4, 2, 32, 64, device, torch.bfloat16).check(softcap=softcap)
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.0, -1.0])

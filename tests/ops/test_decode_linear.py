@@ -183,6 +183,24 @@ def test_embedding(implementation: Any, device: torch.device) -> None:
     assert not x[3].any()
 
 
+@pytest.mark.parametrize("implementation", ["kernel", "reference"])
+def test_embedding_without_positions_with_an_offset_and_scaled(
+    implementation: Any, device: torch.device
+) -> None:
+    tokens, live, words, places, table, lens, page_size = embedding(device)
+    with backend(implementation):
+        x, slots = decode_embed(tokens, live, words, None, table, lens.clone(), page_size, scale=3.0)
+        assert torch.equal(x[:3], words[[3, 10, 0]] * 3.0)
+        assert slots.tolist() == [1 * 3 + 1, 3 * 3, 5 * 3 + 1, -1]
+        x, _ = decode_embed(
+            tokens, live, words, places, table, lens.clone(), page_size, position_offset=1, scale=2.0
+        )
+        assert torch.equal(x[:3], words[[3, 10, 0]] * 2.0 + places[[5, 1, 8]])
+        if device.type == "cpu":
+            with pytest.raises(ValueError, match="seq_lens holds 7; 0 to 6 is accepted"):
+                decode_embed(tokens, live, words, places, table, lens.clone(), page_size, position_offset=2)
+
+
 def test_one_launch(device: torch.device) -> None:
     names: list[str] = []
 

@@ -25,6 +25,7 @@ def _attend(
     *,
     prefetch: bool = False,
     fp8: bool = False,
+    **settings: Any,
 ) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> Call:
         q = tensor(batch, heads, dim, device=device, dtype=dtype, requires_grad=False)
@@ -34,7 +35,7 @@ def _attend(
         )
         table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
         lens = torch.arange(batch, dtype=torch.int32, device=device) % (pages * page_size) + 1
-        options: dict[str, Any] = {"prefetch": prefetch}
+        options: dict[str, Any] = {"prefetch": prefetch, **settings}
         if fp8:
             k, v = k.to(FP8), v.to(FP8)
             options["scales"] = _scales(kv_heads, device)
@@ -79,6 +80,12 @@ CASES = [
     Case("fp32, context 16k", decode_attention, _attend(1, 12, 12, 64, 256, 64), dtypes=_FP32),
     Case("fp32, head dim 256", decode_attention, _attend(1, 8, 1, 256, 16, 256), dtypes=_FP32),
     Case("fp32, head dim 256, context 16k", decode_attention, _attend(1, 8, 1, 256, 64, 256), dtypes=_FP32),
+    Case(
+        "Gemma 2, window, soft cap",
+        decode_attention,
+        _attend(1, 8, 4, 256, 16, 256, window=4096, softcap=50.0),
+        mma_sync=_N,
+    ),
     Case("append 124M", append_kv, _append(64, 12, 64)),
 ]
 # e4m3 is converted from sm_89 on.
@@ -104,6 +111,7 @@ CASES += [
 ]
 CHECKS = [
     Case("5 sequences over 3 pages of 16", decode_attention, _attend(5, 4, 2, 20, 3, 16)),
+    Case("soft cap, window", decode_attention, _attend(3, 4, 2, 20, 3, 16, window=9, softcap=2.0)),
     Case("1 sequence of 1 token", decode_attention, _attend(1, 3, 1, 16, 1, 4)),
     Case("append 7 x 3 x 20", append_kv, _append(7, 3, 20)),
 ]

@@ -69,6 +69,7 @@ def check_attend(
     sequences: CachedSequences,
     scale: float | None,
     window: int | None,
+    softcap: float | None = None,
 ) -> None:
     """Raise for arguments that ``decode_attention`` does not accept."""
     _checks.tensor(op, "q", q, dim=3)
@@ -91,6 +92,8 @@ def check_attend(
     _check_sequences(op, q, cache, sequences)
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"{op}: scale is {scale}; a finite number is needed")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap is {softcap}; a positive, finite number is needed, or None")
     if window is not None and window < 1:
         raise ValueError(f"{op}: window is {window}; at least 1 is needed, or None")
 

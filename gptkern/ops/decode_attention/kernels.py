@@ -17,7 +17,7 @@ partial result per split and head and 4 * head_dim more are written and read onc
 import triton
 import triton.language as tl
 
-from gptkern.ops._device import online_softmax, to_e4m3
+from gptkern.ops._device import LOG2E, online_softmax, tanh, to_e4m3
 from gptkern.ops._pdl import prefetch, wait
 
 
@@ -95,11 +95,12 @@ def combine_splits(
 def attend_split(
     q, k_ptr, v_ptr, table_ptr, begin, end, pages_held, scale_log2, strides_k, strides_v,
     HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, IN_PAGE: tl.constexpr,
+    SPLIT: tl.constexpr, IN_PAGE: tl.constexpr, SOFTCAP: tl.constexpr = 0.0,
 ):  # fmt: skip
     """(acc, row_max, row_sum) over tokens ``begin <= t < end`` of one split; NaN if the cache lacks one.
 
     ``pages_held`` is (page size, pages in the cache), ``strides_k`` and ``strides_v`` are of page and slot.
+    With SOFTCAP scores become SOFTCAP * tanh(scores / SOFTCAP).
     """
     page_size, page_count = pages_held
     dims = tl.arange(0, BLOCK_D)
@@ -123,6 +124,8 @@ def attend_split(
         k, v = k.to(q.dtype), v.to(q.dtype)
         # Scores; new maximum and weights; rescale and accumulate.
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        if SOFTCAP != 0.0:
+            scores = (SOFTCAP * LOG2E) * tanh(scores * (1.0 / (SOFTCAP * LOG2E)))
         scores = tl.where(valid[None, :], scores, float("-inf"))
         weights, row_max, row_sum, rescale = online_softmax(scores, row_max, row_sum, 1.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
@@ -177,7 +180,7 @@ def attend_sequence(
     row, kv_head, program, programs, head_block, head_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    IN_PAGE: tl.constexpr,
+    IN_PAGE: tl.constexpr, SOFTCAP: tl.constexpr = 0.0,
 ):  # fmt: skip
     """One program's splits of one sequence's head; the last to come of its programs stores the output.
 
@@ -210,7 +213,7 @@ def attend_sequence(
         acc, row_max, row_sum = attend_split(
             q, k_ptr, v_ptr, table_ptr, tl.maximum(split * SPLIT, begin),
             tl.minimum(split * SPLIT + SPLIT, end), pages_held, scale_log2, strides_k, strides_v,
-            HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT, IN_PAGE,
+            HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT, IN_PAGE, SOFTCAP,
         )  # fmt: skip
         if kv_scales[0] is not None:
             acc *= v_scale
@@ -262,7 +265,7 @@ def decode_attention_kernel(
     stride_qb, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    IN_PAGE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    IN_PAGE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     if not PREFETCH:
         wait(PDL)
@@ -287,7 +290,7 @@ def decode_attention_kernel(
         (acc_ptr, stats_ptr, counter_ptr), scale_log2, pages_held, max_splits, begin, end,
         (stride_qb, stride_qh), strides_k, strides_v, stride_tb,
         row, kv_head, program, programs, tl.program_id(2), tl.num_programs(2),
-        KV_HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT, IN_PAGE,
+        KV_HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT, IN_PAGE, SOFTCAP,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ def attend(
     scale: float,
     window: int | None,
     prefetch: bool = False,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Launch decode attention: ``(batch, heads, head_dim)`` in q's dtype."""
     batch, heads, head_dim = q.shape
@@ -66,6 +67,7 @@ def attend(
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             IN_PAGE=page_size % config["BLOCK_N"] == 0,
             PREFETCH=prefetch,
+            SOFTCAP=softcap or 0.0,
             **_pdl.options(q.device),
             **config,
         )

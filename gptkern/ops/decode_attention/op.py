@@ -22,6 +22,7 @@ def decode_attention(
     window: int | None = None,
     prefetch: bool = False,
     scales: KvScales | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention of the newest token of each sequence over that sequence's pages (Flash-Decoding, 2023).
 
@@ -44,6 +45,7 @@ def decode_attention(
             stream still runs. That kernel must not write ``page_table`` or ``seq_lens``.
         scales: (k_scale, v_scale) of an fp8 (e4m3) cache, ``(kv_heads,)`` fp32: the factors that dequantise
             keys and values. None for any other cache. Not served under ``torch.compile``.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``; None: they stay.
 
     Returns:
         ``(batch, heads, head_dim)``, contiguous, in q's dtype.
@@ -52,7 +54,7 @@ def decode_attention(
         TypeError, ValueError: an argument is not as described here, or q requires grad on a GPU.
     """
     cache, sequences = PagedCache(k_cache, v_cache, scales), CachedSequences(page_table, seq_lens)
-    return attend("decode_attention", q, cache, sequences, scale, window, prefetch)
+    return attend("decode_attention", q, cache, sequences, scale, window, prefetch, softcap)
 
 
 def append_kv(
@@ -97,20 +99,21 @@ def attend(
     scale: float | None,
     window: int | None,
     prefetch: bool = False,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """``decode_attention``, with errors under the name ``op``."""
-    checks.check_attend(op, q, cache, sequences, scale, window)
+    checks.check_attend(op, q, cache, sequences, scale, window, softcap)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     table, lens, starts = sequences
     if traced(q):
         out: torch.Tensor = torch.ops.gptkern.decode_attention(
-            q, cache.k, cache.v, table, lens, scale, window, starts
+            q, cache.k, cache.v, table, lens, scale, window, starts, softcap
         )
         return out
     if not use_kernel(q):
         return reference.decode_attention(
-            q, cache.k, cache.v, table, lens, scale, window, starts, cache.kv_scales
+            q, cache.k, cache.v, table, lens, scale, window, starts, cache.kv_scales, softcap
         )
     if needs_grad(q):
         raise ValueError(f"{op}: q requires grad; decode attention is forward only: use torch.no_grad()")
-    return launch.attend(q, cache, sequences, scale, window, prefetch)
+    return launch.attend(q, cache, sequences, scale, window, prefetch, softcap)

@@ -42,13 +42,17 @@ def sequence(cache: torch.Tensor, pages: torch.Tensor | int, length: int) -> tor
     return rows(cache, pages).flatten(0, 1)[:length]
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None = None
+) -> torch.Tensor:
     """One query ``(heads, head_dim)`` over ``(length, kv_heads, head_dim)``; zeros where length is 0."""
     dtype, heads = q.dtype, q.shape[0]
     if dtype in (torch.float16, torch.bfloat16):
         # On CPUs the products of half precision are slower than widening and multiplying in fp32.
         q, k, v = q.float(), k.float(), v.float()
     scores = torch.bmm((q * scale).view(k.shape[1], -1, k.shape[2]), k.permute(1, 2, 0))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     return torch.bmm(scores.softmax(-1), v.transpose(0, 1)).view(heads, -1).to(dtype)
 
 
@@ -62,6 +66,7 @@ def decode_attention(
     window: int | None = None,
     starts: torch.Tensor | None = None,
     scales: KvScales | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """``(batch, heads, head_dim)``: each sequence's query over tokens ``starts[i]`` on, or its window."""
     page_size = k_cache.shape[1]
@@ -75,7 +80,7 @@ def decode_attention(
         first = first_tokens[row] if window is None else max(first_tokens[row], length - window)
         k, v = (sequence(cache, pages, length)[first:] for cache in (k_cache, v_cache))
         k, v = widened(k, v, scales, dtype)
-        out[row] = attend(q[row].contiguous().to(dtype), k, v, scale)
+        out[row] = attend(q[row].contiguous().to(dtype), k, v, scale, softcap)
     return out
 
 

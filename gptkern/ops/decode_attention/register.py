@@ -24,12 +24,14 @@ def _attend(
     scale: float,
     window: int | None,
     starts: torch.Tensor | None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     cache, sequences = PagedCache(k_cache, v_cache), CachedSequences(page_table, seq_lens, starts)
-    checks.check_attend("decode_attention", q, cache, sequences, scale, window)
+    checks.check_attend("decode_attention", q, cache, sequences, scale, window, softcap)
     if use_kernel(q):
-        return launch.attend(q, cache, sequences, scale, window)
-    return reference.decode_attention(q, k_cache, v_cache, page_table, seq_lens, scale, window, starts)
+        return launch.attend(q, cache, sequences, scale, window, softcap=softcap)
+    arguments = (page_table, seq_lens, scale, window, starts, None, softcap)
+    return reference.decode_attention(q, k_cache, v_cache, *arguments)
 
 
 def _append(
@@ -53,7 +55,7 @@ def _fake_append(*_: Any) -> None:
 
 register(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, "
-    "float scale, int? window, Tensor? starts) -> Tensor",
+    "float scale, int? window, Tensor? starts, float? softcap=None) -> Tensor",
     _attend,
     fake=_fake_attend,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from gptkern.ops import _checks
@@ -22,13 +24,15 @@ def check(op: str, a: EmbedArguments) -> None:
                 f"{op}: {name} has {value.shape[0]} rows, tokens {a.tokens.shape[0]}: they must agree"
             )
     _checks.shape(op, "live", a.live, (1,))
-    weights = {"token_weight": a.token_weight, "position_weight": a.position_weight}
+    weights = {"token_weight": a.token_weight}
+    if a.position_weight is not None:
+        weights["position_weight"] = a.position_weight
     for name, value in weights.items():
         _checks.tensor(op, name, value, dim=2)
         _checks.dtype(op, name, value, _checks.KERNEL_FLOATS if use_kernel(value) else _checks.FLOATS)
         _checks.last_dim_contiguous(op, name, value)
     tokens, positions = a.token_weight, a.position_weight
-    if positions.shape[1] != tokens.shape[1] or positions.dtype != tokens.dtype:
+    if positions is not None and (positions.shape[1] != tokens.shape[1] or positions.dtype != tokens.dtype):
         raise ValueError(
             f"{op}: position_weight is {positions.dtype} of {positions.shape[1]} columns, "
             f"token_weight {tokens.dtype} of {tokens.shape[1]}: they must agree"
@@ -36,6 +40,10 @@ def check(op: str, a: EmbedArguments) -> None:
     _checks.same_device(
         op, tokens=a.tokens, live=a.live, page_table=a.page_table, seq_lens=a.seq_lens, **weights
     )
+    if a.position_offset < 0:
+        raise ValueError(f"{op}: position_offset is {a.position_offset}; 0 or more is needed")
+    if not math.isfinite(a.scale):
+        raise ValueError(f"{op}: scale is {a.scale}; a finite number is needed")
     if a.page_size < 1:
         raise ValueError(f"{op}: page_size is {a.page_size}; at least 1 is needed")
     if a.tokens.device.type == "cpu" and not traced(a.tokens):
@@ -45,7 +53,9 @@ def check(op: str, a: EmbedArguments) -> None:
 def _check_values(op: str, a: EmbedArguments) -> None:
     """Raise for a token or a position out of range in a row that is not padding; on a CPU alone."""
     count = int(a.live)
-    positions = min(a.position_weight.shape[0], a.page_table.shape[1] * a.page_size)
+    positions = a.page_table.shape[1] * a.page_size
+    if a.position_weight is not None:
+        positions = min(positions, a.position_weight.shape[0] - a.position_offset)
     ends = (("tokens", a.tokens, a.token_weight.shape[0]), ("seq_lens", a.seq_lens, positions))
     for name, value, end in ends:
         values = value[:count]

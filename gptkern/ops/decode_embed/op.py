@@ -13,10 +13,13 @@ def decode_embed(
     tokens: torch.Tensor,
     live: torch.Tensor,
     token_weight: torch.Tensor,
-    position_weight: torch.Tensor,
+    position_weight: torch.Tensor | None,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     page_size: int,
+    *,
+    position_offset: int = 0,
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token and position embeddings of each sequence's next token, whose length then grows by one.
 
@@ -29,11 +32,13 @@ def decode_embed(
         live: ``(1,)`` int32: the number of rows that are not padding. Padding rows come last; they get
             zeros and no slot.
         token_weight: ``(vocabulary, width)``.
-        position_weight: ``(positions, width)``, of the same dtype.
+        position_weight: ``(positions, width)``, of the same dtype; None: positions are not embeddings.
         page_table: ``(rows, max_pages)`` int32: the pages of each sequence, that of its next token included.
         seq_lens: ``(rows,)`` int32: tokens in each sequence's cache, which is the position of its next
             token. Raised by one in place.
         page_size: Tokens in a page.
+        position_offset: Rows of ``position_weight`` before that of position 0 (OPT: 2).
+        scale: Factor on the token's embedding, before that of its position is added (Gemma).
 
     Returns:
         (``(rows, width)`` in the weights' dtype, ``(rows,)`` int64 cache slots, -1 for padding).
@@ -43,7 +48,9 @@ def decode_embed(
             or under ``torch.compile``.
     """
     op = "decode_embed"
-    a = EmbedArguments(tokens, live, token_weight, position_weight, page_table, seq_lens, page_size)
+    a = EmbedArguments(
+        tokens, live, token_weight, position_weight, page_table, seq_lens, page_size, position_offset, scale
+    )
     checks.check(op, a)
     compiling = traced(token_weight)
     if not (compiling or use_kernel(token_weight)):

@@ -27,8 +27,9 @@ def _fake(*arguments: Any) -> Two:
 
 
 register(
-    "decode_embed(Tensor tokens, Tensor live, Tensor token_weight, Tensor position_weight, "
-    "Tensor page_table, Tensor(a!) seq_lens, SymInt page_size) -> (Tensor, Tensor)",
+    "decode_embed(Tensor tokens, Tensor live, Tensor token_weight, Tensor? position_weight, "
+    "Tensor page_table, Tensor(a!) seq_lens, SymInt page_size, "
+    "int position_offset=0, float scale=1.0) -> (Tensor, Tensor)",
     _embed,
     fake=_fake,
 )

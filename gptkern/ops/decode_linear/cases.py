@@ -97,11 +97,11 @@ def _modern_qkv(
         caches = [value(rows, 16, kv_heads, head_dim) for _ in range(2)]
         slots = torch.arange(rows, device=device) * 5
         pair_count = (dim or head_dim) // 2
-        tables = [torch.rand(64, pair_count, device=device) for _ in range(2)]
+        cos, sin = (torch.rand(64, pair_count, device=device) for _ in range(2))
         lens = torch.arange(rows, dtype=torch.int32, device=device) + 1
         options: dict[str, Any] = {
             "norm": RmsNorm(value(width), 1e-5, unit_offset),
-            "rotary": Rotary(*tables, lens, pairs),
+            "rotary": Rotary(cos, sin, lens, pairs),
         }
         if norm:
             options["head_norm"] = HeadNorm(value(head_dim), value(head_dim), 1e-6, unit_offset)
