@@ -230,6 +230,11 @@ class Fields:
                 raise ValueError(f"{self.model_type}: {name} of type {kind} has no {key}, which it needs")
         for key, value in numbers.items():
             numbers[key] = self._scaling_value(name, key, value, dim)
+        if kind == "llama3" and not numbers["high_freq_factor"] > numbers["low_freq_factor"]:
+            raise ValueError(
+                f"{self.model_type}: {name} has high_freq_factor {numbers['high_freq_factor']} and "
+                f"low_freq_factor {numbers['low_freq_factor']}; the first must be the larger"
+            )
         return RopeScaling(kind, tuple(sorted(numbers.items())))  # type: ignore[arg-type]
 
     def _scaling_value(self, name: str, key: str, value: Any, dim: int) -> float | bool | tuple[float, ...]:
