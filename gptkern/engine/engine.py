@@ -179,12 +179,17 @@ class Engine:
         )
         self.model = model
         self.executors = Executors(model, self.cache, max(MOST_ROWS, max_seqs))
-        self._scheduler = Scheduler(self.cache, prefill_chunk=prefill_chunk, prefix_cache=prefix_cache)
+        self._version = WeightsVersion(model) if prefix_cache else None
+        self._scheduler = Scheduler(
+            self.cache,
+            prefill_chunk=prefill_chunk,
+            prefix_cache=prefix_cache,
+            weights_version=None if self._version is None else self._version.current,
+        )
         self._decode = self.executors.decode
         self._divide()
         self._launcher = Launcher(self.cache.device, self._scheduler)
         self._sampler = Sampler(model.spec.vocab_size, model.device)
-        self._version = WeightsVersion(model) if prefix_cache else None
         self._kv_cache_dtype = kv_cache_dtype
         self._copies: dict[Row, Copy] = {}
         self._rows: dict[int, list[Row]] = {}
@@ -429,8 +434,6 @@ class Engine:
 
     def _launch(self, ahead: tuple[Sequence[Row], torch.Tensor] | None) -> Launch:
         self._refuse_changed()
-        if self._version is not None and self._scheduler.waiting:
-            self._scheduler.follow_weights(self._version.current())
         return self._launcher.launch(time.monotonic(), self._decode, self.executors.prefill, ahead)
 
     def _follow_inbox(self) -> None:

@@ -11,8 +11,9 @@ Everything here is plain Python on counts of tokens; it takes no tensor in its h
 from __future__ import annotations
 
 import bisect
+import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -122,6 +123,7 @@ class Scheduler:
         cache: Where sequences and pages are reserved; nobody else may begin or end sequences in it.
         prefill_chunk: Most tokens of prompts in one pass, as far as whole units allow.
         prefix_cache: Whether full pages are found again.
+        weights_version: The version of the model's weights, asked before a row begins. None: none is.
 
     Attributes:
         unit: Prompts are cut at its multiples alone. 1: a token's keys and values are the same bits in every
@@ -140,6 +142,7 @@ class Scheduler:
         unit: int = 1,
         decode_tokens: int = 1,
         prefix_cache: bool = True,
+        weights_version: Callable[[], int] | None = None,
     ) -> None:
         self.unit, self.decode_tokens = unit, decode_tokens
         self.preemptions = 0
@@ -147,6 +150,9 @@ class Scheduler:
         self._cache = cache
         self._chunk = prefill_chunk
         self._prefix_cache = prefix_cache
+        self._weights_version = weights_version
+        # Whether the version was asked for this pass.
+        self._looked = False
         self._version = 0
         # Both sorted by ``order``.
         self._waiting: list[Row] = []
@@ -201,6 +207,7 @@ class Scheduler:
         expired = self._expired(now) if self._timed else []
         for row in expired:
             self.finish(row)
+        self._looked = False
         preempted: list[Row] = []
         parts = self._decodes(preempted)
         if len(parts) == len(self._running) and not self._waiting:
@@ -317,8 +324,9 @@ class Scheduler:
         Rows that gave way for this very pass are passed over: tokens of theirs may still be unread.
         """
         waiting = list(self._waiting)
-        for row in sorted((*self._running, *waiting), key=_order):
-            if row.state == "running" and self._prefilling(row):
+        filling = [row for row in self._running if self._prefilling(row)]
+        for row in heapq.merge(filling, waiting, key=_order):
+            if row.state == "running":
                 yield row
             elif row.state == "waiting" and waiting:
                 if row in preempted or not self._begin(row):
@@ -341,8 +349,11 @@ class Scheduler:
     def _begin(self, row: Row) -> bool:
         """Give a waiting row a sequence, and pages for all its tokens and one more; False where they lack."""
         group = [row, *row.followers]
-        if len(self._cache.sequences) + len(group) > self._cache.max_seqs:
+        if self._cache.num_sequences + len(group) > self._cache.max_seqs:
             return False
+        if self._weights_version is not None and not self._looked:
+            self.follow_weights(self._weights_version())
+            self._looked = True
         for member in group:
             member.keys = PageKeys(self._version, self._cache.page_size)
         sequence, found = self._cache.begin(self._findable(row), group=self._group)

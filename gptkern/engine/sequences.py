@@ -74,6 +74,11 @@ class Sequences(ABC):
         return list(self._rows)
 
     @property
+    def num_sequences(self) -> int:
+        """The number of sequences."""
+        return len(self._rows)
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens held by each sequence, in the same order."""
         return [row.length for row in self._rows.values()]
