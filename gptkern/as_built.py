@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -215,7 +216,9 @@ class Watch:
         modules = list(model.modules())
         hooks = [*_GLOBAL_HOOKS, *(vars(m)[name] for m in modules for name in _HOOKS[:2])]
         self._empty, self._hooks = [h for h in hooks if not h], [h for h in hooks if h]
-        self._insides = [vars(module) for module in modules]
+        # The model's own dictionary may lead back to whoever holds this object.
+        self._root = weakref.ref(model)
+        self._insides = [vars(module) for module in modules if module is not model]
         self._children = [module._modules.values() for module in modules if module._modules]
         self._before = self._now()
 
@@ -234,6 +237,6 @@ class Watch:
     def _now(self) -> tuple[list[int], list[int], list[Any]]:
         return (
             list(map(len, self._hooks)),
-            list(map(len, self._insides)),
+            [len(vars(self._root())), *map(len, self._insides)],
             list(chain.from_iterable(self._children)),
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -15,6 +17,7 @@ from gptkern.engine.engine import Engine
 from gptkern.engine.executors import choose
 from gptkern.engine.executors.graph import GraphExecutor, Graphs
 from gptkern.engine.request import Request, TokenEvent
+from gptkern.generate.engines import Engines
 from gptkern.ops import _dispatch
 
 CONFIG = GPTConfig(
@@ -387,8 +390,6 @@ def test_log_probabilities_of_the_prompt_and_of_the_likeliest_tokens() -> None:
 
 
 def test_turns_of_a_conversation_compute_only_what_is_new() -> None:
-    from gptkern.generate.engines import Engines
-
     model = make_model()
     model.engines = Engines(keeps_prefixes=True)
     said = [1 + i * 7 % 60 for i in range(100)]
@@ -453,6 +454,35 @@ def test_a_graph_is_captured_once_a_bucket_and_never_by_a_second_generate(
     assert sorted(StandIn.made) == [2, 4]
     model.generate(ids[:1], **options)
     assert sorted(StandIn.made) == [1, 2, 4]
+
+
+@pytest.mark.parametrize("keeps_prefixes", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.filterwarnings("ignore::gptkern.FallbackWarning")
+def test_a_model_that_generated_is_freed_without_the_garbage_collector(
+    keeps_prefixes: bool, dtype: torch.dtype
+) -> None:
+    model = make_model().to(dtype)
+    model.engines = Engines(keeps_prefixes)
+    ids = torch.tensor([[5, 6, 7]])
+    model.generate(ids, max_new_tokens=4)
+    model.generate(ids, max_new_tokens=4, do_sample=True, seed=1, num_return_sequences=2)
+    with model.engines.engine(model, 1, 64, "auto") as engine:
+        held = [weakref.ref(each) for each in (model, model.lm_head.weight, engine, engine.cache.k)]
+    del engine
+    gc.disable()
+    try:
+        del model
+        assert [reference() for reference in held] == [None] * 4
+    finally:
+        gc.enable()
+
+
+def test_an_engine_keeps_its_model() -> None:
+    engine = Engine(make_model())
+    gc.collect()
+    engine.add(asked(5))
+    assert len(run(engine)) == 8
 
 
 @pytest.mark.timeout(60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -177,7 +178,8 @@ class Engine:
             device=model.device,
             **model.cache_options(kv_cache_dtype),
         )
-        self.model = model
+        self._model_ref = weakref.ref(model)
+        self._held: Decoder | None = model
         self.executors = Executors(model, self.cache, max(MOST_ROWS, max_seqs))
         self._version = WeightsVersion(model) if prefix_cache else None
         self._scheduler = Scheduler(
@@ -200,6 +202,18 @@ class Engine:
         self._inbox = _Inbox()
         self._stepping = threading.Lock()
         self._closed = False
+
+    @property
+    def model(self) -> Decoder:
+        """The model that it was made for."""
+        model = self._model_ref()
+        if model is None:
+            raise RuntimeError("Engine: the model is gone: its own engine does not keep it")
+        return model
+
+    def let_go(self) -> None:
+        """Keep the model no more: it is to go when nobody else holds it, though it holds this engine."""
+        self._held = None
 
     @property
     def has_work(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 from itertools import chain
 from typing import Any
 
@@ -39,7 +40,8 @@ class WeightsVersion:
     """
 
     def __init__(self, model: Decoder) -> None:
-        self._model = model
+        # Weak, as in ``Executor``.
+        self._model_ref = weakref.ref(model)
         self._version = 0
         self._look_anew()
 
@@ -60,11 +62,14 @@ class WeightsVersion:
         self._look_anew()
 
     def _look_anew(self) -> None:
-        modules = list(self._model.modules())
-        self._watch = Watch(self._model)
+        model = self._model_ref()
+        assert model is not None
+        modules = list(model.modules())
+        self._watch = Watch(model)
         self._owners = [owner for m in modules for owner in (m._parameters, m._buffers) if owner]
         self._types = {type(module) for module in modules}
-        self._inside = [(vars(module), _own_names(module)) for module in modules]
+        self._own = _own_names(model)
+        self._inside = [(vars(module), _own_names(module)) for module in modules if module is not model]
         self._samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
         for tensor in self._tensors():
             if tensor.numel() and tensor.device.type != "meta":
@@ -81,10 +86,13 @@ class WeightsVersion:
             (id(t), t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version)
             for t in self._tensors()
         ]
-        device = self._model.device.type
+        model = self._model_ref()
+        assert model is not None
+        device, own = model.device.type, vars(model)
         return (
             tensors,
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            [_trace(own.get(name)) for name in self._own],
             [_trace(inside.get(name)) for inside, names in self._inside for name in names],
             [kind.forward for kind in self._types],
             *_optimizer_steps,

@@ -69,13 +69,16 @@ class Engines:
         if self._keeps_prefixes:
             # A new, larger engine has no prefixes to reuse, so that this one gets room for the whole context.
             pages = max(pages, rows * (-(-model.spec.context // PAGE_SIZE) + 1))
-        return Engine(
+        engine = Engine(
             model,
             max_seqs=rows,
             cache_tokens=pages * PAGE_SIZE,
             prefix_cache=self._keeps_prefixes,
             kv_cache_dtype=kv_cache_dtype,
         )
+        # The model keeps the engine, and so the engine must not keep the model.
+        engine.let_go()
+        return engine
 
     def _leave(self, engine: Engine, key: tuple[Any, ...]) -> None:
         """Keep the engine of a call for the next one; a call that fails does not come here."""

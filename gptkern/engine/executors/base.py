@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +48,15 @@ class Executor(ABC):
     prompt_tokens: int | None = 0
 
     def __init__(self, model: Decoder, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
+        # Weak: a model keeps its engine, and is to go when nobody else holds it.
+        self._model_ref, self._cache = weakref.ref(model), cache
+
+    @property
+    def _model(self) -> Decoder:
+        model = self._model_ref()
+        if model is None:
+            raise RuntimeError(f"{type(self).__name__}: the model is gone: keep it while its executor runs")
+        return model
 
     @staticmethod
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -74,7 +75,8 @@ class Executors:
 
     def __init__(self, model: Decoder, cache: KVCache, max_rows: int) -> None:
         self.reason: str | None = None
-        self._model, self._cache, self._max_rows = model, cache, max_rows
+        # Weak, as in ``Executor``.
+        self._model_ref, self._cache, self._max_rows = weakref.ref(model), cache, max_rows
         self._layers = TorchExecutor(model, cache)
         self._watch = Watch(model)
         self._autocast = torch.is_autocast_enabled(model.device.type)
@@ -82,6 +84,13 @@ class Executors:
         self._decode: Executor | None = None
         self.prefill: Executor | PromptExecutor
         self.look_again()
+
+    @property
+    def _model(self) -> Decoder:
+        model = self._model_ref()
+        if model is None:
+            raise RuntimeError("Executors: the model is gone: keep it while its executors run")
+        return model
 
     @property
     def unit(self) -> int:

@@ -6,6 +6,7 @@ whole pass is captured as one CUDA graph per bucket of row counts.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -213,7 +214,8 @@ class Graphs:
     """
 
     def __init__(self, executor: GraphExecutor) -> None:
-        self._executor = executor
+        # Weak: the executor holds this object.
+        self._executor = weakref.proxy(executor)
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._stream = torch.cuda.Stream(executor._cache.device)
         self._pool = torch.cuda.graph_pool_handle()
