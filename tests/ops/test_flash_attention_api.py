@@ -281,3 +281,43 @@ def test_flash_attn_varlen_refuses_a_block_table(device: torch.device) -> None:
     cu = starts(device, 20)
     with pytest.raises(ValueError, match="block_table is given"):
         flash_attn_varlen_func(q, k, v, cu, cu, 20, 20, block_table=torch.zeros(1, 1, device=device))
+
+
+def _packed_call(dtype: torch.dtype, window: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    cu_q, cu_k = (
+        torch.tensor(t, dtype=torch.int32) for t in ([0, 300, 300, 301, 341], [0, 300, 305, 345, 385])
+    )
+    q = torch.randn(345, 4, 16).to(dtype)
+    k, v = (torch.randn(385, 2, 16).to(dtype) for _ in range(2))
+    return (q, k, v, cu_q, cu_k, 300, 300), {"window": window}
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 280])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_packed_on_a_cpu_is_pytorchs_attention(dtype: torch.dtype, window: int | None) -> None:
+    """Without a matrix of scores, with the error of one rounding, each sequence by itself."""
+    args, options = _packed_call(dtype, window)
+    with gptkern.backend("reference"):
+        out = flash_attention_varlen(*args, **options)
+        left = None if window is None else window - 1
+        wide = [t.double() for t in args[:3]]
+        exact, _ = reference.attention_varlen(*wide, *args[3:5], left)
+        torch.testing.assert_close(
+            out.double(), exact, rtol=0, atol=1.5 * torch.finfo(dtype).eps * exact.abs().max().item()
+        )
+        assert not out[341:].any()
+        one = torch.tensor([0, 40], dtype=torch.int32)
+        last = (args[0][301:341], args[1][345:], args[2][345:])
+        alone = flash_attention_varlen(*last, one, one, 40, 40, **options)
+        assert torch.equal(alone, out[301:341])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_are_not_rounded_on_a_cpu(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(1, 200, 2, 64).to(dtype) for _ in range(3))
+    wide = [t.double() for t in (q, k, v)]
+    with gptkern.backend("reference"):
+        for options in ({"return_lse": True}, {"softcap": 20.0}, {"window": 50}):
+            out, exact = flash_attention(q, k, v, **options), flash_attention(*wide, **options)
+            out, exact = (t[0] if isinstance(t, tuple) else t for t in (out, exact))
+            assert (out.double() - exact).abs().max() <= 1.5 * torch.finfo(dtype).eps * exact.abs().max()

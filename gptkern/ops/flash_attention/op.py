@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 
 from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
-from gptkern.ops.flash_attention import checks, launch, reference, register
+from gptkern.ops.flash_attention import checks, launch, register
 from gptkern.ops.flash_attention.launch import UNLIMITED, Options, Packed
 
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -166,8 +166,9 @@ def attend(
     """The result of checked arguments: chooses the implementation, and what autograd sees of it."""
     compiling, kernel = traced(q), use_kernel(q)
     if not kernel and not (packed is not None and compiling):
-        if packed is None and not return_lse and _cpu_expresses(q, k, o):
-            return reference.attention_cpu(q, k, v, o.window_right == 0, o.scale, o.dropout_p)
+        plain = None if return_lse else register.attention_without_scores(q, k, v, packed, o)
+        if plain is not None:
+            return plain
         out, lse = register.reference_attention(q, k, v, packed, o)
         return (out, lse) if return_lse else out
     seed = None
@@ -215,10 +216,3 @@ def _span(op: str, causal: bool, window: int | None) -> tuple[int, int]:
         raise ValueError(f"{op}: window is {window}; at least 1 is needed, or None")
     left = UNLIMITED if window is None else window - 1
     return left, 0 if causal else left
-
-
-def _cpu_expresses(q: torch.Tensor, k: torch.Tensor, o: Options) -> bool:
-    """True if PyTorch's own attention can express it: causal or not, no window, no query without keys."""
-    if o.softcap or o.window_left != UNLIMITED:
-        return False
-    return o.window_right == UNLIMITED or (o.window_right == 0 and q.shape[1] <= k.shape[1])

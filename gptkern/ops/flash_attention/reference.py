@@ -12,12 +12,21 @@ import torch.nn.functional as F
 
 
 def visible(
-    seq_q: int, seq_k: int, left: int | None, right: int | None, device: torch.device
+    seq_q: int,
+    seq_k: int,
+    left: int | None,
+    right: int | None,
+    device: torch.device,
+    shift: int | None = None,
 ) -> torch.Tensor | None:
-    """The keys that each query sees, ``(seq_q, seq_k)`` bool; None if it sees all of them."""
+    """The keys that each query sees, ``(seq_q, seq_k)`` bool; None if it sees all of them.
+
+    Query i stands at key ``i + shift``; by default the last query at the last key.
+    """
     if left is None and right is None:
         return None
-    own = torch.arange(seq_q, device=device)[:, None] + (seq_k - seq_q)
+    shift = seq_k - seq_q if shift is None else shift
+    own = torch.arange(seq_q, device=device)[:, None] + shift
     keys = torch.arange(seq_k, device=device)[None, :]
     seen = torch.ones(seq_q, seq_k, dtype=torch.bool, device=device)
     if left is not None:
@@ -83,31 +92,85 @@ def attention_varlen(
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
+# Queries that share one call where a window bounds the keys they see: no mask of the whole square is made.
+_WINDOW_QUERIES = 256
+
+
+def sees_a_key(seq_q: int, seq_k: int, left: int | None, right: int | None) -> bool:
+    """True if every query sees a key: its own, or without a window any."""
+    return seq_k > 0 and (seq_q <= seq_k or (left is None and right is None))
+
+
 def attention_cpu(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    causal: bool = True,
+    left: int | None = None,
+    right: int | None = 0,
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """The reference through PyTorch's own CPU attention, for calls without window and softcap.
+    """``attention`` through PyTorch's own, which makes no matrix of scores; every query must see a key."""
+    seq_q, seq_k = q.shape[1], k.shape[1]
+    shift = seq_k - seq_q
+    left = None if left is not None and left >= seq_k - 1 else left
+    right = None if right is not None and right >= seq_q - 1 else right
+    if left is None:
+        square = shift == 0 and right == 0
+        mask = None if square or right is None else visible(seq_q, seq_k, None, right, q.device)
+        return _torch_attention(q, k, v, mask, square, scale, dropout_p)
+    outs = []
+    for start in range(0, seq_q, _WINDOW_QUERIES):
+        end = min(start + _WINDOW_QUERIES, seq_q)
+        first = max(0, start + shift - left)
+        last = seq_k if right is None else min(seq_k, end + shift + right)
+        mask = visible(end - start, last - first, left, right, q.device, shift + start - first)
+        keys = slice(first, last)
+        outs.append(_torch_attention(q[:, start:end], k[:, keys], v[:, keys], mask, False, scale, dropout_p))
+    return torch.cat(outs, dim=1) if len(outs) != 1 else outs[0]
 
-    With a causal mask every query must see a key: no more queries than keys.
-    """
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    square = q.shape[2] == k.shape[2]
-    mask = None if square or not causal else visible(q.shape[2], k.shape[2], None, 0, q.device)
-    if q.shape[2] == 1:
-        mask = None
+
+def _torch_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+) -> torch.Tensor:
     out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
         attn_mask=mask,
         dropout_p=dropout_p,
-        is_causal=causal and square and q.shape[2] > 1,
+        is_causal=causal,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
+
+
+def attention_varlen_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_starts: list[int],
+    k_starts: list[int],
+    left: int | None,
+    right: int | None,
+    scale: float,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """``attention_cpu`` of packed sequences, one at a time: none depends on the others."""
+    outs = []
+    for i in range(len(q_starts) - 1):
+        rows, keys = slice(q_starts[i], q_starts[i + 1]), slice(k_starts[i], k_starts[i + 1])
+        if rows.start == rows.stop:
+            continue
+        outs.append(
+            attention_cpu(q[None, rows], k[None, keys], v[None, keys], left, right, scale, dropout_p)[0]
+        )
+    outs.append(q[q_starts[-1] :].masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0))
+    return torch.cat(outs)

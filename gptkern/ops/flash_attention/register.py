@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,15 +47,40 @@ class FlashAttention(torch.autograd.Function):
         return *grads, None, None, None
 
 
+def _sides(o: Options) -> tuple[int | None, int | None]:
+    left, right = (None if side == UNLIMITED else side for side in (o.window_left, o.window_right))
+    return left, right
+
+
 def reference_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed | None, o: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) by the reference."""
-    left, right = (None if side == UNLIMITED else side for side in (o.window_left, o.window_right))
-    settings = (left, right, o.scale, o.softcap or None, o.dropout_p)
+    """(out, lse) by the reference, in fp32 at least: scores rounded before the softmax lose digits."""
+    settings = (*_sides(o), o.scale, o.softcap or None, o.dropout_p)
+    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v)]
     if packed is None:
-        return reference.attention(q, k, v, *settings)
-    return reference.attention_varlen(q, k, v, packed.cu_q, packed.cu_k, *settings)
+        out, lse = reference.attention(wide[0], wide[1], wide[2], *settings)
+    else:
+        out, lse = reference.attention_varlen(wide[0], wide[1], wide[2], packed.cu_q, packed.cu_k, *settings)
+    return out.to(q.dtype), lse
+
+
+def attention_without_scores(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed | None, o: Options
+) -> torch.Tensor | None:
+    """The reference's result through PyTorch's own attention, None where that does not express the call."""
+    if o.softcap:
+        return None
+    settings = (*_sides(o), o.scale, o.dropout_p)
+    if packed is None:
+        if not reference.sees_a_key(q.shape[1], k.shape[1], *settings[:2]):
+            return None
+        return reference.attention_cpu(q, k, v, *settings)
+    q_starts, k_starts = packed.cu_q.tolist(), packed.cu_k.tolist()
+    lengths = zip(pairwise(q_starts), pairwise(k_starts), strict=True)
+    if not all(reference.sees_a_key(b - a, d - c, *settings[:2]) for (a, b), (c, d) in lengths if b > a):
+        return None
+    return reference.attention_varlen_cpu(q, k, v, q_starts, k_starts, *settings)
 
 
 def flat_arguments(
