@@ -11,6 +11,8 @@ from gptkern.ops.flash_attention import (
     flash_attention,
     flash_attention_varlen,
     flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
 )
 from gptkern.ops.gated_mlp import gated_mlp
@@ -43,6 +45,8 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "gated_mlp",

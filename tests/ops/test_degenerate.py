@@ -171,6 +171,19 @@ def dense_rows(causal: str = "causal") -> list[Row]:
     ]
 
 
+def one_tensor(row: Row, first: int) -> Row:
+    """A row of dense attention whose tensors from ``first`` on are one, side by side before the heads."""
+
+    def plain(*args: torch.Tensor, **settings: Any) -> torch.Tensor:
+        return attention(*args[:first], *args[first].unbind(2), **settings)
+
+    args = row.call.args
+    parts = [t.detach()[:, : args[1].shape[1]] for t in args[first:]]
+    return Row(
+        row.case, Call((*args[:first], torch.stack(parts, 2).requires_grad_()), row.call.kwargs), plain
+    )
+
+
 def attention_rows() -> list[Row]:
     q, k, v = qkv(1, 40, 5)
     return [
@@ -486,6 +499,12 @@ ROWS: dict[str, list[Row]] = {
     "flash_attention": attention_rows(),
     "flash_attention_varlen": packed_rows(),
     "flash_attn_func": [row for row in dense_rows() if row.case != "no head"],
+    "flash_attn_kvpacked_func": [one_tensor(row, 1) for row in dense_rows() if row.case != "no head"],
+    "flash_attn_qkvpacked_func": [
+        one_tensor(row, 0)
+        for row in dense_rows()
+        if row.case in ("no batch", "zeros", "one query, one key, one number")
+    ],
     "flash_attn_varlen_func": packed_rows(),
     "flash_attn_with_kvcache": cache_rows(),
     "gated_mlp": gated_rows(),

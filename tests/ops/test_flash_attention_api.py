@@ -10,7 +10,14 @@ import pytest
 import torch
 
 import gptkern
-from gptkern.ops import flash_attention, flash_attention_varlen, flash_attn_func, flash_attn_varlen_func
+from gptkern.ops import (
+    flash_attention,
+    flash_attention_varlen,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+)
 from gptkern.ops._launch import record
 from gptkern.ops.flash_attention import reference
 
@@ -276,11 +283,37 @@ def test_flash_attn_refuses_by_name(kwargs: dict[str, Any], message: str, device
         flash_attn_func(q, k, v, **kwargs)
 
 
-def test_flash_attn_varlen_refuses_a_block_table(device: torch.device) -> None:
-    q, k, v = (t[0] for t in qkv(device))
-    cu = starts(device, 20)
-    with pytest.raises(ValueError, match="block_table is given"):
-        flash_attn_varlen_func(q, k, v, cu, cu, 20, 20, block_table=torch.zeros(1, 1, device=device))
+def test_flash_attn_varlen_reads_a_block_table(device: torch.device) -> None:
+    k, v = (torch.randn(18, 2, 16, device=device) for _ in range(2))
+    q, cu_q, cu_k = torch.randn(9, 4, 16, device=device), starts(device, 5, 1, 3), starts(device, 7, 1, 10)
+    table = torch.tensor([[6, 2, 9], [4, 9, 9], [0, 5, 1]], dtype=torch.int32, device=device)
+    blocks = [torch.full((7, 4, 2, 16), math.nan, device=device) for _ in range(2)]
+    for row, (first, length) in enumerate(((0, 7), (7, 1), (8, 10))):
+        for token in range(length):
+            for cache, values in zip(blocks, (k, v), strict=True):
+                cache[int(table[row, token // 4]), token % 4] = values[first + token]
+    expected = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 5, 10, causal=True)
+    got = flash_attn_varlen_func(q, *blocks, cu_q, cu_k, 5, 10, causal=True, block_table=table)
+    assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match="max_seqlen_k is 13; block_table holds 12 tokens a row"):
+        flash_attn_varlen_func(q, *blocks, cu_q, cu_k, 5, 13, block_table=table)
+    with pytest.raises(ValueError, match="block_table has 2 rows, cu_seqlens_k 4 entries"):
+        flash_attn_varlen_func(q, *blocks, cu_q, cu_k, 5, 10, block_table=table[:2])
+
+
+def test_flash_attn_packed_fronts(device: torch.device) -> None:
+    qkv_packed = torch.randn(2, 20, 3, 2, 16, device=device, requires_grad=True)
+    options = {"causal": True, "window_size": (5, 0), "softmax_scale": 0.3}
+    expected = flash_attn_func(*qkv_packed.unbind(2), **options)
+    assert torch.equal(flash_attn_qkvpacked_func(qkv_packed, **options), expected)
+    (gradient,) = torch.autograd.grad(flash_attn_qkvpacked_func(qkv_packed, **options).sum(), qkv_packed)
+    assert gradient.shape == qkv_packed.shape
+    q, kv = torch.randn(2, 9, 4, 16, device=device), torch.randn(2, 20, 2, 2, 16, device=device)
+    got = flash_attn_kvpacked_func(q, kv, return_attn_probs=True, **options)
+    expected = flash_attn_func(q, *kv.unbind(2), return_attn_probs=True, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got[:2], expected[:2], strict=True))
+    with pytest.raises(ValueError, match=r"flash_attn_kvpacked_func: kv has shape \(2, 20, 3, 2, 16\)"):
+        flash_attn_kvpacked_func(q, qkv_packed)
 
 
 def _packed_call(dtype: torch.dtype, window: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -92,6 +92,8 @@ def test_greedy_speculation_gives_the_greedy_tokens() -> None:
     params = SamplingParams.make(2, 20, temperature=0)
     out = speculative_accept(drafts, None, target, params, state=SamplerState.make(2, 20))
     assert out.n_accepted.tolist() == [2, 1]
+    narrow = speculative_accept(drafts.int(), None, target, params, state=SamplerState.make(2, 20))
+    assert torch.equal(narrow.tokens, out.tokens)
     assert out.tokens.tolist() == [best[0].tolist(), [*best[1, :2].tolist(), -1]]
 
 

@@ -31,7 +31,7 @@ class LinearInputs(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What becomes of a product y: ``softcap(scale * activation(y)) + residual``.
+    """The epilogue of a product y: ``softcap(scale * activation(y)) + residual``.
 
     Attributes:
         gated: The first half of the outputs is a gate: ``activation(gate) * up`` in place of activation(y).
@@ -46,7 +46,7 @@ class Epilogue(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What becomes of queries and keys before they are rounded: a norm of each head, then its position."""
+    """The changes of queries and keys before they are rounded: a norm of each head, then its position."""
 
     rotary: Rotary | None = None
     norm: HeadNorm | None = None
@@ -158,7 +158,7 @@ def norm_arguments(
 
 
 def _head_arguments(heads: Heads) -> tuple[tuple[Any, ...], tuple[int, float], dict[str, Any]]:
-    """(tensors, numbers, flags) of what becomes of queries and keys, in the kernel's order."""
+    """(tensors, numbers, flags) of the changes of queries and keys, in the kernel's order."""
     rotary, norm = heads
     tables = (None, None, None) if rotary is None else rotary[:3]
     weights = (None, None) if norm is None else norm[:2]

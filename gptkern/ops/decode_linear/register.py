@@ -30,7 +30,7 @@ def norm_flags(norm: Norm | RmsNorm | None) -> tuple[bool, bool]:
 
 
 def flat_heads(heads: Heads) -> tuple[Any, ...]:
-    """What becomes of queries and keys, in the schema's order."""
+    """The changes of queries and keys, in the schema's order."""
     rotary = (None, None, None, "halves") if heads.rotary is None else tuple(heads.rotary)
     norm = (None, None, 0.0, False) if heads.norm is None else tuple(heads.norm)
     return *rotary, *norm

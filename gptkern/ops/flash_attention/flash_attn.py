@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from gptkern.ops.flash_attention import checks, op
+from gptkern.ops import _checks
+from gptkern.ops.flash_attention import checks, op, paged
 from gptkern.ops.flash_attention.launch import UNLIMITED, Packed
 
 
-def _span(name: str, causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+def span(name: str, causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
     left, right = window_size
     if left < UNLIMITED or right < UNLIMITED:
         raise ValueError(f"{name}: window_size is {window_size}; each side is at least 0, or -1 for no limit")
@@ -58,8 +59,8 @@ def flash_attn_func(
     _refuse(name, dropout_p, return_attn_probs, alibi_slopes=alibi_slopes)
     q, k, v = op.cast(q, k, v)
     checks.check(name, q, k, v, None)
-    span = _span(name, causal, window_size)
-    options = op.make_options(name, q, span, softmax_scale, softcap or None, dropout_p)
+    sides = span(name, causal, window_size)
+    options = op.make_options(name, q, sides, softmax_scale, softcap or None, dropout_p)
     result = op.attend(q, k, v, None, options, return_attn_probs)
     return (*result, None) if return_attn_probs else result
 
@@ -87,18 +88,94 @@ def flash_attn_varlen_func(
     Args:
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as in
             ``gptkern.ops.flash_attention_varlen``, tensors ``(tokens, heads, head_dim)``.
-        block_table: not supported, only None is accepted; ``decode_attention`` reads a paged cache.
+        block_table: ``(sequences, max_blocks)`` int32: k and v are then a paged cache, ``(blocks, block_size,
+            kv_heads, head_dim)``, of which the tokens are copied first. ``decode_attention`` reads a cache
+            where it lies.
         The others: as in ``flash_attn_func``.
 
     Raises:
         TypeError, ValueError: an argument is not supported, or not as described.
     """
     name = "flash_attn_varlen_func"
-    _refuse(name, dropout_p, return_attn_probs, alibi_slopes=alibi_slopes, block_table=block_table)
+    _refuse(name, dropout_p, return_attn_probs, alibi_slopes=alibi_slopes)
+    if block_table is not None:
+        paged.check_table(name, k, v, block_table)
+        _checks.tensor(name, "cu_seqlens_k", cu_seqlens_k, dim=1)
+        if cu_seqlens_k.shape[0] != block_table.shape[0] + 1:
+            raise ValueError(
+                f"{name}: block_table has {block_table.shape[0]} rows, cu_seqlens_k {cu_seqlens_k.shape[0]} "
+                "entries: one row for each sequence is needed"
+            )
+        most = block_table.shape[1] * k.shape[1]
+        if max_seqlen_k > most:
+            raise ValueError(f"{name}: max_seqlen_k is {max_seqlen_k}; block_table holds {most} tokens a row")
+        k, v = paged.packed(k, v, block_table, cu_seqlens_k, max_seqlen_k)
     q, k, v = op.cast(q, k, v)
     packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check(name, q, k, v, packed)
-    span = _span(name, causal, window_size)
-    options = op.make_options(name, q, span, softmax_scale, softcap or None, dropout_p)
+    sides = span(name, causal, window_size)
+    options = op.make_options(name, q, sides, softmax_scale, softcap or None, dropout_p)
     result = op.attend(q, k, v, packed, options, return_attn_probs)
     return (*result, None) if return_attn_probs else result
+
+
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """``flash_attn.flash_attn_qkvpacked_func``: ``flash_attn_func`` of one tensor.
+
+    Args:
+        qkv: ``(batch, seq, 3, heads, head_dim)``, read where it lies.
+        The others: as in ``flash_attn_func``.
+
+    Raises:
+        TypeError, ValueError: an argument is not supported, or not as described.
+    """
+    q, k, v = _parts("flash_attn_qkvpacked_func", "qkv", qkv, 3)
+    rest = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return flash_attn_func(q, k, v, *rest, return_attn_probs)
+
+
+def flash_attn_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """``flash_attn.flash_attn_kvpacked_func``: ``flash_attn_func`` with keys and values in one tensor.
+
+    Args:
+        q: ``(batch, seq_q, heads, head_dim)``.
+        kv: ``(batch, seq_k, 2, kv_heads, head_dim)``, read where it lies.
+        The others: as in ``flash_attn_func``.
+
+    Raises:
+        TypeError, ValueError: an argument is not supported, or not as described.
+    """
+    k, v = _parts("flash_attn_kvpacked_func", "kv", kv, 2)
+    rest = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return flash_attn_func(q, k, v, *rest, return_attn_probs)
+
+
+def _parts(name: str, argument: str, value: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    _checks.tensor(name, argument, value, dim=5)
+    if value.shape[2] != count:
+        raise ValueError(
+            f"{name}: {argument} has shape {tuple(value.shape)}; "
+            f"(batch, seq, {count}, heads, head_dim) is needed"
+        )
+    return value.unbind(2)

@@ -112,9 +112,11 @@ def drafts(
     batch, positions, vocab = target_logits.shape
     if positions < 1:
         raise ValueError(f"{op}: target_logits have no position; one more than there are drafts is needed")
-    _draft(op, "draft_tokens", draft_tokens, target_logits, torch.int64, (batch, positions - 1))
+    _draft(
+        op, "draft_tokens", draft_tokens, target_logits, (torch.int64, torch.int32), (batch, positions - 1)
+    )
     if draft_probs is not None:
-        _draft(op, "draft_probs", draft_probs, target_logits, torch.float32, (batch, positions - 1, vocab))
+        _draft(op, "draft_probs", draft_probs, target_logits, (torch.float32,), (batch, positions - 1, vocab))
 
 
 def _draft(
@@ -122,11 +124,11 @@ def _draft(
     name: str,
     value: torch.Tensor,
     target_logits: torch.Tensor,
-    dtype: torch.dtype,
+    accepted: tuple[torch.dtype, ...],
     shape: tuple[int, ...],
 ) -> None:
     _checks.tensor(op, name, value)
-    _checks.dtype(op, name, value, (dtype,))
+    _checks.dtype(op, name, value, accepted)
     _checks.shape(op, name, value, shape, "target_logits have one position more")
     if value.device != target_logits.device:
         raise ValueError(f"{op}: target_logits are on {target_logits.device} and {name} on {value.device}")

@@ -228,7 +228,7 @@ def speculative_accept(
     accepted before. ``state`` advances by the tokens of the result. Temperature 0 accepts the target's best.
 
     Args:
-        draft_tokens: ``(batch, n)`` int64.
+        draft_tokens: ``(batch, n)`` int64 or int32.
         draft_probs: ``(batch, n, vocab)`` fp32, the draft's distributions; None: it was certain.
         target_logits: ``(batch, n + 1, vocab)``, the target's logits at the drafted positions and after.
         params, state, validate: As for :func:`sample`; log-probabilities are not computed.
@@ -240,7 +240,9 @@ def speculative_accept(
     op = "speculative_accept"
     checks.rows(op, target_logits, params, state, dim=3)
     checks.drafts(op, draft_tokens, draft_probs, target_logits)
-    drafts = Drafts(draft_tokens.contiguous(), None if draft_probs is None else draft_probs.contiguous())
+    drafts = Drafts(
+        draft_tokens.long().contiguous(), None if draft_probs is None else draft_probs.contiguous()
+    )
     if not launch.serves(target_logits):
         outputs = fallback.accept(drafts, target_logits, params, state)
     elif launch.traced(target_logits):
