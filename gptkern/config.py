@@ -192,7 +192,9 @@ class GPTConfig:
     @property
     def parameters(self) -> int:
         """The number of the model's parameters, a tied head counted once."""
-        return self.spec.parameters
+        # By one layer and two: a damaged n_layer may be more than a spec can have.
+        one, two = (self.replace(n_layer=layers).spec.parameters for layers in (1, 2))
+        return one + (self.n_layer - 1) * (two - one)
 
     @property
     def scaled_init(self) -> bool:

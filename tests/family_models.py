@@ -10,6 +10,19 @@ from transformers import AutoModelForCausalLM
 from gptkern import GPT
 from gptkern.config import FamilyConfig, read
 
+TINY: dict[str, Any] = {
+    "vocab_size": 67,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
 
 def library_model(config: Any, seed: int = 0) -> Any:
     """A model of transformers, in fp32, whose norms and biases are random too."""

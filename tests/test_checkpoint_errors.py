@@ -107,7 +107,7 @@ def test_damaged_safetensors(folder: Path) -> None:
 def test_config(folder: Path) -> None:
     path = folder / "config.json"
     for changes, message in (
-        ({"model_type": "llama"}, r"config\.json: .*model_type is 'llama'; supported are gpt2, openai-gpt"),
+        ({"model_type": "bert"}, r"config\.json: .*model_type is 'bert'; supported are gpt2, openai-gpt"),
         ({"n_head": 5}, r"config\.json: .*n_embd is 32, n_head 5"),
         ({"n_layer": 3}, "3 layers expected, 2 found"),
         ({"n_layer": 10**9}, "1000000000 layers expected, 2 found"),

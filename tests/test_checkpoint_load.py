@@ -329,7 +329,7 @@ def write_random(folder: Path, config: GPTConfig, dtype: torch.dtype) -> int:
         (
             name,
             block[: torch.Size(shape).numel()].view(shape),
-            name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")),
+            torch.t if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")) else None,
         )
         for name, shape in shapes.items()
     ]

@@ -6,21 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import library_model, our_model
+from family_models import TINY, library_model, our_model
 from transformers import LlamaConfig, SmolLM3Config
 
-TINY: dict[str, Any] = {
-    "vocab_size": 67,
-    "hidden_size": 48,
-    "intermediate_size": 88,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 LLAMAS = {
     "grouped": LlamaConfig(**TINY, num_key_value_heads=2),
     "one key head, tied": LlamaConfig(**TINY, num_key_value_heads=1, tie_word_embeddings=True),

@@ -1,15 +1,20 @@
-"""Configurations of families: read from transformers' config.json into a spec, or refused by name."""
+"""Families: transformers' configurations and folders, read and written back, or refused by name."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, SmolLM3Config
+import torch
+from family_models import TINY, library_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, SmolLM3Config
 
-from gptkern import GPTConfig
+from gptkern import GPT, GPTConfig
+from gptkern.checkpoint.errors import CheckpointError
 from gptkern.config import FamilyConfig, read
 
 LLAMA = {"model_type": "llama", "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
@@ -79,6 +84,7 @@ def test_fields_are_attributes_and_copies_are_equal() -> None:
     [
         ({"num_key_value_heads": 4}, "num_key_value_heads is 4; a divisor of the 6 query heads"),
         ({"num_attention_heads": 5, "num_key_value_heads": 1}, "the width is 48, the number of heads 5"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; 4096 at most"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0; a positive integer"),
         ({"hidden_act": "xielu"}, "hidden_act is 'xielu'; accepted are"),
         ({"rms_norm_eps": "a"}, "rms_norm_eps is 'a'; a finite number"),
@@ -104,3 +110,67 @@ def test_fields_are_attributes_and_copies_are_equal() -> None:
 def test_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read({**LLAMA, **changes})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folder_is_read_and_written_back_to_the_bit(tied: bool, tmp_path: Path) -> None:
+    theirs = library_model(
+        LlamaConfig(
+            **TINY, num_key_value_heads=2, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied
+        )
+    )
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    model = GPT.from_pretrained(tmp_path / "theirs")
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
+    model.save_pretrained(tmp_path / "ours", max_shard_size="40KB")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert again.config.to_dict() == {**theirs.config.to_dict(), "_name_or_path": str(tmp_path / "ours")}
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    # the decoder alone, as the base class saves it
+    theirs.model.save_pretrained(tmp_path / "base")
+    if tied:
+        assert torch.equal(GPT.from_pretrained(tmp_path / "base")(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_quantised_models_are_saved_and_read(format: str, tmp_path: Path) -> None:
+    theirs = library_model(
+        LlamaConfig(
+            **{**TINY, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}, head_dim=32
+        )
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = GPT.from_pretrained(tmp_path / "theirs", weights=format)
+    model.save_pretrained(tmp_path / "ours")
+    again = GPT.from_pretrained(tmp_path / "ours")
+    assert again.quantization == model.quantization
+    ids = torch.arange(9)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again.config == model.config
+
+
+def test_damaged_folders_are_refused_by_name(tmp_path: Path) -> None:
+    config = LlamaConfig(**TINY, num_key_value_heads=2)
+    theirs = library_model(config)
+    good = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def refused(tensors: dict[str, torch.Tensor], message: str) -> None:
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            GPT.from_pretrained(tmp_path)
+
+    config.save_pretrained(tmp_path)
+    refused({k: v for k, v in good.items() if k != name}, f"q_proj.weight is there, {name} is missing")
+    refused({**good, name: good[name][:, :8].clone()}, "rows have one length expected, found: .*k_proj")
+    refused({**good, name: good[name][:8].clone()}, r"k_proj.*\(80, 48\) expected, \(72, 48\) found")
+    gone = "model.layers.1.mlp.down_proj.weight"
+    refused({k: v for k, v in good.items() if k != gone}, f"1 missing: {gone}")
+    refused(
+        {**good, "model.layers.1.self_attn.q_norm.weight": torch.ones(8)}, "1 not of a llama model: .*q_norm"
+    )
+    fewer = {k: v for k, v in good.items() if ".layers.2." not in k}
+    refused(fewer, "3 layers expected, 2 found")
+    refused({"transformer.h.0.ln_1.weight": torch.ones(48)}, "no tensor of a llama model: transformer.h.0")

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from gptkern.checkpoint import generation
-from gptkern.checkpoint.contents import Contents, by_parameter_name
+from gptkern.checkpoint.contents import Contents, by_family, by_parameter_name
 from gptkern.checkpoint.errors import CheckpointError, some
 from gptkern.checkpoint.files import check_file_name, read_json
 from gptkern.checkpoint.pending import Files
 from gptkern.checkpoint.pickles import read_torch, state_dict_tensors
 from gptkern.checkpoint.storage import StoredTensor, read_safetensors
-from gptkern.config import JSON_FIELDS, GPTConfig
+from gptkern.config import JSON_FIELDS, Config, FamilyConfig
+from gptkern.config import read as config_of
 from gptkern.kv_scales import are_kv_scales
 from gptkern.quantization import Quantization
 
@@ -30,7 +31,8 @@ WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)
 
 # fields of config.json that saving writes anew, from what the model is then; auto_map names code, which
 # does not come along
-_SAVED_ANEW = {*JSON_FIELDS, KV_SCALES, QUANTIZATION, "dtype", "torch_dtype", "auto_map"}
+_OF_THE_WEIGHTS = {KV_SCALES, QUANTIZATION, "dtype", "torch_dtype", "auto_map"}
+_SAVED_ANEW = {*JSON_FIELDS, *_OF_THE_WEIGHTS}
 
 
 def open_folder(files: Files) -> Contents:
@@ -43,46 +45,49 @@ def open_folder(files: Files) -> Contents:
     if found is None:
         raise CheckpointError(f"{files.folder}: no weights here; one of {', '.join(WEIGHTS)} is needed")
     tensors = _read_shards(files, found) if found.suffix == ".json" else _read_weights(found)
+    # A family's configuration has all fields.
+    gpt = not isinstance(config, FamilyConfig)
     return Contents(
         files.folder,
         config,
-        by_parameter_name(tensors),
-        True,
+        by_family(config, tensors) if isinstance(config, FamilyConfig) else by_parameter_name(tensors),
+        gpt,
         quantization,
         kv_scales,
         _read_generation_config(files, fields, config),
-        {name: value for name, value in fields.items() if name not in _SAVED_ANEW},
+        {name: value for name, value in fields.items() if name not in _SAVED_ANEW} if gpt else {},
     )
 
 
-def read_config(path: Path) -> GPTConfig:
+def read_config(path: Path) -> Config:
     """A ``config.json``."""
+    fields = {name: value for name, value in read_json(path).items() if name not in _OF_THE_WEIGHTS}
     try:
-        return GPTConfig.from_dict(read_json(path))
+        return config_of(fields)
     except CheckpointError:
         raise
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read_generation_config(files: Files, fields: dict[str, Any], config: GPTConfig) -> dict[str, Any]:
+def _read_generation_config(files: Files, fields: dict[str, Any], config: Config) -> dict[str, Any]:
     """``generation_config.json``, else the fields of ``config.json``: as in transformers, never both."""
     if GENERATION_CONFIG not in files:
         return generation.of_json(fields, config)
     return read_json(files / GENERATION_CONFIG)
 
 
-def _read_quantization(path: Path, data: Any, config: GPTConfig) -> Quantization | None:
+def _read_quantization(path: Path, data: Any, config: Config) -> Quantization | None:
     try:
         return None if data is None else Quantization.from_dict(data, config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read_kv_scales(path: Path, data: Any, config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _read_kv_scales(path: Path, data: Any, config: Config) -> tuple[torch.Tensor, torch.Tensor] | None:
     if data is None:
         return None
-    shape = (config.n_layer, config.n_head)
+    shape = (len(config.spec.layers), config.spec.kv_heads)
     try:
         k_scale, v_scale = (torch.tensor(data[name], dtype=torch.float32) for name in ("k", "v"))
         good = are_kv_scales(k_scale, shape) and are_kv_scales(v_scale, shape)

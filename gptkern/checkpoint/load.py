@@ -19,7 +19,7 @@ from gptkern.checkpoint.files import open_regular
 from gptkern.checkpoint.pending import Files, read
 from gptkern.checkpoint.placing import FLOATS, checked_device, checked_dtype
 from gptkern.checkpoint.storage import StoredTensor
-from gptkern.config import VOCAB_PADDING, Config
+from gptkern.config import VOCAB_PADDING, Config, FamilyConfig, GPTConfig
 from gptkern.quantization import Quantization
 from gptkern.quantize import QuantizedLinear, empty_layers
 
@@ -165,28 +165,32 @@ def check_vocabulary(source: Path, config: Config, tokenizer: Tokenizer) -> None
     (for padding, above all) without giving the model rows for them.
     """
     last = tokenizer.vocab_size - 1
-    ids = f"the tokenizer has ids up to {last}, the model's vocab_size is {config.vocab_size}"
-    if tokenizer.base_vocab_size > config.vocab_size:
+    ids = f"the tokenizer has ids up to {last}, the model's vocab_size is {config.spec.vocab_size}"
+    if tokenizer.base_vocab_size > config.spec.vocab_size:
         raise CheckpointError(f"{source}: vocabularies do not match: {ids}")
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size > config.spec.vocab_size:
         warn(f"{source}: {ids}: texts with the added tokens beyond it are refused")
-    if -(-tokenizer.vocab_size // VOCAB_PADDING) * VOCAB_PADDING < config.vocab_size:
+    if -(-tokenizer.vocab_size // VOCAB_PADDING) * VOCAB_PADDING < config.spec.vocab_size:
         warn(
             f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
-            f"{config.vocab_size}: is it another model's? What the model writes beyond them has no text"
+            f"{config.spec.vocab_size}: is it another model's? What the model writes beyond them has no text"
         )
 
 
 def _check_sizes(contents: Contents) -> None:
     """Refuse a configuration whose sizes are not the tensors', before anything of these sizes is made."""
     config = contents.config
+    # Before the spec, which has an entry for each layer.
+    expected = config.n_layer if isinstance(config, GPTConfig) else len(config.spec.layers)
     layers = {match[1] for name in contents.tensors if (match := _LAYER.match(name))}
-    if len(layers) != config.n_layer:
-        raise CheckpointError(f"{contents.source}: {config.n_layer} layers expected, {len(layers)} found")
+    if len(layers) != expected:
+        raise CheckpointError(f"{contents.source}: {expected} layers expected, {len(layers)} found")
+    spec = config.spec
     for name, shape in (
-        (_EMBEDDING, (config.vocab_size, config.n_embd)),
-        ("transformer.wpe.weight", (config.n_positions, config.n_embd)),
-        ("transformer.h.0.mlp.c_fc.weight", (config.inner_dim, config.n_embd)),
+        (_EMBEDDING, (spec.vocab_size, spec.width)),
+        ("transformer.wpe.weight", (spec.context + spec.position_offset, spec.width)),
+        ("transformer.h.0.attn.c_attn.weight", (spec.qkv_width, spec.width)),
+        ("transformer.h.0.mlp.c_fc.weight", (spec.fc_width, spec.width)),
     ):
         if name in contents.tensors:
             _check_shape(contents, name, contents.tensors[name], shape)
@@ -199,7 +203,7 @@ def _without_redundant(contents: Contents, expected: dict[str, tuple[int, ...]])
     if config.tie_word_embeddings and _HEAD in tensors:
         head = tensors.pop(_HEAD)
         tensors[_EMBEDDING] = _more_exact(head, tensors.get(_EMBEDDING, head))
-    if not config.bias:
+    if isinstance(config, GPTConfig) and not config.bias:
         for name in [name for name in tensors if name.endswith(".bias") and name not in expected]:
             stored = tensors.pop(name)
             if stored.data.any():
@@ -228,7 +232,7 @@ def _more_exact(head: StoredTensor, embedding: StoredTensor) -> StoredTensor:
 def _check_names(
     contents: Contents, expected: dict[str, tuple[int, ...]], tensors: dict[str, StoredTensor]
 ) -> None:
-    missing = [name for name in expected if name not in tensors]
+    missing = [_stored_name(contents, name) for name in expected if name not in tensors]
     extra = [
         f"{stored.name} (in {stored.file.name})" for name, stored in tensors.items() if name not in expected
     ]
@@ -239,6 +243,15 @@ def _check_names(
         problems.append(f"{len(extra)} not of a {contents.config.model_type} model: {some(extra)}")
     if problems:
         raise CheckpointError(f"{contents.source}: {len(expected)} tensors expected; {'; '.join(problems)}")
+
+
+def _stored_name(contents: Contents, name: str) -> str:
+    """The name that a parameter has in checkpoints, for people."""
+    config = contents.config
+    if not isinstance(config, FamilyConfig):
+        return name
+    rows = config.family.named(len(config.spec.layers))
+    return next((", ".join(row.theirs) for row in rows if row.ours == name), name)
 
 
 def _check_shape(contents: Contents, name: str, stored: StoredTensor, shape: tuple[int, ...]) -> None:

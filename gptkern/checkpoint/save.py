@@ -24,8 +24,11 @@ from gptkern.checkpoint.hf import (
 )
 from gptkern.checkpoint.load import check_vocabulary
 from gptkern.checkpoint.replace import replacing, settle
-from gptkern.checkpoint.storage import DTYPE_NAMES, write_safetensors
+from gptkern.checkpoint.storage import DTYPE_NAMES, Entry, write_safetensors
+from gptkern.config import FamilyConfig, GPTConfig
 from gptkern.durable import named_folder
+from gptkern.model.families.table import Tensor
+from gptkern.model.spec import DecoderSpec
 from gptkern.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -33,8 +36,6 @@ if TYPE_CHECKING:
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-Entry = tuple[str, torch.Tensor, bool]
 
 
 def save(
@@ -129,23 +130,52 @@ def _check_weights(model: GPT) -> None:
 
 
 def _entries(model: GPT) -> list[Entry]:
-    """The tensors under transformers' names, a tied head once, and whether to turn each to (in, out)."""
-    entries: list[Entry] = []
-    config, tied = model.config, model.config.tie_word_embeddings
+    """The tensors under transformers' names, a tied head once, and how each is stored."""
     packed = [(name, buffer) for name, buffer in model.named_buffers() if not name.endswith("._like")]
-    for name, parameter in [*model.named_parameters(remove_duplicate=False), *packed]:
-        if name == "lm_head.weight" and tied:
-            continue
+    tied = "lm_head.weight" if model.spec.tied else None
+    named = [*model.named_parameters(remove_duplicate=False), *packed]
+    tensors = {name: tensor for name, tensor in named if name != tied}
+    config = model.config
+    if isinstance(config, FamilyConfig):
+        rows = {row.ours: row for row in config.family.named(len(config.spec.layers))}
+        return [
+            entry
+            for name, tensor in tensors.items()
+            for entry in (_parts(rows[name], tensor, config.spec) if name in rows else [(name, tensor, None)])
+        ]
+    return _gpt_entries(config, tensors)
+
+
+def _gpt_entries(config: GPTConfig, tensors: dict[str, torch.Tensor]) -> list[Entry]:
+    """Those of GPT-1 and GPT-2, whose block matrices are stored as (in, out)."""
+    entries: list[Entry] = []
+    for name, parameter in tensors.items():
         theirs = name
         if config.post_norm:
             for ours, gpt1 in GPT1_NAMES.items():
                 theirs = theirs.replace(f"transformer.{ours}.", f"transformer.{gpt1}.")
-        entries.append((theirs, parameter, name.endswith(BLOCK_MATRICES)))
+        entries.append((theirs, parameter, torch.t if name.endswith(BLOCK_MATRICES) else None))
         # transformers has no GPT without biases: zeros mean the same
         if not config.bias and name.endswith(".weight") and (".h." in name or ".ln_f." in name):
             zeros = torch.zeros(parameter.shape[0], dtype=parameter.dtype)
-            entries.append((theirs.removesuffix("weight") + "bias", zeros, False))
+            entries.append((theirs.removesuffix("weight") + "bias", zeros, None))
     return entries
+
+
+def _parts(row: Tensor, tensor: torch.Tensor, spec: DecoderSpec) -> list[Entry]:
+    """The tensors that hold a parameter, as the family's table says."""
+    if row.per_head:
+
+        def by_head(rows: torch.Tensor) -> torch.Tensor:
+            by_kind: torch.Tensor = rows.unflatten(0, (3, spec.heads, -1))
+            return by_kind.transpose(0, 1).flatten(0, 2)
+
+        return [(row.theirs[0], tensor, by_head)]
+    sizes = [tensor.shape[0] // len(row.theirs)] * len(row.theirs)
+    if len(sizes) == 3:
+        sizes = [spec.q_width, spec.kv_width, spec.kv_width]
+    layout = torch.t if row.transposed else None
+    return [(name, part, layout) for name, part in zip(row.theirs, tensor.split(sizes), strict=True)]
 
 
 def _sharded(entries: list[Entry], limit: int) -> list[list[Entry]]:

@@ -7,9 +7,11 @@ copied (``release``), so that a load holds the model and about one tensor more, 
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import math
 import mmap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ SAFETENSORS_DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _MOST_DIMENSIONS = 64
+# A tensor to write: its name, the tensor, and how it is stored where that is not as it is.
+Entry = tuple[str, torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -102,6 +106,72 @@ class StoredTensor:
         if elements and self.stride is not None:
             elements = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         return self.start, self.start + elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StackedTensor(StoredTensor):
+    """A parameter of several tensors in files, their rows one after another; or of one in another order.
+
+    Attributes:
+        parts: At least one.
+        transposed: They are stored as ``(in, out)``.
+        heads: Not 0 where the rows are those of so many heads, each head's query rows, key rows and value
+            rows one after another; the parameter has all queries first.
+    """
+
+    parts: tuple[StoredTensor, ...] = ()
+    transposed: bool = False
+    heads: int = 0
+
+    @classmethod
+    def of(cls, parts: Sequence[StoredTensor], transposed: bool = False, heads: int = 0) -> StackedTensor:
+        """The parameter that ``parts`` make.
+
+        Raises:
+            CheckpointError: They do not fit together.
+        """
+        first = parts[0]
+        shapes = [tuple(reversed(part.shape)) if transposed else part.shape for part in parts]
+        if any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
+            raise CheckpointError(
+                f"{first.file}: tensors whose rows have one length expected, found: "
+                f"{', '.join(f'{part.name} {part.shape}' for part in parts)}"
+            )
+        rows = sum(shape[0] for shape in shapes)
+        if heads and rows % (3 * heads):
+            raise CheckpointError(f"{first.file}: {first.name} has {rows} rows for {heads} heads")
+        dtypes = [part.dtype for part in parts]
+        odd = next((dtype for dtype in dtypes if not dtype.is_floating_point), None)
+        dtype = odd or functools.reduce(torch.promote_types, dtypes)
+        name = ", ".join(part.name for part in parts)
+        shape = (rows, *shapes[0][1:])
+        return cls(
+            *(first.file, name, dtype, shape, first.raw, first.start),
+            parts=tuple(parts),
+            transposed=transposed,
+            heads=heads,
+        )
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The parameter, a copy of its parts."""
+        views = [part.data.t() if self.transposed else part.data for part in self.parts]
+        stacked = views[0] if len(views) == 1 else torch.cat(views)
+        if not self.heads:
+            return stacked
+        by_head: torch.Tensor = stacked.unflatten(0, (self.heads, 3, -1))
+        return by_head.transpose(0, 1).flatten(0, 2)
+
+    def same_place(self, other: StoredTensor) -> bool:
+        """True if the two are one parameter under two names."""
+        return isinstance(other, StackedTensor) and all(
+            own.same_place(part) for own, part in zip(self.parts, other.parts, strict=False)
+        )
+
+    def release(self) -> None:
+        """Give the pages of all parts back."""
+        for part in self.parts:
+            part.release()
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -188,8 +258,8 @@ def tensor_sizes(where: str, field: str, values: object) -> tuple[int, ...]:
     raise CheckpointError(f"{where}: {field} is {shown(values)}; integers from 0 to 2^63 - 1 are needed")
 
 
-def write_safetensors(file: Writer, tensors: list[tuple[str, torch.Tensor, bool]]) -> None:
-    """Write ``(name, tensor, transpose)`` one at a time, so that one tensor at most is held in memory twice.
+def write_safetensors(file: Writer, tensors: Sequence[Entry]) -> None:
+    """Write entries one at a time, so that one tensor at most is held in memory twice.
 
     Equal tensors give equal bytes.
     """
@@ -197,8 +267,8 @@ def write_safetensors(file: Writer, tensors: list[tuple[str, torch.Tensor, bool]
     # wide dtypes first keep every tensor aligned to its dtype
     tensors = sorted(tensors, key=lambda entry: -entry[1].element_size())
     start = 0
-    for name, tensor, transpose in tensors:
-        shape = list(reversed(tensor.shape) if transpose else tensor.shape)
+    for name, tensor, layout in tensors:
+        shape = list(tensor.shape if layout is None else layout(tensor.detach().to("meta")).shape)
         end = start + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
         start = end
@@ -206,6 +276,7 @@ def write_safetensors(file: Writer, tensors: list[tuple[str, torch.Tensor, bool]
     encoded += b" " * (-len(encoded) % 8)
     file.write(len(encoded).to_bytes(8, "little"))
     file.write(encoded)
-    for _, tensor, transpose in tensors:
-        data = (tensor.t() if transpose else tensor).detach().cpu().contiguous()
+    for _, tensor, layout in tensors:
+        values = tensor.detach()
+        data = (values if layout is None else layout(values)).cpu().contiguous()
         file.write(data.flatten().view(torch.uint8).numpy().data)

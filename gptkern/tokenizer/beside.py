@@ -49,7 +49,7 @@ def tokenizer_for(
 
 
 def _beside_file(contents: Contents) -> Tokenizer | None:
-    path, size = contents.source, contents.config.vocab_size
+    path, size = contents.source, contents.config.spec.vocab_size
     tokenizer = Tokenizer.find(path.parent)
     if tokenizer is not None and tokenizer.base_vocab_size > size:
         # The folder is shared with other files, and a tokenizer there may be another model's.

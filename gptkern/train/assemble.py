@@ -118,7 +118,7 @@ def _fresh_model(config: GPTConfig) -> GPT:
     # Sizes beyond the memory or beyond int64 come as one of several errors.
     try:
         return GPT(config)
-    except (RuntimeError, MemoryError, OverflowError) as error:
+    except (RuntimeError, MemoryError, OverflowError, ValueError) as error:
         first = str(error).splitlines()[0][:200]
         raise SettingsError(f"[model] of this shape cannot be made: {first}") from error
 

@@ -210,7 +210,7 @@ def export(objective: nn.Module, folder: Path, group: Processes) -> None:
     beside = {}
     if weights:
         packed = io.BytesIO()
-        write_safetensors(packed, [(name, tensor, False) for name, tensor in weights.items()])
+        write_safetensors(packed, [(name, tensor, None) for name, tensor in weights.items()])
         labels = json.dumps(getattr(objective, "labels", [])).encode()
         beside = {"classifier.safetensors": packed.getvalue(), LABELS: labels}
     save(copy, folder, max_shard_size="5GB", beside=beside)

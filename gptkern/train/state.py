@@ -41,7 +41,7 @@ def write_state(folder: Path, tensors: dict[str, torch.Tensor], rank: int) -> No
         OSError: It could not be written.
     """
     mine = [
-        (name, _local(tensor)[0], False)
+        (name, _local(tensor)[0], None)
         for name, tensor in tensors.items()
         if rank == 0 or isinstance(tensor, DTensor)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gptkern.model.families.table import MOST_LAYERS
 from gptkern.model.spec import DecoderSpec, LayerSpec, NormSpec
 
 if TYPE_CHECKING:
@@ -11,7 +12,13 @@ if TYPE_CHECKING:
 
 
 def spec(config: GPTConfig) -> DecoderSpec:
-    """The decoder of a GPT-2's configuration; ``bias=False`` is nanoGPT's."""
+    """The decoder of a GPT-2's configuration; ``bias=False`` is nanoGPT's.
+
+    Raises:
+        ValueError: More layers than any model has.
+    """
+    if config.n_layer > MOST_LAYERS:
+        raise ValueError(f"GPTConfig: n_layer is {config.n_layer}; {MOST_LAYERS} at most are served")
     return DecoderSpec(
         vocab_size=config.vocab_size,
         context=config.n_positions,

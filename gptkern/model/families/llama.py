@@ -48,7 +48,7 @@ def spec(fields: Fields) -> DecoderSpec:
         kv_heads=kv_heads,
         head_dim=head_dim,
         inner=fields.integer("intermediate_size"),
-        layers=(layer,) * fields.integer("num_hidden_layers"),
+        layers=(layer,) * fields.layers(),
         norm=NormSpec("rms", fields.number("rms_norm_eps", above=0.0)),
         activation=fields.activation("hidden_act"),
         gated=True,

@@ -34,6 +34,8 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 # sizes and token ids are 32-bit integers in the kernels
 LARGEST = 2**31 - 1
+# A spec has an entry for each layer: a damaged number of them must not fill the memory.
+MOST_LAYERS = 4096
 # the numbers that each kind of scaled rotary positions needs, and those it may have
 _SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
@@ -89,6 +91,13 @@ class Fields:
             raise self.refuse(name, f"{kind} is needed, 2^31 - 1 at most")
         assert isinstance(value, int)
         return value
+
+    def layers(self, name: str = "num_hidden_layers") -> int:
+        """The number of layers."""
+        layers = self.integer(name)
+        if layers > MOST_LAYERS:
+            raise self.refuse(name, f"{MOST_LAYERS} at most are served")
+        return layers
 
     def number(
         self,
