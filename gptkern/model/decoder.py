@@ -22,7 +22,8 @@ from gptkern import ops
 from gptkern.as_built import untouched
 from gptkern.attend import Attend, AttendOptions, DenseAttend, PackedAttend
 from gptkern.config import Config
-from gptkern.model.spec import DecoderSpec, NormSpec, RotarySpec
+from gptkern.model.rotary import frequencies
+from gptkern.model.spec import DecoderSpec, NormSpec
 from gptkern.ops.linear.reference import ACTIVATIONS
 from gptkern.quantization import Quantization
 from gptkern.quantize import QuantizedLinear
@@ -78,15 +79,6 @@ class Places:
 
     ids: torch.Tensor
     tables: Sequence[tuple[torch.Tensor, torch.Tensor]]
-
-
-def frequencies(rotary: RotarySpec, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin) of every position, ``(context, dim / 2)`` fp32, computed in float64."""
-    if rotary.scaling is not None:
-        raise ValueError(f"GPT: rotary positions scaled by {rotary.scaling.kind} are not served")
-    exponents = torch.arange(0, rotary.dim, 2, dtype=torch.float64, device="cpu") / rotary.dim
-    angles = torch.arange(context, dtype=torch.float64, device="cpu")[:, None] * rotary.theta**-exponents
-    return angles.cos().float(), angles.sin().float()
 
 
 @dataclass
