@@ -19,6 +19,7 @@ from gptkern.engine.executors.graph import GraphExecutor, Graphs
 from gptkern.engine.request import Request, TokenEvent
 from gptkern.generate.engines import Engines
 from gptkern.ops import _dispatch
+from gptkern.tokenizer import Tokenizer
 
 CONFIG = GPTConfig(
     vocab_size=61, n_positions=256, n_layer=2, n_head=2, n_embd=32, initializer_range=0.4, eos_token_id=0
@@ -476,6 +477,29 @@ def test_a_model_that_generated_is_freed_without_the_garbage_collector(
         assert [reference() for reference in held] == [None] * 4
     finally:
         gc.enable()
+
+
+def test_events_have_the_text_that_is_final_with_them() -> None:
+    tokenizer = Tokenizer.characters({chr(65 + token): token for token in range(61)})
+    engine = Engine(make_model())
+    plain, whole, given = (
+        engine.add(asked(5, 6, 7, max_new_tokens=12), used) for used in (None, tokenizer, tokenizer)
+    )
+    events = run(engine)
+    tokens = [event.token for event in events if event.request == plain]
+    assert [event.text for event in events if event.request == plain] == [""] * 12
+    said = "".join(chr(65 + token) for token in tokens if token is not None)
+    assert [event.text for event in events if event.request in (whole, given)] == [
+        letter for letter in said for _ in range(2)
+    ]
+    # What may be the beginning of a stop string waits: for the stop string, or for the end.
+    stopped = engine.add(asked(5, 6, 7, max_new_tokens=12, stop_strings=said[5:8]), tokenizer)
+    cut = engine.add(asked(5, 6, 7, max_new_tokens=7, stop_strings=said[5:8]), tokenizer)
+    events = run(engine)
+    ends = [(event.request, event.finish_reason) for event in events if event.finish_reason]
+    assert ends == [(cut, "length"), (stopped, "stop")]
+    assert [event.text for event in events if event.request == cut] == [*said[:5], "", said[5:7]]
+    assert "".join(event.text for event in events if event.request == stopped) == said[:5]
 
 
 def test_an_engine_keeps_its_model() -> None:

@@ -14,13 +14,13 @@ import torch
 
 from gptkern.engine.cache import PAGE_SIZE, KVCache
 from gptkern.engine.constraint import Constraint
+from gptkern.engine.copies import Copy
 from gptkern.engine.executors.choose import Executors
 from gptkern.engine.executors.graph import MOST_ROWS
 from gptkern.engine.launch import Launch, Launcher
 from gptkern.engine.lookup import Lookup
 from gptkern.engine.options import KVCacheDType
 from gptkern.engine.processors import Callbacks
-from gptkern.engine.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from gptkern.engine.request import FinishReason, Request, TokenEvent
 from gptkern.engine.rows import Rows
 from gptkern.engine.sampling import RowDraw, RowParams, Sampler, SamplerRow, row_keys
@@ -38,46 +38,6 @@ if TYPE_CHECKING:
 AHEAD_ON = ("cuda",)
 DEFAULT_SEQS = 16
 DEFAULT_CHUNK = 512
-
-
-@dataclass(eq=False)
-class Copy:
-    """One copy of a request while it runs.
-
-    Attributes:
-        row: What the scheduler knows of it.
-        sampler: What the sampler knows of it.
-        text: Watches for stop strings; None where there are none.
-        lookup: Drafts its next tokens; None where none are drafted.
-        prompt_logprobs: How many of the likeliest tokens to tell at each of the prompt's; None: nothing.
-        callbacks: The caller's own.
-    """
-
-    row: Row
-    settings: Settings
-    sampler: SamplerRow
-    text: RowText | None
-    lookup: Lookup | None
-    prompt_logprobs: int | None = None
-    callbacks: Callbacks = Callbacks()  # noqa: RUF009  (frozen)
-
-    def push(self, token: int) -> FinishReason | None:
-        """Take the next token; why the copy ends with it, None where it goes on."""
-        self.row.generated.append(token)
-        self.sampler.push(token)
-        if self.lookup is not None:
-            self.lookup.push(token)
-        ended = token in self.settings.eos
-        if self.text is not None:
-            self.text.push(token, hidden=ended)
-            ended |= self.text.stopped
-        if self.sampler.constraint is not None:
-            ended |= self.sampler.constraint.complete
-        if self.callbacks.criteria:
-            ended |= self.callbacks.end([*self.row.prompt, *self.row.generated])
-        if ended:
-            return "stop"
-        return "length" if len(self.row.generated) >= self.settings.max_new else None
 
 
 class EngineLoad(NamedTuple):
@@ -247,7 +207,7 @@ class Engine:
         """Take a request; its number, by which events name it.
 
         Args:
-            tokenizer: For stop strings; the model's own when None.
+            tokenizer: With one, events have text. For stop strings the model's own when None.
 
         Raises:
             TypeError, ValueError: A bad option, a prompt that the model's context or vocabulary does not
@@ -274,7 +234,7 @@ class Engine:
             list(request.prompt),
             settings,
             row_keys(settings, 1),
-            tokenizer=tokenizer or getattr(self.model, "tokenizer", None),
+            tokenizer=tokenizer,
             logprobs=request.logprobs,
             priority=request.priority,
             deadline=request.deadline,
@@ -312,6 +272,8 @@ class Engine:
             )
         self._scheduler.check_fits(len(prompt), settings.max_new, len(keys))
         if settings.stop_strings and tokenizer is None:
+            tokenizer = getattr(self.model, "tokenizer", None)
+        if settings.stop_strings and tokenizer is None:
             raise ValueError("Engine.add: stop_strings need a tokenizer: the model came without one")
         params = RowParams(settings, self.model.spec.vocab_size, logprobs)
         callbacks = callbacks or Callbacks()
@@ -330,9 +292,7 @@ class Engine:
                         processors=callbacks.processors,
                         constraint=None if constraint is None else constraint.fork(),
                     ),
-                    RowText(tokenizer, settings.stop_strings, prompt)
-                    if tokenizer is not None and settings.stop_strings
-                    else None,
+                    None if tokenizer is None else RowText(tokenizer, settings.stop_strings, prompt),
                     Lookup(prompt) if settings.speculate and constraint is None else None,
                     prompt_logprobs,
                     callbacks,
@@ -488,14 +448,10 @@ class Engine:
         self, rows: Iterable[Row], reason: FinishReason, error: BaseException | None = None
     ) -> list[TokenEvent]:
         """The events of rows that end without one more token."""
-        events = [
-            TokenEvent(row.request, row.copy, finish_reason=reason, error=error)
-            for row in rows
-            if row in self._copies
-        ]
-        for row in rows:
-            self._forget(row)
-        return events
+        copies = [self._copies[row] for row in rows if row in self._copies]
+        for copy in copies:
+            self._forget(copy.row)
+        return [copy.ended(reason, error) for copy in copies]
 
     def _forget(self, row: Row) -> None:
         self._copies.pop(row, None)
@@ -505,38 +461,10 @@ class Engine:
 
     def _taken(self, copy: Copy, draw: RowDraw, drafted: int) -> list[TokenEvent]:
         """Give a copy what was drawn for it; the events that come of it."""
-        events: list[TokenEvent] = []
-        row, reason = copy.row, None
-        accepted = len(draw.tokens) - 1 if drafted else 0
-        of_prompt: PromptLogprobs | None = None
-        try:
-            if copy.prompt_logprobs is not None and not row.generated:
-                of_prompt = prompt_logprobs(self.model, row.prompt, copy.prompt_logprobs)
-            for place, token in enumerate(draw.tokens):
-                reason = copy.push(token)
-                events.append(
-                    TokenEvent(
-                        row.request,
-                        row.copy,
-                        token,
-                        None if draw.logprobs is None else draw.logprobs[place],
-                        () if draw.top_logprobs is None else tuple(draw.top_logprobs[place]),
-                        prompt_logprobs=of_prompt if place == 0 else None,
-                        finish_reason=reason,
-                        drafted=drafted if place == 0 else 0,
-                        accepted=accepted if place == 0 else 0,
-                    )
-                )
-                if reason is not None:
-                    break
-            if reason is None and draw.failure is not None:
-                raise draw.failure
-        except Exception as error:  # whatever a tokenizer raises is its request's alone
-            reason = "error"
-            events.append(TokenEvent(row.request, row.copy, finish_reason="error", error=error))
-        if reason is not None:
-            self._scheduler.finish(row)
-            self._forget(row)
+        events = copy.take(draw, drafted, self.model)
+        if events[-1].finish_reason is not None:
+            self._scheduler.finish(copy.row)
+            self._forget(copy.row)
         return events
 
     def _may_launch_ahead(self, copies: Sequence[Copy], launch: Launch) -> bool:

@@ -85,6 +85,8 @@ class TokenEvent(NamedTuple):
         finish_reason: Why the copy ends here; None: it goes on.
         error: What went wrong, where the reason is "error".
         drafted, accepted: Tokens drafted in the copy's last pass, and those of them that held.
+        text: New text that is final with this event, where the engine was given a tokenizer, or stop strings:
+            no half character, and nothing of a stop string or an end-of-text token.
     """
 
     request: int
@@ -97,6 +99,7 @@ class TokenEvent(NamedTuple):
     error: BaseException | None = None
     drafted: int = 0
     accepted: int = 0
+    text: str = ""
 
 
 def _tokens(prompt: Any) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ class Column:
         top_logprobs: For each row its most likely tokens and their log-probabilities, best first; empty
             unless the caller wants them.
         finish_reasons: The reason why each row ends with this token; None for a row that goes on.
+        texts: For each row the new text that is final; "" unless the caller wants text.
         drafted, accepted: The number of tokens drafted since the column before, and of those accepted.
     """
 
@@ -28,5 +29,6 @@ class Column:
     logprobs: list[float] | None
     top_logprobs: list[TopTokens]
     finish_reasons: list[FinishReason | None]
+    texts: list[str]
     drafted: int = 0
     accepted: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gptkern.engine.cache import PAGE_SIZE
@@ -11,7 +11,6 @@ from gptkern.engine.processors import Callbacks
 from gptkern.engine.request import TokenEvent
 from gptkern.engine.sampling import row_keys
 from gptkern.engine.settings import Settings
-from gptkern.engine.stop_strings import RowText
 from gptkern.generate.column import Column
 from gptkern.generate.prompt import Prompts
 
@@ -26,7 +25,6 @@ def columns(
     settings: Settings,
     *,
     tokenizer: Tokenizer | None = None,
-    texts: Sequence[RowText] | None = None,
     logprobs: int | None = None,
     callbacks: Callbacks | None = None,
 ) -> Iterator[Column]:
@@ -36,8 +34,7 @@ def columns(
     prefill. A row that has finished leaves the batch.
 
     Args:
-        tokenizer: For stop strings.
-        texts: One for each row; every token of a column is pushed to them before the column is yielded.
+        tokenizer: For stop strings and text: with one, columns have text.
         logprobs: None for no log-probabilities, 0 for those of the new tokens, n for those of the n most
             likely tokens as well.
 
@@ -68,11 +65,7 @@ def columns(
                 if event.error is not None:
                     raise event.error
                 queue.push(row, event)
-            for column in queue.ready():
-                for row, token in zip(column.rows, column.tokens, strict=True):
-                    if texts is not None:
-                        texts[row].push(token, hidden=token in settings.eos)
-                yield column
+            yield from queue.ready()
 
 
 def pool_tokens(prompts: Prompts, settings: Settings, rows: int) -> int:
@@ -113,6 +106,7 @@ class _Queue:
                 scores if len(scores) == len(rows) else None,
                 [event.top_logprobs for event in events],
                 [event.finish_reason for event in events],
+                [event.text for event in events],
                 self._drafted,
                 self._accepted,
             )

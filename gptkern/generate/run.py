@@ -13,7 +13,6 @@ from gptkern.engine.options import GenerateOptions
 from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion
 from gptkern.engine.request import FinishReason
 from gptkern.engine.settings import Settings, merged, settle
-from gptkern.engine.stop_strings import RowText
 from gptkern.generate.beam import beam_search
 from gptkern.generate.column import Column, TopTokens
 from gptkern.generate.loop import columns
@@ -179,15 +178,6 @@ def needed_tokenizer(model: GPT, tokenizer: Tokenizer | None) -> Tokenizer:
     if tokenizer is None:
         raise ValueError("generate: the model came without a tokenizer: give one as tokenizer=")
     return tokenizer
-
-
-def row_texts(prompt: Prompts, settings: Settings, tokenizer: Tokenizer) -> list[RowText]:
-    """The growing text of every row."""
-    return [
-        RowText(tokenizer, settings.stop_strings, row)
-        for row in prompt.rows
-        for _ in range(settings.num_return_sequences)
-    ]
 
 
 def _collect(

@@ -12,6 +12,7 @@ from gptkern.engine.option_checks import plain
 from gptkern.engine.options import GenerateOptions
 from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion
 from gptkern.engine.request import FinishReason
+from gptkern.engine.settings import Settings
 from gptkern.engine.stop_strings import RowText
 from gptkern.generate.beam import beam_search
 from gptkern.generate.column import Column
@@ -21,7 +22,6 @@ from gptkern.generate.run import (
     needed_tokenizer,
     prepare,
     refuse_beams,
-    row_texts,
 )
 
 if TYPE_CHECKING:
@@ -60,16 +60,19 @@ class TextStream(Iterator[str]):
         completion: The text so far; its ``finish_reason`` is valid once the iterator has ended.
     """
 
-    def __init__(self, items: Iterator[Column], text: RowText, top_logprobs: bool) -> None:
-        self._columns, self._text = items, text
+    def __init__(self, items: Iterator[Column], top_logprobs: bool) -> None:
+        self._columns = items
+        self._pieces: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._top: list[list[tuple[int, float]]] | None = [] if top_logprobs else None
         self._reason: FinishReason = "length"
 
     def __next__(self) -> str:
-        while not (piece := self._text.fresh()):
+        piece = ""
+        while not piece:
             column = next(self._columns)
+            (piece,) = column.texts
             assert column.logprobs is not None
             self._tokens += column.tokens
             self._logprobs += column.logprobs
@@ -77,13 +80,13 @@ class TextStream(Iterator[str]):
                 self._top.append(list(column.top_logprobs[0]))
             if column.finish_reasons[0]:
                 self._reason = column.finish_reasons[0]
-                self._text.end()
+        self._pieces.append(piece)
         return piece
 
     @property
     def completion(self) -> Completion:
         """The completion so far: see the class."""
-        return Completion(self._text.text, self._tokens, self._logprobs, self._top, self._reason)
+        return Completion("".join(self._pieces), self._tokens, self._logprobs, self._top, self._reason)
 
 
 def stream(
@@ -107,17 +110,8 @@ def stream(
         )
     callbacks = Callbacks.of(logits_processor, stopping_criteria)
     logprobs = logprobs_count(model, True, top_logprobs)
-    (text,) = row_texts(prompts, settings, tokenizer)
-    items = columns(
-        model,
-        prompts,
-        settings,
-        tokenizer=tokenizer,
-        texts=[text],
-        logprobs=logprobs,
-        callbacks=callbacks,
-    )
-    return TextStream(items, text, top_logprobs is not None)
+    items = columns(model, prompts, settings, tokenizer=tokenizer, logprobs=logprobs, callbacks=callbacks)
+    return TextStream(items, top_logprobs is not None)
 
 
 def generate_text(
@@ -144,7 +138,8 @@ def generate_text(
     callbacks = Callbacks.of(logits_processor, stopping_criteria)
     count = logprobs_count(model, settings.num_beams == 1, top_logprobs)
     refuse_beams(settings, count, callbacks)
-    texts = row_texts(checked, settings, tokenizer)
+    rows = len(checked.rows) * settings.num_return_sequences
+    texts: list[list[str]] = [[] for _ in range(rows)]
     tokens: list[list[int]] = [[] for _ in texts]
     logprobs: list[list[float]] = [[] for _ in texts]
     top: list[list[list[tuple[int, float]]]] = [[] for _ in texts]
@@ -152,26 +147,34 @@ def generate_text(
     if settings.num_beams > 1:
         for row, beam in enumerate(beam_search(model, checked, settings, tokenizer)):
             tokens[row], reasons[row] = beam.tokens, beam.finish_reason or "length"
-            for token in tokens[row]:
-                texts[row].push(token, hidden=token in settings.eos)
+            prompt = checked.rows[row // settings.num_return_sequences]
+            texts[row].append(_text(tokenizer, settings, prompt, beam.tokens))
     else:
         for column in columns(
-            model, checked, settings, tokenizer=tokenizer, texts=texts, logprobs=count, callbacks=callbacks
+            model, checked, settings, tokenizer=tokenizer, logprobs=count, callbacks=callbacks
         ):
             assert column.logprobs is not None
             for place, row in enumerate(column.rows):
+                texts[row].append(column.texts[place])
                 tokens[row].append(column.tokens[place])
                 logprobs[row].append(column.logprobs[place])
                 top[row].append(list(column.top_logprobs[place]))
                 reasons[row] = column.finish_reasons[place] or "length"
-    for text in texts:
-        text.end()
     return [
         Completion(
-            text.text, ids, scores if settings.num_beams == 1 else None, best if count else None, reason
+            "".join(text), ids, scores if settings.num_beams == 1 else None, best if count else None, reason
         )
         for text, ids, scores, best, reason in zip(texts, tokens, logprobs, top, reasons, strict=True)
     ]
+
+
+def _text(tokenizer: Tokenizer, settings: Settings, prompt: list[int], tokens: Sequence[int]) -> str:
+    """The text of a beam's new tokens."""
+    text = RowText(tokenizer, settings.stop_strings, prompt)
+    for token in tokens:
+        text.push(token, hidden=token in settings.eos)
+    text.end()
+    return text.text
 
 
 def batch(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from gptkern.engine.prompt_logprobs import PromptLogprobs
 from gptkern.engine.request import FinishReason, TokenEvent
-from gptkern.engine.stop_strings import RowText
 from gptkern.serve.errors import ApiProblem
 from gptkern.tokenizer import Tokenizer
 
@@ -52,7 +51,6 @@ class Answer:
     Args:
         index: Its place among the choices.
         prompt: The prompt's tokens.
-        ends: The tokens that end it, which are no text.
         echo: The prompt's text, with which the answer begins; None: it does not.
         hidden: No token of it is shown: only the prompt was asked for.
 
@@ -67,8 +65,6 @@ class Answer:
         tokenizer: Tokenizer,
         prompt: Sequence[int],
         *,
-        stops: Sequence[str] = (),
-        ends: Sequence[int] = (),
         echo: str | None = None,
         logprobs: bool = False,
         hidden: bool = False,
@@ -76,8 +72,8 @@ class Answer:
         self.index, self.count = index, 0
         self.finish_reason: str | None = None
         self.prompt_logprobs: PromptLogprobs | None = None
-        self._prompt, self._ends, self._hidden = prompt, frozenset(ends), hidden
-        self._text = RowText(tokenizer, stops, prompt)
+        self._prompt, self._hidden = prompt, hidden
+        self._text = ""
         # Whether the prompt's tokens, and its text, are in what was given out.
         self._echo, self._has_echo_entries, self._has_echo_text = echo, echo is None, echo is None
         self._offsets = tokenizer.stream(skip_special_tokens=True) if logprobs else None
@@ -97,14 +93,14 @@ class Answer:
             self._echo_entries()
         if event.token is not None and not self._hidden:
             self.count += 1
-            self._text.push(event.token, hidden=event.token in self._ends)
             if self._offsets is not None:
                 self._add(event.token, event.logprob, event.top_logprobs)
+        if not self._hidden:
+            self._text += event.text
         if event.finish_reason == "error":
             raise ApiProblem(500 if _is_fault(event.error) else 400, f"the request failed: {event.error}")
         if event.finish_reason is not None:
             self.finish_reason = "length" if self._hidden else _REASONS[event.finish_reason]
-            self._text.end()
 
     def _echo_entries(self) -> None:
         found = [(None, ()), *(self.prompt_logprobs or ())]
@@ -120,7 +116,7 @@ class Answer:
 
     def delta(self) -> Delta:
         """The part since the last call."""
-        text = self._text.fresh()
+        text, self._text = self._text, ""
         if not self._has_echo_text:
             self._has_echo_text = True
             text = (self._echo or "") + text

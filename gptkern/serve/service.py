@@ -18,7 +18,7 @@ from gptkern.serve.chat import template_of
 from gptkern.serve.errors import ApiProblem, bad_field
 from gptkern.serve.grammar import Grammars, grammar_of
 from gptkern.serve.metrics import Metrics
-from gptkern.serve.options import max_new_of, options_of, stops_of
+from gptkern.serve.options import max_new_of, options_of
 from gptkern.serve.protocol import GenerationFields
 from gptkern.serve.settings import ServeSettings
 from gptkern.tokenizer import Tokenizer
@@ -293,15 +293,12 @@ class Service:
             raise ApiProblem(400, _plain_words(error)) from error
 
     def _answers(self, wish: Wish, prompts: Sequence[Prompt]) -> list[Answer]:
-        fields, copies = wish.fields, wish.fields.n or 1
-        ends = {*(fields.stop_token_ids or ()), *(() if fields.ignore_eos else self.end_of_text)}
+        copies = wish.fields.n or 1
         return [
             Answer(
                 place * copies + copy,
                 self.tokenizer,
                 prompt.tokens,
-                stops=stops_of(fields),
-                ends=tuple(ends),
                 echo=prompt.echo,
                 logprobs=wish.logprobs is not None,
                 hidden=wish.max_tokens == 0,
