@@ -159,7 +159,24 @@ def _toml(value: Any) -> str:
     return f'"{value}"'.replace("\n", "\\n") if isinstance(value, str) else str(value)
 
 
+def request_fields() -> str:
+    """Every field of a request to the server, from the models that check it, as Markdown."""
+    from gptkern.serve.protocol import ChatRequest, CompletionRequest, GenerationFields
+
+    def table(fields: Any) -> str:
+        rows = (f"| `{name}` | {field.description} |" for name, field in fields)
+        return "\n".join(["| field | meaning |", "|---|---|", *rows])
+
+    shared = GenerationFields.model_fields
+    parts = [table(shared.items())]
+    for title, kind in (("completions", CompletionRequest), ("chat completions", ChatRequest)):
+        own = [(name, field) for name, field in kind.model_fields.items() if name not in shared]
+        parts += [f"Of {title} alone:", table(own)]
+    return "\n\n".join(parts)
+
+
 MARKS = {
+    "<!-- every field of a request: scripts/docs_hooks.py -->": request_fields,
     "<!-- every option of generate: scripts/docs_hooks.py -->": generation_options,
     "<!-- every command and its options: scripts/docs_hooks.py -->": commands,
     "<!-- every key of a training file: scripts/docs_hooks.py -->": training_keys,

@@ -146,6 +146,14 @@ def test_every_option_of_generate_is_in_the_reference(hooks: Any) -> None:
     assert [name for name in GenerateOptions.__annotations__ if f"\n| `{name}` |" not in text] == []
 
 
+def test_every_field_of_a_request_is_in_the_guide(hooks: Any) -> None:
+    from gptkern.serve.protocol import ChatRequest, CompletionRequest
+
+    text = hooks.on_page_markdown(TEXTS["serve.md"])
+    names = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+    assert [name for name in names if f"\n| `{name}` |" not in text] == []
+
+
 def test_every_key_of_a_training_file_is_in_the_reference(hooks: Any) -> None:
     text = hooks.on_page_markdown(TEXTS["train.md"])
     shapes = {field.name: None for field in dataclasses.fields(GPTConfig)}

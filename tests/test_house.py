@@ -19,7 +19,7 @@ FLOORS = (
     ("engine",),
     ("generate",),
     ("gpt",),
-    ("bench", "cli", "drop_in", "serve", "train", "transformers"),
+    ("bench", "cli", "drop_in", "eval", "serve", "train", "transformers"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # What a function imports when it is called, because an extra may be missing.

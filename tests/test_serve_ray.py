@@ -1,0 +1,100 @@
+"""The Ray application: one server's answers from several replicas, and a replica that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+ray = pytest.importorskip("ray", reason="needs the extra [ray]")
+serve = pytest.importorskip("ray.serve", reason="needs the extra [ray]")
+
+from serve_support import serving
+
+from gptkern import GPT
+from gptkern.serve.ray import PIECE, PrefixTable, app, opening_of
+
+URL = "http://127.0.0.1:8241"
+
+
+def test_the_table_knows_the_longest_beginning() -> None:
+    table = PrefixTable(most=4)
+    text = "".join(map(chr, range(300, 300 + 4 * PIECE)))
+    table.add("a", text[: 2 * PIECE])
+    table.add("b", text[:PIECE])
+    assert [table.length(name, text) for name in "abc"] == [2, 1, 0]
+    table.add("c", text[:PIECE] + "x" * PIECE)
+    # What was seen first is forgotten first.
+    assert [table.length(name, text) for name in "abc"] == [0, 1, 1]
+
+
+def test_the_opening_of_a_body() -> None:
+    assert opening_of(b'{"prompt": "ab"}') == "ab"
+    assert opening_of(b'{"prompt": ["ab", "c"]}') == "ab"
+    assert opening_of(b'{"prompt": [[1, 2], [3]]}') == "[1, 2]"
+    assert "hi" in opening_of(b'{"messages": [{"role": "user", "content": "hi"}]}')
+    assert [opening_of(body) for body in (b"", b"[]", b"{", b"[" * 100_000)] == [""] * 4
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    serve.start(http_options={"host": "127.0.0.1", "port": 8241})
+    serve.run(app({"replicas": 2, "cpus": 0.5, "engine": {"max_seqs": 8}}), name="gptkern")
+    yield URL
+    serve.shutdown()
+    ray.shutdown()
+
+
+def body(seed: int, **more: Any) -> dict[str, Any]:
+    return {"model": "gptkern", "prompt": "ROMEO: " * 40, "max_tokens": 20, "seed": seed, **more}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_answers_are_one_servers_and_a_lost_replica_comes_back(address: str) -> None:
+    with serving(GPT.from_pretrained()) as server:
+        expected = [server.complete(**{k: v for k, v in body(s).items() if k != "model"}) for s in range(6)]
+    for seed, one in enumerate(expected):
+        found = httpx.post(address + "/v1/completions", json=body(seed), timeout=60).json()
+        assert found["choices"] == one["choices"] and found["usage"] == one["usage"]
+    assert httpx.get(address + "/v1/models").json()["data"][0]["id"] == "gptkern"
+    wrong = httpx.post(address + "/v1/completions", json=body(1, n=0))
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "n"
+
+    from ray.util.state import list_actors
+
+    victims = [
+        actor["pid"]
+        for actor in list_actors(filters=[("state", "=", "ALIVE")])
+        if "Replica" in actor["class_name"] and "ServeReplica:gptkern:Replica" in actor["class_name"]
+    ]
+    assert len(victims) == 2
+    long = body(1, max_tokens=200, stream=True)
+    lines: list[str] = []
+    with httpx.stream("POST", address + "/v1/completions", json=long, timeout=120) as answer:
+        iterator = answer.iter_lines()
+        lines.append(next(iterator))
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        lines += iterator
+    events = [line for line in lines if line.startswith("data: ")]
+    last = events[-1].removeprefix("data: ")
+    assert last == "[DONE]" or json.loads(last)["error"]["code"] == "replica_lost"
+    end = time.monotonic() + 120
+    while True:
+        assert time.monotonic() < end
+        try:
+            again = httpx.post(address + "/v1/completions", json=body(0), timeout=60)
+        except httpx.HTTPError:
+            continue
+        if again.status_code == 200:
+            assert again.json()["choices"] == expected[0]["choices"]
+            break
+        time.sleep(0.5)
