@@ -137,9 +137,9 @@ class HarnessModel(TemplateLM):
                 results[place] = completion.text
         return results
 
-    def _options(self, given: dict[str, Any]) -> tuple[dict[str, Any], list[str], int]:
+    def _options(self, choices: dict[str, Any]) -> tuple[dict[str, Any], list[str], int]:
         """The harness's options as ``generate``'s, the texts that end an answer, and the most new tokens."""
-        options = normalize_gen_kwargs(given, _NEW_TOKENS)
+        options = normalize_gen_kwargs(choices, _NEW_TOKENS)
         stops = handle_stop_sequences(options.pop("until", None), eos=self._tokens.eos_token)
         new = min(int(options.pop("max_gen_toks")), self.max_length - 1)
         options = {name: value for name, value in options.items() if name not in _IGNORED}

@@ -50,7 +50,7 @@ def opening_of(body: bytes) -> str:
 
 
 class PrefixTable:
-    """Which replica has seen which beginnings, the latest of them.
+    """The beginnings that replicas have seen, the latest of them.
 
     Args:
         most: Beginnings that are remembered.
