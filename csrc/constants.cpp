@@ -29,6 +29,23 @@ constexpr Named<Activation> kActivations[] = {{"gelu_tanh", Activation::kGeluTan
                                               {"relu", Activation::kRelu},
                                               {"silu", Activation::kSilu}};
 
+constexpr Named<StageKind> kStages[] = {{"embed", StageKind::kEmbed},
+                                        {"qkv", StageKind::kQkv},
+                                        {"attention", StageKind::kAttention},
+                                        {"linear", StageKind::kLinear},
+                                        {"add_norm", StageKind::kAddNorm}};
+
+constexpr Named<Buffer> kBufferNames[] = {{"none", Buffer::kNone},
+                                          {"x", Buffer::kX},
+                                          {"q", Buffer::kQ},
+                                          {"attended", Buffer::kAttended},
+                                          {"branch", Buffer::kBranch},
+                                          {"middle", Buffer::kMiddle},
+                                          {"inner", Buffer::kInner},
+                                          {"normed_x", Buffer::kNormedX},
+                                          {"normed_middle", Buffer::kNormedMiddle},
+                                          {"logits", Buffer::kLogits}};
+
 constexpr Named<Commit> kCommits[] = {{"no", Commit::kNo}, {"yes", Commit::kYes}, {"only", Commit::kOnly}};
 
 constexpr Named<Status> kStatuses[] = {{"ok", kOk},
@@ -61,6 +78,8 @@ constexpr Named<size_t> kCounters[] = {GPTKERN_COLUMN(RowCounter, seed), GPTKERN
 void export_constants(py::module_& module) {
     module.attr("interface") = kInterface;
     module.attr("activations") = table(kActivations);
+    module.attr("stages") = table(kStages);
+    module.attr("buffers") = table(kBufferNames);
     module.attr("commits") = table(kCommits);
     module.attr("statuses") = table(kStatuses);
     module.attr("parameters") = table(kParameters);

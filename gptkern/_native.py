@@ -22,7 +22,7 @@ def _load() -> tuple[Any, ImportError | None]:
 extension, load_error = _load()
 
 # What Python passes to the extension: csrc/constants.h has the same number.
-_INTERFACE = 1
+_INTERFACE = 2
 _BUILD_AGAIN = "build the extension again, from the sources that gptkern's Python files come from"
 
 
@@ -93,3 +93,10 @@ MAX_VOCAB_TOP_K = _number("max_vocab_top_k", 1 << 24)
 
 # Activation functions of the CPU's decode step.
 ACTIVATIONS = _numbers("activations", "gelu_tanh", "gelu", "relu", "silu")
+
+# The stages of that step and what they read and write: the names of gptkern/model/program.py.
+STAGES = _numbers("stages", "embed", "qkv", "attention", "linear", "add_norm")
+BUFFERS = _numbers(
+    "buffers",
+    *("none", "x", "q", "attended", "branch", "middle", "inner", "normed_x", "normed_middle", "logits"),
+)

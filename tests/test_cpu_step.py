@@ -16,7 +16,7 @@ from gptkern import _C, _native
 from gptkern.config import GPTConfig
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.cpu import CpuExecutor
-from gptkern.engine.executors.cpu_model import CpuBlock, CpuLinear, CpuModel, CpuNorm
+from gptkern.engine.executors.cpu_model import CpuLayer, CpuLinear, CpuModel, CpuNorm, CpuStage
 from gptkern.gpt import GPT
 from gptkern.quantization import Quantization
 from gptkern.quantize import QuantizedLinear, quantize_model
@@ -379,18 +379,56 @@ def test_places_outside_of_the_cache_are_refused(change: dict[str, Any], message
         step.logits(**_places())
 
 
+def _linear(outs: int, ins: int) -> CpuLinear:
+    return CpuLinear(torch.zeros(outs, ins), torch.zeros(outs), None)
+
+
+def _stage(kind: str, write: str, read: str = "none", **other: Any) -> CpuStage:
+    buffers = {name: _native.BUFFERS[other.pop(name, "none")] for name in ("save", "residual")}
+    right = CpuStage(
+        _native.STAGES[kind], 0, _native.BUFFERS[read], _native.BUFFERS[write],
+        norm=None, linear=None, activated=False, **buffers,
+    )  # fmt: skip
+    return right._replace(**other)
+
+
+NORM = CpuNorm(torch.zeros(8), torch.zeros(8))
+STAGES = [
+    _stage("embed", "x"),
+    _stage("qkv", "q", "x", norm=NORM, linear=_linear(24, 8)),
+    _stage("attention", "attended", "q"),
+    _stage("linear", "middle", "attended", linear=_linear(8, 8), residual="x"),
+    _stage("linear", "inner", "middle", norm=NORM, linear=_linear(16, 8), activated=True),
+    _stage("linear", "x", "inner", linear=_linear(8, 16), residual="middle"),
+    _stage("linear", "logits", "x", norm=NORM, linear=_linear(11, 8)),
+]
+LAYER = CpuLayer(1.0, 0, 0, False, None, None, None, None)
+TABLE = torch.zeros(9, 1)
+
+
 def _decoder(**change: Any) -> Any:
-    width, inner, vocab = 8, 16, 11
-    matrix, norm = torch.zeros, CpuNorm(torch.zeros(width), torch.zeros(width))
-    shapes = [(3 * width, width), (width, width), (inner, width), (width, inner)]
-    layers = (CpuLinear(matrix(*shape), torch.zeros(shape[0]), None) for shape in shapes)
-    block = CpuBlock(norm, norm, *layers, 1.0)
     right = CpuModel(
-        heads=2, activation=0, post_norm=False, eps=1e-5, tokens=matrix(vocab, width),
-        positions=matrix(9, width), blocks=[block, block], final_norm=norm,
-        head=CpuLinear(matrix(vocab, width), None, None),
+        context=9, heads=2, kv_heads=2, head_dim=4, inner=16, activation=0, gated=False, rms=False,
+        unit_offset=False, whole_qk_norm=False, eps=1e-5, embedding_scale=1.0, residual_scale=1.0,
+        logits_scale=1.0, attention_softcap=0.0, logits_softcap=0.0, position_offset=0,
+        tokens=torch.zeros(11, 8), positions=torch.zeros(9, 8), layers=[LAYER], stages=STAGES,
     )  # fmt: skip
     return _C.Decoder(right._replace(**change))
+
+
+def _head(weight: torch.Tensor, bias: torch.Tensor | None = None, scales: torch.Tensor | None = None) -> Any:
+    return {"stages": [*STAGES[:-1], STAGES[-1]._replace(linear=CpuLinear(weight, bias, scales))]}
+
+
+def _with(place: int, **change: Any) -> dict[str, Any]:
+    return {"stages": [*STAGES[:place], STAGES[place]._replace(**change), *STAGES[place + 1 :]]}
+
+
+def _layer(**change: Any) -> dict[str, Any]:
+    return {"layers": [LAYER._replace(**change)]}
+
+
+_B = _native.BUFFERS
 
 
 @pytest.mark.parametrize(
@@ -400,13 +438,56 @@ def _decoder(**change: Any) -> Any:
         {"heads": 3},
         {"heads": -1},
         {"heads": 2**40},
+        {"kv_heads": 0},
+        {"kv_heads": 3},
+        {"heads": 3, "kv_heads": 2},
+        {"head_dim": 0},
+        {"head_dim": 2**28},
+        {"inner": 0},
+        {"inner": 15},
+        {"gated": True},
+        {"context": 8},
+        {"context": 0},
+        {"position_offset": 1},
+        {"position_offset": -1},
         {"activation": 4},
-        {"blocks": []},
-        {"blocks": [1.0]},
+        {"layers": []},
+        {"layers": [1.0]},
+        _layer(scale="x"),
+        _layer(window=-1),
+        _layer(rotary=2),
+        _layer(rotary=3, cos=TABLE, sin=TABLE),
+        _layer(rotary=6, cos=torch.zeros(9, 3), sin=torch.zeros(9, 3)),
+        _layer(rotary=2, cos=TABLE, sin=torch.zeros(8, 1)),
+        _layer(rotary=2, cos=TABLE, sin=TABLE.double()),
+        _layer(q_norm=torch.zeros(8)),
+        _layer(k_norm=torch.zeros(4).bfloat16()),
+        {"stages": []},
+        {"stages": [1.0]},
+        {"stages": STAGES[:-1]},
+        {"stages": STAGES[1:]},
+        {"stages": [*STAGES, STAGES[-1]]},
+        {"stages": [*STAGES[:2], *STAGES[3:]]},
+        _with(0, kind=5),
+        _with(0, write=_B["middle"]),
+        _with(0, write=10),
+        _with(1, layer=1),
+        _with(1, write=_B["attended"]),
+        _with(1, residual=_B["x"]),
+        _with(1, linear=None),
+        _with(2, layer=1),
+        _with(2, linear=_linear(8, 8)),
+        _with(3, norm=NORM),
+        _with(3, read=_B["q"]),
+        _with(3, read=_B["inner"]),
+        _with(3, write=_B["none"]),
+        _with(3, residual=_B["branch"]),
+        _with(3, residual=_B["normed_x"]),
+        _with(4, save=_B["x"]),
+        _with(4, activated=False),
+        _with(4, read=_B["logits"]),
+        _with(5, kind=_native.STAGES["add_norm"]),
         {"eps": "small"},
-        {"head": (torch.zeros(11, 8), None, None)},
-        {"final_norm": None},
-        {"post_norm": True},
         {"tokens": torch.zeros(0, 8)},
         {"tokens": torch.zeros(11, 0)},
         {"tokens": torch.zeros(8, 11).t()},
@@ -415,16 +496,17 @@ def _decoder(**change: Any) -> Any:
         {"tokens": torch.zeros(11, 8, device="meta")},
         {"positions": torch.zeros(9, 7)},
         {"positions": torch.zeros(0, 8)},
-        {"final_norm": CpuNorm(torch.zeros(7), None)},
-        {"final_norm": CpuNorm(torch.zeros(16)[::2], None)},
-        {"head": CpuLinear(torch.zeros(10, 8), None, None)},
-        {"head": CpuLinear(torch.zeros(22, 16)[::2, ::2], None, None)},
-        {"head": CpuLinear(torch.zeros(11, 8, dtype=torch.int8), None, None)},
-        {"head": CpuLinear(torch.zeros(11, 8, dtype=torch.int8), None, torch.zeros(10))},
-        {"head": CpuLinear(torch.zeros(11, 8), None, torch.zeros(11))},
-        {"head": CpuLinear(torch.zeros(11, 8), torch.zeros(12), None)},
+        _with(6, norm=CpuNorm(torch.zeros(7), None)),
+        _with(6, norm=CpuNorm(torch.zeros(16)[::2], None)),
+        _with(6, norm=(torch.zeros(8), None)),
+        _head(torch.zeros(10, 8)),
+        _head(torch.zeros(22, 16)[::2, ::2]),
+        _head(torch.zeros(11, 8, dtype=torch.int8)),
+        _head(torch.zeros(11, 8, dtype=torch.int8), None, torch.zeros(10)),
+        _head(torch.zeros(11, 8), None, torch.zeros(11)),
+        _head(torch.zeros(11, 8), torch.zeros(12)),
     ],
-    ids=str,
+    ids=lambda change: next(iter(change)),
 )
 def test_what_is_no_decoder_is_refused(change: dict[str, Any]) -> None:
     _decoder()

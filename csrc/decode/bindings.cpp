@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <climits>
 #include <memory>
 #include <string>
@@ -33,10 +34,21 @@ public:
         return matrix;
     }
 
-    CpuNorm norm(py::handle object, int64_t width, float eps) {
+    // None: no norm.
+    CpuNorm norm(py::handle object, int64_t width) {
+        if (object.is_none()) return {};
         const Group norm(check, "a norm", object);
-        return {vector("the weight of a norm", norm.get("weight"), width),
-                vector("the bias of a norm", norm.get("bias"), width), eps};
+        const void* const weight = vector("the weight of a norm", norm.get("weight"), width);
+        if (weight == nullptr) check.refuse("a norm has no weight");
+        return {weight, vector("the bias of a norm", norm.get("bias"), width)};
+    }
+
+    // A table of every position's rotation; null for None.
+    const float* rotations(const char* name, py::handle object, int64_t positions, int64_t pairs) {
+        const auto* const table = check.dense_or_none<float>(name, object, {positions, pairs});
+        if (check.on_cuda()) check.refuse(std::string(name) + " is on a GPU; a tensor on the CPU is needed");
+        if (table != nullptr) held.emplace_back(object);
+        return table;
     }
 
     CpuLinear linear(py::handle object, int64_t outs, int64_t in) {
@@ -65,6 +77,13 @@ public:
         return layer;
     }
 
+    const void* vector(const char* name, py::handle object, int64_t length) {
+        if (object.is_none()) return nullptr;
+        const Tensor values = check.dense(name, object, kind, {length});
+        hold_floats(name, values);
+        return values.data;
+    }
+
 private:
     void hold(const Tensor& tensor) { held.emplace_back(tensor.object); }
 
@@ -77,13 +96,6 @@ private:
         if (tensor.kind != kind) check.refuse(name, tensor, std::string(name_of(kind)) + ", as are the embeddings,");
         if (check.on_cuda()) check.refuse(name, tensor, "a tensor on the CPU");
         hold(tensor);
-    }
-
-    const void* vector(const char* name, py::handle object, int64_t length) {
-        if (object.is_none()) return nullptr;
-        const Tensor values = check.dense(name, object, kind, {length});
-        hold_floats(name, values);
-        return values.data;
     }
 };
 
@@ -143,10 +155,10 @@ private:
     Tensor cached(Checker& check, const char* name, const py::object& object, Kind kind) const {
         const CpuModel& m = decoder_->model();
         const Tensor cache = check.tensor(name, object, 5);
-        const bool dense = (m.head_dim == 1 || cache.stride[4] == 1) && (m.heads == 1 || cache.stride[3] == m.head_dim);
-        if (check.on_cuda() || cache.kind != kind || cache.shape[0] != m.blocks || cache.shape[3] != m.heads ||
+        const bool dense = (m.head_dim == 1 || cache.stride[4] == 1) && (m.kv_heads == 1 || cache.stride[3] == m.head_dim);
+        if (check.on_cuda() || cache.kind != kind || cache.shape[0] != m.layers || cache.shape[3] != m.kv_heads ||
             cache.shape[4] != m.head_dim || !dense) {
-            const int64_t needed[] = {m.blocks, kAny, kAny, m.heads, m.head_dim};
+            const int64_t needed[] = {m.layers, kAny, kAny, m.kv_heads, m.head_dim};
             check.refuse(name, cache, std::string(name_of(kind)) + " of shape " + shape_of(needed, 5) +
                                          " on the CPU, its last two dimensions contiguous,");
         }
@@ -156,49 +168,98 @@ private:
     void build(Weights& weights, const Group& group) {
         Checker& check = weights.check;
         CpuModel model{};
-        model.post_norm = check.as<bool>("post_norm", group.get("post_norm"));
-        model.activation = static_cast<Activation>(check.number("activation", group.get("activation"), 0, 3));
-        const float eps = check.as<float>("eps", group.get("eps"));
-        const Tensor wte = weights.rows("the token embeddings", group.get("tokens"));
-        const Tensor wpe = weights.rows("the positions", group.get("positions"));
-        const int64_t width = wte.shape[1], vocab = wte.shape[0];
-        if (wpe.shape[1] != width) check.refuse("the positions", wpe, "a matrix as wide as the token embeddings");
-        const py::handle final_norm = group.get("final_norm");
-        if (model.post_norm != final_norm.is_none()) check.refuse("either final_norm or post_norm is needed");
-        model.dtype = weights.kind == Kind::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
-        model.width = check.number("the width", width, 1, INT_MAX / 4);
-        model.vocab = check.number("the vocabulary", vocab, 1, INT_MAX / 4);
-        model.n_positions = check.number("the context", wpe.shape[0], 1, INT_MAX / 4);
-        model.heads = check.number("heads", group.get("heads"), 1, width);
-        model.tokens = wte.data;
-        model.token_stride = wte.stride[0];
-        model.positions = wpe.data;
-        model.position_stride = wpe.stride[0];
-        std::vector<CpuBlock> blocks;
-        for (const py::object& object : check.as<std::vector<py::object>>("blocks", group.get("blocks"))) {
-            blocks.push_back(block(weights, Group(check, "a block", object), model, eps));
+        embeddings(weights, group, model);
+        const auto size = [&](const char* name) { return check.number(name, group.get(name), 1, INT_MAX / 4); };
+        model.heads = size("heads");
+        model.kv_heads = size("kv_heads");
+        model.head_dim = size("head_dim");
+        model.inner = size("inner");
+        if (static_cast<int64_t>(std::max(model.heads, model.kv_heads)) * model.head_dim > INT_MAX / 4) {
+            check.refuse("heads * head_dim is beyond what is accepted");
         }
-        if (!final_norm.is_none()) model.final_norm = weights.norm(final_norm, width, eps);
-        model.head = weights.linear(group.get("head"), vocab, width);
-        decoder_ = std::make_unique<Decoder>(model, std::move(blocks));
+        model.activation = static_cast<Activation>(check.number("activation", group.get("activation"), 0, 3));
+        const auto flag = [&](const char* name) { return check.as<bool>(name, group.get(name)); };
+        model.gated = flag("gated");
+        model.rms = flag("rms");
+        model.unit_offset = flag("unit_offset");
+        model.whole_qk_norm = flag("whole_qk_norm");
+        const auto factor = [&](const char* name) { return check.as<float>(name, group.get(name)); };
+        model.eps = factor("eps");
+        model.embedding_scale = factor("embedding_scale");
+        model.residual_scale = factor("residual_scale");
+        model.logits_scale = factor("logits_scale");
+        model.attention_softcap = factor("attention_softcap");
+        model.logits_softcap = factor("logits_softcap");
+        std::vector<CpuLayer> layers;
+        for (const py::object& object : check.as<std::vector<py::object>>("layers", group.get("layers"))) {
+            layers.push_back(layer(weights, Group(check, "a layer", object), model));
+        }
+        std::vector<CpuStage> stages;
+        for (const py::object& object : check.as<std::vector<py::object>>("stages", group.get("stages"))) {
+            stages.push_back(stage(weights, Group(check, "a stage", object), model));
+        }
+        decoder_ = std::make_unique<Decoder>(model, std::move(layers), std::move(stages));
     }
 
-    // The first block sets the model's inner width.
-    static CpuBlock block(Weights& weights, const Group& group, CpuModel& model, float eps) {
+    static void embeddings(Weights& weights, const Group& group, CpuModel& model) {
         Checker& check = weights.check;
-        const int64_t width = model.width;
-        const py::handle fc = group.get("fc");
-        if (model.inner == 0) {
-            const Tensor weight = check.tensor("a weight", Group(check, "a linear layer", fc).get("weight"), 2);
-            model.inner = check.number("the inner width", weight.shape[0], 1, INT_MAX / 4);
+        const Tensor wte = weights.rows("the token embeddings", group.get("tokens"));
+        model.dtype = weights.kind == Kind::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
+        model.width = check.number("the width", wte.shape[1], 1, INT_MAX / 4);
+        model.vocab = check.number("the vocabulary", wte.shape[0], 1, INT_MAX / 4);
+        model.n_positions = check.number("context", group.get("context"), 1, INT_MAX / 4);
+        model.tokens = wte.data;
+        model.token_stride = wte.stride[0];
+        const int offset = check.number("position_offset", group.get("position_offset"), 0, INT_MAX / 4);
+        const py::handle positions = group.get("positions");
+        if (positions.is_none()) return;
+        const Tensor wpe = weights.rows("the positions", positions);
+        const int64_t needed[] = {model.n_positions + offset, model.width};
+        if (wpe.shape[0] != needed[0] || wpe.shape[1] != needed[1]) {
+            check.refuse("the positions", wpe, "shape " + shape_of(needed, 2));
         }
-        return {weights.norm(group.get("norm1"), width, eps),
-                weights.norm(group.get("norm2"), width, eps),
-                weights.linear(group.get("qkv"), 3 * width, width),
-                weights.linear(group.get("projection"), width, width),
-                weights.linear(fc, model.inner, width),
-                weights.linear(group.get("out"), width, model.inner),
-                check.as<float>("the scale of a block", group.get("scale"))};
+        const int64_t bytes = model.dtype == DType::kFloat32 ? 4 : 2;
+        model.positions = wpe.data + offset * wpe.stride[0] * bytes;
+        model.position_stride = wpe.stride[0];
+    }
+
+    static CpuLayer layer(Weights& weights, const Group& group, const CpuModel& model) {
+        Checker& check = weights.check;
+        CpuLayer layer{};
+        layer.scale = check.as<float>("the scale of a layer", group.get("scale"));
+        layer.window = check.number("window", group.get("window"), 0, INT_MAX);
+        layer.rotary = check.number("rotary", group.get("rotary"), 0, model.head_dim);
+        layer.interleaved = check.as<bool>("interleaved", group.get("interleaved"));
+        layer.cos = weights.rotations("cos", group.get("cos"), model.n_positions, layer.rotary / 2);
+        layer.sin = weights.rotations("sin", group.get("sin"), model.n_positions, layer.rotary / 2);
+        if (layer.rotary > 0 && (layer.cos == nullptr || layer.sin == nullptr)) {
+            check.refuse("a layer that rotates needs cos and sin");
+        }
+        const bool whole = model.whole_qk_norm;
+        layer.q_norm = weights.vector("q_norm", group.get("q_norm"), whole ? model.q_width() : model.head_dim);
+        layer.k_norm = weights.vector("k_norm", group.get("k_norm"), whole ? model.kv_width() : model.head_dim);
+        return layer;
+    }
+
+    static CpuStage stage(Weights& weights, const Group& group, const CpuModel& model) {
+        Checker& check = weights.check;
+        const auto buffer = [&](const char* name) {
+            return static_cast<Buffer>(check.number(name, group.get(name), 0, kBuffers - 1));
+        };
+        CpuStage stage{};
+        stage.kind = static_cast<StageKind>(check.number("kind", group.get("kind"), 0, 4));
+        stage.layer = check.number("layer", group.get("layer"), 0, INT_MAX);
+        stage.read = buffer("read");
+        stage.write = buffer("write");
+        stage.save = buffer("save");
+        stage.residual = buffer("residual");
+        stage.activated = check.as<bool>("activated", group.get("activated"));
+        stage.norm = weights.norm(group.get("norm"), model.width);
+        const py::handle linear = group.get("linear");
+        const int64_t outs = outs_of(model, stage.kind, stage.write, stage.activated);
+        if (linear.is_none() != (outs == 0)) check.refuse("a product has a linear layer, and no other stage");
+        if (outs > 0) stage.linear = weights.linear(linear, outs, width_of(model, stage.read));
+        return stage;
     }
 
     std::vector<HeldEntry> entries_;

@@ -20,9 +20,9 @@ int64_t padded(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
 
 // The layout of a pass's memory: offsets in floats. Buffers that one thread alone writes exist once a thread.
 struct Layout {
-    int64_t x, qkv, attention, inner;  // shared: a row of its width each; all but qkv in ``place`` order
-    int64_t input, raw, scores, sums;  // per thread, counted from the end of the shared part
-    int64_t shared, per_thread;        // sizes of the two parts
+    int64_t x, middle, branch, qkv, attended, inner;  // shared: a row of its width each; all but qkv in ``place`` order
+    int64_t input, raw, scores, sums;                 // per thread, counted from the end of the shared part
+    int64_t shared, per_thread;                       // sizes of the two parts
 
     Layout(const CpuModel& m, int rows, int longest, int threads) {
         int64_t end = 0;
@@ -32,18 +32,28 @@ struct Layout {
             return at;
         };
         x = take(static_cast<int64_t>(rows) * m.width);
-        qkv = take(3LL * rows * m.width);
-        attention = take(rows * padded(m.width));
+        middle = take(static_cast<int64_t>(rows) * m.width);
+        branch = take(static_cast<int64_t>(rows) * m.width);
+        qkv = take(static_cast<int64_t>(rows) * m.qkv_width());
+        attended = take(rows * padded(m.q_width()));
         inner = take(rows * padded(m.inner));
         shared = end;
         end = 0;
         input = take(rows * padded(m.width));
-        raw = take(rows * padded(m.inner));
-        scores = take(static_cast<int64_t>(m.heads) * (longest + 2 * m.head_dim));
-        int outs = 3 * m.width > m.inner ? 3 * m.width : m.inner;
-        if (m.head.transposed && m.vocab > outs) outs = m.vocab;
-        sums = take(2LL * rows * padded(outs / threads + 2 * kStep) + rows * kTransposedRows);
+        raw = take((m.gated ? 2 : 1) * rows * padded(m.inner));
+        scores = take(static_cast<int64_t>(m.heads) * (longest + 2 * m.head_dim) + m.head_dim);
+        sums = take(2LL * rows * padded(most_outs(m) / threads + 2 * kStep) + rows * kTransposedRows);
         per_thread = end;
+    }
+
+    // Outputs of the widest product that may read a transposed matrix.
+    static int most_outs(const CpuModel& m) {
+        int most = m.inner;
+        for (int i = 0; i < m.stages; ++i) {
+            const CpuStage& stage = m.stage[i];
+            if (!stage.activated && stage.linear.transposed && stage.linear.outs > most) most = stage.linear.outs;
+        }
+        return most;
     }
 
     size_t floats(int threads) const { return static_cast<size_t>(shared + threads * per_thread); }
@@ -72,35 +82,13 @@ class Member {
 public:
     Member(const CpuDecode& call, const Layout& layout, SpinBarrier& barrier, int rank)
         : call_(call), m_(*call.model), layout_(layout), barrier_(barrier), rank_(rank), threads_(barrier.threads),
-          x_(call.memory + layout.x), own_(call.memory + layout.shared + rank * layout.per_thread) {}
+          own_(call.memory + layout.shared + rank * layout.per_thread) {}
 
     void run() {
-        embed();
-        for (int b = 0; b < m_.blocks; ++b) {
-            const CpuBlock& block = m_.block[b];
-            const bool first = b == 0;
-            // Query, key and value of the normalised residual stream.
-            normalise_input(m_.post_norm ? (first ? CpuNorm{} : m_.block[b - 1].norm2) : block.norm1);
-            linear(block.qkv, input(), [&](int r, int out, float value) { qkv(r)[out] = value; });
-            barrier_.wait();
-            for_units([&](int row, int head, int heads) { store_kv(b, row, head, heads); });
-            // Attention. Rows may belong to one sequence: each attends to the keys that those before it stored.
-            barrier_.wait();
-            for_units([&](int row, int head, int heads) { attend(block, b, row, head, heads); });
-            barrier_.wait();
-            add_branch(block.projection, attention());
-            // MLP.
-            normalise_input(m_.post_norm ? block.norm1 : block.norm2);
-            expand(block.fc);
-            barrier_.wait();
-            add_branch(block.out, inner());
+        for (int i = 0; i < m_.stages; ++i) {
+            if (i > 0) barrier_.wait();
+            run(m_.stage[i]);
         }
-        // Logits.
-        normalise_input(m_.post_norm ? m_.block[m_.blocks - 1].norm2 : m_.final_norm);
-        auto* const logits = static_cast<Storage*>(call_.logits);
-        linear(m_.head, input(), [&](int r, int out, float value) {
-            logits[static_cast<int64_t>(r) * m_.vocab + out] = Kind::store(value);
-        });
     }
 
 private:
@@ -109,13 +97,29 @@ private:
     const Layout& layout_;
     SpinBarrier& barrier_;
     const int rank_, threads_;
-    float *const x_, *const own_;
+    float* const own_;
 
-    float* x(int row) { return x_ + static_cast<int64_t>(row) * m_.width; }
-    float* qkv(int row) { return call_.memory + layout_.qkv + 3LL * row * m_.width; }
-    Rows input() { return {own_ + layout_.input, call_.rows}; }
-    Rows attention() { return {call_.memory + layout_.attention, call_.rows}; }
-    Rows inner() { return {call_.memory + layout_.inner, call_.rows}; }
+    float* shared(int64_t at, int64_t stride, int row) const { return call_.memory + at + stride * row; }
+    float* qkv(int row) const { return shared(layout_.qkv, m_.qkv_width(), row); }
+    Rows input() const { return {own_ + layout_.input, call_.rows}; }
+    Rows attended() const { return {call_.memory + layout_.attended, call_.rows}; }
+    Rows inner() const { return {call_.memory + layout_.inner, call_.rows}; }
+
+    // A row of the model's width.
+    float* row(Buffer buffer, int row) const {
+        const bool x = buffer == Buffer::kX, middle = buffer == Buffer::kMiddle;
+        return shared(x ? layout_.x : middle ? layout_.middle : layout_.branch, m_.width, row);
+    }
+
+    void run(const CpuStage& stage) {
+        switch (stage.kind) {
+            case StageKind::kEmbed: return embed();
+            case StageKind::kQkv: return project(stage);
+            case StageKind::kAttention: return attend(stage.layer);
+            case StageKind::kLinear: return multiply(stage);
+            case StageKind::kAddNorm: return add_norm(stage);
+        }
+    }
 
     // The start of a thread's share of n elements, a multiple of ``unit``.
     int share(int n, int unit, int rank) const {
@@ -127,67 +131,90 @@ private:
     void embed() {
         for (int r = rank_; r < call_.rows; r += threads_) {
             const Storage* token = static_cast<const Storage*>(m_.tokens) + call_.tokens[r] * m_.token_stride;
-            const Storage* place =
-                static_cast<const Storage*>(m_.positions) + call_.cache.lengths[r] * m_.position_stride;
+            const auto* const places = static_cast<const Storage*>(m_.positions);
+            float* const x = row(Buffer::kX, r);
             for (int i = 0; i < m_.width; ++i) {
-                x(r)[Kind::place(i, m_.width)] = Kind::load(token[i]) + Kind::load(place[i]);
+                x[Kind::place(i, m_.width)] = Kind::load(token[i]) * m_.embedding_scale;
             }
+            if (places == nullptr) continue;
+            const Storage* place = places + call_.cache.lengths[r] * m_.position_stride;
+            for (int i = 0; i < m_.width; ++i) x[Kind::place(i, m_.width)] += Kind::load(place[i]);
         }
-        barrier_.wait();
     }
 
-    // input = norm(x) of all rows. Every thread computes it for itself: that costs less than a barrier.
-    void normalise_input(const CpuNorm& norm) {
-        for (int r = 0; r < call_.rows; ++r) {
-            float mean = 0.0f, rstd = 1.0f;
-            if (norm.weight != nullptr) moments(x(r), norm.eps, mean, rstd);
-            const int whole = m_.width / kStep * kStep;
-            for (int i = 0; i < whole; i += kStep) {
-                Vec a = load(x(r) + i), b = load(x(r) + i + kLanes), c, d;
-                if (norm.weight != nullptr) {
-                    Kind::pair(static_cast<const Storage*>(norm.weight) + i, c, d);
-                    a = mul(mul(sub(a, all(mean)), all(rstd)), c);
-                    b = mul(mul(sub(b, all(mean)), all(rstd)), d);
-                }
-                if (norm.bias != nullptr) {
-                    Kind::pair(static_cast<const Storage*>(norm.bias) + i, c, d);
-                    a = add(a, c);
-                    b = add(b, d);
-                }
-                store(&input().value(r, i), a);
-                store(&input().value(r, i + kLanes), b);
+    // What a product reads. Every thread computes a norm for itself: that costs less than a barrier.
+    Rows operand(const CpuStage& stage) {
+        if (stage.read == Buffer::kAttended) return attended();
+        if (stage.read == Buffer::kInner) return inner();
+        for (int r = 0; r < call_.rows; ++r) normalise(stage.norm, row(stage.read, r), r);
+        return input();
+    }
+
+    // A row of input = norm(x).
+    void normalise(const CpuNorm& norm, const float* x, int r) {
+        float mean = 0.0f, rstd = 1.0f;
+        if (norm.weight != nullptr) moments(x, m_.width, m_.rms, mean, rstd);
+        const Vec offset = all(m_.unit_offset ? 1.0f : 0.0f);
+        const int whole = m_.width / kStep * kStep;
+        for (int i = 0; i < whole; i += kStep) {
+            Vec a = load(x + i), b = load(x + i + kLanes), c, d;
+            if (norm.weight != nullptr) {
+                Kind::pair(static_cast<const Storage*>(norm.weight) + i, c, d);
+                a = mul(mul(sub(a, all(mean)), all(rstd)), add(c, offset));
+                b = mul(mul(sub(b, all(mean)), all(rstd)), add(d, offset));
             }
-            for (int i = whole; i < m_.width; ++i) {
-                float value = x(r)[i];
-                if (norm.weight != nullptr) value = (value - mean) * rstd * element(norm.weight, i);
-                if (norm.bias != nullptr) value += element(norm.bias, i);
-                input().value(r, i) = value;
+            if (norm.bias != nullptr) {
+                Kind::pair(static_cast<const Storage*>(norm.bias) + i, c, d);
+                a = add(a, c);
+                b = add(b, d);
             }
+            store(&input().value(r, i), a);
+            store(&input().value(r, i + kLanes), b);
+        }
+        for (int i = whole; i < m_.width; ++i) {
+            float value = x[i];
+            if (norm.weight != nullptr) value = (value - mean) * rstd * factor(norm.weight, i);
+            if (norm.bias != nullptr) value += element(norm.bias, i);
+            input().value(r, i) = value;
         }
     }
 
     static float element(const void* of, int i) { return Kind::load(static_cast<const Storage*>(of)[i]); }
 
-    // Mean and reciprocal standard deviation, in two passes: the mean, then the squared distances from it.
-    void moments(const float* values, float eps, float& mean, float& rstd) const {
-        const int n = m_.width, whole = n / kLanes * kLanes;
+    // What a norm multiplies element i by.
+    float factor(const void* weight, int i) const {
+        return m_.unit_offset ? 1.0f + element(weight, i) : element(weight, i);
+    }
+
+    // Mean and reciprocal standard deviation, in two passes: the mean, then the squared distances from it. An RMS norm's
+    // are the distances from 0.
+    void moments(const float* values, int n, bool rms, float& mean, float& rstd) const {
+        const int whole = n / kLanes * kLanes;
         Vec total = zeros(), squares = zeros();
-        for (int i = 0; i < whole; i += kLanes) total = add(total, load(values + i));
         float rest = 0.0f, rest_squares = 0.0f;
-        for (int i = whole; i < n; ++i) rest += values[i];
-        mean = (sum(total) + rest) / static_cast<float>(n);
+        mean = 0.0f;
+        if (!rms) {
+            for (int i = 0; i < whole; i += kLanes) total = add(total, load(values + i));
+            for (int i = whole; i < n; ++i) rest += values[i];
+            mean = (sum(total) + rest) / static_cast<float>(n);
+        }
         for (int i = 0; i < whole; i += kLanes) {
             const Vec centred = sub(load(values + i), all(mean));
             squares = fma(centred, centred, squares);
         }
         for (int i = whole; i < n; ++i) rest_squares += (values[i] - mean) * (values[i] - mean);
-        rstd = 1.0f / std::sqrt((sum(squares) + rest_squares) / static_cast<float>(n) + eps);
+        rstd = 1.0f / std::sqrt((sum(squares) + rest_squares) / static_cast<float>(n) + m_.eps);
     }
 
     // emit(row, out, value) for this thread's outputs of a layer.
     template <class Emit>
     void linear(const CpuLinear& layer, const Rows& from, const Emit& emit) {
-        const int first = share(layer.outs, kStep, rank_), last = share(layer.outs, kStep, rank_ + 1);
+        outputs(layer, from, share(layer.outs, kStep, rank_), share(layer.outs, kStep, rank_ + 1), emit);
+    }
+
+    // emit(row, out, value) for the outputs [first, last) of a layer.
+    template <class Emit>
+    void outputs(const CpuLinear& layer, const Rows& from, int first, int last, const Emit& emit) {
         const auto* const bias = static_cast<const Storage*>(layer.bias);
         const auto biased = [&](int r, int out, float value) {
             emit(r, out, bias == nullptr ? value : value + Kind::load(bias[out]));
@@ -206,40 +233,112 @@ private:
         }
     }
 
-    // The end of a branch: its last layer, added to the residual (post-norm: to the normalised input).
-    void add_branch(const CpuLinear& layer, const Rows& from) {
-        linear(layer, from, [&](int r, int out, float value) {
+    // A product, with what follows it.
+    void multiply(const CpuStage& stage) {
+        const Rows from = operand(stage);
+        if (stage.activated) return expand(stage.linear, from);
+        if (stage.write == Buffer::kLogits) return score(stage.linear, from);
+        const bool normed = stage.residual == Buffer::kNormedX || stage.residual == Buffer::kNormedMiddle;
+        const bool alone = stage.residual == Buffer::kNone;
+        const float scale = m_.residual_scale;
+        linear(stage.linear, from, [&](int r, int out, float value) {
             const int at = Kind::place(out, m_.width);
-            x(r)[at] = (m_.post_norm ? input().value(r, at) : x(r)[at]) + value;
+            float* const to = row(stage.write, r) + at;
+            if (alone) {
+                *to = value;
+            } else {
+                *to = (normed ? input().value(r, at) : row(stage.residual, r)[at]) + value * scale;
+            }
         });
-        barrier_.wait();
+    }
+
+    // write = residual + norm(read): a whole row is one thread's.
+    void add_norm(const CpuStage& stage) {
+        for (int r = rank_; r < call_.rows; r += threads_) {
+            normalise(stage.norm, row(stage.read, r), r);
+            const float* const residual = row(stage.residual, r);
+            float* const to = row(stage.write, r);
+            for (int i = 0; i < m_.width; ++i) to[i] = residual[i] + input().value(r, i) * m_.residual_scale;
+        }
     }
 
     // The MLP's first layer and its activation.
-    void expand(const CpuLinear& fc) {
-        const int first = share(fc.outs, kStep, rank_), last = share(fc.outs, kStep, rank_ + 1);
+    void expand(const CpuLinear& fc, const Rows& from) {
+        const int first = share(m_.inner, kStep, rank_), last = share(m_.inner, kStep, rank_ + 1);
         const int64_t stride = padded(last - first);
-        float* const raw = own_ + layout_.raw;
-        linear(fc, input(), [&](int r, int out, float value) { raw[r * stride + out - first] = value; });
+        float *const raw = own_ + layout_.raw, *const ups = raw + call_.rows * padded(m_.inner);
+        outputs(fc, from, first, last, [&](int r, int out, float value) { raw[r * stride + out - first] = value; });
+        if (m_.gated) {
+            const int up = m_.inner + first;
+            outputs(fc, from, up, m_.inner + last,
+                    [&](int r, int out, float value) { ups[r * stride + out - up] = value; });
+        }
         for (int r = 0; r < call_.rows; ++r) {
             float* const values = raw + r * stride;
             for (int64_t i = last - first; i < stride; ++i) values[i] = 0.0f;
             activate(values, stride, m_.activation);
             for (int out = first; out < last; ++out) {
-                inner().value(r, Kind::place(out, m_.inner)) = values[out - first];
+                const float value = values[out - first];
+                inner().value(r, Kind::place(out, m_.inner)) = m_.gated ? value * ups[r * stride + out - first] : value;
             }
         }
     }
 
+    void score(const CpuLinear& head, const Rows& from) {
+        auto* const logits = static_cast<Storage*>(call_.logits);
+        linear(head, from, [&](int r, int out, float value) {
+            value = capped(value * m_.logits_scale, m_.logits_softcap);
+            logits[static_cast<int64_t>(r) * m_.vocab + out] = Kind::store(value);
+        });
+    }
+
+    static float capped(float value, float cap) { return cap > 0.0f ? cap * tanhf(value / cap) : value; }
+
+    // Queries, keys and values of all rows; keys and values go to the cache. Rows may belong to one sequence: after the
+    // stage each attends to the keys that those before it stored.
+    void project(const CpuStage& stage) {
+        linear(stage.linear, operand(stage), [&](int r, int out, float value) { qkv(r)[out] = value; });
+        barrier_.wait();
+        for_units(m_.kv_heads, [&](int row, int head, int heads) { store_kv(stage.layer, row, head, heads); });
+    }
+
+    void attend(int layer) {
+        for_units(m_.heads, [&](int row, int head, int heads) { attend(layer, row, head, heads); });
+    }
+
     // use(row, head, heads) for this thread's heads: a contiguous run of (row, head) pairs, one row at a time.
     template <class Use>
-    void for_units(const Use& use) const {
-        const int units = call_.rows * m_.heads, last = share(units, 1, rank_ + 1);
+    void for_units(int of_row, const Use& use) const {
+        const int units = call_.rows * of_row, last = share(units, 1, rank_ + 1);
         for (int unit = share(units, 1, rank_); unit < last;) {
-            const int head = unit % m_.heads;
-            const int heads = last - unit < m_.heads - head ? last - unit : m_.heads - head;
-            use(unit / m_.heads, head, heads);
+            const int head = unit % of_row;
+            const int heads = last - unit < of_row - head ? last - unit : of_row - head;
+            use(unit / of_row, head, heads);
             unit += heads;
+        }
+    }
+
+    // The reciprocal root mean square of all heads of queries or keys, where their norm is of all together; else 0.
+    float whole_rstd(const void* norm, const float* heads, int width) const {
+        float mean, rstd = 0.0f;
+        if (norm != nullptr && m_.whole_qk_norm) moments(heads, width, true, mean, rstd);
+        return rstd;
+    }
+
+    // One head of queries or keys, normed and rotated where the layer does. ``rstd`` is ``whole_rstd``.
+    void turn(const CpuLayer& layer, const void* norm, float rstd, int head, int position, const float* from,
+              float* to) const {
+        const int dim = m_.head_dim, half = layer.rotary / 2, start = m_.whole_qk_norm ? head * dim : 0;
+        float mean;
+        if (norm != nullptr && !m_.whole_qk_norm) moments(from, dim, true, mean, rstd);
+        for (int i = 0; i < dim; ++i) to[i] = norm == nullptr ? from[i] : from[i] * rstd * factor(norm, start + i);
+        const int64_t place = static_cast<int64_t>(position) * half;
+        const int step = layer.interleaved ? 2 : 1, apart = layer.interleaved ? 1 : half;
+        for (int i = 0; i < half; ++i) {
+            const float cos = layer.cos[place + i], sin = layer.sin[place + i];
+            const float first = to[i * step], second = to[i * step + apart];
+            to[i * step] = first * cos - second * sin;
+            to[i * step + apart] = second * cos + first * sin;
         }
     }
 
@@ -250,53 +349,84 @@ private:
         return page * cache.page_stride + token % cache.page_size * cache.slot_stride;
     }
 
-    // use(token, offset of its keys and values) for a row's tokens.
+    // use(token, offset of its keys and values) for a row's tokens from ``first`` on.
     template <class Use>
-    void for_tokens(int row, int length, const Use& use) const {
+    void for_tokens(int row, int first, int length, const Use& use) const {
         const CpuCache& cache = call_.cache;
-        for (int t = 0; t < length;) {
+        for (int t = first; t < length;) {
             int64_t at = slot(row, t);
-            const int end = length - t < cache.page_size ? length : t + cache.page_size;
+            const int left = cache.page_size - t % cache.page_size;
+            const int end = length - t < left ? length : t + left;
             for (; t < end; ++t, at += cache.slot_stride) use(t, at);
         }
     }
 
-    Storage* cached(void* cache, int layer, int head) const {
-        return static_cast<Storage*>(cache) + layer * call_.cache.block_stride + head * m_.head_dim;
+    Storage* cached(void* cache, int layer, int kv_head) const {
+        return static_cast<Storage*>(cache) + layer * call_.cache.layer_stride + kv_head * m_.head_dim;
     }
 
-    void store_kv(int layer, int row, int head, int heads) {
-        const int offset = head * m_.head_dim;
-        const int64_t newest = slot(row, call_.cache.lengths[row]);
-        Storage* const key = cached(call_.cache.k, layer, head) + newest;
-        Storage* const value = cached(call_.cache.v, layer, head) + newest;
-        for (int i = 0; i < heads * m_.head_dim; ++i) {
-            key[i] = Kind::store(qkv(row)[m_.width + offset + i]);
-            value[i] = Kind::store(qkv(row)[2 * m_.width + offset + i]);
+    void store_kv(int at, int row, int head, int heads) {
+        const CpuLayer& layer = m_.layer[at];
+        const int dim = m_.head_dim, position = call_.cache.lengths[row];
+        const int64_t newest = slot(row, position);
+        const float *const keys = qkv(row) + m_.q_width(), *const values = keys + m_.kv_width();
+        const float rstd = whole_rstd(layer.k_norm, keys, m_.kv_width());
+        float* const turned = own_ + layout_.scores;
+        for (int h = head; h < head + heads; ++h) {
+            Storage* const key = cached(call_.cache.k, at, h) + newest;
+            Storage* const value = cached(call_.cache.v, at, h) + newest;
+            turn(layer, layer.k_norm, rstd, h, position, keys + h * dim, turned);
+            for (int i = 0; i < dim; ++i) {
+                key[i] = Kind::store(turned[i]);
+                value[i] = Kind::store(values[h * dim + i]);
+            }
         }
     }
 
-    void attend(const CpuBlock& block, int layer, int row, int head, int heads) {
-        const int dim = m_.head_dim, length = call_.cache.lengths[row] + 1, offset = head * dim;
-        const Storage* const keys = cached(call_.cache.k, layer, head);
-        const Storage* const values = cached(call_.cache.v, layer, head);
-        float *const scores = own_ + layout_.scores, *const queries = scores + static_cast<int64_t>(heads) * length;
-        float* const sums = queries + heads * dim;
-        for (int i = 0; i < heads * dim; ++i) {
-            queries[i / dim * dim + Kind::place(i % dim, dim)] = qkv(row)[offset + i] * block.scale;
-            sums[i] = 0.0f;
+    // use(h, offset of the keys and values that query head ``head`` + h reads).
+    template <class Use>
+    void for_heads(int head, int heads, const Use& use) const {
+        const int group = m_.heads / m_.kv_heads;
+        int offset = head / group * m_.head_dim, of_group = head % group;
+        for (int h = 0; h < heads; ++h) {
+            use(h, offset);
+            if (++of_group < group) continue;
+            of_group = 0;
+            offset += m_.head_dim;
         }
+    }
+
+    void attend(int at, int row, int head, int heads) {
+        const CpuLayer& layer = m_.layer[at];
+        const int dim = m_.head_dim, length = call_.cache.lengths[row] + 1;
+        const int first = layer.window > 0 && layer.window < length ? length - layer.window : 0, seen = length - first;
+        const Storage* const keys = cached(call_.cache.k, at, 0);
+        const Storage* const values = cached(call_.cache.v, at, 0);
+        float *const scores = own_ + layout_.scores, *const queries = scores + static_cast<int64_t>(heads) * seen;
+        float *const sums = queries + heads * dim, *const turned = sums + heads * dim;
+        const float rstd = whole_rstd(layer.q_norm, qkv(row), m_.q_width());
+        for (int h = 0; h < heads; ++h) {
+            turn(layer, layer.q_norm, rstd, head + h, length - 1, qkv(row) + (head + h) * dim, turned);
+            for (int i = 0; i < dim; ++i) queries[h * dim + Kind::place(i, dim)] = turned[i] * layer.scale;
+        }
+        for (int i = 0; i < heads * dim; ++i) sums[i] = 0.0f;
         // Scores, weights, weighted sum of the values.
-        for_tokens(row, length, [&](int t, int64_t at) {
-            for (int h = 0; h < heads; ++h) scores[h * length + t] = dot(keys + at + h * dim, queries + h * dim);
+        for_tokens(row, first, length, [&](int t, int64_t from) {
+            for_heads(head, heads, [&](int h, int offset) {
+                const float score = dot(keys + from + offset, queries + h * dim);
+                scores[static_cast<int64_t>(h) * seen + t - first] = capped(score, m_.attention_softcap);
+            });
         });
-        for (int h = 0; h < heads; ++h) softmax(scores + static_cast<int64_t>(h) * length, length);
-        for_tokens(row, length, [&](int t, int64_t at) {
-            for (int h = 0; h < heads; ++h) add_times(values + at + h * dim, scores[h * length + t], sums + h * dim);
+        for (int h = 0; h < heads; ++h) softmax(scores + static_cast<int64_t>(h) * seen, seen);
+        for_tokens(row, first, length, [&](int t, int64_t from) {
+            for_heads(head, heads, [&](int h, int offset) {
+                const float weight = scores[static_cast<int64_t>(h) * seen + t - first];
+                add_times(values + from + offset, weight, sums + h * dim);
+            });
         });
         for (int i = 0; i < heads * dim; ++i) {
             const float value = sums[i / dim * dim + Kind::place(i % dim, dim)];
-            attention().value(row, Kind::place(offset + i, m_.width)) = value;
+            attended().value(row, Kind::place(head * dim + i, m_.q_width())) = value;
         }
     }
 

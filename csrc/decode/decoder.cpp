@@ -27,7 +27,7 @@ const CpuDecodePath* const* paths() {
 
 const CpuDecodePath* chosen = paths()[0];
 
-// Three times a width, and a vocabulary rounded up, must fit an int.
+// Three times the heads' width, and a vocabulary rounded up, must fit an int.
 constexpr int kMostOuts = 1 << 29;
 constexpr int kMostThreads = 1024;
 
@@ -48,6 +48,77 @@ void check_row(const CpuModel& model, const CpuCache& cache, int64_t token, int3
     }
 }
 
+bool is_row(Buffer buffer) { return buffer == Buffer::kX || buffer == Buffer::kMiddle || buffer == Buffer::kBranch; }
+
+bool is_normed(Buffer buffer) { return buffer == Buffer::kNormedX || buffer == Buffer::kNormedMiddle; }
+
+// Follows a program: whether each stage reads what an earlier one wrote, and is one that a path can run.
+class Follow {
+public:
+    Follow(const CpuModel& model, int layers) : model_(model), layers_(layers) {}
+
+    bool fits(const CpuStage& s) {
+        const bool linear = s.kind == StageKind::kQkv || s.kind == StageKind::kLinear;
+        if (s.kind != StageKind::kEmbed && !has(s.read)) return false;
+        if (s.read == s.write || s.save == s.write) return false;
+        if (s.save != Buffer::kNone && !(linear && is_row(s.read) && is_normed(s.save))) return false;
+        if (linear && (s.linear.in != width_of(model_, s.read) ||
+                       s.linear.outs != outs_of(model_, s.kind, s.write, s.activated))) {
+            return false;
+        }
+        if (!of_kind(s)) return false;
+        if ((linear && is_row(s.read)) || s.kind == StageKind::kAddNorm) saved_ = s.save;
+        written_[static_cast<int>(s.write)] = true;
+        return true;
+    }
+
+    bool done() const { return written_[static_cast<int>(Buffer::kLogits)]; }
+
+private:
+    bool has(Buffer buffer) const { return written_[static_cast<int>(buffer)]; }
+
+    bool of_kind(const CpuStage& s) {
+        const bool alone = s.residual == Buffer::kNone, in_layer = s.layer >= 0 && s.layer < layers_;
+        switch (s.kind) {
+            case StageKind::kEmbed: return s.write == Buffer::kX && alone;
+            case StageKind::kQkv:
+                projected_ = s.layer;
+                return is_row(s.read) && s.write == Buffer::kQ && in_layer && alone && !s.activated;
+            case StageKind::kAttention:
+                return s.read == Buffer::kQ && s.write == Buffer::kAttended && s.layer == projected_ && alone;
+            case StageKind::kAddNorm:
+                return is_row(s.read) && is_row(s.write) && is_row(s.residual) && has(s.residual) &&
+                       s.norm.weight != nullptr;
+            case StageKind::kLinear: return product(s);
+        }
+        return false;
+    }
+
+    bool product(const CpuStage& s) const {
+        const bool alone = s.residual == Buffer::kNone;
+        if (!is_row(s.read) && s.norm.weight != nullptr) return false;
+        if (!is_row(s.read) && s.read != Buffer::kAttended && s.read != Buffer::kInner) return false;
+        if (s.activated) return s.write == Buffer::kInner && alone;
+        if (s.write == Buffer::kLogits) return alone;
+        const bool normed = is_normed(s.residual) && s.residual == saved_ && !is_row(s.read);
+        return is_row(s.write) && (alone || normed || (is_row(s.residual) && has(s.residual)));
+    }
+
+    const CpuModel& model_;
+    const int layers_;
+    int projected_ = -1;
+    Buffer saved_ = Buffer::kNone;  // what the threads' own rows hold
+    bool written_[kBuffers] = {};
+};
+
+void check_stages(const CpuModel& model, int layers, const std::vector<CpuStage>& stages) {
+    Follow follow(model, layers);
+    for (size_t i = 0; i < stages.size(); ++i) {
+        if (follow.done() || !follow.fits(stages[i])) refuse("stage " + std::to_string(i) + " does not follow the others");
+    }
+    if (!follow.done()) refuse("the last stage of a decoder must write the logits");
+}
+
 }  // namespace
 
 const CpuDecodePath* cpu_decode_path() { return chosen; }
@@ -64,22 +135,50 @@ void use_cpu_decode_path(const std::string& name) {
 
 bool decoder_supported() { return cpu_decode_path() != nullptr; }
 
-Decoder::Decoder(const CpuModel& model, std::vector<CpuBlock> blocks) : blocks_(std::move(blocks)), model_(model) {
+int64_t width_of(const CpuModel& model, Buffer buffer) {
+    switch (buffer) {
+        case Buffer::kNone: return 0;
+        case Buffer::kQ: return model.qkv_width();
+        case Buffer::kAttended: return model.q_width();
+        case Buffer::kInner: return model.inner;
+        case Buffer::kLogits: return model.vocab;
+        default: return model.width;
+    }
+}
+
+int64_t outs_of(const CpuModel& model, StageKind kind, Buffer write, bool activated) {
+    if (kind == StageKind::kEmbed || kind == StageKind::kAttention || kind == StageKind::kAddNorm) return 0;
+    return activated && model.gated ? 2LL * width_of(model, write) : width_of(model, write);
+}
+
+Decoder::Decoder(const CpuModel& model, std::vector<CpuLayer> layers, std::vector<CpuStage> stages)
+    : layers_(std::move(layers)), stages_(std::move(stages)), model_(model) {
     if (!decoder_supported()) refuse("this processor has no decode step");
-    if (blocks_.empty() || model.heads < 1 || model.width < 1 || model.inner < 1 || model.vocab < 1 ||
-        model.n_positions < 1) {
-        refuse("every size of a decoder must be at least 1");
+    for (const int size : {model.width, model.heads, model.kv_heads, model.head_dim, model.inner, model.vocab,
+                           model.n_positions}) {
+        if (size < 1 || size > kMostOuts) {
+            refuse("every size of a decoder must be from 1 to " + std::to_string(kMostOuts));
+        }
     }
-    if (model.width % model.heads != 0) {
-        refuse("a width of " + std::to_string(model.width) + " is no multiple of " + std::to_string(model.heads) +
-               " heads");
+    if (model.heads % model.kv_heads != 0) {
+        refuse(std::to_string(model.heads) + " heads are no multiple of " + std::to_string(model.kv_heads) +
+               " key and value heads");
     }
-    if (model.width > kMostOuts || model.inner > kMostOuts || model.vocab > kMostOuts) {
+    if (static_cast<int64_t>(model.heads) * model.head_dim > kMostOuts) {
         refuse("no size of a decoder may pass " + std::to_string(kMostOuts));
     }
-    model_.blocks = static_cast<int>(blocks_.size());
-    model_.head_dim = model.width / model.heads;
-    model_.block = blocks_.data();
+    for (const CpuLayer& layer : layers_) {
+        if (layer.window < 0) refuse("a window must be 1 or more, or 0 for none");
+        if (layer.rotary < 0 || layer.rotary > model.head_dim || layer.rotary % 2 != 0) {
+            refuse("an even number of a head's " + std::to_string(model.head_dim) + " elements can turn, not " +
+                   std::to_string(layer.rotary));
+        }
+    }
+    check_stages(model, static_cast<int>(layers_.size()), stages_);
+    model_.layers = static_cast<int>(layers_.size());
+    model_.layer = layers_.data();
+    model_.stages = static_cast<int>(stages_.size());
+    model_.stage = stages_.data();
 }
 
 CpuCache Decoder::copied(const CpuCache& cache, const int64_t* tokens, int rows) {

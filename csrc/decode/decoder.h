@@ -10,11 +10,17 @@
 
 namespace gptkern {
 
+// Elements of a row of a buffer.
+int64_t width_of(const CpuModel& model, Buffer buffer);
+
+// Outputs of a stage's product.
+int64_t outs_of(const CpuModel& model, StageKind kind, Buffer write, bool activated);
+
 class Decoder {
 public:
-    // Sets model.block, model.blocks and model.head_dim from ``blocks`` and the other fields. Throws
-    // std::invalid_argument for sizes that no model has.
-    Decoder(const CpuModel& model, std::vector<CpuBlock> blocks);
+    // Sets model.layer, model.layers, model.stage and model.stages. Throws std::invalid_argument for sizes that no model
+    // has, and for stages that do not follow one another.
+    Decoder(const CpuModel& model, std::vector<CpuLayer> layers, std::vector<CpuStage> stages);
     Decoder(const Decoder&) = delete;
     Decoder& operator=(const Decoder&) = delete;
 
@@ -28,7 +34,8 @@ private:
     // The pass's tokens, lengths and pages, checked. They are copies, as their owner may change them meanwhile.
     CpuCache copied(const CpuCache& cache, const int64_t* tokens, int rows);
 
-    std::vector<CpuBlock> blocks_;
+    std::vector<CpuLayer> layers_;
+    std::vector<CpuStage> stages_;
     CpuModel model_;
     std::vector<int64_t> tokens_;
     std::vector<int32_t> lengths_, table_;

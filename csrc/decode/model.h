@@ -15,7 +15,6 @@ enum class Activation : int { kGeluTanh = 0, kGelu = 1, kRelu = 2, kSilu = 3 };
 struct CpuNorm {
     const void* weight;  // null: no norm
     const void* bias;    // null: none
-    float eps;
 };
 
 // A linear layer. The weight is (outs, in), or (in, outs) if it is transposed, its rows ``stride`` elements apart.
@@ -29,29 +28,61 @@ struct CpuLinear {
     const float* scales;  // null: the weight has the model's dtype
 };
 
-struct CpuBlock {
-    CpuNorm norm1, norm2;
-    CpuLinear qkv, projection, fc, out;
-    float scale;  // the factor of the attention scores
+enum class StageKind : int { kEmbed = 0, kQkv, kAttention, kLinear, kAddNorm };
+
+// What a stage reads and writes (gptkern/model/program.py): rows of the model's width, but for q, attended, inner and
+// logits. The normed ones are what the norm of an earlier stage gave, which that stage saves under this name.
+enum class Buffer : int { kNone = 0, kX, kQ, kAttended, kBranch, kMiddle, kInner, kNormedX, kNormedMiddle, kLogits };
+constexpr int kBuffers = 10;
+
+// One row of the decoder's program: norm or not, product or attention, residual or not.
+struct CpuStage {
+    StageKind kind;
+    int layer;
+    Buffer read, write, save, residual;
+    CpuNorm norm;
+    CpuLinear linear;
+    bool activated;  // the MLP's activation follows the product
+};
+
+// The attention of one layer.
+struct CpuLayer {
+    float scale;               // the factor of the scores
+    int window;                // tokens that a token sees, itself included; 0: all
+    int rotary;                // leading elements of each head that turn; 0: none
+    bool interleaved;          // pairs are neighbours, not halves
+    const float *cos, *sin;    // (n_positions, rotary / 2)
+    const void *q_norm, *k_norm;  // weights of RMS norms of queries and keys; null: none
 };
 
 struct CpuModel {
-    DType dtype;  // fp32 or bf16: the cache, and all weights that are not int8
-    int blocks, width, heads, head_dim, inner, vocab, n_positions;
+    DType dtype;  // fp32 or bf16: the cache, and all weights that are not quantised
+    int width, heads, kv_heads, head_dim, inner, vocab, n_positions;
+    int layers, stages;
+    const CpuLayer* layer;
+    const CpuStage* stage;
     Activation activation;
-    bool post_norm;  // norms follow a branch (GPT-1) instead of preceding it
-    const CpuBlock* block;
-    CpuNorm final_norm;
-    CpuLinear head;
-    const void *tokens, *positions;  // embeddings, (vocab, width) and (n_positions, width)
+    bool gated;          // act(gate) * up; the first product's outputs are all gates, then all ups
+    bool rms;            // norms divide by the root mean square, else by the deviation from the mean
+    bool unit_offset;    // a norm's factor is 1 + weight
+    bool whole_qk_norm;  // norms of queries and keys are of all heads together, else of each
+    float eps;
+    float embedding_scale, residual_scale, logits_scale;
+    float attention_softcap, logits_softcap;  // 0: none
+    const void* tokens;     // (vocab, width)
+    const void* positions;  // (n_positions, width); null: none
     int64_t token_stride, position_stride;
+
+    int q_width() const { return heads * head_dim; }
+    int kv_width() const { return kv_heads * head_dim; }
+    int qkv_width() const { return q_width() + 2 * kv_width(); }
 };
 
-// The paged cache: keys and values are (blocks, pages, page_size, heads, head_dim), the last two dimensions
+// The paged cache: keys and values are (layers, pages, page_size, kv_heads, head_dim), the last two dimensions
 // contiguous. Strides are in elements, the same for both.
 struct CpuCache {
     void *k, *v;
-    int64_t block_stride, page_stride, slot_stride, pages;
+    int64_t layer_stride, page_stride, slot_stride, pages;
     int page_size;
     const int32_t* table;  // (rows, table_width): page numbers
     int64_t table_width, table_stride;

@@ -110,10 +110,10 @@ class Fuzzer:
 
     def __init__(self, seed: int) -> None:
         # Here and not above: another extension may have been loaded first.
-        from gptkern import _C
+        from gptkern import _C, _native
         from gptkern.engine.executors import cpu_model
 
-        self._C, self._cpu = _C, cpu_model
+        self._C, self._cpu, self._native = _C, cpu_model, _native
         self._draw, self.wrong = random.Random(seed), Wrong(random.Random(seed + 1))
         torch.manual_seed(seed)
         self.counts: Counter[str] = Counter()
@@ -303,70 +303,159 @@ class Fuzzer:
         return self._call(call, wrong, right)
 
     def _model(self) -> Arguments:
+        """The fields of a ``CpuModel`` of random switches; norms come before branches or on them."""
         dtype = self._draw.choice([torch.float32, torch.bfloat16])
-        heads, width, inner, vocab = self._between(1, 3), 0, self._between(1, 40), self._between(1, 50)
-        width = heads * self._between(1, 20)
-        row = lambda n: self._cpu.CpuNorm(torch.randn(n).to(dtype), torch.randn(n).to(dtype))  # noqa: E731
-
-        def linear(outs: int, ins: int) -> Any:
-            bias = torch.randn(outs).to(dtype) if self._between(0, 1) else None
-            how = self._between(0, 2)
-            if how == 0:
-                return self._cpu.CpuLinear(
-                    torch.randint(-9, 9, (outs, ins), dtype=torch.int8), bias, torch.rand(outs)
-                )
-            weight = torch.randn(outs, ins) if how == 1 else torch.randn(ins, outs).t()
-            return self._cpu.CpuLinear(weight.to(dtype), bias, None)
-
-        def block() -> Any:
-            layers = (
-                linear(3 * width, width),
-                linear(width, width),
-                linear(inner, width),
-                linear(width, inner),
-            )
-            return self._cpu.CpuBlock(row(width), row(width), *layers, 0.3)
-
-        n_blocks, post_norm = self._between(1, 2), bool(self._between(0, 1))
+        kv_heads, head_dim, width = self._between(1, 3), self._between(1, 20), self._between(1, 50)
+        heads, inner, vocab = kv_heads * self._between(1, 3), self._between(1, 40), self._between(1, 50)
+        context, gated, whole = self._between(1, 20), self._flag(), self._flag()
+        place, layers = self._between(0, 1), range(self._between(1, 2))
+        shape = (width, heads * head_dim, kv_heads * head_dim, inner, gated)
+        row = lambda: self._cpu.CpuNorm(torch.randn(width).to(dtype), torch.randn(width).to(dtype))  # noqa: E731
+        stages = [self._stage("embed", "x")]
+        for layer in layers:
+            stages += self._layer_stages(layer, shape, dtype, row, on_branch=bool(place))
+        head = self._linear(vocab, width, dtype)
+        stages.append(self._stage("linear", "logits", "x", norm=row(), linear=head))
+        offset = self._between(0, 2)
         return {
+            "context": context,
             "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "inner": inner,
             "activation": self._between(0, 3),
-            "post_norm": post_norm,
+            "gated": gated,
+            "rms": self._flag(),
+            "unit_offset": self._flag(),
+            "whole_qk_norm": whole,
             "eps": 1e-5,
+            "embedding_scale": 0.7,
+            "residual_scale": 1.0,
+            "logits_scale": 0.5,
+            "attention_softcap": self._draw.choice([0.0, 2.0]),
+            "logits_softcap": self._draw.choice([0.0, 2.0]),
+            "position_offset": offset,
             "tokens": torch.randn(vocab, width).to(dtype),
-            "positions": torch.randn(self._between(1, 20), width).to(dtype),
-            "blocks": [block() for _ in range(n_blocks)],
-            "final_norm": None if post_norm else row(width),
-            "head": linear(vocab, width),
+            "positions": torch.randn(context + offset, width).to(dtype) if self._flag() else None,
+            "layers": [self._attention(context, heads, kv_heads, head_dim, whole, dtype) for _ in layers],
+            "stages": stages,
         }
+
+    def _flag(self) -> bool:
+        return self._draw.random() < 0.5
+
+    def _linear(self, outs: int, ins: int, dtype: torch.dtype) -> Any:
+        bias = torch.randn(outs).to(dtype) if self._flag() else None
+        how = self._between(0, 2)
+        if how == 0:
+            values = torch.randint(-9, 9, (outs, ins), dtype=torch.int8)
+            return self._cpu.CpuLinear(values, bias, torch.rand(outs))
+        weight = torch.randn(outs, ins) if how == 1 else torch.randn(ins, outs).t()
+        return self._cpu.CpuLinear(weight.to(dtype), bias, None)
+
+    def _stage(self, kind: str, write: str, read: str = "none", layer: int = 0, **other: Any) -> Any:
+        buffers, residual = self._native.BUFFERS, other.pop("residual", "none")
+        right = self._cpu.CpuStage(
+            self._native.STAGES[kind], layer, buffers[read], buffers[write],
+            save=buffers["none"], residual=buffers[residual], norm=None, linear=None,
+            activated=write == "inner",
+        )  # fmt: skip
+        return right._replace(**other)
+
+    def _layer_stages(
+        self,
+        layer: int,
+        shape: tuple[int, int, int, int, bool],
+        dtype: torch.dtype,
+        row: Any,
+        on_branch: bool,
+    ) -> list[Any]:
+        width, q_width, kv_width, inner, gated = shape
+        linear = lambda outs, ins: self._linear(outs, ins, dtype)  # noqa: E731
+        norm = None if on_branch else row()
+
+        def end(read: str, ins: int, write: str, residual: str) -> list[Any]:
+            if not on_branch:
+                product = linear(width, ins)
+                return [self._stage("linear", write, read, layer, linear=product, residual=residual)]
+            return [
+                self._stage("linear", "branch", read, layer, linear=linear(width, ins)),
+                self._stage("add_norm", write, "branch", layer, norm=row(), residual=residual),
+            ]
+
+        fc = linear(2 * inner if gated else inner, width)
+        return [
+            self._stage("qkv", "q", "x", layer, norm=norm, linear=linear(q_width + 2 * kv_width, width)),
+            self._stage("attention", "attended", "q", layer),
+            *end("attended", q_width, "middle", "x"),
+            self._stage("linear", "inner", "middle", layer, norm=norm, linear=fc),
+            *end("inner", inner, "x", "middle"),
+        ]
+
+    def _attention(
+        self, context: int, heads: int, kv_heads: int, head_dim: int, whole: bool, dtype: torch.dtype
+    ) -> Any:
+        pairs, normed = self._between(0, head_dim // 2), self._flag()
+        cos, sin = (torch.randn(context, pairs) if pairs else None for _ in range(2))
+        q_norm, k_norm = (
+            torch.randn(count * head_dim if whole else head_dim).to(dtype) if normed else None
+            for count in (heads, kv_heads)
+        )
+        window = self._between(0, context + 1)
+        return self._cpu.CpuLayer(0.3, window, 2 * pairs, self._flag(), cos, sin, q_norm, k_norm)
 
     def decoder(self, spoiled: bool) -> str:
         """``_C.Decoder``: a tensor somewhere in a model, or one of its numbers, is wrong."""
         given = self._model()
         wrong: list[str] = []
         if spoiled:
-            place = self._draw.choice(
-                ["heads", "activation", "scale", "post_norm", "blocks", "head", "final_norm"]
-            )
-            wrong.append(place)
-            if place in ("heads", "activation"):
-                given[place] = self.wrong.number(
-                    *((1, given["tokens"].shape[1]) if place == "heads" else (0, 3))
-                )
-            elif place == "scale":
-                given["blocks"][-1] = given["blocks"][-1]._replace(scale=self._draw.choice(["x", None, []]))
-            elif place == "post_norm" or (place == "final_norm" and given["final_norm"] is None):
-                given["post_norm"] = not given["post_norm"]
-            elif place == "final_norm":
-                given["final_norm"] = self._spoiled_vectors(given["final_norm"])
-            elif place == "head":
-                given["head"] = self._spoiled_linear(given["head"])
+            ranges = {
+                "heads": (1, 2**29 - 1),
+                "head_dim": (1, 2**29 - 1),
+                "activation": (0, 3),
+                "context": (1, 2**29 - 1),
+                "position_offset": (0, 2**29 - 1),
+            }
+            wrong = [self._draw.choice([*ranges, "layers", "stages", "embeddings"])]
+            if wrong[0] in ranges:
+                given[wrong[0]] = self.wrong.number(*ranges[wrong[0]])
+            elif wrong[0] == "layers":
+                given["layers"][-1] = self._spoiled_attention(given["layers"][-1])
+            elif wrong[0] == "stages":
+                self._spoil_stages(given["stages"])
+            elif given["positions"] is None:
+                given["tokens"] = self.wrong.tensor(given["tokens"], any_size=(0, 1), any_stride=(0,))
             else:
-                block = list(given["blocks"][-1])
-                which = self._between(0, 5)
-                block[which] = (self._spoiled_vectors if which < 2 else self._spoiled_linear)(block[which])
-                given["blocks"] = [*given["blocks"][:-1], self._cpu.CpuBlock(*block)]
+                given["positions"] = self.wrong.tensor(given["positions"], any_stride=(0,))
         return self._call(lambda: self._C.Decoder(self._cpu.CpuModel(**given)), wrong, lambda _: None)
+
+    def _spoiled_attention(self, layer: Any) -> Any:
+        """A layer's attention with one tensor, or else one number, that is wrong."""
+        names = [name for name in ("cos", "sin", "q_norm", "k_norm") if getattr(layer, name) is not None]
+        name = self._draw.choice([*names, "scale", "window", "rotary"])
+        if name in names:
+            return layer._replace(**{name: self.wrong.tensor(getattr(layer, name))})
+        if name == "scale":
+            return layer._replace(scale=self._draw.choice(["x", None, []]))
+        low, high = (0, 2**31 - 1) if name == "window" else (layer.rotary, layer.rotary)
+        return layer._replace(**{name: self.wrong.number(low, high)})
+
+    def _spoil_stages(self, stages: list[Any]) -> None:
+        """One stage gets a wrong tensor or a wrong number, or is left out."""
+        place = self._between(0, len(stages) - 1)
+        stage = stages[place]
+        ways = ["drop", "kind", "write"]
+        ways += [name for name in ("norm", "linear") if getattr(stage, name) is not None]
+        way = self._draw.choice(ways)
+        if way == "drop":
+            # Without the second layer's attention its product reads the first one's.
+            del stages[0 if self._flag() else -1]
+        elif way == "norm":
+            stages[place] = stage._replace(norm=self._spoiled_vectors(stage.norm))
+        elif way == "linear":
+            stages[place] = stage._replace(linear=self._spoiled_linear(stage.linear))
+        else:
+            stages[place] = stage._replace(**{way: self.wrong.number(0, 4 if way == "kind" else 9)})
 
     def _spoiled_vectors(self, pair: Any) -> Any:
         which = self._between(0, 1)
@@ -386,12 +475,12 @@ class Fuzzer:
         """``Decoder.step``, rows alone and in company; wrong tensors, and wrong numbers in right ones."""
         given = self._model()
         decoder = self._C.Decoder(self._cpu.CpuModel(**given))
-        dtype, (vocab, width) = given["tokens"].dtype, given["tokens"].shape
-        context, heads, blocks = given["positions"].shape[0], given["heads"], len(given["blocks"])
+        dtype, vocab = given["tokens"].dtype, given["tokens"].shape[0]
+        context, kv_heads, layers = given["context"], given["kv_heads"], len(given["layers"])
         page_size, pages_each, rows = self._between(1, 8), self._between(1, 3), self._between(0, 4)
         longest = min(context, page_size * pages_each)
         pages = max(rows * pages_each, 1)
-        shape = (blocks, pages, page_size, heads, width // heads)
+        shape = (layers, pages, page_size, kv_heads, given["head_dim"])
         call: Arguments = {
             "k": torch.randn(shape).to(dtype),
             "v": torch.randn(shape).to(dtype),

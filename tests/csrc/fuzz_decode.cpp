@@ -42,8 +42,10 @@ private:
 
 struct Shape {
     DType dtype = between(0, 1) ? DType::kBFloat16 : DType::kFloat32;
-    int heads = between(1, 5), width = heads * between(1, 70), inner = between(1, 200), vocab = between(1, 300);
-    int blocks = between(1, 2), rows = between(1, 9), page_size = between(1, 9), pages = between(1, 4);
+    int kv_heads = between(1, 3), heads = kv_heads * between(1, 3), head_dim = between(1, 70), width = between(1, 200);
+    int inner = between(1, 200), vocab = between(1, 300);
+    int layers = between(1, 2), rows = between(1, 9), page_size = between(1, 9), pages = between(1, 4);
+    int capacity = page_size * pages;
 };
 
 class Random {
@@ -70,7 +72,22 @@ public:
 
     CpuNorm norm() {
         const void* const weight = numbers(s_.width);
-        return {weight, between(0, 1) ? numbers(s_.width) : nullptr, 1e-5f};
+        return {weight, between(0, 1) ? numbers(s_.width) : nullptr};
+    }
+
+    CpuLayer layer(bool normed, bool whole) {
+        CpuLayer layer{};
+        layer.scale = 0.1f;
+        layer.window = between(0, 1) ? between(1, s_.capacity + 2) : 0;
+        layer.rotary = between(0, s_.head_dim / 2) * 2;
+        layer.interleaved = between(0, 1);
+        layer.cos = rotations(layer.rotary / 2);
+        layer.sin = rotations(layer.rotary / 2);
+        if (normed) {
+            layer.q_norm = numbers(whole ? s_.heads * s_.head_dim : s_.head_dim);
+            layer.k_norm = numbers(whole ? s_.kv_heads * s_.head_dim : s_.head_dim);
+        }
+        return layer;
     }
 
     const void* numbers(size_t count) {
@@ -85,6 +102,13 @@ private:
         return bytes_.back().get();
     }
 
+    const float* rotations(int pairs) {
+        const int count = s_.capacity * pairs;
+        scales_.emplace_back(new float[count]);
+        for (int i = 0; i < count; ++i) scales_.back()[i] = 0.1f * static_cast<float>(between(-10, 10));
+        return scales_.back().get();
+    }
+
     const float* scales(int outs) {
         scales_.emplace_back(new float[outs]);
         for (int i = 0; i < outs; ++i) scales_.back()[i] = 0.001f * static_cast<float>(between(1, 9));
@@ -97,34 +121,76 @@ private:
     std::vector<std::unique_ptr<float[]>> scales_;
 };
 
+CpuStage stage(StageKind kind, int layer, Buffer read, Buffer write, CpuLinear linear = {}, CpuNorm norm = {},
+               Buffer residual = Buffer::kNone, Buffer save = Buffer::kNone) {
+    return {kind, layer, read, write, save, residual, norm, linear, false};
+}
+
+// A layer with norms before its branches, after their sums, or on the branches themselves.
+void add_layer(Random& random, const CpuModel& m, int layer, int place, std::vector<CpuStage>& stages) {
+    const auto linear = [&](Buffer read, Buffer write, CpuNorm norm, Buffer residual, Buffer save) {
+        const bool activated = write == Buffer::kInner;
+        const auto outs = static_cast<int>(outs_of(m, StageKind::kLinear, write, activated));
+        const auto in = static_cast<int>(width_of(m, read));
+        stages.push_back(
+            stage(StageKind::kLinear, layer, read, write, random.linear(outs, in), norm, residual, save));
+        stages.back().activated = activated;
+    };
+    const bool after = place == 1, branch = place == 2, parallel = between(0, 1);
+    const CpuNorm first = after && layer == 0 ? CpuNorm{} : random.norm();
+    const Buffer none = Buffer::kNone, x = Buffer::kX, middle = Buffer::kMiddle;
+    stages.push_back(stage(StageKind::kQkv, layer, x, Buffer::kQ, random.linear(m.qkv_width(), m.width), first, none,
+                           after ? Buffer::kNormedX : none));
+    stages.push_back(stage(StageKind::kAttention, layer, Buffer::kQ, Buffer::kAttended));
+    const auto end = [&](Buffer read, Buffer write, Buffer residual) {
+        linear(read, branch ? Buffer::kBranch : write, {}, branch ? none : residual, none);
+        if (!branch) return;
+        stages.push_back(stage(StageKind::kAddNorm, layer, Buffer::kBranch, write, {}, random.norm(), residual));
+    };
+    end(Buffer::kAttended, middle, after ? Buffer::kNormedX : x);
+    linear(!after && parallel ? x : middle, Buffer::kInner, random.norm(), none, after ? Buffer::kNormedMiddle : none);
+    end(Buffer::kInner, x, after ? Buffer::kNormedMiddle : middle);
+}
+
 bool check(int threads) {
     const Shape s;
     Random random(s);
-    const bool post_norm = between(0, 1);
-    std::vector<CpuBlock> blocks;
-    for (int i = 0; i < s.blocks; ++i) {
-        blocks.push_back({random.norm(), random.norm(), random.linear(3 * s.width, s.width),
-                          random.linear(s.width, s.width), random.linear(s.inner, s.width),
-                          random.linear(s.width, s.inner), 0.1f});
-    }
-    const int capacity = s.page_size * s.pages;
+    const int capacity = s.capacity;
     CpuModel model{};
     model.dtype = s.dtype;
     model.width = s.width;
     model.heads = s.heads;
+    model.kv_heads = s.kv_heads;
+    model.head_dim = s.head_dim;
     model.inner = s.inner;
     model.vocab = s.vocab;
     model.n_positions = capacity;
     model.activation = static_cast<Activation>(between(0, 3));
-    model.post_norm = post_norm;
+    model.gated = between(0, 1);
+    model.rms = between(0, 1);
+    model.unit_offset = between(0, 1);
+    model.whole_qk_norm = between(0, 1);
+    model.eps = 1e-5f;
+    model.embedding_scale = model.residual_scale = model.logits_scale = 0.8f;
+    model.attention_softcap = static_cast<float>(between(0, 2));
+    model.logits_softcap = static_cast<float>(between(0, 2));
     model.tokens = random.numbers(static_cast<size_t>(s.vocab) * s.width);
-    model.positions = random.numbers(static_cast<size_t>(capacity) * s.width);
+    if (between(0, 1)) model.positions = random.numbers(static_cast<size_t>(capacity) * s.width);
     model.token_stride = model.position_stride = s.width;
-    if (!post_norm) model.final_norm = random.norm();
-    model.head = random.linear(s.vocab, s.width);
-    Decoder decoder(model, blocks);
+    const bool normed = between(0, 1);
+    const int place = between(0, 2);
+    std::vector<CpuLayer> layers;
+    std::vector<CpuStage> stages{stage(StageKind::kEmbed, 0, Buffer::kNone, Buffer::kX)};
+    for (int i = 0; i < s.layers; ++i) {
+        layers.push_back(random.layer(normed, model.whole_qk_norm));
+        add_layer(random, model, i, place, stages);
+    }
+    stages.push_back(stage(StageKind::kLinear, s.layers, Buffer::kX, Buffer::kLogits,
+                           random.linear(s.vocab, s.width), random.norm()));
+    Decoder decoder(model, layers, stages);
+    const int kv_width = model.kv_width();
     const size_t slots = static_cast<size_t>(s.rows) * capacity;
-    const size_t cached = s.blocks * slots * s.width;
+    const size_t cached = s.layers * slots * kv_width;
     const Numbers k(s.dtype, cached), v(s.dtype, cached);
     std::vector<int32_t> table(s.rows * s.pages), lengths(s.rows);
     std::vector<int64_t> tokens(s.rows);
@@ -143,8 +209,8 @@ bool check(int threads) {
         Numbers values(s.dtype, cached);
         values.take(v);
         results[which] = std::make_unique<Numbers>(s.dtype, static_cast<size_t>(s.rows) * s.vocab);
-        const int64_t slot = s.width, page = slot * s.page_size;
-        const CpuCache cache{keys[which]->get(), values.get(), static_cast<int64_t>(slots) * s.width, page, slot,
+        const int64_t slot = kv_width, page = slot * s.page_size;
+        const CpuCache cache{keys[which]->get(), values.get(), static_cast<int64_t>(slots) * kv_width, page, slot,
                              s.rows * s.pages, s.page_size, table.data(), s.pages, s.pages, lengths.data()};
         decoder.step(cache, tokens.data(), s.rows, results[which]->get(), which ? threads : 1);
     }

@@ -29,7 +29,12 @@ def changed(model: Decoder) -> str | None:
 
 def reads_weights_alone(model: Decoder) -> str | None:
     """The reason why an executor that calls no module cannot run ``model``; None if it can."""
-    reason = _unlike_gpt(model.spec) or changed(model)
+    return _unlike_gpt(model.spec) or weights_alone(model)
+
+
+def weights_alone(model: Decoder) -> str | None:
+    """The reason why a decoder's weights do not say all that it computes; None if they do."""
+    reason = changed(model)
     if reason is None and torch.is_autocast_enabled(model.device.type):
         reason = "autocast is on"
     return reason

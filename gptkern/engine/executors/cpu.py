@@ -16,9 +16,10 @@ import torch
 from gptkern import _native
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.base import TableExecutor, check_cache
-from gptkern.engine.executors.changes import reads_weights_alone
+from gptkern.engine.executors.changes import weights_alone
 from gptkern.engine.executors.cpu_model import cpu_model
 from gptkern.model.decoder import Decoder
+from gptkern.model.weights import decoder_weights
 from gptkern.ops._dispatch import use_kernel
 
 # More rows at once are bound by arithmetic and gain nothing.
@@ -47,7 +48,9 @@ def unserved(model: Decoder, dtype: torch.dtype) -> str | None:
         return f"the CPU's decode step takes quantised weights as int8; these are {model.quantization.format}"
     if not all(1 in p.stride() if p.dim() > 1 else p.is_contiguous() for p in parameters):
         return "the CPU's decode step takes matrices whose rows or columns are contiguous"
-    if any(e.weight.stride(1) != 1 for e in (model.transformer.wte, model.transformer.wpe)):
+    weights = decoder_weights(model)
+    embeddings = (weights.tokens, weights.positions)
+    if any(e is not None and e.stride(1) != 1 for e in embeddings):
         return "the CPU's decode step takes embeddings whose rows are contiguous"
     if model.quantization is not None and not all(b.is_contiguous() for b in model.buffers()):
         return "the CPU's decode step takes quantised weights that are contiguous"
@@ -81,7 +84,7 @@ class CpuExecutor(TableExecutor):
     @staticmethod
     def serves(model: Decoder, dtype: torch.dtype) -> str | None:
         """See ``Executor``."""
-        reason = reads_weights_alone(model)
+        reason = weights_alone(model)
         if reason is not None:
             return reason
         if use_kernel(model.transformer.wte.weight):
