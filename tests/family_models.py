@@ -40,11 +40,36 @@ def our_model(library: Any) -> GPT:
     config = read(library.config.to_dict())
     assert isinstance(config, FamilyConfig)
     model = GPT(config)
-    stored = library.state_dict()
-    ours = dict(model.named_parameters())
-    rows = {row.ours: row for row in config.family.named(len(config.spec.layers))}
     with torch.no_grad():
-        for name, parameter in ours.items():
-            parts = [stored[theirs] for theirs in rows[name].theirs]
-            parameter.copy_(torch.cat([part.t() if rows[name].transposed else part for part in parts]))
+        for name, tensor in stacked(config, _saved(library.state_dict())).items():
+            model.get_parameter(name).copy_(tensor)
     return model.eval()
+
+
+def stacked(config: FamilyConfig, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Ours of a checkpoint's tensors, or of gradients by their names."""
+    ours: dict[str, torch.Tensor] = {}
+    for row in config.family.named(len(config.spec.layers)):
+        if row.theirs[0] not in theirs:
+            continue
+        parts = [theirs[name].t() if row.transposed else theirs[name] for name in row.theirs]
+        if row.per_head:
+            parts = [parts[0].unflatten(0, (config.spec.heads, 3, -1)).transpose(0, 1).flatten(0, 2)]
+        ours[row.ours] = torch.cat(parts)
+    if config.spec.tied:
+        ours.pop("lm_head.weight", None)
+    return ours
+
+
+def _saved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under the names that checkpoints have: GPT-NeoX's head is called otherwise in files."""
+    neox = any(name.startswith("gpt_neox.") for name in tensors)
+    return {
+        "embed_out.weight" if neox and name == "lm_head.weight" else name: t for name, t in tensors.items()
+    }
+
+
+def gradients(config: FamilyConfig, library: Any) -> dict[str, torch.Tensor]:
+    """The gradients of transformers' model, as ours would have them."""
+    found = {name: parameter.grad for name, parameter in library.named_parameters()}
+    return stacked(config, _saved(found))

@@ -10,10 +10,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptkern.checkpoint.errors import shown
-from gptkern.model.families import llama
+from gptkern.model.families.gemma3 import GEMMA3
+from gptkern.model.families.gpt_bigcode import GPT_BIGCODE
+from gptkern.model.families.gpt_neox import GPT_NEOX
+from gptkern.model.families.gptj import GPTJ
+from gptkern.model.families.granite import GRANITE
+from gptkern.model.families.llama import LLAMA, SMOLLM3
+from gptkern.model.families.mistral import MISTRAL
+from gptkern.model.families.olmo2 import OLMO2
+from gptkern.model.families.opt import OPT
+from gptkern.model.families.phi3 import PHI3
+from gptkern.model.families.qwen import QWEN2, QWEN3
 from gptkern.model.families.table import Family
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (llama.LLAMA, llama.SMOLLM3)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        *(LLAMA, SMOLLM3, MISTRAL, QWEN2, QWEN3, PHI3, GRANITE, OLMO2, GEMMA3),
+        *(GPT_NEOX, GPTJ, OPT, GPT_BIGCODE),
+    )
+}
 # Fields that tell of parts which no executor serves, and what they are.
 _EXPERTS = "mixtures of experts are not served"
 _LINEAR = "linear attention is not served"

@@ -18,7 +18,7 @@ TENSORS = (
         suffixes=("weight", "bias"),
     ),
 )
-_DEFAULTS = {
+DEFAULTS = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -34,8 +34,8 @@ _DEFAULTS = {
 }
 
 
-def spec(fields: Fields) -> DecoderSpec:
-    """The decoder that a Llama's ``config.json`` describes."""
+def spec(fields: Fields, activation: str = "hidden_act") -> DecoderSpec:
+    """The decoder that a Llama's ``config.json`` describes; ``activation`` is the field of the MLP's."""
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     kv_heads, head_dim = fields.kv_heads(heads), fields.head_dim(width, heads)
     layer = LayerSpec(head_dim**-0.5, rotary=fields.rotary(head_dim))
@@ -50,7 +50,7 @@ def spec(fields: Fields) -> DecoderSpec:
         inner=fields.integer("intermediate_size"),
         layers=(layer,) * fields.layers(),
         norm=NormSpec("rms", fields.number("rms_norm_eps", above=0.0)),
-        activation=fields.activation("hidden_act"),
+        activation=fields.activation(activation),
         gated=True,
         qkv_bias=bias,
         out_bias=bias,
@@ -87,13 +87,13 @@ def smollm3_spec(fields: Fields) -> DecoderSpec:
     )
 
 
-LLAMA = Family("llama", "LlamaForCausalLM", spec, TENSORS, _DEFAULTS)
+LLAMA = Family("llama", "LlamaForCausalLM", spec, TENSORS, DEFAULTS)
 SMOLLM3 = Family(
     "smollm3",
     "SmolLM3ForCausalLM",
     smollm3_spec,
     TENSORS,
-    _DEFAULTS
+    DEFAULTS
     | {
         "vocab_size": 128256,
         "hidden_size": 2048,
