@@ -204,8 +204,6 @@ def test_options_of_transformers_have_their_names_here(name: str, hint: str) -> 
 
 
 def test_files_of_other_programs_are_named(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
-    refuse(tmp_path / "model.gguf", r"model\.gguf: a GGUF file, which gptkern does not read")
     (tmp_path / "notes.txt").write_text("hi")
     refuse(tmp_path / "notes.txt", "a transformers folder, nanoGPT's ckpt.pt or llm.c's .bin is needed")
     refuse("", "the checkpoint's name is empty text")

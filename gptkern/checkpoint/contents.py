@@ -61,6 +61,11 @@ class Contents:
     generation_config: dict[str, Any] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes of the tensors in their files; what serves twice is counted once."""
+        return sum(end - begin for _, begin, end in {s for t in self.tensors.values() for s in t.spans})
+
     def is_transposed(self, name: str) -> bool:
         """True if the tensor of that name is stored transposed."""
         return self.transposed and name.endswith(BLOCK_MATRICES)

@@ -12,10 +12,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from gptkern._warn import warn
-from gptkern.checkpoint import hf, llmc, nanogpt
+from gptkern.checkpoint import gguf, hf, llmc, nanogpt
 from gptkern.checkpoint.contents import Contents
 from gptkern.checkpoint.errors import CheckpointError, some
 from gptkern.checkpoint.files import open_regular
+from gptkern.checkpoint.gguf_file import MAGIC
 from gptkern.checkpoint.pending import Files, read
 from gptkern.checkpoint.placing import FLOATS, checked_device, checked_dtype
 from gptkern.checkpoint.storage import StoredTensor
@@ -61,8 +62,8 @@ def _open_file(path: Path) -> Contents:
         raise CheckpointError(f"{path}: a part of a checkpoint: give its folder, {path.parent}")
     with open_regular(path) as file:
         start = file.read(4)
-    if start == b"GGUF":
-        raise CheckpointError(f"{path}: a GGUF file, which gptkern does not read: give the original's folder")
+    if start == MAGIC:
+        return gguf.open_file(path)
     if int.from_bytes(start, "little") == llmc.MAGIC:
         return llmc.open_file(path)
     if path.suffix == ".bin":

@@ -82,6 +82,11 @@ class StoredTensor:
             elements.view(self.shape) if self.stride is None else elements.as_strided(self.shape, self.stride)
         )
 
+    @property
+    def spans(self) -> list[tuple[Path, int, int]]:
+        """The file, and where its bytes begin and end there; several where it is put together."""
+        return [(self.file, *self._range())]
+
     def same_place(self, other: StoredTensor) -> bool:
         """True if the two are one tensor under two names."""
         return self.raw is other.raw and (self.start, self.shape, self.stride, self.dtype) == (
@@ -93,12 +98,7 @@ class StoredTensor:
 
     def release(self) -> None:
         """Give the pages back. The tensor stays readable: they would be read from the file again."""
-        begin, end = self._range()
-        if begin == end:
-            return
-        start = self.raw.data_ptr() + begin
-        aligned = start - start % mmap.PAGESIZE
-        _libc.madvise(aligned, start + end - begin - aligned, mmap.MADV_DONTNEED)
+        release_bytes(self.raw, *self._range())
 
     def _range(self) -> tuple[int, int]:
         """The bytes from its first element to its last."""
@@ -162,6 +162,11 @@ class StackedTensor(StoredTensor):
         by_head: torch.Tensor = stacked.unflatten(0, (self.heads, 3, -1))
         return by_head.transpose(0, 1).flatten(0, 2)
 
+    @property
+    def spans(self) -> list[tuple[Path, int, int]]:
+        """The bytes of all parts."""
+        return [span for part in self.parts for span in part.spans]
+
     def same_place(self, other: StoredTensor) -> bool:
         """True if the two are one parameter under two names."""
         return isinstance(other, StackedTensor) and all(
@@ -172,6 +177,15 @@ class StackedTensor(StoredTensor):
         """Give the pages of all parts back."""
         for part in self.parts:
             part.release()
+
+
+def release_bytes(raw: torch.Tensor, begin: int, end: int) -> None:
+    """Give the pages of a mapped file's bytes back, those that they share with others too."""
+    if begin == end:
+        return
+    start = raw.data_ptr() + begin
+    aligned = start - start % mmap.PAGESIZE
+    _libc.madvise(aligned, start + end - begin - aligned, mmap.MADV_DONTNEED)
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:

@@ -26,7 +26,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A transformers folder, a nanoGPT .pt, an llm.c .bin, a hub id, or the embedded model.",
+        help="A transformers folder, a nanoGPT .pt, an llm.c .bin, a .gguf, a hub id, or the embedded model.",
     ),
 ]
 TokenizerPath = Annotated[

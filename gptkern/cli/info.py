@@ -39,12 +39,16 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, object]]:
     quantization = facts["quantization"]
     how = "" if quantization is None else f", linear layers in {quantization['format']}"
     yield "weights as stored", f"{readable(facts['stored_bytes'])}{how}"
+    if facts["blocks"]:
+        counts = ", ".join(f"{format} ({count} tensors)" for format, count in facts["blocks"].items())
+        use = "floats once they are loaded" if quantization is None else "packed once they are loaded"
+        yield "GGUF blocks", f"{counts}; {use}"
     yield "parameters", f"{facts['parameters']:,}"
     yield "without embeddings", f"{facts['parameters_without_embeddings']:,}"
     for name, size in facts["bytes"].items():
         yield f"weights in {name}", readable(size)
     for name, size in facts["kv_bytes_per_token"].items():
-        full = size * facts["config"]["n_positions"]
+        full = size * facts["context"]
         yield f"KV cache in {name}", f"{size:,} bytes a token, {readable(full)} a full context"
 
 
@@ -52,8 +56,10 @@ def describe(model: str) -> dict[str, Any]:
     """The facts that ``info`` prints."""
     from dataclasses import asdict
 
+    from gptkern.checkpoint.gguf import formats
     from gptkern.checkpoint.load import open_checkpoint
     from gptkern.checkpoint.locate import locate
+    from gptkern.config import GPTConfig
 
     path = locate(model, revision=None, local_files_only=False)
     contents = open_checkpoint(path)
@@ -65,9 +71,11 @@ def describe(model: str) -> dict[str, Any]:
     kv = 2 * len(spec.layers) * spec.kv_width
     return {
         "model": str(path),
-        "config": asdict(config),
+        "config": asdict(config) if isinstance(config, GPTConfig) else config.to_dict(),
+        "context": spec.context,
         "quantization": None if quantization is None else quantization.to_dict(),
-        "stored_bytes": sum(t.data.numel() * t.data.element_size() for t in contents.tensors.values()),
+        "stored_bytes": contents.stored_bytes,
+        "blocks": formats(contents),
         "parameters": parameters,
         "parameters_without_embeddings": parameters - embeddings,
         "bytes": {name: parameters * size for name, size in DTYPES.items()},

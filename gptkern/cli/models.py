@@ -59,6 +59,7 @@ def _supported() -> list[str]:
         "folders that gptkern quantize wrote",
         "nanoGPT's ckpt.pt",
         "llm.c's GPT-2 .bin",
+        "GGUF files of gpt2 and llama",
         "folders of gptkern train",
     ]
 

@@ -1,8 +1,8 @@
 """The tokenizer of a checkpoint: the one that is named, or the one that lies beside it.
 
-A folder of transformers' holds it. A checkpoint that is one file (nanoGPT's ``ckpt.pt``, llm.c's ``.bin``)
-holds none: its folder may, nanoGPT keeps the characters of a character-level data set in ``meta.pkl``, and
-a vocabulary of GPT-2's size is GPT-2's.
+A folder of transformers' holds it, a GGUF file its own. Another checkpoint that is one file (nanoGPT's
+``ckpt.pt``, llm.c's ``.bin``) holds none: its folder may, nanoGPT keeps the characters of a character-level
+data set in ``meta.pkl``, and a vocabulary of GPT-2's size is GPT-2's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gptkern._warn import warn
 from gptkern.checkpoint.contents import Contents
+from gptkern.checkpoint.gguf_file import is_gguf, read_header
 from gptkern.checkpoint.load import check_vocabulary
 from gptkern.checkpoint.nanogpt import read_data_set, read_meta
 from gptkern.tokenizer.folder import JSON, MERGES, VOCAB
@@ -39,6 +40,8 @@ def tokenizer_for(
         tokenizer: Tokenizer | None = Tokenizer.from_pretrained(named, local_files_only=local_files_only)
     else:
         tokenizer = named
+    if tokenizer is None and is_gguf(contents.source):
+        tokenizer = Tokenizer.in_gguf(read_header(contents.source))
     if tokenizer is None and not contents.source.is_dir():
         return _beside_file(contents)
     if tokenizer is None:

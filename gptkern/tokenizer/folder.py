@@ -100,7 +100,11 @@ def read(files: Files, tokenizer_json: Path | None) -> Parts:
     with library_errors(source):
         _add_tokens(backend, special, names)
         if tokenizer_json is None:
-            _add_begin_and_end(backend, configuration, names)
+            add_begin_and_end(
+                backend,
+                names.get("bos_token") if configuration.get("add_bos_token") else None,
+                names.get("eos_token") if configuration.get("add_eos_token") else None,
+            )
         backend.no_truncation()
         backend.no_padding()
     _try(backend, source)
@@ -386,12 +390,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, special: _Special, names: dict[st
     backend.add_tokens(added)
 
 
-def _add_begin_and_end(
-    backend: tokenizers.Tokenizer, configuration: dict[str, Any], names: dict[str, str | None]
-) -> None:
-    """Put around texts what ``add_bos_token`` and ``add_eos_token`` ask for."""
-    before = names.get("bos_token") if configuration.get("add_bos_token") else None
-    after = names.get("eos_token") if configuration.get("add_eos_token") else None
+def add_begin_and_end(backend: tokenizers.Tokenizer, before: str | None, after: str | None) -> None:
+    """Put special tokens around texts; None puts none."""
     if before or after:
         single = [*([f"{before}:0"] if before else []), "$A:0", *([f"{after}:0"] if after else [])]
         around = {token: backend.token_to_id(token) for token in (before, after) if token}

@@ -15,12 +15,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from gptkern.checkpoint.errors import CheckpointError, shown
+from gptkern.checkpoint.gguf_file import GGUFFile, is_gguf, read_header
 from gptkern.checkpoint.locate import EMBEDDED, locate
 from gptkern.checkpoint.nanogpt import read_meta
 from gptkern.checkpoint.pending import Files
 from gptkern.checkpoint.pending import read as read_whole
 from gptkern.config import VOCAB_PADDING
 from gptkern.durable import make_folder, named_folder, write_file
+from gptkern.tokenizer import gguf
 from gptkern.tokenizer.batch import Encoding, Padding, Side, encode_batch
 from gptkern.tokenizer.chat import DEFAULT, Message, chosen_template, named_templates, render
 from gptkern.tokenizer.folder import (
@@ -135,8 +137,8 @@ class Tokenizer:
         beginning token are read from all the files that it reads.
 
         Args:
-            path_or_hub_id: The folder, a ``tokenizer.json`` or nanoGPT's ``meta.pkl`` itself, a hub id, or
-                ``"embedded"``.
+            path_or_hub_id: The folder, a ``tokenizer.json``, nanoGPT's ``meta.pkl`` or a ``.gguf`` itself, a
+                hub id, or ``"embedded"``.
             revision, local_files_only: As in ``GPT.from_pretrained``.
 
         Raises:
@@ -145,7 +147,12 @@ class Tokenizer:
         path = locate(path_or_hub_id, revision=revision, local_files_only=local_files_only, weights=False)
         if path.suffix == ".pkl":
             return cls.characters(read_meta(path))
-        tokenizer = cls.find(path) if path.is_dir() else cls._of(read(Files(path.parent, {}), path))
+        if path.is_dir():
+            tokenizer = cls.find(path)
+        elif is_gguf(path):
+            tokenizer = cls.in_gguf(read_header(path))
+        else:
+            tokenizer = cls._of(read(Files(path.parent, {}), path))
         if tokenizer is None:
             raise CheckpointError(f"{path}: no tokenizer here; {JSON}, or {VOCAB} and {MERGES}, is needed")
         return tokenizer
@@ -158,6 +165,16 @@ class Tokenizer:
             CheckpointError: There is one and it cannot be read.
         """
         parts = read_whole(folder, find)
+        return None if parts is None else cls._of(parts)
+
+    @classmethod
+    def in_gguf(cls, file: GGUFFile) -> Tokenizer | None:
+        """The tokenizer in a GGUF file whose header was read; None where there is none.
+
+        Raises:
+            CheckpointError: It is damaged, or of a kind that is not served.
+        """
+        parts = gguf.read(file)
         return None if parts is None else cls._of(parts)
 
     @classmethod

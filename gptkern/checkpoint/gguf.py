@@ -1,0 +1,139 @@
+"""GGUF files, llama.cpp's: one file with weights in blocks of few bits, configuration and tokenizer.
+
+``gguf_file`` reads the header, ``gguf_config`` makes of its metadata what transformers' files would say,
+``gguf_tensors`` reads the weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from gptkern._warn import warn
+from gptkern.checkpoint.contents import Contents
+from gptkern.checkpoint.errors import CheckpointError, some
+from gptkern.checkpoint.gguf_config import ROPE_FACTORS, architecture, config_fields, special_ids
+from gptkern.checkpoint.gguf_file import Entry, GGUFFile, read_header
+from gptkern.checkpoint.gguf_tensors import GROUP, PACKED, GGUFTensor, Part, packed, parameter
+from gptkern.checkpoint.storage import StoredTensor
+from gptkern.config import Config, FamilyConfig, GPTConfig, read
+from gptkern.quantization import Quantization
+
+_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+_LINEAR = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_FLOATS = ("F32", "F16", "BF16")
+
+
+def open_file(path: Path) -> Contents:
+    """Open a ``.gguf``. Matrices stay packed if all are in Q4_0, else blocks are dequantised, with a warning.
+
+    Raises:
+        CheckpointError: Damaged, truncated, of an architecture or in a block format that is not served.
+    """
+    file = read_header(path)
+    try:
+        config = read(config_fields(file))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    tensors: dict[str, GGUFTensor] = _parameters(file, config)
+    linear = {name: tensor for name, tensor in tensors.items() if name.endswith(_LINEAR)}
+    head = tensors.get(_HEAD, tensors.get(_EMBEDDING))
+    if head is not None:
+        linear[_HEAD] = head
+    keeps = bool(linear) and all(
+        part.entry.format == PACKED for tensor in linear.values() for part in tensor.parts
+    )
+    stored: dict[str, StoredTensor] = dict(tensors)
+    if keeps:
+        for name, tensor in linear.items():
+            stored.pop(name, None)
+            stem = name.removesuffix("weight")
+            stored[f"{stem}values"], stored[f"{stem}scales"] = packed(tensor)
+    else:
+        _warn_of_blocks(file)
+    return Contents(
+        path,
+        config,
+        stored,
+        transposed=False,
+        quantization=Quantization("int4", GROUP, False) if keeps else None,
+        generation_config=special_ids(file),
+    )
+
+
+def formats(contents: Contents) -> dict[str, int]:
+    """The block formats of an opened GGUF file, and how many tensors have each; empty for other files."""
+    entries = {
+        part.entry.name: part.entry.format
+        for tensor in contents.tensors.values()
+        if isinstance(tensor, GGUFTensor)
+        for part in tensor.parts
+    }
+    return dict(Counter(entries.values()).most_common())
+
+
+def _warn_of_blocks(file: GGUFFile) -> None:
+    counts = Counter(entry.format for entry in file.tensors.values() if entry.format not in _FLOATS)
+    if counts:
+        blocks = ", ".join(f"{format} ({count} tensors)" for format, count in counts.most_common())
+        warn(
+            f"{file.path}: blocks in {blocks} become floats: int8 and int4 do not hold them exactly. "
+            "weights='int8' or 'int4' quantises them anew"
+        )
+
+
+def _parameters(file: GGUFFile, config: Config) -> dict[str, GGUFTensor]:
+    """The parameters by our names.
+
+    Raises:
+        CheckpointError: A tensor that the model has no parameter for, or parts that do not fit together.
+    """
+    theirs = _by_their_name(file)
+    unused = dict(theirs)
+    found = {}
+    for ours, names in _rows(config, theirs):
+        parts = [_part(file, config, name, unused.pop(name)) for name in names if name in theirs]
+        if not parts:
+            continue
+        if len(parts) < len(names):
+            missing = [name for name in names if name not in theirs]
+            raise CheckpointError(f"{file.path}: {ours} needs {some(missing)} too (transformers' names)")
+        if len({part.entry.shape[1:] for part in parts}) > 1:
+            shapes = ", ".join(f"{part.entry.name} {part.entry.shape}" for part in parts)
+            raise CheckpointError(f"{file.path}: matrices whose rows have one length expected: {shapes}")
+        found[ours] = parameter(file, parts)
+    if unused:
+        raise CheckpointError(f"{file.path}: not of a {config.model_type} model: {some(list(unused))}")
+    return found
+
+
+def _by_their_name(file: GGUFFile) -> dict[str, Entry]:
+    names = architecture(file)
+    entries = {name: entry for name, entry in file.tensors.items() if name != ROPE_FACTORS}
+    unknown = [name for name in entries if names.their_name(name) is None]
+    if unknown:
+        raise CheckpointError(f"{file.path}: not of a {names.model_type} model: {some(unknown)}")
+    return {str(names.their_name(name)): entry for name, entry in entries.items()}
+
+
+def _rows(config: Config, theirs: dict[str, Entry]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Our names, each with transformers' names of its parts."""
+    if isinstance(config, GPTConfig):
+        yield from ((name, (name,)) for name in theirs)
+    else:
+        for row in config.family.named(len(config.spec.layers)):
+            yield row.ours, row.theirs
+
+
+def _part(file: GGUFFile, config: Config, name: str, entry: Entry) -> Part:
+    """One tensor, with what has to be undone."""
+    if not architecture(file).paired or not isinstance(config, FamilyConfig):
+        return Part(entry)
+    spec = config.spec
+    heads = {"q_proj": spec.heads, "k_proj": spec.kv_heads}.get(name.split(".")[-2], 0)
+    if heads and entry.shape[0] % (2 * heads):
+        raise CheckpointError(f"{file.path}: {entry.name} has {entry.shape[0]} rows for {heads} heads")
+    return Part(entry, heads)
