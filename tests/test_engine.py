@@ -407,7 +407,7 @@ def test_turns_of_a_conversation_compute_only_what_is_new() -> None:
     longer = torch.tensor([[*said, 5, 6, 7]])
     options = {"max_new_tokens": 20, "eos_token_id": None}
     found = model.generate(longer, **options)
-    assert computed == [103 - 64, *[1] * 19]
+    assert computed == [103 - 96, *[1] * 19]
     # ``generate`` gives the same, whether it keeps prefixes or not.
     assert torch.equal(found, make_model().generate(longer, **options))
 

@@ -12,6 +12,9 @@ from gptkern.engine.engine import Engine
 from gptkern.engine.options import KVCacheDType
 from gptkern.model.decoder import Decoder
 
+# Of a conversation's cache on a CPU, where every page is found again.
+SMALL_PAGE_SIZE = 8
+
 
 class Engines:
     """A model's idle engine: its cache, its graphs, its sampler.
@@ -50,12 +53,11 @@ class Engines:
             idle, self._idle = self._idle, None
             if self._idle_key != key:
                 idle, self._idle_key = None, key
-        pages = -(-tokens // PAGE_SIZE)
-        if idle is None or idle.cache.max_seqs < rows or idle.cache.num_pages < pages:
+        if idle is None or idle.cache.max_seqs < rows or _room(idle) < tokens:
             if idle is not None:
-                rows, pages = max(rows, idle.cache.max_seqs), max(pages, idle.cache.num_pages)
+                rows, tokens = max(rows, idle.cache.max_seqs), max(tokens, _room(idle))
             del idle
-            engine = self._new_engine(model, _rounded(rows), _rounded(pages), kv_cache_dtype)
+            engine = self._new_engine(model, _rounded(rows), _rounded(tokens), kv_cache_dtype)
         else:
             engine = idle
         try:
@@ -65,14 +67,18 @@ class Engines:
             raise
         self._leave(engine, key)
 
-    def _new_engine(self, model: Decoder, rows: int, pages: int, kv_cache_dtype: KVCacheDType) -> Engine:
+    def _new_engine(self, model: Decoder, rows: int, tokens: int, kv_cache_dtype: KVCacheDType) -> Engine:
+        page_size = PAGE_SIZE
         if self._keeps_prefixes:
             # A new, larger engine has no prefixes to reuse, so that this one gets room for the whole context.
-            pages = max(pages, rows * (-(-model.spec.context // PAGE_SIZE) + 1))
+            tokens = max(tokens, rows * (model.spec.context + PAGE_SIZE))
+            # Up to a page of what was said before is computed again.
+            page_size = SMALL_PAGE_SIZE if model.device.type == "cpu" else PAGE_SIZE
         engine = Engine(
             model,
             max_seqs=rows,
-            cache_tokens=pages * PAGE_SIZE,
+            cache_tokens=tokens,
+            page_size=page_size,
             prefix_cache=self._keeps_prefixes,
             kv_cache_dtype=kv_cache_dtype,
         )
@@ -84,9 +90,14 @@ class Engines:
         """Keep the engine of a call for the next one; a call that fails does not come here."""
         engine.clear()
         with self._lock:
-            larger = self._idle is None or self._idle.cache.num_pages < engine.cache.num_pages
+            larger = self._idle is None or _room(self._idle) < _room(engine)
             if self._idle_key == key and larger:
                 self._idle = engine
+
+
+def _room(engine: Engine) -> int:
+    """The tokens that an engine's cache has room for."""
+    return engine.cache.num_pages * engine.cache.page_size
 
 
 def _rounded(count: int) -> int:
