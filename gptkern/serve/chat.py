@@ -1,4 +1,4 @@
-"""A conversation as the text that the model continues."""
+"""A conversation as the token ids that the model continues."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from gptkern.serve.errors import ApiProblem
 from gptkern.serve.protocol import Message
 from gptkern.tokenizer import Tokenizer
-from gptkern.tokenizer.chat import DEFAULT
 
 
 def template_of(tokenizer: Tokenizer, own: str | None) -> str | None:
     """The chat template: the operator's, else the model's; None where there is none."""
-    return own if own is not None else tokenizer.chat_templates.get(DEFAULT)
+    return own if own is not None else tokenizer.chat_templates.get("default")
 
 
 def chat_prompt(tokenizer: Tokenizer, template: str | None, messages: Sequence[Message]) -> list[int]:
@@ -34,7 +33,7 @@ def chat_prompt(tokenizer: Tokenizer, template: str | None, messages: Sequence[M
         ids: list[int] = tokenizer.apply_chat_template(
             conversation, chat_template=template, add_generation_prompt=True, return_dict=False
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ApiProblem(
             400, f"the chat template refuses the messages: {error}", param="messages", code="chat_template"
         ) from error
