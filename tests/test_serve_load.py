@@ -311,8 +311,10 @@ def test_a_drain_lets_answers_end(model: GPT, drain: float, reason: str) -> None
         threads, found = _streams(server, 6, 60)
         server.server.handle_exit(signal.SIGTERM, None)
         _until(lambda: server.service.draining)
-        assert httpx.get(server.url + "/health").status_code == 503
-        assert server.error(status=503)["code"] == "draining"
+        if drain:
+            # Without a drain the server may have gone already.
+            assert httpx.get(server.url + "/health").status_code == 503
+            assert server.error(status=503)["code"] == "draining"
         for thread in threads:
             thread.join(60)
         assert len(found) == 6
