@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gptkern
 from gptkern.ops import _launch, linear_cross_entropy
 from gptkern.ops.linear_cross_entropy import launch, reference
+from gptkern.testing import Call, check_values
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SHAPES = [(2, 8, 5), (5, 24, 11), (130, 72, 300), (33, 64, 257)]
@@ -316,3 +317,48 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
     }
     with pytest.raises(error, match="linear_cross_entropy: .*" + message):
         linear_cross_entropy(**(given | change))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
+@pytest.mark.parametrize("shape", [(5, 24, 11), (130, 72, 300)])
+@pytest.mark.usefixtures("on_device")
+def test_bias(shape: tuple[int, int, int], settings: dict[str, Any], device: torch.device) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, targets = inputs(*shape, dtype, device)
+        targets = targets.masked_fill(targets == -100, settings.get("ignore_index", -100))
+        bias = torch.randn(shape[2], device=device)
+        leaves = tuple(t.requires_grad_() for t in (hidden, weight))
+        check_values(
+            linear_cross_entropy, Call((*leaves, targets), {**settings, "bias": bias.requires_grad_()})
+        )
+
+
+@pytest.mark.usefixtures("on_device")
+def test_bias_is_registered_and_may_be_all_that_is_trained(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "chunk_tokens", lambda *_: 128)
+    hidden, weight, targets = inputs(300, 16, 21, torch.float32, device)
+    bias = torch.randn(21, device=device, requires_grad=True)
+    for reduction in ("mean", "none"):
+        settings = {"reduction": reduction, "bias": bias}
+
+        def gradient(op: Any, settings: dict[str, Any] = settings) -> tuple[torch.Tensor, torch.Tensor]:
+            loss = op(hidden, weight, targets, **settings)
+            return loss, torch.autograd.grad(loss.sum(), bias)[0]
+
+        with gptkern.backend("reference"):
+            expected = gradient(linear_cross_entropy)
+        for op in (
+            linear_cross_entropy,
+            torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager"),
+        ):
+            for got, right in zip(gradient(op), expected, strict=True):
+                torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_of_another_length_is_named(device: torch.device) -> None:
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: bias has shape \(4,\); \(5,\) is needed"):
+        linear_cross_entropy(
+            torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64), bias=torch.zeros(4)
+        )

@@ -12,12 +12,13 @@ from gptkern.ops.linear_cross_entropy.op import linear_cross_entropy
 _BOTH = (torch.bfloat16, torch.float32)
 
 
-def _inputs(tokens: int, width: int, vocab: int, **settings: Any) -> Make:
+def _inputs(tokens: int, width: int, vocab: int, *, bias: bool = False, **settings: Any) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> Call:
         hidden = tensor(tokens, width, device=device, dtype=dtype)
         weight = tensor(vocab, width, device=device, dtype=dtype, scale=width**-0.5)
         targets = torch.randint(vocab, (tokens,), device=device)
-        return Call((hidden, weight, targets), settings)
+        head_bias = {"bias": tensor(vocab, device=device, dtype=dtype)} if bias else {}
+        return Call((hidden, weight, targets), {**settings, **head_bias})
 
     return make
 
@@ -26,6 +27,7 @@ CASES = [
     Case("65536 tokens x 768, GPT-2's vocabulary", linear_cross_entropy, _inputs(65536, 768, 50257), _BOTH),
     Case("8192 tokens x 1600", linear_cross_entropy, _inputs(8192, 1600, 50257)),
     Case("a loss a token", linear_cross_entropy, _inputs(8192, 768, 50257, reduction="none")),
+    Case("GPT-J's head, with a bias", linear_cross_entropy, _inputs(8192, 4096, 50400, bias=True)),
     Case(
         "smoothed, with z-loss",
         linear_cross_entropy,
@@ -37,6 +39,7 @@ CHECKS = [
     Case("5 tokens x 24, 11 words", linear_cross_entropy, _inputs(5, 24, 11)),
     Case("133 tokens x 40, 517 words", linear_cross_entropy, _inputs(133, 40, 517)),
     Case("a loss a token", linear_cross_entropy, _inputs(9, 16, 300, reduction="none")),
+    Case("with a bias", linear_cross_entropy, _inputs(9, 16, 300, bias=True)),
     Case(
         "smoothed sum with z-loss",
         linear_cross_entropy,

@@ -23,7 +23,13 @@ class Settings(NamedTuple):
     compute: torch.dtype | None
 
 
-def check(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, settings: Settings) -> None:
+def check(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    settings: Settings,
+) -> None:
     """Raise for arguments that are not accepted; ``compute`` None is autocast's dtype, if any."""
     ignore_index, reduction, z_loss, label_smoothing, compute = settings
     _checks.tensor(OP, "hidden", hidden)
@@ -38,6 +44,12 @@ def check(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, set
         raise TypeError(f"{OP}: weight is {weight.dtype}, hidden {hidden.dtype}: they must be the same")
     _checks.dtype(OP, "targets", targets, (torch.int64,))
     _checks.same_device(OP, hidden=hidden, weight=weight, targets=targets)
+    if bias is not None:
+        _checks.tensor(OP, "bias", bias)
+        _checks.dtype(OP, "bias", bias, accepted)
+        _checks.shape(OP, "bias", bias, weight.shape[:1], "one for each of weight's rows")
+        _checks.last_dim_contiguous(OP, "bias", bias)
+        _checks.same_device(OP, hidden=hidden, bias=bias)
     if not weight.shape[0] or not weight.shape[1]:
         raise ValueError(f"{OP}: weight has shape {tuple(weight.shape)}; at least one word and one column")
     _checks.shape(OP, "hidden", hidden, (*hidden.shape[:-1], weight.shape[1]), "weight's width")

@@ -1,9 +1,9 @@
 """Head and cross-entropy, fused, for one chunk of tokens at a time.
 
-Per token ``t`` with ``z[v] = weight[v] . hidden[t]`` and ``lse = log(sum(exp(z)))``:
+Per token ``t`` with ``z[v] = weight[v] . hidden[t] + bias[v]`` and ``lse = log(sum(exp(z)))``:
     loss     = (1 - s) (lse - z[target]) + s (lse - mean(z)) + z_loss lse^2
     dz[v]    = softmax(z)[v] (1 + 2 z_loss lse) - (1 - s) [v = target] - s / vocab
-    dhidden  = dz @ weight,   dweight = dz^T @ hidden
+    dhidden  = dz @ weight,   dweight = dz^T @ hidden,   dbias = sum over tokens of dz
 (label smoothing s: Szegedy et al. 2016; z-loss: Chowdhery et al. 2022, section 5; softmax from
 partial maxima and sums: Milakov and Gimelshein 2018).
 
@@ -29,6 +29,7 @@ import triton.language as tl
 def logits_kernel(
     hidden_ptr,  # (tokens, width), rows stride_ht apart
     weight_ptr,  # (vocab, width), rows stride_wv apart
+    bias_ptr,  # (vocab,), or None
     targets_ptr,  # (tokens,)
     exp_ptr,  # (tokens, stride_et): exp(z - tile maximum)
     tile_max_ptr,  # (tokens, n_tiles)
@@ -73,6 +74,8 @@ def logits_kernel(
             )
         h += BLOCK_K
         w += BLOCK_K
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
 
     # The target's logit, in the tile that holds it.
     target = tl.load(targets_ptr + rows, mask=row_ok, other=-1)
@@ -240,6 +243,7 @@ def dweight_kernel(
     scale_ptr,  # upstream gradient: element t * stride_s
     hidden_ptr,  # (tokens, width), rows stride_ht apart
     dweight_ptr,  # (vocab, width) fp32, contiguous
+    dbias_ptr,  # (vocab,) fp32, or None
     tokens,
     vocab,
     width,
@@ -264,6 +268,7 @@ def dweight_kernel(
     cols = tl.program_id(0) % width_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_cols = tl.minimum(cols, width - 1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    dbias = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for start in range(0, tokens, BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
         row_ok = rows < tokens
@@ -282,13 +287,23 @@ def dweight_kernel(
         )  # fmt: skip
         if TOKEN_SCALE:
             dz *= tl.load(scale_ptr + safe_rows * stride_s).to(tl.float32)[:, None]
+        if dbias_ptr is not None:
+            dbias += tl.sum(dz, 0)
         acc = tl.dot(tl.trans(dz.to(exp_ptr.dtype.element_ty)), h, acc, input_precision="ieee")
     if not TOKEN_SCALE:
         # Scale after the sum: 1 / tokens would push fp16 gradients below the smallest fp16 number.
-        acc *= tl.load(scale_ptr).to(tl.float32)
+        scale = tl.load(scale_ptr).to(tl.float32)
+        acc *= scale
+        dbias *= scale
     # Add to the sums of the chunks before.
     out = dweight_ptr + words.to(tl.int64)[:, None] * width + cols[None, :]
     ok = (words < vocab)[:, None] & (cols < width)[None, :]
     if not FIRST:
         acc += tl.load(out, mask=ok, other=0.0)
     tl.store(out, acc, mask=ok)
+    if dbias_ptr is not None:
+        # The programs of one block of words have the same sums: one of them stores.
+        first = (words < vocab) & (tl.program_id(0) % width_blocks == 0)
+        if not FIRST:
+            dbias += tl.load(dbias_ptr + words, mask=first, other=0.0)
+        tl.store(dbias_ptr + words, dbias, mask=first)

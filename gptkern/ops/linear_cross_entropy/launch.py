@@ -8,7 +8,7 @@ gradient differs from token to token, and the backward pass computes the chunks 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +21,21 @@ from gptkern.ops.linear_cross_entropy.checks import OP, Settings
 # 8192 of them.
 _LEAST_WORKSPACE, _MOST_WORKSPACE = 32 << 20, 832 << 20
 _CHUNK_SHARE = 8
+
+
+class Head(NamedTuple):
+    """The head: ``weight (vocab, width)`` and ``bias (vocab,)`` or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class Needs(NamedTuple):
+    """The inputs that need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
 
 
 @dataclass
@@ -40,6 +55,7 @@ class _Loss:
     """The constants of a call's launches; ``tile`` is the number of logits in a vocabulary tile."""
 
     weight: torch.Tensor
+    bias: torch.Tensor | None
     ignore_index: int
     z_loss: float
     label_smoothing: float
@@ -77,7 +93,7 @@ def _chunk_forward(
     _launch.launch(
         kernels.logits_kernel,
         (triton.cdiv(tokens, row["BLOCK_M"]) * n_tiles,),
-        hidden, loss.weight, targets, exp, tile_max, tile_sum, tile_total, target_logit,
+        hidden, loss.weight, loss.bias, targets, exp, tile_max, tile_sum, tile_total, target_logit,
         tokens, vocab, width, n_tiles, hidden.stride(0), loss.weight.stride(0), n_tiles * loss.tile,
         KEEP_EXP=save_exp, SMOOTHING=smoothing, EVEN_K=width % row["BLOCK_K"] == 0, **row,
     )  # fmt: skip
@@ -107,15 +123,21 @@ def _chunk_dhidden(loss: _Loss, chunk: _Chunk, scale: torch.Tensor, dhidden: tor
 
 
 def _chunk_dweight(
-    loss: _Loss, chunk: _Chunk, scale: torch.Tensor, dweight: torch.Tensor, first: bool
+    loss: _Loss,
+    chunk: _Chunk,
+    scale: torch.Tensor,
+    dweight: torch.Tensor,
+    dbias: torch.Tensor | None,
+    first: bool,
 ) -> None:
-    """Adds the chunk's part of the weight's gradient; the first chunk stores it."""
+    """Adds the chunk's part of the gradients of weight and bias; the first chunk stores it."""
     (tokens, width), vocab, n_tiles = chunk.hidden.shape, loss.weight.shape[0], loss.n_tiles
     row = loss.launch_row("dweight")
     _launch.launch(
         kernels.dweight_kernel,
         (triton.cdiv(vocab, row["BLOCK_M"]) * triton.cdiv(width, row["BLOCK_N"]),),
         chunk.exp, chunk.tile_max, chunk.row_max, chunk.log_sum, chunk.targets, scale, chunk.hidden, dweight,
+        dbias,
         tokens, vocab, width, n_tiles, n_tiles * loss.tile, scale.stride(0) if scale.dim() else 0,
         chunk.hidden.stride(0), loss.ignore_index, loss.z_loss, loss.label_smoothing,
         FIRST=first, TOKEN_SCALE=scale.dim() > 0, SMOOTHING=loss.label_smoothing > 0.0,
@@ -125,29 +147,33 @@ def _chunk_dweight(
 
 def _run(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: Head,
     targets: torch.Tensor,
     settings: Settings,
     scale: torch.Tensor,
-    hidden_grad: bool,
-    weight_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(losses ``(tokens,)``, dhidden, dweight in fp32): a gradient that is not needed is empty.
+    needs: Needs,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(losses ``(tokens,)``, dhidden, dweight and dbias in fp32): a gradient that is not needed is empty.
 
     ``scale`` is the upstream gradient: one number, or one for each token.
     """
-    loss = _Loss(weight, settings.ignore_index, settings.z_loss, settings.label_smoothing, 0)
+    (weight, bias), (hidden_grad, weight_grad, bias_grad) = head, needs
+    loss = _Loss(weight, bias, settings.ignore_index, settings.z_loss, settings.label_smoothing, 0)
     loss.tile = loss.launch_row("logits")["BLOCK_N"]
     tokens, width = hidden.shape
-    needs_exp = hidden_grad or weight_grad
+    # The bias's gradient comes out of the weight's product.
+    head_grad = weight_grad or bias_grad
+    needs_exp = hidden_grad or head_grad
     padded = loss.n_tiles * loss.tile
     chunk = chunk_tokens(tokens, padded, hidden.element_size())
     exp = hidden.new_empty((min(chunk, tokens), padded) if needs_exp else (0,))
     losses = hidden.new_empty(tokens, dtype=torch.float32)
     dhidden = hidden.new_empty((tokens, width) if hidden_grad else (0,))
-    dweight = hidden.new_empty(weight.shape if weight_grad else (0,), dtype=torch.float32)
-    if weight_grad and not tokens:
+    dweight = hidden.new_empty(weight.shape if head_grad else (0,), dtype=torch.float32)
+    dbias = hidden.new_empty(weight.shape[0] if bias_grad else 0, dtype=torch.float32)
+    if not tokens:
         dweight.zero_()
+        dbias.zero_()
     with _launch.on_device(hidden):
         for start in range(0, tokens, chunk):
             part = slice(start, start + chunk)
@@ -155,20 +181,15 @@ def _run(
             upstream = scale[part] if scale.dim() else scale
             if hidden_grad:
                 _chunk_dhidden(loss, state, upstream, dhidden[part])
-            if weight_grad:
-                _chunk_dweight(loss, state, upstream, dweight, start == 0)
-    return losses, dhidden, dweight
+            if head_grad:
+                _chunk_dweight(loss, state, upstream, dweight, dbias if bias_grad else None, start == 0)
+    return losses, dhidden, dweight if weight_grad else dweight.new_empty(0), dbias
 
 
 def forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    settings: Settings,
-    hidden_grad: bool,
-    weight_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, dhidden, dweight): empty gradients if they are not needed or the loss is no scalar."""
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor, settings: Settings, needs: Needs
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, dhidden, dweight, dbias): empty gradients if not needed or the loss is no scalar."""
     rows = hidden.view(-1, hidden.shape[-1]).to(settings.compute)
     target_rows = targets.reshape(-1)
     mean_of = scale = torch.ones((), device=hidden.device)
@@ -177,28 +198,32 @@ def forward(
         # If no token counts the loss is 0 * inf, which is NaN, and all gradients are 0.
         mean_of, scale = 1.0 / counted, 1.0 / counted.clamp(min=1)
     per_token = settings.reduction == "none"
-    grads = (False, False) if per_token else (hidden_grad, weight_grad)
-    cast_weight = weight.to(settings.compute)
-    losses, dhidden, dweight = _run(rows, cast_weight, target_rows, settings, scale, *grads)
+    computed = Needs(False, False, False) if per_token else needs
+    cast = Head(head.weight.to(settings.compute), head.bias)
+    losses, dhidden, dweight, dbias = _run(rows, cast, target_rows, settings, scale, computed)
     loss = losses.view(targets.shape) if per_token else losses.sum() * mean_of
-    if grads[0]:
+    if computed.hidden:
         dhidden = dhidden.view(hidden.shape)
-    return loss, dhidden.to(hidden.dtype), dweight.to(weight.dtype)
+    return loss, dhidden.to(hidden.dtype), dweight.to(head.weight.dtype), _bias_grad(dbias, head)
 
 
 def backward_per_token(
     grad: torch.Tensor,
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: Head,
     targets: torch.Tensor,
     settings: Settings,
-    hidden_grad: bool,
-    weight_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dhidden, dweight) for ``reduction="none"``; ``grad`` has one number for each token."""
+    needs: Needs,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dhidden, dweight, dbias) for ``reduction="none"``; ``grad`` has one number for each token."""
     rows, target_rows = hidden.view(-1, hidden.shape[-1]).to(settings.compute), targets.reshape(-1)
     # An ignored token has no gradient, whatever the upstream one: 0 times NaN is NaN.
     upstream = grad.reshape(-1).masked_fill(target_rows == settings.ignore_index, 0.0)
-    cast_weight = weight.to(settings.compute)
-    _, dhidden, dweight = _run(rows, cast_weight, target_rows, settings, upstream, hidden_grad, weight_grad)
-    return (dhidden.view(hidden.shape) if hidden_grad else dhidden).to(hidden.dtype), dweight.to(weight.dtype)
+    cast = Head(head.weight.to(settings.compute), head.bias)
+    _, dhidden, dweight, dbias = _run(rows, cast, target_rows, settings, upstream, needs)
+    dhidden = (dhidden.view(hidden.shape) if needs.hidden else dhidden).to(hidden.dtype)
+    return dhidden, dweight.to(head.weight.dtype), _bias_grad(dbias, head)
+
+
+def _bias_grad(dbias: torch.Tensor, head: Head) -> torch.Tensor:
+    return dbias.to(head.weight.dtype if head.bias is None else head.bias.dtype)

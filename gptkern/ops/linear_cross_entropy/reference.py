@@ -1,6 +1,6 @@
 """A language model's head and its loss, in plain PyTorch, a chunk of tokens at a time.
 
-Per token, with ``z = weight @ hidden``, ``lse = log(sum(exp(z)))`` and smoothing ``s``:
+Per token, with ``z = weight @ hidden + bias``, ``lse = log(sum(exp(z)))`` and smoothing ``s``:
 ``(1 - s) * (lse - z[target]) + s * (lse - mean(z)) + z_loss * lse**2``
 (label smoothing: Szegedy et al. 2016, section 7; z-loss: Chowdhery et al. 2022, section 5).
 """
@@ -19,9 +19,14 @@ def token_losses(
     ignore_index: int,
     z_loss: float,
     label_smoothing: float,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Losses of ``hidden (tokens, width)``, fp32 (float64 for float64 input); 0 for ignored tokens."""
-    return logit_losses(F.linear(hidden, weight), targets, ignore_index, z_loss, label_smoothing)
+    logits = F.linear(hidden, weight)
+    if bias is not None:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logits = logits.to(wide) + bias.to(wide)
+    return logit_losses(logits, targets, ignore_index, z_loss, label_smoothing)
 
 
 def logit_losses(
@@ -46,10 +51,11 @@ def linear_cross_entropy(
     reduction: str,
     z_loss: float,
     label_smoothing: float,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     rows, target_rows = hidden.flatten(0, -2), targets.flatten()
     chunk = max(1, CHUNK_LOGITS // weight.shape[0])
-    settings = (ignore_index, z_loss, label_smoothing)
+    settings = (ignore_index, z_loss, label_smoothing, bias)
     if len(rows) <= chunk:
         losses = token_losses(rows, weight, target_rows, *settings)
     else:
