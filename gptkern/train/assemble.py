@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gptkern.config import GPTConfig
+from gptkern.config import FamilyConfig, GPTConfig
 from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 from gptkern.train.data import Array, Source, Windows, load_classes, load_pairs
@@ -94,7 +94,9 @@ def _all_text(data: DataSettings) -> str:
 def _model(settings: Settings, pretrained: GPT | None, tokenizer: Tokenizer | None) -> GPT:
     rates = {}
     if "dropout" in settings.model:
-        rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.model["dropout"])
+        family = pretrained is not None and isinstance(pretrained.config, FamilyConfig)
+        names = ("attention_dropout",) if family else ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+        rates = dict.fromkeys(names, settings.model["dropout"])
     if pretrained is not None:
         model = pretrained
         if rates:

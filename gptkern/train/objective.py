@@ -51,10 +51,13 @@ class LanguageModelling(nn.Module):
         """The sum of the losses of ``targets (rows, seq)``; in evaluation without z-loss or smoothing."""
         extras = (self.z_loss, self.label_smoothing) if self.training else (0.0, 0.0)
         hidden, head = hidden_states(self.model, ids), self.model.lm_head
-        if untouched(head, *LINEAR) and getattr(head, "bias", None) is None:
+        spec = self.model.spec
+        plain = getattr(head, "bias", None) is None and spec.logits_softcap is None
+        if plain and untouched(head, *LINEAR):
+            hidden = hidden if spec.logits_scale == 1.0 else hidden * spec.logits_scale
             return ops.linear_cross_entropy(hidden, head.weight, targets, -100, "sum", *extras)
-        # A head that somebody hooked or put in is called, at the price of its logits.
-        return logit_losses(head(hidden).flatten(0, -2), targets.flatten(), -100, *extras).sum()
+        # A head with a bias or a cap, hooked or put in, is called, at the price of its logits.
+        return logit_losses(self.model.logits(hidden).flatten(0, -2), targets.flatten(), -100, *extras).sum()
 
 
 class Classification(nn.Module):
