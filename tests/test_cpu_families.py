@@ -58,6 +58,9 @@ SPECS = {
         residual_scale=0.4,
         logits_scale=0.3,
     ),
+    "scales of embeddings, branches and logits": LLAMA.replace(
+        embedding_scale=3.0, residual_scale=0.3, logits_scale=0.2, tied=False
+    ),
     "parallel": LLAMA.replace(
         parallel=True, gated=False, norm=NormSpec("layer", 1e-5, bias=True), activation="gelu", fc_bias=True
     ),

@@ -131,18 +131,39 @@ def test_against_float64(name: str, rows: int, page_size: int, turned: bool, dty
         )
 
 
-def _packed(config: GPTConfig, dtype: torch.dtype, format: str = "int8") -> GPT:
+def _packed(config: GPTConfig, dtype: torch.dtype, format: str = "int8", **options: Any) -> GPT:
     model = _model(config, dtype, False)
-    quantize_model(model, Quantization.make(config, format))
+    quantize_model(model, Quantization.make(config, format, **options))
     return model
+
+
+PACKED: dict[str, tuple[GPTConfig, str, dict[str, Any]]] = {
+    **{
+        f"{format}, {name}": (config, format, {})
+        for format in ("int8", "fp8")
+        for name, config in CONFIGS.items()
+    },
+    "int4, groups of 32": (PLAIN, "int4", {"group_size": 32}),
+    "int4, groups of 32, no zeros": (PLAIN, "int4", {"group_size": 32, "zero_point": False}),
+    "int4, groups of 64": (PLAIN.replace(n_head=2, n_embd=64, n_inner=192), "int4", {"group_size": 64}),
+    "int4, groups of 128": (
+        ODD.replace(n_head=4, n_embd=128, n_inner=256),
+        "int4",
+        {"group_size": 128, "zero_point": False},
+    ),
+    "int4, post-norm": (PLAIN.replace(model_type="openai-gpt"), "int4", {}),
+}
 
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "rows"), [*((n, 3) for n in CONFIGS), ("plain", 1)])
-def test_int8_weights_against_float64(name: str, rows: int, dtype: torch.dtype) -> None:
-    model = _packed(CONFIGS[name], dtype)
-    exact = GPT(CONFIGS[name].replace(tie_word_embeddings=False)).double().eval()
+@pytest.mark.parametrize(
+    ("name", "rows"), [*((n, 3) for n in PACKED), ("int8, plain", 1), ("int4, groups of 32", 1)]
+)
+def test_quantised_weights_against_float64(name: str, rows: int, dtype: torch.dtype) -> None:
+    config, format, options = PACKED[name]
+    model = _packed(config, dtype, format, **options)
+    exact = GPT(config.replace(tie_word_embeddings=False)).double().eval()
     values = dict(model.named_parameters())
     values |= {
         f"{name}.weight": layer.quantized.dequantize(torch.float64)
@@ -158,10 +179,14 @@ def test_int8_weights_against_float64(name: str, rows: int, dtype: torch.dtype) 
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("how", ["", "turned", "int8"])
+@pytest.mark.parametrize("how", ["", "turned", "int8", "fp8", "int4"])
 def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(how: str, dtype: torch.dtype) -> None:
     config = PLAIN.replace(vocab_size=515)
-    model = _packed(config, dtype) if how == "int8" else _model(config, dtype, how == "turned")
+    model = (
+        _packed(config, dtype, how)
+        if how.startswith(("int", "fp"))
+        else _model(config, dtype, how == "turned")
+    )
     whole, _ = _stepped(model, 13, 3, 4)
     threads = torch.get_num_threads()
     try:
@@ -189,6 +214,22 @@ def test_rows_may_be_consecutive_tokens_of_one_sequence(dtype: torch.dtype) -> N
         found = CpuExecutor(model, many).logits(torch.stack(fed, 1).flatten(), table, lengths)
     assert torch.equal(found.unflatten(0, (2, 5)), expected)
     assert many.lengths == [7, 6]
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_fp8_number_is_read_as_it_is(dtype: torch.dtype) -> None:
+    """A head whose every row holds one number 96 times: logits are as the numbers are."""
+    model = _packed(PLAIN.replace(vocab_size=256), dtype, "fp8")
+    model.lm_head.values = torch.arange(256, dtype=torch.uint8)[:, None].expand(-1, 96).contiguous()
+    model.lm_head.scales = torch.ones(256)
+    logits, _ = _stepped(model, 2, 1)
+    numbers = model.lm_head.values[:, 0].view(torch.float8_e4m3fn).double()
+    assert logits[:, numbers.isnan()].isnan().all()
+    ratios = logits.double() / logits[:, 0x38:0x39].double()  # 0x38 is 1
+    kept = ~numbers.isnan()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(ratios[:, kept], numbers[kept].expand(2, -1), rtol=tolerance, atol=0)
 
 
 @pytest.mark.usefixtures("path")
@@ -243,6 +284,7 @@ FOLLOWED: dict[str, Any] = {
     "p.data =": _give_data,
     "share_memory": lambda model: model.share_memory(),
     "quantize_model": lambda model: quantize_model(model, Quantization.make(model.config, "int8")),
+    "quantize_model, int4": lambda model: quantize_model(model, Quantization.make(model.config, "int4")),
     "a layer replaced": _replace_layer,
     "weights turned": _transpose_in_place,
     "to and back": lambda model: model.bfloat16().float(),
@@ -252,7 +294,6 @@ REFUSED: dict[str, Any] = {
     "double": lambda model: model.double(),
     "half": lambda model: model.half(),
     "to(meta)": lambda model: model.to("meta"),
-    "fp8": lambda model: quantize_model(model, Quantization.make(model.config, "fp8")),
 }
 
 
@@ -303,7 +344,7 @@ def test_an_open_stream_goes_on_or_is_refused_by_name(how: str) -> None:
     stream = model.stream("ab", max_new_tokens=12)
     next(stream)
     (FOLLOWED | REFUSED)[how](model)
-    if how in FOLLOWED and how != "quantize_model":
+    if how in FOLLOWED and not how.startswith("quantize_model"):
         list(stream)
     else:
         with pytest.raises(RuntimeError, match="GPT: weights changed while"):
@@ -504,6 +545,9 @@ _B = _native.BUFFERS
         _head(torch.zeros(11, 8, dtype=torch.int8)),
         _head(torch.zeros(11, 8, dtype=torch.int8), None, torch.zeros(10)),
         _head(torch.zeros(11, 8), None, torch.zeros(11)),
+        _head(torch.zeros(11, 8, dtype=torch.uint8), None, torch.zeros(10)),
+        _head(torch.zeros(11, 4, dtype=torch.uint8), None, torch.zeros(11, 1)),
+        _head(torch.zeros(11, 8, dtype=torch.uint8), None, "x"),
         _head(torch.zeros(11, 8), torch.zeros(12)),
     ],
     ids=lambda change: next(iter(change)),
@@ -577,7 +621,9 @@ def test_what_it_does_not_serve_is_left_to_the_model_with_a_reason(monkeypatch: 
     model.float().lm_head.weight = nn.Parameter(torch.randn(260, 192)[::2, ::2])
     assert "rows or columns are contiguous" in reason(model)
     assert reason(_packed(PLAIN, torch.float32)) == ""
-    assert "these are fp8" in reason(_packed(PLAIN, torch.float32, "fp8"))
+    packed = _packed(PLAIN, torch.float32, "int4")
+    packed.lm_head.values = packed.lm_head.values.t().contiguous().t()
+    assert "quantised weights that are contiguous" in reason(packed)
     with torch.autocast("cpu", torch.bfloat16):
         assert reason(_model(PLAIN, torch.float32, False)) == "autocast is on"
     monkeypatch.setattr(_native, "extension", None)

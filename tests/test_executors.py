@@ -23,8 +23,6 @@ from gptkern.engine.executors.persistent import PersistentExecutor
 from gptkern.engine.executors.torch import TorchExecutor
 from gptkern.ops import _dispatch
 from gptkern.ops._types import FP8
-from gptkern.quantization import Quantization
-from gptkern.quantize import quantize_model
 
 CONFIG = GPTConfig(vocab_size=61, n_positions=64, n_layer=2, n_head=2, n_embd=64)
 Change = Callable[[GPT], Any]
@@ -38,10 +36,6 @@ def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_model() -> GPT:
     torch.manual_seed(0)
     return GPT(CONFIG).eval()
-
-
-def quantised(format: str) -> Change:
-    return lambda model: quantize_model(model, Quantization.make(CONFIG, format))
 
 
 class Doubled(nn.Linear):
@@ -76,8 +70,6 @@ CPU: dict[str, tuple[Change, str]] = CHANGED | {
     "float16": (lambda m: m.half(), "takes float32 and bfloat16; the weights are torch.float16"),
     "float64": (lambda m: m.double(), "takes float32 and bfloat16; the weights are torch.float64"),
     "two dtypes": (lambda m: m.transformer.ln_f.bfloat16(), "of several dtypes"),
-    "int4": (quantised("int4"), "takes quantised weights as int8; these are int4"),
-    "fp8": (quantised("fp8"), "takes quantised weights as int8; these are fp8"),
     "strides": (strided, "matrices whose rows or columns are contiguous"),
     "embeddings": (turned_embeddings, "embeddings whose rows are contiguous"),
 }

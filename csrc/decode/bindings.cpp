@@ -53,27 +53,19 @@ public:
 
     CpuLinear linear(py::handle object, int64_t outs, int64_t in) {
         const Group linear(check, "a linear layer", object);
-        const py::handle scales = linear.get("scales");
-        const bool packed = !scales.is_none();
+        const py::handle scales = linear.get("scales"), zeros = linear.get("zeros");
         const Tensor w = check.tensor("a weight", linear.get("weight"), 2);
-        const bool by_outs = in == 1 || w.stride[1] == 1, by_ins = outs == 1 || w.stride[0] == 1;
-        if (w.shape[0] != outs || w.shape[1] != in || !(by_outs || (by_ins && !packed))) {
-            const int64_t needed[] = {outs, in};
-            check.refuse("a weight", w, "shape " + shape_of(needed, 2) + " with one dimension contiguous");
-        }
-        if (packed && w.kind != Kind::kInt8) check.refuse("a weight", w, "int8, as it has scales,");
-        packed ? hold(w) : hold_floats("a weight", w);
         CpuLinear layer{};
-        layer.weight = w.data;
-        layer.bias = vector("a bias", linear.get("bias"), outs);
         layer.outs = static_cast<int>(outs);
         layer.in = static_cast<int>(in);
-        layer.stride = w.stride[by_outs ? 0 : 1];
-        layer.transposed = !by_outs;
-        if (packed) {
-            layer.scales = check.dense<float>("the scales of a weight", scales, {outs});
-            held.emplace_back(scales);
+        if (!scales.is_none()) {
+            pack(layer, w, scales, zeros);
+        } else {
+            if (!zeros.is_none()) check.refuse("a weight has zeros, and no scales");
+            shape(layer, w, in, true);
+            hold_floats("a weight", w);
         }
+        layer.bias = vector("a bias", linear.get("bias"), outs);
         return layer;
     }
 
@@ -85,6 +77,47 @@ public:
     }
 
 private:
+    // The layout of a weight of ``columns`` columns.
+    void shape(CpuLinear& layer, const Tensor& w, int64_t columns, bool may_transpose) {
+        const bool by_outs = columns == 1 || w.stride[1] == 1, by_ins = layer.outs == 1 || w.stride[0] == 1;
+        if (w.shape[0] != layer.outs || w.shape[1] != columns || !(by_outs || (by_ins && may_transpose))) {
+            const int64_t needed[] = {layer.outs, columns};
+            check.refuse("a weight", w, "shape " + shape_of(needed, 2) + " with one dimension contiguous");
+        }
+        layer.weight = w.data;
+        layer.stride = w.stride[by_outs ? 0 : 1];
+        layer.transposed = !by_outs;
+    }
+
+    // A packed weight: int8, or of bytes with a scale for each output (fp8) or for each group of inputs (int4).
+    void pack(CpuLinear& layer, const Tensor& w, py::handle scales, py::handle zeros) {
+        if (w.kind != Kind::kInt8 && w.kind != Kind::kUInt8) {
+            check.refuse("a weight", w, "int8 or uint8, as it has scales,");
+        }
+        const bool by_group = w.kind == Kind::kUInt8 && py::hasattr(scales, "ndim") &&
+                              check.as<int>("the scales of a weight", scales.attr("ndim")) == 2;
+        if (!by_group) {
+            if (!zeros.is_none()) check.refuse("a weight has zeros, and is not int4");
+            layer.format = w.kind == Kind::kInt8 ? Format::kInt8 : Format::kFp8;
+            shape(layer, w, layer.in, false);
+            layer.scales = check.dense<float>("the scales of a weight", scales, {layer.outs});
+        } else {
+            const int64_t groups = check.tensor("the scales of a weight", scales, 2).shape[1];
+            if (groups < 1 || layer.in % groups != 0 || layer.in / groups % kLeastGroup != 0) {
+                check.refuse("an int4 weight of " + std::to_string(layer.in) + " inputs has " + std::to_string(groups) +
+                             " groups; groups of a multiple of " + std::to_string(kLeastGroup) + " are accepted");
+            }
+            layer.format = Format::kInt4;
+            layer.group = static_cast<int>(layer.in / groups);
+            shape(layer, w, layer.in / 2, false);
+            layer.scales = check.dense<float>("the scales of a weight", scales, {layer.outs, groups});
+            layer.zeros = check.dense_or_none<uint8_t>("the zeros of a weight", zeros, {layer.outs, groups});
+        }
+        hold(w);
+        held.emplace_back(scales);
+        if (!zeros.is_none()) held.emplace_back(zeros);
+    }
+
     void hold(const Tensor& tensor) { held.emplace_back(tensor.object); }
 
     // Holds a tensor of the model's dtype, which is that of the first one.

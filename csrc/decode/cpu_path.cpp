@@ -21,7 +21,7 @@ int64_t padded(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
 // The layout of a pass's memory: offsets in floats. Buffers that one thread alone writes exist once a thread.
 struct Layout {
     int64_t x, middle, branch, qkv, attended, inner;  // shared: a row of its width each; all but qkv in ``place`` order
-    int64_t input, raw, scores, sums;                 // per thread, counted from the end of the shared part
+    int64_t input, raw, natural, scores, sums;        // per thread, counted from the end of the shared part
     int64_t shared, per_thread;                       // sizes of the two parts
 
     Layout(const CpuModel& m, int rows, int longest, int threads) {
@@ -41,9 +41,20 @@ struct Layout {
         end = 0;
         input = take(rows * padded(m.width));
         raw = take((m.gated ? 2 : 1) * rows * padded(m.inner));
+        natural = take(static_cast<int64_t>(rows) * most_int4_inputs(m));
         scores = take(static_cast<int64_t>(m.heads) * (longest + 2 * m.head_dim) + m.head_dim);
         sums = take(2LL * rows * padded(most_outs(m) / threads + 2 * kStep) + rows * kTransposedRows);
         per_thread = end;
+    }
+
+    // Inputs of the widest int4 product.
+    static int most_int4_inputs(const CpuModel& m) {
+        int most = 0;
+        for (int i = 0; i < m.stages; ++i) {
+            const CpuLinear& linear = m.stage[i].linear;
+            if (linear.format == Format::kInt4 && linear.in > most) most = linear.in;
+        }
+        return most;
     }
 
     // Outputs of the widest product that may read a transposed matrix.
@@ -219,11 +230,22 @@ private:
         const auto biased = [&](int r, int out, float value) {
             emit(r, out, bias == nullptr ? value : value + Kind::load(bias[out]));
         };
-        if (layer.scales != nullptr) {
+        const auto scaled = [&](int r, int out, float value) { biased(r, out, value * layer.scales[out]); };
+        if (layer.format == Format::kInt8) {
             const Weights<Int8<Kind>> bytes{static_cast<const int8_t*>(layer.weight), layer.stride, layer.in};
-            product(bytes, from, first, last,
-                    [&](int r, int out, float value) { biased(r, out, value * layer.scales[out]); });
-            return;
+            return product(bytes, from, first, last, scaled);
+        }
+        const auto* const packed = static_cast<const uint8_t*>(layer.weight);
+        if (layer.format == Format::kFp8) {
+            return product(Weights<Fp8<Kind>>{packed, layer.stride, layer.in}, from, first, last,
+                           [&](int r, int out, float value) { scaled(r, out, value * kFp8Unit); });
+        }
+        if (layer.format == Format::kInt4) {
+            const Int4 codes{packed, layer.scales, layer.zeros, layer.stride, layer.in, layer.group};
+            float* const natural = own_ + layout_.natural;
+            unplace<Kind>(from, layer.in, natural);
+            if (layer.zeros == nullptr) return product<false>(codes, natural, from.count, first, last, biased);
+            return product<true>(codes, natural, from.count, first, last, biased);
         }
         const Weights<Kind> weights{static_cast<const Storage*>(layer.weight), layer.stride, layer.in};
         if (layer.transposed) {

@@ -20,7 +20,9 @@ const CpuDecodePath* const* paths() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         *next++ = &avx512::decode_path();
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) *next++ = &avx2::decode_path();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+        *next++ = &avx2::decode_path();
+    }
 #endif
     return usable;
 }

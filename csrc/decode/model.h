@@ -17,16 +17,24 @@ struct CpuNorm {
     const void* bias;    // null: none
 };
 
+// How the weights of a linear layer are stored: in the model's dtype, or packed, with scales.
+enum class Format : int { kModel = 0, kInt8, kFp8, kInt4 };
+
 // A linear layer. The weight is (outs, in), or (in, outs) if it is transposed, its rows ``stride`` elements apart.
-// With scales, one for each output, the weight is int8 and not transposed.
+// Packed weights are not transposed. int8 and fp8 (e4m3) have a scale for each output. int4 is two to a byte, byte j of
+// a group holding its inputs j and j + group / 2, the first in the low half; scales and zeros are (outs, in / group).
 struct CpuLinear {
     const void* weight;
     const void* bias;  // null: none
     int outs, in;
     int64_t stride;
     bool transposed;
-    const float* scales;  // null: the weight has the model's dtype
+    Format format;
+    const float* scales;   // null: the weight has the model's dtype
+    const uint8_t* zeros;  // of int4; null: all are 8
+    int group;             // inputs that share an int4 scale: a multiple of kLeastGroup
 };
+constexpr int kLeastGroup = 32;
 
 enum class StageKind : int { kEmbed = 0, kQkv, kAttention, kLinear, kAddNorm };
 

@@ -30,6 +30,12 @@ struct Weights {
     int in;
 };
 
+// A number of rows that is known when a loop is compiled.
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
 // emit(r, j, dot(x[r], weights at from[j])) for R rows of x from ``row`` on and kOuts outputs j.
 template <class Kind, int R, class Emit>
 GPTKERN_HD void dots(const Weights<Kind>& w, const typename Kind::Storage* const* from, const Rows& x, int row,
@@ -63,27 +69,115 @@ GPTKERN_HD void dots(const Weights<Kind>& w, const typename Kind::Storage* const
     }
 }
 
-// emit(row, out, value) for every row and the outputs [first, last), which are read as kOuts long runs.
-template <class Kind, class Emit>
-void product(const Weights<Kind>& w, const Rows& x, int first, int last, const Emit& emit) {
+// use(places, row, rows as a constant) for kOuts outputs at a time, read as kOuts long runs of [first, last), and up to
+// kRows rows: places[j] is the j-th output, or -1 where a run has ended.
+template <class Use>
+void tiles(int rows, int first, int last, const Use& use) {
     const int run = (last - first + kOuts - 1) / kOuts;
     for (int t = 0; t < run; ++t) {
-        const typename Kind::Storage* from[kOuts];
-        for (int j = 0; j < kOuts; ++j) {
-            const int out = first + j * run + t;
-            from[j] = w.at + (out < last ? out : last - 1) * w.stride;
-        }
-        const auto placed = [&](int row, int j, float value) {
-            const int out = first + j * run + t;
-            if (out < last) emit(row, out, value);
-        };
+        int places[kOuts];
+        for (int j = 0; j < kOuts; ++j) places[j] = first + j * run + t < last ? first + j * run + t : -1;
         int row = 0;
-        for (; row + kRows <= x.count; row += kRows) dots<Kind, kRows>(w, from, x, row, placed);
-        if (kRows > 2 && row + 2 <= x.count) {
-            dots<Kind, 2>(w, from, x, row, placed);
+        for (; row + kRows <= rows; row += kRows) use(places, row, Count<kRows>{});
+        if (kRows > 2 && row + 2 <= rows) {
+            use(places, row, Count<2>{});
             row += 2;
         }
-        if (row < x.count) dots<Kind, 1>(w, from, x, row, placed);
+        if (row < rows) use(places, row, Count<1>{});
+    }
+}
+
+// emit(row, out, value) for every row and the outputs [first, last).
+template <class Kind, class Emit>
+void product(const Weights<Kind>& w, const Rows& x, int first, int last, const Emit& emit) {
+    tiles(x.count, first, last, [&](const int* places, int row, auto rows) {
+        const typename Kind::Storage* from[kOuts];
+        for (int j = 0; j < kOuts; ++j) from[j] = w.at + (places[j] < 0 ? last - 1 : places[j]) * w.stride;
+        dots<Kind, decltype(rows)::value>(w, from, x, row, [&](int r, int j, float value) {
+            if (places[j] >= 0) emit(r, places[j], value);
+        });
+    });
+}
+
+// int4 weights: see CpuLinear.
+struct Int4 {
+    const uint8_t* at;
+    const float* scales;
+    const uint8_t* zeros;
+    int64_t stride;  // bytes between outputs
+    int in, group;
+};
+
+// The zero of an int4 group as fp32: a load is sooner done than a conversion.
+struct ZeroTable {
+    float number[256];
+    constexpr ZeroTable() : number() {
+        for (int i = 0; i < 256; ++i) number[i] = static_cast<float>(i);
+    }
+};
+constexpr ZeroTable kZeros;
+
+// emit(r, j, value) for R rows of ``x``, (rows, in) in natural order, from ``row`` on, and the outputs ``places``.
+template <int R, bool Zeros, class Emit>
+GPTKERN_HD void dots(const Int4& w, const int* places, const float* x, int row, const Emit& emit) {
+    Vec total[kOuts][R];
+    for (int j = 0; j < kOuts; ++j) {
+        for (int r = 0; r < R; ++r) total[j][r] = zeros();
+    }
+    const int groups = w.in / w.group, half = w.group / 2;
+    const uint8_t* from[kOuts];
+    const float* scales[kOuts];
+    const uint8_t* zeros_of[kOuts];
+    for (int j = 0; j < kOuts; ++j) {
+        const int64_t of_group = static_cast<int64_t>(places[j]) * groups;
+        from[j] = w.at + places[j] * w.stride;
+        scales[j] = w.scales + of_group;
+        zeros_of[j] = Zeros ? w.zeros + of_group : nullptr;
+    }
+    const float* values = x + static_cast<int64_t>(row) * w.in;
+    for (int g = 0; g < groups; ++g, values += w.group) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kOuts; ++j) {
+            const Codes codes(scales[j][g], Zeros ? kZeros.number[zeros_of[j][g]] : 8.0f);
+            const uint8_t* const bytes = from[j] + g * half;
+            // The next output's weights, ahead of their use. Past the end a prefetch does nothing.
+            _mm_prefetch(reinterpret_cast<const char*>(bytes + w.stride), _MM_HINT_T1);
+            for (int i = 0; i < half; i += kLanes) {
+                Vec low, high;
+                codes.halves(bytes + i, low, high);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) {
+                    const float* const a = values + static_cast<int64_t>(r) * w.in + i;
+                    total[j][r] = fma(high, load(a + half), fma(low, load(a), total[j][r]));
+                }
+            }
+        }
+    }
+    for (int j = 0; j < kOuts; ++j) {
+        for (int r = 0; r < R; ++r) emit(row + r, j, sum(total[j][r]));
+    }
+}
+
+// As ``product`` above, over ``count`` rows in natural order.
+template <bool Zeros, class Emit>
+void product(const Int4& w, const float* x, int count, int first, int last, const Emit& emit) {
+    tiles(count, first, last, [&](const int* places, int row, auto rows) {
+        int read[kOuts];
+        for (int j = 0; j < kOuts; ++j) read[j] = places[j] < 0 ? last - 1 : places[j];
+        dots<decltype(rows)::value, Zeros>(w, read, x, row, [&](int r, int j, float value) {
+            if (places[j] >= 0) emit(r, places[j], value);
+        });
+    });
+}
+
+// Rows in natural order, ``width`` floats each, a multiple of kStep.
+template <class Kind>
+void unplace(const Rows& x, int width, float* to) {
+    for (int r = 0; r < x.count; ++r) {
+        for (int i = 0; i < width; i += kStep, to += kStep) {
+            const float* const from = &x.value(r, i);
+            for (int k = 0; k < kStep; ++k) to[k] = from[Kind::place(k, kStep)];
+        }
     }
 }
 

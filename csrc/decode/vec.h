@@ -45,6 +45,37 @@ GPTKERN_HD void widen(const int8_t* from, Vec& even, Vec& odd) {
     even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
     odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 8));
 }
+// Numbers of e4m3, one in each of 16 bits, times 2^-8: their bits, moved, are those of fp16. NaN stays NaN.
+GPTKERN_HD Vec from_e4m3(__m256i bytes) {
+    const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x7f)), 7);
+    const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f << 7));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x80)), 8);
+    const __m256i special = _mm256_and_si256(nan, _mm256_set1_epi16(0x7c00));
+    return _mm512_cvtph_ps(_mm256_or_si256(_mm256_or_si256(magnitude, sign), special));
+}
+GPTKERN_HD void widen_e4m3(const uint8_t* from, Vec& first, Vec& second) {
+    const auto* const at = reinterpret_cast<const __m128i*>(from);
+    first = from_e4m3(_mm256_cvtepu8_epi16(_mm_loadu_si128(at)));
+    second = from_e4m3(_mm256_cvtepu8_epi16(_mm_loadu_si128(at + 1)));
+}
+GPTKERN_HD void widen_e4m3_pairs(const uint8_t* from, Vec& even, Vec& odd) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    even = from_e4m3(pairs);
+    odd = from_e4m3(_mm256_srli_epi16(pairs, 8));
+}
+// The 16 numbers that an int4 group's codes stand for, looked up.
+struct Codes {
+    Vec numbers;
+    GPTKERN_HD Codes(float scale, float zero)
+        : numbers(mul(sub(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), all(zero)),
+                      all(scale))) {}
+    // Those of kLanes bytes: of their low halves, and of their high ones.
+    GPTKERN_HD void halves(const uint8_t* from, Vec& low, Vec& high) const {
+        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        low = _mm512_permutexvar_ps(bytes, numbers);
+        high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), numbers);
+    }
+};
 GPTKERN_HD float sum(Vec a) {
     const __m256 low = _mm512_castps512_ps256(a);
     const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1));
@@ -86,6 +117,37 @@ GPTKERN_HD void widen(const int8_t* from, Vec& even, Vec& odd) {
     even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 24), 24));
     odd = _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 8));
 }
+// Numbers of e4m3, one in each of 16 bits, times 2^-8: their bits, moved, are those of fp16. NaN stays NaN.
+GPTKERN_HD Vec from_e4m3(__m128i bytes) {
+    const __m128i magnitude = _mm_slli_epi16(_mm_and_si128(bytes, _mm_set1_epi16(0x7f)), 7);
+    const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f << 7));
+    const __m128i sign = _mm_slli_epi16(_mm_and_si128(bytes, _mm_set1_epi16(0x80)), 8);
+    const __m128i special = _mm_and_si128(nan, _mm_set1_epi16(0x7c00));
+    return _mm256_cvtph_ps(_mm_or_si128(_mm_or_si128(magnitude, sign), special));
+}
+GPTKERN_HD void widen_e4m3(const uint8_t* from, Vec& first, Vec& second) {
+    first = from_e4m3(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    second = from_e4m3(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + kLanes))));
+}
+GPTKERN_HD void widen_e4m3_pairs(const uint8_t* from, Vec& even, Vec& odd) {
+    const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    even = from_e4m3(pairs);
+    odd = from_e4m3(_mm_srli_epi16(pairs, 8));
+}
+// The numbers that an int4 group's codes stand for.
+struct Codes {
+    Vec scales, zeros;
+    GPTKERN_HD Codes(float scale, float zero) : scales(all(scale)), zeros(all(zero)) {}
+    // Those of kLanes bytes: of their low halves, and of their high ones.
+    GPTKERN_HD void halves(const uint8_t* from, Vec& low, Vec& high) const {
+        const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+        low = number(_mm256_and_si256(bytes, _mm256_set1_epi32(15)));
+        high = number(_mm256_srli_epi32(bytes, 4));
+    }
+
+private:
+    GPTKERN_HD Vec number(__m256i codes) const { return mul(sub(_mm256_cvtepi32_ps(codes), zeros), scales); }
+};
 GPTKERN_HD float sum(Vec a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -125,6 +187,7 @@ struct Fp32 {
         first = widen(from);
         second = widen(from + kLanes);
     }
+    GPTKERN_HD static void pair_e4m3(const uint8_t* from, Vec& first, Vec& second) { widen_e4m3(from, first, second); }
 };
 
 struct Bf16 {
@@ -138,6 +201,7 @@ struct Bf16 {
     }
     GPTKERN_HD static void pair(const uint16_t* from, Vec& even, Vec& odd) { widen(from, even, odd); }
     GPTKERN_HD static void pair(const int8_t* from, Vec& even, Vec& odd) { widen(from, even, odd); }
+    GPTKERN_HD static void pair_e4m3(const uint8_t* from, Vec& even, Vec& odd) { widen_e4m3_pairs(from, even, odd); }
 };
 
 // int8 weights, to be multiplied with activations in a Kind's order.
@@ -147,6 +211,19 @@ struct Int8 {
     GPTKERN_HD static float load(int8_t value) { return static_cast<float>(value); }
     GPTKERN_HD static void pair(const int8_t* from, Vec& first, Vec& second) { Kind::pair(from, first, second); }
 };
+
+// fp8 weights times 2^-8, to be multiplied with activations in a Kind's order.
+template <class Kind>
+struct Fp8 {
+    using Storage = uint8_t;
+    GPTKERN_HD static float load(uint8_t value) {
+        const uint16_t magnitude = static_cast<uint16_t>((value & 0x7f) << 7);
+        const uint16_t special = (value & 0x7f) == 0x7f ? 0x7c00 : 0;
+        return widen_fp16(static_cast<uint16_t>((value & 0x80) << 8 | magnitude | special));
+    }
+    GPTKERN_HD static void pair(const uint8_t* from, Vec& first, Vec& second) { Kind::pair_e4m3(from, first, second); }
+};
+constexpr float kFp8Unit = 256.0f;  // what Fp8's numbers are to be multiplied by
 
 }  // namespace GPTKERN_ISA
 }  // namespace gptkern

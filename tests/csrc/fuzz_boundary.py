@@ -305,8 +305,9 @@ class Fuzzer:
     def _model(self) -> Arguments:
         """The fields of a ``CpuModel`` of random switches; norms come before branches or on them."""
         dtype = self._draw.choice([torch.float32, torch.bfloat16])
-        kv_heads, head_dim, width = self._between(1, 3), self._between(1, 20), self._between(1, 50)
-        heads, inner, vocab = kv_heads * self._between(1, 3), self._between(1, 40), self._between(1, 50)
+        kv_heads, head_dim = self._between(1, 3), self._between(1, 20)
+        width, inner = (self._draw.choice([32, 64, self._between(1, 50)]) for _ in range(2))
+        heads, vocab = kv_heads * self._between(1, 3), self._between(1, 50)
         context, gated, whole = self._between(1, 20), self._flag(), self._flag()
         place, layers = self._between(0, 1), range(self._between(1, 2))
         shape = (width, heads * head_dim, kv_heads * head_dim, inner, gated)
@@ -346,9 +347,16 @@ class Fuzzer:
 
     def _linear(self, outs: int, ins: int, dtype: torch.dtype) -> Any:
         bias = torch.randn(outs).to(dtype) if self._flag() else None
-        how = self._between(0, 2)
+        how = self._between(0, 4)
         if how == 0:
             values = torch.randint(-9, 9, (outs, ins), dtype=torch.int8)
+            return self._cpu.CpuLinear(values, bias, torch.rand(outs))
+        if how == 3 and ins % 32 == 0:
+            codes = torch.randint(256, (outs, ins // 2), dtype=torch.uint8)
+            zeros = torch.randint(16, (outs, ins // 32), dtype=torch.uint8) if self._flag() else None
+            return self._cpu.CpuLinear(codes, bias, torch.rand(outs, ins // 32), zeros)
+        if how >= 3:
+            values = torch.randint(256, (outs, ins), dtype=torch.uint8)
             return self._cpu.CpuLinear(values, bias, torch.rand(outs))
         weight = torch.randn(outs, ins) if how == 1 else torch.randn(ins, outs).t()
         return self._cpu.CpuLinear(weight.to(dtype), bias, None)
@@ -462,11 +470,13 @@ class Fuzzer:
         return type(pair)(*(self.wrong.tensor(v) if i == which else v for i, v in enumerate(pair)))
 
     def _spoiled_linear(self, layer: Any) -> Any:
-        weight, bias, scales = layer
+        weight, bias, scales, zeros = layer
         if bias is not None and self._between(0, 1):
             return layer._replace(bias=self.wrong.tensor(bias))
         if scales is not None and self._between(0, 1):
             return layer._replace(scales=self.wrong.tensor(scales))
+        if zeros is not None and self._between(0, 1):
+            return layer._replace(zeros=self.wrong.tensor(zeros))
         if scales is None:
             return layer._replace(weight=self.wrong.tensor(weight, any_stride=(0, 1)))
         return layer._replace(weight=weight.float())

@@ -1,5 +1,6 @@
 // Random models through the CPU's decode step, with one thread and with several: the same bits, and nothing
 // for the sanitizers to find. usage: fuzz_decode MODELS THREADS
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -40,10 +41,13 @@ private:
     std::unique_ptr<char[]> at_;
 };
 
+// A multiple of an int4 group, or any.
+int odd_or_not() { return between(0, 1) ? kLeastGroup * between(1, 5) : between(1, 200); }
+
 struct Shape {
     DType dtype = between(0, 1) ? DType::kBFloat16 : DType::kFloat32;
-    int kv_heads = between(1, 3), heads = kv_heads * between(1, 3), head_dim = between(1, 70), width = between(1, 200);
-    int inner = between(1, 200), vocab = between(1, 300);
+    int kv_heads = between(1, 3), heads = kv_heads * between(1, 3), head_dim = between(1, 70), width = odd_or_not();
+    int inner = odd_or_not(), vocab = between(1, 300);
     int layers = between(1, 2), rows = between(1, 9), page_size = between(1, 9), pages = between(1, 4);
     int capacity = page_size * pages;
 };
@@ -56,13 +60,19 @@ public:
         CpuLinear layer{};
         layer.outs = outs;
         layer.in = in;
-        const bool packed = between(0, 2) == 0;
+        layer.format = static_cast<Format>(std::max(between(-2, 3), 0));
+        if (layer.format == Format::kInt4 && in % kLeastGroup != 0) layer.format = Format::kFp8;
+        const bool packed = layer.format != Format::kModel, halved = layer.format == Format::kInt4;
         layer.transposed = !packed && between(0, 1);
-        layer.stride = (layer.transposed ? outs : in) + between(0, 3);
-        const size_t count = static_cast<size_t>(layer.stride) * ((layer.transposed ? in : outs) - 1) + (layer.transposed ? outs : in);
+        const int columns = layer.transposed ? outs : halved ? in / 2 : in;
+        layer.stride = columns + between(0, 3);
+        const size_t count = static_cast<size_t>(layer.stride) * ((layer.transposed ? in : outs) - 1) + columns;
+        const int blocks = in / kLeastGroup, groups = halved && blocks % 2 == 0 && between(0, 1) ? blocks / 2 : blocks;
+        if (halved) layer.group = in / groups;
         if (packed) {
             layer.weight = bytes(count);
-            layer.scales = scales(outs);
+            layer.scales = scales(halved ? outs * groups : outs);
+            if (halved && between(0, 1)) layer.zeros = static_cast<const uint8_t*>(bytes(outs * groups));
         } else {
             layer.weight = numbers(count);
         }

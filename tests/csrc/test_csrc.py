@@ -63,8 +63,16 @@ def test_a_failed_allocation_or_thread_start_leaves_nothing_behind(tmp_path: Pat
 
 
 _ISAS = {
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-maybe-uninitialized"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ],
 }
 
 

@@ -3,7 +3,7 @@
 A pass of few rows is bound by how fast the weights stream from memory. PyTorch's operators stream them
 at a third to two thirds of what the memory gives, and spend as long again between them.
 ``csrc/decode/cpu_path.cpp`` reads each weight once, where it lies, and its threads stay together from the
-embeddings to the logits. Weights of int8 it widens in registers: half of bf16's bytes to read.
+embeddings to the logits. Quantised weights it widens in registers: half or a quarter of bf16's bytes to read.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ def unserved(model: Decoder, dtype: torch.dtype) -> str | None:
         return f"the CPU's decode step takes float32 and bfloat16; the weights are {model.dtype}"
     if dtype != model.dtype:
         return f"the CPU's decode step keeps keys and values in the weights' {model.dtype}, not in {dtype}"
-    if model.quantization is not None and model.quantization.format != "int8":
-        return f"the CPU's decode step takes quantised weights as int8; these are {model.quantization.format}"
     if not all(1 in p.stride() if p.dim() > 1 else p.is_contiguous() for p in parameters):
         return "the CPU's decode step takes matrices whose rows or columns are contiguous"
     weights = decoder_weights(model)

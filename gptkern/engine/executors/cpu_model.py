@@ -24,12 +24,14 @@ class CpuNorm(NamedTuple):
 class CpuLinear(NamedTuple):
     """A linear layer: ``weight (out, in)``, ``bias (out,)`` or None.
 
-    ``scales (out,)`` fp32 are those of an int8 weight, else None.
+    ``scales`` and ``zeros`` are those of a quantised weight, as ``QuantizedWeight`` has them, else None. A
+    weight with scales is int8, or of bytes: fp8 with a scale for each output, int4 with one for each group.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     scales: torch.Tensor | None
+    zeros: torch.Tensor | None = None
 
 
 class CpuStage(NamedTuple):
@@ -175,5 +177,5 @@ def _stage(stage: Stage, weights: DecoderWeights) -> CpuStage:
 
 def _linear(layer: Linear) -> CpuLinear:
     if isinstance(layer.weight, QuantizedWeight):
-        return CpuLinear(layer.weight.values, layer.bias, layer.weight.scales)
+        return CpuLinear(layer.weight.values, layer.bias, layer.weight.scales, layer.weight.zeros)
     return CpuLinear(layer.weight, layer.bias, None)
