@@ -70,7 +70,7 @@ class GPTOutput:
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where the tokens of a pass stand.
+    """Positions of the tokens of a pass, and the tables that rotate them.
 
     Attributes:
         ids: Each token's position, of the shape of the tokens.
@@ -135,13 +135,13 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = q.unflatten(-1, (self.n_head, self.head_dim))
         k, v = (t.unflatten(-1, (self.n_kv_head, self.head_dim)) for t in (k, v))
-        q, k = self._turned(q, k, places)
+        q, k = self._rotated(q, k, places)
         options: AttendOptions = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
         out = attend.attention(self.layer, q, k, v, **options)
         projected: torch.Tensor = self.c_proj(out.flatten(-2))
         return projected
 
-    def _turned(self, q: torch.Tensor, k: torch.Tensor, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotated(self, q: torch.Tensor, k: torch.Tensor, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys with the norm of each head and their rotation, where the layer has them."""
         q_norm, k_norm = self.q_norm, self.k_norm
         norm = None
@@ -270,7 +270,7 @@ class Block(nn.Module):
         return self._branch(self.mlp(h), self.post_mlp_norm), residual
 
     def _branch(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-        """What is added of a branch's output."""
+        """A branch's output as it is added: normed, scaled."""
         return self._scaled(x if norm is None else norm(x))
 
     def _scaled(self, x: torch.Tensor) -> torch.Tensor:
@@ -391,7 +391,7 @@ class Decoder(nn.Module):
 
     @property
     def spec(self) -> DecoderSpec:
-        """What the decoder computes: its sizes and switches."""
+        """Sizes and switches: all that the decoder computes."""
         return self.config.spec
 
     @property

@@ -27,11 +27,6 @@ def changed(model: Decoder) -> str | None:
     return _blueprint(model.config).difference(model)
 
 
-def reads_weights_alone(model: Decoder) -> str | None:
-    """The reason why an executor that calls no module cannot run ``model``; None if it can."""
-    return _unlike_gpt(model.spec) or weights_alone(model)
-
-
 def weights_alone(model: Decoder) -> str | None:
     """The reason why a decoder's weights do not say all that it computes; None if they do."""
     reason = changed(model)
@@ -40,7 +35,7 @@ def weights_alone(model: Decoder) -> str | None:
     return reason
 
 
-def _unlike_gpt(spec: DecoderSpec) -> str | None:
+def unlike_gpt(spec: DecoderSpec) -> str | None:
     """The first part of a decoder that GPT-1 and GPT-2 do not have; None if there is none."""
     parts = {
         "RMS norms": spec.norm.kind == "rms",

@@ -13,18 +13,21 @@ import torch
 
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.base import TableExecutor, check_cache
-from gptkern.engine.executors.changes import reads_weights_alone
+from gptkern.engine.executors.changes import weights_alone
 from gptkern.engine.rows import RowTable
 from gptkern.model.decoder import Decoder
 from gptkern.model.program import Buffer, Stage, program
+from gptkern.model.spec import DecoderSpec
 from gptkern.model.weights import decoder_weights
 from gptkern.ops._counters import Pool, counters_from
 from gptkern.ops._dispatch import use_kernel
 from gptkern.ops._launch import on_device
-from gptkern.ops._types import FP8
+from gptkern.ops._types import FP8, HeadNorm, Norm, RmsNorm, Rotary
 from gptkern.ops.decode_attention import decode_attention
 from gptkern.ops.decode_embed import decode_embed
 from gptkern.ops.decode_linear import decode_linear, decode_qkv
+from gptkern.ops.layer_norm import layer_norm
+from gptkern.ops.rms_norm import rms_norm
 
 # The decode kernels are one family for so many rows: one row and sixty-four take the same path.
 MOST_ROWS = 64
@@ -70,7 +73,7 @@ class GraphExecutor(TableExecutor):
         """See ``Executor``."""
         if not use_kernel(model.transformer.wte.weight):
             return f"the decode kernels run on CUDA devices; the model is on {model.device}"
-        reason = reads_weights_alone(model)
+        reason = _unserved(model.spec) or weights_alone(model)
         if reason is not None:
             return reason
         if len({(p.dtype, p.device) for p in model.parameters()}) > 1:
@@ -121,27 +124,40 @@ class GraphExecutor(TableExecutor):
         self._tokens.copy_(tokens)
 
 
+def _unserved(spec: DecoderSpec) -> str | None:
+    """The part of a decoder that the decode kernels do not compute; None if there is none."""
+    if spec.qk_norm == "whole":
+        return "the decode kernels norm queries and keys head by head; this model norms all heads at once"
+    if spec.norm_place in ("branch", "both") and spec.residual_scale != 1.0:
+        return "the decode kernels scale a branch before its norm; this model scales it after"
+    if spec.rotaries and spec.head_dim % 2:
+        return f"the decode kernels turn pairs within heads of even size; this model's have {spec.head_dim}"
+    return None
+
+
 class StagedPass:
     """One pass: the stages of the decoder's program over ``rows`` rows of a table, a launch each."""
 
     def __init__(self, model: Decoder, table: RowTable, rows: int) -> None:
         self._spec, self._weights, self._storage = model.spec, decoder_weights(model), table.storage
         self._page_table, self._lengths = table.storage.page_table[:rows], table.lengths[:rows]
+        tables = model.transformer.rotary_tables(model.device)
+        self._tables = dict(zip(model.spec.rotaries, tables, strict=True))
         self._buffers: dict[Buffer, torch.Tensor] = {}
 
     def run(self, tokens: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
         """Logits ``(rows, vocab_size)`` after ``tokens``, of which the first ``live`` are in use."""
-        positions = self._weights.positions
-        assert positions is not None
         first, *stages = program(self._spec)
         self._buffers[first.write], self._slots = decode_embed(
             tokens,
             live,
             self._weights.tokens,
-            positions,
+            self._weights.positions,
             self._page_table,
             self._lengths,
             self._storage.page_size,
+            position_offset=self._spec.position_offset,
+            scale=self._spec.embedding_scale,
         )
         for stage in stages:
             self._buffers[stage.write] = getattr(self, f"_{stage.kind}")(stage)
@@ -160,7 +176,20 @@ class StagedPass:
             norm=self._norm(stage),
             normed_out=self._save(stage, x),
             scales=storage.layer_kv_scales(layer),
+            rotary=self._rotary(layer),
+            head_norm=self._head_norm(layer),
         )
+
+    def _rotary(self, layer: int) -> Rotary | None:
+        rotary = self._spec.layers[layer].rotary
+        # The embeddings have counted the new token already.
+        return None if rotary is None else Rotary(*self._tables[rotary], self._lengths, rotary.pairs)
+
+    def _head_norm(self, layer: int) -> HeadNorm | None:
+        own, norm = self._weights.layers[layer], self._spec.norm
+        if own.q_norm is None or own.k_norm is None:
+            return None
+        return HeadNorm(own.q_norm, own.k_norm, norm.eps, norm.unit_offset)
 
     def _attention(self, stage: Stage) -> torch.Tensor:
         spec, storage, layer = self._spec, self._storage, stage.layer
@@ -171,32 +200,50 @@ class StagedPass:
             self._page_table,
             self._lengths,
             scale=spec.layers[layer].attention_scale,
+            window=spec.layers[layer].window,
             # The kernel before it writes neither the table nor the lengths.
             prefetch=True,
             scales=storage.layer_kv_scales(layer),
+            softcap=spec.attention_softcap,
         )
         return out.flatten(1)
 
     def _linear(self, stage: Stage) -> torch.Tensor:
         assert stage.weight is not None
-        x, matrix = self._read(stage), self._weights.matrix(stage.layer, stage.weight)
+        x, matrix, spec = self._read(stage), self._weights.matrix(stage.layer, stage.weight), self._spec
+        is_head, is_branch = stage.weight == "head", stage.weight in ("out", "proj")
         return decode_linear(
             x,
             matrix.weight,
             matrix.bias,
             norm=self._norm(stage),
-            activation=self._spec.activation if stage.activated else "none",
+            activation=spec.activation if stage.activated else "none",
+            gated=stage.activated and spec.gated,
+            scale=spec.logits_scale if is_head else spec.residual_scale if is_branch else 1.0,
+            softcap=spec.logits_softcap if is_head else None,
             residual=None if stage.residual is None else self._buffers[stage.residual],
             normed_out=self._save(stage, x),
         )
+
+    def _add_norm(self, stage: Stage) -> torch.Tensor:
+        norm, x = self._norm(stage), self._read(stage)
+        assert norm is not None and stage.residual is not None
+        if isinstance(norm, RmsNorm):
+            normed = rms_norm(x, norm.weight, norm.eps, unit_offset=norm.unit_offset)
+        else:
+            normed = layer_norm(x, *norm)
+        return self._buffers[stage.residual] + normed
 
     def _read(self, stage: Stage) -> torch.Tensor:
         assert stage.read is not None
         return self._buffers[stage.read]
 
-    def _norm(self, stage: Stage) -> tuple[torch.Tensor, torch.Tensor | None, float] | None:
-        """(weight, bias, epsilon) of the norm of what the stage reads."""
-        return None if stage.norm is None else (*self._weights.norm(stage.norm), self._spec.norm.eps)
+    def _norm(self, stage: Stage) -> Norm | RmsNorm | None:
+        """The norm of what the stage reads."""
+        if stage.norm is None:
+            return None
+        (weight, bias), spec = self._weights.norm(stage.norm), self._spec.norm
+        return RmsNorm(weight, spec.eps, spec.unit_offset) if spec.kind == "rms" else (weight, bias, spec.eps)
 
     def _save(self, stage: Stage, x: torch.Tensor) -> torch.Tensor | None:
         """Memory that keeps the normed input, where a later stage adds to it."""

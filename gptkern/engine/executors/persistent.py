@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gptkern.engine.cache import KVCache
+from gptkern.engine.executors.changes import unlike_gpt
 from gptkern.engine.executors.graph import GraphExecutor
 from gptkern.engine.executors.weights import step_weights
 from gptkern.model.decoder import Decoder
@@ -29,6 +30,11 @@ class PersistentExecutor(GraphExecutor):
             raise ValueError(f"PersistentExecutor: a CUDA device is needed; the model is on {model.device}")
         self._weights: StepWeights | None = None
         super().__init__(model, cache, min(max_rows, MOST_ROWS))
+
+    @staticmethod
+    def serves(model: Decoder, dtype: torch.dtype) -> str | None:
+        """See ``Executor``."""
+        return unlike_gpt(model.spec) or GraphExecutor.serves(model, dtype)
 
     def _weights_moved(self) -> None:
         super()._weights_moved()
