@@ -91,9 +91,9 @@ def test_what_python_passes_to_the_extension_has_a_number() -> None:
     for part in ("decode", "sampling"):
         source = (Path(__file__).parent.parent / "csrc" / part / "bindings.cpp").read_text()
         names += re.findall(r'(?:\bdef|py::arg|\.get)\("(\w+)"', source)
-    assert {"sample", "step", "machine", "workspace", "qkv"} < set(names)
+    assert {"sample", "step", "machine", "workspace", "stages"} < set(names)
     digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
-    assert (_C.interface, digest) == (1, "02938f9ad8ed")
+    assert (_C.interface, digest) == (3, "70f8a0d6be94")
 
 
 def test_without_the_extension_sampling_falls_back_and_says_so() -> None:
