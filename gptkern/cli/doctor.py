@@ -113,7 +113,9 @@ def _extension() -> Iterator[Finding]:
         return
     yield Finding("sampler on CPU", "ok", f"C++, {extension.cpu_path()}")
     if extension.has_decoder:
-        yield Finding("decoding on CPU", "ok", f"C++, {extension.decode_path()}, fp32 and bf16, int8 weights")
+        yield Finding(
+            "decoding on CPU", "ok", f"C++, {extension.decode_path()}, fp32 and bf16; int8, int4, fp8 weights"
+        )
     else:
         yield Finding("decoding on CPU", "fallback", "PyTorch's operators: this processor has no AVX2")
     if torch.cuda.is_available():
