@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import CONFIGS
 from family_models import TINY, library_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, SmolLM3Config
@@ -174,3 +175,20 @@ def test_damaged_folders_are_refused_by_name(tmp_path: Path) -> None:
     fewer = {k: v for k, v in good.items() if ".layers.2." not in k}
     refused(fewer, "3 layers expected, 2 found")
     refused({"transformer.h.0.ln_1.weight": torch.ones(48)}, "no tensor of a llama model: transformer.h.0")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_folders_of_every_family_are_read_and_written_back_to_the_bit(name: str, tmp_path: Path) -> None:
+    theirs = library_model(CONFIGS[name])
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = GPT.from_pretrained(tmp_path / "theirs")
+    # Longer than longrope's first context: transformers takes other frequencies up to there.
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
+    model.save_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
+    expected = theirs.state_dict()
+    assert again.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(again[key], tensor), key
