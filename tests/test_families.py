@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import CONFIGS
-from family_models import TINY, library_model
+from family_models import TINY, library_model, our_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, SmolLM3Config
 
@@ -192,3 +192,9 @@ def test_folders_of_every_family_are_read_and_written_back_to_the_bit(name: str,
     assert again.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(again[key], tensor), key
+
+
+def test_explain_names_a_familys_ops() -> None:
+    model = our_model(library_model(CONFIGS["qwen3"]))
+    routes = {route.part: route.reason for route in model.explain()}
+    assert (routes["norm"], routes["mlp"]) == ("rms_norm and add_rms_norm", "gated_mlp")

@@ -160,8 +160,10 @@ def routes(model: Decoder) -> Iterator[Route]:
     """The routes of a model's parts, and the reasons why executors before the chosen one were passed over."""
     kernel = use_kernel(model.transformer.wte.weight)
     ops: Literal["kernel", "reference"] = "kernel" if kernel else "reference"
-    parts = {"norm": (NORM, ("ln_1", "ln_2", "ln_f")), "mlp": (LINEAR, ("mlp.c_fc", "mlp.c_proj"))}
-    names = {"norm": "layer_norm and add_layer_norm", "mlp": "gelu_mlp"}
+    norms = ("ln_1", "ln_2", "ln_f", "post_attn_norm", "post_mlp_norm")
+    parts = {"norm": (NORM, norms), "mlp": (LINEAR, ("mlp.c_fc", "mlp.c_proj"))}
+    norm = "rms_norm" if model.spec.norm.kind == "rms" else "layer_norm"
+    names = {"norm": f"{norm} and add_{norm}", "mlp": "gated_mlp" if model.spec.gated else "gelu_mlp"}
     for part, (forwards, ends) in parts.items():
         route = Route(part, ops, names[part])
         for name, module in model.named_modules():
