@@ -96,7 +96,7 @@ def test_other_models_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     assert cli.run(["verify", str(tmp_path)]) == 1
-    assert "model_type is 'llama'; supported are gpt2, openai-gpt" in capsys.readouterr().err
+    assert "accelerate: model is LlamaForCausalLM; supported are GPT2LMHeadModel" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_there_are_no_agreement(

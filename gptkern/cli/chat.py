@@ -15,6 +15,7 @@ from gptkern.cli import _generation as g
 from gptkern.cli import _options as o
 from gptkern.cli import terminal
 from gptkern.cli._conversation import Conversation, Templated, Transcript, tokens_of
+from gptkern.durable import write_file
 
 if TYPE_CHECKING:
     from gptkern.gpt import GPT
@@ -190,7 +191,7 @@ class _Talk:
         if path.exists() and path.resolve() not in self.saved:
             raise Refused(f"/save: {path} exists: name another file")
         text = json.dumps(self.conversation.messages(), indent=2, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_file(path, text + "\n")
         self.saved.add(path.resolve())
         print(f"(saved: {path})", file=sys.stderr)
 
