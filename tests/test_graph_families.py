@@ -14,8 +14,6 @@ from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.graph import GraphExecutor
 from gptkern.engine.executors.persistent import PersistentExecutor
 
-pytestmark = pytest.mark.kernels
-
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8]
 # One of each kind of part; the others take some seconds each.
 TELLING = (
@@ -28,6 +26,7 @@ def _served(name: str) -> bool:
     return not name.startswith("olmo2")
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     "name",
     [
