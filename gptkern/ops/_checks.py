@@ -55,6 +55,32 @@ def last_dim_contiguous(op: str, name: str, value: torch.Tensor) -> None:
         )
 
 
+def strided_loops(
+    op: str, name: str, value: torch.Tensor, apart: int, described: str
+) -> tuple[int, int, int]:
+    """(inner size, outer stride, inner stride) of all dimensions but the last ``apart``, for a kernel.
+
+    Raises:
+        ValueError: They do not collapse to two strided loops, or the last dimension is not contiguous.
+    """
+    last_dim_contiguous(op, name, value)
+    loops: list[tuple[int, int]] = []
+    for size, stride in zip(value.shape[:-apart], value.stride()[:-apart], strict=True):
+        if size == 1:
+            continue
+        if loops and loops[-1][1] == size * stride:
+            loops[-1] = (loops[-1][0] * size, stride)
+        else:
+            loops.append((size, stride))
+    if len(loops) > 2:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(value.shape)} and strides {value.stride()}; its {described} must "
+            f"collapse to at most two strided loops: call {name}.contiguous() if a copy is acceptable"
+        )
+    inner, stride_inner = loops[-1] if loops else (1, 0)
+    return inner, loops[0][1] if len(loops) == 2 else 0, stride_inner
+
+
 def probability(op: str, name: str, value: float) -> None:
     """``value`` is a dropout probability in [0, 1)."""
     if not 0.0 <= value < 1.0:

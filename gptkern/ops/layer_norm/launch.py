@@ -76,23 +76,7 @@ def layout(op: str, name: str, value: torch.Tensor) -> Layout:
     width = value.shape[-1]
     if value.is_contiguous():
         return max(value.numel() // width, 1), 0, width
-    _checks.last_dim_contiguous(op, name, value)
-    loops: list[tuple[int, int]] = []
-    for size, stride in zip(value.shape[:-1], value.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if loops and loops[-1][1] == size * stride:
-            loops[-1] = (loops[-1][0] * size, stride)
-        else:
-            loops.append((size, stride))
-    if len(loops) > 2:
-        raise ValueError(
-            f"{op}: {name} has shape {tuple(value.shape)} and strides {value.stride()}; its leading "
-            "dimensions must collapse to at most two strided loops: "
-            f"call {name}.contiguous() if a copy is acceptable"
-        )
-    inner, stride_inner = loops[-1] if loops else (1, 0)
-    return inner, loops[0][1] if len(loops) == 2 else 0, stride_inner
+    return _checks.strided_loops(op, name, value, 1, "leading dimensions")
 
 
 def _dropout(p: float) -> tuple[int, float]:

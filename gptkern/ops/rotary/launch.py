@@ -36,23 +36,7 @@ class HeadNorm(NamedTuple):
 
 def layout(name: str, x: torch.Tensor) -> Layout:
     """(inner, stride_outer, stride_inner, stride_head) of a tensor's tokens, at most two strided loops."""
-    _checks.last_dim_contiguous("rotary", name, x)
-    loops: list[tuple[int, int]] = []
-    for size, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True):
-        if size == 1:
-            continue
-        if loops and loops[-1][1] == size * stride:
-            loops[-1] = (loops[-1][0] * size, stride)
-        else:
-            loops.append((size, stride))
-    if len(loops) > 2:
-        raise ValueError(
-            f"rotary: {name} has shape {tuple(x.shape)} and strides {x.stride()}; its dimensions before the "
-            f"heads must collapse to at most two strided loops: call {name}.contiguous() if a copy is "
-            "acceptable"
-        )
-    inner, stride_inner = loops[-1] if loops else (1, 0)
-    return inner, loops[0][1] if len(loops) == 2 else 0, stride_inner, x.stride(-2)
+    return *_checks.strided_loops("rotary", name, x, 2, "dimensions before the heads"), x.stride(-2)
 
 
 def _layouts(**values: Maybe) -> list[int]:
