@@ -231,7 +231,6 @@ class Block(nn.Module):
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
         self.norm_place, self.parallel, self.shared_norm = spec.norm_place, spec.parallel, spec.shared_norm
-        self.post_norm = spec.norm_place == "after"
         self.residual_scale = spec.residual_scale
         self.resid_pdrop = spec.residual_dropout
         self.ln_1 = Norm(spec.norm, spec.width)

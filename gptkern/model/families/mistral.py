@@ -12,12 +12,8 @@ from gptkern.model.spec import DecoderSpec
 def spec(fields: Fields) -> DecoderSpec:
     """The decoder that a Mistral's ``config.json`` describes; ``sliding_window`` null is none."""
     found = llama.spec(fields)
-    return found.replace(layers=tuple(replace(layer, window=window(fields)) for layer in found.layers))
-
-
-def window(fields: Fields) -> int | None:
-    """The sliding window of all layers; None where the field is null."""
-    return None if fields.get("sliding_window") is None else fields.integer("sliding_window")
+    window = None if fields.get("sliding_window") is None else fields.integer("sliding_window")
+    return found.replace(layers=tuple(replace(layer, window=window) for layer in found.layers))
 
 
 MISTRAL = Family(

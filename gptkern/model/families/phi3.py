@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from gptkern.model.families import llama
-from gptkern.model.families.mistral import window
+from gptkern.model.families import llama, mistral
 from gptkern.model.families.table import Family, Fields, rows
 from gptkern.model.spec import DecoderSpec
 
@@ -25,11 +22,7 @@ _TENSORS = (
 
 def spec(fields: Fields) -> DecoderSpec:
     """The decoder that a Phi-3's ``config.json`` describes."""
-    found = llama.spec(fields)
-    return found.replace(
-        layers=tuple(replace(layer, window=window(fields)) for layer in found.layers),
-        residual_dropout=fields.probability("resid_pdrop"),
-    )
+    return mistral.spec(fields).replace(residual_dropout=fields.probability("resid_pdrop"))
 
 
 PHI3 = Family(
