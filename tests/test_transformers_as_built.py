@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import gptkern
 from gptkern import environment
-from gptkern.transformers import engine
+from gptkern.transformers import refusals
 
 IDS = torch.tensor([[5, 9, 33, 12, 7]])
 WAVE = 3 * torch.arange(32.0).sin()
@@ -317,7 +317,7 @@ def test_recorders_of_the_librarys_own_are_no_hooks(monkeypatch: pytest.MonkeyPa
     ours(IDS, output_hidden_states=True)
     assert any(m._forward_hooks for m in ours.modules())
     ours.generate(IDS, **GREEDY)
-    assert engine.changed(ours) is None
+    assert refusals.changed(ours) is None
 
 
 def negated(output: Any) -> Any:

@@ -14,7 +14,8 @@ transformers = pytest.importorskip("transformers")
 from transformers import DynamicCache, StaticCache
 
 import gptkern
-from gptkern.transformers import FallbackWarning, engine
+from gptkern.transformers import FallbackWarning
+from gptkern.transformers.view import view as view_of
 
 VOCAB = 61
 
@@ -262,21 +263,21 @@ def test_an_optimizer_step_is_seen_and_nothing_is_copied(monkeypatch: pytest.Mon
     ids, _ = prompt(1, 6, False)
     options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     first = ours.generate(ids, **options)
-    view = engine.view(ours)
+    view = view_of(ours)
     shared = {p.data_ptr() for p in ours.parameters()}
     assert {p.data_ptr() for p in view.parameters()} == shared
     for model in (theirs, ours):
         optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
         model(ids, labels=ids).loss.backward()
         optimizer.step()
-    assert engine.view(ours) is view
+    assert view_of(ours) is view
     second = ours.generate(ids, **options)
     assert torch.equal(second, theirs.generate(ids, **options))
     assert not torch.equal(first, second)
     monkeypatch.delenv("GPTKERN_STRICT")  # no decode step of the CPU's takes float64
     ours.to(torch.float64)
     assert torch.equal(ours.generate(ids, **options), theirs.to(torch.float64).generate(ids, **options))
-    assert engine.view(ours).dtype == torch.float64
+    assert view_of(ours).dtype == torch.float64
 
 
 def random_case(seed: int) -> tuple[tuple[Any, Any], torch.Tensor, dict[str, Any]]:

@@ -16,15 +16,15 @@ from gptkern.environment import fallback
 from gptkern.ops import linear_cross_entropy
 from gptkern.ops._dispatch import use_kernel
 from gptkern.routes import LIBRARY
-from gptkern.transformers.engine import (
-    EngineCache,
+from gptkern.transformers.engine import EngineCache
+from gptkern.transformers.loop import result, run, sampler_options
+from gptkern.transformers.modules import CACHE, HEAD
+from gptkern.transformers.refusals import (
     call_refusal,
     config_refusal,
     library_takes_over,
     model_refusal,
 )
-from gptkern.transformers.loop import result, run, sampler_options
-from gptkern.transformers.modules import CACHE, HEAD
 
 
 class LanguageModel:

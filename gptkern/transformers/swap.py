@@ -15,9 +15,9 @@ from gptkern.drop_in import Generation, Rng
 from gptkern.ops._dispatch import use_kernel
 from gptkern.quantization import METHOD
 from gptkern.routes import Explanation, Route
-from gptkern.transformers.engine import config_refusal, known_attention, model_refusal
 from gptkern.transformers.models import LIBRARY_CLASSES, LanguageModel, accelerated_class
 from gptkern.transformers.modules import NORM, SWAPS, LayerNorm, activation_of, library_reason
+from gptkern.transformers.refusals import config_refusal, known_attention, model_refusal
 
 SUPPORTED = (
     "GPT2LMHeadModel",

@@ -1,0 +1,80 @@
+"""The ``Decoder`` over a transformers model's own weights, by which executors read them."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from gptkern.as_built import skeleton
+from gptkern.config import GPTConfig
+from gptkern.model.decoder import Decoder
+from gptkern.ops._dispatch import use_kernel
+
+_GPT1_NAMES = {"wte": "tokens_embed", "wpe": "positions_embed"}
+_views: WeakKeyDictionary[nn.Module, tuple[str, Decoder]] = WeakKeyDictionary()
+
+
+def view(model: Any) -> Decoder:
+    """A ``Decoder`` over the model's own weights: an update of one changes the other."""
+    if use_kernel(model.lm_head.weight):
+        _lay_rows(model)
+    key, previous = _views.get(model, ("", None))
+    sources = _sources(model)
+    if previous is not None and key == shape_key(model):
+        parameters = dict(previous.named_parameters(remove_duplicate=False))
+        if all(p.data_ptr() == sources[name].data_ptr() for name, p in parameters.items()):
+            return previous
+    decoder = skeleton(lambda: Decoder(gpt_config(model)))
+    for name, source in sources.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(decoder.get_submodule(owner), leaf, nn.Parameter(source.detach(), requires_grad=False))
+    _views[model] = shape_key(model), decoder.eval()
+    return decoder
+
+
+def _lay_rows(model: Any) -> None:
+    """Store the library's ``(in, out)`` matrices transposed, so that kernels read rows of ``(out, in)``.
+
+    Shapes, values and the parameters themselves stay, and an update in place keeps the layout.
+    """
+    for block in model.transformer.h:
+        for parameter in block.parameters():
+            if parameter.dim() == 2 and not parameter.t().is_contiguous():
+                parameter.data = parameter.data.t().contiguous().t()
+
+
+def sizes(model: Any) -> dict[str, int]:
+    """The numbers of layers and of tokens by the model's modules, which may differ from its config."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    tokens = model.config.vocab_size if weight is None else weight.shape[0]
+    return {"n_layer": len(getattr(model.transformer, "h", ())), "vocab_size": tokens}
+
+
+def shape_key(model: Any) -> str:
+    """All numbers that a model's modules are built from, as text."""
+    return repr((sizes(model), sorted(vars(model.config).items(), key=lambda item: item[0])))
+
+
+def gpt_config(model: Any) -> GPTConfig:
+    """The model's shape as gptkern names it."""
+    return GPTConfig.from_dict(model.config.to_dict()).replace(**sizes(model))
+
+
+def _sources(model: Any) -> dict[str, torch.Tensor]:
+    """The model's tensor for every parameter name of ``view(model)``, matrices as ``(out, in)`` views."""
+    body = model.transformer
+    gpt1_names = model.config.model_type == "openai-gpt"
+    found = {"lm_head.weight": model.lm_head.weight}
+    for ours in ("wte", "wpe"):
+        theirs = _GPT1_NAMES[ours] if gpt1_names else ours
+        found[f"transformer.{ours}.weight"] = getattr(body, theirs).weight
+    for index, block in enumerate(body.h):
+        for name, parameter in block.named_parameters():
+            matrix = parameter.dim() == 2
+            found[f"transformer.h.{index}.{name}"] = parameter.t() if matrix else parameter
+    if not gpt1_names:
+        found["transformer.ln_f.weight"], found["transformer.ln_f.bias"] = body.ln_f.weight, body.ln_f.bias
+    return found
