@@ -11,11 +11,10 @@ from typing import Any
 
 import httpx
 import torch
-import uvicorn
 
 from gptkern import GPT, GPTConfig, Tokenizer
 from gptkern.serve.app import create_app
-from gptkern.serve.process import DrainingServer
+from gptkern.serve.process import DrainingServer, server_config
 from gptkern.serve.service import Service
 from gptkern.serve.settings import ServeSettings
 
@@ -82,7 +81,7 @@ def serving(model: GPT, engine: dict[str, Any] | None = None, **settings: Any) -
     """A server of a model."""
     chosen = ServeSettings(**({"port": 0, "access_log": False, "chat_template": TEMPLATE} | settings))
     app: Any = create_app(model, chosen, **(engine or {}))
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1)
+    config = server_config(app, chosen)
     server = DrainingServer(config, app.state.service)
     ready = threading.Event()
     loops: list[asyncio.AbstractEventLoop] = []
@@ -100,7 +99,8 @@ def serving(model: GPT, engine: dict[str, Any] | None = None, **settings: Any) -
     try:
         assert ready.wait(60) and server.started
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Running(f"http://127.0.0.1:{port}", app.state.service, server, loops[0])
+        scheme = "https" if config.is_ssl else "http"
+        yield Running(f"{scheme}://127.0.0.1:{port}", app.state.service, server, loops[0])
     finally:
         server.should_exit = True
         thread.join(30)

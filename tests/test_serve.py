@@ -116,6 +116,7 @@ def test_chat_is_the_completion_of_its_template(server: Running) -> None:
         "role": "assistant",
         "content": plain["choices"][0]["text"],
         "refusal": None,
+        "annotations": [],
     }
     assert chat["usage"] == plain["usage"]
     content, flat = choice["logprobs"]["content"], plain["choices"][0]["logprobs"]
@@ -171,6 +172,14 @@ def test_prompts_as_text_and_ids(server: Running) -> None:
     assert len(set(texts)) == 1
 
 
+def test_an_empty_prompt_is_the_beginning_of_a_text(server: Running) -> None:
+    empty = server.complete("", seed=1)
+    assert empty["choices"] == server.complete([256], seed=1)["choices"]
+    endless = small_model(eos_token_id=None)
+    with serving(endless) as other:
+        assert "prompt is empty" in other.error(prompt="")["message"]
+
+
 def test_no_tokens_are_made_where_only_the_prompt_is_asked_for(server: Running) -> None:
     answer = server.complete("abc", max_tokens=0, echo=True, logprobs=0, prompt_logprobs=1)
     (choice,) = answer["choices"]
@@ -180,6 +189,24 @@ def test_no_tokens_are_made_where_only_the_prompt_is_asked_for(server: Running) 
     assert first is None
     values = [table[str(token)]["logprob"] for table, token in zip(rest, (98, 99), strict=True)]
     assert values == choice["logprobs"]["token_logprobs"][1:]
+
+
+def test_log_probabilities_of_prompts_stand_where_vllm_has_them(server: Running) -> None:
+    shared: Any = {"max_tokens": 2, "seed": 1, "prompt_logprobs": 1}
+    prompts = ["abc", "de"]
+    own = [server.complete(prompt, **shared)["choices"][0]["prompt_logprobs"] for prompt in prompts]
+    choices = server.complete(prompts, n=2, **shared)["choices"]
+    assert [choice["prompt_logprobs"] for choice in choices] == [own[0], own[0], own[1], own[1]]
+
+    messages = [{"role": "user", "content": "x"}]
+    chat = server.post("/v1/chat/completions", messages=messages, n=2, **shared).json()
+    assert all("prompt_logprobs" not in choice for choice in chat["choices"])
+    plain = server.complete("user: x\nassistant:", **shared)["choices"][0]
+    assert chat["prompt_logprobs"] == plain["prompt_logprobs"]
+    streamed = server.post("/v1/chat/completions", messages=messages, stream=True, **shared)
+    first, *rest = events(streamed.text)
+    assert first["prompt_logprobs"] == chat["prompt_logprobs"]
+    assert not any("prompt_logprobs" in part for part in rest)
 
 
 def test_a_character_is_never_split(server: Running) -> None:
@@ -247,7 +274,6 @@ def test_a_grammar_that_takes_too_long_is_refused(model: GPT) -> None:
         ({"tools": []}, "tools", "tools is not served"),
         ({"prompt": 3}, "prompt", "prompt is int"),
         ({"prompt": []}, "prompt", "prompt is list"),
-        ({"prompt": ""}, "prompt", "prompt is empty"),
         ({"prompt": [1, 999]}, "prompt", "prompt is 999; token ids from 0 to 256"),
         ({"prompt": "a" * 128}, "prompt", "so at most 127 are accepted"),
         ({"max_tokens": 128}, "max_tokens", "so at most 127 are accepted"),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
 
 from serve_support import NAME, Running, serving, small_model
+
+from gptkern import GPT
 
 KEY = "a-key-of-a-test"
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
@@ -92,35 +97,86 @@ def test_errors_and_models(client: Any, server: Running) -> None:
     assert client.models.retrieve(NAME).id == NAME
 
 
-def _schemathesis(server: Running, examples: int) -> None:
+# Its others ask for tools and for images, which are refused by name, and for a model that reasons.
+COMPLY = (
+    "chat-basic-response",
+    "chat-system-prompt",
+    "chat-multi-turn",
+    "chat-streaming-response",
+    "chat-streaming-usage",
+    "chat-error-handling",
+)
+
+
+def test_llm_comply(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llm_comply", reason="needs llm-comply")
+    model = GPT.from_pretrained()
+    # It asks for answers that end: here with a sentence.
+    assert model.tokenizer is not None
+    ends = [model.tokenizer.encode(mark)[0] for mark in ".!?"]
+    monkeypatch.setattr(model, "generation_config", {"eos_token_id": ends})
+    with serving(model, api_keys=(KEY,)) as server:
+        command = [str(Path(sys.executable).with_name("llm-comply")), "--format", "openai-chat", "--json"]
+        command += ["-u", server.url + "/v1", "-k", KEY, "-m", NAME, "-f", ",".join(COMPLY)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        summary = json.loads(done.stdout)["summary"]
+        assert summary["passed"] == summary["total"] == len(COMPLY), done.stdout
+        tools: Any = {"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "f"}}]}
+        image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+        key = {"authorization": f"Bearer {KEY}"}
+        for body, field in ((tools, "tools"), ({"messages": image}, "messages.0.content.0.type")):
+            url = server.url + "/v1/chat/completions"
+            answer = httpx.post(url, json={"model": NAME, **body}, headers=key)
+            assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(field)
+
+
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "ignored_auth",
+    "unsupported_method",
+    "valid_data_is_accepted",
+)
+
+
+def _schemathesis(examples: int) -> None:
+    """Ask for what the document allows and for what it forbids, and check the answers."""
     pytest.importorskip("schemathesis", reason="needs schemathesis")
-    done = subprocess.run(
-        [
+    # A context that holds most of what is asked.
+    with serving(small_model(n_positions=1024), {"max_seqs": 8}, api_keys=(KEY,)) as server:
+        command = [
             str(Path(sys.executable).with_name("schemathesis")),
             "run",
             f"{server.url}/openapi.json",
             f"--header=Authorization: Bearer {KEY}",
-            "--checks=not_a_server_error,status_code_conformance",
+            f"--checks={','.join(CHECKS)}",
             "--mode=all",
             "--phases=fuzzing",
             f"--max-examples={examples}",
+            "--continue-on-failure",
             "--seed=1",
             "--generation-database=none",
             "--no-color",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "Tested operations" in done.stdout or "passed" in done.stdout, done.stdout
+        ]
+        here = str(Path(__file__).parent)
+        paths = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+        hooks = {"SCHEMATHESIS_HOOKS": "schemathesis_checks", "PYTHONPATH": paths}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=280, check=False, env=os.environ | hooks
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert "Tested: 9" in done.stdout, done.stdout
+        assert server.is_idle()
 
 
-def test_nothing_that_a_body_holds_is_a_fault(server: Running) -> None:
-    _schemathesis(server, 5)
+def test_the_document_says_what_is_accepted_and_what_is_refused() -> None:
+    _schemathesis(5)
 
 
 @pytest.mark.slow
-def test_nothing_of_very_many_bodies_is_a_fault(server: Running) -> None:
-    _schemathesis(server, 300)
+def test_the_document_says_it_of_very_many_bodies() -> None:
+    _schemathesis(300)

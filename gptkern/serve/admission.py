@@ -29,6 +29,7 @@ class Admission:
                 400,
                 f"the request asks for {rows} continuations; at most {self._most_rows} are admitted at once",
                 param="n",
+                code="request_too_large",
             )
         if self.rows + rows > self._most_rows:
             raise _busy(
@@ -43,6 +44,7 @@ class Admission:
                 400,
                 f"the request comes to {tokens} tokens; at most {self._most_tokens} are admitted at once",
                 param="max_tokens",
+                code="request_too_large",
             )
         if self.tokens + tokens > self._most_tokens:
             raise _busy(f"{self.tokens} of {self._most_tokens} tokens are taken, {tokens} more are asked for")

@@ -19,6 +19,8 @@ _REASONS: dict[FinishReason, str] = {
 }
 
 
+# The tables of a prompt's tokens, by token id; None for the first token.
+PromptTables = list[dict[str, Any] | None]
 # JSON has no infinity; this is what OpenAI writes in its place.
 _LEAST = -9999.0
 
@@ -98,7 +100,8 @@ class Answer:
         if not self._hidden:
             self._text += event.text
         if event.finish_reason == "error":
-            raise ApiProblem(500 if _is_fault(event.error) else 400, f"the request failed: {event.error}")
+            status = 500 if _is_fault(event.error) else 400
+            raise ApiProblem(status, f"the request failed: {event.error}", code="request_failed")
         if event.finish_reason is not None:
             self.finish_reason = "length" if self._hidden else _REASONS[event.finish_reason]
 
@@ -169,9 +172,9 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenEntry]) -> dict[s
 
 def prompt_logprobs_json(
     tokenizer: Tokenizer, prompt: Sequence[int], logprobs: PromptLogprobs
-) -> list[dict[str, Any] | None]:
+) -> PromptTables:
     """A prompt's log-probabilities, in vLLM's form: None for the first token, then a table by token id."""
-    tables: list[dict[str, Any] | None] = [None]
+    tables: PromptTables = [None]
     for token, (logprob, likeliest) in zip(prompt[1:], logprobs, strict=True):
         table = {one: max(value, _LEAST) for one, value in ((token, logprob), *likeliest)}
         tables.append(

@@ -17,8 +17,10 @@ from starlette.types import ASGIApp
 import gptkern
 from gptkern.gpt import GPT
 from gptkern.serve import endpoints, metrics
+from gptkern.serve.body import StrictRoute, mistake
 from gptkern.serve.chat import chat_prompt
-from gptkern.serve.errors import ApiProblem, json_response, shown
+from gptkern.serve.document import RESPONSES, DocumentedApp
+from gptkern.serve.errors import ApiProblem, json_response
 from gptkern.serve.guard import REQUEST_ID, Guard
 from gptkern.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gptkern.serve.service import Service
@@ -32,36 +34,6 @@ _PAGE_HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-}
-_STATUSES = {
-    400: "The request is wrong: the error names the field.",
-    401: "An API key is needed.",
-    404: "There is no such model.",
-    413: "The body is too long.",
-    429: "The server is busy: ask again after Retry-After.",
-    500: "A fault of the server.",
-    503: "The server is about to end, or not ready.",
-}
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code", "request_id"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-                "request_id": {"type": "string"},
-            },
-        }
-    },
-}
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
-    for status, text in _STATUSES.items()
 }
 
 
@@ -84,13 +56,14 @@ def create_app(model: GPT, settings: ServeSettings | None = None, **engine_optio
         yield
         await service.close()
 
-    app = _Application(
+    app = DocumentedApp(
         title="gptkern",
         version=gptkern.__version__,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
     )
+    app.router.route_class = StrictRoute
     app.state.service = service
     _add_generation(app, service)
     _add_tokens(app, service)
@@ -109,22 +82,6 @@ def create_app(model: GPT, settings: ServeSettings | None = None, **engine_optio
     return app
 
 
-class _Application(FastAPI):
-    """FastAPI, whose document says what this server answers: it refuses bodies by 400, not by 422."""
-
-    def openapi(self) -> dict[str, Any]:
-        document: dict[str, Any] = super().openapi()
-        for path in document["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        schemas = document["components"]["schemas"]
-        for name in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(name, None)
-        for name in ("CompletionRequest", "ChatRequest"):
-            schemas[name]["properties"]["model"]["enum"] = [self.state.service.settings.model_name]
-        return document
-
-
 def _add_generation(app: FastAPI, service: Service) -> None:
     streamed: dict[int | str, dict[str, Any]] = {
         200: {
@@ -133,12 +90,12 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         }
     }
 
-    @app.post("/v1/completions", responses=_RESPONSES | streamed)
+    @app.post("/v1/completions", responses=RESPONSES | streamed)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
         return await endpoints.complete(service, body, request)
 
-    @app.post("/v1/chat/completions", responses=_RESPONSES | streamed)
+    @app.post("/v1/chat/completions", responses=RESPONSES | streamed)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         return await endpoints.chat(service, body, request)
@@ -147,7 +104,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 def _add_tokens(app: FastAPI, service: Service) -> None:
     tokenizer = service.tokenizer
 
-    @app.post("/tokenize", responses=_RESPONSES)
+    @app.post("/tokenize", responses=RESPONSES)
     async def tokenize(body: TokenizeRequest) -> Response:
         """Give the token ids of a text, or of a conversation."""
         service.check_model(body.model)
@@ -162,17 +119,17 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
             {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.spec.context}
         )
 
-    @app.post("/detokenize", responses=_RESPONSES)
+    @app.post("/detokenize", responses=RESPONSES)
     async def detokenize(body: DetokenizeRequest) -> Response:
         """Give the text of token ids."""
         service.check_model(body.model)
         try:
-            return json_response({"prompt": tokenizer.decode(body.tokens)})
+            return json_response({"prompt": tokenizer.decode(service.checked_ids("tokens", body.tokens))})
         except ValueError as error:
             message = str(error).removeprefix("Tokenizer.decode: ")
             raise ApiProblem(400, f"tokens: {message}", param="tokens") from error
 
-    @app.get("/tokenizer_info", responses=_RESPONSES)
+    @app.get("/tokenizer_info", responses=RESPONSES)
     async def tokenizer_info() -> Response:
         """Say what the tokenizer is."""
         return json_response(
@@ -203,18 +160,18 @@ def _add_about(app: FastAPI, service: Service) -> None:
             "max_model_len": service.model.spec.context,
         }
 
-    @app.get("/v1/models", responses=_RESPONSES)
+    @app.get("/v1/models", responses=RESPONSES)
     async def models() -> Response:
         """List the models: one."""
         return json_response({"object": "list", "data": [card()]})
 
-    @app.get("/v1/models/{name:path}", responses=_RESPONSES)
+    @app.get("/v1/models/{name:path}", responses=RESPONSES)
     async def model(name: str) -> Response:
         """Describe a model."""
         service.check_model(name)
         return json_response(card())
 
-    @app.get("/health", responses={503: _RESPONSES[503]})
+    @app.get("/health", responses={503: RESPONSES[503]})
     async def health() -> Response:
         """Say whether requests are taken."""
         if service.draining:
@@ -253,7 +210,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def wrong_body(request: Request, error: RequestValidationError) -> Response:
-        return _of_validation(error).response(request.state.request_id)
+        return mistake(error).response(request.state.request_id)
 
     @app.exception_handler(HTTPException)
     async def unknown_path(request: Request, error: HTTPException) -> Response:
@@ -261,26 +218,3 @@ def _add_errors(app: FastAPI) -> None:
         text = message.get(error.status_code, str(error.detail))
         found = ApiProblem(error.status_code, text, headers=error.headers)
         return found.response(request.state.request_id)
-
-
-def _of_validation(error: RequestValidationError) -> ApiProblem:
-    """The first of a body's mistakes, by its field."""
-    errors = error.errors()
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        return ApiProblem(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
-    place = [str(part) for part in first["loc"][1:]]
-    if not place:
-        kind = "the body is no JSON object; a Content-Type of application/json and an object are needed"
-        return ApiProblem(400, kind, code="invalid_body")
-    param = place[0]
-    if first["type"] == "extra_forbidden":
-        name = ".".join(part for part in place if not part.startswith("function-"))
-        return ApiProblem(400, f"{name} is not served; leave it out", param=param, code="unknown_field")
-    if first["type"] == "missing":
-        return ApiProblem(400, f"{'.'.join(place)} is missing", param=param, code="missing_field")
-    # A prompt is no part of a message: only its kind.
-    hidden = param in ("prompt", "messages")
-    value = type(first.get("input")).__name__ if hidden else shown(first.get("input"))
-    words = "; or: ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][1:2] == first["loc"][1:2]))
-    return ApiProblem(400, f"{param} is {value}; {words}", param=param, code="invalid_field")

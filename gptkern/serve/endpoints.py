@@ -13,6 +13,7 @@ from starlette.responses import Response
 from gptkern.serve.answers import (
     Answer,
     Delta,
+    PromptTables,
     chat_logprobs,
     completion_logprobs,
     prompt_logprobs_json,
@@ -50,6 +51,14 @@ class Form:
         """A part of a stream."""
         raise NotImplementedError
 
+    def with_prompt(self, choice: dict[str, Any], tables: PromptTables) -> dict[str, Any]:
+        """Add a prompt's log-probabilities where vLLM has them.
+
+        Returns:
+            The fields that stand beside the choices.
+        """
+        raise NotImplementedError
+
 
 class CompletionForm(Form):
     """Completions."""
@@ -70,6 +79,11 @@ class CompletionForm(Form):
         """A part of a stream: its text and its tokens."""
         return self.choice(answer, delta)
 
+    def with_prompt(self, choice: dict[str, Any], tables: PromptTables) -> dict[str, Any]:
+        """Add them to each choice: there may be several prompts."""
+        choice["prompt_logprobs"] = tables
+        return {}
+
 
 class ChatForm(Form):
     """Chat completions."""
@@ -78,8 +92,8 @@ class ChatForm(Form):
 
     def choice(self, answer: Answer, delta: Delta) -> dict[str, Any]:
         """A whole answer."""
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
-        return self._around(answer, delta, "message", message)
+        parts: dict[str, Any] = {"content": delta.text, "refusal": None, "annotations": []}
+        return self._around(answer, delta, "message", {"role": "assistant", **parts})
 
     def piece(self, answer: Answer, delta: Delta, first: bool) -> dict[str, Any]:
         """A part of a stream; the first says who speaks."""
@@ -87,6 +101,10 @@ class ChatForm(Form):
         if first or delta.text:
             message["content"] = delta.text
         return self._around(answer, delta, "delta", message)
+
+    def with_prompt(self, choice: dict[str, Any], tables: PromptTables) -> dict[str, Any]:
+        """Give them beside the choices: they have one prompt."""
+        return {"prompt_logprobs": tables}
 
     def _around(self, answer: Answer, delta: Delta, name: str, message: dict[str, Any]) -> dict[str, Any]:
         logprobs = chat_logprobs(self.tokenizer, delta.entries) if self.logprobs else None
@@ -134,7 +152,7 @@ def _prompts(service: Service, body: CompletionRequest, echo: bool) -> list[Prom
 
     def source(text: str | None, tokens: Sequence[int]) -> PromptSource:
         async def read() -> Prompt:
-            ids = _checked_ids(service, tokens) if text is None else await service.encode(text)
+            ids = service.checked_ids("prompt", tokens) if text is None else await service.encode(text)
             if not ids:
                 ids = _opening(service)
             repeated = None
@@ -152,25 +170,15 @@ def _prompts(service: Service, body: CompletionRequest, echo: bool) -> list[Prom
     return [source(one, ()) if isinstance(one, str) else source(None, one) for one in prompt]
 
 
-def _checked_ids(service: Service, tokens: Sequence[int]) -> list[int]:
-    vocab_size = service.model.spec.vocab_size
-    for token in tokens:
-        if token >= vocab_size:
-            raise bad_field("prompt", token, f"token ids from 0 to {vocab_size - 1} are accepted")
-    return list(tokens)
-
-
 def _opening(service: Service) -> list[int]:
     """The prompt that an empty text stands for: the beginning of a text."""
-    token = service.tokenizer.bos_token_id
-    token = service.tokenizer.eos_token_id if token is None else token
-    if token is None:
+    if service.opening is None:
         raise ApiProblem(
             400,
             "prompt is empty, and the model has no token that begins a text; one token or more is needed",
             param="prompt",
         )
-    return [token]
+    return [service.opening]
 
 
 async def _respond(
@@ -212,21 +220,20 @@ async def _whole(
             await job.finish()
         except RuntimeError as error:
             raise _engine_failed(error) from error
-        choices = []
-        for answer in job.answers:
-            choice = form.choice(answer, answer.delta())
-            if wish.fields.prompt_logprobs is not None:
-                choice["prompt_logprobs"] = _of_prompt(service, wish, job, answer)
-            choices.append(choice)
+        choices = [form.choice(answer, answer.delta()) for answer in job.answers]
+        beside: dict[str, Any] = {}
+        if wish.fields.prompt_logprobs is not None:
+            tables = [_of_prompt(service, wish, job, answer) for answer in job.answers[:: job.copies]]
+            for answer, choice in zip(job.answers, choices, strict=True):
+                beside = form.with_prompt(choice, tables[answer.index // job.copies])
         http.state.usage = job.usage()
-        return json_response(
-            _head(service, form, http, form.whole) | {"choices": choices, "usage": job.usage()}
-        )
+        head = _head(service, form, http, form.whole)
+        return json_response(head | {"choices": choices, "usage": job.usage()} | beside)
     finally:
         service.end(job)
 
 
-def _of_prompt(service: Service, wish: Wish, job: Job, answer: Answer) -> Any:
+def _of_prompt(service: Service, wish: Wish, job: Job, answer: Answer) -> PromptTables:
     prompt = job.prompts[answer.index // job.copies]
     top = wish.fields.prompt_logprobs or 0
     found = tuple((own, likeliest[:top]) for own, likeliest in answer.prompt_logprobs or ())
@@ -250,10 +257,11 @@ async def _stream(
                 if not (delta.text or delta.entries or delta.finish_reason):
                     continue
                 choice = form.piece(answer, delta, answer.index not in began)
+                beside = nothing
                 if wish.fields.prompt_logprobs is not None and answer.index not in began:
-                    choice["prompt_logprobs"] = _of_prompt(service, wish, job, answer)
+                    beside = nothing | form.with_prompt(choice, _of_prompt(service, wish, job, answer))
                 began.add(answer.index)
-                yield _event(head | {"choices": [choice]} | nothing)
+                yield _event(head | {"choices": [choice]} | beside)
         if wants_usage:
             yield _event(head | {"choices": [], "usage": job.usage()})
         yield b"data: [DONE]\n\n"

@@ -28,7 +28,8 @@ def options_of(
         ApiProblem: A token outside the vocabulary, fewer tokens than the fewest.
     """
     if (fields.min_tokens or 0) > max_new:
-        raise bad_field("min_tokens", fields.min_tokens, f"at most max_tokens, {max_new}, is accepted")
+        accepted = f"at most max_tokens, {max_new}, is accepted"
+        raise bad_field("min_tokens", fields.min_tokens, accepted, code="conflicting_fields")
     chosen: dict[str, Any] = {name: None for name, option in OPTIONS.items() if not option.draws}
     chosen |= {
         "max_new_tokens": max_new,

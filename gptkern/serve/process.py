@@ -44,7 +44,17 @@ def run(model: GPT, settings: ServeSettings | None = None, **engine_options: Any
     settings = settings or ServeSettings()
     sys.setswitchinterval(_SWITCH_SECONDS)
     app: Any = create_app(model, settings, **engine_options)
-    config = uvicorn.Config(
+    config = server_config(app, settings)
+    # Here, so that an address that is taken is an error of this function.
+    socket = config.bind_socket() if settings.port else None
+    server = DrainingServer(config, app.state.service)
+    server.run(sockets=None if socket is None else [socket])
+    return 130 if server.interrupted else 0
+
+
+def server_config(app: Any, settings: ServeSettings) -> uvicorn.Config:
+    """The settings of uvicorn's own."""
+    return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
@@ -56,11 +66,6 @@ def run(model: GPT, settings: ServeSettings | None = None, **engine_options: Any
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
     )
-    # Here, so that an address that is taken is an error of this function.
-    socket = config.bind_socket() if settings.port else None
-    server = DrainingServer(config, app.state.service)
-    server.run(sockets=None if socket is None else [socket])
-    return 130 if server.interrupted else 0
 
 
 class DrainingServer(uvicorn.Server):

@@ -7,22 +7,85 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MOST_COPIES = 128
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
 MOST_BIASES = 1024
 MOST_MESSAGES = 4096
+MOST_PROMPTS = 4096
+# More than any body has: each further one would be an error of its own.
+_MOST_FIELDS = 64
+# What the document says of a token's id until it knows the vocabulary.
+TOKEN_FORMAT = "token-id"
 
-Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+def _whole(value: Any, depth: int = 3) -> Any:
+    """Whole numbers as such: to JSON 2.0 is one. In lists, and lists of lists, too."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if depth and isinstance(value, list) and not {float, list}.isdisjoint(map(type, value)):
+        return [_whole(entry, depth - 1) for entry in value]
+    return value
+
+
+def _few(value: Any) -> Any:
+    """Refuse a table of very many entries before each is looked at."""
+    if isinstance(value, dict) and len(value) > MOST_BIASES:
+        raise PydanticCustomError(
+            "too_long", "Input should have at most {most} entries", {"most": MOST_BIASES}
+        )
+    return value
+
+
+Whole = BeforeValidator(_whole)
+# A list of a million mistakes is told by its first.
+FirstMistake = Field(fail_fast=True)
+Token = Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={"format": TOKEN_FORMAT})]
 Text = Annotated[str, Field(max_length=256, min_length=1)]
+
+
+def _exclude(*names: str) -> dict[str, Any]:
+    """The JSON schema of bodies in which no two fields both have a value."""
+    return {
+        "not": {"required": list(names), "properties": {name: {"not": {"type": "null"}} for name in names}}
+    }
+
+
+def _needs(name: str, kind: str, other: str) -> dict[str, Any]:
+    """The JSON schema of bodies in which a field has a value only where another is true."""
+    return {
+        "if": {"required": [name], "properties": {name: {"type": kind}}},
+        "then": {"required": [other], "properties": {other: {"const": True}}},
+    }
+
+
+# What the fields of a body say about each other, for its document.
+_GENERATION_RULES: list[Any] = [
+    _needs("stream_options", "object", "stream"),
+    _exclude("regex", "grammar"),
+    _exclude("regex", "response_format"),
+    _exclude("grammar", "response_format"),
+]
+_CHAT_RULES: list[Any] = [
+    _needs("top_logprobs", "integer", "logprobs"),
+    _exclude("max_tokens", "max_completion_tokens"),
+]
 
 
 class Fields(BaseModel):
     """A body: no other fields, and no other types than those named."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_short(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+            raise PydanticCustomError("too_many_fields", "Input should have fewer fields")
+        return value
 
 
 class StreamOptions(Fields):
@@ -43,6 +106,14 @@ class JsonSchema(Fields):
 class ResponseFormat(Fields):
     """The form of an answer."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"type": {"const": "json_schema"}}},
+            "then": {"required": ["json_schema"], "properties": {"json_schema": {"type": "object"}}},
+            "else": {"properties": {"json_schema": {"type": "null"}}},
+        }
+    )
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -50,8 +121,10 @@ class ResponseFormat(Fields):
 class GenerationFields(Fields):
     """The fields that completions and chat completions share."""
 
+    model_config = ConfigDict(json_schema_extra={"allOf": _GENERATION_RULES})
+
     model: str = Field(description="Name of the model, as `/v1/models` lists it.")
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31), Whole] | None = Field(
         None, description="Most new tokens: 16 of a completion, the rest of the context in a chat."
     )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
@@ -60,7 +133,7 @@ class GenerationFields(Fields):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="Nucleus sampling: the smallest set of tokens of this probability. Default 1."
     )
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), Whole] | None = Field(
         None, description="Sample from this many likeliest tokens; 0 or -1: from all. Default 0."
     )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
@@ -69,26 +142,27 @@ class GenerationFields(Fields):
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="Locally typical sampling. Default 1: off."
     )
-    n: Annotated[int, Field(ge=1, le=MOST_COPIES)] | None = Field(
+    n: Annotated[int, Field(ge=1, le=MOST_COPIES), Whole] | None = Field(
         None, description="Continuations of each prompt. Default 1."
     )
-    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = Field(
+    stop: Text | Annotated[list[Text], FirstMistake, Field(max_length=MOST_STOPS)] | None = Field(
         None, description="Text, or up to 16 texts, before which an answer ends."
     )
-    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_BIASES)] | None = Field(
+    stop_token_ids: Annotated[list[Token], FirstMistake, Field(max_length=MOST_BIASES), Whole] | None = Field(
         None, description="Tokens that end an answer, beside the end of text."
     )
     ignore_eos: bool | None = Field(None, description="Go on behind the end of text. Default false.")
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31), Whole] | None = Field(
         None, description="New tokens before which no answer ends by a token. Default 0."
     )
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Whole] | None = Field(
         None, description="Equal requests of one seed get equal answers, whatever else runs."
     )
     logit_bias: (
         Annotated[
             dict[str, Annotated[float, Field(ge=-100, le=100)]],
             Field(max_length=MOST_BIASES),
+            BeforeValidator(_few),
         ]
         | None
     ) = Field(None, description="Amounts added to the logits of tokens, by their ids.")
@@ -101,7 +175,7 @@ class GenerationFields(Fields):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(
         None, description="Above 1, discourages tokens of the prompt and of the answer. Default 1."
     )
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), Whole] | None = Field(
         None, description="Log-probabilities of the prompt's tokens, and of so many likeliest ones."
     )
     stream: bool | None = Field(None, description="Send the answer as it is made. Default false.")
@@ -118,17 +192,23 @@ class GenerationFields(Fields):
     user: str | None = Field(None, description="Accepted and not used.")
 
 
+_Texts = Annotated[list[str], FirstMistake, Field(min_length=1, max_length=MOST_PROMPTS)]
+_Ids = Annotated[list[Token], FirstMistake, Field(min_length=1)]
+_IdLists = Annotated[list[_Ids], FirstMistake, Field(min_length=1, max_length=MOST_PROMPTS)]
+
+
 class CompletionRequest(GenerationFields):
     """The body of `/v1/completions`."""
 
-    prompt: (
+    prompt: Annotated[
         str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
-    ) = Field(description="Text or token ids, or a list of either.")
+        | _Texts
+        | _Ids
+        | Annotated[list[_Ids], FirstMistake, Field(min_length=1, max_length=MOST_PROMPTS)],
+        Whole,
+    ] = Field(description="Text or token ids, or a list of either.")
     echo: bool | None = Field(None, description="Let the answer begin with the prompt. Default false.")
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), Whole] | None = Field(
         None, description="Log-probabilities of the tokens, and of so many likeliest ones."
     )
 
@@ -144,7 +224,7 @@ class Message(Fields):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], FirstMistake, Field(min_length=1)]
     name: str | None = None
 
     @property
@@ -158,14 +238,16 @@ class Message(Fields):
 class ChatRequest(GenerationFields):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] = Field(
+    model_config = ConfigDict(json_schema_extra={"allOf": [*_GENERATION_RULES, *_CHAT_RULES]})
+
+    messages: Annotated[list[Message], FirstMistake, Field(min_length=1, max_length=MOST_MESSAGES)] = Field(
         description="The conversation: objects with a `role` and a `content` of text."
     )
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), Whole] | None = Field(
         None, description="The newer name of `max_tokens`."
     )
     logprobs: bool | None = Field(None, description="Log-probabilities of the tokens. Default false.")
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), Whole] | None = Field(
         None, description="How many likeliest tokens to tell in the place of each."
     )
 
@@ -173,9 +255,20 @@ class ChatRequest(GenerationFields):
 class TokenizeRequest(Fields):
     """The body of `/tokenize`: a prompt, or the messages of a chat."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+                {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+            ]
+        }
+    )
+
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    messages: Annotated[list[Message], FirstMistake, Field(min_length=1, max_length=MOST_MESSAGES)] | None = (
+        None
+    )
     add_special_tokens: bool | None = Field(None, description="Put around a prompt what belongs there.")
 
 
@@ -183,4 +276,4 @@ class DetokenizeRequest(Fields):
     """The body of `/detokenize`."""
 
     model: str | None = None
-    tokens: list[Token]
+    tokens: Annotated[list[Token], FirstMistake, Whole]

@@ -178,6 +178,7 @@ class Service:
         self.draining = False
         self.chat_template = template_of(self.tokenizer, settings.chat_template)
         self.end_of_text = _end_of_text(model)
+        self.opening = _opening(self.tokenizer, self.end_of_text)
         self._jobs: dict[int, Job] = {}
         self.grammars = Grammars(
             self.tokenizer, model.spec.vocab_size, self.end_of_text, settings.grammar_seconds
@@ -200,6 +201,17 @@ class Service:
             )
             error.status = 404
             raise error
+
+    def checked_ids(self, param: str, tokens: Sequence[int]) -> list[int]:
+        """Token ids of a request.
+
+        Raises:
+            ApiProblem: One that the model does not have.
+        """
+        vocab_size = self.model.spec.vocab_size
+        if tokens and max(tokens) >= vocab_size:
+            raise bad_field(param, max(tokens), f"token ids from 0 to {vocab_size - 1} are accepted")
+        return list(tokens)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
         """The ids of a text.
@@ -315,6 +327,13 @@ def _end_of_text(model: GPT) -> tuple[int, ...]:
     ends = [token for token in ids if isinstance(token, int) and 0 <= token < model.spec.vocab_size]
     own = model.tokenizer.eos_token_id if model.tokenizer is not None else None
     return tuple(ends) or (() if own is None else (own,))
+
+
+def _opening(tokenizer: Tokenizer, end_of_text: tuple[int, ...]) -> int | None:
+    """The token that begins a text: an empty prompt stands for it. None where the model has none."""
+    if tokenizer.bos_token_id is not None:
+        return tokenizer.bos_token_id
+    return next(iter(end_of_text), None)
 
 
 def _plain_words(error: Exception) -> str:

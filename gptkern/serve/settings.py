@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import ssl
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 # A key goes into a header of ASCII characters.
 _KEY = re.compile(r"[!-~]{8,}")
@@ -62,14 +64,41 @@ class ServeSettings:
             raise ValueError(f"ServeSettings: port is {self.port}; 0 to 65535 is accepted")
         if not self.model_name:
             raise ValueError("ServeSettings: model_name is empty; a name is needed")
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("ServeSettings: tls_certificate and tls_key belong together: give both or none")
+        _check_tls(self.tls_certificate, self.tls_key)
         if any(not _KEY.fullmatch(key) for key in self.api_keys):
             # The key itself is no part of the message.
             raise ValueError(
                 "ServeSettings: an API key is shorter than 8 characters, or holds spaces or characters "
                 "beyond ASCII; 8 or more printable ASCII characters are needed"
             )
+
+
+def _check_tls(certificate: str | None, key: str | None) -> None:
+    """Refuse files that cannot be served with: otherwise the model would be loaded first."""
+    if certificate is None and key is None:
+        return
+    if certificate is None or key is None:
+        raise ValueError("ServeSettings: tls_certificate and tls_key belong together: give both or none")
+    for name, path in (("tls_certificate", certificate), ("tls_key", key)):
+        try:
+            Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"ServeSettings: {name} is {path!r}, which cannot be read: {error}") from error
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_verify_locations(certificate)
+    except ssl.SSLError as error:
+        raise ValueError(
+            f"ServeSettings: tls_certificate is {certificate!r}; a certificate in PEM is needed"
+        ) from error
+    try:
+        # A key with a password would be asked for at the terminal.
+        context.load_cert_chain(certificate, key, password="")
+    except (ssl.SSLError, ValueError) as error:
+        raise ValueError(
+            f"ServeSettings: tls_key is {key!r}; the key of {certificate!r} is needed, in PEM and without a "
+            "password"
+        ) from error
 
 
 _LEAST: dict[str, float] = {
