@@ -131,7 +131,8 @@ def test_streams_that_are_open_at_once_do_not_meet() -> None:
         (lambda: asked(5, do_sample=True, num_return_sequences=3), "the engine's max_seqs is 2"),
         (lambda: asked(5, stop_strings="a"), "stop_strings need a tokenizer"),
         (lambda: asked(5, kv_cache_dtype="fp8"), "kv_cache_dtype is 'fp8'; the engine's is 'auto'"),
-        (lambda: asked(5, num_beams=2), "num_beams is 2"),
+        (lambda: asked(5, num_beams=3), "num_beams is 3, the engine's max_seqs is 2"),
+        (lambda: asked(*[1] * 60, max_new_tokens=70, num_beams=2), "2 beams need 6 pages of 64 tokens"),
         (lambda: asked(5, temprature=1.0), "did you mean 'temperature'"),
     ],
 )
@@ -150,7 +151,7 @@ def test_a_request_that_fails_ends_alone() -> None:
     engine = Engine(model)
     good, bad = engine.add(asked(5, 6, 7, max_new_tokens=12)), engine.add(asked(9))
     events = engine.step()
-    (sequence,) = (row.sequence for row in engine._rows[bad])
+    (sequence,) = (row.sequence for row in engine._jobs[bad].rows)
     engine.cache.k[:, engine.cache.pages(sequence)[0], 0] = torch.nan  # type: ignore[arg-type]
     events += run(engine)
     assert [event.token for event in events if event.request == good] == expected

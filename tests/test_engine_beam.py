@@ -11,8 +11,9 @@ import torch
 
 from gptkern.config import GPTConfig
 from gptkern.engine import beam as beams
-from gptkern.engine.beam import BeamSearch
+from gptkern.engine.beam import BeamSearch, advance
 from gptkern.engine.rules import RowRules
+from gptkern.engine.sampling import RowParams
 from gptkern.engine.settings import Settings, merged, settle
 from gptkern.engine.stop_strings import RowText, StopWatch
 from gptkern.tokenizer import Tokenizer, streams
@@ -27,17 +28,32 @@ def settings(**options: Any) -> Settings:
     return settle(asked, CONFIG, width=2, longest=2, lengths_given=True)
 
 
-def searched(prompts: list[list[int]], asked: Settings, tokenizer: Tokenizer | None = None) -> BeamSearch:
-    """A whole search; logits are random, and letters are likelier than other bytes."""
-    search = BeamSearch(prompts, asked, VOCAB, CPU, tokenizer)
-    rows = len(prompts)
+def begun(prompt: list[int], asked: Settings, tokenizer: Tokenizer | None = None) -> BeamSearch:
+    return BeamSearch(prompt, asked, RowParams(asked, VOCAB), CPU, tokenizer)
+
+
+def step(search: BeamSearch, logits: torch.Tensor) -> tuple[list[int], list[int]]:
+    """The beams that go on and their new tokens."""
+    (parents,) = advance([search], logits)
+    if isinstance(parents, Exception):
+        raise parents
+    return parents, [beam.tokens[-1] for beam in search.running]
+
+
+def searched(
+    prompts: list[list[int]], asked: Settings, tokenizer: Tokenizer | None = None
+) -> list[BeamSearch]:
+    """Whole searches; logits are random, and letters are likelier than other bytes."""
+    searches = [begun(prompt, asked, tokenizer) for prompt in prompts]
+    running = list(searches)
     generator = torch.Generator().manual_seed(len(prompts))
-    while rows:
+    while running:
+        rows = sum(max(len(search.running), 1) for search in running)
         logits = torch.randn(rows, VOCAB, generator=generator)
         logits[:, 97:123] += 6
-        parents, _ = search.advance(logits)
-        rows = len(parents)
-    return search
+        advance(running, logits)
+        running = [search for search in running if search.running]
+    return searches
 
 
 @pytest.mark.parametrize("stops", [[], ["abcdefgh"], ["xyzxyzxyz", "qqqqqq", "zzzzzz\n"]])
@@ -59,8 +75,8 @@ def test_text_and_rules_are_read_once_a_token(stops: list[str], monkeypatch: pyt
     made = {}
     for length in (100, 200, 400):
         calls.clear()
-        search = searched([[104, 105]], settings(max_new_tokens=length, **options), Tokenizer.bytes())
-        assert [beam.length for beam in search.best()] == [length]
+        (search,) = searched([[104, 105]], settings(max_new_tokens=length, **options), Tokenizer.bytes())
+        assert len(search.complete[0].tokens) == length
         made[length] = dict(calls)
     for length, found in made.items():
         # As many tokens are read as there are beams, and in the last pass as there are candidates.
@@ -103,26 +119,23 @@ def test_beams_are_the_best_by_the_definition() -> None:
     generator = torch.Generator().manual_seed(3)
     logits = [torch.randn(VOCAB, generator=generator) * 3 for _ in range(6)]
     asked = settings(max_new_tokens=6, num_return_sequences=4, length_penalty=0.0, eos_token_id=None)
-    search = BeamSearch([[1], [2, 3]], asked, VOCAB, CPU)
+    searches = [begun([1], asked), begun([2, 3], asked)]
     rows = 2
     for row in logits:
-        parents, tokens = search.advance(row.expand(rows, -1))
-        assert len(parents) == len(tokens)
-        rows = len(parents)
+        outcomes = advance(searches, row.expand(rows, -1))
+        rows = sum(len(parents) for parents in outcomes if isinstance(parents, list))
     assert rows == 0
     expected = reference(logits, 4)
-    for prompt in range(2):
-        found = search.best()[prompt * 4 : prompt * 4 + 4]
-        assert [beam.tokens for beam in found] == [tokens for _, tokens in expected]
-        assert [beam.score for beam in found] == pytest.approx([score for score, _ in expected], rel=1e-5)
-        assert all(beam.finish_reason == "length" for beam in found)
+    for search in searches:
+        assert [beam.tokens for beam in search.complete] == [tokens for _, tokens in expected]
+        assert [beam.score for beam in search.complete] == pytest.approx([s for s, _ in expected], rel=1e-5)
 
 
 def test_equal_scores_go_to_the_lower_beam_and_token() -> None:
-    search = BeamSearch([[1]], settings(max_new_tokens=2, eos_token_id=None), VOCAB, CPU)
+    search = begun([1], settings(max_new_tokens=2, eos_token_id=None))
     logits = torch.full((1, VOCAB), -9.0)
     logits[0, [40, 7, 99, 200, 150]] = 0.0
-    assert search.advance(logits) == ([0, 0, 0, 0], [7, 40, 99, 150])
+    assert step(search, logits) == ([0, 0, 0, 0], [7, 40, 99, 150])
 
 
 def test_a_beam_without_a_token_left_ends_and_the_others_go_on() -> None:
@@ -133,14 +146,27 @@ def test_a_beam_without_a_token_left_ends_and_the_others_go_on() -> None:
         eos_token_id=None,
         bad_words_ids=[[5, token] for token in range(VOCAB)],
     )
-    search = BeamSearch([[1]], asked, VOCAB, CPU)
+    search = begun([1], asked)
     logits = torch.full((1, VOCAB), -20.0)
     logits[0, 5], logits[0, 6] = 3.0, 2.0
-    search.advance(logits)
-    parents, tokens = search.advance(torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0)))
+    step(search, logits)
+    parents, tokens = step(search, torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0)))
     assert parents == [1, 1] and len(set(tokens)) == 2
-    with pytest.raises(ValueError, match="row 0 of the prompts: the options bar every token there is"):
-        BeamSearch([[5]], asked, VOCAB, CPU).advance(logits)
+    with pytest.raises(ValueError, match="the options bar every token there is"):
+        step(begun([5], asked), logits)
+
+
+def test_a_search_that_cannot_go_on_ends_alone() -> None:
+    asked = settings(num_beams=2, max_new_tokens=3, eos_token_id=None)
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
+    logits[1, 7] = float("nan")
+    searches = [begun([1], asked) for _ in range(3)]
+    first, failure, last = advance(searches, logits)
+    assert (first, last) == ([0, 0], [0, 0])
+    assert str(failure) == "beam 0: the logits hold NaN; numbers and -inf are accepted"
+    twin = begun([1], asked)
+    step(twin, logits[2:])
+    assert [beam.tokens for beam in searches[2].running] == [beam.tokens for beam in twin.running]
 
 
 @pytest.mark.parametrize("seed", range(20))

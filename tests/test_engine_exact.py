@@ -13,6 +13,7 @@ import torch
 
 from gptkern import GPT, GPTConfig, ops
 from gptkern.engine import engine as engine_module
+from gptkern.engine.beam import BeamSearch
 from gptkern.engine.engine import Engine
 from gptkern.engine.executors import cpu, prompt
 from gptkern.engine.request import Request, TokenEvent
@@ -23,6 +24,9 @@ CONFIG = GPTConfig(vocab_size=23, n_positions=72, n_layer=2, n_head=2, n_embd=12
 UNIT, SHORT = 8, 3
 # What each copy of a request has made: (tokens, log-probabilities, reason).
 Made = dict[int, tuple[list[int], list[float | None], str | None]]
+
+
+restart = BeamSearch.restart
 
 
 class Failure(Exception):
@@ -69,8 +73,28 @@ def _requests(rng: random.Random, most_new: int, count: int) -> list[Request]:
             options.pop("speculate", None)
         if rng.random() < 0.3:
             options["eos_token_id"] = rng.randrange(CONFIG.vocab_size)
-        requests.append(Request(prompt=prompt, options=options, logprobs=0))
+        request = Request(prompt=prompt, options=options, logprobs=0)
+        requests.append(_searching(rng, request) if rng.random() < 0.25 else request)
     return requests
+
+
+def _searching(rng: random.Random, request: Request) -> Request:
+    """The request as a beam search."""
+    idle = {"speculate", "do_sample", "top_p", "top_k", "num_return_sequences"}
+    options = {name: value for name, value in request.options.items() if name not in idle}
+    options |= {"num_beams": rng.randint(2, 3), "num_return_sequences": rng.randint(1, 2)}
+    options |= {
+        "early_stopping": rng.choice([True, False, "never"]),
+        "length_penalty": rng.choice([0.5, 1.5]),
+    }
+    return replace(request, options=options, logprobs=None)
+
+
+def _pages(request: Request, page_size: int) -> int:
+    """The pages that a request may need when it is alone."""
+    length = len(request.prompt)
+    shared, whole = length // page_size, -(-(length + request.options["max_new_tokens"]) // page_size)
+    return shared + request.options.get("num_beams", 1) * (whole - shared)
 
 
 def _collect(made: Made, event: TokenEvent) -> None:
@@ -78,7 +102,7 @@ def _collect(made: Made, event: TokenEvent) -> None:
     assert reason is None, "an event after the last"
     if event.token is not None:
         tokens.append(event.token)
-        logprobs.append(event.logprob)
+        logprobs.append(event.logprob if event.score is None else event.score)
     made[event.copy] = tokens, logprobs, event.finish_reason
 
 
@@ -98,6 +122,8 @@ class Counts:
     """What the schedules of one test met."""
 
     preempted: int = 0
+    searches: int = 0
+    begun_anew: int = 0
     found: int = 0
     accepted: int = 0
     cut_short: int = 0
@@ -135,17 +161,22 @@ class Schedules:
             self.model,
             max_seqs=rng.randint(3, 6),
             page_size=rng.choice([2, 3, 4, 8, 16]),
-            # From room for the longest request alone to room for all.
-            cache_tokens=rng.choice([72, 96, 120, 500]),
+            # From room for a short request alone to room for all.
+            cache_tokens=rng.choice([32, 48, 72, 120, 500]),
             prefill_chunk=rng.choice([1, 8, 13, 48]),
             prefix_cache=rng.random() < 0.7,
         )
         begun: dict[int, int] = {}
         made: dict[int, Made] = defaultdict(dict)
-        waiting = rng.choices(range(len(self.requests)), k=rng.randint(1, 8))
+        pages, size = engine.cache.num_pages, engine.cache.page_size
+        fit = [index for index, request in enumerate(self.requests) if _pages(request, size) <= pages]
+        waiting = rng.choices(fit, k=rng.randint(1, 8))
         for index in self.earlier.keys() & set(waiting):
+            if self.earlier[index] not in fit:
+                continue
             waiting.insert(waiting.index(index) + 1, self.earlier[index])
         self._watch_prefixes(engine)
+        self._watch_searches(monkeypatch)
         if rng.random() < 0.3:
             self._let_fail(engine)
         while waiting or engine.has_work:
@@ -178,6 +209,13 @@ class Schedules:
 
         engine.cache.begin = counted  # type: ignore[method-assign]
 
+    def _watch_searches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def counted(search: BeamSearch) -> None:
+            self.counts.begun_anew += bool(search.running)
+            restart(search)
+
+        monkeypatch.setattr(BeamSearch, "restart", counted)
+
     def _let_fail(self, engine: Engine) -> None:
         draw = engine._sampler.draw
 
@@ -204,6 +242,7 @@ class Schedules:
                 else:
                     assert (len(tokens), reason) == (len(whole_tokens), whole_reason)
                     self.counts.whole += 1
+                    self.counts.searches += "num_beams" in self.requests[index].options
 
 
 @pytest.fixture
@@ -240,6 +279,7 @@ def _run(
 def test_random_schedules(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, executor: str) -> None:
     counts = _run(monkeypatch, dtype, 1, 25, executor)
     assert counts.preempted and counts.found and counts.cut_short and counts.failed and counts.whole > 40
+    assert counts.searches > 10 and counts.begun_anew
     assert counts.accepted or executor == "torch"
 
 

@@ -88,9 +88,12 @@ class Operations:
         rng = self.rng
         options: dict[str, Any] = {"max_new_tokens": rng.randint(1, 12), "seed": rng.randrange(9)}
         copies = rng.choice([1, 1, 1, 2, 3])
-        if copies > 1 or rng.random() < 0.5:
+        if rng.random() < 0.2:
+            options |= {"num_beams": rng.randint(max(copies, 2), 3), "num_return_sequences": copies}
+            options |= {"max_new_tokens": rng.randint(1, 5), "early_stopping": rng.random() < 0.5}
+        elif copies > 1 or rng.random() < 0.5:
             options |= {"do_sample": True, "num_return_sequences": copies}
-        if rng.random() < 0.3:
+        if rng.random() < 0.3 and "num_beams" not in options:
             options["speculate"] = 3
         if rng.random() < 0.2:
             options["stop_strings"] = "abc"
@@ -109,7 +112,7 @@ class Operations:
     def check(self) -> None:
         """Count every page by who holds it, and every sequence by its row."""
         engine, cache = self.engine, self.engine.cache
-        rows = [row for row in engine._copies if row.sequence is not None]
+        rows = [row for row in engine._unfinished() if row.sequence is not None]
         assert sorted(cache.sequences) == sorted(self._sequence(row) for row in rows)
         held = Counter(page for sequence in cache.sequences for page in cache.pages(sequence))
         assert [cache._pool.holders(page) for page in range(cache.num_pages)] == [

@@ -646,7 +646,7 @@ def test_logits_that_are_no_numbers_are_refused(bad: float, message: str, at: in
         return logits
 
     model.lm_head.register_forward_hook(spoil)
-    where = "row 1 of the prompts, beam 0" if beams > 1 else "row 1: the logits"
+    where = "row 1: beam 0: the logits" if beams > 1 else "row 1: the logits"
     with pytest.raises(ValueError, match=f"{where}.*{message}"):
         model.generate(prompts(2, 5), max_new_tokens=6, num_beams=beams, eos_token_id=None)
     assert len(calls) == 2 + 2 * beams * at

@@ -36,7 +36,7 @@ def test_options_are_the_requests_own() -> None:
         ({"options": [1]}, TypeError, "options is list; a mapping"),
         ({"options": {"max_new_token": 3}}, TypeError, "'max_new_token' is no option; did you mean"),
         ({"options": {"top_p": 2.0}}, ValueError, "Request: top_p is 2.0"),
-        ({"options": {"num_beams": 2}}, ValueError, "num_beams is 2"),
+        ({"options": {"num_beams": 0}}, ValueError, "num_beams is 0"),
         ({"priority": 1.5}, TypeError, "priority is 1.5; a whole number"),
         ({"priority": True}, TypeError, "priority is True"),
         ({"deadline": 0}, ValueError, "deadline is 0; a finite number of seconds above 0"),

@@ -56,7 +56,7 @@ class Harness:
         copies: int = 1,
         deadline: float | None = None,
     ) -> list[Row]:
-        self.scheduler.check_fits(len(prompt), max_new, copies)
+        self.scheduler.check_fits(len(prompt), max_new, copies=copies, beams=1)
         rows = [
             Row(self.arrivals, copy, priority, self.arrivals, list(prompt), max_new, deadline)
             for copy in range(copies)

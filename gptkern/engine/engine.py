@@ -7,22 +7,22 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 
+from gptkern.engine.beam import BeamSearch, advance, refuse_beams
 from gptkern.engine.cache import PAGE_SIZE, KVCache
 from gptkern.engine.constraint import Constraint
 from gptkern.engine.copies import Copy
 from gptkern.engine.executors.choose import Executors
 from gptkern.engine.executors.graph import MOST_ROWS
+from gptkern.engine.job import Inbox, Job
 from gptkern.engine.launch import Launch, Launcher
 from gptkern.engine.lookup import Lookup
 from gptkern.engine.options import KVCacheDType
 from gptkern.engine.processors import Callbacks
 from gptkern.engine.request import FinishReason, Request, TokenEvent
-from gptkern.engine.rows import Rows
 from gptkern.engine.sampling import RowDraw, RowParams, Sampler, SamplerRow, row_keys
 from gptkern.engine.scheduler import Row, Scheduler
 from gptkern.engine.settings import Settings, merged, settle
@@ -57,21 +57,6 @@ class EngineLoad(NamedTuple):
     preemptions: int
     prefix_queries: int
     prefix_hits: int
-
-
-@dataclass
-class _Inbox:
-    """The requests and cancellations of other threads since the last step."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    added: list[list[Copy]] = field(default_factory=list)
-    cancelled: list[int] = field(default_factory=list)
-
-    def take(self) -> tuple[list[list[Copy]], list[int]]:
-        with self.lock:
-            taken = self.added, self.cancelled
-            self.added, self.cancelled = [], []
-        return taken
 
 
 class Engine:
@@ -154,12 +139,12 @@ class Engine:
         self._sampler = Sampler(model.spec.vocab_size, model.device)
         self._kv_cache_dtype = kv_cache_dtype
         self._copies: dict[Row, Copy] = {}
-        self._rows: dict[int, list[Row]] = {}
+        self._jobs: dict[int, Job] = {}
         self._launched: Launch | None = None
         # Those of a step that fails are given out by the next.
         self._events: list[TokenEvent] = []
         self._ids = itertools.count()
-        self._inbox = _Inbox()
+        self._inbox = Inbox()
         self._stepping = threading.Lock()
         self._closed = False
 
@@ -178,11 +163,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True if a request has not ended, or an event has not been returned."""
-        return bool(self._rows or self._inbox.added or self._events)
+        return bool(self._jobs or self._inbox.added or self._events)
 
     def has(self, request: int) -> bool:
         """True if the request exists and has not ended."""
-        return request in self._rows or any(copies[0].row.request == request for copies in self._inbox.added)
+        return request in self._jobs or any(job.rows[0].request == request for job in self._inbox.added)
 
     @property
     def preemptions(self) -> int:
@@ -227,6 +212,7 @@ class Engine:
                     f"Engine.add: {name} is {getattr(request, name)}; at most the vocabulary's {vocab_size}"
                 )
         length = len(request.prompt)
+        # A checkpoint's beams are for callers who wait for whole sequences: a request asks for them itself.
         asked = merged(request.options, getattr(self.model, "generation_config", {}) | {"num_beams": 1})
         given = any(request.options.get(name) is not None for name in ("max_length", "max_new_tokens"))
         settings = settle(asked, self.model.config, width=length, longest=length, lengths_given=given)
@@ -270,7 +256,16 @@ class Engine:
                 f"Engine.add: kv_cache_dtype is {settings.kv_cache_dtype!r}; "
                 f"the engine's is {self._kv_cache_dtype!r}"
             )
-        self._scheduler.check_fits(len(prompt), settings.max_new, len(keys))
+        beams = settings.num_beams
+        if beams > 1:
+            refuse_beams(
+                "Engine.add",
+                logprobs=logprobs is not None,
+                logits_processor=callbacks is not None and callbacks.processors,
+                stopping_criteria=callbacks is not None and callbacks.criteria,
+                constraint=constraint is not None,
+            )
+        self._scheduler.check_fits(len(prompt), settings.max_new, copies=len(keys), beams=beams)
         if settings.stop_strings and tokenizer is None:
             tokenizer = getattr(self.model, "tokenizer", None)
         if settings.stop_strings and tokenizer is None:
@@ -280,9 +275,13 @@ class Engine:
         ends = None if deadline is None else time.monotonic() + deadline
         with self._inbox.lock:
             number = next(self._ids)
+            rows = [
+                Row(number, place, priority, number, prompt, settings.max_new, ends)
+                for place in range(max(len(keys), beams))
+            ]
             copies = [
                 Copy(
-                    Row(number, copy, priority, number, prompt, settings.max_new, ends),
+                    row,
                     settings,
                     SamplerRow(
                         params,
@@ -297,9 +296,14 @@ class Engine:
                     prompt_logprobs,
                     callbacks,
                 )
-                for copy, (seed, draws) in enumerate(keys)
+                for row, (seed, draws) in zip(rows, keys, strict=False)
             ]
-            self._inbox.added.append(copies)
+            job = Job(rows, copies)
+            if beams > 1:
+                job.search = BeamSearch(prompt, settings, params, self.model.device, tokenizer)
+                for row in rows:
+                    row.beams = rows
+            self._inbox.added.append(job)
         return number
 
     def weights_changed(self) -> None:
@@ -347,24 +351,13 @@ class Engine:
                 self.close()
         return events
 
-    def prefilled(self, prompt: Sequence[int]) -> torch.Tensor:
-        """Begin a sequence of the cache with a prompt, beside all requests; the logits after it.
-
-        Raises:
-            CacheFullError: No room.
-        """
-        (sequence,) = self.cache.allocate()
-        self.cache.reserve([len(prompt)], [sequence])
-        tokens = torch.tensor(prompt, device=self.cache.device)
-        return self.executors.prefill.forward(Rows([sequence], [len(prompt)], tokens, [1]))
-
     def clear(self) -> None:
         """End every request, without an event, and give back what they hold. Prefixes stay."""
         self._inbox.take()
-        for copy in list(self._copies.values()):
-            self._scheduler.finish(copy.row)
+        for row in self._unfinished():
+            self._scheduler.finish(row)
         self._copies.clear()
-        self._rows.clear()
+        self._jobs.clear()
         self._events.clear()
         self._launched = None
 
@@ -381,18 +374,33 @@ class Engine:
         """Compute every row again: nobody knows how far a step came that failed."""
         self._launched = None
         self._sampler.forget()
-        self._scheduler.start_over([copy.row for copy in self._copies.values()])
+        self._scheduler.start_over(self._unfinished())
+
+    def _unfinished(self) -> list[Row]:
+        """The rows of which the last event is still to come."""
+        return [row for job in self._jobs.values() for row in job.rows if row.beams or row in self._copies]
 
     def _step(self) -> None:
         self._follow_inbox()
         launch, self._launched = self._launched or self._launch(None), None
         self._events += self._ended(launch.expired, "deadline")
-        launch = launch.without_finished()
+        launch = launch.where(lambda row: row.state != "finished")
         if not launch.rows:
             return
+        beams = launch.where(lambda row: bool(row.beams))
+        if beams.rows:
+            self._search(beams)
+            launch = launch.where(lambda row: not row.beams)
+        if launch.rows:
+            self._draw(launch, may_run_ahead=not beams.rows)
+        if self._decode.row_invariant:
+            self._draft(self._decode.draft_rows)
+
+    def _draw(self, launch: Launch, may_run_ahead: bool) -> None:
+        """Draw the next tokens of rows, and begin the next pass before the host knows them where it may."""
         copies = [self._copies[row] for row in launch.rows]
         drawn = self._sampler.draw([copy.sampler for copy in copies], launch.logits, launch.drafts)
-        if self._may_launch_ahead(copies, launch):
+        if may_run_ahead and self._may_launch_ahead(copies):
             for row in launch.rows:
                 row.ahead = 1
                 if len(row.generated) + 1 == row.max_new:
@@ -403,8 +411,24 @@ class Engine:
             if part is not None:
                 self._scheduler.computed(part, len(draw.tokens))
             self._events += self._taken(copy, draw, 0 if part is None else part.count - 1)
-        if self._decode.row_invariant:
-            self._draft(self._decode.draft_rows)
+
+    def _search(self, launch: Launch) -> None:
+        """Take searches one token on, by the logits after each of their beams."""
+        jobs = [self._jobs[number] for number in dict.fromkeys(row.request for row in launch.rows)]
+        for job in jobs:
+            if job.search is not None and not job.rows[0].generated:
+                job.search.restart()
+        searches = [job.search for job in jobs if job.search is not None]
+        for job, search, outcome in zip(jobs, searches, advance(searches, launch.logits), strict=True):
+            if isinstance(outcome, Exception):
+                self._events += self._ended(self._scheduler.finish(job.rows[0]), "error", outcome)
+            elif outcome:
+                self._scheduler.branch(job.rows, outcome, [beam.tokens for beam in search.running])
+            else:
+                ended = self._scheduler.finish(job.rows[0])
+                self._events += job.settled(self.model)
+                for row in ended:
+                    self._forget(row)
 
     def _launch(self, ahead: tuple[Sequence[Row], torch.Tensor] | None) -> Launch:
         self._refuse_changed()
@@ -412,16 +436,14 @@ class Engine:
 
     def _follow_inbox(self) -> None:
         added, cancelled = self._inbox.take()
-        for copies in added:
-            rows = [copy.row for copy in copies]
-            self._rows[rows[0].request] = rows
-            self._copies.update(zip(rows, copies, strict=True))
-            self._scheduler.add(rows)
+        for job in added:
+            self._jobs[job.rows[0].request] = job
+            self._copies.update((copy.row, copy) for copy in job.copies)
+            self._scheduler.add(job.rows)
         for number in cancelled:
-            running = [row for row in self._rows.get(number, []) if row.state != "finished"]
-            for row in running:
-                self._scheduler.finish(row)
-            self._events += self._ended(running, "cancelled")
+            rows = self._jobs[number].rows if number in self._jobs else []
+            ended = [member for row in rows for member in self._scheduler.finish(row)]
+            self._events += self._ended(ended, "cancelled")
         if added:
             self.executors.look_again()
 
@@ -455,9 +477,9 @@ class Engine:
 
     def _forget(self, row: Row) -> None:
         self._copies.pop(row, None)
-        rows = self._rows.get(row.request, [])
-        if all(other not in self._copies for other in rows):
-            self._rows.pop(row.request, None)
+        job = self._jobs.get(row.request)
+        if job is not None and all(copy.row not in self._copies for copy in job.copies):
+            del self._jobs[row.request]
 
     def _taken(self, copy: Copy, draw: RowDraw, drafted: int) -> list[TokenEvent]:
         """Give a copy what was drawn for it; the events that come of it."""
@@ -467,7 +489,7 @@ class Engine:
             self._forget(copy.row)
         return events
 
-    def _may_launch_ahead(self, copies: Sequence[Copy], launch: Launch) -> bool:
+    def _may_launch_ahead(self, copies: Sequence[Copy]) -> bool:
         """True if the next pass can begin before the host knows this one's tokens."""
         return self.cache.device.type in AHEAD_ON and not any(
             copy.lookup is not None or copy.sampler.rules is not None or copy.sampler.constraint is not None
@@ -486,7 +508,8 @@ class Engine:
             if copy.lookup is not None:
                 drafts[copy] = copy.lookup.draft(min(copy.settings.speculate, room))
         wanted = sum(map(bool, drafts.values()))
-        share = max((most - len(rows)) // wanted, 0) if wanted else 0
+        beams = sum(len(job.search.running) for job in self._jobs.values() if job.search is not None)
+        share = max((most - len(rows) - beams) // wanted, 0) if wanted else 0
         for copy, draft in drafts.items():
             copy.row.draft = draft[:share]
 

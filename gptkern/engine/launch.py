@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,9 +34,9 @@ class Launch:
     parts: list[Part | None]
     expired: list[Row] = field(default_factory=list)
 
-    def without_finished(self) -> Launch:
-        """This launch without rows that have ended meanwhile."""
-        stay = [place for place, row in enumerate(self.rows) if row.state != "finished"]
+    def where(self, wanted: Callable[[Row], bool]) -> Launch:
+        """This launch with those rows alone that are wanted."""
+        stay = [place for place, row in enumerate(self.rows) if wanted(row)]
         if len(stay) == len(self.rows):
             return self
         ends = [0]

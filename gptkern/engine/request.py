@@ -20,16 +20,19 @@ class Request:
 
     Attributes:
         prompt: Token ids, one or more; a list, a tuple, or a tensor of one dimension.
-        options: Those of ``generate`` (``gptkern.generate.GenerateOptions``), save ``num_beams``. Each of
-            ``num_return_sequences`` copies has events of its own; they share one prefill.
+        options: Those of ``generate`` (``gptkern.generate.GenerateOptions``). Each of
+            ``num_return_sequences`` copies has events of its own; they share one prefill. With ``num_beams``
+            they all come when the search has ended, one token an event: until then no token is settled.
         priority: Requests of a higher priority are begun first; within one, in the order of arrival.
         deadline: Seconds after ``add``: what still runs then ends, with the tokens that it has. None: no end.
-        logprobs: None: no log-probabilities; 0: that of each new token; n: also the n likeliest tokens'.
+        logprobs: None: no log-probabilities; 0: that of each new token; n: also the n likeliest tokens'. Not
+            with ``num_beams``, whose sequences have a score.
         prompt_logprobs: The same of every prompt token but the first, which nothing comes before.
         logits_processor, stopping_criteria: As in ``GPT.generate``, called in ``Engine.step``. A copy ends
-            with the error that one of them raises for it.
+            with the error that one of them raises for it. Not with ``num_beams``.
         constraint: The language that new tokens stay in (a grammar), in which a copy ends where nothing may
-            follow. Each copy goes on with a fork of it. Such a request drafts nothing.
+            follow. Each copy goes on with a fork of it. Such a request drafts nothing. Not with
+            ``num_beams``.
 
     Raises:
         TypeError, ValueError: A field or an option of the wrong type or out of range; what depends on the
@@ -51,9 +54,7 @@ class Request:
         if not isinstance(self.options, Mapping):
             raise TypeError(f"Request: options is {type(self.options).__name__}; a mapping is needed")
         object.__setattr__(self, "options", dict(self.options))
-        beams = checked("Request", self.options).get("num_beams", 1)
-        if beams != 1:
-            raise ValueError(f"Request: num_beams is {beams}; beam search is generate's, requests have 1")
+        checked("Request", self.options)
         _check_whole("priority", self.priority)
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
@@ -87,6 +88,8 @@ class TokenEvent(NamedTuple):
         drafted, accepted: Tokens drafted in the copy's last pass, and those of them that held.
         text: New text that is final with this event, where the engine was given a tokenizer, or stop strings:
             no half character, and nothing of a stop string or an end-of-text token.
+        score: With the last event of a sequence from beam search: the sum of its log-probabilities, divided
+            by its length to the power of ``length_penalty``.
     """
 
     request: int
@@ -100,6 +103,7 @@ class TokenEvent(NamedTuple):
     drafted: int = 0
     accepted: int = 0
     text: str = ""
+    score: float | None = None
 
 
 def _tokens(prompt: Any) -> tuple[int, ...]:

@@ -41,6 +41,7 @@ class RowParams:
             tokens'.
 
     Attributes:
+        vocab_size: Tokens there are.
         values: A number for each of the sampler's columns.
         eos: End-of-text tokens of the vocabulary.
         verdict: Bans and biases that do not depend on a row's tokens.
@@ -55,7 +56,7 @@ class RowParams:
         self.rules = Rules(settings)
         if len(self.rules.banned) == vocab_size:
             raise ValueError(f"generate: {_ALL_BARRED}")
-        self.top_logprobs = top_logprobs
+        self.vocab_size, self.top_logprobs = vocab_size, top_logprobs
         self.values = _values(settings, vocab_size, top_logprobs or 0)
         self.eos = sorted({token for token in settings.eos if token < vocab_size})
         self.verdict = Verdict(self.rules.banned, self.rules.biases)

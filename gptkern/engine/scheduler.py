@@ -5,6 +5,9 @@ each. Beside them, prompts run in chunks. A row is begun when there is room for
 its whole prompt and one token, and no later row is begun before it. Where memory runs out, the row that is
 last in the order gives its pages back and waits to be computed again.
 
+The beams of a search are rows that run in the same passes, share pages, and end or give way together. A
+search that gave way begins anew from its prompt: so its beams share pages again as they did.
+
 Everything here is plain Python on counts of tokens; it takes no tensor in its hands.
 """
 
@@ -41,7 +44,8 @@ class Row:
         sequence: Its id in the cache; None while it waits.
         remembered: How many of its pages are found again by their keys.
         finds_prefix: Whether it may begin with pages that are found: not if its prompt's logits are wanted.
-        followers: Copies that begin with what this row holds as soon as that is the whole prompt.
+        followers: Rows that begin with what this row holds as soon as that is the whole prompt.
+        beams: The rows of its beam search, itself included; empty where it is no beam.
     """
 
     request: int
@@ -59,6 +63,7 @@ class Row:
     remembered: int = 0
     finds_prefix: bool = True
     followers: list[Row] = field(default_factory=list)
+    beams: Sequence[Row] = ()
     state: RowState = "waiting"
     keys: PageKeys | None = None
 
@@ -170,27 +175,33 @@ class Scheduler:
         """Rows that hold a sequence of the cache, in order; followers are with the row that they follow."""
         return list(self._running)
 
-    def check_fits(self, prompt_tokens: int, max_new: int, copies: int) -> None:
+    def check_fits(self, prompt_tokens: int, max_new: int, *, copies: int, beams: int) -> None:
         """Refuse a request for which there is no room even if it is alone.
 
+        Args:
+            copies, beams: Its sequences: copies that run by themselves, or the beams of a search; 1 if none.
+
         Raises:
-            ValueError: More pages than the pool has, or more copies than there may be sequences.
+            ValueError: More pages than the pool has, or more sequences than there may be.
         """
         size, pages = self._cache.page_size, self._cache.num_pages
-        needed = -(-(prompt_tokens + max_new) // size)
+        # Beams may part right after the prompt, whose full pages they share.
+        shared = prompt_tokens // size
+        needed = shared + beams * (-(-(prompt_tokens + max_new) // size) - shared)
         if needed > pages:
+            each = f" for each of {beams} beams" if beams > 1 else ""
             raise ValueError(
-                f"Engine.add: a prompt of {prompt_tokens} tokens and {max_new} new ones need {needed} pages "
-                f"of {size} tokens, the engine has {pages}: give fewer, or an engine with more memory"
+                f"Engine.add: a prompt of {prompt_tokens} tokens and {max_new} new ones{each} need {needed} "
+                f"pages of {size} tokens, the engine has {pages}: give fewer, or an engine with more memory"
             )
-        if copies > self._cache.max_seqs:
-            raise ValueError(
-                f"Engine.add: num_return_sequences is {copies}, "
-                f"the engine's max_seqs is {self._cache.max_seqs}"
-            )
+        for name, count in (("num_beams", beams), ("num_return_sequences", copies)):
+            if count > self._cache.max_seqs:
+                raise ValueError(
+                    f"Engine.add: {name} is {count}, the engine's max_seqs is {self._cache.max_seqs}"
+                )
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Take the copies of one request, which have the same prompt. The first computes it for all."""
+        """Take the rows of one request, which have the same prompt. The first computes it for all."""
         first, *others = rows
         first.followers = list(others)
         bisect.insort(self._waiting, first, key=_order)
@@ -204,9 +215,7 @@ class Scheduler:
 
     def plan(self, now: float) -> Pass:
         """Choose the next pass, and reserve the pages that it needs."""
-        expired = self._expired(now) if self._timed else []
-        for row in expired:
-            self.finish(row)
+        expired = [ended for row in self._expired(now) for ended in self.finish(row)] if self._timed else []
         self._looked = False
         preempted: list[Row] = []
         parts = self._decodes(preempted)
@@ -244,9 +253,7 @@ class Scheduler:
         if count < part.count:
             self._cache.truncate(row.sequence, row.computed)
         self._remember(row)
-        if row.computed < len(row.prompt):
-            return [row]
-        if not row.followers:
+        if row.computed < len(row.prompt) or not row.followers or row.beams:
             return [row]
         followers = [follower for follower in row.followers if follower.state == "running"]
         row.followers = []
@@ -257,16 +264,41 @@ class Scheduler:
             bisect.insort(self._running, follower, key=_order)
         return [row, *followers]
 
+    def branch(self, beams: Sequence[Row], parents: Sequence[int], tokens: Sequence[list[int]]) -> None:
+        """Let a search's first rows go on as ``parents`` of them; the others hold nothing meanwhile.
+
+        Args:
+            parents: For each row that goes on the one whose pages it shares from here on.
+            tokens: The new tokens of each, of which the last is to be computed.
+        """
+        first = beams[0]
+        held, remembered = first.computed, first.remembered
+        ids = [row.sequence for row in beams if row.sequence is not None]
+        self._cache.assign({ids[place]: ids[parent] for place, parent in enumerate(parents)})
+        first.followers = []
+        for place, row in enumerate(beams):
+            ran, runs = row is first or bool(row.generated), place < len(parents)
+            if runs:
+                row.generated, row.computed, row.remembered = tokens[place], held, remembered
+                if not ran:
+                    bisect.insort(self._running, row, key=_order)
+            elif ran:
+                row.generated, row.computed, row.remembered = [], 0, 0
+                self._cache.truncate(ids[place], 0)
+                self._running.remove(row)
+
     def finish(self, row: Row) -> list[Row]:
         """End a row, whatever it is doing, and give back all that it holds.
 
         Returns:
-            The rows that ended: it, and those that followed it; none where it had ended before.
+            The rows that ended: it, and those that followed it or are beams of its search; none where it had
+            ended before.
         """
-        group = [member for member in (row, *row.followers) if member.state != "finished"]
+        group = [member for member in _together(row) if member.state != "finished"]
         for place in (self._waiting, self._running):
-            if row in place:
-                place.remove(row)
+            for member in group:
+                if member in place:
+                    place.remove(member)
         for member in group:
             self._release(member)
             member.state, member.followers = "finished", []
@@ -276,9 +308,11 @@ class Scheduler:
     def start_over(self, rows: Sequence[Row]) -> None:
         """Let ``rows``, whatever was planned with them, wait to be computed again. They are all there are."""
         for row in rows:
+            row.followers = []
             self._release(row)
-            row.state, row.ahead, row.followers = "waiting", 0, []
-        self._waiting, self._running = sorted(rows, key=_order), []
+            row.state, row.ahead = "waiting", 0
+        self._waiting = sorted((row for row in rows if row is _together(row)[0]), key=_order)
+        self._running = []
 
     def _expired(self, now: float) -> list[Row]:
         """Rows whose deadline has passed, those that run first, in order."""
@@ -307,8 +341,7 @@ class Scheduler:
             if row.draft:
                 row.draft = []
             else:
-                preempted.append(self._running[-1])
-                self._give_way(self._running[-1])
+                preempted.append(self._give_way(self._running[-1]))
 
     def _reserved(self, parts: Sequence[Part]) -> bool:
         sequences = [part.row.sequence for part in parts if part.row.sequence is not None]
@@ -362,8 +395,9 @@ class Scheduler:
         except CacheFullError:
             self._cache.free(sequence)
             return False
-        # Each row that runs may want a page soon: a row that is begun now would give it back at once.
-        if self._cache.free_pages < len(self._running):
+        # Each row that runs, and each beam, may want a page soon: a row that is begun now would give it back
+        # at once.
+        if self._cache.free_pages < len(self._running) + max(len(row.beams) - 1, 0):
             self._cache.free(sequence)
             return False
         row.sequence, row.computed = sequence, found
@@ -401,25 +435,38 @@ class Scheduler:
         if row.keys.version != self._version:
             return
         known = len(row.prompt) + len(row.generated)
-        end = min(row.computed, known if self._row_invariant else len(row.prompt))
+        # A beam's own tokens may be another's in the next pass.
+        generated = self._row_invariant and not row.beams
+        end = min(row.computed, known if generated else len(row.prompt))
         pages = end // size // self._group * self._group
         if pages > row.remembered:
             self._cache.remember(row.sequence, row.keys.first(pages, row.tokens(0, pages * size)))
             row.remembered = pages
 
-    def _give_way(self, row: Row) -> None:
-        for member in (row, *row.followers):
+    def _give_way(self, row: Row) -> Row:
+        """Take back all that a row and those with it hold; the row that waits for them."""
+        group = _together(row)
+        self._running = [other for other in self._running if other not in group]
+        for member in group:
             self._release(member)
             member.state = "waiting"
-        self._running.remove(row)
-        bisect.insort(self._waiting, row, key=_order)
+        bisect.insort(self._waiting, group[0], key=_order)
         self.preemptions += 1
+        return group[0]
 
     def _release(self, row: Row) -> None:
         if row.sequence is not None:
             self._cache.free(row.sequence)
         row.sequence, row.computed, row.remembered, row.draft = None, 0, 0, []
+        if row.beams:
+            row.generated = []
+            row.followers = list(row.beams[1:]) if row is row.beams[0] else []
 
 
 def _order(row: Row) -> tuple[int, int, int]:
     return row.order
+
+
+def _together(row: Row) -> Sequence[Row]:
+    """A row and those that end or give way with it, the first in the order first."""
+    return row.beams or (row, *row.followers)

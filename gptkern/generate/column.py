@@ -21,6 +21,7 @@ class Column:
             unless the caller wants them.
         finish_reasons: The reason why each row ends with this token; None for a row that goes on.
         texts: For each row the new text that is final; "" unless the caller wants text.
+        scores: The score of each row that ends here and comes from beam search; None of any other.
         drafted, accepted: The number of tokens drafted since the column before, and of those accepted.
     """
 
@@ -30,5 +31,6 @@ class Column:
     top_logprobs: list[TopTokens]
     finish_reasons: list[FinishReason | None]
     texts: list[str]
+    scores: list[float | None]
     drafted: int = 0
     accepted: int = 0

@@ -31,7 +31,7 @@ def columns(
     """Generate until every row has finished; each item is one new token of every running row.
 
     Rows are the prompts in order, each ``num_return_sequences`` times; all copies of one share its
-    prefill. A row that has finished leaves the batch.
+    prefill. A row that has finished leaves the batch. Rows of a beam search come when it has ended.
 
     Args:
         tokenizer: For stop strings and text: with one, columns have text.
@@ -43,8 +43,11 @@ def columns(
     """
     copies = settings.num_return_sequences
     count = len(prompts.rows) * copies
-    tokens = pool_tokens(prompts, settings, count)
-    with model.engines.engine(model, count, tokens, settings.kv_cache_dtype) as engine:
+    sequences = len(prompts.rows) * max(copies, settings.num_beams)
+    # Each counts one page more: a row begins while every running row could still take another page.
+    pages = -(-(prompts.longest + settings.max_new) // PAGE_SIZE) + 1
+    tokens = sequences * pages * PAGE_SIZE
+    with model.engines.engine(model, sequences, tokens, settings.kv_cache_dtype) as engine:
         keys = row_keys(settings, len(prompts.rows))
         first: dict[int, int] = {}
         for place, prompt in enumerate(prompts.rows):
@@ -66,14 +69,6 @@ def columns(
                     raise event.error
                 queue.push(row, event)
             yield from queue.ready()
-
-
-def pool_tokens(prompts: Prompts, settings: Settings, rows: int) -> int:
-    """The number of tokens a cache needs room for, so that each of ``rows`` can be as long as the longest.
-
-    Each row counts one page more: a row begins while every running row could still take another page.
-    """
-    return rows * (-(-(prompts.longest + settings.max_new) // PAGE_SIZE) + 1) * PAGE_SIZE
 
 
 class _Queue:
@@ -107,6 +102,7 @@ class _Queue:
                 [event.top_logprobs for event in events],
                 [event.finish_reason for event in events],
                 [event.text for event in events],
+                [event.score for event in events],
                 self._drafted,
                 self._accepted,
             )

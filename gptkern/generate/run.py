@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from gptkern.engine.beam import refuse_beams
 from gptkern.engine.options import GenerateOptions
 from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion
 from gptkern.engine.request import FinishReason
 from gptkern.engine.settings import Settings, merged, settle
-from gptkern.generate.beam import beam_search
 from gptkern.generate.column import Column, TopTokens
 from gptkern.generate.loop import columns
 from gptkern.generate.prompt import Prompts, prompts
@@ -81,7 +81,15 @@ def generate(
     prompt, settings = prepare(model, input_ids, attention_mask, options)
     callbacks = Callbacks.of(logits_processor, stopping_criteria)
     logprobs = logprobs_count(model, output_logprobs, top_logprobs)
-    refuse_beams(settings, logprobs, callbacks)
+    if settings.num_beams > 1:
+        refuse_beams(
+            "generate",
+            output_logprobs=output_logprobs,
+            top_logprobs=top_logprobs,
+            logits_processor=callbacks.processors,
+            stopping_criteria=callbacks.criteria,
+            streamer=streamer is not None,
+        )
     several = len(prompt.rows) * settings.num_return_sequences > 1
     if several and (settings.stop_strings or callbacks.criteria) and settings.pad is None:
         raise ValueError(
@@ -89,19 +97,8 @@ def generate(
         )
     if settings.stop_strings:
         tokenizer = needed_tokenizer(model, tokenizer)
-    if settings.num_beams > 1:
-        if streamer is not None:
-            raise ValueError(
-                "generate: streamer with num_beams > 1; beam search settles its tokens at the end"
-            )
-        beams = beam_search(model, prompt, settings, tokenizer)
-        rows = [beam.tokens for beam in beams]
-        reasons: list[FinishReason] = [beam.finish_reason or "length" for beam in beams]
-        scores = torch.tensor([beam.score for beam in beams], device="cpu")
-        output = GenerateOutput(_sequences(prompt, settings, rows), reasons, sequences_scores=scores)
-    else:
-        items = columns(model, prompt, settings, tokenizer=tokenizer, logprobs=logprobs, callbacks=callbacks)
-        output = _collect(prompt, settings, items, streamer, logprobs)
+    items = columns(model, prompt, settings, tokenizer=tokenizer, logprobs=logprobs, callbacks=callbacks)
+    output = _collect(prompt, settings, items, streamer, logprobs)
     return output if detailed else output.sequences
 
 
@@ -128,25 +125,6 @@ def logprobs_count(model: GPT, output_logprobs: bool, top_logprobs: int | None) 
     if not 1 <= top_logprobs <= most:
         raise ValueError(f"generate: top_logprobs is {top_logprobs}; 1 to the vocabulary's {most} is needed")
     return top_logprobs
-
-
-def refuse_beams(settings: Settings, logprobs: int | None, callbacks: Callbacks) -> None:
-    """Refuse the options that beam search does not have.
-
-    Raises:
-        ValueError: Beam search together with log-probabilities or callbacks.
-    """
-    if settings.num_beams == 1:
-        return
-    if logprobs is not None:
-        name = "top_logprobs" if logprobs else "output_logprobs"
-        raise ValueError(f"generate: {name} with num_beams > 1; beam search gives sequences_scores")
-    for name, functions in (
-        ("logits_processor", callbacks.processors),
-        ("stopping_criteria", callbacks.criteria),
-    ):
-        if functions:
-            raise ValueError(f"generate: {name} with num_beams > 1; beam search calls none")
 
 
 def prepare(
@@ -192,6 +170,7 @@ def _collect(
     rows: list[list[int]] = [[] for _ in range(count)]
     logprobs: list[list[float]] = [[] for _ in range(count)]
     top: list[list[TopTokens]] = [[] for _ in range(count)]
+    scores: list[float | None] = [None] * count
     reasons: list[FinishReason] = ["length"] * count
     drafted = accepted = 0
     if streamer is not None:
@@ -200,6 +179,7 @@ def _collect(
         for index, row in enumerate(column.rows):
             rows[row].append(column.tokens[index])
             reasons[row] = column.finish_reasons[index] or "length"
+            scores[row] = column.scores[index]
             if column.logprobs is not None:
                 logprobs[row].append(column.logprobs[index])
             top[row].append(column.top_logprobs[index])
@@ -209,13 +189,15 @@ def _collect(
     if streamer is not None:
         streamer.end()
     new = max(map(len, rows))
-    scored = best = None
+    scored = best = of_beams = None
+    if settings.num_beams > 1:
+        of_beams = torch.tensor(scores, device="cpu")
     if logprobs_count is not None:
         scored = torch.tensor([r + [0.0] * (new - len(r)) for r in logprobs], device="cpu")
     if logprobs_count:
         best = _top(top, new, logprobs_count)
     sequences = _sequences(prompt, settings, rows)
-    return GenerateOutput(sequences, reasons, scored, best, None, drafted, accepted)
+    return GenerateOutput(sequences, reasons, scored, best, of_beams, drafted, accepted)
 
 
 def _top(rows: Sequence[Sequence[TopTokens]], new: int, count: int) -> TopLogprobs:

@@ -8,21 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gptkern.engine.beam import refuse_beams
 from gptkern.engine.option_checks import plain
 from gptkern.engine.options import GenerateOptions
 from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion
 from gptkern.engine.request import FinishReason
-from gptkern.engine.settings import Settings
-from gptkern.engine.stop_strings import RowText
-from gptkern.generate.beam import beam_search
 from gptkern.generate.column import Column
 from gptkern.generate.loop import columns
-from gptkern.generate.run import (
-    logprobs_count,
-    needed_tokenizer,
-    prepare,
-    refuse_beams,
-)
+from gptkern.generate.run import logprobs_count, needed_tokenizer, prepare
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -136,45 +129,33 @@ def generate_text(
         return []
     checked, settings = prepare(model, *batch(tokenizer, several), options)
     callbacks = Callbacks.of(logits_processor, stopping_criteria)
-    count = logprobs_count(model, settings.num_beams == 1, top_logprobs)
-    refuse_beams(settings, count, callbacks)
+    drawn = settings.num_beams == 1
+    if not drawn:
+        refuse_beams(
+            "generate_text",
+            top_logprobs=top_logprobs,
+            logits_processor=callbacks.processors,
+            stopping_criteria=callbacks.criteria,
+        )
+    count = logprobs_count(model, drawn, top_logprobs)
     rows = len(checked.rows) * settings.num_return_sequences
     texts: list[list[str]] = [[] for _ in range(rows)]
     tokens: list[list[int]] = [[] for _ in texts]
     logprobs: list[list[float]] = [[] for _ in texts]
     top: list[list[list[tuple[int, float]]]] = [[] for _ in texts]
     reasons: list[FinishReason] = ["length"] * len(texts)
-    if settings.num_beams > 1:
-        for row, beam in enumerate(beam_search(model, checked, settings, tokenizer)):
-            tokens[row], reasons[row] = beam.tokens, beam.finish_reason or "length"
-            prompt = checked.rows[row // settings.num_return_sequences]
-            texts[row].append(_text(tokenizer, settings, prompt, beam.tokens))
-    else:
-        for column in columns(
-            model, checked, settings, tokenizer=tokenizer, logprobs=count, callbacks=callbacks
-        ):
-            assert column.logprobs is not None
-            for place, row in enumerate(column.rows):
-                texts[row].append(column.texts[place])
-                tokens[row].append(column.tokens[place])
+    for column in columns(model, checked, settings, tokenizer=tokenizer, logprobs=count, callbacks=callbacks):
+        for place, row in enumerate(column.rows):
+            texts[row].append(column.texts[place])
+            tokens[row].append(column.tokens[place])
+            if column.logprobs is not None:
                 logprobs[row].append(column.logprobs[place])
-                top[row].append(list(column.top_logprobs[place]))
-                reasons[row] = column.finish_reasons[place] or "length"
+            top[row].append(list(column.top_logprobs[place]))
+            reasons[row] = column.finish_reasons[place] or "length"
     return [
-        Completion(
-            "".join(text), ids, scores if settings.num_beams == 1 else None, best if count else None, reason
-        )
+        Completion("".join(text), ids, scores if drawn else None, best if count else None, reason)
         for text, ids, scores, best, reason in zip(texts, tokens, logprobs, top, reasons, strict=True)
     ]
-
-
-def _text(tokenizer: Tokenizer, settings: Settings, prompt: list[int], tokens: Sequence[int]) -> str:
-    """The text of a beam's new tokens."""
-    text = RowText(tokenizer, settings.stop_strings, prompt)
-    for token in tokens:
-        text.push(token, hidden=token in settings.eos)
-    text.end()
-    return text.text
 
 
 def batch(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
