@@ -218,6 +218,27 @@ def test_rows_may_be_consecutive_tokens_of_one_sequence(dtype: torch.dtype) -> N
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["plain", "post-norm"])
+@pytest.mark.parametrize("wanted", [[], [3], [4, 0, 2]], ids=str)
+def test_logits_of_some_rows_are_those_of_all(wanted: list[int], name: str, dtype: torch.dtype) -> None:
+    model = _model(CONFIGS[name], dtype, False)
+    with torch.inference_mode():
+        whole, some = (_filled(model, 2, 4) for _ in range(2))
+        for cache in (whole, some):
+            cache.reserve([3, 2])
+        given = {
+            "tokens": _tokens(5, 0, PLAIN),
+            "page_table": whole.page_table[:2].repeat_interleave(torch.tensor([3, 2]), 0),
+            "lengths": torch.tensor([7, 8, 9, 6, 7], dtype=torch.int32),
+        }
+        expected = CpuExecutor(model, whole).logits(**given)
+        found = CpuExecutor(model, some).logits(**given, wanted=wanted)
+    assert torch.equal(found, expected[wanted])
+    assert torch.equal(some.k, whole.k) and torch.equal(some.v, whole.v)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_fp8_number_is_read_as_it_is(dtype: torch.dtype) -> None:
     """A head whose every row holds one number 96 times: logits are as the numbers are."""
     model = _packed(PLAIN.replace(vocab_size=256), dtype, "fp8")
@@ -380,8 +401,8 @@ def test_tokens_that_are_no_whole_numbers_are_refused(dtype: torch.dtype) -> Non
     assert cache.lengths == [7]
 
 
-def _places(**other: Any) -> dict[str, torch.Tensor]:
-    given = {
+def _places(**other: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
         "tokens": torch.tensor([1, 2]),
         "page_table": torch.tensor([[0, 1, 2], [3, 4, 5]], dtype=torch.int32),
         "lengths": torch.tensor([3, 4], dtype=torch.int32),
@@ -393,6 +414,9 @@ def _places(**other: Any) -> dict[str, torch.Tensor]:
     ("change", "message"),
     [
         ({"tokens": torch.tensor([1, 10**9])}, r"tokens\[1\] is 1000000000; 0 <= token < 130"),
+        ({"wanted": [0, 2]}, "row 2 is wanted of 2"),
+        ({"wanted": [-1]}, "row -1 is wanted of 2"),
+        ({"wanted": [0, 1, 1]}, "the wanted rows is 3"),
         ({"tokens": torch.tensor([[1, 2]])}, "tokens is int64 of shape \\(1, 2\\)"),
         ({"lengths": torch.tensor([3, 64], dtype=torch.int32)}, "64 tokens, the model's whole context of 64"),
         ({"lengths": torch.tensor([3, 2**31 - 1], dtype=torch.int32)}, "the model's whole context of 64"),

@@ -145,9 +145,10 @@ public:
         }
     }
 
-    // One token of every row. False, with nothing done, if weights have moved or been replaced.
+    // One token of every row, logits of the wanted ones. False, with nothing done, if weights have moved or been
+    // replaced.
     bool step(const py::object& k, const py::object& v, const py::object& page_table, const py::object& lengths,
-              const py::object& tokens, const py::object& logits, const py::object& threads) {
+              const py::object& tokens, const py::object& wanted, const py::object& logits, const py::object& threads) {
         for (const HeldEntry& entry : entries_) {
             if (entry.replaced()) return false;
         }
@@ -176,11 +177,13 @@ public:
                              reinterpret_cast<const int32_t*>(table.data), table.shape[1], table.stride[0],
                              reinterpret_cast<const int32_t*>(held.data)};
         const auto* const ids = check.dense<int64_t>("tokens", tokens, {rows});
-        char* const out = check.dense("logits", logits, kind, {rows, m.vocab}).data;
         const int count = check.number("the rows", rows, 0, 1 << 16);
+        const int out_rows = check.number("the wanted rows", check.tensor("wanted", wanted, 1).shape[0], 0, count);
+        const auto* const places = check.dense<int32_t>("wanted", wanted, {out_rows});
+        char* const out = check.dense("logits", logits, kind, {out_rows, m.vocab}).data;
         const int members = check.number("threads", threads, 1, kMostThreads);
         const py::gil_scoped_release others_run;
-        decoder_->step(cache, ids, count, out, members);
+        decoder_->step(cache, ids, count, places, out_rows, out, members);
         return true;
     }
 
@@ -307,8 +310,8 @@ void bind_decoder(py::module_& module) {
     py::class_<HoldingDecoder>(module, "Decoder", "A model for the CPU's decode step: csrc/decode/decoder.h.")
         .def(py::init<const py::object&, const py::object&>(), py::arg("model"), py::arg("owners") = py::tuple())
         .def("step", &HoldingDecoder::step, py::arg("k"), py::arg("v"), py::arg("page_table"), py::arg("lengths"),
-             py::arg("tokens"), py::arg("logits"), py::arg("threads"),
-             "One token of every row; False, with nothing done, if weights have moved.");
+             py::arg("tokens"), py::arg("wanted"), py::arg("logits"), py::arg("threads"),
+             "One token of every row, logits of the wanted ones; False, with nothing done, if weights have moved.");
     module.def("decode_path", [] { return cpu_decode_path()->name; });
     module.def("use_decode_path", &use_cpu_decode_path, "Chooses the path by name, for tests that compare them.");
 }

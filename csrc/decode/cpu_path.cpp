@@ -93,11 +93,16 @@ class Member {
 public:
     Member(const CpuDecode& call, const Layout& layout, SpinBarrier& barrier, int rank)
         : call_(call), m_(*call.model), layout_(layout), barrier_(barrier), rank_(rank), threads_(barrier.threads),
-          own_(call.memory + layout.shared + rank * layout.per_thread) {}
+          own_(call.memory + layout.shared + rank * layout.per_thread), count_(call.rows) {}
 
     void run() {
+        const int narrow = narrow_stage();
         for (int i = 0; i < m_.stages; ++i) {
             if (i > 0) barrier_.wait();
+            if (i == narrow) {
+                wanted_ = call_.wanted;
+                count_ = call_.wanted_rows;
+            }
             run(m_.stage[i]);
         }
     }
@@ -109,12 +114,28 @@ private:
     SpinBarrier& barrier_;
     const int rank_, threads_;
     float* const own_;
+    const int32_t* wanted_ = nullptr;  // the rows of the pass that are computed; null: all
+    int count_;                        // how many these are
 
-    float* shared(int64_t at, int64_t stride, int row) const { return call_.memory + at + stride * row; }
+    // The first stage of wanted rows alone: the last layer's attention; or the head, where what an earlier norm saved of
+    // all rows is still read.
+    int narrow_stage() const {
+        int stage = m_.stages - 1;
+        for (int i = stage; i > 0; --i) {
+            if (m_.stage[i].residual == Buffer::kNormedX) return stage;
+            if (m_.stage[i].kind == StageKind::kAttention) return i;
+        }
+        return stage;
+    }
+
+    // A computed row's place among the pass's rows.
+    int place(int row) const { return wanted_ == nullptr ? row : wanted_[row]; }
+
+    float* shared(int64_t at, int64_t stride, int row) const { return call_.memory + at + stride * place(row); }
     float* qkv(int row) const { return shared(layout_.qkv, m_.qkv_width(), row); }
-    Rows input() const { return {own_ + layout_.input, call_.rows}; }
-    Rows attended() const { return {call_.memory + layout_.attended, call_.rows}; }
-    Rows inner() const { return {call_.memory + layout_.inner, call_.rows}; }
+    Rows input() const { return {own_ + layout_.input, count_}; }
+    Rows attended() const { return {call_.memory + layout_.attended, count_}; }
+    Rows inner() const { return {call_.memory + layout_.inner, count_}; }
 
     // A row of the model's width.
     float* row(Buffer buffer, int row) const {
@@ -157,7 +178,7 @@ private:
     Rows operand(const CpuStage& stage) {
         if (stage.read == Buffer::kAttended) return attended();
         if (stage.read == Buffer::kInner) return inner();
-        for (int r = 0; r < call_.rows; ++r) normalise(stage.norm, row(stage.read, r), r);
+        for (int r = 0; r < count_; ++r) normalise(stage.norm, row(stage.read, r), r);
         return input();
     }
 
@@ -276,7 +297,7 @@ private:
 
     // write = residual + norm(read): a whole row is one thread's.
     void add_norm(const CpuStage& stage) {
-        for (int r = rank_; r < call_.rows; r += threads_) {
+        for (int r = rank_; r < count_; r += threads_) {
             normalise(stage.norm, row(stage.read, r), r);
             const float* const residual = row(stage.residual, r);
             float* const to = row(stage.write, r);
@@ -288,14 +309,14 @@ private:
     void expand(const CpuLinear& fc, const Rows& from) {
         const int first = share(m_.inner, kStep, rank_), last = share(m_.inner, kStep, rank_ + 1);
         const int64_t stride = padded(last - first);
-        float *const raw = own_ + layout_.raw, *const ups = raw + call_.rows * padded(m_.inner);
+        float *const raw = own_ + layout_.raw, *const ups = raw + count_ * padded(m_.inner);
         outputs(fc, from, first, last, [&](int r, int out, float value) { raw[r * stride + out - first] = value; });
         if (m_.gated) {
             const int up = m_.inner + first;
             outputs(fc, from, up, m_.inner + last,
                     [&](int r, int out, float value) { ups[r * stride + out - up] = value; });
         }
-        for (int r = 0; r < call_.rows; ++r) {
+        for (int r = 0; r < count_; ++r) {
             float* const values = raw + r * stride;
             for (int64_t i = last - first; i < stride; ++i) values[i] = 0.0f;
             activate(values, stride, m_.activation);
@@ -331,7 +352,7 @@ private:
     // use(row, head, heads) for this thread's heads: a contiguous run of (row, head) pairs, one row at a time.
     template <class Use>
     void for_units(int of_row, const Use& use) const {
-        const int units = call_.rows * of_row, last = share(units, 1, rank_ + 1);
+        const int units = count_ * of_row, last = share(units, 1, rank_ + 1);
         for (int unit = share(units, 1, rank_); unit < last;) {
             const int head = unit % of_row;
             const int heads = last - unit < of_row - head ? last - unit : of_row - head;
@@ -367,7 +388,7 @@ private:
     // The offset of a token's keys and values in the cache, by the page table.
     int64_t slot(int row, int token) const {
         const CpuCache& cache = call_.cache;
-        const int page = cache.table[row * cache.table_stride + token / cache.page_size];
+        const int page = cache.table[place(row) * cache.table_stride + token / cache.page_size];
         return page * cache.page_stride + token % cache.page_size * cache.slot_stride;
     }
 
@@ -389,7 +410,7 @@ private:
 
     void store_kv(int at, int row, int head, int heads) {
         const CpuLayer& layer = m_.layer[at];
-        const int dim = m_.head_dim, position = call_.cache.lengths[row];
+        const int dim = m_.head_dim, position = call_.cache.lengths[place(row)];
         const int64_t newest = slot(row, position);
         const float *const keys = qkv(row) + m_.q_width(), *const values = keys + m_.kv_width();
         const float rstd = whole_rstd(layer.k_norm, keys, m_.kv_width());
@@ -420,7 +441,7 @@ private:
 
     void attend(int at, int row, int head, int heads) {
         const CpuLayer& layer = m_.layer[at];
-        const int dim = m_.head_dim, length = call_.cache.lengths[row] + 1;
+        const int dim = m_.head_dim, length = call_.cache.lengths[place(row)] + 1;
         const int first = layer.window > 0 && layer.window < length ? length - layer.window : 0, seen = length - first;
         const Storage* const keys = cached(call_.cache.k, at, 0);
         const Storage* const values = cached(call_.cache.v, at, 0);

@@ -206,9 +206,15 @@ CpuCache Decoder::copied(const CpuCache& cache, const int64_t* tokens, int rows)
     return copy;
 }
 
-void Decoder::step(const CpuCache& cache, const int64_t* tokens, int rows, void* logits, int threads) {
-    if (rows == 0) return;
+void Decoder::step(const CpuCache& cache, const int64_t* tokens, int rows, const int32_t* wanted, int wanted_rows,
+                   void* logits, int threads) {
+    if (rows == 0 && wanted_rows == 0) return;
     const PoolLock lock;  // from here on this object's buffers are this call's alone
+    wanted_.assign(wanted, wanted + wanted_rows);
+    for (const int32_t row : wanted_) {
+        if (row < 0 || row >= rows) refuse("row " + std::to_string(row) + " is wanted of " + std::to_string(rows));
+    }
+    if (wanted_rows > rows) refuse(std::to_string(wanted_rows) + " rows are wanted of " + std::to_string(rows));
     const CpuCache own = copied(cache, tokens, rows);
     const int longest = *std::max_element(lengths_.begin(), lengths_.end()) + 1;
     if (static_cast<int64_t>(model_.heads) * longest > std::numeric_limits<int>::max()) {
@@ -226,7 +232,7 @@ void Decoder::step(const CpuCache& cache, const int64_t* tokens, int rows, void*
         if (memory_ == nullptr) throw std::bad_alloc();
         floats_ = wanted;
     }
-    path.run({&model_, own, tokens_.data(), rows, longest, logits, memory_.get()}, members);
+    path.run({&model_, own, tokens_.data(), rows, longest, wanted_.data(), wanted_rows, logits, memory_.get()}, members);
 }
 
 }  // namespace gptkern

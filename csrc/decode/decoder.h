@@ -26,9 +26,11 @@ public:
 
     const CpuModel& model() const { return model_; }
 
-    // Logits after one more token of every row. Throws std::invalid_argument, having written nothing, for a token
-    // outside the vocabulary and for a sequence beyond the context, its page table or the cache's pages.
-    void step(const CpuCache& cache, const int64_t* tokens, int rows, void* logits, int threads);
+    // One more token of every row, and the logits of the wanted rows. Throws std::invalid_argument, having written
+    // nothing, for a token outside the vocabulary, for a sequence beyond the context, its page table or the cache's pages,
+    // and for a wanted row that there is not.
+    void step(const CpuCache& cache, const int64_t* tokens, int rows, const int32_t* wanted, int wanted_rows, void* logits,
+              int threads);
 
 private:
     // The pass's tokens, lengths and pages, checked. They are copies, as their owner may change them meanwhile.
@@ -38,7 +40,7 @@ private:
     std::vector<CpuStage> stages_;
     CpuModel model_;
     std::vector<int64_t> tokens_;
-    std::vector<int32_t> lengths_, table_;
+    std::vector<int32_t> lengths_, table_, wanted_;
     struct Free {
         void operator()(float* memory) const { std::free(memory); }
     };

@@ -98,13 +98,16 @@ struct CpuCache {
 };
 
 // One decode pass. Sums and activations are fp32; keys, values and logits are rounded once. A row's logits depend
-// neither on the other rows nor on the number of threads.
+// neither on the other rows nor on the number of threads. Keys and values are written of all rows; what follows them in
+// the last layer is computed of the wanted rows alone.
 struct CpuDecode {
     const CpuModel* model;
     CpuCache cache;
     const int64_t* tokens;  // (rows,)
     int rows, longest;      // longest: the tokens of the longest sequence, this pass's included
-    void* logits;           // (rows, vocab)
+    const int32_t* wanted;  // (wanted_rows,): the rows whose logits are wanted
+    int wanted_rows;
+    void* logits;           // (wanted_rows, vocab)
     float* memory;          // CpuDecodePath::floats of them
 };
 

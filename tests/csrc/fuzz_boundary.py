@@ -497,6 +497,7 @@ class Fuzzer:
             "page_table": torch.arange(rows * pages_each, dtype=torch.int32).reshape(rows, pages_each),
             "lengths": torch.randint(longest, (rows,), dtype=torch.int32),
             "tokens": torch.randint(vocab, (rows,)),
+            "wanted": torch.arange(rows, dtype=torch.int32),
             "logits": torch.empty(rows, vocab, dtype=dtype),
         }
         wrong: list[str] = []
@@ -505,6 +506,7 @@ class Fuzzer:
                 "tokens": [-1, vocab, 10**9, -(2**63), 2**63 - 1],
                 "lengths": [-1, longest, 2**31 - 1, -(2**31)],
                 "page_table": [-1, pages, 2**31 - 1, -(2**31)],
+                "wanted": [-1, rows, 2**31 - 1, -(2**31)],
             }
             if self._between(0, 1):
                 name = self._draw.choice(list(values))
@@ -522,7 +524,7 @@ class Fuzzer:
             for row in range(rows):
                 assert decoder.step(
                     call["k"], call["v"], call["page_table"][row : row + 1], call["lengths"][row : row + 1],
-                    call["tokens"][row : row + 1], alone, 1,
+                    call["tokens"][row : row + 1], torch.zeros(1, dtype=torch.int32), alone, 1,
                 )  # fmt: skip
                 assert torch.equal(alone[0].nan_to_num(), call["logits"][row].nan_to_num())
 

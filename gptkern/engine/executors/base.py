@@ -121,14 +121,20 @@ class TableExecutor(Executor):
         try:
             for start in range(0, len(places), self.max_rows):
                 end = min(start + self.max_rows, len(places))
-                out = self._launch(rows.tokens[start:end], places[start:end])
                 own = [place - start for place in wanted if start <= place < end]
-                logits.append(out if len(own) == end - start else out[own])
+                logits.append(self._logits_of(own, rows.tokens[start:end], places[start:end]))
         except BaseException:
             self._table.forget()
             raise
         self._cache.advance(rows.counts, rows.sequences)
         return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _logits_of(
+        self, wanted: list[int], tokens: torch.Tensor, places: Sequence[tuple[list[int], int]]
+    ) -> torch.Tensor:
+        """Logits of the wanted rows of a launch: here all are computed, and the others dropped."""
+        out = self._launch(tokens, places)
+        return out if len(wanted) == len(places) else out[wanted]
 
     @abstractmethod
     def _launch(self, tokens: torch.Tensor, places: Sequence[tuple[list[int], int]]) -> torch.Tensor:

@@ -94,30 +94,45 @@ class CpuExecutor(TableExecutor):
         return unserved(model, dtype)
 
     def _launch(self, tokens: torch.Tensor, places: Sequence[tuple[list[int], int]]) -> torch.Tensor:
+        return self._logits_of(list(range(len(places))), tokens, places)
+
+    def _logits_of(
+        self, wanted: list[int], tokens: torch.Tensor, places: Sequence[tuple[list[int], int]]
+    ) -> torch.Tensor:
         table, rows = self._table, len(places)
         table.lay(places)
-        logits = self.logits(tokens, table.storage.page_table, table.lengths)
+        logits = self.logits(tokens, table.storage.page_table, table.lengths, wanted)
         table.lengths[:rows].add_(1)
         table.advanced(rows)
         return logits
 
-    def logits(self, tokens: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self,
+        tokens: torch.Tensor,
+        page_table: torch.Tensor,
+        lengths: torch.Tensor,
+        wanted: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """Logits after ``tokens``, whose keys and values are written; the cache's lengths stay.
 
-        Rows may be consecutive tokens of one sequence: each attends to those before it.
+        Rows may be consecutive tokens of one sequence: each attends to those before it. What follows the
+        keys and values of the last layer is computed of the wanted rows alone.
 
         Args:
             tokens: ``(rows,)``, whole numbers of any dtype.
             page_table: ``(rows or more, pages)`` int32, rows contiguous.
             lengths: ``(rows or more,)`` int32: what each row's sequence holds before its token.
+            wanted: The rows whose logits are returned, in that order; None: all.
 
         Raises:
-            ValueError: A token outside the vocabulary, or a sequence at the end of the context.
+            ValueError: A token outside the vocabulary, a sequence at the end of the context, or a wanted row
+                that there is not.
             RuntimeError: The weights have been given a dtype or a device that this cannot serve.
         """
         cache, tokens = self._cache, tokens.to(torch.int64).contiguous()
-        logits = torch.empty(tokens.shape[0], self._model.spec.vocab_size, dtype=cache.dtype, device="cpu")
-        arguments = (cache.k, cache.v, page_table, lengths, tokens, logits, torch.get_num_threads())
+        places = torch.tensor(range(len(tokens)) if wanted is None else wanted, dtype=torch.int32)
+        logits = torch.empty(len(places), self._model.spec.vocab_size, dtype=cache.dtype, device="cpu")
+        arguments = (cache.k, cache.v, page_table, lengths, tokens, places, logits, torch.get_num_threads())
         while not self._decoder.step(*arguments):
             reason = unserved(self._model, cache.dtype)
             if reason is not None:
