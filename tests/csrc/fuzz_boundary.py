@@ -33,6 +33,8 @@ _PLACES: dict[str, dict[str, Any]] = {
     "lengths": {"any_size": (0,)},
     "page_table": {"any_size": (0, 1), "any_stride": (0,)},
 }
+# Tensors that share a size that nothing else gives: both narrowed alike are right.
+_ALIKE = (("bias_ids", "bias_values"), ("logits", "counts"), ("logits", "draft_tokens"), ("k", "v"))
 REFUSALS = (TypeError, ValueError)
 
 
@@ -170,8 +172,9 @@ class Fuzzer:
         """Make one to three of the tensors in ``given`` wrong; which. ``freedoms``: see ``Wrong.tensor``."""
         names = [name for name, value in given.items() if isinstance(value, torch.Tensor) and value.numel()]
         chosen = self._draw.sample(names, min(len(names), self._draw.choice([1, 1, 1, 2, 3])))
-        if "bias_ids" in chosen and "bias_values" in chosen:  # both narrowed alike would be right
-            chosen.remove("bias_values")
+        for one, other in _ALIKE:
+            if one in chosen and other in chosen:
+                chosen.remove(other)
         for name in chosen:
             given[name] = self.wrong.tensor(given[name], **freedoms.get(name, {}))
         return chosen
