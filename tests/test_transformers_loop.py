@@ -1,8 +1,9 @@
-"""The engine's own loop: when it is taken, and that its draws are distributed as the library's."""
+"""``generate`` as a front of the engine: which calls become requests, and that tokens are the library's."""
 
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -10,103 +11,113 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from scipy import stats
-from test_transformers_generate import build, prompt
+from test_transformers_generate import VOCAB, build, prompt
 from transformers.generation import logits_process as library
 
 import gptkern
-from gptkern.transformers import explain, loop, models
+from gptkern.engine.cache import KVCache
+from gptkern.engine.engine import Engine
+from gptkern.generate.prompt import Prompts
+from gptkern.transformers import explain, options
+from gptkern.transformers.modules import CACHE
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 59}
+SAMPLING: dict[str, Any] = {"do_sample": True, "pad_token_id": 59}
 
 
 @pytest.fixture
-def loops(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The calls that the engine's loop has taken."""
-    taken: list[Any] = []
-    run = loop.run
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of copies of each request that an engine was given."""
+    copies: list[int] = []
+    submit = Engine.submit
 
-    def counted(*args: Any) -> Any:
-        taken.append(args)
-        return run(*args)
+    def counted(self: Engine, prompt: Any, settings: Any, keys: Any, **others: Any) -> int:
+        copies.append(len(keys))
+        return submit(self, prompt, settings, keys, **others)
 
-    monkeypatch.setattr(models, "run", counted)
-    return taken
+    monkeypatch.setattr(Engine, "submit", counted)
+    return copies
 
 
 @pytest.fixture
-def fast() -> Any:
+def pair() -> tuple[Any, Any]:
+    """A model of the library's, and the same accelerated."""
     torch.manual_seed(3)
-    return gptkern.accelerate(build(), rng="philox")
+    theirs = build()
+    return theirs, gptkern.accelerate(copy.deepcopy(theirs), rng="philox")
+
+
+@pytest.fixture
+def fast(pair: tuple[Any, Any]) -> Any:
+    return pair[1]
 
 
 @pytest.mark.parametrize(
-    ("options", "taken"),
+    ("case", "padded", "taken"),
     [
-        (GREEDY, True),
-        (GREEDY | {"repetition_penalty": 1.3, "min_new_tokens": 3, "suppress_tokens": [4]}, True),
-        ({"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01}, True),
-        ({"do_sample": True, "typical_p": 0.9, "epsilon_cutoff": 1e-3, "eta_cutoff": 1e-3}, True),
-        (GREEDY | {"return_dict_in_generate": True}, True),
-        (GREEDY | {"return_dict_in_generate": True, "output_scores": True}, False),
-        (GREEDY | {"no_repeat_ngram_size": 2}, False),
-        (GREEDY | {"num_beams": 2}, False),
+        ({}, True, True),
+        ({"min_new_tokens": 3, "suppress_tokens": [4]}, True, True),
+        ({"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}, False, True),
+        ({"bad_words_ids": [[3], [4, 5]], "sequence_bias": [[[7], 9.0], [[7, 8], -20.0]]}, False, True),
+        ({"stopping_criteria": [lambda ids, scores: ids[:, -1] % 5 == 0]}, True, True),
+        # The library counts padding as text.
+        ({"repetition_penalty": 1.3}, True, False),
+        ({"no_repeat_ngram_size": 1}, True, False),
+        ({"logits_processor": [lambda ids, scores: scores.roll(1, -1)]}, False, False),
+        ({"forced_eos_token_id": 60}, False, False),
+        ({"return_dict_in_generate": True, "output_scores": True}, False, False),
+        ({"num_beams": 2}, False, False),
+        ({CACHE: transformers.DynamicCache}, False, False),
     ],
 )
-def test_it_takes_what_the_sampler_computes(fast: Any, loops: list[Any], options: Any, taken: bool) -> None:
-    ids, mask = prompt(2, 6, True)
-    found = fast.generate(ids, attention_mask=mask, max_new_tokens=5, **{"pad_token_id": 59} | options)
-    assert bool(loops) == taken
-    sequences = found if isinstance(found, torch.Tensor) else found.sequences
-    assert sequences.shape[0] == 2 and not sequences.is_inference()
-    sequences += 0
+def test_a_call_becomes_requests_where_the_sampler_computes_it(
+    pair: tuple[Any, Any], requests: list[int], case: dict[str, Any], padded: bool, taken: bool
+) -> None:
+    ids, mask = prompt(3, 6, padded)
+    ids[~mask.bool()] = 59
+    found = []
+    for model in pair:
+        made = {name: value() if isinstance(value, type) else value for name, value in case.items()}
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=12, **GREEDY | made)
+        found.append(output if isinstance(output, torch.Tensor) else output.sequences)
+    assert requests == ([1, 1, 1] if taken else [])
+    assert found[1].dtype == torch.int64 and torch.equal(*found)
+    assert not found[1].is_inference()
+    found[1].add_(0)
 
 
-def test_warpers_in_another_order_are_the_librarys(fast: Any, loops: list[Any]) -> None:
-    given = transformers.LogitsProcessorList(
-        [library.TopKLogitsWarper(5), library.TemperatureLogitsWarper(0.5)]
-    )
-    config = transformers.GenerationConfig(do_sample=True)
-    assert loop.sampler_options(given, config, 4, 61) is None
-    given.reverse()
-    assert loop.sampler_options(given, config, 4, 61) == {"temperature": 0.5, "top_k": 5}
-    given[1] = library.TopKLogitsWarper(5, min_tokens_to_keep=2)
-    config.top_p = 0.9
-    assert loop.sampler_options([library.TopPLogitsWarper(0.9, min_tokens_to_keep=2)], config, 4, 61) is None
-    assert loop.sampler_options([given[0], given[0]], config, 4, 61) is None
+@pytest.mark.parametrize("seed", range(12))
+def test_random_ends_of_rows(pair: tuple[Any, Any], seed: int) -> None:
+    """Rows that end by tokens, by criteria of a row and of the batch, and by length; some without eos."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    ids, mask = prompt(draw.randint(1, 4), draw.randint(2, 9), draw.random() < 0.5)
+    eos = draw.choice([None, draw.sample(range(VOCAB), 8)])
+    ends = draw.choice([3, 7, 100])
+    found = []
+    for model in pair:
+        calls: list[list[list[int]]] = []
+
+        def criterion(tokens: torch.Tensor, scores: Any, calls: Any = calls) -> torch.Tensor:
+            calls.append(tokens.tolist())
+            return (tokens[:, -1] % ends == 0) | (tokens[:, -1].sum() % 41 == 0)
+
+        tokens = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=15,
+            eos_token_id=eos,
+            stopping_criteria=[criterion],
+            **GREEDY,
+        )
+        found.append((tokens.tolist(), calls))
+    assert found[0] == found[1]
 
 
-def test_sampling_draws_the_librarys_tokens_unless_it_is_told_otherwise(loops: list[Any]) -> None:
-    theirs = build()
-    ours = gptkern.accelerate(copy.deepcopy(theirs))
-    ids, mask = prompt(2, 6, False)
-    results = []
-    for model in (theirs, ours):
-        torch.manual_seed(5)
-        results.append(model.generate(ids, attention_mask=mask, do_sample=True, pad_token_id=59))
-    assert torch.equal(*results) and not loops
-
-
-def test_philox_draws_follow_torchs_seed_and_the_librarys_distribution(fast: Any, loops: list[Any]) -> None:
-    ids, _ = prompt(1, 6, False)
-    options = {"do_sample": True, "top_k": 7, "top_p": 0.95, "temperature": 1.5, "max_new_tokens": 1}
-    torch.manual_seed(1)
-    first = fast.generate(ids, num_return_sequences=4000, **options)
-    torch.manual_seed(1)
-    assert torch.equal(first, fast.generate(ids, num_return_sequences=4000, **options))
-    assert not torch.equal(first, fast.generate(ids, num_return_sequences=4000, **options))
-    assert len(loops) == 3
-    plain = gptkern.restore(fast).generate(ids, output_scores=True, return_dict_in_generate=True, **options)
-    probabilities = plain.scores[0][0].double().softmax(-1)
-    kept = probabilities > 0
-    exact = probabilities[kept] / probabilities[kept].sum()
-    counts = torch.bincount(first[:, -1], minlength=len(probabilities))
-    assert not counts[~kept].any()
-    assert stats.chisquare(counts[kept], 4000 * exact).pvalue > 1e-4
-
-
-def test_float64_models_and_streamers_are_served(fast: Any, loops: list[Any]) -> None:
+def test_a_streamer_gets_what_the_librarys_gives(pair: tuple[Any, Any], requests: list[int]) -> None:
     class Streamer:
-        seen: list[Any] = []  # noqa: RUF012
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
 
         def put(self, value: torch.Tensor) -> None:
             self.seen.append(value.tolist())
@@ -114,17 +125,115 @@ def test_float64_models_and_streamers_are_served(fast: Any, loops: list[Any]) ->
         def end(self) -> None:
             self.seen.append("end")
 
-    ids, _ = prompt(1, 4, False)
-    found = fast.double().generate(ids, streamer=Streamer(), max_new_tokens=3, eos_token_id=None, **GREEDY)
-    assert Streamer.seen == [ids.tolist(), *([t] for t in found[0, 4:].tolist()), "end"]
-    assert loops
+    ids, mask = prompt(2, 5, True)
+    streams = []
+    for model in pair:
+        streamer = Streamer()
+        model.double().generate(
+            ids,
+            attention_mask=mask,
+            streamer=streamer,
+            max_new_tokens=9,
+            eos_token_id=list(range(9)),
+            **GREEDY,
+        )
+        streams.append(streamer.seen)
+    assert streams[0] == streams[1] and requests == [1, 1]
+
+
+def test_the_second_call_makes_no_cache(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    init = KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda self, **given: (made.append(1), init(self, **given))[1])
+    ids, mask = prompt(2, 6, True)
+    modes = (
+        GREEDY,
+        GREEDY | {"num_beams": 2},
+        SAMPLING | {"top_k": 4},
+        GREEDY | {"return_dict_in_generate": True},
+    )
+    for _ in range(2):
+        for mode in modes:
+            pair[1].generate(ids, attention_mask=mask, max_new_tokens=9, **mode)
+    # The beams, which are more rows, want a larger one.
+    assert len(made) == 2
+
+
+def test_a_call_that_fails_leaves_the_next_one_alone(pair: tuple[Any, Any]) -> None:
+    theirs, ours = pair
+    ids, mask = prompt(2, 6, True)
+
+    def fails(tokens: torch.Tensor, scores: Any) -> Any:
+        raise ZeroDivisionError
+
+    for name in ("stopping_criteria", "logits_processor"):
+        with pytest.raises(ZeroDivisionError):
+            ours.generate(ids, attention_mask=mask, **GREEDY, **{name: [fails]})
+        expected = theirs.generate(ids, attention_mask=mask, **GREEDY)
+        assert torch.equal(ours.generate(ids, attention_mask=mask, **GREEDY), expected)
+
+
+def _options(processors: Any, padded: bool = False) -> Any:
+    ids, mask = prompt(1, 4, False)
+    given = Prompts(ids, mask.bool() if padded else None, ids.tolist())
+    config = transformers.GenerationConfig(do_sample=True, num_return_sequences=1, max_length=9)
+    return options.request_options(processors, [], config, given)
+
+
+def test_processors_that_the_engine_computes_otherwise() -> None:
+    given = [library.TopKLogitsWarper(5), library.TemperatureLogitsWarper(0.5)]
+    assert "order" in _options(given)
+    given.reverse()
+    assert _options(given).items() >= {"temperature": 0.5, "top_k": 5, "max_new_tokens": 5}.items()
+    assert "min_tokens_to_keep" in _options([library.TopPLogitsWarper(0.9, min_tokens_to_keep=2)])
+    assert "order" in _options([given[0], given[0]])
+    ignoring = library.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=2)
+    assert "prompt_ignore_length" in _options([ignoring])
+    other = library.MinNewTokensLengthLogitsProcessor(4, 3, eos_token_id=5, device="cpu")
+    assert "least length" in _options([other])
+
+
+def test_sampling_draws_the_librarys_tokens_unless_it_is_told_otherwise(requests: list[int]) -> None:
+    theirs = build()
+    ours = gptkern.accelerate(copy.deepcopy(theirs))
+    ids, mask = prompt(2, 6, False)
+    results = []
+    for model in (theirs, ours):
+        torch.manual_seed(5)
+        results.append(model.generate(ids, attention_mask=mask, **SAMPLING))
+    assert torch.equal(*results) and not requests
+
+
+def test_philox_draws_follow_torchs_seed_and_the_librarys_distribution(
+    fast: Any, requests: list[int]
+) -> None:
+    ids, _ = prompt(1, 6, False)
+    options = {"do_sample": True, "top_k": 7, "top_p": 0.95, "temperature": 1.5, "max_new_tokens": 1}
+    torch.manual_seed(1)
+    first = fast.generate(ids, num_return_sequences=4000, **options)
+    torch.manual_seed(1)
+    assert torch.equal(first, fast.generate(ids, num_return_sequences=4000, **options))
+    assert not torch.equal(first, fast.generate(ids, num_return_sequences=4000, **options))
+    # Copies share one prefill.
+    assert requests == [4000] * 3
+    plain = gptkern.restore(fast).generate(ids, output_scores=True, return_dict_in_generate=True, **options)
+    probabilities = plain.scores[0][0].double().softmax(-1)
+    likely = probabilities > 0
+    exact = probabilities[likely] / probabilities[likely].sum()
+    counts = torch.bincount(first[:, -1], minlength=len(probabilities))
+    assert not counts[~likely].any()
+    assert stats.chisquare(counts[likely], 4000 * exact).pvalue > 1e-4
 
 
 def test_what_is_asked_for_is_checked_and_told(fast: Any) -> None:
     with pytest.raises(ValueError, match="rng is 'dice'; 'torch' or 'philox' is needed"):
         gptkern.accelerate(build(), rng="dice")
-    sampled = transformers.GenerationConfig(do_sample=True)
-    assert "gptkern's loop and sampler" in explain(fast, sampled)[-1].reason
-    assert "rng='philox' is faster" in explain(gptkern.accelerate(fast), sampled)[-1].reason
-    assert "beam search" in explain(fast, transformers.GenerationConfig(num_beams=3))[-1].reason
+
+    def told(model: Any, **config: Any) -> str:
+        return str(explain(model, transformers.GenerationConfig(**config))[-1].reason)
+
+    assert "its loop and sampler" in told(fast, do_sample=True)
+    assert "rng='philox' is faster" in told(gptkern.accelerate(fast), do_sample=True)
+    assert "beam search" in told(fast, num_beams=3)
+    assert "cache" in told(fast, return_dict_in_generate=True)
     assert not {"_gptkern_rng", "_gptkern_generation"} & vars(gptkern.restore(fast)).keys()

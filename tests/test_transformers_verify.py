@@ -13,7 +13,8 @@ transformers = pytest.importorskip("transformers")
 
 import gptkern
 from gptkern import cli
-from gptkern.transformers import engine, verify
+from gptkern.engine.sampling import Sampler
+from gptkern.transformers import verify
 
 
 def checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -44,12 +45,12 @@ def test_a_wrong_forward_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_wrong_tokens_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = verify.load(str(checkpoint(tmp_path)), dtype=None, device=torch.device("cpu"))
-    right = engine.EngineCache.run
+    right = Sampler.draw
 
-    def wrong(self: Any, input_ids: torch.Tensor) -> torch.Tensor:
-        return right(self, input_ids).flip(-1)
+    def wrong(self: Sampler, rows: Any, logits: torch.Tensor, *drafts: Any) -> Any:
+        return right(self, rows, logits.flip(-1), *drafts)
 
-    monkeypatch.setattr(engine.EngineCache, "run", wrong)
+    monkeypatch.setattr(Sampler, "draw", wrong)
     failed = {check.what for check in verify.Verification(model).checks(2) if not check.ok}
     assert failed == {"tokens"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 from gptkern.engine.cache import PAGE_SIZE
@@ -27,7 +27,7 @@ def columns(
     tokenizer: Tokenizer | None = None,
     logprobs: int | None = None,
     callbacks: Callbacks | None = None,
-) -> Iterator[Column]:
+) -> Generator[Column, None, None]:
     """Generate until every row has finished; each item is one new token of every running row.
 
     Rows are the prompts in order, each ``num_return_sequences`` times; all copies of one share its

@@ -1,145 +1,153 @@
-"""``generate`` on the engine alone: gptkern's passes and sampler, with the library's criteria and streamers.
+"""``generate`` of an accelerated model: a front of the engine, which takes a call in one of two ways.
 
-The loop takes a call if ``gptkern.ops.sample`` computes each of its logits processors as the library does
-and the scores are not returned. Any other call keeps the library's loop.
+As requests, where the engine's sampler computes each of the library's logits processors and nothing but
+tokens is returned: the engine makes the tokens, at the cost of ``GPT.generate``. Any other call that the
+engine can compute keeps the library's loop, which gets its logits from the engine's passes (``EngineCache``):
+every processor, draw, beam and field of the result is the library's own. What the engine cannot compute is
+the library's alone, and says so.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import torch
-from transformers.generation import logits_process as library
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from gptkern.engine.options import TABLE, Option
-from gptkern.ops.sample import SamplerState, SamplingParams, sample
-from gptkern.transformers.engine import EngineCache
+from gptkern.as_built import Watch
+from gptkern.engine.settings import Settings, merged, settle
+from gptkern.environment import fallback
+from gptkern.generate.loop import columns
+from gptkern.generate.prompt import Prompts, prompts
+from gptkern.gpt import GPT
+from gptkern.routes import LIBRARY
+from gptkern.transformers.engine import on_passes
+from gptkern.transformers.modules import CACHE
+from gptkern.transformers.options import ENDS, request_options
+from gptkern.transformers.refusals import (
+    call_refusal,
+    config_refusal,
+    model_refusal,
+    refuse_changes,
+)
+from gptkern.transformers.view import view
 
-Options = dict[str, Any]
-
-
-def _minimum(length: int, processor: Any) -> Options:
-    return {"min_new_tokens": max(length, 0), "eos_token_id": processor.eos_token_id.tolist()}
-
-
-# The library's warper of each option that shapes the draw, and the attribute that holds the option's value.
-_WARPERS: dict[str, tuple[type, str]] = {
-    "temperature": (library.TemperatureLogitsWarper, "temperature"),
-    "top_k": (library.TopKLogitsWarper, "top_k"),
-    "top_p": (library.TopPLogitsWarper, "top_p"),
-    "min_p": (library.MinPLogitsWarper, "min_p"),
-    "typical_p": (library.TypicalLogitsWarper, "mass"),
-    "epsilon_cutoff": (library.EpsilonLogitsWarper, "epsilon"),
-    "eta_cutoff": (library.EtaLogitsWarper, "epsilon"),
+_LOOP_ARGUMENTS = {
+    "logits_processor",
+    "stopping_criteria",
+    "generation_config",
+    "synced_gpus",
+    "streamer",
+    "tokenizer",
 }
+_log = logging.getLogger("gptkern")
 
 
-def _warper(option: Option) -> tuple[type, Callable[[Any, int], Options]]:
-    warper, attribute = _WARPERS[option.name]
-    number = type(option.default)
-    return warper, lambda processor, _: {option.name: number(getattr(processor, attribute))}
+def generate(model: Any, loop: Callable[..., Any], input_ids: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+    """Run a call of ``_sample`` or ``_beam_search`` on the engine where it can, else the library's ``loop``.
 
-
-# The sampler's arguments for each of the library's processors, given the width of the prompt, in the order in
-# which both apply them.
-_OPTIONS: dict[type, Callable[[Any, int], Options]] = {
-    library.RepetitionPenaltyLogitsProcessor: lambda p, _: {
-        "repetition_penalty": p.penalty,
-        "prompt_ignore_length": getattr(p, "prompt_ignore_length", None),
-    },
-    library.MinLengthLogitsProcessor: lambda p, width: _minimum(p.min_length - width, p),
-    library.MinNewTokensLengthLogitsProcessor: lambda p, width: _minimum(
-        p.min_new_tokens + p.prompt_length_to_skip - width, p
-    ),
-    library.SuppressTokensLogitsProcessor: lambda p, _: {"banned": p.suppress_tokens.tolist()},
-    **dict(_warper(option) for option in TABLE if option.draws),
-}
-
-
-def sampler_options(processors: Any, config: Any, width: int, vocab: int) -> Options | None:
-    """``SamplingParams.make``'s arguments for a call of ``generate``; None if the sampler lacks something.
-
-    With a repetition penalty the options also have ``prompt_ignore_length``, the number of tokens at the
-    beginning that the penalty passes over: None, a number, or one for each row.
+    Args:
+        input_ids: Whole sequences, or the new tokens alone if there is a cache and the mask is longer.
+        kwargs: The other arguments of the library's method.
     """
-    if config.return_dict_in_generate and (config.output_scores or config.output_logits):
-        return None
-    kinds = [type(processor) for processor in processors]
-    order = list(_OPTIONS)
-    if not set(kinds) <= set(order) or kinds != sorted(set(kinds), key=order.index):
-        return None
-    options: Options = {} if config.do_sample else {"temperature": 0.0}
-    for processor in processors:
-        own = _OPTIONS[type(processor)](processor, width)
-        if getattr(processor, "min_tokens_to_keep", 1) != 1:
-            return None
-        # Two kinds of processor set a least length.
-        if "min_new_tokens" in options and "min_new_tokens" in own:
-            own["min_new_tokens"] = max(own["min_new_tokens"], options["min_new_tokens"])
-        options |= own
-    return options | {"top_k": min(options.get("top_k", 0), vocab)}
+    config = kwargs["generation_config"]
+    inputs = {name: value for name, value in kwargs.items() if name not in _LOOP_ARGUMENTS}
+    reason = (
+        model_refusal(model)
+        or config_refusal(model, config)
+        or call_refusal(model, input_ids, config, inputs)
+    )
+    if kwargs.get("synced_gpus"):
+        reason = "several processes generate in step"
+    if reason is not None:
+        fallback("generate", LIBRARY, reason)
+        return loop(input_ids, **kwargs)
+    # The library, too, returns int64 whatever integers the prompt has.
+    input_ids, gpt = input_ids.long(), view(model)
+    reason = loop_reason(model, config) or _cache_reason(input_ids, inputs)
+    if reason is None:
+        requests = _requests(gpt, input_ids, kwargs)
+        if not isinstance(requests, str):
+            return _as_requests(model, gpt, *requests, kwargs)
+        reason = requests
+    _log.debug("generate: transformers' loop chooses the tokens: %s", reason)
+    return on_passes(model, gpt, loop, input_ids, kwargs)
+
+
+def loop_reason(model: Any, config: Any) -> str | None:
+    """The reason why calls with this config keep the library's loop on the engine's passes.
+
+    None: the call's processors decide.
+    """
+    if (config.num_beams or 1) > 1:
+        return "beam search is the library's"
+    if config.do_sample and model._gptkern_rng == "torch":
+        return "the library draws its very tokens from torch's generator: rng='philox' is faster"
+    if config.return_dict_in_generate:
+        return "the library's cache, and what else it returns beside tokens, is asked for"
+    return None
+
+
+def _cache_reason(input_ids: torch.Tensor, inputs: dict[str, Any]) -> str | None:
+    past, mask = inputs.get(CACHE), inputs.get("attention_mask")
+    if getattr(past, "_is_user_defined", False) or (past is not None and int(past.get_seq_length())):
+        return f"{CACHE} is the caller's"
+    if mask is not None and mask.shape != input_ids.shape:
+        return "attention_mask has another shape than the tokens"
+    return None
+
+
+def _requests(gpt: GPT, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[Prompts, Settings] | str:
+    """The prompts and settings of a call; a reason where the engine's own do not say the same."""
+    config, mask = kwargs["generation_config"], kwargs.get("attention_mask")
+    # The library has repeated each row.
+    copies = config.num_return_sequences or 1
+    mask = None if mask is None else mask[::copies]
+    try:
+        prompt = prompts(
+            input_ids[::copies], mask, device=gpt.device, vocab_size=gpt.spec.vocab_size, pad=None, eos=()
+        )
+        options = request_options(kwargs["logits_processor"], kwargs["stopping_criteria"], config, prompt)
+        if isinstance(options, str):
+            return options
+        asked = merged(options, {})
+        width, longest = prompt.width, prompt.longest
+        return prompt, settle(asked, gpt.config, width=width, longest=longest, lengths_given=True)
+    except (TypeError, ValueError) as error:
+        return str(error)
 
 
 @torch.no_grad()
-def run(
-    engine: EngineCache,
-    input_ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    options: Options,
-    criteria: Any,
-    config: Any,
-    streamer: Any,
+def _as_requests(
+    model: Any, gpt: GPT, prompt: Prompts, settings: Settings, kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """The result of the library's loop, ``(rows, width + new)``, with the engine's sampler.
-
-    Args:
-        input_ids: Whole sequences, or the new tokens alone if there is a cache and ``mask`` is longer.
-        criteria: The stopping criteria, called after every token with the ids so far.
-    """
-    rows, width = input_ids.shape
-    device = input_ids.device
-    penalised = "repetition_penalty" in options
-    state = SamplerState.make(rows, engine.vocab_size, history=penalised, device=device)
-    if penalised:
-        ignored = options.pop("prompt_ignore_length")
-        ignored = torch.as_tensor(0 if ignored is None else ignored, device=device)
-        places = torch.arange(width, device=device)
-        state.add_prompt(input_ids, (places >= ignored.reshape(-1, 1)).expand(rows, width))
-    params = SamplingParams.make(rows, engine.vocab_size, **options, device=device)
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-    pad = config._pad_token_tensor
-    ids = torch.empty(rows, max(config.max_length, width) + 1, dtype=input_ids.dtype, device=device)
-    ids[:, :width] = input_ids
-    running = torch.ones(rows, dtype=torch.bool, device=device)
-    logits = engine.run(_new_tokens(engine, input_ids, mask))
-    while True:
-        # The library, too, rounds float64 logits.
-        last = logits[:, -1].float() if logits.dtype == torch.float64 else logits[:, -1]
-        tokens = sample(last, params, state=state).tokens
-        if ends:
-            tokens = torch.where(running, tokens, pad)
-        ids[:, width] = tokens
-        width += 1
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        running &= ~criteria(ids[:, :width], None)
-        if not running.any():
-            break
-        logits = engine.run(ids[:, :width] if engine.whole_ids else tokens[:, None])
+    """The library's result, ``(rows, width + new)`` int64, of tokens that the engine makes and chooses."""
+    criteria, streamer = kwargs["stopping_criteria"], kwargs.get("streamer")
+    ids = prompt.ids.repeat_interleave(settings.num_return_sequences, 0)
+    # As in the library, rows that have ended are filled up only where there is an end-of-text token.
+    filled = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    pad = int(kwargs["generation_config"]._pad_token_tensor) if filled else 0
+    watched = any(type(criterion) not in ENDS for criterion in criteria)
+    running, new = [True] * len(ids), []
+    watch = Watch(model)
+    with closing(columns(gpt, prompt, settings)) as items:
+        while any(running):
+            refuse_changes(model, watch)
+            column = next(items)
+            tokens = [pad] * len(running)
+            for row, token, reason in zip(column.rows, column.tokens, column.finish_reasons, strict=True):
+                if running[row] or not filled:
+                    tokens[row] = token
+                running[row] = running[row] and reason is None
+            new.append(tokens)
+            if streamer is not None:
+                streamer.put(torch.tensor(tokens))
+            if watched:
+                so_far = torch.cat([ids, torch.tensor(new, device=ids.device).t()], 1)
+                ended = criteria(so_far, None).tolist()
+                running = [runs and not ends for runs, ends in zip(running, ended, strict=True)]
     if streamer is not None:
         streamer.end()
-    return ids[:, :width].clone()
-
-
-def _new_tokens(engine: EngineCache, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The prompt's tokens that are not in the cache yet."""
-    if engine.whole_ids or (mask is not None and mask.shape[1] != input_ids.shape[1]):
-        return input_ids
-    return input_ids[:, engine.get_seq_length() :]
-
-
-def result(ids: torch.Tensor, config: Any) -> Any:
-    """The tokens in the form that the library returns."""
-    return GenerateDecoderOnlyOutput(sequences=ids) if config.return_dict_in_generate else ids
+    return torch.cat([ids, torch.tensor(new, device=ids.device).t()], 1)

@@ -12,19 +12,12 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput, CausalLMOutputWithCrossAttentions
 
 from gptkern.as_built import untouched
-from gptkern.environment import fallback
 from gptkern.ops import linear_cross_entropy
 from gptkern.ops._dispatch import use_kernel
-from gptkern.routes import LIBRARY
 from gptkern.transformers.engine import EngineCache
-from gptkern.transformers.loop import result, run, sampler_options
+from gptkern.transformers.loop import generate
 from gptkern.transformers.modules import CACHE, HEAD
-from gptkern.transformers.refusals import (
-    call_refusal,
-    config_refusal,
-    library_takes_over,
-    model_refusal,
-)
+from gptkern.transformers.refusals import library_takes_over
 
 
 class LanguageModel:
@@ -41,55 +34,11 @@ class LanguageModel:
 
     @library_takes_over
     def _sample(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        return _on_engine(self, "_sample", super()._sample, input_ids, kwargs)  # type: ignore[misc]
+        return generate(self, super()._sample, input_ids, kwargs)  # type: ignore[misc]
 
     @library_takes_over
     def _beam_search(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        return _on_engine(self, "_beam_search", super()._beam_search, input_ids, kwargs)  # type: ignore[misc]
-
-
-_LOOP_ARGUMENTS = {
-    "logits_processor",
-    "stopping_criteria",
-    "generation_config",
-    "synced_gpus",
-    "streamer",
-    "tokenizer",
-}
-
-
-def _on_engine(model: Any, name: str, loop: Any, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> Any:
-    """Run the engine's loop, else the library's with the engine's logits, else the library's alone."""
-    config = kwargs["generation_config"]
-    inputs = {key: value for key, value in kwargs.items() if key not in _LOOP_ARGUMENTS}
-    reason = (
-        model_refusal(model)
-        or config_refusal(model, config)
-        or call_refusal(model, input_ids, config, inputs)
-    )
-    if kwargs.get("synced_gpus"):
-        reason = "several processes generate in step"
-    if reason is not None:
-        fallback("generate", LIBRARY, reason)
-        return loop(input_ids, **kwargs)
-    # The library, too, returns int64 whatever integers the prompt has.
-    input_ids = input_ids.long()
-    past, mask = inputs.get(CACHE), inputs.get("attention_mask")
-    engine = EngineCache(model, input_ids.shape[0], config.max_length, past, mask)
-    options = None
-    if name == "_sample" and (model._gptkern_rng == "philox" or not config.do_sample):
-        processors = kwargs["logits_processor"]
-        options = sampler_options(processors, config, input_ids.shape[1], engine.vocab_size)
-    if options is None:
-        output = loop(input_ids, **kwargs | {CACHE: engine})
-    else:
-        criteria, streamer = kwargs["stopping_criteria"], kwargs.get("streamer")
-        output = result(run(engine, input_ids, mask, options, criteria, config, streamer), config)
-    if config.return_dict_in_generate:
-        output[CACHE] = engine.hand_back()
-    elif getattr(past, "_is_user_defined", False):
-        engine.hand_back()
-    return output
+        return generate(self, super()._beam_search, input_ids, kwargs)  # type: ignore[misc]
 
 
 def _fused_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

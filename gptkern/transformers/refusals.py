@@ -15,7 +15,7 @@ from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.openai import modeling_openai as gpt1
 
 from gptkern._at_import import NAME
-from gptkern.as_built import Blueprint, own_method, skeleton
+from gptkern.as_built import Blueprint, Watch, own_method, skeleton
 from gptkern.transformers.modules import CACHE, FORWARDS, INSTEAD, activation_of
 from gptkern.transformers.view import shape_key, sizes
 
@@ -67,6 +67,17 @@ def changed(model: Any) -> str | None:
     """The first difference between ``model`` and what its library class builds; None if there is none."""
     name = own_method(model, _LOOP_METHODS) or _overridden(model)
     return f"{type(model).__name__} has a {name} of its own" if name else _blueprint(model).difference(model)
+
+
+def refuse_changes(model: Any, watch: Watch) -> None:
+    """Refuse to go on with a model whose layers must be called since ``watch`` was made.
+
+    Raises:
+        RuntimeError: The model was hooked or changed.
+    """
+    reason = changed(model) if watch.stirred() else None
+    if reason is not None:
+        raise RuntimeError(f"generate: {reason}, since this generation began; begin it anew")
 
 
 def known_attention(name: str) -> bool:

@@ -15,6 +15,7 @@ from gptkern.drop_in import Generation, Rng
 from gptkern.ops._dispatch import use_kernel
 from gptkern.quantization import METHOD
 from gptkern.routes import Explanation, Route
+from gptkern.transformers.loop import loop_reason
 from gptkern.transformers.models import LIBRARY_CLASSES, LanguageModel, accelerated_class
 from gptkern.transformers.modules import NORM, SWAPS, LayerNorm, activation_of, library_reason
 from gptkern.transformers.refusals import config_refusal, known_attention, model_refusal
@@ -209,20 +210,14 @@ def _loss_route(model: Any) -> Route:
     return Route("loss", "kernel", "linear_cross_entropy")
 
 
-def _loop_of(model: Any, config: Any) -> str:
-    """The loop and the sampler that choose the tokens on the engine."""
-    engine = "prefill, paged cache and decode step; "
-    if (config.num_beams or 1) > 1:
-        return engine + "the library's beam search"
-    if config.do_sample and model._gptkern_rng == "torch":
-        return engine + "the library's loop and samplers, for its very tokens: rng='philox' is faster"
-    return engine + "gptkern's loop and sampler, where it knows every processor and no scores are returned"
-
-
 def _generate_route(model: Any, config: Any) -> Route:
     if LanguageModel not in type(model).__mro__:
         return Route("generate", "library", f"{type(model).__name__} does not generate on the engine")
     reason = model_refusal(model) or config_refusal(model, config or model.generation_config)
     if reason is None:
-        return Route("generate", "engine", _loop_of(model, config or model.generation_config))
+        own = loop_reason(model, config or model.generation_config)
+        how = "its loop and sampler, where it has every logits processor"
+        if own is not None:
+            how = f"its passes in transformers' loop: {own}"
+        return Route("generate", "engine", how)
     return Route("generate", "library" if "asked for it" in reason else "fallback", reason)

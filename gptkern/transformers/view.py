@@ -1,4 +1,4 @@
-"""The ``Decoder`` over a transformers model's own weights, by which executors read them."""
+"""The ``GPT`` over a transformers model's own weights, by which executors read them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from torch import nn
 
 from gptkern.as_built import skeleton
 from gptkern.config import GPTConfig
-from gptkern.model.decoder import Decoder
+from gptkern.gpt import GPT
 from gptkern.ops._dispatch import use_kernel
 
 _GPT1_NAMES = {"wte": "tokens_embed", "wpe": "positions_embed"}
-_views: WeakKeyDictionary[nn.Module, tuple[str, Decoder]] = WeakKeyDictionary()
+_views: WeakKeyDictionary[nn.Module, tuple[str, GPT]] = WeakKeyDictionary()
 
 
-def view(model: Any) -> Decoder:
-    """A ``Decoder`` over the model's own weights: an update of one changes the other."""
+def view(model: Any) -> GPT:
+    """A ``GPT`` over the model's own weights: an update of one changes the other.
+
+    It is the same one, with its idle engine, until the model's shape or the place of a weight changes.
+    """
     if use_kernel(model.lm_head.weight):
         _lay_rows(model)
     key, previous = _views.get(model, ("", None))
@@ -27,12 +30,12 @@ def view(model: Any) -> Decoder:
         parameters = dict(previous.named_parameters(remove_duplicate=False))
         if all(p.data_ptr() == sources[name].data_ptr() for name, p in parameters.items()):
             return previous
-    decoder = skeleton(lambda: Decoder(gpt_config(model)))
+    gpt = skeleton(lambda: GPT(gpt_config(model)))
     for name, source in sources.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(decoder.get_submodule(owner), leaf, nn.Parameter(source.detach(), requires_grad=False))
-    _views[model] = shape_key(model), decoder.eval()
-    return decoder
+        setattr(gpt.get_submodule(owner), leaf, nn.Parameter(source.detach(), requires_grad=False))
+    _views[model] = shape_key(model), gpt.eval()
+    return gpt
 
 
 def _lay_rows(model: Any) -> None:
