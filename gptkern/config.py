@@ -190,6 +190,11 @@ class GPTConfig:
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
+    def dropout_fields(self) -> tuple[str, ...]:
+        """The fields that are dropout probabilities."""
+        return "resid_pdrop", "embd_pdrop", "attn_pdrop"
+
+    @property
     def parameters(self) -> int:
         """The number of the model's parameters, a tied head counted once."""
         # By one layer and two: a damaged n_layer may be more than a spec can have.
@@ -311,6 +316,18 @@ class FamilyConfig:
     def spec(self) -> DecoderSpec:
         """The decoder that this configuration describes."""
         return self.family.spec(self._fields)
+
+    @property
+    def fields_read(self) -> frozenset[str]:
+        """The fields that the decoder goes by, those left out too."""
+        _ = self.spec
+        return frozenset(self._fields.read)
+
+    @property
+    def dropout_fields(self) -> tuple[str, ...]:
+        """The fields that are dropout probabilities."""
+        _ = self.spec
+        return tuple(self._fields.probabilities)
 
     @property
     def bos_token_id(self) -> int | None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from gptkern.config import FamilyConfig, GPTConfig
+from gptkern.config import Config
 from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 from gptkern.train.data import Array, Source, Windows, load_classes, load_pairs
+from gptkern.train.errors import SettingsError
 from gptkern.train.lora import add_lora
 from gptkern.train.objective import Classification, LanguageModelling
 from gptkern.train.processes import Processes
-from gptkern.train.settings import DataSettings, Settings, SettingsError
+from gptkern.train.settings import DataSettings, Settings
+from gptkern.train.shape import fresh_config
 from gptkern.train.tokens import check_ids, choose_tokenizer, load_split, read_jsonl, read_text
 
 Objective = LanguageModelling | Classification
@@ -92,14 +93,10 @@ def _all_text(data: DataSettings) -> str:
 
 
 def _model(settings: Settings, pretrained: GPT | None, tokenizer: Tokenizer | None) -> GPT:
-    rates = {}
-    if "dropout" in settings.model:
-        family = pretrained is not None and isinstance(pretrained.config, FamilyConfig)
-        names = ("attention_dropout",) if family else ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-        rates = dict.fromkeys(names, settings.model["dropout"])
     if pretrained is not None:
         model = pretrained
-        if rates:
+        if "dropout" in settings.model:
+            rates = dict.fromkeys(pretrained.config.dropout_fields, settings.model["dropout"])
             model = GPT(pretrained.config.replace(**rates))
             model.load_state_dict(pretrained.state_dict())
             model.take_settings(pretrained)
@@ -109,42 +106,20 @@ def _model(settings: Settings, pretrained: GPT | None, tokenizer: Tokenizer | No
                 f"[data] tokenizer has {tokenizer.vocab_size} tokens, the model {model.spec.vocab_size}"
             )
     else:
-        model = _fresh_model(_fresh_config(settings, rates, tokenizer))
+        model = _fresh_model(fresh_config(settings.model, settings.data.context, tokenizer))
         model.tokenizer = tokenizer
     if settings.data.context > model.spec.context:
         raise SettingsError(f"[data] context is {settings.data.context}; the model's is {model.spec.context}")
     return model.train()
 
 
-def _fresh_model(config: GPTConfig) -> GPT:
+def _fresh_model(config: Config) -> GPT:
     # Sizes beyond the memory or beyond int64 come as one of several errors.
     try:
         return GPT(config)
     except (RuntimeError, MemoryError, OverflowError, ValueError) as error:
         first = str(error).splitlines()[0][:200]
         raise SettingsError(f"[model] of this shape cannot be made: {first}") from error
-
-
-def _fresh_config(settings: Settings, rates: dict[str, Any], tokenizer: Tokenizer | None) -> GPTConfig:
-    chosen = {name: value for name, value in settings.model.items() if name != "dropout"} | rates
-    chosen.setdefault("n_positions", settings.data.context)
-    if tokenizer is not None:
-        chosen.setdefault("vocab_size", tokenizer.vocab_size)
-        chosen.setdefault("bos_token_id", tokenizer.bos_token_id)
-        chosen.setdefault("eos_token_id", tokenizer.eos_token_id)
-        if tokenizer.vocab_size > chosen["vocab_size"]:
-            raise SettingsError(
-                f"[model] vocab_size is {chosen['vocab_size']}; "
-                f"the tokenizer has {tokenizer.vocab_size} tokens"
-            )
-    elif "vocab_size" not in chosen:
-        raise SettingsError(
-            "[model] vocab_size is needed: token shards do not say it, and no tokenizer is named"
-        )
-    try:
-        return GPTConfig(**chosen)
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"[model] {error}") from error
 
 
 def _objective(settings: Settings, model: GPT, labels: list[str]) -> Objective:

@@ -29,8 +29,8 @@ from gptkern.checkpoint.save import save
 from gptkern.checkpoint.storage import write_safetensors
 from gptkern.durable import flush, identity, make_folder, naming, new_file, write_file
 from gptkern.gpt import GPT
+from gptkern.train.errors import SettingsError
 from gptkern.train.processes import Processes, whole
-from gptkern.train.settings import SettingsError
 from gptkern.train.state import read_state, state_tensors, write_state
 
 NOTES = "run.json"

@@ -15,7 +15,8 @@ import torch
 
 from gptkern.model.decoder import IGNORE_INDEX
 from gptkern.tokenizer import Tokenizer
-from gptkern.train.settings import DataSettings, SettingsError
+from gptkern.train.errors import SettingsError
+from gptkern.train.settings import DataSettings
 from gptkern.train.tokens import read_jsonl
 
 Array = np.ndarray[Any, Any]

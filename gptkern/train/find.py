@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from gptkern.train.errors import SettingsError
 from gptkern.train.processes import Processes, processes
-from gptkern.train.settings import Settings, SettingsError
+from gptkern.train.settings import Settings
 from gptkern.train.trainer import Trainer
 
 TRIES = 100

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from gptkern.train.settings import SettingsError
+from gptkern.train.errors import SettingsError
 
 _NAME = ".lock"
 

@@ -13,7 +13,7 @@ import torch
 
 from gptkern._visible import visible
 from gptkern.durable import naming, no_link, write_file
-from gptkern.train.settings import SettingsError
+from gptkern.train.errors import SettingsError
 
 # Dense bf16 peaks, from the data sheets, by a part of the device's name.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}

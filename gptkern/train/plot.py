@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gptkern.durable import write_file
+from gptkern.train.errors import SettingsError
 from gptkern.train.logs import read_log
-from gptkern.train.settings import SettingsError
 
 
 def plot_run(folder: Path, path: Path) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from gptkern.train.settings import SettingsError
+from gptkern.train.errors import SettingsError
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import textwrap
 from typing import Any, get_type_hints
 
 from gptkern.config import GPTConfig
+from gptkern.model.families import FAMILIES
 from gptkern.train.settings import Settings
 
 _WIDTH = 100
@@ -17,14 +18,22 @@ _HEAD = """\
 Every key of a run's TOML file, with its default. A key that is left out has it. Command line options stand in
 for some: see `gptkern train --help`."""
 _MODEL = """\
-Either the checkpoint to begin with (`from`, and `dropout` if it is to differ), or the shape of a new model:
-fields of GPTConfig. With a tokenizer, vocab_size and the special tokens are its own; n_positions is [data]
-context; `dropout` stands for all three of its rates."""
+Either the checkpoint to begin with (`from`), or the shape of a new model: the fields of GPTConfig below, or
+`family` and fields of that family's config.json, under transformers' names. With a tokenizer, vocab_size and
+the special tokens are its own; the longest context (n_positions, max_position_embeddings) is [data]'s."""
+_FAMILY = """\
+The family of a new model. Its sizes must be given (as hidden_size, intermediate_size, num_hidden_layers and
+num_attention_heads); other fields, as rope_parameters, have transformers' defaults. A field that a model of
+this shape does not go by is refused. Families: {}."""
+_DROPOUT = """\
+Probability for all dropout of the model: of each rate that the family has and that is not given by itself."""
 
 
 def reference() -> str:
     """A commented TOML file that ``Settings.from_file`` reads as the defaults."""
-    parts = [_comment(_HEAD), "", "[model]", _comment(_MODEL), "", '# from = "gpt2"', "# dropout = 0.1"]
+    parts = [_comment(_HEAD), "", "[model]", _comment(_MODEL), "", '# from = "gpt2"']
+    parts += ["", _comment(_FAMILY.format(", ".join(FAMILIES))), '# family = "llama"']
+    parts += ["", _comment(_DROPOUT), "# dropout = 0.1"]
     meanings = _meanings(GPTConfig)
     for field in dataclasses.fields(GPTConfig):
         parts += _key(field.name, field.default, meanings[field.name], commented=True)

@@ -11,8 +11,9 @@ from gptkern.checkpoint.locate import LABELS
 from gptkern.tokenizer import Tokenizer
 from gptkern.train.assemble import Objective
 from gptkern.train.checkpoints import NOTES, Checkpoint
+from gptkern.train.errors import SettingsError
 from gptkern.train.objective import Classification
-from gptkern.train.settings import Settings, SettingsError
+from gptkern.train.settings import Settings
 
 
 def check_same_run(settings: Settings, checkpoint: Checkpoint) -> None:

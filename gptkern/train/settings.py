@@ -7,15 +7,15 @@ another type or out of its range stops the run with its name and what is accepte
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import tomllib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from gptkern.config import GPTConfig
+from gptkern.train.errors import SettingsError, check_names
+from gptkern.train.shape import check_model
 
 Section = TypeVar("Section")
 
@@ -26,10 +26,6 @@ STRATEGIES = ("ddp", "fsdp")
 PRECISIONS = ("float32", "bfloat16")
 _TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _DEVICE = re.compile(r"(cpu|cuda(:\d{1,3})?)?")
-
-
-class SettingsError(ValueError):
-    """A run cannot start with these settings."""
 
 
 def _one_of(section: str, name: str, value: str, accepted: tuple[str, ...]) -> None:
@@ -287,8 +283,8 @@ class Settings:
     """A run's settings, a table of its TOML file each; ``gptkern train --show-settings`` explains every key.
 
     Attributes:
-        model: Fields of ``GPTConfig``, ``dropout`` for all three of its rates, or ``from``, the checkpoint
-            to begin with.
+        model: ``from``, the checkpoint to begin with; or the shape of a new model: fields of ``GPTConfig``,
+            or ``family`` and fields of that family's ``config.json``; and ``dropout`` for all its rates.
         data: The training data.
         train: Length, batches and arithmetic.
         optimizer: How a gradient becomes an update.
@@ -313,21 +309,7 @@ class Settings:
     lora: LoraSettings = field(default_factory=LoraSettings)
 
     def __post_init__(self) -> None:
-        known = {f.name for f in fields(GPTConfig)} | {"from", "dropout"}
-        _check_names("[model] ", self.model, known)
-        if not isinstance(self.model.get("from", "a"), str) or self.model.get("from") == "":
-            raise SettingsError(f"[model] from is {self.model['from']!r}; a folder or a hub id is needed")
-        if "from" in self.model and self.model.keys() - {"from", "dropout"}:
-            other = sorted(self.model.keys() - {"from", "dropout"})
-            raise SettingsError(
-                f"[model] from is given, so the shape is the checkpoint's: remove {', '.join(other)}"
-            )
-        vocab_size = self.model.get("vocab_size", 1)
-        if type(vocab_size) is not int or vocab_size < 1:
-            raise SettingsError(f"[model] vocab_size is {vocab_size!r}; a positive integer is needed")
-        dropout = self.model.get("dropout", 0.0)
-        if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0.0 <= dropout < 1.0:
-            raise SettingsError(f"[model] dropout is {dropout!r}; 0 <= dropout < 1 is needed")
+        check_model(self.model, self.data.context)
         if "from" not in self.model and self.lora.rank:
             raise SettingsError("[lora] adapts a trained model: [model] from is needed")
 
@@ -339,7 +321,7 @@ class Settings:
             SettingsError: An unknown name, a wrong type or a value out of range.
         """
         hints = get_type_hints(cls)
-        _check_names("", data, set(hints))
+        check_names("", data, set(hints))
         for name, table in data.items():
             if not isinstance(table, dict):
                 raise SettingsError(f"{name} is {table!r}; a table [{name}] is needed")
@@ -375,17 +357,9 @@ class Settings:
         return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **changes)})
 
 
-def _check_names(where: str, values: dict[str, Any], names: set[str]) -> None:
-    for name in values:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(names))}"
-            raise SettingsError(f"{where}{name} is not a setting; {hint}")
-
-
 def _section(cls: type[Section], name: str, table: dict[str, Any]) -> Section:
     hints = get_type_hints(cls)
-    _check_names(f"[{name}] ", table, set(hints))
+    check_names(f"[{name}] ", table, set(hints))
     return cls(**{key: _typed(f"[{name}] {key}", value, hints[key]) for key, value in table.items()})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptkern.train.settings import SettingsError
+from gptkern.train.errors import SettingsError
 
 _FOLDER = Path(__file__).parents[1] / "assets" / "configs"
 

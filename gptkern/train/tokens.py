@@ -18,7 +18,8 @@ from gptkern.checkpoint.files import LARGEST_JSON, read_bytes
 from gptkern.checkpoint.replace import replacing, settle
 from gptkern.durable import NewFile
 from gptkern.tokenizer import Tokenizer
-from gptkern.train.settings import DataSettings, SettingsError
+from gptkern.train.errors import SettingsError
+from gptkern.train.settings import DataSettings
 
 # llm.c's headers, by their first number, and the width of the ids that follow
 _LLMC_DTYPES: dict[int, np.dtype[Any]] = {20240520: np.dtype(np.uint16), 20240801: np.dtype(np.uint32)}

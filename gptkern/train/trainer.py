@@ -21,6 +21,7 @@ from gptkern.durable import no_link
 from gptkern.train.assemble import Objective, assemble
 from gptkern.train.checkpoints import Store, check_writable, export, plain_model
 from gptkern.train.data import Batch
+from gptkern.train.errors import SettingsError
 from gptkern.train.evaluate import computing, evaluate, sample_texts
 from gptkern.train.lock import locked
 from gptkern.train.logs import Log, Progress, Speed, flops_per_token, peak_flops
@@ -29,7 +30,7 @@ from gptkern.train.optimizers import make_optimizers, set_learning_rate
 from gptkern.train.processes import Processes, no_sync, processes, spread, whole
 from gptkern.train.resume import check_same_model, check_same_run
 from gptkern.train.schedule import share
-from gptkern.train.settings import Settings, SettingsError
+from gptkern.train.settings import Settings
 
 # What a run writes into, in its folder; none may lead elsewhere, to somebody's model or checkpoints.
 _FOLDERS = ("model", "best", "tokens", "checkpoints")

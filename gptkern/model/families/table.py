@@ -67,16 +67,24 @@ def is_number(value: object) -> bool:
 class Fields:
     """The fields of a ``config.json`` and the family's defaults for those left out, checked as they are read.
 
+    Attributes:
+        model_type: The family.
+        read: Names of the fields that were read so far.
+        probabilities: Those of them that are dropout probabilities, in the order they were read.
+
     Raises:
         ValueError: By every method, where a value is not what the method returns; it names the field.
     """
 
     def __init__(self, model_type: str, values: Mapping[str, Any]) -> None:
         self.model_type = model_type
+        self.read: set[str] = set()
+        self.probabilities: list[str] = []
         self._values = values
 
     def get(self, name: str) -> Any:
         """The field as it is; None where there is none."""
+        self.read.add(name)
         return self._values.get(name)
 
     def refuse(self, name: str, needed: str) -> ValueError:
@@ -120,6 +128,7 @@ class Fields:
 
     def probability(self, name: str) -> float:
         """A dropout probability; 0 where it is left out."""
+        self.probabilities.append(name)
         value = self.number(name, 0.0, below=1.0)
         if value < 0.0:
             raise self.refuse(name, f"0 <= {name} < 1 is needed")
