@@ -19,7 +19,8 @@ import gptkern.transformers as drop_in
 from gptkern import environment
 from gptkern.transformers.modules import SWAPS
 
-GPT2_CLASSES = [name for name in drop_in.SUPPORTED if name.startswith("GPT2")]
+# Other families are in tests/test_transformers_families.py.
+NAMES = [name for name in drop_in.SUPPORTED if name.startswith(("GPT2", "OpenAI"))]
 
 
 def gpt2_config(**changes: Any) -> Any:
@@ -110,7 +111,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", drop_in.SUPPORTED)
+@pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_gradients_stay(name: str, mode: str) -> None:
     model = getattr(build(name), mode)()
     given = inputs(name)
@@ -121,7 +122,7 @@ def test_outputs_and_gradients_stay(name: str, mode: str) -> None:
     assert_same(results(model, given), expected)
 
 
-@pytest.mark.parametrize("name", drop_in.SUPPORTED)
+@pytest.mark.parametrize("name", NAMES)
 def test_restore_undoes_it_exactly(name: str) -> None:
     model = build(name)
     before = {key: (type(m), set(m.__dict__)) for key, m in model.named_modules()}
@@ -136,7 +137,7 @@ def test_restore_undoes_it_exactly(name: str) -> None:
     gptkern.restore(model)
 
 
-@pytest.mark.parametrize("name", drop_in.SUPPORTED)
+@pytest.mark.parametrize("name", NAMES)
 def test_imported_classes_are_accelerated_subclasses(name: str, tmp_path: Any) -> None:
     ours, theirs = getattr(drop_in, name), getattr(transformers, name)
     assert issubclass(ours, theirs)
@@ -250,17 +251,15 @@ class _Unknown(nn.Module):
 
 def test_other_models_are_refused_and_left_alone() -> None:
     torch.manual_seed(0)
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-        )
-    )
-    before = [type(m) for m in llama.modules()]
-    for model in (llama, _Unknown(), 3):
-        with pytest.raises(TypeError, match="GPT2LMHeadModel, GPT2Model"):
+    shape = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(**shape, intermediate_size=8, num_key_value_heads=1)
+    mixtral = transformers.MixtralForCausalLM(config)
+    before = [type(m) for m in mixtral.modules()]
+    for model in (mixtral, _Unknown(), 3):
+        with pytest.raises(TypeError, match=r"GPT2LMHeadModel, GPT2Model.*of llama, smollm3"):
             gptkern.accelerate(model)
-    assert [type(m) for m in llama.modules()] == before
-    assert llama.config._attn_implementation == "sdpa"
+    assert [type(m) for m in mixtral.modules()] == before
+    assert mixtral.config._attn_implementation == "sdpa"
     model = build("GPT2Model", activation_function="tanh")
     before = [type(m) for m in model.modules()]
     with pytest.raises(ValueError, match="tanh"):

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 transformers = pytest.importorskip("transformers")
+from families import CONFIGS
+from family_models import library_model
 
 import gptkern
 from gptkern import cli
@@ -91,13 +93,19 @@ def test_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "is a file; verify takes a folder that transformers opens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_neox"])
+def test_other_families_are_verified(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    library_model(CONFIGS[name]).save_pretrained(tmp_path)
+    assert cli.run(["verify", str(tmp_path), "--cases", "2", "--no-speed"]) == 0
+    assert "6 of 6 comparisons agree" in capsys.readouterr().out
+
+
 def test_other_models_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    shape = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(**shape, intermediate_size=8, num_key_value_heads=1)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
     assert cli.run(["verify", str(tmp_path)]) == 1
-    assert "accelerate: model is LlamaForCausalLM; supported are GPT2LMHeadModel" in capsys.readouterr().err
+    assert "mixtures of experts are not served" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_there_are_no_agreement(

@@ -78,8 +78,13 @@ def attention_forward(
         out = ops.flash_attention(q, k, v, causal=is_causal, **options)
         assert isinstance(out, torch.Tensor)
         return out, None
+    padding_attends = getattr(module, "padding_attends", False)
+    if padding_attends and window is not None:
+        # Which keys of a window are real differs from one place of padding to the next.
+        pattern = _visible(query.shape[2], key.shape[2], query.device, attention_mask, window, is_causal)
+        return _masked(query, key, value, pattern, dropout, scaling), None
     out = _padded(q, k, v, attention_mask, causal=is_causal, options=options)
-    if getattr(module, "padding_attends", False) and q.shape[1] == k.shape[1] == attention_mask.shape[1]:
+    if padding_attends and q.shape[1] == k.shape[1] == attention_mask.shape[1]:
         seen = _padded(q, k, v, attention_mask, causal=False, options=options)
         out = torch.where(attention_mask[..., None, None], out, seen)
     return out, None
@@ -177,20 +182,27 @@ def _eager(
     if mask is not None and mask.dim() == 4 and mask.dtype != torch.bool:
         scores = scores + mask[..., : key.shape[2]]
     else:
-        scores = scores.masked_fill(~_visible(scores, mask, window, is_causal), least)
+        if mask is None or mask.dim() == 2:
+            visible = _visible(query.shape[2], key.shape[2], query.device, mask, window, is_causal)
+        else:
+            visible = mask[..., : key.shape[2]]
+        scores = scores.masked_fill(~visible, least)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     weights = F.dropout(weights, dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
 
 
 def _visible(
-    scores: torch.Tensor, mask: torch.Tensor | None, window: int | None, is_causal: bool
+    queries: int,
+    keys: int,
+    device: torch.device,
+    mask: torch.Tensor | None,
+    window: int | None,
+    is_causal: bool,
 ) -> torch.Tensor:
-    if mask is not None and mask.dim() == 4:
-        return mask[..., : scores.shape[-1]]
-    queries, keys = scores.shape[-2:]
-    distance = (torch.arange(queries, device=scores.device)[:, None] + keys - queries) - torch.arange(
-        keys, device=scores.device
+    """True where a query sees a key: ``(queries, keys)``; with a mask ``(batch, 1, queries, keys)``."""
+    distance = (torch.arange(queries, device=device)[:, None] + keys - queries) - torch.arange(
+        keys, device=device
     )
     visible = torch.ones_like(distance, dtype=torch.bool)
     if is_causal:

@@ -18,7 +18,7 @@ from gptkern.engine.cache import PAGE_SIZE
 from gptkern.engine.engine import Engine
 from gptkern.engine.rows import Rows
 from gptkern.gpt import GPT
-from gptkern.transformers.modules import CACHE
+from gptkern.transformers.parts import CACHE
 from gptkern.transformers.refusals import refuse_changes
 
 

@@ -24,8 +24,8 @@ from gptkern.generate.prompt import Prompts, prompts
 from gptkern.gpt import GPT
 from gptkern.routes import LIBRARY
 from gptkern.transformers.engine import on_passes
-from gptkern.transformers.modules import CACHE
 from gptkern.transformers.options import ENDS, request_options
+from gptkern.transformers.parts import CACHE
 from gptkern.transformers.refusals import (
     call_refusal,
     config_refusal,

@@ -9,14 +9,19 @@ import torch
 import torch.nn.functional as F
 import transformers
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutput, CausalLMOutputWithCrossAttentions
+from transformers.modeling_outputs import (
+    CausalLMOutput,
+    CausalLMOutputWithCrossAttentions,
+    CausalLMOutputWithPast,
+)
 
 from gptkern.as_built import untouched
 from gptkern.ops import linear_cross_entropy
 from gptkern.ops._dispatch import use_kernel
 from gptkern.transformers.engine import EngineCache
+from gptkern.transformers.families import FAMILIES
 from gptkern.transformers.loop import generate
-from gptkern.transformers.modules import CACHE, HEAD
+from gptkern.transformers.parts import CACHE, HEAD
 from gptkern.transformers.refusals import library_takes_over
 
 
@@ -56,22 +61,43 @@ def _fused_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
         model.loss_function is ForCausalLMLoss
         and kwargs.get("return_dict", model.config.return_dict) is not False
     )
-    return usual and plain and untouched(head, HEAD) and use_kernel(head.weight)
+    bare = loss_reason(model.config) is None
+    return usual and plain and bare and untouched(head, HEAD) and use_kernel(head.weight)
+
+
+def loss_reason(config: Any) -> str | None:
+    """The reason why the loss is not that of the head's product alone; None if it is."""
+    if getattr(config, "logits_scaling", 1.0) != 1.0:
+        return "the logits have a factor"
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        return "the logits have a cap"
+    return None
+
+
+def _output_kind(model_type: str) -> Any:
+    """The library's output of a language model."""
+    if model_type == "openai-gpt":
+        return CausalLMOutput
+    crossed = model_type in ("gpt2", "gpt_bigcode")
+    return CausalLMOutputWithCrossAttentions if crossed else CausalLMOutputWithPast
 
 
 def _forward_with_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     inputs = dict(kwargs)
     labels, count = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
     inputs.pop("logits_to_keep", None)
-    body = model.transformer(*args, **inputs)
-    hidden, weight = body.last_hidden_state, model.lm_head.weight
+    family = FAMILIES.get(model.config.model_type)
+    path = "transformer" if family is None else family.body
+    body = model.get_submodule(path)(*args, **inputs)
+    hidden, weight, bias = body.last_hidden_state, model.lm_head.weight, model.lm_head.bias
     targets = F.pad(labels, (0, 1), value=-100)[..., 1:].to(hidden.device)
     # The Trainer's count of targets is that of all its micro-batches.
-    loss = linear_cross_entropy(hidden, weight, targets, reduction="mean" if count is None else "sum")
+    reduction = "mean" if count is None else "sum"
+    loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction, bias=bias)
     if count is not None:
         loss = loss / torch.as_tensor(count, device=loss.device)
     rest = {name: value for name, value in body.items() if name != "last_hidden_state"}
-    kind = CausalLMOutput if model.config.model_type == "openai-gpt" else CausalLMOutputWithCrossAttentions
+    kind = _output_kind(model.config.model_type)
     return kind(loss=loss, logits=model.lm_head(hidden), **rest)
 
 
@@ -104,5 +130,11 @@ def accelerated_class(cls: Any) -> Any:
     return type(cls.__name__, (LanguageModel, cls), namespace)
 
 
-LIBRARY_CLASSES = (transformers.GPT2LMHeadModel, transformers.OpenAIGPTLMHeadModel)
-GPT2LMHeadModel, OpenAIGPTLMHeadModel = map(accelerated_class, LIBRARY_CLASSES)
+LIBRARY_CLASSES: tuple[Any, ...] = (
+    transformers.GPT2LMHeadModel,
+    transformers.OpenAIGPTLMHeadModel,
+    *(family.language_model for family in FAMILIES.values()),
+)
+GPT2LMHeadModel, OpenAIGPTLMHeadModel = map(accelerated_class, LIBRARY_CLASSES[:2])
+# Pickled models look their classes up here.
+globals().update({cls.__name__: accelerated_class(cls) for cls in LIBRARY_CLASSES[2:]})

@@ -1,105 +1,52 @@
-"""The accelerated blocks of GPT-2 and of the GPT of 2018.
+"""The fronts of GPT-2's and the GPT of 2018's layers, and of all other families'.
 
-Each is a subclass of the library's class. An existing module changes its ``__class__`` to it: parameters,
-their names, hooks and the place in the model stay, and the old class undoes everything. A part of the
-model with another module in the place of a layer (an adapter, a quantised matrix), or with a hook, runs the
-library's own code.
+The library's class behind a front undoes everything. A part of the model with another module in the place of
+a layer (an adapter, a quantised matrix), or with a hook, runs the library's own code.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.openai import modeling_openai as gpt1
 from transformers.pytorch_utils import Conv1D
 
-from gptkern import ops
 from gptkern.as_built import forwards_of, own_method, untouched
 from gptkern.model.families.table import ACTIVATIONS
 from gptkern.transformers.attention import attention_forward
+from gptkern.transformers.families import FAMILIES, FRONTS, LIBRARY_MODULES
+from gptkern.transformers.parts import (
+    CACHE,
+    DROPOUT,
+    KNOWN_ACTIVATIONS,
+    LayerNorm,
+    Perceptron,
+    Products,
+    add_norm,
+    add_perceptron,
+    as_imported,
+    fused_norm,
+)
 
-# Up to transformers 5.23 the cache is called past_key_values, since then cache: as argument and as output.
-_RENAMED = "cache" in inspect.signature(gpt2.GPT2LMHeadModel.forward).parameters
-CACHE = "cache" if _RENAMED else "past_key_values"
 # The activations of transformers' OpenAIGPTModel: its "gelu" is the tanh form
 GPT1_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
+_PRODUCTS = Products(("c_fc",), "c_proj", transposed=True)
 
 
-# The functions that the ops here compute, before anybody could have put others into their classes.
-CONV, NORM, DROPOUT, HEAD = Conv1D.forward, nn.LayerNorm.forward, nn.Dropout.forward, nn.Linear.forward
-_BLOCK, _GPT1_ATTENTION = gpt2.GPT2Block.forward, gpt1.Attention.forward
-_GPT1_BLOCK, _MLPS = gpt1.Block.forward, (gpt2.GPT2MLP.forward, gpt1.MLP.forward)
-_ACTIVATIONS = {
-    kind: (ours, kind.forward)
-    for kind, ours in ((type(ACT2FN[theirs]), ours) for theirs, ours in ACTIVATIONS.items())
-}
-
-
-def activation(act: Any) -> str | None:
-    """The op's name for an activation module; None for an unknown module or one with a hook."""
-    ours, forward = _ACTIVATIONS.get(type(act), (None, None))
-    return ours if ours is not None and untouched(act, forward) else None
-
-
-def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-
-
-def _fused_norm(norm: nn.Module, x: torch.Tensor) -> bool:
-    # Mixed dtypes (an fp32 norm over bf16) promote by PyTorch's rules, which the op does not follow.
-    return untouched(norm, NORM) and norm.weight is not None and norm.weight.dtype == x.dtype
-
-
-def _mlp(module: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    """The perceptron without its dropout, on weights stored ``(in, out)``: views, no copies."""
-    fc, proj, name = module.c_fc, module.c_proj, activation(module.act)
-    assert name is not None
-    return ops.gelu_mlp(
-        x, fc.weight.t(), fc.bias, proj.weight.t(), proj.bias, activation=name, residual=residual
-    )
-
-
-def library_reason(mlp: Any) -> str | None:
-    """The reason why the op cannot compute a perceptron; None if it computes all but the dropout."""
-    for name in ("c_fc", "c_proj"):
-        if not untouched(getattr(mlp, name), CONV):
-            return f"{name} is a {type(getattr(mlp, name)).__name__} that was put in or hooked"
-    if activation(mlp.act) is None:
-        return f"act is a {type(mlp.act).__name__} that was put in or hooked"
-    if (gpt2.GPT2MLP.forward, gpt1.MLP.forward) != _MLPS:
-        return "the library's class was given another forward"
-    return None
-
-
-class GPT2MLP(gpt2.GPT2MLP):
+class GPT2MLP(Perceptron, gpt2.GPT2MLP):
     """A perceptron with bias and activation in the epilogues of its two products."""
 
-    def fused(self, x: torch.Tensor) -> bool:
-        """True if the op computes all of this module but its dropout."""
-        return (
-            library_reason(self) is None
-            and self.c_fc.weight.dtype == self.c_proj.weight.dtype
-            and (x.dtype == self.c_fc.weight.dtype or torch.is_autocast_enabled(x.device.type))
-        )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not self.fused(hidden_states):
-            out: torch.Tensor = super().forward(hidden_states)
-            return out
-        out = self.dropout(_mlp(self, hidden_states, None))
-        return out
-
-
-_OWN_MLP = GPT2MLP.forward
+    products = _PRODUCTS
+    _gptkern_library = (gpt2.GPT2MLP, gpt2.GPT2MLP.forward)
 
 
 class GPT2Block(gpt2.GPT2Block):
     """A block with the addition fused into its second norm and the residual fused into its perceptron."""
+
+    _gptkern_library = (gpt2.GPT2Block, gpt2.GPT2Block.forward)
 
     def forward(
         self,
@@ -124,36 +71,26 @@ class GPT2Block(gpt2.GPT2Block):
             )
             return out
         attended, _ = self.attn(
-            _norm(self.ln_1, hidden_states),
+            self.ln_1(hidden_states),
             attention_mask=attention_mask,
             use_cache=use_cache,
             **{CACHE: cache},
             **kwargs,
         )
-        normed, residual = ops.add_layer_norm(
-            attended, hidden_states, self.ln_2.weight, self.ln_2.bias, self.ln_2.eps
-        )
-        mlp = self.mlp
-        dropout: Any = getattr(mlp, "dropout", None)
-        whole = (
-            untouched(mlp, _OWN_MLP)
-            and mlp.fused(normed)
-            and untouched(dropout, DROPOUT)
-            and not (dropout.training and dropout.p > 0)
-        )
-        return _mlp(mlp, normed, residual) if whole else residual + mlp(normed)
+        normed, residual = add_norm(self.ln_2, attended, hidden_states)
+        return add_perceptron(self.mlp, normed, residual)
 
     def _fused(self, x: torch.Tensor) -> bool:
         # Under autocast PyTorch's norms give fp32 and ours the autocast dtype: the sums would differ.
-        if torch.is_autocast_enabled(x.device.type) or gpt2.GPT2Block.forward is not _BLOCK:
-            return False
-        return _fused_norm(self.ln_1, x) and _fused_norm(self.ln_2, x)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return not autocast and as_imported(self) and fused_norm(self.ln_2, x)
 
 
 class GPT1Attention(gpt1.Attention):
     """Attention that never stores the matrix of weights, unless the caller wants it."""
 
     is_causal = True
+    _gptkern_library = (gpt1.Attention, gpt1.Attention.forward)
 
     def forward(
         self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, output_attentions: bool = False
@@ -174,67 +111,63 @@ class GPT1Attention(gpt1.Attention):
 
     def _fused(self) -> bool:
         own = own_method(self, ("_attn", "split_heads", "merge_heads"))
-        return (
-            gpt1.Attention.forward is _GPT1_ATTENTION
-            and own is None
-            and untouched(self.attn_dropout, DROPOUT)
-        )
+        return as_imported(self) and own is None and untouched(self.attn_dropout, DROPOUT)
 
 
-class GPT1MLP(gpt1.MLP):
+class GPT1MLP(Perceptron, gpt1.MLP):
     """The perceptron of the GPT of 2018, fused as ``GPT2MLP``."""
 
-    fused = GPT2MLP.fused
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.fused(x):
-            out: torch.Tensor = super().forward(x)
-            return out
-        out = self.dropout(_mlp(self, x, None))
-        return out
+    products = _PRODUCTS
+    _gptkern_library = (gpt1.MLP, gpt1.MLP.forward)
 
 
 class GPT1Block(gpt1.Block):
     """A block with each norm fused with the addition before it."""
 
+    _gptkern_library = (gpt1.Block, gpt1.Block.forward)
+
     def forward(
         self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, output_attentions: bool = False
     ) -> list[torch.Tensor]:
         autocast = torch.is_autocast_enabled(x.device.type)
-        original = gpt1.Block.forward is _GPT1_BLOCK
-        if autocast or not (original and _fused_norm(self.ln_1, x) and _fused_norm(self.ln_2, x)):
+        if autocast or not (as_imported(self) and fused_norm(self.ln_1, x) and fused_norm(self.ln_2, x)):
             found: list[torch.Tensor] = super().forward(x, attention_mask, output_attentions)
             return found
         attended, *weights = self.attn(x, attention_mask=attention_mask, output_attentions=output_attentions)
-        normed, _ = ops.add_layer_norm(attended, x, self.ln_1.weight, self.ln_1.bias, self.ln_1.eps)
-        out, _ = ops.add_layer_norm(self.mlp(normed), normed, self.ln_2.weight, self.ln_2.bias, self.ln_2.eps)
+        normed, _ = add_norm(self.ln_1, attended, x)
+        out, _ = add_norm(self.ln_2, self.mlp(normed), normed)
         return [out, *weights]
 
 
-class LayerNorm(nn.LayerNorm):
-    """The norm at the end of the model."""
+GPT_NORMS = frozenset({"ln_1", "ln_2", "ln_f"})
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mixed = self.weight is None or self.weight.dtype != x.dtype
-        if mixed or torch.is_autocast_enabled(x.device.type) or nn.LayerNorm.forward is not NORM:
-            return super().forward(x)
-        return _norm(self, x)
+
+def norm_names(config: Any) -> frozenset[str]:
+    """The names of a model's norms outside attention."""
+    family = FAMILIES.get(config.model_type)
+    return GPT_NORMS if family is None else family.norms
 
 
 def activation_of(config: Any) -> str | None:
     """The op's name for a config's activation; None if the op does not have it."""
     if config.model_type == "openai-gpt":
         return GPT1_ACTIVATIONS.get(config.afn)
-    return ACTIVATIONS.get(config.activation_function)
+    return ACTIVATIONS.get(activation_name(config))
+
+
+def activation_name(config: Any) -> str:
+    """A config's activation, under the library's name."""
+    family = FAMILIES.get(config.model_type)
+    if family is not None:
+        return str(getattr(config, family.activation))
+    return str(config.afn if config.model_type == "openai-gpt" else config.activation_function)
 
 
 # The library's class -> gptkern's. Names stay, for the library looks some classes up by name.
+_GPTS: tuple[type[nn.Module], ...] = (GPT2Block, GPT2MLP, GPT1Attention, GPT1MLP, GPT1Block)
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
-    gpt2.GPT2Block: GPT2Block,
-    gpt2.GPT2MLP: GPT2MLP,
-    gpt1.Attention: GPT1Attention,
-    gpt1.MLP: GPT1MLP,
-    gpt1.Block: GPT1Block,
+    **{front._gptkern_library[0]: front for front in _GPTS},  # type: ignore[attr-defined]
+    **FRONTS,
 }
 for _old, _new in SWAPS.items():
     _new.__name__ = _old.__name__
@@ -242,6 +175,6 @@ for _old, _new in SWAPS.items():
 INSTEAD: dict[type, tuple[type, ...]] = {old: (new,) for old, new in SWAPS.items()}
 INSTEAD[nn.LayerNorm] = (LayerNorm,)
 _LIBRARYS: tuple[type, ...] = (Conv1D, nn.Dropout, nn.Embedding, nn.Linear, nn.ModuleList, gpt2.GPT2Model)
-_LIBRARYS += (gpt2.GPT2Attention, gpt1.OpenAIGPTModel, *_ACTIVATIONS)
+_LIBRARYS += (gpt2.GPT2Attention, gpt1.OpenAIGPTModel, *KNOWN_ACTIVATIONS, *LIBRARY_MODULES)
 _OURS = [new for news in INSTEAD.values() for new in news]
 FORWARDS = {kind: forwards_of(kind) for kind in (*_LIBRARYS, *INSTEAD, *_OURS)}

@@ -16,13 +16,19 @@ from transformers.models.openai import modeling_openai as gpt1
 
 from gptkern._at_import import NAME
 from gptkern.as_built import Blueprint, Watch, own_method, skeleton
-from gptkern.transformers.modules import CACHE, FORWARDS, INSTEAD, activation_of
-from gptkern.transformers.view import shape_key, sizes
+from gptkern.transformers.families import FAMILIES
+from gptkern.transformers.modules import FORWARDS, INSTEAD, activation_of
+from gptkern.transformers.parts import CACHE
+from gptkern.transformers.view import gpt_config, shape_key, sizes
 
 # The inputs of ``_sample`` that the engine knows; any other is a reason to refuse the call.
 _KNOWN_INPUTS = {"attention_mask", "use_cache", CACHE, "logits_to_keep", "position_ids"}
 _blueprints: WeakKeyDictionary[nn.Module, tuple[str, Blueprint]] = WeakKeyDictionary()
-_LIBRARY_CLASSES = (gpt2.GPT2LMHeadModel, gpt1.OpenAIGPTLMHeadModel)
+_LIBRARY_CLASSES: tuple[type[Any], ...] = (
+    gpt2.GPT2LMHeadModel,
+    gpt1.OpenAIGPTLMHeadModel,
+    *(family.language_model for family in FAMILIES.values()),
+)
 # The methods of the library that the engine or its loop replaces.
 _LOOP_METHODS = (
     "__call__",
@@ -60,7 +66,22 @@ def model_refusal(model: Any) -> str | None:
         return "gptkern has no such activation"
     if model.config.model_type != "openai-gpt" and not known_attention(model.config._attn_implementation):
         return f"attn_implementation={model.config._attn_implementation!r} is not the library's"
-    return changed(model)
+    return spec_refusal(model) or changed(model)
+
+
+def spec_refusal(model: Any) -> str | None:
+    """The reason why no decoder of ours computes what the model's config describes; None if one does."""
+    try:
+        config = gpt_config(model)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    for rotary in config.spec.rotaries:
+        scaling = rotary.scaling
+        if scaling is None or scaling.kind != "longrope":
+            continue
+        if config.spec.context > dict(scaling.values)["original_max_position_embeddings"]:  # type: ignore[operator]
+            return "longrope: the library's frequencies change within a text"
+    return None
 
 
 def changed(model: Any) -> str | None:
@@ -147,7 +168,7 @@ def call_refusal(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[
     past = kwargs.get(CACHE)
     if past is not None and not _readable(past):
         return f"{CACHE} is a {type(past).__name__} that is offloaded, windowed or filled already"
-    limit = model.config.n_positions
+    limit = model.config.max_position_embeddings
     if config.max_length is None or config.max_length > limit:
         return f"max_length passes the model's context of {limit}"
     if input_ids.shape[1] < 1:
@@ -157,7 +178,10 @@ def call_refusal(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[
 
 def _readable(past: Any) -> bool:
     layers = getattr(past, "layers", None)
-    if layers is None or any(getattr(past, "is_sliding", [])) or getattr(past, "offloading", False):
+    if layers is None or getattr(past, "offloading", False):
+        return False
+    # A window's layers have forgotten the tokens before it, but for those that are empty.
+    if any(getattr(past, "is_sliding", [])) and int(past.get_seq_length()):
         return False
     if type(past) is DynamicCache:
         return True

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import transformers
 from torch import nn
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 from gptkern._at_import import NAME, PAGED
 from gptkern.as_built import untouched
@@ -15,12 +14,15 @@ from gptkern.drop_in import Generation, Rng
 from gptkern.ops._dispatch import use_kernel
 from gptkern.quantization import METHOD
 from gptkern.routes import Explanation, Route
+from gptkern.transformers.blocks import OPTBlock
+from gptkern.transformers.families import FAMILIES
 from gptkern.transformers.loop import loop_reason
-from gptkern.transformers.models import LIBRARY_CLASSES, LanguageModel, accelerated_class
-from gptkern.transformers.modules import NORM, SWAPS, LayerNorm, activation_of, library_reason
+from gptkern.transformers.models import LIBRARY_CLASSES, LanguageModel, accelerated_class, loss_reason
+from gptkern.transformers.modules import SWAPS, activation_name, activation_of, norm_names
+from gptkern.transformers.parts import NORMS, LayerNorm, Products, RMSNorm
 from gptkern.transformers.refusals import config_refusal, known_attention, model_refusal
 
-SUPPORTED = (
+_GPTS = (
     "GPT2LMHeadModel",
     "GPT2Model",
     "GPT2ForSequenceClassification",
@@ -29,8 +31,9 @@ SUPPORTED = (
     "GPT2DoubleHeadsModel",
     "OpenAIGPTLMHeadModel",
 )
+SUPPORTED = (*_GPTS, *(cls.__name__ for family in FAMILIES.values() for cls in family.models))
+_SUPPORTED = f"{', '.join(_GPTS)}, and the models of {', '.join(FAMILIES)}"
 MAX_HEAD_DIM = 256
-NORMS = (NORM, LayerNorm.forward)
 
 
 def accelerate(model: Any, *, generation: Generation = "auto", rng: Rng = "torch") -> Any:
@@ -58,10 +61,10 @@ def restore(model: Any) -> Any:
     """Undo ``accelerate``: see ``gptkern.restore``."""
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"restore: model is {type(model).__name__}; a transformers model is needed")
-    backwards = {new: old for old, new in SWAPS.items()} | {LayerNorm: nn.LayerNorm}
     for module in model.modules():
-        if type(module) in backwards:
-            module.__class__ = backwards[type(module)]
+        library, _ = getattr(type(module), "_gptkern_library", (None, None))
+        if library is not None:
+            module.__class__ = library
         module.__dict__.pop("padding_attends", None)
     if isinstance(model, LanguageModel):
         for name in ("_gptkern_generation", "_gptkern_rng"):
@@ -90,7 +93,7 @@ def explain(model: Any, generation_config: Any = None) -> Explanation:
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"explain: model is {type(model).__name__}; a GPT or a transformers model is needed")
     if not _supported(model):
-        reason = f"a {type(model).__name__}: gptkern.accelerate takes {', '.join(SUPPORTED)}"
+        reason = f"a {type(model).__name__}: gptkern.accelerate takes {_SUPPORTED}"
     elif not is_accelerated(model):
         reason = "not accelerated: gptkern.accelerate(model)"
     else:
@@ -107,22 +110,22 @@ def _supported(model: Any) -> bool:
 
 def _check(model: Any, generation: str, rng: str) -> None:
     if not _supported(model):
-        raise TypeError(f"accelerate: model is {type(model).__name__}; supported are {', '.join(SUPPORTED)}")
+        raise TypeError(f"accelerate: model is {type(model).__name__}; supported are {_SUPPORTED}")
     if generation not in ("auto", "library"):
         raise ValueError(f"accelerate: generation is {generation!r}; 'auto' or 'library' is needed")
     if rng not in ("torch", "philox"):
         raise ValueError(f"accelerate: rng is {rng!r}; 'torch' or 'philox' is needed")
     refuse_quantised(model.config)
     config = model.config
-    head_dim = config.n_embd // config.n_head
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(
             f"accelerate: the model's head dimension is {head_dim}; at most {MAX_HEAD_DIM} is supported"
         )
     if activation_of(config) is None:
-        name = getattr(config, "activation_function", None) or config.afn
         raise ValueError(
-            f"accelerate: the model's activation is {name!r}; gelu, relu and silu forms are supported"
+            f"accelerate: the model's activation is {activation_name(config)!r}; "
+            "gelu, relu and silu forms are supported"
         )
 
 
@@ -159,18 +162,23 @@ def _apply(model: Any, undo: list[Callable[[], None]]) -> None:
         if model.config._attn_implementation == NAME or not known_attention(previous):
             model._gptkern_attention = previous
             undo.append(lambda: model.__dict__.pop("_gptkern_attention", None))
+    norms = norm_names(model.config)
     for name, module in model.named_modules():
         if type(module) in SWAPS:
             become(module, SWAPS[type(module)])
-        elif isinstance(model, transformers.GPT2ForQuestionAnswering) and type(module) is GPT2Attention:
+        elif type(module) is nn.LayerNorm and name.rsplit(".", 1)[-1] in norms:
+            become(module, LayerNorm)
+        elif _answers_questions(model) and hasattr(module, "is_causal"):
             # Its loss is a softmax over all positions, padding after a text included.
             module.padding_attends = True
             undo.append(lambda m=module: m.__dict__.pop("padding_attends", None))  # type: ignore[misc]
-        elif name.endswith("ln_f") and type(module) is nn.LayerNorm:
-            become(module, LayerNorm)
     if isinstance(model, LIBRARY_CLASSES) and not isinstance(model, LanguageModel):
         plain: Any = type(model)
         become(model, accelerated_class(plain))
+
+
+def _answers_questions(model: Any) -> bool:
+    return any(cls.__name__.endswith("ForQuestionAnswering") for cls in type(model).__mro__)
 
 
 def _ops_route(model: Any) -> Literal["kernel", "reference"]:
@@ -187,26 +195,39 @@ def _attention_route(model: Any) -> Route:
 
 
 def _norm_route(model: Any) -> Route:
+    names = norm_names(model.config)
     for name, norm in model.named_modules():
-        if name.rsplit(".", 1)[-1] in ("ln_1", "ln_2", "ln_f") and not untouched(norm, *NORMS):
+        if name.rsplit(".", 1)[-1] in names and not untouched(norm, *NORMS):
             return Route("norm", "fallback", f"{name} is a {type(norm).__name__} that was put in or hooked")
-    return Route("norm", _ops_route(model), "layer_norm and add_layer_norm; under autocast the library's")
+    rms = any(isinstance(module, RMSNorm) for module in model.modules())
+    ops = "rms_norm and add_rms_norm" if rms else "layer_norm and add_layer_norm"
+    return Route("norm", _ops_route(model), f"{ops}; under autocast the library's")
 
 
 def _mlp_route(model: Any) -> Route:
+    products: Products | None = None
     for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] == "mlp":
-            reason = "was put in" if type(module) not in SWAPS.values() else library_reason(module)
-            if reason is not None:
-                return Route("mlp", "fallback", f"{name}: {reason}")
-    return Route("mlp", _ops_route(model), "gelu_mlp")
+        if not (name.rsplit(".", 1)[-1] == "mlp" or isinstance(module, OPTBlock)):
+            continue
+        products = getattr(module, "products", None)
+        reason = "was put in" if products is None else products.reason(module)
+        if reason is not None:
+            return Route("mlp", "fallback", f"{name}: {reason}")
+    if products is not None and len(products.first) == 2:
+        why = "linear_act, linear and linear_residual, as gate and up are two matrices"
+        return Route("mlp", _ops_route(model), why)
+    gated = products is not None and products.gated
+    return Route("mlp", _ops_route(model), "gated_mlp" if gated else "gelu_mlp")
 
 
 def _loss_route(model: Any) -> Route:
-    if not isinstance(model, LanguageModel):
+    if LanguageModel not in type(model).__mro__:
         return Route("loss", "library", f"{type(model).__name__} keeps its own")
     if _ops_route(model) == "reference":
         return Route("loss", "library", "on a CPU the logits are at hand and the fused loss saves nothing")
+    reason = loss_reason(model.config)
+    if reason is not None:
+        return Route("loss", "library", reason)
     return Route("loss", "kernel", "linear_cross_entropy")
 
 

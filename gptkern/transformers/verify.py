@@ -111,7 +111,7 @@ class Verification:
         draw = random.Random(self._seed)
         for _ in range(cases):
             batch = draw.randint(1, 3)
-            longest = min(_LONGEST_PROMPT, self.library.config.n_positions - _NEW)
+            longest = min(_LONGEST_PROMPT, self.library.config.max_position_embeddings - _NEW)
             seq = draw.randint(1, max(longest, 1))
             padding = draw.randint(0, seq - 1) if draw.random() < 0.5 else 0
             generator = torch.Generator().manual_seed(draw.randrange(2**31))
@@ -183,7 +183,7 @@ def _distance(result: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def _seconds(model: Any, ids: torch.Tensor) -> float:
-    new: int = min(_SPEED_NEW, model.config.n_positions - ids.shape[1])
+    new: int = min(_SPEED_NEW, model.config.max_position_embeddings - ids.shape[1])
     began = time.perf_counter()
     model.generate(
         ids,

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from gptkern.as_built import skeleton
-from gptkern.config import GPTConfig
+from gptkern.config import Config, FamilyConfig, GPTConfig
 from gptkern.gpt import GPT
 from gptkern.ops._dispatch import use_kernel
+from gptkern.transformers.families import FAMILIES
+from gptkern.transformers.weights import family_config, family_sources, layers_of
 
 _GPT1_NAMES = {"wte": "tokens_embed", "wpe": "positions_embed"}
 _views: WeakKeyDictionary[nn.Module, tuple[str, GPT]] = WeakKeyDictionary()
@@ -22,7 +24,7 @@ def view(model: Any) -> GPT:
 
     It is the same one, with its idle engine, until the model's shape or the place of a weight changes.
     """
-    if use_kernel(model.lm_head.weight):
+    if use_kernel(model.lm_head.weight) and model.config.model_type not in FAMILIES:
         _lay_rows(model)
     key, previous = _views.get(model, ("", None))
     sources = _sources(model)
@@ -53,6 +55,8 @@ def sizes(model: Any) -> dict[str, int]:
     """The numbers of layers and of tokens by the model's modules, which may differ from its config."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     tokens = model.config.vocab_size if weight is None else weight.shape[0]
+    if model.config.model_type in FAMILIES:
+        return {"num_hidden_layers": layers_of(model), "vocab_size": tokens}
     return {"n_layer": len(getattr(model.transformer, "h", ())), "vocab_size": tokens}
 
 
@@ -61,13 +65,22 @@ def shape_key(model: Any) -> str:
     return repr((sizes(model), sorted(vars(model.config).items(), key=lambda item: item[0])))
 
 
-def gpt_config(model: Any) -> GPTConfig:
-    """The model's shape as gptkern names it."""
+def gpt_config(model: Any) -> Config:
+    """The model's shape as gptkern names it.
+
+    Raises:
+        ValueError: A switch of the model that is not served; the message names it.
+    """
+    if model.config.model_type in FAMILIES:
+        return family_config(model, sizes(model))
     return GPTConfig.from_dict(model.config.to_dict()).replace(**sizes(model))
 
 
 def _sources(model: Any) -> dict[str, torch.Tensor]:
     """The model's tensor for every parameter name of ``view(model)``, matrices as ``(out, in)`` views."""
+    config = gpt_config(model)
+    if isinstance(config, FamilyConfig):
+        return family_sources(model, config)
     body = model.transformer
     gpt1_names = model.config.model_type == "openai-gpt"
     found = {"lm_head.weight": model.lm_head.weight}

@@ -1,0 +1,185 @@
+"""accelerate on transformers' models of every family but the first two GPTs: the same numbers, in place."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from families import CONFIGS as OTHERS
+from family_models import TINY, library_model
+from transformers import LlamaConfig, SmolLM3Config
+
+import gptkern
+from gptkern.transformers.families import FAMILIES
+from gptkern.transformers.modules import SWAPS
+
+CONFIGS = {
+    "llama": LlamaConfig(**TINY, num_key_value_heads=2),
+    "llama, biases, tied": LlamaConfig(
+        **TINY, num_key_value_heads=1, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "smollm3": SmolLM3Config(**TINY, num_key_value_heads=2, no_rope_layer_interval=2),
+    "smollm3, windows": SmolLM3Config(
+        **TINY, num_key_value_heads=3, no_rope_layer_interval=3, use_sliding_window=True, sliding_window=5
+    ),
+    **OTHERS,
+}
+SEQ = 11
+FIRST = list({config.model_type: name for name, config in reversed(CONFIGS.items())}.values())[::-1]
+SLOW = pytest.mark.slow
+
+
+def each(*cases: str) -> list[Any]:
+    """(configuration, case) for all; all but the last case of each family's first are slow."""
+    quick = [(name, cases[-1]) for name in FIRST]
+    pairs = [(name, case) for name in CONFIGS for case in cases]
+    return [pytest.param(*p, marks=() if p in quick else SLOW, id="-".join(p)) for p in pairs]
+
+
+def pair(name: str) -> tuple[Any, Any]:
+    """A model, and its accelerated copy."""
+    model = library_model(CONFIGS[name])
+    model.set_attn_implementation("sdpa")
+    return model, gptkern.accelerate(copy.deepcopy(model))
+
+
+def inputs(padding: str) -> dict[str, torch.Tensor]:
+    torch.manual_seed(2)
+    ids = torch.randint(2, 67, (2, SEQ))
+    mask = torch.ones_like(ids)
+    if padding == "left":
+        mask[0, :4] = 0
+    elif padding == "right":
+        mask[0, -4:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def forward_backward(model: Any, given: dict[str, torch.Tensor]) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    output = model(**given)
+    output.loss.backward()
+    real = output.logits[given["attention_mask"].bool()]
+    return real, output.loss, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("name", "padding"), each("none", "right", "left"))
+def test_logits_loss_and_gradients_are_the_librarys(name: str, padding: str) -> None:
+    theirs, ours = pair(name)
+    given = inputs(padding)
+    logits, loss, gradients = forward_backward(theirs, given)
+    found_logits, found_loss, found = forward_backward(ours, given)
+    torch.testing.assert_close(found_logits, logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found_loss, loss, atol=1e-5, rtol=0)
+    assert found.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        # The gradient of a key's bias is nothing but rounding where keys are not rotated.
+        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, key
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_restore_gives_back_the_modules_and_the_bits(name: str) -> None:
+    model = library_model(CONFIGS[name])
+    given = inputs("left")
+    expected = model(**given).logits
+    before = {key: (type(m), set(m.__dict__)) for key, m in model.named_modules()}
+    attention, written = model.config._attn_implementation, model.config.to_dict()
+    pointers = {key: p.data_ptr() for key, p in model.state_dict().items()}
+    assert gptkern.accelerate(model) is model
+    assert any(type(m) in SWAPS.values() for m in model.modules())
+    model(**given)
+    assert {key: p.data_ptr() for key, p in model.state_dict().items()} == pointers
+    assert gptkern.restore(model) is model
+    assert {key: (type(m), set(m.__dict__)) for key, m in model.named_modules()} == before
+    assert model.config._attn_implementation == attention
+    assert model.config.to_dict() == written
+    assert torch.equal(model(**given).logits, expected)
+
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 64, "pad_token_id": 0}
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that leaves the engine fails."""
+    monkeypatch.setenv("GPTKERN_STRICT", "1")
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize(("name", "rows"), each("alone", "batched", "padded"))
+def test_generate_makes_the_librarys_tokens_on_the_engine(name: str, rows: str) -> None:
+    if "longrope" in name:
+        pytest.skip("the library's frequencies change within a text: see the test of refusals")
+    theirs, ours = pair(name)
+    assert gptkern.explain(ours)[-1].route == "engine"
+    given = inputs("left" if rows == "padded" else "none")
+    count = 1 if rows == "alone" else 2
+    ids, mask = given["input_ids"][:count], given["attention_mask"][:count]
+    expected = theirs.generate(ids, attention_mask=mask, **GREEDY)
+    assert expected.shape[1] == SEQ + 64
+    assert torch.equal(ours.generate(ids, attention_mask=mask, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_model_that_generated_is_still_the_librarys(name: str, tmp_path: Path) -> None:
+    """The engine moves weights that it reads as one tensor into one memory."""
+    theirs, ours = pair(name)
+    given, greedy = inputs("none"), GREEDY | {"max_new_tokens": 8}
+    ids, mask = given["input_ids"], given["attention_mask"]
+    ours.generate(ids, attention_mask=mask, **greedy)
+    ours.save_pretrained(tmp_path)
+    again = type(theirs).from_pretrained(tmp_path)
+    assert type(again) is type(theirs)
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    for model in (theirs, ours):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        forward_backward(model, given)
+        optimizer.step()
+    expected = theirs.generate(ids, attention_mask=mask, **greedy)
+    assert torch.equal(ours.generate(ids, attention_mask=mask, **greedy), expected)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0)
+    twin = pickle.loads(pickle.dumps(ours))
+    assert torch.equal(twin(ids).logits, ours(ids).logits)
+    gptkern.restore(ours)
+    assert type(ours) is type(theirs)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+HEADS = [(kind, cls) for kind, family in FAMILIES.items() for cls in family.models[1:]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize(("kind", "cls"), HEADS, ids=lambda value: getattr(value, "__name__", value))
+def test_other_heads(kind: str, cls: type[Any], padding: str) -> None:
+    config = copy.deepcopy(next(c for c in CONFIGS.values() if c.model_type == kind))
+    config.num_labels, config.pad_token_id = 2 if "Question" in cls.__name__ else 3, 0
+    torch.manual_seed(0)
+    theirs = cls(config).eval()
+    ours = gptkern.accelerate(copy.deepcopy(theirs))
+    given = inputs(padding)
+    mask = given["attention_mask"].bool()
+    given["input_ids"] *= mask
+    labels = given.pop("labels")
+    if "SequenceClassification" in cls.__name__:
+        given["labels"] = torch.tensor([0, 2])
+    elif "TokenClassification" in cls.__name__:
+        given["labels"] = (labels % 3).masked_fill(~mask, -100)
+    elif "QuestionAnswering" in cls.__name__ and padding == "right":
+        given |= {"start_positions": torch.tensor([1, 3]), "end_positions": torch.tensor([2, 5])}
+    expected, found = theirs(**given), ours(**given)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            real = mask if value.shape[:2] == mask.shape else ...
+            torch.testing.assert_close(found[key][real], value[real], atol=1e-4, rtol=1e-5)
+
+
+def test_every_family_has_configurations() -> None:
+    assert {config.model_type for config in CONFIGS.values()} == set(FAMILIES)
