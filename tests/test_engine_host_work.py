@@ -11,6 +11,7 @@ import pytest
 from gptkern import GPT, Engine, GPTConfig, Request, backend
 from gptkern.engine import rows, sampling
 from gptkern.engine.cache import KVCache
+from gptkern.engine.executors import choose
 from gptkern.engine.executors.choose import Executors
 from gptkern.ops import _dispatch
 
@@ -38,6 +39,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     count(sampling, "sample_outputs", sampling.sample_outputs)
     count(sampling, "padded", sampling.padded)
     count(Executors, "decode", Executors.decode.fget)
+    count(choose, "choose", choose.choose)
     with backend("auto"):
         yield counts
 
@@ -64,6 +66,21 @@ def test_a_row_that_joins_builds_the_samplers_tensors_anew_once(counted: Counter
     counted.clear()
     assert len(engine.step()) == 3
     assert counted["sample_outputs"] == counted["padded"] == 0
+
+
+def test_an_admission_checks_no_model_that_is_as_it_was(counted: Counter[str]) -> None:
+    engine = _running(counted)
+    for _ in range(3):
+        engine.add(Request(prompt=PROMPT, options={"max_new_tokens": 20}))
+        engine.step()
+    assert counted["choose"] == 0
+    engine.model.transformer.h[1].ln_2.eps = 0.5
+    engine.step()
+    assert counted["choose"] == 0
+    engine.add(Request(prompt=PROMPT, options={"max_new_tokens": 20}))
+    engine.step()
+    assert counted["choose"] == 1
+    assert engine.executors.reason == "transformer.h.1.ln_2 has eps 0.5, where the config gives 1e-05"
 
 
 def _running(counted: Counter[str]) -> Engine:

@@ -387,12 +387,12 @@ class Engine:
         launch = launch.where(lambda row: row.state != "finished")
         if not launch.rows:
             return
-        beams = launch.where(lambda row: bool(row.beams))
-        if beams.rows:
-            self._search(beams)
+        searching = any(row.beams for row in launch.rows)
+        if searching:
+            self._search(launch.where(lambda row: bool(row.beams)))
             launch = launch.where(lambda row: not row.beams)
         if launch.rows:
-            self._draw(launch, may_run_ahead=not beams.rows)
+            self._draw(launch, may_run_ahead=not searching)
         if self._decode.row_invariant:
             self._draft(self._decode.draft_rows)
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from gptkern.as_built import Watch, untouched
+from gptkern.as_built import untouched
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.base import Executor, TableExecutor
 from gptkern.engine.executors.cpu import CpuExecutor
@@ -18,6 +18,7 @@ from gptkern.engine.executors.graph import GraphExecutor
 from gptkern.engine.executors.persistent import PersistentExecutor
 from gptkern.engine.executors.prompt import PromptExecutor
 from gptkern.engine.executors.torch import TorchExecutor
+from gptkern.engine.model_state import ModelState
 from gptkern.environment import fallback
 from gptkern.model.decoder import LINEAR, NORM, Decoder
 from gptkern.ops._dispatch import use_kernel
@@ -78,12 +79,10 @@ class Executors:
         # Weak, as in ``Executor``.
         self._model_ref, self._cache, self._max_rows = weakref.ref(model), cache, max_rows
         self._layers = TorchExecutor(model, cache)
-        self._watch = Watch(model)
-        self._autocast = torch.is_autocast_enabled(model.device.type)
         self._weights = _weights_of(model)
         self._decode: Executor | None = None
         self.prefill: Executor | PromptExecutor
-        self.look_again()
+        self._choose()
 
     @property
     def _model(self) -> Decoder:
@@ -112,32 +111,49 @@ class Executors:
                 f"they are {_in_words(weights)}"
             )
         autocast = torch.is_autocast_enabled(weights[1].type)
-        if self._watch.stirred() or autocast != self._autocast or self._decode is None:
-            self._autocast = autocast
-            self.look_again()
+        if self._state.stirred() or autocast != self._autocast or self._decode is None:
+            self._choose()
         assert self._decode is not None
         return self._decode
 
     def look_again(self) -> None:
-        """Look at the whole model once more: some changes, to a number in a module, nobody notices.
+        """Look at the whole model: at much that may change without a trace that ``decode`` finds.
 
         Raises:
             RuntimeError: The layers themselves decode, and ``GPTKERN_STRICT=1`` is set.
         """
-        kind, passed = choose(self._model, self._cache.dtype)
+        if self._decode is None or self._way() != self._chosen_for or self._state.differs():
+            self._choose()
+        else:
+            self._tell()
+
+    def _way(self) -> tuple[object, bool]:
+        """The choice's premises beside the model."""
+        return EXECUTORS, use_kernel(self._model.transformer.wte.weight)
+
+    def _choose(self) -> None:
+        model = self._model
+        self._state, self._chosen_for = ModelState(model), self._way()
+        self._autocast = torch.is_autocast_enabled(model.device.type)
+        kind, self._passed = choose(model, self._cache.dtype)
+        for other in self._passed:
+            _log.debug("decoding: the %s executor is passed over: %s", other.executor.name, other.reason)
         if type(self._decode) is not kind:
             self._decode = None
-        self.reason = next((other.reason for other in passed if other.is_fallback), None)
-        for other in passed:
-            _log.debug("decoding: the %s executor is passed over: %s", other.executor.name, other.reason)
-            if other.is_fallback:
-                fallback("decoding", _LAYERS, other.reason)
+        self._tell()
         if self._decode is None:
             _log.debug("decoding: the %s executor runs", kind.name)
             self._decode = self._made(kind)
             self.prefill = self._decode
             if not self._decode.row_invariant or self._decode.prompt_tokens is not None:
                 self.prefill = PromptExecutor(self._cache, self._layers, self._decode)
+
+    def _tell(self) -> None:
+        """Warn, or in strict mode raise, where an executor made for this device was passed over."""
+        self.reason = next((other.reason for other in self._passed if other.is_fallback), None)
+        for other in self._passed:
+            if other.is_fallback:
+                fallback("decoding", _LAYERS, other.reason)
 
     def _made(self, kind: type[Executor]) -> Executor:
         if issubclass(kind, TableExecutor) and not issubclass(kind, CpuExecutor):
