@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gptkern import ops
-from gptkern.attend import AttendOptions
+from gptkern.model.attend import AttendOptions
 from gptkern.ops._types import FP8_MAX
 from gptkern.ops.decode_linear.formats import QuantizedWeight, quantize
 from gptkern.quantization import Quantization

@@ -15,7 +15,7 @@ ROOT = Path(gptkern.__file__).parent
 # Each may import those before it and its own; what is named nowhere stands below all of them.
 FLOORS = (
     ("ops",),
-    ("as_built", "attend", "model", "quantize"),
+    ("as_built", "model", "quantize"),
     ("engine",),
     ("generate",),
     ("gpt",),

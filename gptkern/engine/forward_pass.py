@@ -10,7 +10,7 @@ from typing import Unpack
 import torch
 
 from gptkern import ops
-from gptkern.attend import AttendOptions
+from gptkern.model.attend import AttendOptions
 from gptkern.ops._dispatch import use_kernel
 from gptkern.ops._types import KvScales
 from gptkern.ops.decode_attention import reference

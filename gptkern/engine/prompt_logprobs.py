@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gptkern.attend import PackedAttend
+from gptkern.model.attend import PackedAttend
 from gptkern.model.decoder import Decoder
 
 # The head takes so many rows at once: logits of GPT-2's vocabulary are 200 kB a row.

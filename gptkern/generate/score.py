@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from gptkern.attend import PackedAttend
 from gptkern.engine.option_checks import plain
 from gptkern.generate.run import needed_tokenizer
+from gptkern.model.attend import PackedAttend
 
 if TYPE_CHECKING:
     from gptkern.generate.text import Prompt

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gptkern import ops
 from gptkern.as_built import untouched
-from gptkern.attend import Attend, AttendOptions, DenseAttend, PackedAttend
 from gptkern.config import Config
+from gptkern.model.attend import Attend, AttendOptions, DenseAttend, PackedAttend
 from gptkern.model.rotary import frequencies
 from gptkern.model.spec import DecoderSpec, NormSpec
 from gptkern.ops.linear.reference import ACTIVATIONS

@@ -13,12 +13,12 @@ from torch import nn
 
 from gptkern import ops
 from gptkern.as_built import untouched
-from gptkern.attend import DenseAttend
 from gptkern.checkpoint.errors import CheckpointError, first_line, shown
 from gptkern.checkpoint.files import LARGEST_JSON, read_bytes
 from gptkern.checkpoint.locate import LABELS
 from gptkern.checkpoint.storage import read_safetensors
 from gptkern.gpt import GPT
+from gptkern.model.attend import DenseAttend
 from gptkern.model.decoder import LINEAR
 from gptkern.ops.linear_cross_entropy.reference import logit_losses
 
