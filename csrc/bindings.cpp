@@ -4,11 +4,13 @@
 
 #include "constants.h"
 #include "decode/bindings.h"
+#include "launch/bindings.h"
 #include "sampling/bindings.h"
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "gptkern's sampler (gptkern.ops.sample) and its decoder for the CPU.";
+    module.doc() = "gptkern's sampler (gptkern.ops.sample), its decoder for the CPU, and its launcher of machine code.";
     gptkern::export_constants(module);
     gptkern::bind_sampler(module);
     gptkern::bind_decoder(module);
+    gptkern::bind_launcher(module);
 }

@@ -117,7 +117,7 @@ from gptkern.ops import _aot, _cases, _launch
 wanted = [_launch.Launch(kernels.empty_kernel, (1,), (torch.zeros(5)[1:],), dict(PDL=True, launch_pdl=True))]
 for op, name in (("layer_norm", 0), ("decode_linear", 0), ("linear", 0)):
     case = _cases.cases(op)[name]
-    wanted += _aot.record_case(case, torch.bfloat16, 90)[:1]
+    wanted += _cases.record_case(case, torch.bfloat16, 90)[:1]
 for launch in wanted:
     _aot.compile_launch(launch, 90)
     print(line(launch.kernel, launch.args, launch.kwargs))

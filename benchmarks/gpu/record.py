@@ -139,7 +139,7 @@ def tuning(seen: Seen) -> None:
     import commands
 
     from gptkern.bench import tune
-    from gptkern.ops import _aot
+    from gptkern.ops import _cases
 
     for place in tune.places(commands.TUNED[:1], ARCH):
         for row in (place.row, *tune.neighbours(place.row)):
@@ -147,7 +147,7 @@ def tuning(seen: Seen) -> None:
                 for typed in place.cases:
                     # What a size refuses is no candidate there either.
                     with suppress(ValueError):
-                        for launch in _aot.record_case(typed.case, typed.dtype, ARCH):
+                        for launch in _cases.record_case(typed.case, typed.dtype, ARCH):
                             noted(seen, launch, interpreted=False)
 
 

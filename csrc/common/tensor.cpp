@@ -102,6 +102,30 @@ std::string device_name(int device) { return device < 0 ? "the CPU" : "cuda:" + 
 
 }  // namespace
 
+bool glance(py::handle object, Glance& seen) {
+    if (!torch().is_tensor(object)) return false;
+    View view;
+    if (torch().exchange->view(object.ptr(), &view) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    seen = {view.data + view.byte_offset, view.code, view.bits, view.device_type == kOnCuda ? view.device : -1};
+    return true;
+}
+
+Glance glance_of_dtype(const std::string& dtype) {
+    static constexpr KindInfo kOthers[] = {
+        {"bool", 6, 8}, {"int16", 0, 16}, {"float8_e4m3fn", 10, 8}, {"float8_e5m2", 12, 8}};
+    const std::string name = dtype.substr(dtype.rfind('.') + 1);
+    for (const KindInfo& info : kKinds) {
+        if (name == info.name) return {nullptr, info.code, info.bits, -1};
+    }
+    for (const KindInfo& info : kOthers) {
+        if (name == info.name) return {nullptr, info.code, info.bits, -1};
+    }
+    throw py::type_error("a kernel takes no tensor of dtype " + name);
+}
+
 const char* name_of(Kind kind) { return kKinds[static_cast<int>(kind)].name; }
 
 std::string shape_of(const int64_t* sizes, int dims) {

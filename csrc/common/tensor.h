@@ -60,6 +60,19 @@ struct KindOf<uint8_t> {
     static constexpr Kind value = Kind::kUInt8;
 };
 
+// A tensor's memory and element type, in DLPack's code and width, with nothing checked.
+struct Glance {
+    char* data;
+    uint8_t code, bits;
+    int device;  // the GPU's number, or -1
+};
+
+// False if the object is no tensor that has memory.
+bool glance(pybind11::handle object, Glance& seen);
+
+// The code and width of a dtype by PyTorch's name, "torch.float32" or "float32". Raises TypeError for any other.
+Glance glance_of_dtype(const std::string& dtype);
+
 // Checks the arguments of one call. An argument that does not fit raises TypeError or ValueError, which names the
 // call, the argument, what came and what is needed. All tensors of a call must be on one device.
 class Checker {

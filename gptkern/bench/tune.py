@@ -66,7 +66,7 @@ def places(ops: Iterable[str], arch: int) -> list[Place]:
         for case in _cases.cases(op):
             for dtype in case.dtypes if case.archs is None or arch in case.archs else ():
                 _launch.forget()
-                _aot.record_case(case, dtype, arch)
+                _cases.record_case(case, dtype, arch)
                 for _, kernel, index in sorted(_launch.row_lookups):
                     found.setdefault((kernel, index), []).append(TypedCase(op, case, dtype))
     order = list(_launch.table(arch))
@@ -189,7 +189,7 @@ class _Bench:
 
     def _recorded(self, case: TypedCase, row: Row) -> list[_launch.Launch]:
         with _launch.replaced_row(self._place.arch, self._place.kernel, self._place.index, row):
-            return _aot.record_case(case.case, case.dtype, self._place.arch)
+            return _cases.record_case(case.case, case.dtype, self._place.arch)
 
 
 def _run(case: TypedCase, device: torch.device) -> tuple[list[_launch.Launch], list[torch.Tensor]]:

@@ -130,30 +130,6 @@ def _compiling_for(arch: int) -> Iterator[None]:
         config._active = previous
 
 
-def record_case(case: _cases.Case, dtype: torch.dtype, arch: int) -> list[_launch.Launch]:
-    """The launches of ``case`` on ``arch``: without gradients, then with them and the backward pass.
-
-    Raises:
-        ValueError: The case launches nothing.
-    """
-    with _launch.record(arch) as launches:
-        call = case.make(torch.device("meta"), dtype)
-        with torch.no_grad():
-            case.op(*call.args, **call.kwargs)
-        call = case.make(torch.device("meta"), dtype)
-        inputs = [t for t in _cases.tensors((call.args, call.kwargs)) if t.requires_grad]
-        if inputs:
-            outputs = [t for t in _cases.tensors(case.op(*call.args, **call.kwargs)) if t.requires_grad]
-            torch.autograd.grad(outputs, inputs, [torch.empty_like(t) for t in outputs], allow_unused=True)
-    if not launches:
-        raise ValueError(
-            f"{getattr(case.op, '__name__', case.op)}, case {case.name!r}: no kernel was launched on "
-            f"meta tensors for sm_{arch}. An op that calls torch.ops there reaches its fake kernel: outside "
-            "torch.compile it must launch through gptkern.ops._launch.launch"
-        )
-    return launches
-
-
 def compile_launch(launch: _launch.Launch, arch: int) -> Any:
     """Triton's compiled kernel for ``launch`` on ``arch``."""
     with _compiling_for(arch):
@@ -300,7 +276,7 @@ def reports(op: str, archs: tuple[int, ...] = _launch.ARCHS, per: str = "binary"
         seen = set()
         for case in _cases_for(op, arch):
             for dtype in case.dtypes:
-                for launch in record_case(case, dtype, arch):
+                for launch in _cases.record_case(case, dtype, arch):
                     if per == "binary":
                         kind = (compile_launch(launch, arch).hash,)
                     else:
@@ -315,7 +291,7 @@ def rows_without_case(arch: int) -> list[str]:
     for op in _cases.ops():
         for case in _cases_for(op, arch):
             for dtype in case.dtypes:
-                record_case(case, dtype, arch)
+                _cases.record_case(case, dtype, arch)
     return [
         f"sm_{arch}: {kernel}, row {index + 1}"
         for kernel, rows in _launch.table(arch).items()

@@ -34,6 +34,8 @@ from typing import Any
 
 import torch
 
+from gptkern.ops import _launch
+
 
 @dataclass
 class Call:
@@ -113,3 +115,27 @@ def cases(op: str) -> list[Case]:
 def checks(op: str) -> list[Case]:
     """The small calls of ``op`` that are computed and compared."""
     return list(importlib.import_module(f"gptkern.ops.{op}.cases").CHECKS)
+
+
+def record_case(case: Case, dtype: torch.dtype, arch: int) -> list[_launch.Launch]:
+    """The launches of ``case`` on ``arch``: without gradients, then with them and the backward pass.
+
+    Raises:
+        ValueError: The case launches nothing.
+    """
+    with _launch.record(arch) as launches:
+        call = case.make(torch.device("meta"), dtype)
+        with torch.no_grad():
+            case.op(*call.args, **call.kwargs)
+        call = case.make(torch.device("meta"), dtype)
+        inputs = [t for t in tensors((call.args, call.kwargs)) if t.requires_grad]
+        if inputs:
+            outputs = [t for t in tensors(case.op(*call.args, **call.kwargs)) if t.requires_grad]
+            torch.autograd.grad(outputs, inputs, [torch.empty_like(t) for t in outputs], allow_unused=True)
+    if not launches:
+        raise ValueError(
+            f"{getattr(case.op, '__name__', case.op)}, case {case.name!r}: no kernel was launched on "
+            f"meta tensors for sm_{arch}. An op that calls torch.ops there reaches its fake kernel: outside "
+            "torch.compile it must launch through gptkern.ops._launch.launch"
+        )
+    return launches

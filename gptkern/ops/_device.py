@@ -1,7 +1,6 @@
 """Device code that more than one kernel uses, as small functions on fp32 values."""
 
-import triton
-import triton.language as tl
+from gptkern.ops._triton import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

@@ -77,6 +77,8 @@ def _uses_kernel(tensor: torch.Tensor) -> bool:
     if device == "meta":  # a recorded launch: see _launch.record
         return True
     if device == "cpu":
+        if _launch.recording():
+            return True
         if _backend == "kernel" and not INTERPRETED:
             raise RuntimeError(
                 "backend('kernel') on CPU tensors needs TRITON_INTERPRET=1 in the environment "

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from gptkern.ops.pack.loader import loader
+
 # The architectures that kernels are compiled for and checked on: one for each table, and sm_89, where
 # sm80.toml's rows have the least shared memory.
 ARCHS = (80, 89, 90, 100)
@@ -59,7 +61,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
         return
     if _observer is not None and not _observer(Launch(kernel, grid, args, kwargs)):
         return
-    kernel[grid](*args, **kwargs)
+    if not loader().launch(kernel, grid, args, kwargs):
+        kernel[grid](*args, **kwargs)
 
 
 @contextmanager

@@ -14,12 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gptkern.ops import _launch
 from gptkern.ops._dispatch import INTERPRETED
+from gptkern.ops._triton import gdc_launch_dependents, gdc_wait, tl, triton
 
 
 @triton.jit

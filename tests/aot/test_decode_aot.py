@@ -20,7 +20,7 @@ from gptkern.ops import _aot, _cases
 found = []
 for op, name in json.loads(sys.argv[1]):
     case = next(s for s in _cases.cases(op) if s.name == name)
-    launch = _aot.record_case(case, torch.bfloat16, 90)[0]
+    launch = _cases.record_case(case, torch.bfloat16, 90)[0]
     report = _aot.inspect(op, case, torch.bfloat16, launch, 90)
     found.append([report.widest_load, report.local_bytes, _aot.compile_launch(launch, 90).asm["ptx"]])
 print(json.dumps(found))
@@ -73,7 +73,7 @@ for outputs in (3072, 50257):
             return _cases.Call((x, weight), {"norm": (scale, scale, 1e-5)})
 
         case = _cases.Case("rows", decode_linear, make)
-        launch = _aot.record_case(case, torch.bfloat16, 90)[0]
+        launch = _cases.record_case(case, torch.bfloat16, 90)[0]
         ttgir = _aot.compile_launch(launch, 90).asm["ttgir"]
         layouts = dict(re.findall(r"^(#\\w+) = (.*)$", ttgir, re.M))
         sums = {layouts[name] for name in re.findall(r"\\}\\) : \\(tensor<\\S+, (#\\w+)>", ttgir)}

@@ -26,7 +26,7 @@ def sass(kernel):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 case = _cases.cases("decode_step")[0]
-launches = _aot.record_case(case, torch.bfloat16, 90)
+launches = _cases.record_case(case, torch.bfloat16, 90)
 kernel = _aot.compile_launch(launches[0], 90)
 print(json.dumps({
     "launches": [list(launch.grid) for launch in launches],

@@ -14,11 +14,9 @@ last program of a sequence to finish combines. K and V are read once, q once per
 partial result per split and head and 4 * head_dim more are written and read once.
 """
 
-import triton
-import triton.language as tl
-
 from gptkern.ops._device import LOG2E, online_softmax, tanh, to_e4m3
 from gptkern.ops._pdl import prefetch, wait
+from gptkern.ops._triton import tl, triton
 
 
 @triton.jit

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from gptkern.ops import _launch, _pdl
 from gptkern.ops._counters import counters
+from gptkern.ops._triton import triton
 from gptkern.ops._types import CachedSequences, PagedCache
 from gptkern.ops.decode_attention import kernels
 

@@ -9,10 +9,8 @@ Layout. One program owns one row. It alone reads and advances that row's length.
 weight once and writes one row of x once.
 """
 
-import triton
-import triton.language as tl
-
 from gptkern.ops._pdl import wait
+from gptkern.ops._triton import tl, triton
 
 
 @triton.jit

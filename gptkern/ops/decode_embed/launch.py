@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
 from gptkern.ops import _launch, _pdl
+from gptkern.ops._triton import triton
 from gptkern.ops.decode_embed.kernels import decode_embed_kernel
 
 EMBED_COLUMNS = 1024

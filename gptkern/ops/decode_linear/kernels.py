@@ -22,11 +22,9 @@ head, so that its sum of squares needs no other program: BLOCK_N is head_dim's p
 With programmatic dependent launch a program fetches its weights into L2 before it waits for x.
 """
 
-import triton
-import triton.language as tl
-
 from gptkern.ops._device import activate, tanh, to_e4m3
 from gptkern.ops._pdl import prefetch, wait
+from gptkern.ops._triton import tl, triton
 
 
 @triton.jit

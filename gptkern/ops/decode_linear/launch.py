@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from gptkern.ops import _launch, _pdl
 from gptkern.ops._counters import counters
+from gptkern.ops._triton import triton
 from gptkern.ops._types import HeadNorm, Norm, PagedCache, RmsNorm, Rotary
 from gptkern.ops.decode_linear import kernels
 from gptkern.ops.decode_linear.formats import QuantizedWeight

@@ -13,9 +13,7 @@ other programs stored. All programs must be resident at once, which a cooperativ
 Under the interpreter, where programs run one after another, each phase is a launch of its own.
 """
 
-import triton
-import triton.language as tl
-
+from gptkern.ops._triton import tl, triton
 from gptkern.ops.decode_attention.kernels import attend_sequence, attended_tokens, prefetch_split
 from gptkern.ops.decode_embed.kernels import embed_row
 from gptkern.ops.decode_linear.kernels import linear_tile, prefetch_weights

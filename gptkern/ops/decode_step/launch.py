@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from gptkern.ops import _launch
 from gptkern.ops._counters import counters
 from gptkern.ops._dispatch import INTERPRETED
+from gptkern.ops._triton import tl, triton
 from gptkern.ops._types import KvScales
 from gptkern.ops.decode_attention.launch import MIN_BLOCK_H
 from gptkern.ops.decode_embed.launch import EMBED_COLUMNS

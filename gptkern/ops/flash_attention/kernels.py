@@ -15,10 +15,8 @@ every wgmma (its warning C7515).
 Packed sequences (VARLEN) differ in where a sequence starts and how long it is, and in nothing else.
 """
 
-import triton
-import triton.language as tl
-
 from gptkern.ops._device import LN2, LOG2E, dropout_mask, online_softmax, tanh
+from gptkern.ops._triton import tl, triton
 
 
 @triton.jit

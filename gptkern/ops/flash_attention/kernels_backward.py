@@ -11,10 +11,8 @@ see them. The weights are recomputed in both. Each output element is written onc
 after a fixed order of additions: no atomics.
 """
 
-import triton
-import triton.language as tl
-
 from gptkern.ops._device import LOG2E, dropout_mask, tanh
+from gptkern.ops._triton import tl, triton
 from gptkern.ops.flash_attention.kernels import (
     head_offset,
     hide,

@@ -23,10 +23,8 @@ chunks of BLOCK columns, the second pass from the L2 cache; there the weight and
 summed by ``norm_wide_weight_grad_kernel``, which owns columns instead of rows.
 """
 
-import triton
-import triton.language as tl
-
 from gptkern.ops._device import row_dropout, row_offsets, row_statistics
+from gptkern.ops._triton import tl, triton
 
 # Row counts change from call to call: specialising on them would compile anew at 1 row and at 16.
 _VARYING = ("rows", "x_inner", "residual_inner", "threshold", "parts")

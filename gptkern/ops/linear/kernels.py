@@ -15,10 +15,8 @@ k runs upwards in steps of BLOCK_K inside one accumulator, and BLOCK_K depends o
 the order of the sums does not change with M, so a row's bits do not depend on its neighbours.
 """
 
-import triton
-import triton.language as tl
-
 from gptkern.ops._device import activate, activation_grad
+from gptkern.ops._triton import tl, triton
 
 
 @triton.jit

@@ -10,9 +10,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gptkern.ops import _launch
+from gptkern.ops._triton import TensorDescriptor
 from gptkern.ops.linear import kernels
 
 # Weight gradients are split for an H100, whatever the GPU, so that every GPU sums in the same order.

@@ -21,8 +21,7 @@ Layout:
                     chunk after chunk: the order of summation is fixed
 """
 
-import triton
-import triton.language as tl
+from gptkern.ops._triton import tl, triton
 
 
 @triton.jit

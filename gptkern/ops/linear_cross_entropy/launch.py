@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from gptkern.ops import _launch
+from gptkern.ops._triton import triton
 from gptkern.ops.linear_cross_entropy import kernels
 from gptkern.ops.linear_cross_entropy.checks import OP, Settings
 

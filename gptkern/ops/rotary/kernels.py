@@ -16,10 +16,8 @@ the parts are added up afterwards in a fixed order.
 A head is held as three tiles: the first and the second elements of its pairs, and the elements that stay.
 """
 
-import triton
-import triton.language as tl
-
 from gptkern.ops._device import row_offsets
+from gptkern.ops._triton import tl, triton
 
 _VARYING = ("tokens", "rows", "context", "q_inner", "k_inner", "q_out_inner", "k_out_inner")
 

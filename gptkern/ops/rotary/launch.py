@@ -6,9 +6,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from gptkern.ops import _checks, _launch
+from gptkern.ops._triton import triton
 from gptkern.ops.linear.launch import column_sum
 from gptkern.ops.rotary import kernels
 

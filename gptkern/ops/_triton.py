@@ -1,0 +1,21 @@
+"""Triton as the kernels see it; where it is not installed, names that launch a pack's code all the same.
+
+Without Triton a kernel is its name and its parameters. ``_launch`` finds its machine code in a pack (see
+``gptkern.ops.pack``); whatever a pack lacks then cannot be compiled, and says so.
+"""
+
+from __future__ import annotations
+
+from gptkern.ops import _without_triton
+
+__all__ = ["TensorDescriptor", "gdc_launch_dependents", "gdc_wait", "tl", "triton"]
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton, tl = _without_triton.triton, _without_triton.language
+    gdc_launch_dependents = gdc_wait = None
+    TensorDescriptor = _without_triton.TensorDescriptor

@@ -1,0 +1,56 @@
+/* A stand-in for libcuda.so.1: the entry points that gptkern._C takes, each handed to a function that a test sets.
+   The structs are opaque here; the test reads them by cuda.h's layout. */
+#include <stdint.h>
+#include <string.h>
+
+typedef int (*Launch)(const void* config, void* kernel, void** parameters);
+typedef int (*Load)(const void* image);
+typedef int (*Attribute)(int attribute, int value, void* kernel, int device);
+
+static Launch on_launch;
+static Load on_load;
+static Attribute on_attribute;
+static int version = 13000;
+
+void fake_set(Launch launch, Load load, Attribute attribute) {
+    on_launch = launch;
+    on_load = load;
+    on_attribute = attribute;
+}
+void fake_version(int number) { version = number; }
+
+int cuDriverGetVersion(int* number) {
+    *number = version;
+    return 0;
+}
+int cuGetErrorName(int result, const char** name) {
+    *name = result == 209 ? "CUDA_ERROR_NO_BINARY_FOR_GPU" : "CUDA_ERROR_UNKNOWN";
+    return 0;
+}
+int cuLibraryLoadData(void** library, const void* code, void* a, void* b, unsigned c, void* d, void* e, unsigned f) {
+    (void)a, (void)b, (void)c, (void)d, (void)e, (void)f;
+    *library = (void*)code;
+    return on_load ? on_load(code) : 0;
+}
+int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
+    (void)name;
+    *kernel = library; /* one kernel an image: its address says which */
+    return 0;
+}
+int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
+    return on_attribute ? on_attribute(attribute, value, kernel, device) : 0;
+}
+int cuLaunchKernelEx(const void* config, void* kernel, void** parameters, void** extra) {
+    (void)extra;
+    return on_launch ? on_launch(config, kernel, parameters) : 0;
+}
+int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, const uint64_t* shape,
+                           const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave,
+                           int swizzle, int promotion, int fill) {
+    /* What was asked, in the open: a test reads it back from the launch's parameter. */
+    uint64_t words[16] = {(uint64_t)address, (uint64_t)type, rank, shape[0], shape[1], strides[0], box[0], box[1],
+                          steps[0], steps[1], (uint64_t)interleave, (uint64_t)swizzle, (uint64_t)promotion,
+                          (uint64_t)fill};
+    memcpy(map, words, sizeof words);
+    return 0;
+}

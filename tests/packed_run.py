@@ -1,0 +1,138 @@
+"""Launches from a pack on a stand-in driver, in a process in which Triton cannot be imported.
+
+    python tests/packed_run.py LIBRARY ARCH OP...
+
+Every case of these ops, then ``generate`` of a small model: each launch must reach the driver with the right
+grid, attributes and argument bytes. Prints a line of JSON: launches, kernels, and the errors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import json
+import struct
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+
+class NoTriton(MetaPathFinder):
+    """Refuses every import of Triton."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """An error for Triton, nothing for others."""
+        if name.partition(".")[0] == "triton":
+            raise ImportError("this process has no Triton")
+
+
+sys.meta_path.insert(0, NoTriton())
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch  # noqa: E402
+from fake_driver import FakeDriver  # noqa: E402
+from packed_model import model  # noqa: E402
+
+from gptkern import packing  # noqa: E402
+from gptkern.ops import _cases  # noqa: E402
+from gptkern.ops._launch import Launch  # noqa: E402
+from gptkern.ops.pack.loader import loader  # noqa: E402
+
+STREAM, DEVICE = 0x5EAD, 3
+OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid"}
+
+
+def expected(launch: Launch) -> list[bytes | None]:
+    """The arguments as machine code reads them; None for a tensor map. Worked out from the source alone."""
+    kernel, bound = launch.kernel, inspect.signature(launch.kernel.fn).bind
+    options = {name for name in launch.kwargs if name in OPTIONS}
+    call = bound(*launch.args, **{name: v for name, v in launch.kwargs.items() if name not in options})
+    call.apply_defaults()
+    out: list[bytes | None] = []
+    for name, parameter in call.signature.parameters.items():
+        value = call.arguments[name]
+        if "constexpr" in str(parameter.annotation) or value is None:
+            continue
+        if hasattr(value, "block_shape"):
+            out.append(None)
+            out += [struct.pack("<i", size) for size in value.shape]
+            out += [struct.pack("<q", step) for step in value.strides]
+        elif isinstance(value, torch.Tensor):
+            out.append(struct.pack("<Q", value.data_ptr()))
+        elif isinstance(value, float):
+            out.append(struct.pack("<f", value))
+        elif value == 1 and not isinstance(value, bool) and name not in kernel.do_not_specialize:
+            continue
+        else:
+            wide = not -(1 << 31) <= value < 1 << 31
+            out.append(struct.pack("<q" if wide else "<b" if isinstance(value, bool) else "<i", value))
+    return out
+
+
+def faults(launch: Launch, driver: FakeDriver, arch: int) -> Iterator[str]:
+    """What is wrong with what the driver was asked for."""
+    packed = loader().kernel(launch.kernel, arch)
+    before = len(driver.launched)
+    if not packed.launch(launch.grid, launch.args, launch.kwargs, DEVICE, STREAM):
+        yield "the pack lacks it"
+        return
+    if len(driver.launched) != before + 1:
+        yield f"launched {len(driver.launched) - before} times"
+        return
+    seen = driver.launched.pop()
+    if seen.grid != (*launch.grid, *(1,) * (3 - len(launch.grid))):
+        yield f"grid {seen.grid}, not {launch.grid}"
+    if seen.block[0] % 32 or seen.block[0] < 32 * launch.kwargs.get("num_warps", 4) or seen.block[1:] != (1, 1):
+        yield f"block {seen.block}"
+    if seen.stream != STREAM:
+        yield f"stream {seen.stream}"
+    attributes = {6: "launch_pdl", 2: "launch_cooperative_grid"}
+    wanted = {number for number, name in attributes.items() if launch.kwargs.get(name)}
+    if set(seen.attributes) != wanted or any(values[0] != 1 for values in seen.attributes.values()):
+        yield f"attributes {seen.attributes}, not {wanted}"
+    arguments = expected(launch)
+    if any(seen.parameters[i] != told for i, told in enumerate(arguments) if told is not None):
+        yield f"parameters {seen.parameters}, not {arguments}"
+    if any(seen.parameters[len(arguments) :]) and any(map(any, seen.parameters[len(arguments) :])):
+        yield "scratch memory is not null"
+    maps = [value for value in launch.args if hasattr(value, "block_shape")]
+    found = [seen.parameters[i] for i, told in enumerate(arguments) if told is None]
+    for value, told in zip(maps, found, strict=True):
+        words = struct.unpack("<14Q", told[:112])
+        size = value.base.element_size()
+        address, (rows, columns), (step, _) = value.base.data_ptr(), value.shape, value.strides
+        box_rows, box_columns = value.block_shape
+        if words[0] != address or words[2:6] != (2, columns, rows, step * size):
+            yield f"a tensor map of {words}"
+        # The compiler may cut a tile into boxes of one swizzle's width.
+        if box_rows % words[7] or box_columns % words[6] or words[8:11] != (1, 1, 0):
+            yield f"boxes {words[6:8]} of tiles {value.block_shape}"
+
+
+def main() -> None:
+    """The command."""
+    library, arch, *ops = sys.argv[1:]
+    driver = FakeDriver(Path(library))
+
+    kernels: Counter[str] = Counter()
+    errors: list[str] = []
+
+    def check(launch: Launch, where: str) -> None:
+        kernels[launch.name] += 1
+        errors.extend(f"{where}: {launch.name}: {fault}" for fault in faults(launch, driver, int(arch)))
+
+    for op in ops:
+        for case in _cases.cases(op):
+            if case.archs is None or int(arch) in case.archs:
+                for launch in _cases.record_case(case, case.dtypes[0], int(arch)):
+                    check(launch, case.name)
+    for launch in packing.model_launches(model(), int(arch)):
+        check(launch, "generate")
+    print(json.dumps({"kernels": kernels, "errors": errors[:20], "wrong": len(errors), "loaded": len(driver.loaded)}))
+
+
+if __name__ == "__main__":
+    main()
