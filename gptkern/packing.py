@@ -1,4 +1,4 @@
-"""What a GPU would launch for models and ops, recorded without one: the contents of a pack.
+"""The launches of models and ops on a GPU, recorded without one: the contents of a pack.
 
 Launches are recorded from ``generate`` over batches and prompts that meet every specialisation: one row and
 several, lengths that 16 divides and others. Nothing is computed: small results are made zero, so that the
@@ -12,8 +12,11 @@ from contextlib import contextmanager
 
 import torch
 
+from gptkern.config import GPTConfig
 from gptkern.gpt import GPT
 from gptkern.ops import _cases, _launch
+from gptkern.quantization import Quantization
+from gptkern.quantize import quantize_model
 
 BATCHES = (1, 2, 3, 8, 16)
 PROMPTS = (1, 7, 16, 33, 160)
@@ -49,7 +52,7 @@ def op_launches(arch: int) -> Iterator[_launch.Launch]:
 
 def model_launches(model: GPT, arch: int) -> Iterator[_launch.Launch]:
     """Those of ``model.generate``."""
-    context = model.config.n_positions
+    context = model.spec.context
     for batch in BATCHES:
         for prompt in PROMPTS:
             if prompt + _NEW <= context:
@@ -57,3 +60,20 @@ def model_launches(model: GPT, arch: int) -> Iterator[_launch.Launch]:
                 with recorded(arch) as launches:
                     model.generate(ids, max_new_tokens=_NEW, eos_token_id=None)
                 yield from launches
+
+
+# Kernels do not depend on the number of layers: one has them all.
+_SIZES = {"gpt2": (12, 768), "gpt2-medium": (16, 1024), "gpt2-large": (20, 1280), "gpt2-xl": (25, 1600)}
+_WEIGHTS = (None, "int8", "fp8", "int4")
+
+
+def standard_launches(arch: int) -> Iterator[_launch.Launch]:
+    """Those of the package's own pack: every op's cases, GPT-2's four sizes and the embedded model."""
+    yield from op_launches(arch)
+    yield from model_launches(GPT.from_pretrained("embedded", device="cpu"), arch)
+    for heads, width in _SIZES.values():
+        for weights in _WEIGHTS:
+            model = GPT(GPTConfig(n_layer=1, n_head=heads, n_embd=width)).to(torch.bfloat16).eval()
+            if weights is not None:
+                quantize_model(model, Quantization.make(model.config, weights, None, None))
+            yield from model_launches(model, arch)

@@ -8,7 +8,6 @@ grid, attributes and argument bytes. Prints a line of JSON: launches, kernels, a
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import json
 import struct
@@ -32,16 +31,17 @@ class NoTriton(MetaPathFinder):
 sys.meta_path.insert(0, NoTriton())
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402
-from fake_driver import FakeDriver  # noqa: E402
-from packed_model import model  # noqa: E402
+import torch
+from fake_driver import FakeDriver
+from packed_model import model
 
-from gptkern import packing  # noqa: E402
-from gptkern.ops import _cases  # noqa: E402
-from gptkern.ops._launch import Launch  # noqa: E402
-from gptkern.ops.pack.loader import loader  # noqa: E402
+from gptkern import packing
+from gptkern.ops import _cases
+from gptkern.ops._launch import Launch
+from gptkern.ops.pack.loader import Loader, loader
 
 STREAM, DEVICE = 0x5EAD, 3
+NO_BINARY = 209
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid"}
 
 
@@ -85,7 +85,11 @@ def faults(launch: Launch, driver: FakeDriver, arch: int) -> Iterator[str]:
     seen = driver.launched.pop()
     if seen.grid != (*launch.grid, *(1,) * (3 - len(launch.grid))):
         yield f"grid {seen.grid}, not {launch.grid}"
-    if seen.block[0] % 32 or seen.block[0] < 32 * launch.kwargs.get("num_warps", 4) or seen.block[1:] != (1, 1):
+    if (
+        seen.block[0] % 32
+        or seen.block[0] < 32 * launch.kwargs.get("num_warps", 4)
+        or seen.block[1:] != (1, 1)
+    ):
         yield f"block {seen.block}"
     if seen.stream != STREAM:
         yield f"stream {seen.stream}"
@@ -112,6 +116,18 @@ def faults(launch: Launch, driver: FakeDriver, arch: int) -> Iterator[str]:
             yield f"boxes {words[6:8]} of tiles {value.block_shape}"
 
 
+def refusal(driver: FakeDriver, launches: Iterator[Launch], arch: int) -> str:
+    """What is said where an older driver does not take the machine code of a loader that starts anew."""
+    driver.result = NO_BINARY
+    driver.version(12040)
+    launch = next(launches)
+    try:
+        Loader().kernel(launch.kernel, arch).launch(launch.grid, launch.args, launch.kwargs, DEVICE, STREAM)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
 def main() -> None:
     """The command."""
     library, arch, *ops = sys.argv[1:]
@@ -131,7 +147,9 @@ def main() -> None:
                     check(launch, case.name)
     for launch in packing.model_launches(model(), int(arch)):
         check(launch, "generate")
-    print(json.dumps({"kernels": kernels, "errors": errors[:20], "wrong": len(errors), "loaded": len(driver.loaded)}))
+    told = {"kernels": kernels, "loaded": len(driver.loaded), "wrong": len(errors), "errors": errors[:20]}
+    told["refused"] = refusal(driver, packing.model_launches(model(), int(arch)), int(arch))
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

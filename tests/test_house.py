@@ -19,6 +19,7 @@ FLOORS = (
     ("engine",),
     ("generate",),
     ("gpt",),
+    ("packing",),
     ("bench", "cli", "drop_in", "eval", "serve", "train", "transformers"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -31,6 +31,7 @@ COMMANDS = {
     "profile": "bench",
     "tune": "",
     "inspect": "",
+    "pack": "",
     "verify": "transformers",
 }
 _INTERRUPTED = 130

@@ -98,6 +98,31 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("kernels", "ok", "Triton, compiled for the device on first use and then cached")
     else:
         yield Finding("kernels", "note", "PyTorch's CPU operators: the Triton kernels run on CUDA devices")
+    yield from _packs()
+
+
+def _packs() -> Iterator[Finding]:
+    """The packs of machine code, each with the reason why it is not in use."""
+    from gptkern.ops.pack import loader
+    from gptkern.ops.pack.file import Pack
+
+    paths = loader.files()
+    if not paths:
+        yield Finding("packs", "note", "none: kernels are compiled when first used; gptkern pack makes one")
+    for path in paths:
+        try:
+            pack = Pack(path)
+        except (OSError, ValueError) as error:
+            yield Finding("pack", "fallback", str(error))
+            continue
+        reason = loader.reason_against(pack.made)
+        if reason is None:
+            held = f"{sum(pack.counts.values())} binaries of {len(pack.counts)} kernels"
+            yield Finding(
+                "pack", "ok", f"{path}: {held} for sm_{pack.made.arch}, by Triton {pack.made.triton}"
+            )
+        else:
+            yield Finding("pack", "fallback", f"{path}: not in use, as {reason}")
 
 
 def _extension() -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -34,7 +34,7 @@ class Unpackable(ValueError):
 
 
 @contextmanager
-def without_paths() -> Iterator[None]:
+def _without_paths() -> Iterator[None]:
     """Compile without line numbers: they hold this machine's paths, and make packs larger."""
     name = "TRITON_DISABLE_LINE_INFO"
     before = os.environ.get(name)
@@ -82,7 +82,7 @@ def _map(meta: dict[str, Any], descriptor: Any) -> dict[str, Any]:
 
 
 def _arguments(compiled: Any, launch: _launch.Launch) -> tuple[list[list[Any]], list[dict[str, Any]], int]:
-    """What is passed, the layouts of tensor maps, and the number of parameters in machine code."""
+    """The arguments passed, the layouts of tensor maps, and the number of parameters in machine code."""
     passed: list[list[Any]] = []
     maps: list[dict[str, Any]] = []
     metas = list(compiled.metadata.tensordesc_meta or ())
@@ -135,13 +135,29 @@ def binary(launch: _launch.Launch, arch: int) -> Binary:
     return Binary(key, compiled.asm["cubin"], facts)
 
 
-def binaries(launches: Iterable[_launch.Launch], arch: int) -> dict[str, list[Binary]]:
-    """The machine code of all different launches, by kernel."""
-    found: dict[str, dict[bytes, Binary]] = {}
+def unique(launches: Iterable[_launch.Launch]) -> list[_launch.Launch]:
+    """One launch for each different key of each kernel."""
+    kernels: dict[str, Any] = {}
+    found: dict[tuple[str, bytes], _launch.Launch] = {}
     for launch in launches:
         name = signature.name_of(launch.kernel)
-        known = found.setdefault(name, {})
-        key = signature.empty(launch.kernel).key(launch.args, launch.kwargs)
-        if key not in known:
-            known[key] = binary(launch, arch)
-    return {name: list(known.values()) for name, known in found.items()}
+        if name not in kernels:
+            kernels[name] = signature.empty(launch.kernel)
+        found.setdefault((name, kernels[name].key(launch.args, launch.kwargs)), launch)
+    return list(found.values())
+
+
+def binaries(
+    launches: Iterable[_launch.Launch], arch: int, advance: Callable[[int], None] = lambda count: None
+) -> dict[str, list[Binary]]:
+    """The machine code of launches with different keys, by kernel.
+
+    Args:
+        advance: Called with 1 after each launch.
+    """
+    found: dict[str, list[Binary]] = {}
+    with _without_paths():
+        for launch in launches:
+            found.setdefault(signature.name_of(launch.kernel), []).append(binary(launch, arch))
+            advance(1)
+    return found

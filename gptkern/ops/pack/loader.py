@@ -60,7 +60,7 @@ def reason_against(made: Made) -> str | None:
 
 
 def serves(pack_arch: int, device_arch: int) -> bool:
-    """Whether code for ``pack_arch`` runs on a GPU of ``device_arch``.
+    """True if code for ``pack_arch`` runs on a GPU of ``device_arch``.
 
     From sm_90 on it is made for one architecture alone; earlier code runs on all of its generation.
     """

@@ -1,4 +1,4 @@
-"""What a kernel's parameters mean for its machine code."""
+"""The part that each parameter of a kernel has in its machine code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def name_of(kernel: Any) -> str:
 def parameters(kernel: Any) -> list[tuple[Any, ...]]:
     """(name, role, and the default if there is one) of each parameter, then of each option."""
     found: list[tuple[Any, ...]] = []
-    typed = set(kernel.do_not_specialize or ())
+    typed = set(getattr(kernel, "do_not_specialize", None) or ())
     for position, parameter in enumerate(inspect.signature(kernel.fn).parameters.values()):
         role = _SPECIALISED
         if "constexpr" in str(parameter.annotation):

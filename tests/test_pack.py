@@ -1,0 +1,364 @@
+"""Packs of machine code: the file, the key, the loader's choices, and launches on a stand-in driver."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fake_driver
+import pytest
+import torch
+import triton
+from cubins import parameter_sizes
+
+from gptkern.environment import FallbackWarning
+from gptkern.ops import _cases
+from gptkern.ops.decode_embed import kernels
+from gptkern.ops.pack import loader as loading
+from gptkern.ops.pack import signature
+from gptkern.ops.pack.file import Binary, Made, Pack, PackError, write
+
+HERE = Path(__file__).parent
+MADE = Made("0.0", "digest", "3.8.0", "12.9", 90)
+BINARIES = {
+    "ops.a:first": [
+        Binary(b"k1", b"ELF" * 100, {"entry": "first"}),
+        Binary(b"k0", b"FLE" * 9, {"entry": "x"}),
+    ],
+    "ops.b:second": [Binary(b"k0", b"ELF" * 100, {"entry": "first"})],
+}
+
+
+def process(script: str, *args: object, **environment: str) -> str:
+    """What a script prints, in a process in which kernels are compiled and not interpreted."""
+    settings = os.environ | {"TRITON_INTERPRET": "0"} | environment
+    command = [sys.executable, str(HERE / script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pack of a small model's generation on sm_90."""
+    path = tmp_path_factory.mktemp("pack") / "sm90.pack"
+    process("packed_make.py", path, 90)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test is warned anew."""
+    monkeypatch.setattr("gptkern.environment._past_warnings", set())
+
+
+# --- the file
+
+
+def test_a_pack_gives_back_what_was_written_and_its_bytes_do_not_depend_on_the_order(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.pack", tmp_path / "b.pack"
+    write(first, MADE, BINARIES)
+    write(second, MADE, {name: list(reversed(BINARIES[name])) for name in reversed(BINARIES)})
+    assert first.read_bytes() == second.read_bytes()
+    pack = Pack(first)
+    assert pack.made == MADE and pack.counts == {"ops.a:first": 2, "ops.b:second": 1}
+    for name, binaries in BINARIES.items():
+        assert sorted(pack.read(name), key=lambda b: b.key) == sorted(binaries, key=lambda b: b.key)
+    assert pack.read("ops.c:third") == []
+
+
+def test_every_changed_byte_of_a_pack_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.pack"
+    write(path, MADE, BINARIES)
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(PackError):
+            pack = Pack(path)
+            for name in BINARIES:
+                pack.read(name)
+
+
+@pytest.mark.parametrize("length", [0, 7, 40, 200, -1])
+def test_a_cut_pack_is_refused(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "a.pack"
+    write(path, MADE, BINARIES)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(PackError, match=r"a\.pack is"):
+        pack = Pack(path)
+        for name in BINARIES:
+            pack.read(name)
+
+
+# --- the key
+
+
+def key(*args: Any, **kwargs: Any) -> bytes:
+    """The key of a kernel with two pointers, a size, one that is not specialised, and a constant."""
+
+    def body(x_ptr, y_ptr, size, rows, BLOCK: tl.constexpr = 8):  # type: ignore[no-untyped-def]  # noqa: F821
+        pass
+
+    class Kernel:
+        fn, do_not_specialize = body, ["rows"]
+
+    return bytes(signature.empty(Kernel).key(args, kwargs))
+
+
+BASE = torch.zeros(64)
+CALL: tuple[Any, ...] = (BASE, None, 5, 5)
+
+
+def test_what_changes_no_code_changes_no_key() -> None:
+    same = key(*CALL, BLOCK=8, num_warps=4)
+    assert key(torch.ones(3), None, 7, 1, num_warps=4, BLOCK=8) == same
+    assert key(BASE, None, size=11, rows=16, num_warps=4) == same
+    assert key(torch.zeros(8, device="meta"), None, 5, 5, num_warps=4) == same
+    assert key(BASE.requires_grad_(False)[4:], None, 5, 5, num_warps=4) == same
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((BASE.half(), None, 5, 5), {}),
+        ((BASE.int(), None, 5, 5), {}),
+        ((BASE.to(torch.float8_e4m3fn), None, 5, 5), {}),
+        ((BASE[1:], None, 5, 5), {}),
+        ((BASE, BASE, 5, 5), {}),
+        ((BASE, None, 1, 5), {}),
+        ((BASE, None, 16, 5), {}),
+        ((BASE, None, 1 << 31, 5), {}),
+        ((BASE, None, -(1 << 31) - 1, 5), {}),
+        ((BASE, None, 1 << 63, 5), {}),
+        ((BASE, None, 5.0, 5), {}),
+        ((BASE, None, True, 5), {}),
+        ((BASE, None, 5, 1 << 40), {}),
+        (CALL, {"BLOCK": 16}),
+        (CALL, {"BLOCK": True}),
+        (CALL, {"BLOCK": 8.0}),
+        (CALL, {"BLOCK": "8"}),
+        (CALL, {"BLOCK": (8,)}),
+        (CALL, {"BLOCK": None}),
+        (CALL, {"BLOCK": triton.language.bfloat16}),
+        (CALL, {"num_warps": 8}),
+        (CALL, {"num_stages": 2}),
+        (CALL, {"launch_pdl": True}),
+        (CALL, {"launch_cooperative_grid": True}),
+    ],
+)
+def test_what_changes_code_changes_the_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    assert key(*args, **kwargs) != key(*CALL)
+
+
+def test_dtypes_have_one_code_with_memory_and_without() -> None:
+    for dtype in (
+        torch.bool,
+        torch.int16,
+        torch.uint8,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.bfloat16,
+    ):
+        with_memory, without = torch.zeros(2, dtype=dtype), torch.zeros(2, dtype=dtype, device="meta")
+        assert key(with_memory, None, 5, 5) == key(without, None, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        (CALL, {"BLOKC": 4}, "body has no parameter BLOKC"),
+        ((BASE,), {}, "body: missing: y_ptr"),
+        ((*CALL, 8), {"BLOCK": 8}, "body: given twice: BLOCK"),
+        (("x", None, 5, 5), {}, "cannot be given a str as an argument"),
+        (CALL, {"BLOCK": object()}, "cannot be given a object as a compile-time value"),
+    ],
+)
+def test_a_call_that_fits_no_kernel_is_refused(
+    args: tuple[Any, ...], kwargs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        key(*args, **kwargs)
+
+
+@pytest.mark.slow
+def test_calls_with_one_key_have_one_machine_code() -> None:
+    """Over every launch of a small model's generation and of the norms' cases, as Triton compiles it."""
+    assert process("packed_make.py", "--codes", "-", 90, "layer_norm") == "1\n"
+
+
+def test_every_file_with_a_kernel_counts_among_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(signature.__file__).parents[1]
+    with_kernels = {path for path in folder.rglob("*.py") if "@triton.jit" in path.read_text()}
+    read: set[Path] = set()
+    plain = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: (read.add(self), plain(self))[1])
+    signature.sources.__wrapped__()
+    assert with_kernels and with_kernels <= read
+
+
+# --- the choice of packs
+
+
+def found(monkeypatch: pytest.MonkeyPatch, *paths: Path) -> loading.Loader:
+    monkeypatch.setenv(loading.VARIABLE, os.pathsep.join(map(str, paths)))
+    return loading.Loader()
+
+
+def fitting(**changed: Any) -> Made:
+    return dataclasses.replace(Made("0.0", signature.sources(), triton.__version__, "12.9", 90), **changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"sources": "other", "gptkern": "0.1"}, r"it was made from the kernels of another gptkern \(0\.1\)"),
+        ({"triton": "3.0.0"}, rf"it was made by Triton 3\.0\.0, and {triton.__version__} is installed"),
+    ],
+)
+def test_a_pack_that_does_not_fit_is_passed_over_and_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: dict[str, str], reason: str
+) -> None:
+    write(tmp_path / "bad.pack", fitting(**changed), BINARIES)
+    write(tmp_path / "good.pack", fitting(), BINARIES)
+    with pytest.warns(FallbackWarning, match=rf"bad\.pack runs on code that Triton compiles: {reason}"):
+        loader = found(monkeypatch, tmp_path)
+    assert [pack.path.name for pack in loader.packs] == ["good.pack"]
+    monkeypatch.setenv("GPTKERN_STRICT", "1")
+    with pytest.raises(RuntimeError, match=reason):
+        found(monkeypatch, tmp_path / "bad.pack")
+
+
+def test_a_damaged_pack_is_passed_over_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a.pack").write_bytes(b"gptkern pack 1\n" + bytes(200))
+    with pytest.warns(FallbackWarning, match="is damaged: its header does not match its checksum"):
+        assert found(monkeypatch, tmp_path).packs == []
+
+
+def test_a_place_that_is_not_there_is_an_error_and_an_empty_one_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match="GPTKERN_PACK: there is no file or folder"):
+        found(monkeypatch, tmp_path / "nowhere")
+    monkeypatch.setenv(loading.VARIABLE, "")
+    assert loading.files() == []
+
+
+def test_code_serves_its_own_architecture_and_before_hopper_its_generation() -> None:
+    served = {
+        pack: [arch for arch in (75, 80, 86, 89, 90, 100, 103, 120) if loading.serves(pack, arch)]
+        for pack in (80, 89, 90, 100)
+    }
+    assert served == {80: [80, 86, 89], 89: [89], 90: [90], 100: [100]}
+
+
+def test_a_call_that_no_pack_holds_is_compiled_and_named_once_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write(tmp_path / "a.pack", fitting(), BINARIES)
+    loader = found(monkeypatch, tmp_path)
+    kernel = kernels.decode_embed_kernel
+    assert loader.kernel(kernel, 80) is None
+    assert loader.kernel(kernel, 90) is not None
+    with pytest.warns(FallbackWarning, match="no pack in use holds it for these types and sizes"):
+        loader._miss(kernel)
+    loader._miss(kernel)
+    assert loader.compiled == {signature.name_of(kernel): 2}
+    monkeypatch.setenv("GPTKERN_STRICT", "1")
+    with pytest.raises(RuntimeError, match="no pack in use holds it"):
+        loader._miss(kernel)
+
+
+# --- machine code, launched by a stand-in for the driver
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc to build the stand-in for the driver")
+    return fake_driver.build(tmp_path_factory.mktemp("driver"))
+
+
+def launched(library: Path, pack: Path, *args: object) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(process("packed_run.py", library, *args, GPTKERN_PACK=str(pack)))
+    return told
+
+
+def test_generate_without_triton_launches_all_from_the_pack(packed: Path, library: Path) -> None:
+    told = launched(library, packed, 90)
+    assert (told["wrong"], told["errors"]) == (0, [])
+    names = {"linear", "decode_linear_kernel", "decode_attention_kernel", "flash_attention_forward"}
+    assert names <= set(told["kernels"])
+    assert told["loaded"] == sum(Pack(packed).counts.values())
+
+
+def test_a_driver_that_refuses_is_named_with_its_version(packed: Path, library: Path) -> None:
+    told = launched(library, packed, 90)
+    made_by = Pack(packed).made.ptxas
+    assert told["refused"].split(" ", 1)[1] == (
+        f"(sm_90, made by ptxas {made_by}): cuLibraryLoadData: CUDA_ERROR_NO_BINARY_FOR_GPU "
+        "(the driver serves CUDA 12.4)"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a driver")
+def test_without_a_driver_a_launch_says_what_is_needed() -> None:
+    packed_kernel = signature.empty(kernels.decode_embed_kernel)
+    facts = {"entry": "e", "needs": "", "passed": [], "maps": [], "threads": 32, "shared": 0}
+    facts |= {"blocks_per_cluster": 1, "dependent": False, "cooperative": False, "scratch": 0}
+    values = dict.fromkeys(inspect.signature(kernels.decode_embed_kernel.fn).parameters)
+    packed_kernel.add(packed_kernel.key((), values), b"", facts)
+    with pytest.raises(
+        RuntimeError, match=r"libcuda\.so\.1.*need NVIDIA's driver 525 \(CUDA 12\.0\) or newer"
+    ):
+        packed_kernel.launch((1,), (), values, 0, 0)
+
+
+def test_what_a_pack_lacks_is_an_error_without_triton(packed: Path, library: Path, tmp_path: Path) -> None:
+    pack = Pack(packed)
+    less = {kernel: pack.read(kernel) for kernel in pack.counts}
+    (name,) = (name for name in less if name.endswith(":decode_embed_kernel"))
+    less[name] = []
+    write(tmp_path / "less.pack", pack.made, less)
+    told = launched(library, tmp_path / "less.pack", 90)
+    assert told["wrong"] == told["kernels"]["decode_embed_kernel"]
+    assert set(told["errors"]) == {"generate: decode_embed_kernel: the pack lacks it"}
+
+
+def test_the_sizes_of_parameters_are_those_of_the_machine_code(packed: Path) -> None:
+    sizes = {"pointer": [8], "i8": [1], "i32": [4], "i64": [8], "f32": [4], "map": [128, 4, 4, 8, 8]}
+    pack = Pack(packed)
+    for binary in (binary for name in pack.counts for binary in pack.read(name)):
+        facts = binary.facts
+        wanted = [size for _, form in facts["passed"] for size in sizes[form]]
+        assert parameter_sizes(binary.image, facts["entry"]) == wanted + [8] * facts["scratch"]
+        with_limits = {"threads": 1024, "shared": 227 << 10, "blocks_per_cluster": 16}
+        assert all(0 <= facts[name] <= most for name, most in with_limits.items())
+
+
+@pytest.mark.slow
+def test_a_pack_is_made_anew_bit_for_bit(packed: Path, tmp_path: Path) -> None:
+    """By a compiler that finds nothing in its cache, of launches in another order; no path is in it."""
+    process(
+        "packed_make.py", tmp_path / "a.pack", 90, "--backwards", TRITON_CACHE_DIR=str(tmp_path / "cache")
+    )
+    assert (tmp_path / "a.pack").read_bytes() == packed.read_bytes()
+    pack = Pack(packed)
+    images = b"".join(binary.image for name in pack.counts for binary in pack.read(name))
+    assert images and str(HERE.parent).encode() not in images
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_case_of_every_op_launches_from_its_pack(arch: int, library: Path, tmp_path: Path) -> None:
+    ops = _cases.ops()
+    process("packed_make.py", tmp_path / "all.pack", arch, *ops)
+    told = launched(library, tmp_path / "all.pack", arch, *ops)
+    assert (told["wrong"], told["errors"]) == (0, [])
