@@ -248,13 +248,14 @@ def test_answers_follow_their_grammars(server: Running) -> None:
     [
         ({"regex": "("}, "regex cannot be used"),
         ({"grammar": "start: x"}, 'unknown name: "x"'),
-        ({"regex": "a{1000}{1000}{1000}"}, "too many expressions"),
+        # By its size, or by its time: which is first depends on what else runs.
+        ({"regex": "a{1000}{1000}{1000}"}, "too many expressions|a simpler one is needed"),
         ({"regex": "a", "grammar": "b"}, "regex and grammar exclude each other"),
         ({"response_format": {"type": "json_schema"}}, "belongs to the type json_schema"),
     ],
 )
 def test_a_bad_grammar_is_its_own_requests_error(server: Running, body: Any, message: str) -> None:
-    assert message in server.error(**body)["message"]
+    assert re.search(message, server.error(**body)["message"])
     assert server.complete("ab", regex="[ab]c", max_tokens=5)["choices"][0]["text"][1] == "c"
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -18,10 +17,9 @@ import gptkern
 from gptkern.gpt import GPT
 from gptkern.serve import endpoints, metrics
 from gptkern.serve.body import StrictRoute, mistake
-from gptkern.serve.chat import chat_prompt
 from gptkern.serve.document import RESPONSES, DocumentedApp
 from gptkern.serve.errors import ApiProblem, json_response
-from gptkern.serve.guard import REQUEST_ID, Guard
+from gptkern.serve.guard import guarded
 from gptkern.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gptkern.serve.service import Service
 from gptkern.serve.settings import ServeSettings
@@ -70,15 +68,7 @@ def create_app(model: GPT, settings: ServeSettings | None = None, **engine_optio
     _add_about(app, service)
     _add_page(app)
     _add_errors(app)
-    app.add_middleware(Guard, service=service)
-    if service.settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(service.settings.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", REQUEST_ID],
-            expose_headers=[REQUEST_ID, "retry-after"],
-        )
+    app.add_middleware(guarded, settings=service.settings, gate=service)
     return app
 
 
@@ -111,7 +101,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise ApiProblem(400, "prompt and messages: one of them is needed", param="prompt")
         if body.messages is not None:
-            tokens = chat_prompt(tokenizer, service.chat_template, body.messages)
+            tokens = await service.encode_chat(body.messages)
         else:
             special = body.add_special_tokens is not False
             tokens = await service.encode(body.prompt or "", add_special_tokens=special)

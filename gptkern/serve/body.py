@@ -14,6 +14,8 @@ from starlette.responses import Response
 
 from gptkern.serve.errors import ApiProblem, shown
 
+_MOST_LEVELS = 128
+
 
 class StrictRoute(APIRoute):
     """A route whose bodies are read by ``read_json``."""
@@ -43,6 +45,8 @@ def read_json(content: bytes) -> Any:
     """
     try:
         value = json.loads(content, parse_float=_finite, parse_constant=_no_number)
+        if _is_deep(value):
+            raise ValueError("it is nested too deeply")
         if b"\\u" in content:
             # Escapes may write half of a pair, which is in no text.
             json.dumps(value, ensure_ascii=False).encode()
@@ -55,6 +59,17 @@ def read_json(content: bytes) -> Any:
     except ValueError as error:
         raise _wrong(str(error)) from None
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """True if containers lie in each other beyond what every later reader stands."""
+    level = [value] if isinstance(value, list | dict) else []
+    for _ in range(_MOST_LEVELS):
+        parts = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [inner for part in parts for inner in part if type(inner) in (list, dict)]
+        if not level:
+            return False
+    return True
 
 
 def _finite(text: str) -> float:

@@ -1,4 +1,4 @@
-"""A conversation as the token ids that the model continues."""
+"""A conversation as the text that the model continues."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def template_of(tokenizer: Tokenizer, own: str | None) -> str | None:
     return own if own is not None else tokenizer.chat_templates.get("default")
 
 
-def chat_prompt(tokenizer: Tokenizer, template: str | None, messages: Sequence[Message]) -> list[int]:
-    """The token ids of a conversation, up to where the model speaks.
+def chat_text(tokenizer: Tokenizer, template: str | None, messages: Sequence[Message]) -> str:
+    """A conversation as the text that the model continues: up to where it speaks.
 
     Raises:
         ApiProblem: The model has no template, or the template refuses the messages.
@@ -30,11 +30,11 @@ def chat_prompt(tokenizer: Tokenizer, template: str | None, messages: Sequence[M
         )
     conversation = [{"role": message.role, "content": message.text} for message in messages]
     try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            conversation, chat_template=template, add_generation_prompt=True, return_dict=False
+        text: str = tokenizer.apply_chat_template(
+            conversation, chat_template=template, add_generation_prompt=True, tokenize=False
         )
     except (TypeError, ValueError) as error:
         raise ApiProblem(
             400, f"the chat template refuses the messages: {error}", param="messages", code="chat_template"
         ) from error
-    return ids
+    return text

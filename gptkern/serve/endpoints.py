@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -18,7 +17,6 @@ from gptkern.serve.answers import (
     completion_logprobs,
     prompt_logprobs_json,
 )
-from gptkern.serve.chat import chat_prompt
 from gptkern.serve.connection import EventStream, while_connected
 from gptkern.serve.errors import ApiProblem, bad_field, json_bytes, json_response
 from gptkern.serve.options import DEFAULT_COMPLETION_TOKENS
@@ -140,9 +138,10 @@ async def chat(service: Service, body: ChatRequest, http: HttpRequest) -> Respon
     wish = Wish(body, most, None, (body.top_logprobs or 0) if body.logprobs else None)
 
     async def prompt() -> Prompt:
-        return Prompt(
-            await asyncio.to_thread(chat_prompt, service.tokenizer, service.chat_template, body.messages)
-        )
+        ids = await service.encode_chat(body.messages)
+        if not ids:
+            raise ApiProblem(400, "the chat template makes no text of the messages", param="messages")
+        return Prompt(ids)
 
     return await _respond(service, ChatForm(service, bool(body.logprobs)), wish, [prompt], http)
 

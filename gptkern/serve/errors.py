@@ -64,6 +64,8 @@ def bad_field(param: str, value: Any, accepted: str, *, code: str | None = None)
 
 def shown(value: Any) -> str:
     """A value in a message, cut where it is long."""
+    if isinstance(value, list | dict) and len(value) > _LONGEST_SHOWN:
+        return f"a {type(value).__name__} of {len(value)} entries"
     text = value if isinstance(value, str) else repr(value)
     text = text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
     return repr(text) if isinstance(value, str) else text

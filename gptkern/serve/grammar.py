@@ -6,6 +6,8 @@ import asyncio
 import json
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptkern.serve.errors import ApiProblem
@@ -14,6 +16,7 @@ from gptkern.serve.protocol import GenerationFields
 if TYPE_CHECKING:
     import torch
 
+    from gptkern.serve.grammar_worker import Budget
     from gptkern.tokenizer import Tokenizer
 
 _KEPT_GRAMMARS = 64
@@ -93,17 +96,17 @@ class Grammars:
         Raises:
             ApiProblem: A grammar that is wrong, or takes too long; llguidance is not installed.
         """
+        try:
+            # not at the top: an extra
+            from gptkern.serve.grammar_worker import Budget, matcher_of, source_of
+        except ModuleNotFoundError:
+            raise ApiProblem(
+                400,
+                f"{grammar.param} needs the server's extra [grammar], which is not installed",
+                param=grammar.param,
+            ) from None
         matcher = self._matchers.get(grammar)
         if matcher is None:
-            try:
-                # not at the top: an extra
-                from gptkern.serve.grammar_worker import matcher_of, source_of
-            except ModuleNotFoundError:
-                raise ApiProblem(
-                    400,
-                    f"{grammar.param} needs the server's extra [grammar], which is not installed",
-                    param=grammar.param,
-                ) from None
             async with self._turn:
                 tokenizer = await self._prepared()
                 await self._try(grammar)
@@ -113,7 +116,7 @@ class Grammars:
                 self._matchers.popitem(last=False)
             self._matchers[grammar] = matcher
         self._matchers.move_to_end(grammar)
-        return MatcherConstraint(matcher, self._vocab_size)
+        return MatcherConstraint(matcher, self._vocab_size, Budget())
 
     async def close(self) -> None:
         """End the process."""
@@ -205,10 +208,11 @@ class MatcherConstraint:
 
     Args:
         matcher: An ``LLMatcher`` at its beginning, which stays as it is.
+        budget: The time that it may take, with all its forks.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher.deep_copy(), vocab_size
+    def __init__(self, matcher: Any, vocab_size: int, budget: Budget) -> None:
+        self._matcher, self._vocab_size, self._budget = matcher.deep_copy(), vocab_size, budget
 
     @property
     def complete(self) -> bool:
@@ -217,8 +221,8 @@ class MatcherConstraint:
 
     def fill(self, bitmask: torch.Tensor) -> None:
         """Write the tokens that may come next."""
-        raw = self._matcher.compute_bitmask()
-        self._check()
+        with self._spend():
+            raw = self._matcher.compute_bitmask()
         # The mask of a vocabulary with an end of its own may be a word longer.
         import torch
 
@@ -227,14 +231,21 @@ class MatcherConstraint:
 
     def push(self, token: int) -> None:
         """Take the row's next token."""
-        self._matcher.consume_token(token)
-        self._check()
+        with self._spend():
+            self._matcher.consume_token(token)
+        self._budget.earn()
 
     def fork(self) -> MatcherConstraint:
         """A copy that goes on by itself."""
-        return MatcherConstraint(self._matcher, self._vocab_size)
+        return MatcherConstraint(self._matcher, self._vocab_size, self._budget)
 
-    def _check(self) -> None:
+    @contextmanager
+    def _spend(self) -> Iterator[None]:
+        try:
+            with self._budget.spend():
+                yield
+        except ValueError as error:
+            raise ValueError(f"the grammar cannot go on: {error}") from error
         if self._matcher.is_error():
             raise ValueError(
                 f"the grammar cannot go on: {self._matcher.get_error().partition(_STATE)[0].strip()}"

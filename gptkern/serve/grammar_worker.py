@@ -9,14 +9,42 @@ from __future__ import annotations
 import base64
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import llguidance
 
+# Processor time that a grammar may take in all, beside what each token adds.
+_SECONDS, _TOKEN_SECONDS = 0.25, 0.02
 # Bytes of a mask that are not 0, and how many tokens are tried.
 _ALLOWED = b"\xc8"
 _TRIED_TOKENS = 3
+
+
+class Budget:
+    """The processor time that a grammar may take while text is made: everybody else's tokens wait for it."""
+
+    def __init__(self) -> None:
+        self._left = _SECONDS
+
+    @contextmanager
+    def spend(self) -> Iterator[None]:
+        """Count what is done in the block.
+
+        Raises:
+            ValueError: Nothing is left.
+        """
+        began = time.thread_time()
+        yield
+        self._left -= time.thread_time() - began
+        if self._left < 0:
+            raise ValueError(f"its tokens take more than {_TOKEN_SECONDS:g} s each; a simpler one is needed")
+
+    def earn(self) -> None:
+        """Add the time of one more token."""
+        self._left = min(self._left + _TOKEN_SECONDS, _SECONDS)
 
 
 class Vocabulary:
@@ -98,12 +126,17 @@ def problem(tokenizer: Any, kind: str, text: str) -> str | None:
     except ValueError as error:
         return str(error)
     matcher = matcher_of(tokenizer, source)
-    for _ in range(_TRIED_TOKENS):
-        if matcher.is_error() or matcher.is_stopped():
-            break
-        first = matcher.compute_logit_bias().find(_ALLOWED)
-        if not matcher.is_error():
-            matcher.consume_token(first)
+    budget = Budget()
+    try:
+        for _ in range(_TRIED_TOKENS):
+            if matcher.is_error() or matcher.is_stopped():
+                break
+            with budget.spend():
+                first = matcher.compute_logit_bias().find(_ALLOWED)
+                if not matcher.is_error():
+                    matcher.consume_token(first)
+    except ValueError as error:
+        return str(error)
     # What follows is llguidance's own state.
     return str(matcher.get_error()).partition("<state>")[0].strip() if matcher.is_error() else None
 

@@ -11,16 +11,21 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from typing import Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptkern.serve.admission import RETRY_AFTER
 from gptkern.serve.errors import ApiProblem, ClientGone, bad_field
-from gptkern.serve.service import Service
+from gptkern.serve.settings import ServeSettings
+from gptkern.serve.uploads import Uploads
 
 _LOGGER = logging.getLogger("uvicorn.error")
 REQUEST_ID = "x-request-id"
+# Bytes of the request line and the headers: keys, ids and the cookies of proxies have room.
+HEAD_BYTES = 1 << 16
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # These need no key: they tell nothing of what is asked, and load balancers and browsers ask for them.
 OPEN = frozenset(
@@ -30,12 +35,26 @@ OPEN = frozenset(
 ALWAYS = OPEN
 
 
-class Guard:
-    """ASGI middleware around the application."""
+class Gate(Protocol):
+    """A server, as its guard sees it.
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service, self._settings = app, service, service.settings
-        self._keys = [key.encode() for key in service.settings.api_keys]
+    Attributes:
+        draining: Nothing more is taken.
+    """
+
+    draining: bool
+
+    def refused(self, status: int) -> None:
+        """Take note of a request that was not served."""
+
+
+class Guard:
+    """ASGI middleware around an application."""
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings, gate: Gate) -> None:
+        self._app, self._gate, self._settings = app, gate, settings
+        self._keys = [key.encode() for key in settings.api_keys]
+        self._uploads = Uploads(settings.body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -47,6 +66,7 @@ class Guard:
         request_id, wrong_id = _request_id(Headers(scope=scope))
         scope["state"] |= {"request_id": request_id, "usage": None}
         status = 499
+        upload = self._uploads.open()
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -59,7 +79,7 @@ class Guard:
             if wrong_id is not None:
                 raise wrong_id
             self._check(scope)
-            body = await self._body(Headers(scope=scope), receive)
+            body = await upload.read(Headers(scope=scope), receive)
             await self._app(scope, _replayed(body, receive), sending)
         except ApiProblem as error:
             await error.response(request_id)(scope, receive, sending)
@@ -73,17 +93,20 @@ class Guard:
             fault = ApiProblem(500, f"a fault of the server: {type(error).__name__}")
             await fault.response(request_id)(scope, receive, sending)
         finally:
+            upload.close()
             if status >= 400:
-                self._service.metrics.refused(status)
+                self._gate.refused(status)
             if self._settings.access_log:
                 _log(scope, status, time.monotonic() - began)
 
     def _check(self, scope: Scope) -> None:
-        """Refuse whoever has no key, and whoever comes when the server is about to end."""
+        """Refuse whoever has no key or a long head, and whoever comes when the server is about to end."""
         path = scope["path"]
+        if _head_bytes(scope) > HEAD_BYTES:
+            raise head_too_long()
         if self._keys and path not in OPEN and scope["method"] != "OPTIONS":
             self._check_key(Headers(scope=scope).get("authorization", ""))
-        if self._service.draining and path not in ALWAYS:
+        if self._gate.draining and path not in ALWAYS:
             raise ApiProblem(503, "the server is about to end", code="draining", headers=RETRY_AFTER)
 
     def _check_key(self, header: str) -> None:
@@ -99,51 +122,46 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """The whole body.
 
-        Raises:
-            ApiProblem: It is longer than is accepted; no more of it is read.
-            ClientGone: The client went away.
-        """
-        limit = self._settings.body_bytes
-        length = headers.get("content-length", "0")
-        if length.isascii() and length.isdigit() and int(length[:20]) > limit:
-            raise _too_long(limit)
-        parts: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > limit:
-                raise _too_long(limit)
-            if not message.get("more_body", False):
-                return b"".join(parts)
+def guarded(app: ASGIApp, settings: ServeSettings, gate: Gate) -> ASGIApp:
+    """An application behind its guard, and behind what browsers ask about origins."""
+    inner: ASGIApp = Guard(app, settings, gate)
+    if not settings.cors_origins:
+        return inner
+    return CORSMiddleware(
+        inner,
+        allow_origins=list(settings.cors_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type", REQUEST_ID],
+        expose_headers=[REQUEST_ID, "retry-after"],
+    )
+
+
+def new_id() -> str:
+    """The id of a request that brings none."""
+    return f"req-{secrets.token_hex(12)}"
 
 
 def _request_id(headers: Headers) -> tuple[str, ApiProblem | None]:
     """The request's id: the client's own, or a new one; with an error where the client's is none."""
     given = headers.get(REQUEST_ID)
-    new = f"req-{secrets.token_hex(12)}"
     if given is None:
-        return new, None
+        return new_id(), None
     if not _ID.fullmatch(given):
         accepted = "1 to 128 letters, digits and characters of ._:- are accepted"
-        return new, bad_field(REQUEST_ID, given, accepted)
+        return new_id(), bad_field(REQUEST_ID, given, accepted)
     return given, None
 
 
-def _too_long(limit: int) -> ApiProblem:
-    # The rest of the body is not read: the connection is of no further use.
-    return ApiProblem(
-        413,
-        f"the body is longer than {limit} bytes, which is the most that is accepted",
-        code="body_too_long",
-        headers={"Connection": "close"},
-    )
+def head_too_long() -> ApiProblem:
+    """The error of a request whose head is too long."""
+    message = f"the request line and the headers are longer than {HEAD_BYTES} bytes together"
+    return ApiProblem(431, message, code="headers_too_long", headers={"Connection": "close"})
+
+
+def _head_bytes(scope: Scope) -> int:
+    line = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    return line + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -15,11 +15,13 @@ from gptkern.gpt import GPT
 from gptkern.serve.app import create_app
 from gptkern.serve.service import Service
 from gptkern.serve.settings import ServeSettings
+from gptkern.serve.wire import BoundedProtocol
 
 # After a drain answers are on their way out: they have so many seconds.
 _LAST_SECONDS = 5
 # Requests that a drain has ended get their last tokens within this time.
 _CANCEL_SECONDS = 5.0
+_POLL_SECONDS = 0.02
 # How long the event loop may keep the engine's thread waiting for the interpreter: a pass takes about a
 # millisecond, and Python's own 5 would be as much as several.
 _SWITCH_SECONDS = 0.0005
@@ -29,7 +31,7 @@ def run(model: GPT, settings: ServeSettings | None = None, **engine_options: Any
     """Serve a model until SIGTERM or Ctrl-C.
 
     Either lets the server take no more requests and end those in flight, for ``settings.drain`` seconds; the
-    rest then ends with what it has. A second one ends at once.
+    rest then ends with what it has. A second one ends that time at once.
 
     Args:
         engine_options: Those of ``gptkern.Engine``.
@@ -58,7 +60,10 @@ def server_config(app: Any, settings: ServeSettings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
-        log_level="warning",
+        http=BoundedProtocol,
+        ws="none",
+        # What clients do wrong is told to them.
+        log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,
@@ -86,9 +91,7 @@ class DrainingServer(uvicorn.Server):
         """Take a signal: the first begins the drain, the second ends it, the third ends all."""
         self.interrupted |= sig == signal.SIGINT
         self._signals += 1
-        if self._signals == 2:
-            self.should_exit = True
-        elif self._signals > 2:
+        if self._signals > 2:
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
@@ -111,14 +114,11 @@ class DrainingServer(uvicorn.Server):
     async def _drained(self) -> None:
         """Wait for the requests in flight, then end what is left of them."""
         service = self._service
-        await _until_idle(service, service.settings.drain)
-        if service.jobs_in_flight:
-            service.cancel_all()
-            await _until_idle(service, _CANCEL_SECONDS)
+        end = time.monotonic() + service.settings.drain
+        while service.jobs_in_flight and self._signals < 2 and time.monotonic() < end:
+            await asyncio.sleep(_POLL_SECONDS)
+        service.cancel_all()
+        end = time.monotonic() + _CANCEL_SECONDS
+        while service.jobs_in_flight and time.monotonic() < end:
+            await asyncio.sleep(_POLL_SECONDS)
         self.should_exit = True
-
-
-async def _until_idle(service: Service, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while service.jobs_in_flight and time.monotonic() < end:
-        await asyncio.sleep(0.02)

@@ -172,7 +172,7 @@ class GenerationFields(Fields):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
         None, description="Taken from a token's logit for each time that it was generated. Default 0."
     )
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
         None, description="Above 1, discourages tokens of the prompt and of the answer. Default 1."
     )
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), Whole] | None = Field(

@@ -14,12 +14,12 @@ from gptkern.engine.request import Request, TokenEvent
 from gptkern.gpt import GPT
 from gptkern.serve.admission import Admission, Ticket
 from gptkern.serve.answers import Answer
-from gptkern.serve.chat import template_of
+from gptkern.serve.chat import chat_text, template_of
 from gptkern.serve.errors import ApiProblem, bad_field
 from gptkern.serve.grammar import Grammars, grammar_of
 from gptkern.serve.metrics import Metrics
 from gptkern.serve.options import max_new_of, options_of
-from gptkern.serve.protocol import GenerationFields
+from gptkern.serve.protocol import GenerationFields, Message
 from gptkern.serve.settings import ServeSettings
 from gptkern.tokenizer import Tokenizer
 
@@ -189,6 +189,10 @@ class Service:
         """Requests that have begun and have not been answered."""
         return len(self._jobs)
 
+    def refused(self, status: int) -> None:
+        """Count a request that was not served."""
+        self.metrics.refused(status)
+
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name.
 
@@ -227,6 +231,17 @@ class Service:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except ValueError as error:
             raise ApiProblem(400, f"{param}: {_plain_words(error)}", param=param) from error
+
+    async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation, up to where the model speaks.
+
+        Raises:
+            ApiProblem: As ``chat_text`` and ``encode``.
+        """
+        # In a thread: a template is a program of somebody else's.
+        text = await asyncio.to_thread(chat_text, self.tokenizer, self.chat_template, messages)
+        # The template writes the special tokens.
+        return await self.encode(text, add_special_tokens=False, param="messages")
 
     async def begin(self, wish: Wish, prompts: Sequence[Callable[[], Any]]) -> Job:
         """Admit a request and start its continuations.

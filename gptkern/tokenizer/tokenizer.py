@@ -53,6 +53,8 @@ from gptkern.tokenizer.streams import (
 
 # transformers writes a number beyond this for a tokenizer that knows no longest text.
 _NO_LENGTH = 10**15
+# Characters beyond which a text is encoded as a batch.
+_LONG_TEXT = 8192
 # sentencepiece's mark of a space, and its tokens of one byte
 _SPACE = "\u2581"
 _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -317,7 +319,12 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"Tokenizer.encode: text is not valid Unicode: {error}") from error
         with library_errors("Tokenizer.encode: this tokenizer cannot encode the text"):
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > _LONG_TEXT:
+                # A batch of one: without offsets, in a fifth of the time, and other threads run meanwhile.
+                batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            else:
+                batch = [self._backend.encode(text, add_special_tokens=add_special_tokens)]
+        ids: list[int] = batch[0].ids
         if self._known is not None and not self._known.issuperset(text):
             self._check_nothing_lost(text)
         return ids
