@@ -29,7 +29,7 @@ def accelerate(model: Any, *, generation: Generation = "auto", rng: Rng = "torch
             gptkern's sampler, faster: a draw depends on one seed a call, taken from torch's generator, on
             the row's number in the batch, and on how many tokens the row has made. The same call after
             the same ``torch.manual_seed`` gives the same tokens; a prompt in another row, others. Greedy
-            search takes the sampler with either.
+            and beam search take the sampler with either.
 
     Returns:
         The same model.
@@ -43,7 +43,9 @@ def accelerate(model: Any, *, generation: Generation = "auto", rng: Rng = "torch
 
 
 def restore(model: Any) -> Any:
-    """Undo ``accelerate``; the same model. One that is not accelerated stays as it is.
+    """Undo ``accelerate``, and free the engine of ``generate``; the same model.
+
+    One that is not accelerated stays as it is.
 
     Raises:
         TypeError: No transformers model.

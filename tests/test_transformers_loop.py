@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from gptkern.engine.engine import Engine
 from gptkern.generate.prompt import Prompts
 from gptkern.transformers import explain, options
 from gptkern.transformers.modules import CACHE
+from gptkern.transformers.view import view
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 59}
 SAMPLING: dict[str, Any] = {"do_sample": True, "pad_token_id": 59}
@@ -66,7 +68,9 @@ def fast(pair: tuple[Any, Any]) -> Any:
         ({"logits_processor": [lambda ids, scores: scores.roll(1, -1)]}, False, False),
         ({"forced_eos_token_id": 60}, False, False),
         ({"return_dict_in_generate": True, "output_scores": True}, False, False),
-        ({"num_beams": 2}, False, False),
+        ({"num_beams": 4, "num_return_sequences": 2, "eos_token_id": list(range(9))}, True, True),
+        ({"num_beams": 2, "no_repeat_ngram_size": 2, "length_penalty": 0.5, "pad_token_id": 0}, False, True),
+        ({"num_beams": 2, "stopping_criteria": [lambda ids, scores: ids[:, -1] % 5 == 0]}, False, False),
         ({CACHE: transformers.DynamicCache}, False, False),
     ],
 )
@@ -80,7 +84,7 @@ def test_a_call_becomes_requests_where_the_sampler_computes_it(
         made = {name: value() if isinstance(value, type) else value for name, value in case.items()}
         output = model.generate(ids, attention_mask=mask, max_new_tokens=12, **GREEDY | made)
         found.append(output if isinstance(output, torch.Tensor) else output.sequences)
-    assert requests == ([1, 1, 1] if taken else [])
+    assert requests == ([case.get("num_return_sequences", 1)] * 3 if taken else [])
     assert found[1].dtype == torch.int64 and torch.equal(*found)
     assert not found[1].is_inference()
     found[1].add_(0)
@@ -157,6 +161,9 @@ def test_the_second_call_makes_no_cache(pair: tuple[Any, Any], monkeypatch: pyte
             pair[1].generate(ids, attention_mask=mask, max_new_tokens=9, **mode)
     # The beams, which are more rows, want a larger one.
     assert len(made) == 2
+    engine = weakref.ref(view(pair[1]).engines)
+    gptkern.restore(pair[1])
+    assert engine() is None
 
 
 def test_a_call_that_fails_leaves_the_next_one_alone(pair: tuple[Any, Any]) -> None:
@@ -234,6 +241,7 @@ def test_what_is_asked_for_is_checked_and_told(fast: Any) -> None:
 
     assert "its loop and sampler" in told(fast, do_sample=True)
     assert "rng='philox' is faster" in told(gptkern.accelerate(fast), do_sample=True)
-    assert "beam search" in told(fast, num_beams=3)
+    assert "its loop and sampler" in told(fast, num_beams=3)
+    assert "beam search" in told(fast, num_beams=3, do_sample=True)
     assert "cache" in told(fast, return_dict_in_generate=True)
     assert not {"_gptkern_rng", "_gptkern_generation"} & vars(gptkern.restore(fast)).keys()

@@ -81,8 +81,8 @@ def loop_reason(model: Any, config: Any) -> str | None:
 
     None: the call's processors decide.
     """
-    if (config.num_beams or 1) > 1:
-        return "beam search is the library's"
+    if (config.num_beams or 1) > 1 and config.do_sample:
+        return "the engine's beam search does not sample"
     if config.do_sample and model._gptkern_rng == "torch":
         return "the library draws its very tokens from torch's generator: rng='philox' is faster"
     if config.return_dict_in_generate:
@@ -102,8 +102,8 @@ def _cache_reason(input_ids: torch.Tensor, inputs: dict[str, Any]) -> str | None
 def _requests(gpt: GPT, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[Prompts, Settings] | str:
     """The prompts and settings of a call; a reason where the engine's own do not say the same."""
     config, mask = kwargs["generation_config"], kwargs.get("attention_mask")
-    # The library has repeated each row.
-    copies = config.num_return_sequences or 1
+    # The library has repeated each row, as often as there are beams or continuations of it.
+    copies = max(config.num_beams or 1, config.num_return_sequences or 1)
     mask = None if mask is None else mask[::copies]
     try:
         prompt = prompts(
@@ -129,6 +129,9 @@ def _as_requests(
     # As in the library, rows that have ended are filled up only where there is an end-of-text token.
     filled = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     pad = int(kwargs["generation_config"]._pad_token_tensor) if filled else 0
+    if settings.num_beams > 1 and not pad and settings.eos:
+        # The library's beam search takes a padding token of 0 for none.
+        pad = int(kwargs["generation_config"]._eos_token_tensor[0])
     watched = any(type(criterion) not in ENDS for criterion in criteria)
     running, new = [True] * len(ids), []
     watch = Watch(model)

@@ -73,6 +73,12 @@ def request_options(processors: Any, criteria: Any, config: Any, prompts: Prompt
         "eos_token_id": sorted(eos),
         "max_new_tokens": max(min(lengths, default=config.max_length - width), 1),
     }
+    if (config.num_beams or 1) > 1:
+        other = next((type(criterion) for criterion in criteria if type(criterion) not in ENDS), None)
+        if other is not None:
+            return f"the engine's beam search has no {other.__name__}"
+        options |= {"num_beams": config.num_beams, "early_stopping": config.early_stopping or False}
+        options["length_penalty"] = 1.0 if config.length_penalty is None else config.length_penalty
     if config.do_sample:
         options["top_k"] = 0  # none, unless a warper says so
     for processor in processors:

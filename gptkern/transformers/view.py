@@ -40,6 +40,11 @@ def view(model: Any) -> GPT:
     return gpt
 
 
+def forget(model: Any) -> None:
+    """Free the view of ``model``, and with it the memory of its idle engine."""
+    _views.pop(model, None)
+
+
 def _lay_rows(model: Any) -> None:
     """Store the library's ``(in, out)`` matrices transposed, so that kernels read rows of ``(out, in)``.
 
