@@ -20,7 +20,7 @@ from gptkern.engine.cache import KVCache
 from gptkern.engine.engine import Engine
 from gptkern.generate.prompt import Prompts
 from gptkern.transformers import explain, options
-from gptkern.transformers.modules import CACHE
+from gptkern.transformers.parts import CACHE
 from gptkern.transformers.view import view
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 59}
@@ -164,6 +164,46 @@ def test_the_second_call_makes_no_cache(pair: tuple[Any, Any], monkeypatch: pyte
     engine = weakref.ref(view(pair[1]).engines)
     gptkern.restore(pair[1])
     assert engine() is None
+
+
+def test_pytorch_has_one_thread_between_passes_unless_the_callers_own_code_runs(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads that wake for a row of logits would poll on the cores of the next pass."""
+    counts: list[tuple[str, int]] = []
+
+    def spied(owner: Any, name: str, label: str) -> None:
+        plain = getattr(owner, name)
+
+        def spy(*args: Any, **given: Any) -> Any:
+            counts.append((label, torch.get_num_threads()))
+            return plain(*args, **given)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    def mine(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts.append(("mine", torch.get_num_threads()))
+        return scores
+
+    spied(library.TopKLogitsWarper, "__call__", "between")
+    spied(KVCache, "reserve", "pass")
+    ours = gptkern.accelerate(pair[1])
+    ids, _ = prompt(2, 5, False)
+    call = {"max_new_tokens": 3, "do_sample": True, "top_k": 5, "pad_token_id": 0, "eos_token_id": None}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        ours.generate(ids, **call)
+        assert set(counts) == {("between", 1), ("pass", 2)}
+        assert torch.get_num_threads() == 2
+        counts.clear()
+        ours.generate(ids, logits_processor=[mine], **call)
+        assert set(counts) == {("between", 2), ("pass", 2), ("mine", 2)}
+        counts.clear()
+        ours.generate(ids.repeat(2, 1), **call)
+        assert set(counts) == {("between", 2), ("pass", 2)}
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_call_that_fails_leaves_the_next_one_alone(pair: tuple[Any, Any]) -> None:

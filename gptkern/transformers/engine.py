@@ -7,7 +7,8 @@ cache's place in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +19,12 @@ from gptkern.engine.cache import PAGE_SIZE
 from gptkern.engine.engine import Engine
 from gptkern.engine.rows import Rows
 from gptkern.gpt import GPT
+from gptkern.transformers.options import ENDS, KINDS
 from gptkern.transformers.parts import CACHE
 from gptkern.transformers.refusals import refuse_changes
+
+# The most rows of logits that one thread chooses tokens from. Nucleus sampling sorts each of them.
+FEW_ROWS, FEW_SAMPLED = 32, 2
 
 
 def on_passes(
@@ -39,7 +44,8 @@ def on_passes(
         engine.executors.look_again()
         try:
             cache = EngineCache(model, engine, rows, past, kwargs.get("attention_mask"))
-            output = loop(input_ids, **kwargs | {CACHE: cache})
+            with _threads(1 if _light(kwargs, rows) else torch.get_num_threads()):
+                output = loop(input_ids, **kwargs | {CACHE: cache})
             if config.return_dict_in_generate:
                 output[CACHE] = cache.hand_back()
             elif getattr(past, "_is_user_defined", False):
@@ -66,6 +72,7 @@ class EngineCache(Cache):
         super().__init__(layers=[])
         self._model, self._watch = model, Watch(model)
         self._executors, self._kv = engine.executors, engine.cache
+        self._threads = torch.get_num_threads()
         self._vocab_size = engine.model.spec.vocab_size
         # A model without a cache gets whole sequences in every pass.
         self._whole = model.config.model_type == "openai-gpt"
@@ -100,7 +107,7 @@ class EngineCache(Cache):
         if self._whole:
             input_ids = input_ids[:, self._seen :]
         start, new = self._seen, input_ids.shape[1]
-        with torch.inference_mode():
+        with torch.inference_mode(), _threads(self._threads):
             if start and new == 1:
                 self._kv.reserve([1] * len(self._rows), self._rows)
                 tokens = input_ids[:, 0].to(self._kv.device)
@@ -164,6 +171,28 @@ class EngineCache(Cache):
                 pool.flatten(0, 1)[forward_pass.slots] = new.to(pool.dtype)
         forward_pass.commit()
         self._seen = seen
+
+
+def _light(kwargs: dict[str, Any], rows: int) -> bool:
+    """True if what the library's loop computes between passes is sooner done by one thread.
+
+    An operator on a row of logits wakes PyTorch's threads. They poll for some milliseconds after it, on the
+    cores that the next pass is to run on. A caller's own processor or criterion may run a whole model.
+    """
+    criteria, processors = kwargs["stopping_criteria"], kwargs["logits_processor"]
+    own = all(type(p) in KINDS for p in processors) and all(type(c) in ENDS for c in criteria)
+    return own and rows <= (FEW_SAMPLED if kwargs["generation_config"].do_sample else FEW_ROWS)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Give PyTorch's operators ``count`` threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _texts(input_ids: torch.Tensor, mask: torch.Tensor | None, start: int) -> list[list[int]]:

@@ -56,10 +56,13 @@ _OPTIONS: dict[type, Callable[[Any, int], Options]] = {
 }
 
 
+KINDS = frozenset(_OPTIONS)
+
+
 def request_options(processors: Any, criteria: Any, config: Any, prompts: Prompts) -> Options | str:
     """The options that say what a call's processors and criteria do; a reason where none say the same."""
     kinds, order = [type(processor) for processor in processors], list(_OPTIONS)
-    unknown = next((kind for kind in kinds if kind not in _OPTIONS), None)
+    unknown = next((kind for kind in kinds if kind not in KINDS), None)
     if unknown is not None:
         return f"the engine has no {unknown.__name__}"
     if kinds != sorted(set(kinds), key=order.index):
