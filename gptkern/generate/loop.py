@@ -3,20 +3,60 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gptkern.engine.cache import PAGE_SIZE
 from gptkern.engine.processors import Callbacks
-from gptkern.engine.request import TokenEvent
+from gptkern.engine.request import FinishReason, TokenEvent
 from gptkern.engine.sampling import row_keys
 from gptkern.engine.settings import Settings
-from gptkern.generate.column import Column
 from gptkern.generate.prompt import Prompts
 
 if TYPE_CHECKING:
     from gptkern.gpt import GPT
     from gptkern.tokenizer import Tokenizer
+
+
+# The next event of every row that was still running, by the row's number.
+Column = dict[int, TokenEvent]
+# Some of the likeliest tokens, best first, with their log-probabilities.
+TopTokens = tuple[tuple[int, float], ...]
+
+
+@dataclass
+class Continuation:
+    """The events of one row, brought together.
+
+    Attributes:
+        tokens: New tokens, in order.
+        logprobs, top_logprobs: Of each token, where the caller wants them.
+        texts: Pieces of text, "" among them.
+        finish_reason: Valid once the row has ended.
+        score: Of a row from beam search.
+        drafted, accepted: Tokens that were drafted, and those of them that held.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopTokens] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+    score: float | None = None
+    drafted: int = 0
+    accepted: int = 0
+
+    def take(self, event: TokenEvent) -> None:
+        """Take the row's next event."""
+        assert event.token is not None
+        self.tokens.append(event.token)
+        if event.logprob is not None:
+            self.logprobs.append(event.logprob)
+        self.top_logprobs.append(event.top_logprobs)
+        self.texts.append(event.text)
+        self.finish_reason, self.score = event.finish_reason or "length", event.score
+        self.drafted, self.accepted = self.drafted + event.drafted, self.accepted + event.accepted
 
 
 def columns(
@@ -28,13 +68,13 @@ def columns(
     logprobs: int | None = None,
     callbacks: Callbacks | None = None,
 ) -> Generator[Column, None, None]:
-    """Generate until every row has finished; each item is one new token of every running row.
+    """Generate until every row has finished; each item is the next event of every running row.
 
     Rows are the prompts in order, each ``num_return_sequences`` times; all copies of one share its
     prefill. A row that has finished leaves the batch. Rows of a beam search come when it has ended.
 
     Args:
-        tokenizer: For stop strings and text: with one, columns have text.
+        tokenizer: For stop strings and text: with one, events have text.
         logprobs: None for no log-probabilities, 0 for those of the new tokens, n for those of the n most
             likely tokens as well.
 
@@ -57,57 +97,23 @@ def columns(
                 prompt, settings, own, tokenizer=tokenizer, logprobs=logprobs, callbacks=callbacks
             )
             first[request] = row
-        queue = _Queue(count)
-        while queue.open:
+        queues: dict[int, deque[TokenEvent]] = {row: deque() for row in range(count)}
+        while queues:
             for event in engine.step():
                 row = first[event.request] + event.copy
-                if isinstance(event.error, ValueError):
-                    raise ValueError(f"generate: row {row}: {event.error}") from event.error
-                if isinstance(event.error, RuntimeError):
-                    raise RuntimeError(f"generate: {event.error}") from event.error
-                if event.error is not None:
-                    raise event.error
-                queue.push(row, event)
-            yield from queue.ready()
+                _raise(event, row)
+                queues[row].append(event)
+            while queues and all(queues.values()):
+                column = {row: queue.popleft() for row, queue in queues.items()}
+                queues = {row: queues[row] for row, event in column.items() if event.finish_reason is None}
+                yield column
 
 
-class _Queue:
-    """A queue of tokens for each row, read when every running row has its next one."""
-
-    def __init__(self, rows: int) -> None:
-        self._tokens: dict[int, deque[TokenEvent]] = {row: deque() for row in range(rows)}
-        self._drafted = self._accepted = 0
-
-    @property
-    def open(self) -> bool:
-        """True while a row still runs."""
-        return bool(self._tokens)
-
-    def push(self, row: int, event: TokenEvent) -> None:
-        """Take a row's next token."""
-        self._tokens[row].append(event)
-        self._drafted += event.drafted
-        self._accepted += event.accepted
-
-    def ready(self) -> Iterator[Column]:
-        """The columns that are complete."""
-        while self._tokens and all(self._tokens.values()):
-            rows = list(self._tokens)
-            events = [tokens.popleft() for tokens in self._tokens.values()]
-            scores = [event.logprob for event in events if event.logprob is not None]
-            column = Column(
-                rows,
-                [event.token for event in events if event.token is not None],
-                scores if len(scores) == len(rows) else None,
-                [event.top_logprobs for event in events],
-                [event.finish_reason for event in events],
-                [event.text for event in events],
-                [event.score for event in events],
-                self._drafted,
-                self._accepted,
-            )
-            self._drafted = self._accepted = 0
-            for row, reason in zip(rows, column.finish_reasons, strict=True):
-                if reason is not None:
-                    del self._tokens[row]
-            yield column
+def _raise(event: TokenEvent, row: int) -> None:
+    """Raise the error with which a row ended; nothing where there is none."""
+    if isinstance(event.error, ValueError):
+        raise ValueError(f"generate: row {row}: {event.error}") from event.error
+    if isinstance(event.error, RuntimeError):
+        raise RuntimeError(f"generate: {event.error}") from event.error
+    if event.error is not None:
+        raise event.error

@@ -14,8 +14,7 @@ from gptkern.engine.options import GenerateOptions
 from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion
 from gptkern.engine.request import FinishReason
 from gptkern.engine.settings import Settings, merged, settle
-from gptkern.generate.column import Column, TopTokens
-from gptkern.generate.loop import columns
+from gptkern.generate.loop import Column, Continuation, TopTokens, columns
 from gptkern.generate.prompt import Prompts, prompts
 from gptkern.ops.sample import TopLogprobs
 
@@ -166,38 +165,34 @@ def _collect(
     logprobs_count: int | None,
 ) -> GenerateOutput:
     """The output made of all columns, each handed to the streamer as it comes."""
-    count = len(prompt.rows) * settings.num_return_sequences
-    rows: list[list[int]] = [[] for _ in range(count)]
-    logprobs: list[list[float]] = [[] for _ in range(count)]
-    top: list[list[TopTokens]] = [[] for _ in range(count)]
-    scores: list[float | None] = [None] * count
-    reasons: list[FinishReason] = ["length"] * count
-    drafted = accepted = 0
+    ids, pad = prompt.ids.repeat_interleave(settings.num_return_sequences, 0), settings.pad or 0
+    rows = [Continuation() for _ in ids]
     if streamer is not None:
-        streamer.put(prompt.ids.repeat_interleave(settings.num_return_sequences, 0).cpu())
+        streamer.put(ids.cpu())
     for column in items:
-        for index, row in enumerate(column.rows):
-            rows[row].append(column.tokens[index])
-            reasons[row] = column.finish_reasons[index] or "length"
-            scores[row] = column.scores[index]
-            if column.logprobs is not None:
-                logprobs[row].append(column.logprobs[index])
-            top[row].append(column.top_logprobs[index])
-        drafted, accepted = drafted + column.drafted, accepted + column.accepted
+        for row, event in column.items():
+            rows[row].take(event)
         if streamer is not None:
-            streamer.put(_by_row(column, count, settings.pad))
+            tokens = [rows[row].tokens[-1] if row in column else pad for row in range(len(rows))]
+            streamer.put(torch.tensor(tokens, device="cpu"))
     if streamer is not None:
         streamer.end()
-    new = max(map(len, rows))
-    scored = best = of_beams = None
-    if settings.num_beams > 1:
-        of_beams = torch.tensor(scores, device="cpu")
-    if logprobs_count is not None:
-        scored = torch.tensor([r + [0.0] * (new - len(r)) for r in logprobs], device="cpu")
-    if logprobs_count:
-        best = _top(top, new, logprobs_count)
-    sequences = _sequences(prompt, settings, rows)
-    return GenerateOutput(sequences, reasons, scored, best, of_beams, drafted, accepted)
+    new = max(len(row.tokens) for row in rows)
+    scores = [row.score for row in rows if row.score is not None]
+    return GenerateOutput(
+        torch.cat([ids, _filled([row.tokens for row in rows], new, pad).to(ids.device)], dim=1),
+        [row.finish_reason for row in rows],
+        None if logprobs_count is None else _filled([row.logprobs for row in rows], new, 0.0),
+        _top([row.top_logprobs for row in rows], new, logprobs_count) if logprobs_count else None,
+        torch.tensor(scores, device="cpu") if scores else None,
+        sum(row.drafted for row in rows),
+        sum(row.accepted for row in rows),
+    )
+
+
+def _filled(rows: Sequence[Sequence[float]], new: int, filling: float) -> torch.Tensor:
+    """Rows of numbers as a tensor ``(rows, new)``, filled up."""
+    return torch.tensor([[*row, *[filling] * (new - len(row))] for row in rows], device="cpu")
 
 
 def _top(rows: Sequence[Sequence[TopTokens]], new: int, count: int) -> TopLogprobs:
@@ -207,18 +202,3 @@ def _top(rows: Sequence[Sequence[TopTokens]], new: int, count: int) -> TopLogpro
     tokens = [[[token for token, _ in pairs] for pairs in row] for row in filled]
     logprobs = [[[logprob for _, logprob in pairs] for pairs in row] for row in filled]
     return TopLogprobs(torch.tensor(tokens, device="cpu"), torch.tensor(logprobs, device="cpu"))
-
-
-def _by_row(column: Column, count: int, pad: int | None) -> torch.Tensor:
-    """The tokens of a column as one token for each of ``count`` rows; padding for rows that have ended."""
-    tokens = [pad or 0] * count
-    for row, token in zip(column.rows, column.tokens, strict=True):
-        tokens[row] = token
-    return torch.tensor(tokens, device="cpu")
-
-
-def _sequences(prompt: Prompts, settings: Settings, rows: list[list[int]]) -> torch.Tensor:
-    new = max(map(len, rows))
-    filled = [row + [settings.pad or 0] * (new - len(row)) for row in rows]
-    tokens = torch.tensor(filled, dtype=torch.int64, device=prompt.ids.device)
-    return torch.cat([prompt.ids.repeat_interleave(settings.num_return_sequences, 0), tokens], dim=1)

@@ -13,8 +13,7 @@ from gptkern.engine.option_checks import plain
 from gptkern.engine.options import GenerateOptions
 from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion
 from gptkern.engine.request import FinishReason
-from gptkern.generate.column import Column
-from gptkern.generate.loop import columns
+from gptkern.generate.loop import Column, Continuation, columns
 from gptkern.generate.run import logprobs_count, needed_tokenizer, prepare
 
 if TYPE_CHECKING:
@@ -54,32 +53,21 @@ class TextStream(Iterator[str]):
     """
 
     def __init__(self, items: Iterator[Column], top_logprobs: bool) -> None:
-        self._columns = items
-        self._pieces: list[str] = []
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-        self._top: list[list[tuple[int, float]]] | None = [] if top_logprobs else None
-        self._reason: FinishReason = "length"
+        self._columns, self._top = items, top_logprobs
+        self._row = Continuation()
 
     def __next__(self) -> str:
         piece = ""
         while not piece:
-            column = next(self._columns)
-            (piece,) = column.texts
-            assert column.logprobs is not None
-            self._tokens += column.tokens
-            self._logprobs += column.logprobs
-            if self._top is not None:
-                self._top.append(list(column.top_logprobs[0]))
-            if column.finish_reasons[0]:
-                self._reason = column.finish_reasons[0]
-        self._pieces.append(piece)
+            (event,) = next(self._columns).values()
+            self._row.take(event)
+            piece = event.text
         return piece
 
     @property
     def completion(self) -> Completion:
         """The completion so far: see the class."""
-        return Completion("".join(self._pieces), self._tokens, self._logprobs, self._top, self._reason)
+        return _completion(self._row, self._top)
 
 
 def stream(
@@ -129,33 +117,25 @@ def generate_text(
         return []
     checked, settings = prepare(model, *batch(tokenizer, several), options)
     callbacks = Callbacks.of(logits_processor, stopping_criteria)
-    drawn = settings.num_beams == 1
-    if not drawn:
+    if settings.num_beams > 1:
         refuse_beams(
             "generate_text",
             top_logprobs=top_logprobs,
             logits_processor=callbacks.processors,
             stopping_criteria=callbacks.criteria,
         )
-    count = logprobs_count(model, drawn, top_logprobs)
-    rows = len(checked.rows) * settings.num_return_sequences
-    texts: list[list[str]] = [[] for _ in range(rows)]
-    tokens: list[list[int]] = [[] for _ in texts]
-    logprobs: list[list[float]] = [[] for _ in texts]
-    top: list[list[list[tuple[int, float]]]] = [[] for _ in texts]
-    reasons: list[FinishReason] = ["length"] * len(texts)
+    count = logprobs_count(model, settings.num_beams == 1, top_logprobs)
+    rows = [Continuation() for _ in range(len(checked.rows) * settings.num_return_sequences)]
     for column in columns(model, checked, settings, tokenizer=tokenizer, logprobs=count, callbacks=callbacks):
-        for place, row in enumerate(column.rows):
-            texts[row].append(column.texts[place])
-            tokens[row].append(column.tokens[place])
-            if column.logprobs is not None:
-                logprobs[row].append(column.logprobs[place])
-            top[row].append(list(column.top_logprobs[place]))
-            reasons[row] = column.finish_reasons[place] or "length"
-    return [
-        Completion("".join(text), ids, scores if drawn else None, best if count else None, reason)
-        for text, ids, scores, best, reason in zip(texts, tokens, logprobs, top, reasons, strict=True)
-    ]
+        for row, event in column.items():
+            rows[row].take(event)
+    return [_completion(row, top_logprobs is not None) for row in rows]
+
+
+def _completion(row: Continuation, top_logprobs: bool) -> Completion:
+    top = [list(pairs) for pairs in row.top_logprobs] if top_logprobs else None
+    logprobs = row.logprobs if row.score is None else None
+    return Completion("".join(row.texts), row.tokens, logprobs, top, row.finish_reason)
 
 
 def batch(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -140,10 +140,10 @@ def _as_requests(
             refuse_changes(model, watch)
             column = next(items)
             tokens = [pad] * len(running)
-            for row, token, reason in zip(column.rows, column.tokens, column.finish_reasons, strict=True):
-                if running[row] or not filled:
-                    tokens[row] = token
-                running[row] = running[row] and reason is None
+            for row, event in column.items():
+                if event.token is not None and (running[row] or not filled):
+                    tokens[row] = event.token
+                running[row] = running[row] and event.finish_reason is None
             new.append(tokens)
             if streamer is not None:
                 streamer.put(torch.tensor(tokens))
