@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptkern.engine.lookup import Lookup
@@ -107,3 +108,18 @@ class Copy:
         if end:
             self.text.end()
         return self.text.fresh()
+
+
+def draft_tokens(copies: Sequence[Copy], most: int) -> None:
+    """Draft tokens of copies for a pass of at most ``most`` tokens; those that have some share its room."""
+    # Rows that compute their tokens anew draft none.
+    ready = [c for c in copies if c.row.generated and c.row.computed + 1 == c.row.total]
+    drafts: dict[Copy, list[int]] = {}
+    for copy in ready:
+        room = copy.row.max_new - len(copy.row.generated) - 1
+        if copy.lookup is not None:
+            drafts[copy] = copy.lookup.draft(min(copy.settings.speculate, room))
+    wanted = sum(map(bool, drafts.values()))
+    share = max((most - len(ready)) // wanted, 0) if wanted else 0
+    for copy, draft in drafts.items():
+        copy.row.draft = draft[:share]

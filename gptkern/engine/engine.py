@@ -11,22 +11,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 
-from gptkern.engine.beam import BeamSearch, advance, refuse_beams
+from gptkern.engine.beam import advance, refuse_beams
 from gptkern.engine.cache import PAGE_SIZE, KVCache
 from gptkern.engine.constraint import Constraint
-from gptkern.engine.copies import Copy
+from gptkern.engine.copies import Copy, draft_tokens
 from gptkern.engine.executors.choose import Executors
 from gptkern.engine.executors.graph import MOST_ROWS
-from gptkern.engine.job import Inbox, Job
+from gptkern.engine.job import Inbox, Job, new_job
 from gptkern.engine.launch import Launch, Launcher
-from gptkern.engine.lookup import Lookup
 from gptkern.engine.options import KVCacheDType
 from gptkern.engine.processors import Callbacks
 from gptkern.engine.request import FinishReason, Request, TokenEvent
-from gptkern.engine.sampling import RowDraw, RowParams, Sampler, SamplerRow, row_keys
+from gptkern.engine.sampling import RowDraw, RowParams, Sampler, row_keys
 from gptkern.engine.scheduler import Row, Scheduler
 from gptkern.engine.settings import Settings, merged, settle
-from gptkern.engine.stop_strings import RowText
 from gptkern.engine.weights_version import WeightsVersion
 from gptkern.model.decoder import Decoder
 
@@ -167,7 +165,7 @@ class Engine:
 
     def has(self, request: int) -> bool:
         """True if the request exists and has not ended."""
-        return request in self._jobs or any(job.rows[0].request == request for job in self._inbox.added)
+        return request in self._jobs or any(job.number == request for job in self._inbox.added)
 
     @property
     def preemptions(self) -> int:
@@ -271,40 +269,24 @@ class Engine:
         if settings.stop_strings and tokenizer is None:
             raise ValueError("Engine.add: stop_strings need a tokenizer: the model came without one")
         params = RowParams(settings, self.model.spec.vocab_size, logprobs)
-        callbacks = callbacks or Callbacks()
         ends = None if deadline is None else time.monotonic() + deadline
         with self._inbox.lock:
-            number = next(self._ids)
-            rows = [
-                Row(number, place, priority, number, prompt, settings.max_new, ends)
-                for place in range(max(len(keys), beams))
-            ]
-            copies = [
-                Copy(
-                    row,
-                    settings,
-                    SamplerRow(
-                        params,
-                        prompt,
-                        seed=seed,
-                        request=draws,
-                        processors=callbacks.processors,
-                        constraint=None if constraint is None else constraint.fork(),
-                    ),
-                    None if tokenizer is None else RowText(tokenizer, settings.stop_strings, prompt),
-                    Lookup(prompt) if settings.speculate and constraint is None else None,
-                    prompt_logprobs,
-                    callbacks,
-                )
-                for row, (seed, draws) in zip(rows, keys, strict=False)
-            ]
-            job = Job(rows, copies)
-            if beams > 1:
-                job.search = BeamSearch(prompt, settings, params, self.model.device, tokenizer)
-                for row in rows:
-                    row.beams = rows
+            job = new_job(
+                next(self._ids),
+                prompt,
+                settings,
+                params,
+                keys,
+                tokenizer=tokenizer,
+                priority=priority,
+                deadline=ends,
+                prompt_logprobs=prompt_logprobs,
+                callbacks=callbacks or Callbacks(),
+                constraint=constraint,
+                device=self.model.device,
+            )
             self._inbox.added.append(job)
-        return number
+        return job.number
 
     def weights_changed(self) -> None:
         """Find no prefix again that was computed until now.
@@ -437,7 +419,7 @@ class Engine:
     def _follow_inbox(self) -> None:
         added, cancelled = self._inbox.take()
         for job in added:
-            self._jobs[job.rows[0].request] = job
+            self._jobs[job.number] = job
             self._copies.update((copy.row, copy) for copy in job.copies)
             self._scheduler.add(job.rows)
         for number in cancelled:
@@ -497,21 +479,10 @@ class Engine:
         )
 
     def _draft(self, most: int) -> None:
-        """Draft tokens for the next pass; rows that have some share alike what it has room for."""
-        if all(copy.lookup is None for copy in self._copies.values()):
-            return
-        # Rows that compute their tokens anew draft none.
-        rows = [c for c in self._copies.values() if c.row.generated and c.row.computed + 1 == c.row.total]
-        drafts: dict[Copy, list[int]] = {}
-        for copy in rows:
-            room = copy.row.max_new - len(copy.row.generated) - 1
-            if copy.lookup is not None:
-                drafts[copy] = copy.lookup.draft(min(copy.settings.speculate, room))
-        wanted = sum(map(bool, drafts.values()))
-        beams = sum(len(job.search.running) for job in self._jobs.values() if job.search is not None)
-        share = max((most - len(rows) - beams) // wanted, 0) if wanted else 0
-        for copy, draft in drafts.items():
-            copy.row.draft = draft[:share]
+        """Draft tokens for the next pass, of at most ``most`` tokens."""
+        if any(copy.lookup is not None for copy in self._copies.values()):
+            beams = sum(len(job.search.running) for job in self._jobs.values() if job.search is not None)
+            draft_tokens([copy for copy in self._copies.values() if not copy.row.beams], most - beams)
 
 
 def _check_whole(source: str, **values: Any) -> None:

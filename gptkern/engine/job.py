@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
 
 from gptkern.engine.beam import BeamSearch
+from gptkern.engine.constraint import Constraint
 from gptkern.engine.copies import Copy
+from gptkern.engine.lookup import Lookup
+from gptkern.engine.processors import Callbacks
 from gptkern.engine.request import TokenEvent
-from gptkern.engine.sampling import RowDraw
+from gptkern.engine.sampling import RowDraw, RowParams, SamplerRow
 from gptkern.engine.scheduler import Row
+from gptkern.engine.settings import Settings
+from gptkern.engine.stop_strings import RowText
 from gptkern.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    from gptkern.tokenizer import Tokenizer
 
 
 @dataclass(eq=False)
@@ -26,6 +38,11 @@ class Job:
     rows: list[Row]
     copies: list[Copy]
     search: BeamSearch | None = None
+
+    @property
+    def number(self) -> int:
+        """The request's number."""
+        return self.rows[0].request
 
     def settled(self, model: Decoder) -> list[TokenEvent]:
         """The events of a search that has ended, whose rows have: all tokens of every sequence it returns.
@@ -43,6 +60,59 @@ class Job:
         )
         events += [copy.ended("error", few) for copy in self.copies[len(found) :]]
         return events
+
+
+def new_job(
+    number: int,
+    prompt: list[int],
+    settings: Settings,
+    params: RowParams,
+    keys: Sequence[tuple[int, int]],
+    *,
+    tokenizer: Tokenizer | None,
+    priority: int,
+    deadline: float | None,
+    prompt_logprobs: int | None,
+    callbacks: Callbacks,
+    constraint: Constraint | None,
+    device: torch.device,
+) -> Job:
+    """A request as the engine runs it; the arguments are those of ``Engine.submit``, checked.
+
+    Args:
+        number: By which events name it.
+        deadline: On the engine's clock.
+        device: Of the logits.
+    """
+    beams = settings.num_beams
+    rows = [
+        Row(number, place, priority, number, prompt, settings.max_new, deadline)
+        for place in range(max(len(keys), beams))
+    ]
+    copies = [
+        Copy(
+            row,
+            settings,
+            SamplerRow(
+                params,
+                prompt,
+                seed=seed,
+                request=draws,
+                processors=callbacks.processors,
+                constraint=None if constraint is None else constraint.fork(),
+            ),
+            None if tokenizer is None else RowText(tokenizer, settings.stop_strings, prompt),
+            Lookup(prompt) if settings.speculate and constraint is None else None,
+            prompt_logprobs,
+            callbacks,
+        )
+        for row, (seed, draws) in zip(rows, keys, strict=False)
+    ]
+    if beams == 1:
+        return Job(rows, copies)
+    for row in rows:
+        row.beams = rows
+    return Job(rows, copies, BeamSearch(prompt, settings, params, device, tokenizer))
 
 
 @dataclass
