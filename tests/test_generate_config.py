@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from families import CONFIGS
+from family_models import library_model
+from transformers import AutoModelForCausalLM
 
 import gptkern
 from gptkern.checkpoint import generation
@@ -58,6 +62,13 @@ def test_every_field_is_an_option_or_refused_by_name() -> None:
     assert not set(generation.UNSUPPORTED) & set(generation.FIELDS)
 
 
+def test_the_page_names_every_field() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "generate.md").read_text()
+    table = text.partition("What becomes of a field of `generation_config.json`")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert {*generation.FIELDS, *generation.UNSUPPORTED, "bos_token_id", "return_dict_in_generate"} <= named
+
+
 FIRST = [95, 51, 51, 54, 35, 6, 95, 8]
 SAID: list[tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]] = [
     ({"eos_token_id": [96, 54]}, {}, {}),
@@ -103,6 +114,38 @@ def test_a_checkpoint_s_word_is_the_default_as_in_transformers(
     ours.tokenizer = Tokenizer.bytes()
     (completion,) = ours.generate_text(PROMPT.tolist(), **given)
     assert completion.token_ids == expected[0, 5:].tolist()
+
+
+@pytest.mark.parametrize("name", ["opt", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"eos_token_id": [60, 31, 7], "pad_token_id": 3, "bos_token_id": 1, "max_new_tokens": 40},
+        {"repetition_penalty": 1.7, "no_repeat_ngram_size": 3, "max_length": 30, "eos_token_id": 66},
+        {
+            "num_beams": 3,
+            "early_stopping": True,
+            "length_penalty": 0.5,
+            "eos_token_id": [5, 6],
+            "pad_token_id": 3,
+        },
+    ],
+    ids=str,
+)
+def test_a_family_s_checkpoint_is_followed_and_written_back(
+    name: str, said: dict[str, Any], tmp_path: Path
+) -> None:
+    library_model(CONFIGS[name]).save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps(said))
+    ids = torch.randint(67, (4, 6), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    ours = GPT.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "generation_config.json").read_text()) == said
+    for folder in ("theirs", "ours"):
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / folder, attn_implementation="eager")
+        expected = theirs.generate(ids, attention_mask=mask)
+        assert torch.equal(ours.generate(ids, mask), expected)
 
 
 def test_the_drop_in_agrees(folder: Path) -> None:
