@@ -20,7 +20,19 @@ from gptkern.checkpoint.errors import CheckpointError, shown
 from gptkern.checkpoint.files import LARGEST_VOCABULARY, read_json, read_text
 from gptkern.checkpoint.pending import Files
 from gptkern.tokenizer.library import library_errors
-from gptkern.tokenizer.pipelines import END_OF_TEXT, END_OF_WORD, GPT1, GPT2, Family, Merges, Vocabulary
+from gptkern.tokenizer.pipelines import (
+    CLASS_OF_ITS_OWN,
+    CLASSES,
+    END_OF_TEXT,
+    END_OF_WORD,
+    GPT1,
+    GPT2,
+    LLAMA,
+    OF_MODEL,
+    Family,
+    Merges,
+    Vocabulary,
+)
 
 JSON, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -28,8 +40,6 @@ TEMPLATE = "chat_template.jinja"
 
 GENERIC = "PreTrainedTokenizerFast"
 _GENERIC = ("", "PreTrainedTokenizer", "TokenizersBackend")
-_FAMILIES = {family.class_name: family for family in (GPT2, GPT1)}
-_OF_MODEL = {"gpt2": GPT2, "openai-gpt": GPT1}
 
 # in the order in which they get ids
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -89,7 +99,7 @@ def read(files: Files, tokenizer_json: Path | None) -> Parts:
     _check_types(files / CONFIG, configuration)
     special = _read_special(files, configuration)
     declared = _declared_class(files, configuration)
-    family = _family(files, declared)
+    family = _family(files, declared, tokenizer_json)
     if tokenizer_json is not None:
         backend, family = _from_json(tokenizer_json, family, configuration, special)
         source = str(tokenizer_json)
@@ -108,7 +118,11 @@ def read(files: Files, tokenizer_json: Path | None) -> Parts:
         backend.no_truncation()
         backend.no_padding()
     _try(backend, source)
-    configuration["tokenizer_class"] = family.class_name if family else declared or GENERIC
+    # A class with a pipeline of its own would take the file's place where it is read without the model.
+    as_it_is = GENERIC if declared in CLASSES else declared or GENERIC
+    if family is not None and family.pads_left:
+        configuration.setdefault("padding_side", "left")
+    configuration["tokenizer_class"] = family.class_name if family else as_it_is
     template = read_text(files / TEMPLATE, LARGEST_VOCABULARY) if TEMPLATE in files else None
     return Parts(backend, configuration, names, template)
 
@@ -139,13 +153,21 @@ def _declared_class(files: Files, configuration: dict[str, Any]) -> str:
     return GENERIC if declared == GENERIC else declared.removesuffix("Fast")
 
 
-def _family(files: Files, declared: str) -> Family | None:
-    if declared:
-        return _FAMILIES.get(declared)
-    if "config.json" not in files:
-        return None
-    model_type = read_json(files / "config.json").get("model_type")
-    return _OF_MODEL.get(model_type) if isinstance(model_type, str) else None
+def _family(files: Files, declared: str, tokenizer_json: Path | None) -> Family | None:
+    """The pipeline that takes the place of the file's own; None for the file's.
+
+    The class that files name decides, unless the model type has a class of its own and the named one is not
+    it; a LlamaTokenizer whose file is byte-level (Llama 3) is no such tokenizer.
+    """
+    found = read_json(files / "config.json").get("model_type") if "config.json" in files else None
+    model_type = found if isinstance(found, str) else ""
+    own = OF_MODEL.get(model_type)
+    if not declared or model_type in CLASS_OF_ITS_OWN or (model_type in OF_MODEL and own is None):
+        return own
+    if declared == LLAMA.class_name and tokenizer_json is not None:
+        byte_level = '"ByteLevel"' in read_text(tokenizer_json, LARGEST_VOCABULARY)
+        return None if byte_level else LLAMA
+    return CLASSES.get(declared)
 
 
 def _from_json(
@@ -162,9 +184,10 @@ def _from_json(
     merges: Merges = [(left, right) for left, right in pairs]
     with library_errors(f"{path}: model"):
         backend = family.build(
-            _distinct(path, model["vocab"]), merges, *_build_options(family, configuration, special)
+            _distinct(path, model["vocab"]), merges, configuration, _unknown(family, special)
         )
-    backend.post_processor = described.post_processor
+    if family.puts_around:
+        backend.post_processor = described.post_processor
     if _DECODER not in configuration:
         special.added |= described.get_added_tokens_decoder()
     return backend, family
@@ -175,22 +198,22 @@ def _from_vocabulary(
 ) -> tuple[tokenizers.Tokenizer, Family]:
     vocab = _read_vocabulary(files / VOCAB)
     merges = _read_merges(files / MERGES)
-    if family is None:
+    if family is None or not family.of_lists:
         if declared not in (GENERIC, *_GENERIC):
+            able = [name for name, known in CLASSES.items() if known.of_lists]
             raise CheckpointError(
                 f"{files / CONFIG}: tokenizer_class is {shown(declared)}; with {VOCAB} and {MERGES} alone "
-                f"{' and '.join(_FAMILIES)} are read: save it with {JSON}"
+                f"{', '.join(able)} are read: save it with {JSON}"
             )
         family = GPT1 if any(token.endswith(END_OF_WORD) for token in vocab) else GPT2
     with library_errors(f"{files / VOCAB}, {MERGES}: not a BPE vocabulary and its merges"):
-        return family.build(vocab, merges, *_build_options(family, configuration, special)), family
+        return family.build(vocab, merges, configuration, _unknown(family, special)), family
 
 
-def _build_options(
-    family: Family, configuration: dict[str, Any], special: _Special
-) -> tuple[bool, str | None]:
-    unknown = special.named.get("unk_token", family.defaults["unk_token"])
-    return bool(configuration.get("add_prefix_space")), None if unknown is None else text_of(unknown)
+def _unknown(family: Family, special: _Special) -> str | None:
+    """The text of the token in the place of what the vocabulary cannot express."""
+    token = special.named.get("unk_token", family.defaults["unk_token"])
+    return None if token is None else text_of(token)
 
 
 def _read_vocabulary(path: Path) -> Vocabulary:
