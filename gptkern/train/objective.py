@@ -52,11 +52,13 @@ class LanguageModelling(nn.Module):
         extras = (self.z_loss, self.label_smoothing) if self.training else (0.0, 0.0)
         hidden, head = hidden_states(self.model, ids), self.model.lm_head
         spec = self.model.spec
-        plain = getattr(head, "bias", None) is None and spec.logits_softcap is None
-        if plain and untouched(head, *LINEAR):
+        bias = getattr(head, "bias", None)
+        if untouched(head, *LINEAR) and (bias is None or spec.logits_scale == 1.0):
             hidden = hidden if spec.logits_scale == 1.0 else hidden * spec.logits_scale
-            return ops.linear_cross_entropy(hidden, head.weight, targets, -100, "sum", *extras)
-        # A head with a bias or a cap, hooked or put in, is called, at the price of its logits.
+            return ops.linear_cross_entropy(
+                hidden, head.weight, targets, -100, "sum", *extras, bias=bias, softcap=spec.logits_softcap
+            )
+        # A head that is hooked or put in is called, at the price of its logits.
         return logit_losses(self.model.logits(hidden).flatten(0, -2), targets.flatten(), -100, *extras).sum()
 
 

@@ -25,6 +25,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"reduction": "mean", "z_loss": 1e-3, "label_smoothing": 0.3, "ignore_index": 2},
 ]
 IDS = ["mean", "smoothed-sum", "per-token", "all"]
+CAPPED: list[dict[str, Any]] = [
+    {"softcap": 3.0},
+    {"reduction": "none", "softcap": 5.0, "z_loss": 1e-2, "label_smoothing": 0.2},
+]
 
 
 def inputs(tokens: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -37,15 +41,19 @@ def inputs(tokens: int, width: int, vocab: int, dtype: torch.dtype, device: torc
 
 def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **settings: Any) -> torch.Tensor:
     """The unfused expression, as one writes it: logits in the inputs' dtype, the loss in fp32."""
-    z_loss = settings.pop("z_loss", 0.0)
+    z_loss, softcap = settings.pop("z_loss", 0.0), settings.pop("softcap", None)
     ignore, reduction = settings.setdefault("ignore_index", -100), settings.pop("reduction", "mean")
     logits = F.linear(hidden, weight)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = F.cross_entropy(logits, targets, reduction="none", **settings)
-    losses = losses + z_loss * logits.logsumexp(-1).square() * (targets != ignore)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    classes = settings.pop("ce_weight", None)
+    classes = classes if classes is None else classes.to(logits.dtype)
+    loss = F.cross_entropy(logits, targets, classes, reduction=reduction, **settings)
+    squares = z_loss * logits.logsumexp(-1).square() * (targets != ignore)
     if reduction == "mean":
-        return losses.sum() / (targets != ignore).sum()
-    return losses.sum() if reduction == "sum" else losses
+        return loss + squares.sum() / (targets != ignore).sum()
+    return loss + (squares.sum() if reduction == "sum" else squares)
 
 
 def value_and_grads(
@@ -92,6 +100,38 @@ def test_against_float64(
     assert found[1].dtype == found[2].dtype == dtype
     for a, b, c in zip(found, unfused, exact, strict=True):
         assert_accurate(a, b, c)
+
+
+@pytest.mark.parametrize("settings", CAPPED, ids=["capped", "capped-all"])
+@pytest.mark.parametrize("shape", [(5, 24, 11), (130, 72, 300)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.usefixtures("on_device")
+def test_soft_cap(
+    dtype: torch.dtype, shape: tuple[int, int, int], settings: dict[str, Any], device: torch.device
+) -> None:
+    hidden, weight, targets = inputs(*shape, dtype, device)
+    exact = value_and_grads(plain, hidden.double(), weight.double(), targets, **settings)
+    unfused = value_and_grads(plain, hidden, weight, targets, **settings)
+    for a, b, c in zip(
+        value_and_grads(linear_cross_entropy, hidden, weight, targets, **settings),
+        unfused,
+        exact,
+        strict=True,
+    ):
+        assert_accurate(a, b, c)
+
+
+@pytest.mark.usefixtures("on_device")
+def test_soft_cap_and_smoothing_where_exponentials_vanish(device: torch.device) -> None:
+    """Logits 180 below a tile's highest: exp gives 0, and the cap's derivative is still that of the logit."""
+    hidden = torch.tensor([[1.0]], dtype=torch.float16, device=device)
+    weight = torch.tensor([[90.0], [-90.0], [-40.0]], dtype=torch.float16, device=device)
+    targets = torch.zeros(1, dtype=torch.int64, device=device)
+    settings = {"softcap": 100.0, "label_smoothing": 0.5}
+    exact = value_and_grads(plain, hidden.double(), weight.double(), targets, **settings)
+    found = value_and_grads(linear_cross_entropy, hidden, weight, targets, **settings)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-3, atol=0)
 
 
 def test_one_word_one_column(device: torch.device) -> None:
@@ -222,8 +262,11 @@ def test_autocast(device: torch.device) -> None:
 def test_opcheck(reduction: str, device: torch.device) -> None:
     hidden, weight, targets = inputs(6, 16, 20, torch.float32, device)
     hidden.requires_grad_(), weight.requires_grad_()
-    settings = (-100, reduction, 0.0, 0.1, torch.float32, True, True)
-    torch.library.opcheck(torch.ops.gptkern.linear_cross_entropy, (hidden, weight, targets, *settings))
+    for extras in ((None, None, 0.0), (torch.randn(20, device=device), torch.rand(20, device=device), 5.0)):
+        bias, ce_weight, softcap = extras
+        settings = (-100, reduction, 0.1, 0.1, softcap, bias is not None, torch.float32, True, True, False)
+        arguments = (hidden, weight, targets, bias, ce_weight, *settings)
+        torch.library.opcheck(torch.ops.gptkern.linear_cross_entropy, arguments)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -362,3 +405,118 @@ def test_a_bias_of_another_length_is_named(device: torch.device) -> None:
         linear_cross_entropy(
             torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64), bias=torch.zeros(4)
         )
+
+
+CLASSES: list[dict[str, Any]] = [
+    {},
+    {"reduction": "sum", "label_smoothing": 0.2},
+    {"reduction": "none", "z_loss": 0.05},
+    {"z_loss": 0.05, "label_smoothing": 0.3, "softcap": 4.0, "ignore_index": 2},
+]
+
+
+@pytest.mark.parametrize("settings", CLASSES, ids=["mean", "smoothed-sum", "per-token", "all"])
+@pytest.mark.parametrize("shape", [(5, 24, 11), (130, 72, 300)])
+@pytest.mark.usefixtures("on_device")
+def test_class_weights(shape: tuple[int, int, int], settings: dict[str, Any], device: torch.device) -> None:
+    """As PyTorch's ``weight``, with classes of weight 0 among them; the z-loss's mean is over tokens."""
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, targets = inputs(*shape, dtype, device)
+        targets = targets.masked_fill(targets == -100, settings.get("ignore_index", -100))
+        classes = torch.rand(shape[2], device=device) * 3
+        classes[::3] = 0.0
+        classes[targets[1:4].clamp(min=0)] = 2.5
+        given = {**settings, "ce_weight": classes}
+        exact = value_and_grads(plain, hidden.double(), weight.double(), targets, **given)
+        unfused = value_and_grads(plain, hidden, weight, targets, **given)
+        found = value_and_grads(linear_cross_entropy, hidden, weight, targets, **given)
+        with gptkern.backend("reference"):
+            reference_loss = linear_cross_entropy(hidden, weight, targets, **given)
+        for a, b, c in zip(found, unfused, exact, strict=True):
+            assert_accurate(a, b, c)
+        torch.testing.assert_close(reference_loss, unfused[0], rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.usefixtures("on_device")
+def test_z_loss_and_accuracy_apart(reduction: str, device: torch.device) -> None:
+    hidden, weight, targets = inputs(140, 24, 300, torch.float32, device)
+    logits = F.linear(hidden, weight)
+    targets[::3] = logits.argmax(-1)[::3]
+    targets[::4] = -100
+    counted = targets != -100
+    settings = {"reduction": reduction, "z_loss": 0.1}
+    alone = linear_cross_entropy(hidden, weight, targets, **settings)
+    squares = 0.1 * logits.logsumexp(-1).square() * counted
+    hits = ((logits.argmax(-1) == targets) & counted).float()
+    expected = {
+        "mean": (squares.sum() / counted.sum(), hits.sum() / counted.sum()),
+        "sum": (squares.sum(), hits.sum() / counted.sum()),
+        "none": (squares, hits),
+    }[reduction]
+    asked = {**settings, "return_z_loss": True, "return_token_accuracy": True}
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    op = linear_cross_entropy
+    for function, backend in ((op, "kernel"), (op, "reference"), (compiled, "kernel")):
+        with gptkern.backend(backend):
+            found = function(hidden, weight.clone().requires_grad_(), targets, **asked)
+        torch.testing.assert_close(found.loss.detach(), alone)
+        torch.testing.assert_close(found.z_loss, expected[0])
+        assert torch.equal(found.token_accuracy, expected[1])
+        assert found.loss.requires_grad
+        assert not found.z_loss.requires_grad
+        assert not found.token_accuracy.requires_grad
+    only = linear_cross_entropy(hidden, weight, targets, return_token_accuracy=True)
+    assert only.z_loss is None
+
+
+@pytest.mark.usefixtures("on_device")
+def test_the_first_of_equal_logits_is_the_prediction(device: torch.device) -> None:
+    """A head of zeros is right about word 0 alone, and not about everything; words masked by -inf lose."""
+    hidden, weight, _ = inputs(6, 8, 300, torch.float32, device)
+    targets = torch.tensor([0, 0, 1, 299, 150, 0], device=device)
+    found = linear_cross_entropy(hidden, weight * 0, targets, reduction="none", return_token_accuracy=True)
+    assert found.token_accuracy.tolist() == [1, 1, 0, 0, 0, 1]
+    # More tiles than are merged at once.
+    many = torch.zeros(4300, 8, device=device)
+    targets = torch.tensor([0, 0, 1, 4299, 4099, 0], device=device)
+    found = linear_cross_entropy(hidden, many, targets, reduction="none", return_token_accuracy=True)
+    assert found.token_accuracy.tolist() == [1, 1, 0, 0, 0, 1]
+    # A bias of -inf over more than a tile of words, and below -100 elsewhere: exp alone would underflow.
+    bias = torch.full((300,), -200.0, device=device)
+    bias[:200] = float("-inf")
+    targets[:] = 299
+    bias[299] = -199.0
+    found = linear_cross_entropy(hidden, weight * 0, targets, bias=bias, return_token_accuracy=True)
+    assert found.token_accuracy == 1.0
+    torch.testing.assert_close(found.loss, torch.log1p(99 * torch.exp(torch.tensor(-1.0, device=device))))
+
+
+@pytest.mark.usefixtures("on_device")
+def test_class_weights_of_the_targets_that_are_all_zero(device: torch.device) -> None:
+    """The mean is 0 / 0 as in PyTorch, and no gradient comes of it."""
+    hidden, weight, targets = inputs(9, 16, 20, torch.float32, device)
+    classes = torch.zeros(20, device=device)
+    loss, dhidden, dweight = value_and_grads(
+        linear_cross_entropy, hidden, weight, targets, ce_weight=classes, label_smoothing=0.1
+    )
+    assert loss.isnan()
+    assert not dhidden.any()
+    assert not dweight.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"softcap": 0.0}, "softcap is 0.0; a positive number is needed, or None"),
+        ({"softcap": float("inf")}, "softcap is inf"),
+        ({"return_z_loss": True}, "return_z_loss is True with z_loss 0.0: there is none to return"),
+        ({"ce_weight": torch.ones(4)}, r"ce_weight has shape \(4,\); \(5,\) is needed"),
+        ({"ce_weight": torch.ones(5, requires_grad=True)}, "ce_weight requires a gradient"),
+    ],
+    ids=["zero cap", "infinite cap", "no z-loss", "short", "trained"],
+)
+def test_new_settings_are_refused_by_name(change: dict[str, Any], message: str) -> None:
+    targets = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="linear_cross_entropy: " + message):
+        linear_cross_entropy(torch.zeros(2, 3), torch.zeros(5, 3), targets, **change)

@@ -218,7 +218,9 @@ REFUSED: dict[str, Refused] = {
     ),
     "a target beyond": (
         ops.linear_cross_entropy,
-        lambda *a: registered.linear_cross_entropy(*a, -100, "mean", 0.0, 0.0, torch.float32, True, True),
+        lambda *a: registered.linear_cross_entropy(
+            *a, None, None, -100, "mean", 0.0, 0.0, 0.0, False, torch.float32, True, True, False
+        ),
         (torch.zeros(2, 8), torch.zeros(5, 8), longs(0, 5)), (), "targets holds 5",
     ),
 }  # fmt: skip

@@ -1,3 +1,3 @@
-from gptkern.ops.linear_cross_entropy.op import linear_cross_entropy
+from gptkern.ops.linear_cross_entropy.op import CrossEntropy, linear_cross_entropy
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["CrossEntropy", "linear_cross_entropy"]

@@ -1,16 +1,20 @@
 """Head and cross-entropy, fused, for one chunk of tokens at a time.
 
-Per token ``t`` with ``z[v] = weight[v] . hidden[t] + bias[v]`` and ``lse = log(sum(exp(z)))``:
-    loss     = (1 - s) (lse - z[target]) + s (lse - mean(z)) + z_loss lse^2
-    dz[v]    = softmax(z)[v] (1 + 2 z_loss lse) - (1 - s) [v = target] - s / vocab
-    dhidden  = dz @ weight,   dweight = dz^T @ hidden,   dbias = sum over tokens of dz
-(label smoothing s: Szegedy et al. 2016; z-loss: Chowdhery et al. 2022, section 5; softmax from
-partial maxima and sums: Milakov and Gimelshein 2018).
+Per token ``t`` with ``y[v] = weight[v] . hidden[t] + bias[v]``, ``z = y`` or ``cap tanh(y / cap)``,
+``lse = log(sum(exp(z)))`` and class weights ``c``, 1 unless given, of mean ``C``:
+    loss     = (1 - s) c[target] (lse - z[target]) + s (C lse - mean(c z)) + z_loss lse^2
+    dz[v]    = softmax(z)[v] ((1 - s) c[target] + s C + 2 z_loss lse)
+               - (1 - s) c[target] [v = target] - s c[v] / vocab
+    dy       = dz (1 - (z / cap)^2)
+    dhidden  = dy @ weight,   dweight = dy^T @ hidden,   dbias = sum over tokens of dy
+(label smoothing s: Szegedy et al. 2016; z-loss: Chowdhery et al. 2022, section 5; soft cap: Gemma 2, 2024,
+section 2; softmax from partial maxima and sums: Milakov and Gimelshein 2018).
 
 Each logit is multiplied out once. Of one chunk's logits the buffer holds ``exp(z - m)`` in the inputs'
 dtype, with ``m`` the maximum of a token's logits in one vocabulary tile. Its relative error is one
 rounding, whereas a logit of 20 rounded to bf16 would be 3% off after the exponential. Both gradient
-products compute ``dz`` from it as they load it, by one factor per token and tile.
+products compute ``dy`` from it as they load it, by one factor per token and tile. The cap's derivative
+needs the logit, also where its exponential is 0: with a cap the buffer holds ``z - m`` in fp32.
 
 Layout:
     logits_kernel   one program a (tokens, vocab) tile; reads hidden and weight, writes
@@ -23,26 +27,32 @@ Layout:
 
 from gptkern.ops._triton import tl, triton
 
+from gptkern.ops._device import tanh
+
 
 @triton.jit
 def logits_kernel(
     hidden_ptr,  # (tokens, width), rows stride_ht apart
     weight_ptr,  # (vocab, width), rows stride_wv apart
     bias_ptr,  # (vocab,), or None
+    class_weight_ptr,  # (vocab,), or None
     targets_ptr,  # (tokens,)
-    exp_ptr,  # (tokens, stride_et): exp(z - tile maximum)
+    exp_ptr,  # (tokens, stride_et): exp(z - tile maximum), with a cap z - tile maximum
     tile_max_ptr,  # (tokens, n_tiles)
     tile_sum_ptr,  # (tokens, n_tiles): sum of exp(z - tile maximum)
-    tile_total_ptr,  # (tokens, n_tiles): sum of z
+    tile_total_ptr,  # (tokens, n_tiles): sum of class weight * z
+    tile_best_ptr,  # (tokens, n_tiles) int32: the word of the tile's maximum, or None
     target_logit_ptr,  # (tokens,)
     tokens,
     vocab,
     width,
     n_tiles,
+    softcap,
     stride_ht,
     stride_wv,
     stride_et,
     KEEP_EXP: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -75,6 +85,8 @@ def logits_kernel(
         w += BLOCK_K
     if bias_ptr is not None:
         z += tl.load(bias_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    if SOFTCAP:
+        z = softcap * tanh(z * (1.0 / softcap))
 
     # The target's logit, in the tile that holds it.
     target = tl.load(targets_ptr + rows, mask=row_ok, other=-1)
@@ -84,18 +96,35 @@ def logits_kernel(
     # Statistics of the tile: maximum and sum of exponentials, and the sum of logits for smoothing.
     stat = rows.to(tl.int64) * n_tiles + tile
     if SMOOTHING:
-        tl.store(tile_total_ptr + stat, tl.sum(tl.where(col_ok[None, :], z, 0.0), 1), mask=row_ok)
+        counted = tl.where(col_ok[None, :], z, 0.0)
+        if class_weight_ptr is not None:
+            counted *= tl.load(class_weight_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+        tl.store(tile_total_ptr + stat, tl.sum(counted, 1), mask=row_ok)
     z = tl.where(col_ok[None, :], z, float("-inf"))
     highest = tl.max(z, 1)
+    if tile_best_ptr is not None:
+        best = tile * BLOCK_N + tl.argmax(z, 1, tie_break_left=True)
+        tl.store(tile_best_ptr + stat, best, mask=row_ok)
     # If a row is all -inf: (-inf) - (-inf) would be NaN.
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    e = tl.exp(z - highest[:, None])
+    z -= tl.where(highest == float("-inf"), 0.0, highest)[:, None]
+    e = tl.exp(z)
     tl.store(tile_max_ptr + stat, highest, mask=row_ok)
     tl.store(tile_sum_ptr + stat, tl.sum(e, 1), mask=row_ok)
     if KEEP_EXP:
         # stride_et is a whole number of tiles: only rows need a mask.
         out = exp_ptr + rows.to(tl.int64)[:, None] * stride_et + cols[None, :]
-        tl.store(out, e.to(exp_ptr.dtype.element_ty), mask=row_ok[:, None])
+        held = z if SOFTCAP else e
+        tl.store(out, held.to(exp_ptr.dtype.element_ty), mask=row_ok[:, None])
+
+
+@triton.jit
+def class_weights(class_weight_ptr, class_stats_ptr, target, inside):
+    """(the target's class weight, the mean of all, the z-loss's factor): 1 without class weights."""
+    if class_weight_ptr is not None:
+        own = tl.load(class_weight_ptr + target, mask=inside, other=0.0).to(tl.float32)
+        return own, tl.load(class_stats_ptr), tl.load(class_stats_ptr + 1)
+    else:
+        return 1.0, 1.0, 1.0
 
 
 @triton.jit
@@ -103,9 +132,14 @@ def loss_kernel(
     tile_max_ptr,  # (tokens, n_tiles)
     tile_sum_ptr,
     tile_total_ptr,
+    tile_best_ptr,  # or None
     target_logit_ptr,  # (tokens,)
     targets_ptr,
+    class_weight_ptr,  # (vocab,), or None
+    class_stats_ptr,  # (2,) fp32: the class weights' mean, the z-loss's factor; or None
     loss_ptr,  # (tokens,) fp32, 0 if ignored, NaN for a target outside the vocabulary
+    z_loss_ptr,  # (tokens,) fp32: the z-loss that loss holds, without its factor
+    correct_ptr,  # (tokens,) fp32: 1 if the target has the highest logit, 0 if not or ignored; or None
     row_max_ptr,  # (tokens,) fp32; with log_sum, lse without the rounding of a large maximum
     log_sum_ptr,  # (tokens,) fp32: log(sum(exp(z - row maximum)))
     tokens,
@@ -123,6 +157,7 @@ def loss_kernel(
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     weighed = tl.zeros((BLOCK_M,), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    best = tl.zeros((BLOCK_M,), dtype=tl.int32)
     for start in range(0, n_tiles, BLOCK_N):
         tiles = start + tl.arange(0, BLOCK_N)
         ok = row_ok[:, None] & (tiles < n_tiles)[None, :]
@@ -132,6 +167,10 @@ def loss_kernel(
         sums = tl.load(tile_sum_ptr + stat, mask=ok, other=0.0)
         new = tl.maximum(highest, tl.max(maxima, 1))
         shift = tl.where(new == float("-inf"), 0.0, new)
+        if tile_best_ptr is not None:
+            # The lowest word of those with the new maximum; at a tie the tiles before have a lower one.
+            words = tl.load(tile_best_ptr + stat, mask=ok & (maxima == new[:, None]), other=2147483647)
+            best = tl.where(new > highest, tl.min(words, 1), best)
         weighed = weighed * tl.exp(highest - shift) + tl.sum(sums * tl.exp(maxima - shift[:, None]), 1)
         highest = new
         if SMOOTHING:
@@ -142,18 +181,25 @@ def loss_kernel(
     target = tl.load(targets_ptr + rows, mask=row_ok, other=0)
     inside = (target >= 0) & (target < vocab)
     z_target = tl.load(target_logit_ptr + rows, mask=row_ok & inside, other=float("nan"))
-    loss = (highest - z_target) + log_sum
+    own_weight, mean_weight, z_factor = class_weights(class_weight_ptr, class_stats_ptr, target, inside)
+    loss = own_weight * ((highest - z_target) + log_sum)
     if SMOOTHING:
-        loss = (1.0 - label_smoothing) * loss + label_smoothing * ((highest - total / vocab) + log_sum)
-    loss += z_loss * lse * lse
-    tl.store(loss_ptr + rows, tl.where(target == ignore_index, 0.0, loss), mask=row_ok)
+        spread = (mean_weight * highest - total / vocab) + mean_weight * log_sum
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * spread
+    squared = z_loss * lse * lse
+    loss += z_factor * squared
+    ignored = target == ignore_index
+    tl.store(loss_ptr + rows, tl.where(ignored, 0.0, loss), mask=row_ok)
+    tl.store(z_loss_ptr + rows, tl.where(ignored, 0.0, squared), mask=row_ok)
+    if tile_best_ptr is not None:
+        tl.store(correct_ptr + rows, ((best == target) & ~ignored).to(tl.float32), mask=row_ok)
     tl.store(row_max_ptr + rows, highest, mask=row_ok)
     tl.store(log_sum_ptr + rows, log_sum, mask=row_ok)
 
 
 @triton.jit
 def logits_gradient(
-    e,  # (BLOCK_M, BLOCK_N): exp(z - tile maximum)
+    e,  # (BLOCK_M, BLOCK_N): exp(z - tile maximum), with a cap z - tile maximum
     tile_max,  # (BLOCK_M,)
     row_max,
     log_sum,
@@ -161,16 +207,37 @@ def logits_gradient(
     counted,  # (BLOCK_M,): whether the token exists and is not ignored
     cols,
     vocab,
+    class_weight_ptr,
+    class_stats_ptr,
     z_loss,
     label_smoothing,
+    softcap,
     SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
-    """``dz`` of a tile, tokens by vocabulary, in fp32, before the upstream gradient."""
-    factor = tl.exp(tile_max - row_max - log_sum) * (1.0 + 2.0 * z_loss * (row_max + log_sum))
-    dz = e.to(tl.float32) * factor[:, None]
-    dz -= tl.where(cols[None, :] == target[:, None], 1.0 - label_smoothing, 0.0)
+    """``dy`` of a tile, tokens by vocabulary, in fp32, before the upstream gradient."""
+    inside = (target >= 0) & (target < vocab)
+    own_weight, mean_weight, z_factor = class_weights(class_weight_ptr, class_stats_ptr, target, inside)
+    target_part = (1.0 - label_smoothing) * own_weight
+    whole = 1.0 if class_weight_ptr is None else target_part + label_smoothing * mean_weight
+    factor = tl.exp(tile_max - row_max - log_sum) * (whole + 2.0 * z_factor * z_loss * (row_max + log_sum))
+    e = e.to(tl.float32)
+    weights = tl.exp(e) if SOFTCAP else e
+    dz = weights * factor[:, None]
+    hit = cols[None, :] == target[:, None]
+    if class_weight_ptr is not None:
+        dz -= tl.where(hit, target_part[:, None], 0.0)
+    else:
+        dz -= tl.where(hit, target_part, 0.0)
     if SMOOTHING:
-        dz -= tl.where((cols < vocab)[None, :], label_smoothing / vocab, 0.0)
+        spread = tl.where(cols < vocab, label_smoothing / vocab, 0.0)
+        if class_weight_ptr is not None:
+            spread *= tl.load(class_weight_ptr + cols, mask=cols < vocab, other=0.0).to(tl.float32)
+        dz -= spread[None, :]
+    if SOFTCAP:
+        # Beyond the vocabulary e is -inf; what is left there is 0.
+        capped = tl.where((cols < vocab)[None, :], (e + tile_max[:, None]) * (1.0 / softcap), 0.0)
+        dz *= 1.0 - capped * capped
     return tl.where(counted[:, None], dz, 0.0)
 
 
@@ -181,6 +248,8 @@ def dhidden_kernel(
     row_max_ptr,  # (tokens,)
     log_sum_ptr,
     targets_ptr,
+    class_weight_ptr,  # (vocab,), or None
+    class_stats_ptr,  # (2,) fp32, or None
     scale_ptr,  # upstream gradient: element t * stride_s
     weight_ptr,  # (vocab, width)
     dhidden_ptr,  # (tokens, width), contiguous
@@ -194,7 +263,9 @@ def dhidden_kernel(
     ignore_index,
     z_loss,
     label_smoothing,
+    softcap,
     SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -221,10 +292,10 @@ def dhidden_kernel(
         # Gradient of a tile of logits, then multiply by the weights.
         dz = logits_gradient(
             tl.load(e), tile_max, row_max, log_sum, target, counted, words,
-            vocab, z_loss, label_smoothing, SMOOTHING,
+            vocab, class_weight_ptr, class_stats_ptr, z_loss, label_smoothing, softcap, SMOOTHING, SOFTCAP,
         )  # fmt: skip
-        # Beyond the vocabulary e is exactly 0, so the repeated last row of the weights adds nothing.
-        acc = tl.dot(dz.to(exp_ptr.dtype.element_ty), tl.load(w), acc, input_precision="ieee")
+        # Beyond the vocabulary dy is exactly 0, so the repeated last row of the weights adds nothing.
+        acc = tl.dot(dz.to(weight_ptr.dtype.element_ty), tl.load(w), acc, input_precision="ieee")
         e += BLOCK_K
     # Upstream gradient, store.
     acc *= tl.load(scale_ptr + safe_rows * stride_s).to(tl.float32)[:, None]
@@ -239,6 +310,8 @@ def dweight_kernel(
     row_max_ptr,  # (tokens,)
     log_sum_ptr,
     targets_ptr,
+    class_weight_ptr,  # (vocab,), or None
+    class_stats_ptr,  # (2,) fp32, or None
     scale_ptr,  # upstream gradient: element t * stride_s
     hidden_ptr,  # (tokens, width), rows stride_ht apart
     dweight_ptr,  # (vocab, width) fp32, contiguous
@@ -253,9 +326,11 @@ def dweight_kernel(
     ignore_index,
     z_loss,
     label_smoothing,
+    softcap,
     FIRST: tl.constexpr,
     TOKEN_SCALE: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -282,13 +357,13 @@ def dweight_kernel(
         # Gradient of a tile of logits, then multiply by the hidden states.
         dz = logits_gradient(
             e, tile_max, row_max, log_sum, target, counted, words,
-            vocab, z_loss, label_smoothing, SMOOTHING,
+            vocab, class_weight_ptr, class_stats_ptr, z_loss, label_smoothing, softcap, SMOOTHING, SOFTCAP,
         )  # fmt: skip
         if TOKEN_SCALE:
             dz *= tl.load(scale_ptr + safe_rows * stride_s).to(tl.float32)[:, None]
         if dbias_ptr is not None:
             dbias += tl.sum(dz, 0)
-        acc = tl.dot(tl.trans(dz.to(exp_ptr.dtype.element_ty)), h, acc, input_precision="ieee")
+        acc = tl.dot(tl.trans(dz.to(h.dtype)), h, acc, input_precision="ieee")
     if not TOKEN_SCALE:
         # Scale after the sum: 1 / tokens would push fp16 gradients below the smallest fp16 number.
         scale = tl.load(scale_ptr).to(tl.float32)

@@ -15,19 +15,12 @@ import torch
 from gptkern.ops import _launch
 from gptkern.ops._triton import triton
 from gptkern.ops.linear_cross_entropy import kernels
-from gptkern.ops.linear_cross_entropy.checks import OP, Settings
+from gptkern.ops.linear_cross_entropy.checks import OP, Head, Settings
 
 # Bytes of one chunk's exponentials: enough rows to fill a GPU with tiles, and at GPT-2's vocabulary at most
 # 8192 of them.
 _LEAST_WORKSPACE, _MOST_WORKSPACE = 32 << 20, 832 << 20
 _CHUNK_SHARE = 8
-
-
-class Head(NamedTuple):
-    """The head: ``weight (vocab, width)`` and ``bias (vocab,)`` or None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
 
 
 class Needs(NamedTuple):
@@ -36,6 +29,20 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+
+
+class Result(NamedTuple):
+    """The loss, its part that is z-loss and the accuracy, each a scalar or of one number a token.
+
+    Gradients that are not needed, and the accuracy unless asked, are empty.
+    """
+
+    loss: torch.Tensor
+    z_loss: torch.Tensor
+    accuracy: torch.Tensor
+    dhidden: torch.Tensor
+    dweight: torch.Tensor
+    dbias: torch.Tensor
 
 
 @dataclass
@@ -52,22 +59,39 @@ class _Chunk:
 
 @dataclass
 class _Loss:
-    """The constants of a call's launches; ``tile`` is the number of logits in a vocabulary tile."""
+    """The constants of a call's launches.
+
+    Attributes:
+        class_stats: fp32: the mean of the class weights, and the factor of the z-loss beside the loss.
+        tile: The number of logits in a vocabulary tile.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    ignore_index: int
-    z_loss: float
-    label_smoothing: float
-    tile: int
+    ce_weight: torch.Tensor | None
+    class_stats: torch.Tensor | None
+    settings: Settings
+    tile: int = 0
 
     @property
     def n_tiles(self) -> int:
         return -(-self.weight.shape[0] // self.tile)
 
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """The kernels' z_loss, label_smoothing and softcap."""
+        return self.settings.z_loss, self.settings.label_smoothing, self.settings.softcap
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """The kernels' flags that follow from the settings."""
+        return {"SMOOTHING": self.settings.label_smoothing > 0.0, "SOFTCAP": self.settings.softcap > 0.0}
+
     def launch_row(self, kernel: str) -> dict[str, Any]:
         """The launch table's row of a kernel: tile sizes, warps, stages."""
-        dtype = "fp32" if self.weight.dtype == torch.float32 else "half"
+        # With a cap the exponentials' buffer is fp32, and its tiles are as large as fp32 weights'.
+        wide = self.weight.dtype == torch.float32 or (self.settings.softcap > 0.0 and kernel[0] == "d")
+        dtype = "fp32" if wide else "half"
         return _launch.config(f"{OP}_{kernel}", self.weight.device, dtype=dtype)
 
 
@@ -80,32 +104,41 @@ def chunk_tokens(tokens: int, padded_vocab: int, itemsize: int) -> int:
 
 
 def _chunk_forward(
-    loss: _Loss, hidden: torch.Tensor, targets: torch.Tensor, exp: torch.Tensor, save_exp: bool
-) -> tuple[torch.Tensor, _Chunk]:
-    """(losses ``(tokens,)`` fp32, the chunk's state for its gradients)."""
+    loss: _Loss,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    exp: torch.Tensor,
+    save_exp: bool,
+    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> _Chunk:
+    """The chunk's state for its gradients; its losses, z-losses and, if asked, hits go into ``outputs``."""
     (tokens, width), vocab, n_tiles = hidden.shape, loss.weight.shape[0], loss.n_tiles
     per_tile = hidden.new_empty((3, tokens, n_tiles), dtype=torch.float32)
-    per_token = hidden.new_empty((4, tokens), dtype=torch.float32)
+    per_token = hidden.new_empty((3, tokens), dtype=torch.float32)
     tile_max, tile_sum, tile_total = per_tile.unbind(0)
-    target_logit, losses, row_max, log_sum = per_token.unbind(0)
-    smoothing = loss.label_smoothing > 0.0
+    target_logit, row_max, log_sum = per_token.unbind(0)
+    (losses, squares, correct), best = outputs, None
+    if loss.settings.accuracy:
+        best = hidden.new_empty((tokens, n_tiles), dtype=torch.int32)
     row = loss.launch_row("logits")
     _launch.launch(
         kernels.logits_kernel,
         (triton.cdiv(tokens, row["BLOCK_M"]) * n_tiles,),
-        hidden, loss.weight, loss.bias, targets, exp, tile_max, tile_sum, tile_total, target_logit,
-        tokens, vocab, width, n_tiles, hidden.stride(0), loss.weight.stride(0), n_tiles * loss.tile,
-        KEEP_EXP=save_exp, SMOOTHING=smoothing, EVEN_K=width % row["BLOCK_K"] == 0, **row,
+        hidden, loss.weight, loss.bias, loss.ce_weight, targets, exp, tile_max, tile_sum, tile_total, best,
+        target_logit, tokens, vocab, width, n_tiles, loss.settings.softcap,
+        hidden.stride(0), loss.weight.stride(0), n_tiles * loss.tile,
+        KEEP_EXP=save_exp, EVEN_K=width % row["BLOCK_K"] == 0, **loss.flags, **row,
     )  # fmt: skip
     row = loss.launch_row("loss")
     _launch.launch(
         kernels.loss_kernel,
         (triton.cdiv(tokens, row["BLOCK_M"]),),
-        tile_max, tile_sum, tile_total, target_logit, targets, losses, row_max, log_sum,
-        tokens, vocab, n_tiles, loss.ignore_index, loss.z_loss, loss.label_smoothing,
-        SMOOTHING=smoothing, **row,
+        tile_max, tile_sum, tile_total, best, target_logit, targets, loss.ce_weight, loss.class_stats,
+        losses, squares, correct if loss.settings.accuracy else None, row_max, log_sum,
+        tokens, vocab, n_tiles, loss.settings.ignore_index, *loss.numbers[:2],
+        SMOOTHING=loss.flags["SMOOTHING"], **row,
     )  # fmt: skip
-    return losses, _Chunk(hidden, targets, exp, tile_max, row_max, log_sum)
+    return _Chunk(hidden, targets, exp, tile_max, row_max, log_sum)
 
 
 def _chunk_dhidden(loss: _Loss, chunk: _Chunk, scale: torch.Tensor, dhidden: torch.Tensor) -> None:
@@ -115,10 +148,11 @@ def _chunk_dhidden(loss: _Loss, chunk: _Chunk, scale: torch.Tensor, dhidden: tor
     _launch.launch(
         kernels.dhidden_kernel,
         (triton.cdiv(tokens, row["BLOCK_M"]) * triton.cdiv(width, row["BLOCK_N"]),),
-        chunk.exp, chunk.tile_max, chunk.row_max, chunk.log_sum, chunk.targets, scale, loss.weight, dhidden,
+        chunk.exp, chunk.tile_max, chunk.row_max, chunk.log_sum, chunk.targets,
+        loss.ce_weight, loss.class_stats, scale, loss.weight, dhidden,
         tokens, vocab, width, n_tiles, n_tiles * loss.tile, scale.stride(0) if scale.dim() else 0,
-        loss.weight.stride(0), loss.ignore_index, loss.z_loss, loss.label_smoothing,
-        SMOOTHING=loss.label_smoothing > 0.0, TILE=loss.tile, **row,
+        loss.weight.stride(0), loss.settings.ignore_index, *loss.numbers,
+        TILE=loss.tile, **loss.flags, **row,
     )  # fmt: skip
 
 
@@ -136,38 +170,37 @@ def _chunk_dweight(
     _launch.launch(
         kernels.dweight_kernel,
         (triton.cdiv(vocab, row["BLOCK_M"]) * triton.cdiv(width, row["BLOCK_N"]),),
-        chunk.exp, chunk.tile_max, chunk.row_max, chunk.log_sum, chunk.targets, scale, chunk.hidden, dweight,
-        dbias,
+        chunk.exp, chunk.tile_max, chunk.row_max, chunk.log_sum, chunk.targets,
+        loss.ce_weight, loss.class_stats, scale, chunk.hidden, dweight, dbias,
         tokens, vocab, width, n_tiles, n_tiles * loss.tile, scale.stride(0) if scale.dim() else 0,
-        chunk.hidden.stride(0), loss.ignore_index, loss.z_loss, loss.label_smoothing,
-        FIRST=first, TOKEN_SCALE=scale.dim() > 0, SMOOTHING=loss.label_smoothing > 0.0,
-        TILE=loss.tile, **row,
+        chunk.hidden.stride(0), loss.settings.ignore_index, *loss.numbers,
+        FIRST=first, TOKEN_SCALE=scale.dim() > 0, TILE=loss.tile, **loss.flags, **row,
     )  # fmt: skip
 
 
 def _run(
     hidden: torch.Tensor,
-    head: Head,
+    loss: _Loss,
     targets: torch.Tensor,
-    settings: Settings,
     scale: torch.Tensor,
     needs: Needs,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(losses ``(tokens,)``, dhidden, dweight and dbias in fp32): a gradient that is not needed is empty.
+) -> Result:
+    """Losses, z-losses and hits ``(tokens,)``, dweight and dbias in fp32.
 
     ``scale`` is the upstream gradient: one number, or one for each token.
     """
-    (weight, bias), (hidden_grad, weight_grad, bias_grad) = head, needs
-    loss = _Loss(weight, bias, settings.ignore_index, settings.z_loss, settings.label_smoothing, 0)
+    (hidden_grad, weight_grad, bias_grad), weight = needs, loss.weight
     loss.tile = loss.launch_row("logits")["BLOCK_N"]
     tokens, width = hidden.shape
     # The bias's gradient comes out of the weight's product.
     head_grad = weight_grad or bias_grad
     needs_exp = hidden_grad or head_grad
     padded = loss.n_tiles * loss.tile
-    chunk = chunk_tokens(tokens, padded, hidden.element_size())
-    exp = hidden.new_empty((min(chunk, tokens), padded) if needs_exp else (0,))
-    losses = hidden.new_empty(tokens, dtype=torch.float32)
+    exp_dtype = torch.float32 if loss.flags["SOFTCAP"] else hidden.dtype
+    chunk = chunk_tokens(tokens, padded, exp_dtype.itemsize)
+    exp = hidden.new_empty((min(chunk, tokens), padded) if needs_exp else (0,), dtype=exp_dtype)
+    losses, squares = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(2))
+    correct = hidden.new_empty(tokens if loss.settings.accuracy else 0, dtype=torch.float32)
     dhidden = hidden.new_empty((tokens, width) if hidden_grad else (0,))
     dweight = hidden.new_empty(weight.shape if head_grad else (0,), dtype=torch.float32)
     dbias = hidden.new_empty(weight.shape[0] if bias_grad else 0, dtype=torch.float32)
@@ -177,34 +210,70 @@ def _run(
     with _launch.on_device(hidden):
         for start in range(0, tokens, chunk):
             part = slice(start, start + chunk)
-            losses[part], state = _chunk_forward(loss, hidden[part], targets[part], exp, needs_exp)
+            outputs = (losses[part], squares[part], correct[part])
+            state = _chunk_forward(loss, hidden[part], targets[part], exp, needs_exp, outputs)
             upstream = scale[part] if scale.dim() else scale
             if hidden_grad:
                 _chunk_dhidden(loss, state, upstream, dhidden[part])
             if head_grad:
                 _chunk_dweight(loss, state, upstream, dweight, dbias if bias_grad else None, start == 0)
-    return losses, dhidden, dweight if weight_grad else dweight.new_empty(0), dbias
+    dweight = dweight if weight_grad else dweight.new_empty(0)
+    return Result(losses, squares, correct, dhidden, dweight, dbias)
+
+
+def _loss(head: Head, settings: Settings, z_factor: torch.Tensor | None) -> _Loss:
+    weight, bias, ce_weight = head
+    stats = None
+    if ce_weight is not None:
+        # On the device: nothing waits for it.
+        factor = ce_weight.new_ones((), dtype=torch.float32) if z_factor is None else z_factor
+        stats = torch.stack([ce_weight.float().mean(), factor])
+    return _Loss(weight.to(settings.compute), bias, ce_weight, stats, settings)
 
 
 def forward(
     hidden: torch.Tensor, head: Head, targets: torch.Tensor, settings: Settings, needs: Needs
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, dhidden, dweight, dbias): empty gradients if not needed or the loss is no scalar."""
+) -> Result:
+    """The result of a call: no gradients if the loss is no scalar."""
     rows = hidden.view(-1, hidden.shape[-1]).to(settings.compute)
     target_rows = targets.reshape(-1)
-    mean_of = scale = torch.ones((), device=hidden.device)
+    scale, z_factor = torch.ones((), device=hidden.device), None
+    tokens = (target_rows != settings.ignore_index).sum()
     if settings.reduction == "mean":
-        counted = (target_rows != settings.ignore_index).sum()
-        # If no token counts the loss is 0 * inf, which is NaN, and all gradients are 0.
-        mean_of, scale = 1.0 / counted, 1.0 / counted.clamp(min=1)
+        divisor = tokens
+        if head.ce_weight is not None:
+            divisor = _class_weights(head.ce_weight, target_rows, settings.ignore_index).sum()
+            z_factor = divisor / tokens.clamp(min=1)
+        # If no token counts the loss is 0 / 0, which is NaN, and all gradients are 0.
+        scale = torch.where(divisor == 0, 0.0, 1.0 / divisor)
     per_token = settings.reduction == "none"
     computed = Needs(False, False, False) if per_token else needs
-    cast = Head(head.weight.to(settings.compute), head.bias)
-    losses, dhidden, dweight, dbias = _run(rows, cast, target_rows, settings, scale, computed)
-    loss = losses.view(targets.shape) if per_token else losses.sum() * mean_of
-    if computed.hidden:
-        dhidden = dhidden.view(hidden.shape)
-    return loss, dhidden.to(hidden.dtype), dweight.to(head.weight.dtype), _bias_grad(dbias, head)
+    result = _run(rows, _loss(head, settings, z_factor), target_rows, scale, computed)
+    loss, z_loss, accuracy = result[:3]
+    if per_token:
+        loss, z_loss = loss.view(targets.shape), z_loss.view(targets.shape)
+        accuracy = accuracy.view(targets.shape) if settings.accuracy else accuracy
+    else:
+        loss, z_loss = loss.sum(), z_loss.sum()
+        accuracy = accuracy.sum() / tokens if settings.accuracy else accuracy
+    if settings.reduction == "mean":
+        loss, z_loss = loss / divisor, z_loss / tokens
+    return Result(loss, z_loss, accuracy, *_gradients(result, hidden, head, computed))
+
+
+def _class_weights(ce_weight: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """The class weight of each target, fp32; 0 for ignored ones and those outside the vocabulary."""
+    outside = (targets == ignore_index) | (targets < 0) | (targets >= ce_weight.shape[0])
+    return ce_weight.float()[targets.masked_fill(outside, 0)].masked_fill(outside, 0.0)
+
+
+def _gradients(
+    result: Result, hidden: torch.Tensor, head: Head, needs: Needs
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dhidden, dweight, dbias) in their inputs' shapes and dtypes."""
+    dhidden = result.dhidden.view(hidden.shape) if needs.hidden else result.dhidden
+    bias_dtype = head.weight.dtype if head.bias is None else head.bias.dtype
+    return dhidden.to(hidden.dtype), result.dweight.to(head.weight.dtype), result.dbias.to(bias_dtype)
 
 
 def backward_per_token(
@@ -219,11 +288,5 @@ def backward_per_token(
     rows, target_rows = hidden.view(-1, hidden.shape[-1]).to(settings.compute), targets.reshape(-1)
     # An ignored token has no gradient, whatever the upstream one: 0 times NaN is NaN.
     upstream = grad.reshape(-1).masked_fill(target_rows == settings.ignore_index, 0.0)
-    cast = Head(head.weight.to(settings.compute), head.bias)
-    _, dhidden, dweight, dbias = _run(rows, cast, target_rows, settings, upstream, needs)
-    dhidden = (dhidden.view(hidden.shape) if needs.hidden else dhidden).to(hidden.dtype)
-    return dhidden, dweight.to(head.weight.dtype), _bias_grad(dbias, head)
-
-
-def _bias_grad(dbias: torch.Tensor, head: Head) -> torch.Tensor:
-    return dbias.to(head.weight.dtype if head.bias is None else head.bias.dtype)
+    loss = _loss(head, settings._replace(accuracy=False), None)
+    return _gradients(_run(rows, loss, target_rows, upstream, needs), hidden, head, needs)

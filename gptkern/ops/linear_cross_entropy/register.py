@@ -9,8 +9,8 @@ import torch
 from gptkern.ops import _checks
 from gptkern.ops._register import register
 from gptkern.ops.linear_cross_entropy import launch
-from gptkern.ops.linear_cross_entropy.checks import OP, Settings, check
-from gptkern.ops.linear_cross_entropy.launch import Head, Needs
+from gptkern.ops.linear_cross_entropy.checks import OP, Head, Settings, check
+from gptkern.ops.linear_cross_entropy.launch import Needs
 
 Maybe = torch.Tensor | None
 
@@ -24,18 +24,20 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: Maybe,
+        ce_weight: Maybe,
         targets: torch.Tensor,
         settings: Settings,
-    ) -> torch.Tensor:
-        needs = Needs(*ctx.needs_input_grad[:3])
-        loss, *grads = launch.forward(hidden, Head(weight, bias), targets, settings, needs)
-        _save(ctx, (hidden, weight, bias, targets), tuple(grads), settings, needs)
-        return loss
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        needs, head = Needs(*ctx.needs_input_grad[:3]), Head(weight, bias, ce_weight)
+        loss, z_loss, accuracy, *grads = launch.forward(hidden, head, targets, settings, needs)
+        _save(ctx, (hidden, *head, targets), tuple(grads), settings, needs)
+        ctx.mark_non_differentiable(z_loss, accuracy)
+        return loss, z_loss, accuracy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
-        return *_grads(ctx, grad, launch.backward_per_token), None, None
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Maybe, ...]:
+        return *_grads(ctx, grad, launch.backward_per_token), None, None, None
 
 
 def _save(
@@ -49,8 +51,8 @@ def _save(
 def _grads(ctx: Any, grad: torch.Tensor, per_token: Any) -> tuple[Maybe, Maybe, Maybe]:
     """(dhidden, dweight, dbias); ``per_token`` computes them for ``reduction="none"``."""
     if ctx.settings.reduction == "none":
-        hidden, weight, bias, targets = ctx.saved_tensors
-        grads = per_token(grad, hidden, Head(weight, bias), targets, ctx.settings, ctx.needs)
+        hidden, *head, targets = ctx.saved_tensors
+        grads = per_token(grad, hidden, Head(*head), targets, ctx.settings, ctx.needs)
     else:
         # Not in place: with retain_graph the backward pass may run twice.
         grads = tuple(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
@@ -58,11 +60,16 @@ def _grads(ctx: Any, grad: torch.Tensor, per_token: Any) -> tuple[Maybe, Maybe, 
     return dhidden, dweight, dbias
 
 
-def _split(rest: tuple[Any, ...]) -> tuple[Settings, Needs, Maybe]:
-    """The settings, needs and bias of the schemas' arguments; the bias and its need may be left out."""
-    settings, (hidden_grad, weight_grad) = Settings(*rest[:5]), rest[5:7]
-    bias, bias_grad = (*rest[7:], None, False)[:2]
-    return settings, Needs(hidden_grad, weight_grad, bool(bias_grad)), bias
+def arguments(
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor, settings: Settings, needs: Needs
+) -> tuple[Any, ...]:
+    """A call as the schemas name its arguments."""
+    return hidden, head.weight, targets, head.bias, head.ce_weight, *settings, *needs
+
+
+def _split(weight: torch.Tensor, rest: tuple[Any, ...]) -> tuple[Head, Settings, Needs]:
+    """The head, settings and needs of the schemas' arguments."""
+    return Head(weight, *rest[:2]), Settings(*rest[2:-3]), Needs(*rest[-3:])
 
 
 def _empty(like: torch.Tensor, shape: Any, needed: bool) -> torch.Tensor:
@@ -72,25 +79,27 @@ def _empty(like: torch.Tensor, shape: Any, needed: bool) -> torch.Tensor:
 def _forward(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
-    settings, needs, bias = _split(rest)
-    check(hidden, weight, bias, targets, settings)
-    return launch.forward(hidden, Head(weight, bias), targets, settings, needs)
+    head, settings, needs = _split(weight, rest)
+    check(hidden, head, targets, settings)
+    return launch.forward(hidden, head, targets, settings, needs)
 
 
 def _fake_forward(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
-    settings, needs, bias = _split(rest)
+    head, settings, needs = _split(weight, rest)
     per_token = settings.reduction == "none"
-    loss = hidden.new_empty(targets.shape if per_token else (), dtype=torch.float32)
+    shape = targets.shape if per_token else ()
+    shapes = (shape, shape, shape if settings.accuracy else (0,))
+    losses = (hidden.new_empty(size, dtype=torch.float32) for size in shapes)
     computed = Needs(False, False, False) if per_token else needs
-    return loss, *_fake_grads(hidden, weight, bias, computed)
+    return *losses, *_fake_grads(hidden, head, computed)
 
 
 def _fake_grads(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: Maybe, needs: Needs
+    hidden: torch.Tensor, head: Head, needs: Needs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    like = weight if bias is None else bias
+    weight, like = head.weight, head.weight if head.bias is None else head.bias
     return (
         _empty(hidden, hidden.shape, needs.hidden),
         _empty(weight, weight.shape, needs.weight),
@@ -101,24 +110,24 @@ def _fake_grads(
 def _backward(
     grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
-    settings, needs, bias = _split(rest)
-    check(hidden, weight, bias, targets, settings)
+    head, settings, needs = _split(weight, rest)
+    check(hidden, head, targets, settings)
     _checks.shape(OP, "grad", grad, targets.shape, "one a token")
     _checks.same_device(OP, grad=grad, hidden=hidden)
-    return launch.backward_per_token(grad, hidden, Head(weight, bias), targets, settings, needs)
+    return launch.backward_per_token(grad, hidden, head, targets, settings, needs)
 
 
 def _fake_backward(
     grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
-    _, needs, bias = _split(rest)
-    return _fake_grads(hidden, weight, bias, needs)
+    head, _, needs = _split(weight, rest)
+    return _fake_grads(hidden, head, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, weight, targets, *rest = inputs
-    settings, needs, bias = _split(tuple(rest))
-    _save(ctx, (hidden, weight, bias, targets), output[1:], settings, needs)
+    head, settings, needs = _split(weight, tuple(rest))
+    _save(ctx, (hidden, *head, targets), output[3:], settings, needs)
 
 
 def _registered_per_token(
@@ -130,21 +139,21 @@ def _registered_per_token(
     needs: Needs,
 ) -> Any:
     op = torch.ops.gptkern.linear_cross_entropy_backward
-    return op(grad, hidden, head.weight, targets, *settings, *needs[:2], head.bias, needs.bias)
+    return op(grad, *arguments(hidden, head, targets, settings, needs))
 
 
 def _registered_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Maybe, ...]:
     dhidden, dweight, dbias = _grads(ctx, grad, _registered_per_token)
-    return dhidden, dweight, *(None,) * 8, dbias, None
+    return dhidden, dweight, None, dbias, *(None,) * 11
 
 
 _INPUTS = (
-    "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, str reduction, float z_loss, "
-    "float label_smoothing, ScalarType compute, bool hidden_grad, bool weight_grad, Tensor? bias=None, "
-    "bool bias_grad=False"
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? ce_weight, int ignore_index, "
+    "str reduction, float z_loss, float label_smoothing, float softcap, bool accuracy, ScalarType compute, "
+    "bool hidden_grad, bool weight_grad, bool bias_grad"
 )
 register(
-    f"linear_cross_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     fake=_fake_forward,
     setup_context=_setup_context,
