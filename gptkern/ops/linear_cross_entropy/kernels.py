@@ -25,9 +25,8 @@ Layout:
                     chunk after chunk: the order of summation is fixed
 """
 
-from gptkern.ops._triton import tl, triton
-
 from gptkern.ops._device import tanh
+from gptkern.ops._triton import tl, triton
 
 
 @triton.jit
