@@ -11,9 +11,10 @@ equals to the one with the least to do. A replica is a server as ``gptkern serve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from ray import serve
@@ -21,17 +22,23 @@ from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gptkern.serve.admission import RETRY_AFTER
+from gptkern.serve.connection import while_connected
 from gptkern.serve.errors import ApiProblem, json_bytes
+from gptkern.serve.guard import guarded
+from gptkern.serve.settings import ServeSettings
 
 # Characters of a prompt that are told apart together, and how many such pieces are remembered in all.
 PIECE = 256
 _MOST_PIECES = 1 << 16
 _MOST_PIECES_A_PROMPT = 64
-_HEADERS = ("authorization", "content-type", "x-request-id", "origin")
+# Settings of a plain server's process, in whose place Ray has its own.
+_RAYS_OWN = ("host", "port", "drain", "tls_certificate", "tls_key")
 
 
 def opening_of(body: bytes) -> str:
@@ -133,7 +140,6 @@ class Replica:
 
         from gptkern.gpt import GPT
         from gptkern.serve.app import create_app
-        from gptkern.serve.settings import ServeSettings
 
         on = device or ("cuda" if torch.cuda.is_available() else "cpu")
         gpt = GPT.from_pretrained(model, device=on)
@@ -190,45 +196,66 @@ class Replica:
 
 @serve.deployment
 class Front:
-    """The address: gives requests to replicas, and their answers back.
+    """The address: behind the same guard as a plain server, it gives requests to replicas, and answers back.
 
     Args:
         replicas: The replicas' handle.
-        body_bytes: Bytes of a body.
+        settings: Those of ``ServeSettings``.
     """
 
-    def __init__(self, replicas: Any, body_bytes: int) -> None:
+    draining = False
+
+    def __init__(self, replicas: Any, settings: dict[str, Any]) -> None:
         self._replicas = replicas.options(stream=True)
-        self._body_bytes = body_bytes
+        self._app = guarded(self._forward, ServeSettings(**settings), self)
+
+    def refused(self, status: int) -> None:
+        """Nothing: what replicas refuse, they count."""
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request."""
-        request_id = request.headers.get("x-request-id", "unknown")
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > self._body_bytes:
-                problem = ApiProblem(413, f"the body is longer than {self._body_bytes} bytes")
-                return problem.response(request_id)
-        headers = [(name, value) for name, value in request.headers.items() if name in _HEADERS]
+        return _Application(self._app)
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = (await receive())["body"]
+        await while_connected(receive, self._answer(scope, body, send))
+
+    async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
+        request_id = scope["state"]["request_id"]
+        headers = [("x-request-id", request_id)]
+        if (kind := Headers(scope=scope).get("content-type")) is not None:
+            headers.append(("content-type", kind))
         messages = self._replicas.answer.remote(
-            request.method, request.url.path, headers, body, opening=opening_of(body)
+            scope["method"], scope["path"], headers, body, opening=opening_of(body)
         )
         try:
             start = await anext(messages)
         except (RayError, RayServeException) as error:
-            return _lost(error).response(request_id)
-        streamed = any(value.startswith("text/event-stream") for _, value in start["headers"])
-        answer = StreamingResponse(_bodies(messages, streamed, request_id), start["status"])
-        answer.raw_headers = [
+            raise _lost(error) from error
+        pairs = [
             (name.encode("latin-1"), value.encode("latin-1"))
             for name, value in start["headers"]
             if name != "content-length"
         ]
-        return answer
+        await send({"type": "http.response.start", "status": start["status"], "headers": pairs})
+        streamed = any(value.startswith("text/event-stream") for _, value in start["headers"])
+        async with contextlib.aclosing(_bodies(messages, streamed, request_id)) as parts:
+            async for part in parts:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _bodies(messages: Any, streamed: bool, request_id: str) -> AsyncIterator[bytes]:
+class _Application(Response):
+    """An answer that an ASGI application makes: Ray calls it with what came."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+async def _bodies(messages: Any, streamed: bool, request_id: str) -> AsyncGenerator[bytes, None]:
     """The parts of an answer. Where its replica dies a stream ends with an error, and another is cut off."""
     ended = False
     try:
@@ -259,20 +286,26 @@ def app(arguments: dict[str, Any]) -> Any:
             those of ``Engine``.
 
     Raises:
-        ValueError: An argument that is not known.
+        TypeError, ValueError: An argument that is not known; a setting that is wrong, or Ray's own.
     """
     given = dict(arguments)
     model, device = str(given.pop("model", "embedded")), given.pop("device", None)
     settings = {"access_log": False, **given.pop("settings", {})}
+    if own := [name for name in _RAYS_OWN if name in settings]:
+        raise ValueError(f"gptkern.serve.ray: {own[0]} of the settings is for Ray to say, in its own options")
+    ServeSettings(**settings)
     resources = {"num_cpus": float(given.pop("cpus", 1)), "num_gpus": float(given.pop("gpus", 0))}
     replica: Any = Replica
+    # Keys, origins and the log are the front's.
+    inner = settings | {"api_keys": (), "cors_origins": (), "access_log": False}
     replicas = replica.options(
         num_replicas=int(given.pop("replicas", 1)),
         max_ongoing_requests=int(given.pop("max_ongoing_requests", 64)),
         ray_actor_options=resources,
-    ).bind(model, device, settings, dict(given.pop("engine", {})))
+    ).bind(model, device, inner, dict(given.pop("engine", {})))
     if given:
         raise ValueError(f"gptkern.serve.ray: {', '.join(sorted(given))} is not known; see the guide")
-    most = int(settings.get("body_bytes", 4 << 20))
     front: Any = Front
-    return front.options(max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0}).bind(replicas, most)
+    return front.options(max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0}).bind(
+        replicas, settings
+    )
