@@ -2,28 +2,143 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from gptkern.cli import _options as o
+from gptkern.serve.settings import ServeSettings
 
 KEYS_VARIABLE = "GPTKERN_API_KEYS"
 
 
+class _Form(NamedTuple):
+    """The form in which a setting is typed, where it is not the setting's own.
+
+    Attributes:
+        name: The option's, with underscores.
+        read: The setting of what was typed.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    read: Callable[[Any], Any]
+    help: str | None = None
+    metavar: str | None = None
+
+
+def _keys(file: Path | None) -> tuple[str, ...]:
+    """The API keys of the file and of the environment."""
+    lines = [] if file is None else file.read_text(encoding="utf-8").splitlines()
+    keys = [*lines, *os.environ.get(KEYS_VARIABLE, "").split(",")]
+    return tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
+
+
+def _path(file: Path | None) -> str | None:
+    return None if file is None else str(file)
+
+
+def _text(file: Path | None) -> str | None:
+    return None if file is None else file.read_text(encoding="utf-8")
+
+
+def _origins(origins: Sequence[str] | None) -> tuple[str, ...]:
+    return tuple(origins or ())
+
+
+def _deadline(seconds: float) -> float | None:
+    return seconds or None
+
+
+_FILE = Path | None
+_FORMS = {
+    "deadline": _Form(
+        "deadline",
+        float,
+        600.0,
+        _deadline,
+        "Seconds after which a request ends with what it has (0 = never).",
+    ),
+    "api_keys": _Form(
+        "api_key_file",
+        _FILE,
+        None,
+        _keys,
+        f"A file of API keys, one a line; or {KEYS_VARIABLE}, separated by commas.",
+    ),
+    "cors_origins": _Form(
+        "cors_origin",
+        list[str] | None,
+        None,
+        _origins,
+        "An origin whose pages may ask, * for any; repeatable.",
+        "ORIGIN",
+    ),
+    "tls_certificate": _Form("tls_cert", _FILE, None, _path),
+    "tls_key": _Form("tls_key", _FILE, None, _path),
+    "chat_template": _Form("chat_template", _FILE, None, _text),
+}
+
+
+def _form(setting: Field[Any]) -> _Form:
+    kinds = {"str": str, "int": int, "float": float, "bool": bool}
+    own = _FORMS.get(setting.name)
+    return own or _Form(setting.name, kinds[str(setting.type)], setting.default, lambda value: value)
+
+
+def _parameter(setting: Field[Any]) -> inspect.Parameter:
+    """The command's parameter for a setting."""
+    form, about = _form(setting), setting.metadata
+    # The command line's 0 is no deadline.
+    least = 0 if setting.name == "deadline" else about["least"]
+    declared = typer.Option(
+        help=form.help or about["help"],
+        rich_help_panel=about["panel"],
+        min=least,
+        max=65535 if setting.name == "port" else None,
+        metavar=form.metavar,
+        exists=form.type is _FILE,
+        dir_okay=form.type is not _FILE,
+    )
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(form.name, kind, default=form.default, annotation=Annotated[form.type, declared])
+
+
+def _with_settings(command: Callable[..., int]) -> Callable[..., int]:
+    """Put an option for each setting but the model's name in the place of a command's ``**settings``."""
+    signature = inspect.signature(command, eval_str=True)
+    *own, _ = signature.parameters.values()
+    options = [setting for setting in fields(ServeSettings) if setting.name != "model_name"]
+
+    def run(**values: Any) -> int:
+        settings = {}
+        for setting in options:
+            form = _form(setting)
+            settings[setting.name] = form.read(values.pop(form.name))
+        return command(**values, **settings)
+
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
+    parameters += [_parameter(setting) for setting in options]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+@_with_settings
 def serve(
     model: Annotated[
         str,
         typer.Argument(
-            help="A transformers folder, a nanoGPT .pt, an llm.c .bin, a hub id, or the embedded model."
+            help="A transformers folder, nanoGPT .pt, llm.c .bin, .gguf, hub id, or the embedded model."
         ),
     ] = "embedded",
-    host: Annotated[
-        str, typer.Option(help="The address to listen at; 0.0.0.0 lets other machines in.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
     name: Annotated[
         str | None,
         typer.Option("--name", help="The model's name in requests; by default that of its folder."),
@@ -55,94 +170,12 @@ def serve(
             help="Take over the keys and values of a prompt that began alike.", rich_help_panel="Engine"
         ),
     ] = True,
-    most_rows: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Most continuations that are admitted at once, waiting ones included; beyond it 429.",
-            rich_help_panel="Limits",
-        ),
-    ] = 512,
-    most_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Most tokens, prompts and new ones, that these come to; beyond it 429.",
-            rich_help_panel="Limits",
-        ),
-    ] = 1 << 20,
-    deadline: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            help="Seconds after which a request ends with what it has (0 = never).",
-            rich_help_panel="Limits",
-        ),
-    ] = 600.0,
-    body_bytes: Annotated[
-        int, typer.Option(min=1, help="Most bytes of a request's body.", rich_help_panel="Limits")
-    ] = 4 << 20,
-    grammar_seconds: Annotated[
-        float,
-        typer.Option(
-            min=0.001, help="Most seconds that a grammar takes to compile.", rich_help_panel="Limits"
-        ),
-    ] = 5.0,
-    drain: Annotated[
-        float,
-        typer.Option(
-            min=0, help="Seconds that requests in flight have after SIGTERM.", rich_help_panel="Limits"
-        ),
-    ] = 30.0,
-    stream_interval: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            help="Fewest seconds between two chunks of a stream; tokens of the time between share one.",
-            rich_help_panel="Streams",
-        ),
-    ] = 0.04,
-    stream_tokens: Annotated[
-        int,
-        typer.Option(min=1, help="Tokens that make a chunk before that time.", rich_help_panel="Streams"),
-    ] = 32,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help=f"A file of API keys, one a line; or {KEYS_VARIABLE}, separated by commas.",
-            rich_help_panel="Access",
-        ),
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ORIGIN",
-            help="An origin whose pages may ask, * for any; repeatable.",
-            rich_help_panel="Access",
-        ),
-    ] = None,
-    tls_cert: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="The certificate, as PEM.", rich_help_panel="Access"),
-    ] = None,
-    tls_key: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Its key, as PEM.", rich_help_panel="Access"),
-    ] = None,
-    chat_template: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="A Jinja chat template in place of the model's own."),
-    ] = None,
-    access_log: Annotated[
-        bool, typer.Option(help="Write a line of JSON a request to standard error.")
-    ] = True,
+    **settings: Any,
 ) -> int:
     """Serve a model by OpenAI's HTTP interface, with a page to try it at /.
 
     A request gets the same tokens whatever else runs. Ctrl-C and SIGTERM let those in flight end; a second
-    one ends at once.
+    one ends that time at once.
 
     Examples:
 
@@ -154,41 +187,16 @@ def serve(
     """
     # imported here: --help need not wait for it, and without the extra this is what fails
     from gptkern.serve.process import run
-    from gptkern.serve.settings import ServeSettings
 
-    settings = ServeSettings(
-        model_name=name or ("gptkern" if model == "embedded" else Path(model).name or model),
-        host=host,
-        port=port,
-        most_rows=most_rows,
-        most_tokens=most_tokens,
-        deadline=deadline or None,
-        drain=drain,
-        body_bytes=body_bytes,
-        stream_interval=stream_interval,
-        stream_tokens=stream_tokens,
-        grammar_seconds=grammar_seconds,
-        api_keys=_keys(api_key_file),
-        cors_origins=tuple(cors_origin or ()),
-        tls_certificate=None if tls_cert is None else str(tls_cert),
-        tls_key=None if tls_key is None else str(tls_key),
-        chat_template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
-        access_log=access_log,
-    )
+    folder = "gptkern" if model == "embedded" else Path(model).name or model
+    chosen = ServeSettings(model_name=name or folder, **settings)
     gpt = o.load(model, device, dtype, weights, tokenizer)
     o.tokenizer_of(gpt)
     return run(
         gpt,
-        settings,
+        chosen,
         max_seqs=max_seqs,
         cache_tokens=cache_tokens,
         prefill_chunk=prefill_chunk,
         prefix_cache=prefix_cache,
     )
-
-
-def _keys(file: Path | None) -> tuple[str, ...]:
-    """The API keys of the file and of the environment."""
-    lines = [] if file is None else file.read_text(encoding="utf-8").splitlines()
-    keys = [*lines, *os.environ.get(KEYS_VARIABLE, "").split(",")]
-    return tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))

@@ -3,7 +3,7 @@
 ::
 
     settings = gptkern.serve.ServeSettings(port=8000)
-    gptkern.serve.process(gptkern.GPT.from_pretrained(), settings)
+    gptkern.serve.run(gptkern.GPT.from_pretrained(), settings)
 
 ``create_app`` gives the ASGI application, for a server or a test of your own.
 """

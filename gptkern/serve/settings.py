@@ -5,61 +5,78 @@ from __future__ import annotations
 import math
 import re
 import ssl
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 # A key goes into a header of ASCII characters.
 _KEY = re.compile(r"[!-~]{8,}")
+
+
+# The panels of ``gptkern serve --help``.
+_LIMITS, _STREAMS, _ACCESS = "Limits", "Streams", "Access"
+
+
+def _setting(default: Any, help_: str, *, panel: str | None = None, least: float | None = None) -> Any:
+    """A field of ``ServeSettings``: described here for the command line and for the checks."""
+    return field(default=default, metadata={"help": help_, "panel": panel, "least": least})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
     """The settings of a server.
 
-    Attributes:
-        model_name: The name by which requests and answers call the model.
-        host, port: The address that it listens at; port 0 takes a free one.
-        most_rows: Continuations that may be admitted at once, those that wait included.
-        most_tokens: Tokens, of prompts and new ones, that the admitted ones may come to together.
-        deadline: Seconds after which a request ends with what it has; None: no end.
-        drain: Seconds that requests in flight have after SIGTERM.
-        body_bytes: Bytes of a request's body.
-        stream_interval: Seconds between two chunks of a stream, at least, unless ``stream_tokens`` have come.
-        stream_tokens: Tokens that make a chunk at once.
-        grammar_seconds: Seconds that a grammar may take to be compiled.
-        api_keys: Keys of which a request must present one; empty: none is needed.
-        cors_origins: Origins whose pages may ask, ``"*"`` for any.
-        tls_certificate, tls_key: Files of PEM; both or none.
-        chat_template: A Jinja template in place of the model's own.
-        access_log: One line of JSON a request on standard error.
+    What each means stands beside its default. ``deadline=None`` is none.
 
     Raises:
         TypeError, ValueError: A setting of the wrong type or out of range.
     """
 
-    model_name: str = "gptkern"
-    host: str = "127.0.0.1"
-    port: int = 8000
-    most_rows: int = 512
-    most_tokens: int = 1 << 20
-    deadline: float | None = 600.0
-    drain: float = 30.0
-    body_bytes: int = 4 << 20
-    stream_interval: float = 0.04
-    stream_tokens: int = 32
-    grammar_seconds: float = 5.0
-    api_keys: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    tls_certificate: str | None = None
-    tls_key: str | None = None
-    chat_template: str | None = None
-    access_log: bool = True
+    model_name: str = _setting("gptkern", "The model's name in requests and answers.")
+    host: str = _setting("127.0.0.1", "The address to listen at; 0.0.0.0 lets other machines in.")
+    port: int = _setting(8000, "The port; 0 takes a free one.", least=0)
+    most_rows: int = _setting(
+        512,
+        "Most continuations that are admitted at once, waiting ones included; beyond it 429.",
+        panel=_LIMITS,
+        least=1,
+    )
+    most_tokens: int = _setting(
+        1 << 20,
+        "Most tokens, prompts and new ones, that these come to; beyond it 429.",
+        panel=_LIMITS,
+        least=1,
+    )
+    deadline: float | None = _setting(
+        600.0, "Seconds after which a request ends with what it has.", panel=_LIMITS, least=1e-3
+    )
+    body_bytes: int = _setting(4 << 20, "Most bytes of a request's body.", panel=_LIMITS, least=1)
+    grammar_seconds: float = _setting(
+        5.0, "Most seconds that a grammar takes to compile.", panel=_LIMITS, least=1e-3
+    )
+    drain: float = _setting(
+        30.0, "Seconds that requests in flight have after SIGTERM.", panel=_LIMITS, least=0
+    )
+    stream_interval: float = _setting(
+        0.04,
+        "Fewest seconds between two chunks of a stream; tokens of the time between share one.",
+        panel=_STREAMS,
+        least=0,
+    )
+    stream_tokens: int = _setting(32, "Tokens that make a chunk before that time.", panel=_STREAMS, least=1)
+    api_keys: tuple[str, ...] = _setting(
+        (), "Keys of which a request must present one; with none, nobody is asked.", panel=_ACCESS
+    )
+    cors_origins: tuple[str, ...] = _setting((), "Origins whose pages may ask, * for any.", panel=_ACCESS)
+    tls_certificate: str | None = _setting(None, "The certificate, as PEM.", panel=_ACCESS)
+    tls_key: str | None = _setting(None, "Its key, as PEM.", panel=_ACCESS)
+    chat_template: str | None = _setting(None, "A Jinja chat template in place of the model's own.")
+    access_log: bool = _setting(True, "Write a line of JSON a request to standard error.")
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _LEAST:
-                _check_number(field.name, value, whole=field.type == "int")
+        for one in fields(self):
+            if one.metadata["least"] is not None:
+                _check_number(one, getattr(self, one.name))
         if self.port > 65535:
             raise ValueError(f"ServeSettings: port is {self.port}; 0 to 65535 is accepted")
         if not self.model_name:
@@ -101,25 +118,14 @@ def _check_tls(certificate: str | None, key: str | None) -> None:
         ) from error
 
 
-_LEAST: dict[str, float] = {
-    "port": 0,
-    "most_rows": 1,
-    "most_tokens": 1,
-    "deadline": 1e-3,
-    "drain": 0,
-    "body_bytes": 1,
-    "stream_interval": 0,
-    "stream_tokens": 1,
-    "grammar_seconds": 1e-3,
-}
-
-
-def _check_number(name: str, value: object, *, whole: bool) -> None:
+def _check_number(setting: Field[Any], value: object) -> None:
+    name, least = setting.name, setting.metadata["least"]
     if value is None and name == "deadline":
         return
+    whole = setting.type == "int"
     if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
         kind = "a whole number" if whole else "a number"
         raise TypeError(f"ServeSettings: {name} is {value!r}; {kind} is needed")
     assert isinstance(value, int | float)
-    if not _LEAST[name] <= value < math.inf:
-        raise ValueError(f"ServeSettings: {name} is {value}; {_LEAST[name]:g} or more is needed")
+    if not least <= value < math.inf:
+        raise ValueError(f"ServeSettings: {name} is {value}; {least:g} or more is needed")
