@@ -130,7 +130,8 @@ class CpuExecutor(TableExecutor):
             RuntimeError: The weights have been given a dtype or a device that this cannot serve.
         """
         cache, tokens = self._cache, tokens.to(torch.int64).contiguous()
-        places = torch.tensor(range(len(tokens)) if wanted is None else wanted, dtype=torch.int32)
+        rows = range(len(tokens)) if wanted is None else wanted
+        places = torch.tensor(rows, dtype=torch.int32, device="cpu")
         logits = torch.empty(len(places), self._model.spec.vocab_size, dtype=cache.dtype, device="cpu")
         arguments = (cache.k, cache.v, page_table, lengths, tokens, places, logits, torch.get_num_threads())
         while not self._decoder.step(*arguments):
