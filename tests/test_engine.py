@@ -151,7 +151,7 @@ def test_a_request_that_fails_ends_alone() -> None:
     engine = Engine(model)
     good, bad = engine.add(asked(5, 6, 7, max_new_tokens=12)), engine.add(asked(9))
     events = engine.step()
-    (sequence,) = (row.sequence for row in engine._jobs[bad].rows)
+    (sequence,) = (row.sequence for row in engine._live[bad].rows)
     engine.cache.k[:, engine.cache.pages(sequence)[0], 0] = torch.nan  # type: ignore[arg-type]
     events += run(engine)
     assert [event.token for event in events if event.request == good] == expected

@@ -112,7 +112,7 @@ class Operations:
     def check(self) -> None:
         """Count every page by who holds it, and every sequence by its row."""
         engine, cache = self.engine, self.engine.cache
-        rows = [row for row in engine._unfinished() if row.sequence is not None]
+        rows = [row for row in engine._live.rows if row.sequence is not None]
         assert sorted(cache.sequences) == sorted(self._sequence(row) for row in rows)
         held = Counter(page for sequence in cache.sequences for page in cache.pages(sequence))
         assert [cache._pool.holders(page) for page in range(cache.num_pages)] == [

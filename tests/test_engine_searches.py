@@ -135,9 +135,9 @@ def test_a_search_that_is_cut_short_ends_every_copy(model: GPT, how: str, passes
         engine.cancel(number)
     else:
         engine._follow_inbox()
-        for row in engine._jobs[number].rows:
+        for row in engine._live[number].rows:
             row.deadline = 0.0
-        engine._scheduler._timed.update(engine._jobs[number].rows)
+        engine._scheduler._timed.update(engine._live[number].rows)
     events = run(engine)
     reason = {"cancel": "cancelled"}.get(how, how)
     assert [(e.copy, e.token, e.finish_reason) for e in events] == [(0, None, reason), (1, None, reason)]
@@ -150,7 +150,7 @@ def test_a_search_whose_logits_are_spoilt_ends_alone(model: GPT) -> None:
     good, bad = engine.add(search(max_new_tokens=8)), engine.add(search([9, 10], max_new_tokens=8))
     engine.step()
     engine.step()
-    sequence = engine._jobs[bad].rows[1].sequence
+    sequence = engine._live[bad].rows[1].sequence
     assert sequence is not None
     engine.cache.k[:, engine.cache.pages(sequence)[-1]] = torch.nan
     events = run(engine)

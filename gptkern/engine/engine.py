@@ -6,23 +6,23 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 
-from gptkern.engine.beam import advance, refuse_beams
+from gptkern.engine.beam import refuse_beams
 from gptkern.engine.cache import PAGE_SIZE, KVCache
 from gptkern.engine.constraint import Constraint
-from gptkern.engine.copies import Copy, draft_tokens
+from gptkern.engine.copies import Copy
 from gptkern.engine.executors.choose import Executors
 from gptkern.engine.executors.graph import MOST_ROWS
-from gptkern.engine.job import Inbox, Job, new_job
 from gptkern.engine.launch import Launch, Launcher
+from gptkern.engine.live import Inbox, LiveRequests, live_request
 from gptkern.engine.options import KVCacheDType
 from gptkern.engine.processors import Callbacks
-from gptkern.engine.request import FinishReason, Request, TokenEvent
-from gptkern.engine.sampling import RowDraw, RowParams, Sampler, row_keys
+from gptkern.engine.request import Request, TokenEvent
+from gptkern.engine.sampling import RowParams, Sampler, row_keys
 from gptkern.engine.scheduler import Row, Scheduler
 from gptkern.engine.settings import Settings, merged, settle
 from gptkern.engine.weights_version import WeightsVersion
@@ -136,11 +136,8 @@ class Engine:
         self._launcher = Launcher(self.cache.device, self._scheduler)
         self._sampler = Sampler(model.spec.vocab_size, model.device)
         self._kv_cache_dtype = kv_cache_dtype
-        self._copies: dict[Row, Copy] = {}
-        self._jobs: dict[int, Job] = {}
+        self._live = LiveRequests(self._scheduler)
         self._launched: Launch | None = None
-        # Those of a step that fails are given out by the next.
-        self._events: list[TokenEvent] = []
         self._ids = itertools.count()
         self._inbox = Inbox()
         self._stepping = threading.Lock()
@@ -161,11 +158,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True if a request has not ended, or an event has not been returned."""
-        return bool(self._jobs or self._inbox.added or self._events)
+        return bool(self._live or self._inbox.added or self._live.events)
 
     def has(self, request: int) -> bool:
         """True if the request exists and has not ended."""
-        return request in self._jobs or any(job.number == request for job in self._inbox.added)
+        return request in self._live or any(added.number == request for added in self._inbox.added)
 
     @property
     def preemptions(self) -> int:
@@ -271,7 +268,7 @@ class Engine:
         params = RowParams(settings, self.model.spec.vocab_size, logprobs)
         ends = None if deadline is None else time.monotonic() + deadline
         with self._inbox.lock:
-            job = new_job(
+            live = live_request(
                 next(self._ids),
                 prompt,
                 settings,
@@ -285,8 +282,8 @@ class Engine:
                 constraint=constraint,
                 device=self.model.device,
             )
-            self._inbox.added.append(job)
-        return job.number
+            self._inbox.added.append(live)
+        return live.number
 
     def weights_changed(self) -> None:
         """Find no prefix again that was computed until now.
@@ -323,7 +320,8 @@ class Engine:
                 raise RuntimeError("Engine.step: the engine is closed")
             with torch.inference_mode():
                 self._step()
-            events, self._events = self._events, []
+            # Those of a step that fails are given out by the next.
+            events, self._live.events = self._live.events, []
         except BaseException:
             self._start_over()
             raise
@@ -336,11 +334,7 @@ class Engine:
     def clear(self) -> None:
         """End every request, without an event, and give back what they hold. Prefixes stay."""
         self._inbox.take()
-        for row in self._unfinished():
-            self._scheduler.finish(row)
-        self._copies.clear()
-        self._jobs.clear()
-        self._events.clear()
+        self._live.clear()
         self._launched = None
 
     def close(self) -> None:
@@ -356,31 +350,27 @@ class Engine:
         """Compute every row again: nobody knows how far a step came that failed."""
         self._launched = None
         self._sampler.forget()
-        self._scheduler.start_over(self._unfinished())
-
-    def _unfinished(self) -> list[Row]:
-        """The rows of which the last event is still to come."""
-        return [row for job in self._jobs.values() for row in job.rows if row.beams or row in self._copies]
+        self._scheduler.start_over(self._live.rows)
 
     def _step(self) -> None:
         self._follow_inbox()
         launch, self._launched = self._launched or self._launch(None), None
-        self._events += self._ended(launch.expired, "deadline")
+        self._live.ended(launch.expired, "deadline")
         launch = launch.where(lambda row: row.state != "finished")
         if not launch.rows:
             return
         searching = any(row.beams for row in launch.rows)
         if searching:
-            self._search(launch.where(lambda row: bool(row.beams)))
+            self._live.search(launch.where(lambda row: bool(row.beams)), self.model)
             launch = launch.where(lambda row: not row.beams)
         if launch.rows:
             self._draw(launch, may_run_ahead=not searching)
         if self._decode.row_invariant:
-            self._draft(self._decode.draft_rows)
+            self._live.draft(self._decode.draft_rows)
 
     def _draw(self, launch: Launch, may_run_ahead: bool) -> None:
         """Draw the next tokens of rows, and begin the next pass before the host knows them where it may."""
-        copies = [self._copies[row] for row in launch.rows]
+        copies = self._live.copies(launch.rows)
         drawn = self._sampler.draw([copy.sampler for copy in copies], launch.logits, launch.drafts)
         if may_run_ahead and self._may_launch_ahead(copies):
             for row in launch.rows:
@@ -392,25 +382,7 @@ class Engine:
             copy.row.ahead = 0
             if part is not None:
                 self._scheduler.computed(part, len(draw.tokens))
-            self._events += self._taken(copy, draw, 0 if part is None else part.count - 1)
-
-    def _search(self, launch: Launch) -> None:
-        """Take searches one token on, by the logits after each of their beams."""
-        jobs = [self._jobs[number] for number in dict.fromkeys(row.request for row in launch.rows)]
-        for job in jobs:
-            if job.search is not None and not job.rows[0].generated:
-                job.search.restart()
-        searches = [job.search for job in jobs if job.search is not None]
-        for job, search, outcome in zip(jobs, searches, advance(searches, launch.logits), strict=True):
-            if isinstance(outcome, Exception):
-                self._events += self._ended(self._scheduler.finish(job.rows[0]), "error", outcome)
-            elif outcome:
-                self._scheduler.branch(job.rows, outcome, [beam.tokens for beam in search.running])
-            else:
-                ended = self._scheduler.finish(job.rows[0])
-                self._events += job.settled(self.model)
-                for row in ended:
-                    self._forget(row)
+            self._live.take(copy, draw, 0 if part is None else part.count - 1, self.model)
 
     def _launch(self, ahead: tuple[Sequence[Row], torch.Tensor] | None) -> Launch:
         self._refuse_changed()
@@ -418,14 +390,10 @@ class Engine:
 
     def _follow_inbox(self) -> None:
         added, cancelled = self._inbox.take()
-        for job in added:
-            self._jobs[job.number] = job
-            self._copies.update((copy.row, copy) for copy in job.copies)
-            self._scheduler.add(job.rows)
+        for request in added:
+            self._live.add(request)
         for number in cancelled:
-            rows = self._jobs[number].rows if number in self._jobs else []
-            ended = [member for row in rows for member in self._scheduler.finish(row)]
-            self._events += self._ended(ended, "cancelled")
+            self._live.cancel(number)
         if added:
             self.executors.look_again()
 
@@ -442,34 +410,8 @@ class Engine:
             return
         self._decode = decode
         self._divide()
-        drafting = [copy.row for copy in self._copies.values() if copy.lookup and copy.row.generated]
-        for row in drafting:
-            self._scheduler.finish(row)
         reason = f"{self.executors.reason}, since generation with speculate began; begin it anew"
-        self._events += self._ended(drafting, "error", RuntimeError(reason))
-
-    def _ended(
-        self, rows: Iterable[Row], reason: FinishReason, error: BaseException | None = None
-    ) -> list[TokenEvent]:
-        """The events of rows that end without one more token."""
-        copies = [self._copies[row] for row in rows if row in self._copies]
-        for copy in copies:
-            self._forget(copy.row)
-        return [copy.ended(reason, error) for copy in copies]
-
-    def _forget(self, row: Row) -> None:
-        self._copies.pop(row, None)
-        job = self._jobs.get(row.request)
-        if job is not None and all(copy.row not in self._copies for copy in job.copies):
-            del self._jobs[row.request]
-
-    def _taken(self, copy: Copy, draw: RowDraw, drafted: int) -> list[TokenEvent]:
-        """Give a copy what was drawn for it; the events that come of it."""
-        events = copy.take(draw, drafted, self.model)
-        if events[-1].finish_reason is not None:
-            self._scheduler.finish(copy.row)
-            self._forget(copy.row)
-        return events
+        self._live.end_drafting(RuntimeError(reason))
 
     def _may_launch_ahead(self, copies: Sequence[Copy]) -> bool:
         """True if the next pass can begin before the host knows this one's tokens."""
@@ -477,12 +419,6 @@ class Engine:
             copy.lookup is not None or copy.sampler.rules is not None or copy.sampler.constraint is not None
             for copy in copies
         )
-
-    def _draft(self, most: int) -> None:
-        """Draft tokens for the next pass, of at most ``most`` tokens."""
-        if any(copy.lookup is not None for copy in self._copies.values()):
-            beams = sum(len(job.search.running) for job in self._jobs.values() if job.search is not None)
-            draft_tokens([copy for copy in self._copies.values() if not copy.row.beams], most - beams)
 
 
 def _check_whole(source: str, **values: Any) -> None:
