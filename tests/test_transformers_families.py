@@ -13,6 +13,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 from families import CONFIGS as OTHERS
 from family_models import TINY, library_model
+from safetensors.torch import load_file
 from transformers import LlamaConfig, SmolLM3Config
 
 import gptkern
@@ -132,7 +133,11 @@ def test_a_model_that_generated_is_still_the_librarys(name: str, tmp_path: Path)
     given, greedy = inputs("none"), GREEDY | {"max_new_tokens": 8}
     ids, mask = given["input_ids"], given["attention_mask"]
     ours.generate(ids, attention_mask=mask, **greedy)
-    ours.save_pretrained(tmp_path)
+    names = []
+    for model in (theirs, ours):
+        model.save_pretrained(tmp_path)
+        names.append(sorted(load_file(tmp_path / "model.safetensors")))
+    assert names[1] == names[0]
     again = type(theirs).from_pretrained(tmp_path)
     assert type(again) is type(theirs)
     for key, value in theirs.state_dict().items():

@@ -2,37 +2,84 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import unittest
 from typing import Any
 
 import torch
-from transformers import GPT2Config
+import transformers
 
 from .test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask  # type: ignore[import-not-found]
+from .test_training_mixin import TrainingTesterMixin  # type: ignore[import-not-found]
 
-classes = importlib.import_module(os.environ["GPTKERN_CLASSES"])
-NAMES = (
-    "GPT2Model",
-    "GPT2LMHeadModel",
-    "GPT2DoubleHeadsModel",
-    "GPT2ForQuestionAnswering",
-    "GPT2ForSequenceClassification",
-    "GPT2ForTokenClassification",
+FAMILY = os.environ["GPTKERN_FAMILY"]
+# The language model is the first, as in the library's own tests.
+HEADS = (
+    *("ForCausalLM", "LMHeadModel", "Model", "DoubleHeadsModel"),
+    *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"),
 )
 CHOICES = 4
+SHARED: dict[str, Any] = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LIKE_LLAMA: dict[str, Any] = {
+    **SHARED,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 37,
+    "max_position_embeddings": 512,
+}
+LIKE_GPT2: dict[str, Any] = {**SHARED, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+# The beginning of the classes' names, and the fields of a small configuration.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", LIKE_GPT2 | {"n_inner": 37}),
+    "llama": ("Llama", LIKE_LLAMA),
+    "smollm3": ("SmolLM3", LIKE_LLAMA),
+    "mistral": ("Mistral", LIKE_LLAMA),
+    "qwen2": ("Qwen2", LIKE_LLAMA),
+    "qwen3": ("Qwen3", LIKE_LLAMA | {"head_dim": 8}),
+    "phi3": ("Phi3", LIKE_LLAMA | {"resid_pdrop": 0.0}),
+    "granite": ("Granite", LIKE_LLAMA),
+    "olmo2": ("Olmo2", LIKE_LLAMA),
+    # The library's tests want more than one pair of elements to be rotated.
+    "gpt_neox": (
+        "GPTNeoX",
+        {k: v for k, v in LIKE_LLAMA.items() if k != "num_key_value_heads"} | {"hidden_size": 64},
+    ),
+    "gptj": ("GPTJ", LIKE_GPT2 | {"rotary_dim": 4, "n_inner": 37}),
+    "opt": (
+        "OPT",
+        {k: v for k, v in LIKE_LLAMA.items() if k not in ("num_key_value_heads", "intermediate_size")}
+        | {"ffn_dim": 37, "word_embed_proj_dim": 32, "dropout": 0.0, "attention_dropout": 0.0},
+    ),
+    "gpt_bigcode": ("GPTBigCode", LIKE_GPT2 | {"n_inner": 37}),
+}
+PREFIX, FIELDS = FAMILIES[FAMILY]
+
+
+def classes() -> tuple[Any, ...]:
+    """The family's classes of the library, or as accelerated subclasses."""
+    names = [PREFIX + head for head in HEADS]
+    found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    if os.environ["GPTKERN_ACCELERATED"] == "0":
+        return tuple(found)
+    from gptkern.transformers import classes, models
+
+    language = models.LIBRARY_CLASSES
+    bases = [models.accelerated_class(cls) if cls in language else cls for cls in found]
+    return tuple(classes._accelerating(base, cls) for base, cls in zip(bases, found, strict=True))
 
 
 class Tester:
     """The small model that the library's tests ask for."""
 
-    batch_size, seq_length, hidden_size, num_hidden_layers, num_attention_heads = 3, 7, 32, 2, 4
+    batch_size, seq_length, num_hidden_layers, num_attention_heads = 3, 7, 2, 4
+    hidden_size = FIELDS.get("hidden_size", 32)
     vocab_size, num_labels, num_choices, is_training = 99, 3, CHOICES, True
+    intermediate_size, max_position_embeddings = 37, 512
 
     def get_config(self) -> Any:
-        tokens = {"bos_token_id": 98, "eos_token_id": 98, "pad_token_id": 98}
-        return GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_inner=37, n_positions=64, **tokens)
+        return getattr(transformers, PREFIX + "Config")(**FIELDS)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, Any]]:
         shape = [self.batch_size, self.seq_length]
@@ -40,11 +87,11 @@ class Tester:
         return self.get_config(), inputs
 
 
-class ModelTest(ModelTesterMixin, unittest.TestCase):  # type: ignore[misc]
+class ModelTest(ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):  # type: ignore[misc]
     """The library's tests on the classes under test."""
 
-    all_model_classes = tuple(getattr(classes, name) for name in NAMES)
-    # What is tested here is the forward pass; tests/test_transformers_generate.py covers generate.
+    all_model_classes = classes()
+    # The library's tests of generate are not in its source distribution.
     all_generative_model_classes = ()
     # Says that a model loaded without a choice of attention is on "sdpa", which is what accelerating changes.
     test_sdpa_can_dispatch_non_composite_models = None

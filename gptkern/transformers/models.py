@@ -37,6 +37,11 @@ class LanguageModel:
         # The library finds out by reading the source of the class's module, which is the wrong one here.
         return bool(cls._gptkern_library_class._can_set_attn_implementation())
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Custom code, by the place of its class, is saved without the library's renaming of tensors."""
+        return bool(cls._gptkern_library_class.is_custom_code())
+
     @library_takes_over
     def _sample(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         return generate(self, super()._sample, input_ids, kwargs)  # type: ignore[misc]
