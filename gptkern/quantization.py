@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -22,11 +23,13 @@ class Quantization:
         format: ``int8``, ``fp8`` or ``int4``.
         group_size: int4 only: inputs that share a scale.
         zero_point: int4 only: whether each group has a zero point beside its scale.
+        floats: Names of the layers that stay floats, as ``transformer.h.0.mlp.c_proj``; mostly none.
     """
 
     format: str
     group_size: int
     zero_point: bool
+    floats: tuple[str, ...] = ()
 
     @classmethod
     def make(
@@ -57,6 +60,8 @@ class Quantization:
         fields: dict[str, Any] = {"quant_method": METHOD, "format": self.format}
         if self.format == "int4":
             fields |= {"group_size": self.group_size, "zero_point": self.zero_point}
+        if self.floats:
+            fields["floats"] = list(self.floats)
         return fields
 
     @classmethod
@@ -69,7 +74,22 @@ class Quantization:
         if not isinstance(data, dict) or data.get("quant_method") != METHOD:
             method = data.get("quant_method") if isinstance(data, dict) else data
             raise ValueError(f"quantization_config: quant_method is {method!r}; {METHOD!r} is supported")
-        return cls.make(config, str(data.get("format")), data.get("group_size"), data.get("zero_point"))
+        found = cls.make(config, str(data.get("format")), data.get("group_size"), data.get("zero_point"))
+        floats, names = data.get("floats", []), set(linear_names(len(config.spec.layers)))
+        if not isinstance(floats, list) or not all(isinstance(n, str) and n in names for n in floats):
+            raise ValueError(
+                f"quantization_config: floats is {floats!r:.99}; a list of layers' names, as lm_head and "
+                "transformer.h.0.mlp.c_proj, is needed"
+            )
+        return replace(found, floats=tuple(floats))
+
+
+def linear_names(layers: int) -> Iterator[str]:
+    """The names of the linear layers that decoding reads, the head last."""
+    for layer in range(layers):
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            yield f"transformer.h.{layer}.{name}"
+    yield "lm_head"
 
 
 def check_format(op: str, format: str, group_size: int, widths: list[int]) -> None:

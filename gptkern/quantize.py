@@ -17,7 +17,7 @@ from gptkern import ops
 from gptkern.model.attend import AttendOptions
 from gptkern.ops._types import FP8_MAX
 from gptkern.ops.decode_linear.formats import QuantizedWeight, quantize
-from gptkern.quantization import Quantization
+from gptkern.quantization import Quantization, linear_names
 
 
 class QuantizedLinear(nn.Module):
@@ -84,7 +84,7 @@ def quantize_model(model: Any, quantization: Quantization) -> None:
     options: dict[str, Any] = {}
     if quantization.format == "int4":
         options = {"group_size": quantization.group_size, "zero_point": quantization.zero_point}
-    for owner, name, layer in linear_layers(model):
+    for owner, name, layer in _linear_layers(model, quantization):
         weight = quantize(layer.weight, quantization.format, **options)
         setattr(owner, name, QuantizedLinear(weight, layer.bias, layer.weight.dtype))
     model.quantization = quantization
@@ -92,7 +92,7 @@ def quantize_model(model: Any, quantization: Quantization) -> None:
 
 def empty_layers(model: Any, quantization: Quantization) -> None:
     """Replace the linear layers of a model on the meta device by quantised ones, for a checkpoint to fill."""
-    for owner, name, layer in linear_layers(model):
+    for owner, name, layer in _linear_layers(model, quantization):
         outputs, inputs = layer.weight.shape
         packed = quantization.format == "int4"
         values = torch.empty(
@@ -109,17 +109,12 @@ def empty_layers(model: Any, quantization: Quantization) -> None:
     model.quantization = quantization
 
 
-def linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """(owner, name, layer) of every linear layer that decoding reads, the head last."""
-    for block in model.transformer.h:
-        for owner, name in (
-            (block.attn, "c_attn"),
-            (block.attn, "c_proj"),
-            (block.mlp, "c_fc"),
-            (block.mlp, "c_proj"),
-        ):
-            yield owner, name, getattr(owner, name)
-    yield model, "lm_head", model.lm_head
+def _linear_layers(model: Any, quantization: Quantization) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """(owner, name, layer) of every linear layer that is to be quantised."""
+    for path in linear_names(len(model.transformer.h)):
+        if path not in quantization.floats:
+            owner, _, name = path.rpartition(".")
+            yield model.get_submodule(owner), name, model.get_submodule(path)
 
 
 class _LargestKV:

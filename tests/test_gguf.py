@@ -145,13 +145,16 @@ def test_q4_0_stays_packed(tmp_path: Path, quiet: Any) -> None:
         GPT.from_pretrained(path, weights="int8")
 
 
-def test_one_matrix_of_another_format_and_all_become_floats(tmp_path: Path) -> None:
+def test_matrices_of_another_format_become_floats(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     names = [name for name in gpt2_tensors() if name.endswith("weight")]
     write_gpt2(path, dict.fromkeys(names, "Q4_0") | {"token_embd.weight": "Q8_0"})
-    with pytest.warns(UserWarning, match=r"Q4_0 \(8 tensors\), Q8_0 \(1 tensors\) become floats"):
+    message = r"blocks in Q8_0 \(1 tensors\) become floats: .* 8 of 9 matrices, in Q4_0, stay packed as int4"
+    with pytest.warns(UserWarning, match=message):
         model = GPT.from_pretrained(path, dtype="bfloat16")
-    assert model.quantization is None and model.dtype == torch.bfloat16
+    assert model.quantization is not None and model.quantization.floats == ("lm_head",)
+    assert model.dtype == torch.bfloat16 and model.lm_head.weight is model.transformer.wte.weight
+    write_gpt2(path, "Q8_0")
     with pytest.warns(UserWarning, match="become floats"):
         again = GPT.from_pretrained(path, weights="int4")
     assert again.quantization is not None

@@ -143,7 +143,14 @@ def test_bad_input_changes_nothing(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights is 'fp8', the checkpoint is int8 already"):
         GPT.from_pretrained(tmp_path / "small", weights="fp8")
     config = tmp_path / "small" / "config.json"
-    for changed in ({"quant_method": "awq"}, {"quant_method": "gptkern", "format": "int2"}, 3):
+    ours = {"quant_method": "gptkern", "format": "int8"}
+    for changed in (
+        {"quant_method": "awq"},
+        {"quant_method": "gptkern", "format": "int2"},
+        3,
+        ours | {"floats": ["transformer.h.9.mlp.c_fc"]},
+        ours | {"floats": "lm_head"},
+    ):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": changed}))
         with pytest.raises(CheckpointError, match=r"config\.json: "):
             GPT.from_pretrained(tmp_path / "small")

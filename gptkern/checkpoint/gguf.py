@@ -18,15 +18,14 @@ from gptkern.checkpoint.gguf_file import Entry, GGUFFile, read_header
 from gptkern.checkpoint.gguf_tensors import GROUP, PACKED, GGUFTensor, Part, packed, parameter
 from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import Config, FamilyConfig, GPTConfig, read
-from gptkern.quantization import Quantization
+from gptkern.quantization import Quantization, linear_names
 
-_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
-_LINEAR = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_HEAD, _EMBEDDING = "lm_head", "transformer.wte.weight"
 _FLOATS = ("F32", "F16", "BF16")
 
 
 def open_file(path: Path) -> Contents:
-    """Open a ``.gguf``. Matrices stay packed if all are in Q4_0, else blocks are dequantised, with a warning.
+    """Open a ``.gguf``. Matrices in Q4_0 stay packed, other blocks are dequantised, with a warning.
 
     Raises:
         CheckpointError: Damaged, truncated, of an architecture or in a block format that is not served.
@@ -39,27 +38,24 @@ def open_file(path: Path) -> Contents:
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     tensors: dict[str, GGUFTensor] = _parameters(file, config)
-    linear = {name: tensor for name, tensor in tensors.items() if name.endswith(_LINEAR)}
-    head = tensors.get(_HEAD, tensors.get(_EMBEDDING))
-    if head is not None:
-        linear[_HEAD] = head
-    keeps = bool(linear) and all(
-        part.entry.format == PACKED for tensor in linear.values() for part in tensor.parts
-    )
     stored: dict[str, StoredTensor] = dict(tensors)
-    if keeps:
-        for name, tensor in linear.items():
-            stored.pop(name, None)
-            stem = name.removesuffix("weight")
-            stored[f"{stem}values"], stored[f"{stem}scales"] = packed(tensor)
-    else:
-        _warn_of_blocks(file)
+    names = list(linear_names(len(config.spec.layers)))
+    packable = [name for name in names if _is_packed(_matrix(tensors, name))]
+    for name in packable:
+        matrix = _matrix(tensors, name)
+        assert matrix is not None
+        stored.pop(f"{name}.weight", None)
+        stored[f"{name}.values"], stored[f"{name}.scales"] = packed(matrix)
+    floats = tuple(name for name in names if name not in packable)
+    if _HEAD in packable and config.tie_word_embeddings:
+        del tensors[_EMBEDDING]  # the head holds its blocks: nothing of them is lost, and nothing is told
+    _warn_of_blocks(path, [t for name, t in tensors.items() if name in stored], len(packable), len(names))
     return Contents(
         path,
         config,
         stored,
         transposed=False,
-        quantization=Quantization("int4", GROUP, False) if keeps else None,
+        quantization=Quantization("int4", GROUP, False, floats) if packable else None,
         generation_config=special_ids(file),
     )
 
@@ -75,14 +71,27 @@ def formats(contents: Contents) -> dict[str, int]:
     return dict(Counter(entries.values()).most_common())
 
 
-def _warn_of_blocks(file: GGUFFile) -> None:
-    counts = Counter(entry.format for entry in file.tensors.values() if entry.format not in _FLOATS)
-    if counts:
-        blocks = ", ".join(f"{format} ({count} tensors)" for format, count in counts.most_common())
-        warn(
-            f"{file.path}: blocks in {blocks} become floats: int8 and int4 do not hold them exactly. "
-            "weights='int8' or 'int4' quantises them anew"
-        )
+def _matrix(tensors: dict[str, GGUFTensor], name: str) -> GGUFTensor | None:
+    """The matrix of a linear layer; that of a tied head is the embedding."""
+    own = tensors.get(f"{name}.weight")
+    return own if own is not None or name != _HEAD else tensors.get(_EMBEDDING)
+
+
+def _is_packed(matrix: GGUFTensor | None) -> bool:
+    return matrix is not None and all(part.entry.format == PACKED for part in matrix.parts)
+
+
+def _warn_of_blocks(path: Path, unpacked: list[GGUFTensor], packed: int, matrices: int) -> None:
+    """Say which blocks became floats, and how many matrices stayed packed beside them."""
+    formats = (part.entry.format for tensor in unpacked for part in tensor.parts)
+    counts = Counter(format for format in formats if format not in _FLOATS)
+    if not counts:
+        return
+    blocks = ", ".join(f"{format} ({count} tensors)" for format, count in counts.most_common())
+    hint = "weights='int8' or 'int4' quantises them anew"
+    if packed:
+        hint = f"{packed} of {matrices} matrices, in {PACKED}, stay packed as int4"
+    warn(f"{path}: blocks in {blocks} become floats: int8 and int4 do not hold them exactly. {hint}")
 
 
 def _parameters(file: GGUFFile, config: Config) -> dict[str, GGUFTensor]:

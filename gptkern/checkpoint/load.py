@@ -129,8 +129,9 @@ def load(
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.compute_in(dtype, device)
-    if contents.config.tie_word_embeddings and contents.quantization is None:
-        model.get_submodule("lm_head").weight = model.get_parameter(_EMBEDDING)
+    head = model.get_submodule("lm_head")
+    if contents.config.tie_word_embeddings and not isinstance(head, QuantizedLinear):
+        head.weight = model.get_parameter(_EMBEDDING)
     return model.eval()
 
 

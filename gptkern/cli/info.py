@@ -42,6 +42,8 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, object]]:
     if facts["blocks"]:
         counts = ", ".join(f"{format} ({count} tensors)" for format, count in facts["blocks"].items())
         use = "floats once they are loaded" if quantization is None else "packed once they are loaded"
+        if quantization is not None and "floats" in quantization:
+            use = f"once they are loaded {len(quantization['floats'])} matrices are floats, the others packed"
         yield "GGUF blocks", f"{counts}; {use}"
     yield "parameters", f"{facts['parameters']:,}"
     yield "without embeddings", f"{facts['parameters_without_embeddings']:,}"

@@ -34,6 +34,12 @@ class PersistentExecutor(GraphExecutor):
     @staticmethod
     def serves(model: Decoder, dtype: torch.dtype) -> str | None:
         """See ``Executor``."""
+        quantization = model.quantization
+        if quantization is not None and quantization.floats:
+            return (
+                f"one launch for a pass takes matrices of one format; beside {quantization.format} "
+                f"{len(quantization.floats)} of them are floats here"
+            )
         return unlike_gpt(model.spec) or GraphExecutor.serves(model, dtype)
 
     def _weights_moved(self) -> None:

@@ -12,7 +12,7 @@ from gptkern.model.spec import DecoderSpec, LayerSpec
 def qwen2_spec(fields: Fields) -> DecoderSpec:
     """The decoder that a Qwen2's ``config.json`` describes."""
     found = llama.spec(fields)
-    return found.replace(layers=_windowed(fields, found), qkv_bias=True)
+    return found.replace(layers=_windowed(fields, found), qkv_bias=True, out_bias=False)
 
 
 def qwen3_spec(fields: Fields) -> DecoderSpec:

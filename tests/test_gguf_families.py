@@ -1,0 +1,169 @@
+"""GGUF files of Llama and Qwen, named by the gguf library: parameters as written, logits of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from family_models import library_model
+from gguf_files import add_byte_tokenizer, blocks, finish
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from gptkern.checkpoint.gguf import open_file
+from gptkern.engine.executors.cpu import CpuExecutor
+from gptkern.engine.executors.persistent import PersistentExecutor
+from gptkern.gpt import GPT
+from gptkern.quantize import QuantizedLinear
+
+WIDE: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "bos_token_id": 317,
+    "eos_token_id": 318,
+    "pad_token_id": None,
+}
+MODELS = {
+    "llama": LlamaConfig(**WIDE, head_dim=32),
+    "llama, tied": LlamaConfig(**WIDE, head_dim=32, tie_word_embeddings=True, attention_bias=True),
+    "qwen2": Qwen2Config(**WIDE),
+    "qwen2, tied": Qwen2Config(**WIDE, tie_word_embeddings=True),
+    "qwen2, yarn": Qwen2Config(
+        **WIDE,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "qwen3": Qwen3Config(**WIDE, head_dim=64),
+    "qwen3, tied": Qwen3Config(**WIDE, head_dim=32, tie_word_embeddings=True),
+}
+Format = Callable[[str], str]
+
+
+def write(path: Path, theirs: Any, format: Format = lambda name: "F32") -> None:
+    """Write a model of transformers as llama.cpp's converter does; ``format`` of a matrix by GGUF's name.
+
+    The model gets the numbers that the blocks stand for.
+    """
+    config = theirs.config
+    names = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
+    called = gguf.get_tensor_name_map(names[config.model_type], config.num_hidden_layers)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer = gguf.GGUFWriter(path, config.model_type)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.rope_parameters["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+        writer.add_rope_scaling_orig_ctx_len(config.rope_parameters["original_max_position_embeddings"])
+    add_byte_tokenizer(writer)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, parameter in theirs.named_parameters():
+        stored = called.get_name(name, try_suffixes=(".weight", ".bias"))
+        tensor, of_heads = parameter.data, heads.get(name.split(".")[-2], 0)
+        if config.model_type == "llama" and of_heads:
+            tensor = tensor.unflatten(0, (of_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        chosen = format(stored) if tensor.dim() == 2 else "F32"
+        if chosen == "F32":
+            writer.add_tensor(stored, tensor.contiguous().numpy())
+            continue
+        kind = gguf.GGMLQuantizationType[chosen]
+        data = blocks(chosen, tensor.contiguous().numpy())
+        writer.add_tensor(stored, data, raw_dtype=kind)
+        found = torch.from_numpy(gguf.dequantize(data, kind))
+        if config.model_type == "llama" and of_heads:
+            found = found.unflatten(0, (of_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        parameter.data.copy_(found)
+    finish(writer)
+
+
+def as_written(ours: GPT, theirs: Any) -> None:
+    """Every parameter is the one that was written, to the bit."""
+    expected = theirs.state_dict()
+    for row in ours.config.family.named(len(ours.spec.layers)):  # type: ignore[union-attr]
+        if row.theirs[0] in expected and not (ours.spec.tied and row.ours.startswith("lm_head")):
+            owner, _, leaf = row.ours.rpartition(".")
+            found = getattr(ours.get_submodule(owner), leaf)
+            assert torch.equal(found, torch.cat([expected[name] for name in row.theirs])), row.ours
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    theirs, path = library_model(MODELS[name]), tmp_path / "model.gguf"
+    write(path, theirs)
+    ours = GPT.from_pretrained(path)
+    as_written(ours, theirs)
+    ids = torch.randint(320, (2, 23), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
+    assert ours.config.eos_token_ids == (318,)
+
+
+# As llama.cpp's own Q4_0 has it: the head, or the embedding that it is tied to, in more bits.
+LAYERS: Format = lambda name: "Q6_K" if name.startswith(("output", "token_embd")) else "Q4_0"  # noqa: E731
+SOME: Format = lambda name: "Q4_0" if "ffn" in name or "blk.1.attn_output" in name else "Q8_0"  # noqa: E731
+
+
+@pytest.mark.parametrize(("format", "floats"), [(LAYERS, 1), (SOME, 4)], ids=["all but the head", "some"])
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "qwen2", "qwen3, tied"])
+def test_matrices_in_q4_0_stay_packed_beside_others(
+    name: str, format: Format, floats: int, tmp_path: Path
+) -> None:
+    theirs, path = library_model(MODELS[name]), tmp_path / "model.gguf"
+    write(path, theirs, format)
+    with pytest.warns(
+        UserWarning, match=rf"become floats: .* {9 - floats} of 9 matrices, in Q4_0, stay packed"
+    ):
+        ours = GPT.from_pretrained(path)
+    assert ours.quantization is not None and len(ours.quantization.floats) == floats
+    layers = {name: layer for name, layer in ours.named_modules() if isinstance(layer, QuantizedLinear)}
+    assert len(layers) == 9 - floats and not layers.keys() & set(ours.quantization.floats)
+    as_written(ours, theirs)
+    ids = torch.randint(320, (2, 23), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        torch.testing.assert_close(ours(ids).logits, expected, rtol=0, atol=1e-4)
+    # the C++ decode step reads each matrix in its own format
+    assert CpuExecutor.serves(ours, torch.float32) is None
+    found = ours.generate(ids[:, :9], max_new_tokens=8, eos_token_id=None)
+    wanted = theirs.generate(ids[:, :9], max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(found, wanted)
+    reason = PersistentExecutor.serves(ours, torch.float32)
+    assert reason is not None and f"one format; beside int4 {floats} of them are floats" in reason
+    # saved and opened it is the same, packed where it was
+    ours.save_pretrained(tmp_path / "saved")
+    again = GPT.from_pretrained(tmp_path / "saved")
+    assert again.quantization == ours.quantization
+    assert torch.equal(again(ids).logits, ours(ids).logits)
+    if ours.spec.tied:
+        assert again.lm_head.weight is again.transformer.wte.weight
+
+
+def test_a_part_in_another_format_makes_the_whole_matrix_floats(tmp_path: Path) -> None:
+    theirs, path = library_model(MODELS["llama"]), tmp_path / "model.gguf"
+    write(path, theirs, lambda name: "Q6_K" if name == "blk.0.attn_v.weight" else "Q4_0")
+    # queries and keys beside the values, and the embedding
+    with pytest.warns(UserWarning, match=r"Q4_0 \(3 tensors\), Q6_K \(1 tensors\) become floats.* 8 of 9"):
+        contents = open_file(path)
+    assert contents.quantization is not None
+    assert contents.quantization.floats == ("transformer.h.0.attn.c_attn",)
