@@ -47,6 +47,23 @@ def test_logits_loss_and_gradients_are_those_of_transformers(config: Any) -> Non
         assert (parameter.grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), name
 
 
+ONE_OF_EACH = {config.model_type: name for name, config in reversed(ALL.items())}
+
+
+@pytest.mark.parametrize("family", ONE_OF_EACH)
+def test_errors_in_bfloat16_are_those_of_transformers_twice_at_most(family: str) -> None:
+    theirs = library_model(ALL[ONE_OF_EACH[family]]).to(torch.bfloat16)
+    ours = our_model(theirs).to(torch.bfloat16)
+    ids = torch.randint(67, (8, 40), generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        errors = [model(ids).logits.double() for model in (ours, theirs)]
+        exact = theirs.double()(ids).logits
+    mine, other = ((logits - exact).square().mean().sqrt() for logits in errors)
+    assert 0.0 < mine <= 2.0 * other
+    largest = [(logits - exact).abs().max() for logits in errors]
+    assert largest[0] <= 2.0 * largest[1]
+
+
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 def test_greedy_tokens_are_those_of_transformers(config: Any) -> None:
     theirs = library_model(config)
