@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,108 @@ def test_other_heads(kind: str, cls: type[Any], padding: str) -> None:
         if isinstance(value, torch.Tensor):
             real = mask if value.shape[:2] == mask.shape else ...
             torch.testing.assert_close(found[key][real], value[real], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", FIRST)
+def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
+    theirs, ours = pair(name)
+    for module in (*theirs.modules(), *ours.modules()):
+        for dropout in ("p", "dropout", "attn_dropout", "attention_dropout"):
+            if isinstance(getattr(module, dropout, None), float):
+                setattr(module, dropout, 0.0)
+    given = inputs("left")
+    _, loss, gradients = forward_backward(theirs.train(), given)
+    ours.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    _, found_loss, found = forward_backward(ours, given)
+    torch.testing.assert_close(found_loss, loss, atol=1e-5, rtol=0)
+    for key, gradient in gradients.items():
+        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, key
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::gptkern.FallbackWarning")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "opt"])
+def test_lora_trains_and_merges(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    given, results = inputs("none"), []
+    ids, mask = given["input_ids"], given["attention_mask"]
+    greedy = GREEDY | {"attention_mask": mask, "max_new_tokens": 6}
+    for model in pair(name):
+        torch.manual_seed(2)
+        config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config)
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.01)
+        losses = []
+        for _ in range(3):
+            loss = adapted(**given).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        tokens = adapted.generate(input_ids=ids, **greedy)
+        merged = adapted.merge_and_unload()
+        results.append((losses, tokens, merged.generate(ids, **greedy)))
+    assert gptkern.explain(merged)[4].route == "engine"
+    assert results[1][0] == pytest.approx(results[0][0], abs=1e-4)
+    assert all(map(torch.equal, results[0][1:], results[1][1:]))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::gptkern.FallbackWarning")
+@pytest.mark.parametrize("name", FIRST)
+def test_the_cache_under_both_of_its_names(name: str) -> None:
+    theirs, ours = pair(name)
+    ids = inputs("none")["input_ids"]
+    for key in ("past_key_values", "cache"):
+        if key == "cache" and key not in inspect.signature(theirs.forward).parameters:
+            continue
+        logits, tokens = [], []
+        for model in (theirs, ours):
+            first = model(ids[:, :6], use_cache=True)
+            past = {key: getattr(first, key)}
+            logits.append(model(ids[:, 6:10], **past).logits)
+            tokens.append(model.generate(ids, **GREEDY | {"max_new_tokens": 8}, **past))
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+        assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_hooked_part_is_called(name: str) -> None:
+    """Each module that the library calls in a layer is called, or its output would be left out."""
+    theirs, ours = pair(name)
+    ids = inputs("none")["input_ids"]
+    body = FAMILIES[theirs.config.model_type].body
+    layers = f"{body}.layers.1" if hasattr(theirs.get_submodule(body), "layers") else f"{body}.h.1"
+    parts = [f"{layers}.{n}" for n, m in theirs.get_submodule(layers).named_modules() if n and n != "mlp.act"]
+    for part in parts:
+        calls: list[list[int]] = [[], []]
+        for model, seen in zip((theirs, ours), calls, strict=True):
+            hook = model.get_submodule(part).register_forward_hook(
+                lambda m, a, out, seen=seen: seen.append(1)
+            )
+            with torch.no_grad():
+                model(ids)
+            # Some activations are one module of all models.
+            hook.remove()
+        assert calls[1] == calls[0], part
+    assert len(parts) > 5
+
+
+def test_what_is_not_served_says_why() -> None:
+    model = gptkern.accelerate(library_model(CONFIGS["phi3, longrope"]))
+    route = gptkern.explain(model)[-1]
+    assert (route.route, route.reason) == (
+        "fallback",
+        "longrope: the library's frequencies change within a text",
+    )
+    config = copy.deepcopy(CONFIGS["gemma3"])
+    config.use_bidirectional_attention = True
+    theirs = library_model(config)
+    model = gptkern.accelerate(copy.deepcopy(theirs))
+    assert "use_bidirectional_attention" in gptkern.explain(model)[-1].reason
+    ids = inputs("none")["input_ids"]
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_every_family_has_configurations() -> None:
