@@ -11,21 +11,22 @@ from collections.abc import Sequence
 
 import torch
 
+from gptkern.as_built import Watch
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.base import TableExecutor, check_cache
 from gptkern.engine.executors.changes import weights_alone
+from gptkern.engine.executors.weights import step_program
 from gptkern.engine.rows import RowTable
 from gptkern.model.decoder import Decoder
-from gptkern.model.program import Buffer, Stage, program
 from gptkern.model.spec import DecoderSpec
-from gptkern.model.weights import decoder_weights
 from gptkern.ops._counters import Pool, counters_from
 from gptkern.ops._dispatch import use_kernel
 from gptkern.ops._launch import on_device
-from gptkern.ops._types import FP8, HeadNorm, Norm, RmsNorm, Rotary
+from gptkern.ops._types import FP8, RmsNorm, Rotary
 from gptkern.ops.decode_attention import decode_attention
 from gptkern.ops.decode_embed import decode_embed
 from gptkern.ops.decode_linear import decode_linear, decode_qkv
+from gptkern.ops.decode_step import StepProgram, StepRow
 from gptkern.ops.layer_norm import layer_norm
 from gptkern.ops.rms_norm import rms_norm
 
@@ -58,9 +59,9 @@ class GraphExecutor(TableExecutor):
                 f"{type(self).__name__}: the cache is {cache.dtype}, the model {model.dtype}: they must agree"
             )
         super().__init__(model, cache, max_rows)
-        # Packed weights are buffers.
-        self._parameters = [*model.parameters(), *model.buffers()]
+        self._find_owners()
         self._addresses: list[int] = []
+        self._program: StepProgram | None = None
         with torch.inference_mode(False):
             self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=cache.device)
             self._live = torch.zeros(1, dtype=torch.int32, device=cache.device)
@@ -91,24 +92,34 @@ class GraphExecutor(TableExecutor):
         if rows != self._live_count:
             self._live.fill_(rows)
             self._live_count = rows
-        addresses = [parameter.data_ptr() for parameter in self._parameters]
-        if addresses != self._addresses:
-            self._addresses = addresses
-            self._weights_moved()
+        self._look_for_weights()
         # Graphs and streams are those of the current device, which need not be the model's.
         with on_device(self._tokens), counters_from(self._counters):
             out = self.run(rows) if self.graphs is None else self.graphs.replay(rows).clone()
         self._table.advanced(rows)
         return out[:rows]
 
-    def _weights_moved(self) -> None:
-        """Forget what holds addresses of weights."""
-        if self.graphs is not None:
-            self.graphs.clear()
+    def _find_owners(self) -> None:
+        """Find the dictionaries of modules that hold weights; packed ones are buffers."""
+        self._watch = Watch(self._model)
+        modules = list(self._model.modules())
+        self._owners = [owner for m in modules for owner in (m._parameters, m._buffers) if owner]
+
+    def _look_for_weights(self) -> None:
+        """Make the program anew, and forget the graphs, where weights were moved or replaced."""
+        if self._watch.stirred():
+            self._find_owners()
+        addresses = [t.data_ptr() for owner in self._owners for t in owner.values() if t is not None]
+        if addresses != self._addresses:
+            # The program holds the tensors themselves: no other one comes to lie at their addresses.
+            self._program, self._addresses = step_program(self._model), addresses
+            if self.graphs is not None:
+                self.graphs.clear()
 
     def run(self, rows: int) -> torch.Tensor:
         """The pass itself, over the first ``rows`` rows of the buffers: what a graph captures."""
-        return StagedPass(self._model, self._table, rows).run(self._tokens[:rows], self._live)
+        assert self._program is not None
+        return Pass(self._program, self._table, self._tokens[:rows], self._live).run()
 
     def warm_up(self, rows: int, stream: torch.cuda.Stream) -> None:
         """Compile and load every kernel, which a capture forbids, by a pass that leaves no trace."""
@@ -128,129 +139,103 @@ def _unserved(spec: DecoderSpec) -> str | None:
     """The part of a decoder that the decode kernels do not compute; None if there is none."""
     if spec.qk_norm == "whole":
         return "the decode kernels norm queries and keys head by head; this model norms all heads at once"
-    if spec.norm_place in ("branch", "both") and spec.residual_scale != 1.0:
-        return "the decode kernels scale a branch before its norm; this model scales it after"
     if spec.rotaries and spec.head_dim % 2:
         return f"the decode kernels turn pairs within heads of even size; this model's have {spec.head_dim}"
     return None
 
 
-class StagedPass:
-    """One pass: the stages of the decoder's program over ``rows`` rows of a table, a launch each."""
+class Pass:
+    """One pass over some rows of a table: the rows of a program, a launch each."""
 
-    def __init__(self, model: Decoder, table: RowTable, rows: int) -> None:
-        self._spec, self._weights, self._storage = model.spec, decoder_weights(model), table.storage
+    def __init__(
+        self, program: StepProgram, table: RowTable, tokens: torch.Tensor, live: torch.Tensor
+    ) -> None:
+        rows = tokens.shape[0]
+        self._program, self._storage = program, table.storage
         self._page_table, self._lengths = table.storage.page_table[:rows], table.lengths[:rows]
-        tables = model.transformer.rotary_tables(model.device)
-        self._tables = dict(zip(model.spec.rotaries, tables, strict=True))
-        self._buffers: dict[Buffer, torch.Tensor] = {}
-
-    def run(self, tokens: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-        """Logits ``(rows, vocab_size)`` after ``tokens``, of which the first ``live`` are in use."""
-        first, *stages = program(self._spec)
-        self._buffers[first.write], self._slots = decode_embed(
+        x, self._slots = decode_embed(
             tokens,
             live,
-            self._weights.tokens,
-            self._weights.positions,
+            program.token_weight,
+            program.position_weight,
             self._page_table,
             self._lengths,
             self._storage.page_size,
-            position_offset=self._spec.position_offset,
-            scale=self._spec.embedding_scale,
+            position_offset=program.position_offset,
+            scale=program.embedding_scale,
         )
-        for stage in stages:
-            self._buffers[stage.write] = getattr(self, f"_{stage.kind}")(stage)
+        self._buffers = {"x": x}
+
+    def run(self) -> torch.Tensor:
+        """Logits ``(rows, vocab_size)``."""
+        for row in self._program.rows:
+            self._buffers[row.write] = getattr(self, f"_{row.kind}")(row)
         return self._buffers["logits"]
 
-    def _qkv(self, stage: Stage) -> torch.Tensor:
-        x, storage, layer = self._read(stage), self._storage, stage.layer
-        matrix = self._weights.matrix(layer, "qkv")
+    def _qkv(self, row: StepRow) -> torch.Tensor:
+        x, storage = self._buffers[row.read], self._storage
         return decode_qkv(
             x,
-            matrix.weight,
-            matrix.bias,
-            storage.k[layer],
-            storage.v[layer],
+            row.product.weight,
+            row.product.bias,
+            storage.k[row.layer],
+            storage.v[row.layer],
             self._slots,
-            norm=self._norm(stage),
-            normed_out=self._save(stage, x),
-            scales=storage.layer_kv_scales(layer),
-            rotary=self._rotary(layer),
-            head_norm=self._head_norm(layer),
+            norm=row.norm,
+            normed_out=self._save(row, x),
+            scales=storage.layer_kv_scales(row.layer),
+            # The embeddings have counted the new token already.
+            rotary=None if row.rotary is None else Rotary(*row.rotary[:2], self._lengths, row.rotary.pairs),
+            head_norm=row.head_norm,
         )
 
-    def _rotary(self, layer: int) -> Rotary | None:
-        rotary = self._spec.layers[layer].rotary
-        # The embeddings have counted the new token already.
-        return None if rotary is None else Rotary(*self._tables[rotary], self._lengths, rotary.pairs)
-
-    def _head_norm(self, layer: int) -> HeadNorm | None:
-        own, norm = self._weights.layers[layer], self._spec.norm
-        if own.q_norm is None or own.k_norm is None:
-            return None
-        return HeadNorm(own.q_norm, own.k_norm, norm.eps, norm.unit_offset)
-
-    def _attention(self, stage: Stage) -> torch.Tensor:
-        spec, storage, layer = self._spec, self._storage, stage.layer
+    def _attention(self, row: StepRow) -> torch.Tensor:
+        q, storage = self._buffers[row.read], self._storage
         out = decode_attention(
-            self._read(stage).unflatten(1, (spec.heads, spec.head_dim)),
-            storage.k[layer],
-            storage.v[layer],
+            q.unflatten(1, (self._program.heads, -1)),
+            storage.k[row.layer],
+            storage.v[row.layer],
             self._page_table,
             self._lengths,
-            scale=spec.layers[layer].attention_scale,
-            window=spec.layers[layer].window,
+            scale=row.attention_scale,
+            window=row.window,
             # The kernel before it writes neither the table nor the lengths.
             prefetch=True,
-            scales=storage.layer_kv_scales(layer),
-            softcap=spec.attention_softcap,
+            scales=storage.layer_kv_scales(row.layer),
+            softcap=row.softcap,
         )
         return out.flatten(1)
 
-    def _linear(self, stage: Stage) -> torch.Tensor:
-        assert stage.weight is not None
-        x, matrix, spec = self._read(stage), self._weights.matrix(stage.layer, stage.weight), self._spec
-        is_head, is_branch = stage.weight == "head", stage.weight in ("out", "proj")
+    def _linear(self, row: StepRow) -> torch.Tensor:
+        x = self._buffers[row.read]
         return decode_linear(
             x,
-            matrix.weight,
-            matrix.bias,
-            norm=self._norm(stage),
-            activation=spec.activation if stage.activated else "none",
-            gated=stage.activated and spec.gated,
-            scale=spec.logits_scale if is_head else spec.residual_scale if is_branch else 1.0,
-            softcap=spec.logits_softcap if is_head else None,
-            residual=None if stage.residual is None else self._buffers[stage.residual],
-            normed_out=self._save(stage, x),
+            row.product.weight,
+            row.product.bias,
+            norm=row.norm,
+            activation=row.activation,
+            gated=row.gated,
+            scale=row.scale,
+            softcap=row.softcap,
+            residual=None if row.residual is None else self._buffers[row.residual],
+            normed_out=self._save(row, x),
         )
 
-    def _add_norm(self, stage: Stage) -> torch.Tensor:
-        norm, x = self._norm(stage), self._read(stage)
-        assert norm is not None and stage.residual is not None
+    def _add_norm(self, row: StepRow) -> torch.Tensor:
+        norm, x = row.norm, self._buffers[row.read]
+        assert norm is not None and row.residual is not None
         if isinstance(norm, RmsNorm):
             normed = rms_norm(x, norm.weight, norm.eps, unit_offset=norm.unit_offset)
         else:
             normed = layer_norm(x, *norm)
-        return self._buffers[stage.residual] + normed
+        return torch.add(self._buffers[row.residual], normed, alpha=row.scale)
 
-    def _read(self, stage: Stage) -> torch.Tensor:
-        assert stage.read is not None
-        return self._buffers[stage.read]
-
-    def _norm(self, stage: Stage) -> Norm | RmsNorm | None:
-        """The norm of what the stage reads."""
-        if stage.norm is None:
+    def _save(self, row: StepRow, x: torch.Tensor) -> torch.Tensor | None:
+        """Memory that keeps the normed input, where a later row adds to it."""
+        if row.save is None:
             return None
-        (weight, bias), spec = self._weights.norm(stage.norm), self._spec.norm
-        return RmsNorm(weight, spec.eps, spec.unit_offset) if spec.kind == "rms" else (weight, bias, spec.eps)
-
-    def _save(self, stage: Stage, x: torch.Tensor) -> torch.Tensor | None:
-        """Memory that keeps the normed input, where a later stage adds to it."""
-        if stage.save is None:
-            return None
-        self._buffers[stage.save] = torch.empty_like(x)
-        return self._buffers[stage.save]
+        self._buffers[row.save] = torch.empty_like(x)
+        return self._buffers[row.save]
 
 
 class Graphs:

@@ -1,37 +1,74 @@
-"""The table of a whole pass's weights, as the persistent kernel takes it, from the decoder's program."""
+"""A whole pass as the decode kernels take it: the stages of a decoder's program with their weights."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from gptkern.model.decoder import Decoder
-from gptkern.model.program import program
-from gptkern.model.weights import decoder_weights
-from gptkern.ops.decode_step import LayerWeights, StepWeights
+from gptkern.model.program import Stage, program
+from gptkern.model.weights import DecoderWeights, decoder_weights
+from gptkern.ops._types import HeadNorm, Norm, RmsNorm
+from gptkern.ops.decode_step import Positions, StepProgram, StepRow
 
 
-def step_weights(model: Decoder) -> StepWeights:
-    """All of the model's weights where they lie now."""
+def step_program(model: Decoder) -> StepProgram:
+    """All of the model's weights where they lie now, in the order in which a pass reads them."""
     spec, weights = model.spec, decoder_weights(model)
-    assert weights.positions is not None
-    norms = {
-        (stage.layer, stage.weight): None if stage.norm is None else weights.norm(stage.norm)
-        for stage in program(spec)
-    }
-    layers = []
-    for index, (layer, its) in enumerate(zip(weights.layers, spec.layers, strict=True)):
-        norm_1, norm_2 = norms[index, "qkv"], norms[index, "fc"]
-        assert norm_2 is not None
-        layers.append(
-            LayerWeights(norm_1, layer.qkv, layer.out, norm_2, layer.fc, layer.proj, its.attention_scale)
-        )
-    last = norms[len(layers), "head"]
-    assert last is not None
-    return StepWeights(
+    _, *stages = program(spec)
+    return StepProgram(
         weights.tokens,
         weights.positions,
-        tuple(layers),
-        last,
-        weights.head,
+        tuple(_row(model, weights, stage) for stage in stages),
         heads=spec.heads,
-        eps=spec.norm.eps,
-        activation=spec.activation,
+        position_offset=spec.position_offset,
+        embedding_scale=spec.embedding_scale,
     )
+
+
+def _row(model: Decoder, weights: DecoderWeights, stage: Stage) -> StepRow:
+    spec = model.spec
+    assert stage.kind != "embed" and stage.read is not None
+    row = partial(
+        StepRow,
+        *(stage.kind, stage.layer, stage.read, stage.write),
+        norm=_norm(model, weights, stage),
+        save=stage.save,
+        linear=None if stage.weight is None else weights.matrix(stage.layer, stage.weight),
+        residual=stage.residual,
+    )
+    if stage.kind == "qkv":
+        return row(rotary=_positions(model, stage.layer), head_norm=_head_norm(model, weights, stage.layer))
+    if stage.kind == "attention":
+        own = spec.layers[stage.layer]
+        return row(attention_scale=own.attention_scale, window=own.window, softcap=spec.attention_softcap)
+    if stage.weight == "head":
+        return row(scale=spec.logits_scale, softcap=spec.logits_softcap)
+    return row(
+        activation=spec.activation if stage.activated else "none",
+        gated=stage.activated and spec.gated,
+        # Of a branch's output: where a norm follows the product, the norm's row scales.
+        scale=1.0 if stage.residual is None else spec.residual_scale,
+    )
+
+
+def _norm(model: Decoder, weights: DecoderWeights, stage: Stage) -> Norm | RmsNorm | None:
+    if stage.norm is None:
+        return None
+    (weight, bias), spec = weights.norm(stage.norm), model.spec.norm
+    return RmsNorm(weight, spec.eps, spec.unit_offset) if spec.kind == "rms" else (weight, bias, spec.eps)
+
+
+def _positions(model: Decoder, layer: int) -> Positions | None:
+    spec = model.spec
+    rotary = spec.layers[layer].rotary
+    if rotary is None:
+        return None
+    tables = model.transformer.rotary_tables(model.device)
+    return Positions(*tables[spec.rotaries.index(rotary)], rotary.pairs)
+
+
+def _head_norm(model: Decoder, weights: DecoderWeights, layer: int) -> HeadNorm | None:
+    own, norm = weights.layers[layer], model.spec.norm
+    if own.q_norm is None or own.k_norm is None:
+        return None
+    return HeadNorm(own.q_norm, own.k_norm, norm.eps, norm.unit_offset)

@@ -13,11 +13,17 @@ from gptkern.ops.decode_attention import kernels
 LOG2E = 1.4426950408889634
 # Bounds of BLOCK_H, the query heads of one kv head that a program takes together: 16 is the narrowest tile of
 # the matrix unit, and beyond 64 the accumulators do not fit in registers.
-MIN_BLOCK_H, _MAX_BLOCK_H = 16, 64
+_MIN_BLOCK_H, _MAX_BLOCK_H = 16, 64
 _PROGRAMS_PER_SM = 8
 _COPY_ELEMENTS = 2048
 # The window that means none: longer than any sequence.
 _UNLIMITED = 2**31 - 1
+
+
+def head_blocks(group: int) -> tuple[int, int]:
+    """(BLOCK_H, blocks) of ``group`` query heads that share a key head."""
+    block_h = min(max(_MIN_BLOCK_H, triton.next_power_of_2(group)), _MAX_BLOCK_H)
+    return block_h, triton.cdiv(group, block_h)
 
 
 def attend(
@@ -42,20 +48,19 @@ def attend(
         head_dim=head_dim,
         capacity=capacity,
     )
-    block_h = min(max(MIN_BLOCK_H, triton.next_power_of_2(group)), _MAX_BLOCK_H)
-    head_blocks = triton.cdiv(group, block_h)
+    block_h, blocks = head_blocks(group)
     max_splits = triton.cdiv(capacity, config["SPLIT"])
     out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
     acc = torch.empty((batch, heads, max_splits, head_dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((batch, heads, max_splits, 2), dtype=torch.float32, device=q.device)
     rows = batch * kv_heads
     most_programs = _PROGRAMS_PER_SM * _launch.multiprocessors(q.device)
-    programs = max(1, min(max_splits, triton.cdiv(most_programs, max(rows * head_blocks, 1))))
+    programs = max(1, min(max_splits, triton.cdiv(most_programs, max(rows * blocks, 1))))
     with _launch.on_device(q):
         _launch.launch(
             kernels.decode_attention_kernel,
-            (rows, programs, head_blocks),
-            *(q, cache.k, cache.v, out, *sequences, acc, stats, counters(q.device, rows * head_blocks)),
+            (rows, programs, blocks),
+            *(q, cache.k, cache.v, out, *sequences, acc, stats, counters(q.device, rows * blocks)),
             *(cache.kv_scales or (None, None)),
             *(scale * LOG2E, _UNLIMITED if window is None else window),
             *(page_size, table.shape[1], page_count, max_splits),

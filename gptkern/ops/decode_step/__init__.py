@@ -1,5 +1,23 @@
 from gptkern.ops.decode_step.checks import MOST_ROWS
 from gptkern.ops.decode_step.op import persistent_step
-from gptkern.ops.decode_step.weights import LayerWeights, Linear, NormWeights, StepWeights
+from gptkern.ops.decode_step.rows import (
+    Linear,
+    NormWeights,
+    Positions,
+    StepProgram,
+    StepRow,
+    widest_normed_head,
+)
+from gptkern.ops.decode_step.table import ALIGNMENT
 
-__all__ = ["MOST_ROWS", "LayerWeights", "Linear", "NormWeights", "StepWeights", "persistent_step"]
+__all__ = [
+    "ALIGNMENT",
+    "MOST_ROWS",
+    "Linear",
+    "NormWeights",
+    "Positions",
+    "StepProgram",
+    "StepRow",
+    "persistent_step",
+    "widest_normed_head",
+]

@@ -1,10 +1,13 @@
 """A whole decode step in one cooperative launch: the decode ops' device functions as phases of one kernel.
 
-Phases: the embeddings; five a layer (norm, QKV and the cache; attention; output projection and residual;
-norm, FC and activation; projection and residual); norm and head. Programs take a phase's items (a split of
-a tile, a program of a sequence's head, a row) in turn, program p those at p, p + programs, ..., and meet at
-a grid barrier before the next phase, asking meanwhile for the first of its weights. What is summed in which
-order is the launch table's choice alone: bits are those of separate launches, for any number of programs.
+Phases are a program's rows: the embeddings, then each layer's products and attention, then the head. The
+table says of each phase which of ROWS it is and where its weights lie. The kernel is compiled for ROWS: the
+rows that differ in more than that, in sizes, buffers, norm, rotation, activation. Layers share them.
+
+Programs take a phase's items (a split of a tile, a program of a sequence's heads, a row) in turn, program p
+those at p, p + programs, ..., and meet at a grid barrier before the next phase, asking meanwhile for the
+first of its weights. What is summed in which order is the launch table's choice alone: bits are those of
+separate launches, for any number of programs.
 
 The barrier is one counter that every program raises once a phase. A program's stores come before its release;
 one thread of it acquires and the others meet it before they read on, so that ordinary loads see what the
@@ -18,27 +21,36 @@ from gptkern.ops.decode_attention.kernels import attend_sequence, attended_token
 from gptkern.ops.decode_embed.kernels import embed_row
 from gptkern.ops.decode_linear.kernels import linear_tile, prefetch_weights
 
-# A row of the table of addresses: of a layer, or the last row of the head.
-NORM_1 = tl.constexpr(0)  # weight, bias; the head's norm
-NORM_2 = tl.constexpr(2)
-MATRICES = tl.constexpr(4)  # of each matrix: values, bias, scales, zeros
-QKV = tl.constexpr(0)
-OUT = tl.constexpr(1)
-FC = tl.constexpr(2)
-PROJ = tl.constexpr(3)
-HEAD = tl.constexpr(0)
-COLUMNS = tl.constexpr(20)
-PHASES_PER_LAYER = tl.constexpr(5)
+# Columns of the table, int64, which has a row for each phase: which of ROWS it is, its layer, attention's
+# window, the positions of the rotary tables, the phase whose weights to fetch after it (-1: none), and
+# addresses, 0 where there is nothing.
+(
+    ROW, LAYER, WINDOW, CONTEXT, FETCH,
+    NORM_WEIGHT_AT, NORM_BIAS_AT, VALUES_AT, BIAS_AT, SCALES_AT, ZEROS_AT, COS_AT, SIN_AT, Q_NORM_AT,
+    K_NORM_AT, COLUMNS,
+) = (tl.constexpr(number) for number in range(16))  # fmt: skip
 
-# BLOCK_R of every linear layer. Their cuts are tuples: outputs, inputs, BLOCK_N, BLOCK_K, SPLIT_K, GROUP.
-ROWS = tl.constexpr(16)
+# Fields of one row of ROWS, which is one flat tuple: Triton 3.6 takes no tuple of tuples. ``table.Fields``
+# says what they are.
+(
+    KIND, READ, WRITE, SAVE, RESIDUAL,
+    OUTPUTS, INPUTS, TILE, TILE_COUNT, BLOCK_K, SPLIT_K, GROUP, WEIGHT, SCALED, ZEROS, BIAS,
+    NORM, NORM_BIAS, CENTERED, UNIT_OFFSET, ACTIVATION, GATED, SCALE, SOFTCAP,
+    CACHED, DIM, INTERLEAVED, HEAD_NORM, HEAD_UNIT_OFFSET, FIELDS,
+) = (tl.constexpr(number) for number in range(30))  # fmt: skip
+
+# Kinds of rows.
+EMBED, LINEAR, ATTENTION = (tl.constexpr(number) for number in range(3))
+
+# BLOCK_R of every linear layer.
+ROWS_TOGETHER = tl.constexpr(16)
 
 
 @triton.jit
-def address(table_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
+def address(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
     """The pointer in a column of the table; the host has checked that it is a multiple of 16."""
     # The hint goes on the pointer: on the integer that it is made from, the compiler forgets it.
-    return tl.multiple_of(tl.load(table_ptr + COLUMN).to(tl.pointer_type(DTYPE)), 16)
+    return tl.multiple_of(tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
@@ -85,84 +97,140 @@ def leave(counter_ptr, finished_ptr, programs, COMPILED: tl.constexpr):
 
 
 @triton.jit
-def prefetch_matrix(table_ptr, program, MATRIX: tl.constexpr, CUT: tl.constexpr, WEIGHT: tl.constexpr):
-    """Fetch the weights of this program's first item of a layer into L2."""
-    TILES: tl.constexpr = (CUT[0] + CUT[2] - 1) // CUT[2]
-    STRIDE: tl.constexpr = CUT[1] // 2 if CUT[5] else CUT[1]
-    if program < TILES * CUT[4]:
+def fetch_weights(row_ptr, program, ROWS: tl.constexpr, AT: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Fetch the weights of this program's first item of a product into L2."""
+    TILES: tl.constexpr = ROWS[AT + TILE_COUNT]
+    STRIDE: tl.constexpr = ROWS[AT + INPUTS] // 2 if ROWS[AT + GROUP] else ROWS[AT + INPUTS]
+    if program < TILES * ROWS[AT + SPLIT_K]:
         prefetch_weights(
-            address(table_ptr, MATRICES + 4 * MATRIX, WEIGHT), STRIDE, program % TILES, program // TILES,
-            CUT[0], CUT[1], CUT[2], CUT[3], CUT[4], CUT[5], True,
+            address(row_ptr, VALUES_AT, ROWS[AT + WEIGHT]), STRIDE, program % TILES, program // TILES,
+            ROWS[AT + OUTPUTS], ROWS[AT + INPUTS], ROWS[AT + TILE], ROWS[AT + BLOCK_K], ROWS[AT + SPLIT_K],
+            ROWS[AT + GROUP], True, ROWS[AT + GATED], 0 if ROWS[AT + INTERLEAVED] else ROWS[AT + DIM],
+            HEAD_DIM if ROWS[AT + CACHED] else 1, ROWS[AT + HEAD_NORM],
         )  # fmt: skip
 
 
 @triton.jit
-def prefetch_next(
-    weights_ptr, k_ptr, v_ptr, page_table_ptr, lens_ptr, row_count, page_size, max_pages, page_count,
-    programs_per_head, strides_k, strides_v, stride_tb, program, kind, last_layer,
-    QKV_CUT: tl.constexpr, OUT_CUT: tl.constexpr, FC_CUT: tl.constexpr, PROJ_CUT: tl.constexpr,
-    HEAD_CUT: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLIT: tl.constexpr, WEIGHT: tl.constexpr,
+def fetch_pages(
+    k_ptr, v_ptr, page_table_ptr, lens_ptr, row_count, window, pages_held, max_pages, programs_per_head,
+    strides_k, strides_v, stride_tb, program,
+    KV_HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Fetch into L2 what this program reads first after a phase of ``kind``, unless a program writes it now.
+    """Fetch the keys and values of this program's first item of attention into L2, but those written now."""
+    sequence = program // (programs_per_head * HEAD_BLOCKS)
+    row, kv_head = sequence // KV_HEADS, sequence % KV_HEADS
+    if row < row_count:
+        begin, end, pages = attended_tokens(
+            lens_ptr, None, row, window, max_pages, pages_held[0], pages_held[1]
+        )  # fmt: skip
+        split = begin // SPLIT + program % programs_per_head
+        prefetch_split(
+            k_ptr, v_ptr, page_table_ptr, row, kv_head, split, begin, end, (pages_held[0], pages),
+            strides_k, strides_v, stride_tb, HEAD_DIM, BLOCK_D, SPLIT, True,
+        )  # fmt: skip
 
-    Before attention that is its pages, and the weights of the output projection.
+
+@triton.jit
+def fetch_next(
+    table_ptr, row_ptr, following, k_ptr, v_ptr, page_table_ptr, lens_ptr, row_count, pages_held, max_pages,
+    programs_per_head, strides_k, strides_v, stride_tb, program,
+    ROWS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Fetch into L2 what this program reads first after the phase at ``row_ptr``, unless it is written now.
+
+    ``following`` is the next phase's row of ROWS. Before attention that is its pages, and the weights of the
+    product behind it.
     """
-    if kind == 0:
-        sequence = program // programs_per_head
-        row, head = sequence // HEADS, sequence % HEADS
-        if row < row_count:
-            begin, end, pages_held = attended_tokens(
-                lens_ptr, None, row, 2147483647, max_pages, page_size, page_count
-            )  # fmt: skip
-            split = begin // SPLIT + program % programs_per_head
-            prefetch_split(
-                k_ptr, v_ptr, page_table_ptr, row, head, split, begin, end, (page_size, pages_held),
-                strides_k, strides_v, stride_tb, HEAD_DIM, BLOCK_D, SPLIT, True,
-            )  # fmt: skip
-        prefetch_matrix(weights_ptr, program, OUT, OUT_CUT, WEIGHT)
-    elif kind == 2:
-        prefetch_matrix(weights_ptr, program, FC, FC_CUT, WEIGHT)
-    elif kind == 3:
-        prefetch_matrix(weights_ptr, program, PROJ, PROJ_CUT, WEIGHT)
-    elif kind == 4:
-        if last_layer:
-            prefetch_matrix(weights_ptr + COLUMNS, program, HEAD, HEAD_CUT, WEIGHT)
-        else:
-            prefetch_matrix(weights_ptr + COLUMNS, program, QKV, QKV_CUT, WEIGHT)
+    fetched = tl.load(row_ptr + FETCH)
+    fetched_ptr = table_ptr + fetched * COLUMNS
+    fetched_row = tl.load(fetched_ptr + ROW, mask=fetched >= 0, other=-1)
+    for number in tl.static_range(len(ROWS) // FIELDS):
+        if ROWS[number * FIELDS + KIND] == LINEAR:
+            if fetched_row == number:
+                fetch_weights(fetched_ptr, program, ROWS, number * FIELDS, HEAD_DIM)
+        elif ROWS[number * FIELDS + KIND] == ATTENTION:  # noqa: SIM102  (it is decided at compile time)
+            if following == number:
+                window = tl.load(row_ptr + COLUMNS + WINDOW).to(tl.int32)
+                fetch_pages(
+                    k_ptr, v_ptr, page_table_ptr, lens_ptr, row_count, window, pages_held, max_pages,
+                    programs_per_head, strides_k, strides_v, stride_tb, program,
+                    KV_HEADS, HEAD_BLOCKS, HEAD_DIM, BLOCK_D, SPLIT,
+                )  # fmt: skip
 
 
 @triton.jit
 def linear_phase(
-    x_ptr, residual_ptr, out_ptr, normed_ptr, table_ptr, cache, slots_ptr, scratch, row_count, eps,
-    program, programs,
-    MATRIX: tl.constexpr, CUT: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr,
-    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KV_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WEIGHT: tl.constexpr, SCALED: tl.constexpr, ZEROS: tl.constexpr, BLOCK_S: tl.constexpr,
+    buffers, row_ptr, cache, slots_ptr, lens_ptr, scratch, row_count, eps, head_eps, program, programs,
+    ROWS: tl.constexpr, AT: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """This program's items of one linear layer; ``cache`` and ``scratch`` are as in ``linear_tile``."""
+    """This program's items of one product; ``cache`` and ``scratch`` are as in ``linear_tile``."""
+    x_ptr = buffers[ROWS[AT + READ]]
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    AT: tl.constexpr = MATRICES + 4 * MATRIX
-    weight_ptr = address(table_ptr, AT, WEIGHT)
-    bias_ptr = address(table_ptr, AT + 1, DTYPE) if BIAS else None
+    weight_ptr = address(row_ptr, VALUES_AT, ROWS[AT + WEIGHT])
+    bias_ptr = address(row_ptr, BIAS_AT, DTYPE) if ROWS[AT + BIAS] else None
     # In a tuple None must be written in place: Triton refuses a variable that is None.
     packing = (
-        address(table_ptr, AT + 2, tl.float32) if SCALED else None,
-        address(table_ptr, AT + 3, tl.uint8) if ZEROS else None,
+        address(row_ptr, SCALES_AT, tl.float32) if ROWS[AT + SCALED] else None,
+        address(row_ptr, ZEROS_AT, tl.uint8) if ROWS[AT + ZEROS] else None,
     )
     norm = (
-        address(table_ptr, NORM, DTYPE) if NORM >= 0 else None,
-        address(table_ptr, NORM + 1, DTYPE) if NORM >= 0 and NORM_BIAS else None,
-        normed_ptr,
+        address(row_ptr, NORM_WEIGHT_AT, DTYPE) if ROWS[AT + NORM] else None,
+        address(row_ptr, NORM_BIAS_AT, DTYPE) if ROWS[AT + NORM_BIAS] else None,
+        buffers[ROWS[AT + SAVE]] if ROWS[AT + SAVE] >= 0 else None,
     )
-    TILES: tl.constexpr = (CUT[0] + CUT[2] - 1) // CUT[2]
-    STRIDE: tl.constexpr = CUT[1] // 2 if CUT[5] else CUT[1]
-    for item in tl.range(program, TILES * CUT[4], programs, disable_licm=True):
+    heads = (
+        address(row_ptr, COS_AT, tl.float32) if ROWS[AT + DIM] else None,
+        address(row_ptr, SIN_AT, tl.float32) if ROWS[AT + DIM] else None,
+        lens_ptr,
+        tl.load(row_ptr + CONTEXT) if ROWS[AT + DIM] else None,
+        address(row_ptr, Q_NORM_AT, DTYPE) if ROWS[AT + HEAD_NORM] else None,
+        address(row_ptr, K_NORM_AT, DTYPE) if ROWS[AT + HEAD_NORM] else None,
+        head_eps,
+    )
+    KV_WIDTH: tl.constexpr = KV_HEADS * HEAD_DIM if ROWS[AT + CACHED] else 0
+    STRIDE: tl.constexpr = ROWS[AT + INPUTS] // 2 if ROWS[AT + GROUP] else ROWS[AT + INPUTS]
+    TILES: tl.constexpr = ROWS[AT + TILE_COUNT]
+    for item in tl.range(program, TILES * ROWS[AT + SPLIT_K], programs, disable_licm=True):
         linear_tile(
             x_ptr, weight_ptr, bias_ptr, packing, norm,
-            residual_ptr, out_ptr, cache, slots_ptr, scratch, row_count, eps, STRIDE,
+            buffers[ROWS[AT + RESIDUAL]] if ROWS[AT + RESIDUAL] >= 0 else None,
+            buffers[ROWS[AT + WRITE]], cache, slots_ptr, scratch, row_count, eps, STRIDE,
             item % TILES, TILES, item // TILES, 0,
-            CUT[0], CUT[1], KV_WIDTH, ACTIVATION, ROWS, CUT[2], CUT[3], BLOCK_S, CUT[4], CUT[5], HEAD_DIM,
+            ROWS[AT + OUTPUTS], ROWS[AT + INPUTS], KV_WIDTH, ROWS[AT + ACTIVATION],
+            ROWS_TOGETHER, ROWS[AT + TILE], ROWS[AT + BLOCK_K], BLOCK_S, ROWS[AT + SPLIT_K],
+            ROWS[AT + GROUP], HEAD_DIM if ROWS[AT + CACHED] else 1,
+            heads, ROWS[AT + CENTERED], ROWS[AT + UNIT_OFFSET], ROWS[AT + GATED], ROWS[AT + SCALE],
+            ROWS[AT + SOFTCAP], ROWS[AT + DIM], ROWS[AT + INTERLEAVED], ROWS[AT + HEAD_NORM],
+            ROWS[AT + HEAD_UNIT_OFFSET],
+        )  # fmt: skip
+
+
+@triton.jit
+def attention_phase(
+    q_ptr, out_ptr, k_ptr, v_ptr, kv_scales, page_table_ptr, lens_ptr, scratch, scale_log2, row_count, window,
+    pages_held, max_pages, max_splits, programs_per_head, strides_k, strides_v, stride_tb, program, programs,
+    KV_HEADS: tl.constexpr, HEAD_GROUP: tl.constexpr, HEAD_BLOCKS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    IN_PAGE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """This program's items of attention; strides are of page, slot and head."""
+    items = row_count * KV_HEADS * HEAD_BLOCKS * programs_per_head
+    for item in tl.range(program, items, programs, disable_licm=True):
+        block = item // programs_per_head
+        sequence, head_block = block // HEAD_BLOCKS, block % HEAD_BLOCKS
+        row, kv_head = sequence // KV_HEADS, sequence % KV_HEADS
+        begin, end, pages = attended_tokens(
+            lens_ptr, None, row, window, max_pages, pages_held[0], pages_held[1]
+        )  # fmt: skip
+        attend_sequence(
+            q_ptr, k_ptr, v_ptr, kv_scales, out_ptr, page_table_ptr, scratch, scale_log2,
+            (pages_held[0], pages), max_splits, begin, end,
+            (KV_HEADS * HEAD_GROUP * HEAD_DIM, HEAD_DIM), strides_k, strides_v, stride_tb,
+            row, kv_head, item % programs_per_head, programs_per_head, head_block, HEAD_BLOCKS,
+            KV_HEADS, HEAD_GROUP, HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT, IN_PAGE, SOFTCAP,
         )  # fmt: skip
 
 
@@ -176,126 +244,92 @@ def persistent_step_kernel(
     tokens_ptr,  # (rows,) int64
     live_ptr,  # (1,) int32: the number of rows that are not padding
     token_weight_ptr,  # (vocabulary, WIDTH)
-    position_weight_ptr,  # (positions, WIDTH)
-    table_ptr,  # (LAYERS + 1, COLUMNS) int64: addresses
-    attention_scales_ptr,  # (LAYERS,) fp32: softmax scales, times log2(e)
+    position_weight_ptr,  # (positions, WIDTH), or None
+    table_ptr,  # (phases, COLUMNS) int64
+    attention_scales_ptr,  # (layers,) fp32: softmax scales, times log2(e)
     page_table_ptr,  # (rows, max_pages) int32
     lens_ptr,  # (rows,) int32, advanced
-    k_ptr,  # (LAYERS, pages, page_size, HEADS, HEAD_DIM)
+    k_ptr,  # (layers, pages, page_size, KV_HEADS, HEAD_DIM)
     v_ptr,  # as k
-    k_scale_ptr,  # (LAYERS, HEADS) fp32 factors that dequantise an fp8 cache, or None
-    v_scale_ptr,  # (LAYERS, HEADS), or None
+    k_scale_ptr,  # (layers, KV_HEADS) fp32 factors that dequantise an fp8 cache, or None
+    v_scale_ptr,  # (layers, KV_HEADS), or None
     slots_ptr,  # (rows,) int64, scratch
-    x_ptr,  # (rows, WIDTH), scratch: a layer's input
-    middle_ptr,  # (rows, WIDTH), scratch: after attention's branch
-    normed_x_ptr,  # (rows, WIDTH), scratch of POST_NORM: norm(x), the residual of attention's branch; or None
-    normed_middle_ptr,  # (rows, WIDTH), scratch of POST_NORM: norm(middle); or None
-    q_ptr,  # (rows, WIDTH), scratch
-    attended_ptr,  # (rows, WIDTH), scratch
-    inner_ptr,  # (rows, inner width), scratch
-    partial_ptr,  # fp32, scratch: splits of a layer
-    acc_ptr,  # (rows, HEADS, max_splits, HEAD_DIM) fp32, scratch
-    stats_ptr,  # (rows, HEADS, max_splits, 2) fp32, scratch
-    counter_ptr,  # int32, zero before and after: tiles of a layer, heads of attention
-    barrier_ptr,  # (64,) int32, zero before and after: arrivals at 0, programs that left at 32
+    x_ptr,  # (rows, its width), scratch, as the others that rows read and write; None: not used
+    q_ptr,
+    attended_ptr,
+    middle_ptr,
+    inner_ptr,
+    normed_x_ptr,
+    normed_middle_ptr,
     logits_ptr,  # (rows, vocabulary)
-    row_count, first_phase, end_phase, eps, words, positions, page_size, max_pages, page_count,
+    partial_ptr,  # fp32, scratch: splits of a product
+    acc_ptr,  # (rows, heads, max_splits, HEAD_DIM) fp32, scratch
+    stats_ptr,  # (rows, heads, max_splits, 2) fp32, scratch
+    counter_ptr,  # int32, zero before and after: tiles of a product, heads of attention
+    barrier_ptr,  # (64,) int32, zero before and after: arrivals at 0, programs that left at 32
+    row_count, first_phase, end_phase, eps, head_eps, words, positions, page_size, max_pages, page_count,
     max_splits, programs_per_head,
     stride_token, stride_position, stride_tb,
     stride_kl, stride_kp, stride_ks, stride_vl, stride_vp, stride_vs,
-    LAYERS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    QKV_CUT: tl.constexpr, OUT_CUT: tl.constexpr, FC_CUT: tl.constexpr, PROJ_CUT: tl.constexpr,
-    HEAD_CUT: tl.constexpr, POST_NORM: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    WEIGHT: tl.constexpr, SCALED: tl.constexpr, ZEROS: tl.constexpr,
-    EMBED_BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_GROUP: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    EMBED_BLOCK: tl.constexpr, OFFSET: tl.constexpr, EMBED_SCALE: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     IN_PAGE: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
+    buffers = (
+        x_ptr, q_ptr, attended_ptr, middle_ptr, inner_ptr, normed_x_ptr, normed_middle_ptr, logits_ptr,
+    )  # fmt: skip
+    strides_k, strides_v = (stride_kp, stride_ks, HEAD_DIM), (stride_vp, stride_vs, HEAD_DIM)
+    pages_held = (page_size, page_count)
+    which = tl.load(table_ptr + first_phase * COLUMNS + ROW)
     for phase in tl.range(first_phase, end_phase, disable_licm=True):
-        # Embeddings count as the last phase of layer -1, so that layer 0 comes next.
-        layer = (phase + PHASES_PER_LAYER - 1) // PHASES_PER_LAYER - 1
-        kind = (phase + PHASES_PER_LAYER - 1) % PHASES_PER_LAYER
-        weights_ptr = table_ptr + layer * COLUMNS
-        layer_k_ptr = k_ptr + layer.to(tl.int64) * stride_kl
-        layer_v_ptr = v_ptr + layer.to(tl.int64) * stride_vl
+        row_ptr = table_ptr + phase * COLUMNS
+        layer = tl.load(row_ptr + LAYER)
+        window = tl.load(row_ptr + WINDOW).to(tl.int32)
+        layer_k_ptr, layer_v_ptr = k_ptr + layer * stride_kl, v_ptr + layer * stride_vl
         cache = (
             layer_k_ptr, layer_v_ptr,
-            None if k_scale_ptr is None else k_scale_ptr + layer * HEADS,
-            None if v_scale_ptr is None else v_scale_ptr + layer * HEADS,
+            None if k_scale_ptr is None else k_scale_ptr + layer * KV_HEADS,
+            None if v_scale_ptr is None else v_scale_ptr + layer * KV_HEADS,
             page_size, page_count, stride_kp, stride_ks, stride_vp, stride_vs,
         )  # fmt: skip
         no_cache = (None, None, None, None, 1, 0, 0, 0, 0, 0)
-        scratch = (partial_ptr, counter_ptr)
-        strides_k, strides_v = (stride_kp, stride_ks, HEAD_DIM), (stride_vp, stride_vs, HEAD_DIM)
-        if phase == 0:
-            for row in range(program, row_count, programs):
-                embed_row(
-                    tokens_ptr, live_ptr, token_weight_ptr, position_weight_ptr, page_table_ptr, lens_ptr,
-                    normed_x_ptr if POST_NORM else x_ptr, slots_ptr, words, positions, max_pages, page_size,
-                    stride_token, stride_position, stride_tb, row, WIDTH, EMBED_BLOCK,
-                )  # fmt: skip
-        elif phase == LAYERS * PHASES_PER_LAYER + 1:
-            linear_phase(
-                x_ptr, None, logits_ptr, None, weights_ptr, no_cache, None, scratch, row_count, eps,
-                program, programs,
-                HEAD, HEAD_CUT, NORM_1, BIAS, False, "none", 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
-            )  # fmt: skip
-        elif POST_NORM and phase == 1:
-            # The embeddings have no norm before them.
-            linear_phase(
-                normed_x_ptr, None, q_ptr, None, weights_ptr, cache, slots_ptr, scratch, row_count, eps,
-                program, programs,
-                QKV, QKV_CUT, -1, False, BIAS, "none", WIDTH, HEAD_DIM, WEIGHT, SCALED, ZEROS, BLOCK_S,
-            )  # fmt: skip
-        elif kind == 0:
-            linear_phase(
-                x_ptr, None, q_ptr, normed_x_ptr, weights_ptr, cache, slots_ptr, scratch, row_count, eps,
-                program, programs,
-                QKV, QKV_CUT, NORM_1, BIAS, BIAS, "none", WIDTH, HEAD_DIM, WEIGHT, SCALED, ZEROS, BLOCK_S,
-            )  # fmt: skip
-        elif kind == 1:
-            scale_log2 = tl.load(attention_scales_ptr + layer)
-            items = row_count * HEADS * programs_per_head
-            for item in tl.range(program, items, programs, disable_licm=True):
-                sequence = item // programs_per_head
-                row, head = sequence // HEADS, sequence % HEADS
-                begin, end, pages_held = attended_tokens(
-                    lens_ptr, None, row, 2147483647, max_pages, page_size, page_count
-                )  # fmt: skip
-                attend_sequence(
-                    q_ptr, layer_k_ptr, layer_v_ptr, (cache[2], cache[3]), attended_ptr,
-                    page_table_ptr, (acc_ptr, stats_ptr, counter_ptr), scale_log2, (page_size, pages_held),
-                    max_splits, begin, end, (WIDTH, HEAD_DIM), strides_k, strides_v, stride_tb,
-                    row, head, item % programs_per_head, programs_per_head, 0, 1,
-                    HEADS, 1, HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT, IN_PAGE,
-                )  # fmt: skip
-        elif kind == 2:
-            linear_phase(
-                attended_ptr, normed_x_ptr if POST_NORM else x_ptr, middle_ptr, None, weights_ptr,
-                no_cache, None, scratch, row_count, eps, program, programs,
-                OUT, OUT_CUT, -1, False, BIAS, "none", 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
-            )  # fmt: skip
-        elif kind == 3:
-            linear_phase(
-                middle_ptr, None, inner_ptr, normed_middle_ptr, weights_ptr, no_cache, None, scratch,
-                row_count, eps, program, programs,
-                FC, FC_CUT, NORM_2, BIAS, BIAS, ACTIVATION, 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
-            )  # fmt: skip
-        else:
-            linear_phase(
-                inner_ptr, normed_middle_ptr if POST_NORM else middle_ptr, x_ptr, None, weights_ptr,
-                no_cache, None, scratch, row_count, eps, program, programs,
-                PROJ, PROJ_CUT, -1, False, BIAS, "none", 0, 1, WEIGHT, SCALED, ZEROS, BLOCK_S,
-            )  # fmt: skip
+        for number in tl.static_range(len(ROWS) // FIELDS):
+            if which == number:
+                if ROWS[number * FIELDS + KIND] == EMBED:
+                    for row in range(program, row_count, programs):
+                        embed_row(
+                            tokens_ptr, live_ptr, token_weight_ptr, position_weight_ptr, page_table_ptr,
+                            lens_ptr, x_ptr, slots_ptr, words, positions, max_pages, page_size,
+                            stride_token, stride_position, stride_tb, row, WIDTH, EMBED_BLOCK, OFFSET,
+                            EMBED_SCALE,
+                        )  # fmt: skip
+                elif ROWS[number * FIELDS + KIND] == LINEAR:
+                    linear_phase(
+                        buffers, row_ptr, cache if ROWS[number * FIELDS + CACHED] else no_cache, slots_ptr,
+                        lens_ptr, (partial_ptr, counter_ptr), row_count, eps, head_eps, program, programs,
+                        ROWS, number * FIELDS, KV_HEADS, HEAD_DIM, BLOCK_S,
+                    )  # fmt: skip
+                else:
+                    attention_phase(
+                        q_ptr, attended_ptr, layer_k_ptr, layer_v_ptr, (cache[2], cache[3]),
+                        page_table_ptr, lens_ptr, (acc_ptr, stats_ptr, counter_ptr),
+                        tl.load(attention_scales_ptr + layer), row_count, window, pages_held, max_pages,
+                        max_splits, programs_per_head, strides_k, strides_v, stride_tb, program, programs,
+                        KV_HEADS, HEAD_GROUP, HEAD_BLOCKS, HEAD_DIM, BLOCK_H, BLOCK_D, BLOCK_N, SPLIT,
+                        IN_PAGE, ROWS[number * FIELDS + SOFTCAP],
+                    )  # fmt: skip
         if phase + 1 < end_phase:
             arrive(barrier_ptr, COMPILED)
+            # The table is constant: what comes next is known before the barrier.
+            which = tl.load(row_ptr + COLUMNS + ROW)
             if COMPILED:
-                prefetch_next(
-                    weights_ptr, layer_k_ptr, layer_v_ptr, page_table_ptr, lens_ptr, row_count, page_size,
-                    max_pages, page_count, programs_per_head, strides_k, strides_v, stride_tb, program, kind,
-                    layer == LAYERS - 1,
-                    QKV_CUT, OUT_CUT, FC_CUT, PROJ_CUT, HEAD_CUT, HEADS, HEAD_DIM, BLOCK_D, SPLIT, WEIGHT,
+                fetch_next(
+                    table_ptr, row_ptr, which, layer_k_ptr, layer_v_ptr, page_table_ptr, lens_ptr, row_count,
+                    pages_held, max_pages, programs_per_head, strides_k, strides_v, stride_tb, program,
+                    ROWS, KV_HEADS, HEAD_BLOCKS, HEAD_DIM, BLOCK_D, SPLIT,
                 )  # fmt: skip
             await_arrivals(barrier_ptr, (phase + 1 - first_phase) * programs, COMPILED)
     leave(barrier_ptr, barrier_ptr + 32, programs, COMPILED)

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gptkern.ops._types import KvScales
+from gptkern.ops._types import KvScales, Rotary
 from gptkern.ops.decode_attention.reference import decode_attention
 from gptkern.ops.decode_embed.reference import decode_embed
-from gptkern.ops.decode_linear.reference import decode_linear, decode_qkv, normed
+from gptkern.ops.decode_linear.reference import decode_linear, decode_qkv
 
 if TYPE_CHECKING:
-    from gptkern.ops.decode_step.weights import StepWeights
+    from gptkern.ops.decode_step.rows import StepProgram
 
 
 def persistent_step(
-    weights: StepWeights,
+    program: StepProgram,
     tokens: torch.Tensor,
     live: torch.Tensor,
     k_cache: torch.Tensor,
@@ -27,23 +27,30 @@ def persistent_step(
 ) -> torch.Tensor:
     """Logits ``(rows, vocabulary)``; keys, values and lengths change in place."""
     x, slots = decode_embed(
-        tokens, live, weights.token_weight, weights.position_weight, page_table, seq_lens, k_cache.shape[2]
+        *(tokens, live, program.token_weight, program.position_weight, page_table, seq_lens),
+        *(k_cache.shape[2], program.position_offset, program.embedding_scale),
     )
-    for index, layer in enumerate(weights.layers):
-        k, v = k_cache[index], v_cache[index]
-        kv_scales = None if scales is None else (scales[0][index], scales[1][index])
-        norm_1 = None if layer.norm_1 is None else (*layer.norm_1, weights.eps)
-        norm_2 = (*layer.norm_2, weights.eps)
-        # The attention branch. Of post-norm models the residual is the normalised input.
-        residual = normed(x, norm_1) if weights.post_norm else x
-        q = decode_qkv(x, layer.qkv.weight, layer.qkv.bias, norm_1, k, v, slots, None, kv_scales)
-        heads = q.unflatten(1, (weights.heads, -1))
-        scale = layer.attention_scale
-        attended = decode_attention(heads, k, v, page_table, seq_lens, scale, scales=kv_scales).flatten(1)
-        x = decode_linear(attended, layer.out.weight, layer.out.bias, None, "none", residual, None)
-        # The MLP branch.
-        residual = normed(x, norm_2) if weights.post_norm else x
-        inner = decode_linear(x, layer.fc.weight, layer.fc.bias, norm_2, weights.activation, None, None)
-        x = decode_linear(inner, layer.proj.weight, layer.proj.bias, None, "none", residual, None)
-    norm = (*weights.norm, weights.eps)
-    return decode_linear(x, weights.head.weight, weights.head.bias, norm, "none", None, None)
+    buffers = {"x": x}
+    for row in program.rows:
+        read = buffers[row.read]
+        saved = None if row.save is None else buffers.setdefault(row.save, torch.empty_like(read))
+        if row.kind == "linear":
+            residual = None if row.residual is None else buffers[row.residual]
+            weight, bias = row.product.weight, row.product.bias
+            form = (row.gated, row.scale, row.softcap)
+            out = decode_linear(read, weight, bias, row.norm, row.activation, residual, saved, *form)
+        else:
+            k, v = k_cache[row.layer], v_cache[row.layer]
+            kv_scales = None if scales is None else (scales[0][row.layer], scales[1][row.layer])
+            if row.kind == "qkv":
+                weight, bias = row.product.weight, row.product.bias
+                turned = row.rotary
+                rotary = None if turned is None else Rotary(turned.cos, turned.sin, seq_lens, turned.pairs)
+                heads = (rotary, row.head_norm)
+                out = decode_qkv(read, weight, bias, row.norm, k, v, slots, saved, kv_scales, *heads)
+            else:
+                q, scale = read.unflatten(1, (program.heads, -1)), row.attention_scale
+                options = (row.window, None, kv_scales, row.softcap)
+                out = decode_attention(q, k, v, page_table, seq_lens, scale, *options).flatten(1)
+        buffers[row.write] = out
+    return buffers["logits"]
