@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,7 +57,8 @@ def test_a_search_settles_its_tokens_and_scores_at_the_end(model: GPT) -> None:
     )
     engine = Engine(model, max_seqs=4)
     other = engine.add(Request(prompt=[9], options={"max_new_tokens": 20, "eos_token_id": None}))
-    number = engine.add(search(num_return_sequences=2, max_new_tokens=7))
+    asked = search(num_return_sequences=2, max_new_tokens=7)
+    number = engine.add(replace(asked, prompt_logprobs=1))
     for passes in range(6):
         assert {event.request for event in engine.step()} == {other}, passes
     events = run(engine)
@@ -64,6 +66,7 @@ def test_a_search_settles_its_tokens_and_scores_at_the_end(model: GPT) -> None:
         assert tokens(events, number, copy) == expected.sequences[copy, 3:].tolist()
         *before, last = [e for e in events if (e.request, e.copy) == (number, copy)]
         assert [e.score for e in before] == [None] * 6
+        assert len(before[0].prompt_logprobs or ()) == len(PROMPT) - 1
         assert torch.tensor(last.score) == expected.sequences_scores[copy]
         assert last.finish_reason == "length"
     assert len(tokens(events, other)) == 14
