@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,45 @@ def test_random_ends_of_rows(pair: tuple[Any, Any], seed: int) -> None:
         )
         found.append((tokens.tolist(), calls))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_beam_searches(pair: tuple[Any, Any], requests: list[int], seed: int) -> None:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    padded, beams = draw.random() < 0.5, draw.randint(2, 5)
+    ids, mask = prompt(draw.randint(1, 3), draw.randint(2, 9), padded)
+    given: dict[str, Any] = {
+        "num_beams": beams,
+        "num_return_sequences": draw.randint(1, beams),
+        "max_new_tokens": draw.randint(1, 20),
+        "early_stopping": draw.choice([True, False, "never", None]),
+        "length_penalty": draw.choice([1.0, 0.0, -1.0, 2.0]),
+        "eos_token_id": draw.choice([None, 60, draw.sample(range(VOCAB), draw.randint(2, 12))]),
+        "pad_token_id": draw.choice([0, 59, None]),
+        "min_new_tokens": draw.choice([None, 5]),
+    }
+    if not padded:
+        given |= {"repetition_penalty": draw.uniform(0.7, 1.6), "no_repeat_ngram_size": draw.choice([0, 2])}
+    theirs, ours = (model.generate(ids, attention_mask=mask, do_sample=False, **given) for model in pair)
+    assert torch.equal(theirs, ours)
+    assert requests == [given["num_return_sequences"]] * len(ids)
+
+
+def test_stop_strings(pair: tuple[Any, Any], requests: list[int], shared_data: Path) -> None:
+    tokenizer = transformers.GPT2Tokenizer.from_pretrained(shared_data / "gpt2-tokenizer")
+    torch.manual_seed(1)
+    theirs = build(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
+    ours = gptkern.accelerate(copy.deepcopy(theirs))
+    ids, mask = torch.randint(1, len(tokenizer), (3, 5)), torch.ones(3, 5)
+    call: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 20, **GREEDY, "pad_token_id": 0}
+    whole = theirs.generate(ids, **call)
+    stops = tokenizer.batch_decode([whole[0, 10:11], whole[1, 12:13]])
+    expected, found = (
+        model.generate(ids, tokenizer=tokenizer, stop_strings=stops, **call) for model in (theirs, ours)
+    )
+    assert torch.equal(found, expected)
+    assert requests == [1, 1, 1] and (expected == 0).sum(1).tolist() == [14, 12, 0]
 
 
 def test_a_streamer_gets_what_the_librarys_gives(pair: tuple[Any, Any], requests: list[int]) -> None:
