@@ -1,4 +1,4 @@
-"""``generate`` of transformers' GPT-2 before and after ``gptkern.accelerate``, and a training step.
+"""``generate`` of transformers' GPT-2 before and after acceleration and beside ``GPT.generate``; training.
 
     pytest benchmarks/bench_transformers.py --benchmark-enable -n 0 -s
 
@@ -14,6 +14,7 @@ import copy
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -50,13 +51,17 @@ def _seconds(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def _compare(
-    benchmark: BenchmarkFixture, library: Callable[[], Any], ours: Callable[[], Any], unit: str
+    benchmark: BenchmarkFixture,
+    library: Callable[[], Any],
+    ours: Callable[[], Any],
+    unit: str,
+    names: str = "transformers / gptkern",
 ) -> None:
     rounds = [(_seconds(library), _seconds(ours)) for _ in range(ROUNDS)]
     elapsed, busy = (median(a[i] / b[i] for a, b in rounds) for i in (0, 1))
     benchmark.pedantic(ours, rounds=1)
     benchmark.extra_info.update(elapsed_ratio=elapsed, cpu_ratio=busy, threads=torch.get_num_threads())
-    print(f"\n{unit}: transformers / gptkern, {torch.get_num_threads()} threads")
+    print(f"\n{unit}: {names}, {torch.get_num_threads()} threads")
     for a, b in rounds:
         print(f"  elapsed {a[0]:.3f} / {b[0]:.3f} s, CPU {a[1]:.3f} / {b[1]:.3f} s")
     print(f"  median ratio: elapsed {elapsed:.2f}, CPU time {busy:.2f}")
@@ -74,6 +79,25 @@ def test_generate(benchmark: BenchmarkFixture, batch: int, dtype: torch.dtype) -
     if dtype == torch.float32:
         assert torch.equal(found, expected)
     _compare(benchmark, *calls, f"generate, batch {batch}, {NEW} tokens, {dtype}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_generate_beside_gpt(
+    benchmark: BenchmarkFixture, batch: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """The accelerated model beside ``GPT.generate`` on the same weights: their loops are one."""
+    library, accelerated = _pair(dtype)
+    library.save_pretrained(tmp_path)
+    gpt = gptkern.GPT.from_pretrained(tmp_path, dtype=dtype, device=DEVICE)
+    ids = torch.randint(50257, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    calls = [lambda m=m: m.generate(ids, attention_mask=mask, **options) for m in (gpt, accelerated)]
+    expected, found = (call() for call in calls)
+    assert torch.equal(found, expected)
+    unit = f"generate, batch {batch}, {NEW} tokens, {dtype}"
+    _compare(benchmark, *calls, unit, "GPT.generate / the accelerated model's")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -69,7 +69,11 @@ def fast(pair: tuple[Any, Any]) -> Any:
         ({"logits_processor": [lambda ids, scores: scores.roll(1, -1)]}, False, False),
         ({"forced_eos_token_id": 60}, False, False),
         ({"return_dict_in_generate": True, "output_scores": True}, False, False),
-        ({"num_beams": 4, "num_return_sequences": 2, "eos_token_id": list(range(9))}, True, True),
+        (
+            {"num_beams": 4, "num_return_sequences": 4, "eos_token_id": [5, 6, 7, 8], "pad_token_id": 0},
+            True,
+            True,
+        ),
         ({"num_beams": 2, "no_repeat_ngram_size": 2, "length_penalty": 0.5, "pad_token_id": 0}, False, True),
         ({"num_beams": 2, "stopping_criteria": [lambda ids, scores: ids[:, -1] % 5 == 0]}, False, False),
         ({CACHE: transformers.DynamicCache}, False, False),

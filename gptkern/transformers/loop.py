@@ -1,7 +1,7 @@
 """``generate`` of an accelerated model: a front of the engine, which takes a call in one of two ways.
 
 As requests, where the engine's sampler computes each of the library's logits processors and nothing but
-tokens is returned: the engine makes the tokens, at the cost of ``GPT.generate``. Any other call that the
+tokens is returned: the engine makes the tokens, as for ``GPT.generate``. Any other call that the
 engine can compute keeps the library's loop, which gets its logits from the engine's passes (``EngineCache``):
 every processor, draw, beam and field of the result is the library's own. What the engine cannot compute is
 the library's alone, and says so.
