@@ -173,6 +173,14 @@ def test_families_in_bfloat16_and_fewer_bits(device: torch.device, name: str, fo
     compare(model, [5], steps=1, fp8=format == "fp8")
 
 
+def test_floats_beside_packed_matrices(device: torch.device) -> None:
+    """Each row has its own format: a layer's product may be floats where the next layer's is packed."""
+    model = make_kin("llama", device)
+    quantization = Quantization.make(model.config, "int4", group_size=32)
+    quantize_model(model, replace(quantization, floats=("lm_head", "transformer.h.0.mlp.c_proj")))
+    compare(model, [5], steps=1)
+
+
 def test_a_family_of_many_query_heads_a_key_head(device: torch.device) -> None:
     """More heads than a block of attention takes together."""
     compare(
