@@ -1,5 +1,7 @@
 """Tokens of ``generate`` for fixed seeds: the embedded model and 20 small random ones, random options.
 
+Those of bf16 models depend on the processor's instructions; AVX2's are recorded, which every one has.
+
 ``python tests/recorded_tokens.py`` writes ``tests/fixtures/generate_tokens.json`` anew. Do so only
 for a change that is meant to give other tokens, and say so in its commit.
 """
@@ -8,12 +10,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptkern import GPT, GPTConfig
+from gptkern import GPT, GPTConfig, _native
 
 FILE = Path(__file__).parent / "fixtures" / "generate_tokens.json"
 RANDOM_MODELS = 20
@@ -81,12 +85,28 @@ def random_call(rng: random.Random, vocab: int) -> dict[str, Any]:
     return {"prompts": prompts, "options": options}
 
 
+@contextmanager
+def avx2() -> Iterator[None]:
+    """The decode step of processors with AVX2 and no more."""
+    extension = _native.extension
+    if extension is None or not extension.has_decoder:
+        yield
+        return
+    best = extension.decode_path()
+    extension.use_decode_path("avx2")
+    try:
+        yield
+    finally:
+        extension.use_decode_path(best)
+
+
 def run(model: GPT, prompts: list[list[int]], options: dict[str, Any]) -> list[list[int]]:
     """The new tokens of every row, filling included."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
-    out = model.generate(ids, mask, pad_token_id=0, **options)
+    with avx2():
+        out = model.generate(ids, mask, pad_token_id=0, **options)
     assert isinstance(out, torch.Tensor)
     return out[:, width:].tolist()
 

@@ -86,7 +86,7 @@ class _Config:
     scaled_init: bool = False
 
 
-@pytest.fixture(params=["avx2", "avx512"])
+@pytest.fixture(params=["avx2", "avx512", "avx512_bf16"])
 def path(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each instruction set that the processor has."""
     best = _C.decode_path()

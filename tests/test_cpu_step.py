@@ -51,7 +51,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=["avx2", "avx512"])
+@pytest.fixture(params=["avx2", "avx512", "avx512_bf16"])
 def path(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each instruction set that the processor has."""
     best = _C.decode_path()
@@ -195,6 +195,30 @@ def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(how: str, d
             for rows in (1, 2, 3, 4, 7, 13):
                 found, _ = _stepped(model, rows, 3)
                 assert torch.equal(found, whole[:rows]), (number, rows)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# Inputs past 1024 are summed in parts, and neither these nor the outputs fill a last vector.
+DEEP = PLAIN.replace(n_layer=1, n_embd=90, n_inner=1130, vocab_size=515)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_number_of_rows_gives_the_same_bits_near_float64(dtype: torch.dtype) -> None:
+    model = _model(DEEP, dtype, False)
+    exact = GPT(DEEP).double().eval()
+    exact.load_state_dict(model.state_dict())
+    whole, _ = _stepped(model, 64, 1, 4)
+    plain, _ = _stepped(model, 64, 1, 4, fast=False)
+    truth, _ = _stepped(exact, 64, 1, 4, fast=False)
+    assert_accurate(whole, plain, truth)
+    threads = torch.get_num_threads()
+    try:
+        for rows in range(1, 64):
+            torch.set_num_threads(1 + rows % 2)
+            found, _ = _stepped(model, rows, 1, 4)
+            assert torch.equal(found, whole[:rows]), rows
     finally:
         torch.set_num_threads(threads)
 

@@ -124,6 +124,9 @@ const CpuDecodePath& decode_path();
 namespace avx512 {
 const CpuDecodePath& decode_path();
 }
+namespace avx512_bf16 {
+const CpuDecodePath& decode_path();
+}
 #endif
 
 }  // namespace gptkern

@@ -170,17 +170,6 @@ void product(const Int4& w, const float* x, int count, int first, int last, cons
     });
 }
 
-// Rows in natural order, ``width`` floats each, a multiple of kStep.
-template <class Kind>
-void unplace(const Rows& x, int width, float* to) {
-    for (int r = 0; r < x.count; ++r) {
-        for (int i = 0; i < width; i += kStep, to += kStep) {
-            const float* const from = &x.value(r, i);
-            for (int k = 0; k < kStep; ++k) to[k] = from[Kind::place(k, kStep)];
-        }
-    }
-}
-
 // sums[r][out] += sum_s factors[r][s] * W[i + s][out] for out in [first, last), a multiple of kStep; sums lie as Rows.
 template <class Kind, int S>
 GPTKERN_HD void add_transposed(const Weights<Kind>& w, const float* factors, int rows, int i, int first, int last,

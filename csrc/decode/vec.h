@@ -32,6 +32,25 @@ GPTKERN_HD Vec times_power_of_two(Vec a, Vec n) {
     return _mm512_castsi512_ps(
         _mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
 }
+GPTKERN_HD Vec magnitude(Vec a) { return _mm512_abs_ps(a); }
+// bf16 to fp32 and back, to the nearest, in order. A NaN stays a NaN.
+GPTKERN_HD Vec load(const uint16_t* from) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+GPTKERN_HD void store(uint16_t* to, Vec a) {
+    const __m512i bits = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i nan = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __m512i best = _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), nan);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(best, 16)));
+}
+// The even and the odd elements of the 32 that two vectors hold.
+GPTKERN_HD void part(Vec a, Vec b, Vec& even, Vec& odd) {
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even = _mm512_permutex2var_ps(a, evens, b);
+    odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(evens, _mm512_set1_epi32(1)), b);
+}
 GPTKERN_HD void widen(const uint16_t* from, Vec& even, Vec& odd) {
     const __m512i pairs = _mm512_loadu_si512(from);
     even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
@@ -84,6 +103,24 @@ GPTKERN_HD float sum(Vec a) {
     quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
+// sum() of each of 16 vectors, in order: the same additions, of several vectors at a time.
+GPTKERN_HD Vec sums_of(const Vec (&a)[16]) {
+    Vec quarters[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const auto halves = [](Vec x, Vec y) {
+            return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+        };
+        const Vec x = halves(a[i], a[i + 4]), y = halves(a[i + 8], a[i + 12]);
+        quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+    }
+    const auto pairs = [](Vec x, Vec y) {
+        const __m512d a = _mm512_castps_pd(x), b = _mm512_castps_pd(y);
+        return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    };
+    const Vec x = pairs(quarters[0], quarters[1]), y = pairs(quarters[2], quarters[3]);
+    return _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x88), _mm512_shuffle_ps(x, y, 0xdd));
+}
 #else
 using Vec = __m256;
 constexpr int kLanes = 8;
@@ -103,6 +140,28 @@ GPTKERN_HD Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_
 GPTKERN_HD Vec times_power_of_two(Vec a, Vec n) {
     return _mm256_castsi256_ps(
         _mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+}
+// bf16 to fp32 and back, to the nearest, in order. A NaN stays a NaN.
+GPTKERN_HD Vec load(const uint16_t* from) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+GPTKERN_HD void store(uint16_t* to, Vec a) {
+    const __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i nearest = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i unordered = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, nan, unordered), 16);
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(halves));
+}
+// The even and the odd elements of the 16 that two vectors hold.
+GPTKERN_HD void part(Vec a, Vec b, Vec& even, Vec& odd) {
+    const auto in_order = [](Vec mixed) {
+        return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8));
+    };
+    even = in_order(_mm256_shuffle_ps(a, b, 0x88));
+    odd = in_order(_mm256_shuffle_ps(a, b, 0xdd));
 }
 GPTKERN_HD void widen(const uint16_t* from, Vec& even, Vec& odd) {
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
@@ -153,10 +212,42 @@ GPTKERN_HD float sum(Vec a) {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+// sum() of each of 8 vectors, in order: the same additions, of several vectors at a time.
+GPTKERN_HD Vec sums_of(const Vec (&a)[8]) {
+    Vec halves[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        halves[i] = _mm256_add_ps(_mm256_permute2f128_ps(a[i], a[i + 4], 0x20),
+                                  _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+    const auto pairs = [](Vec x, Vec y) {
+        const __m256d a = _mm256_castps_pd(x), b = _mm256_castps_pd(y);
+        return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    };
+    const Vec x = pairs(halves[0], halves[1]), y = pairs(halves[2], halves[3]);
+    return _mm256_add_ps(_mm256_shuffle_ps(x, y, 0x88), _mm256_shuffle_ps(x, y, 0xdd));
+}
 #endif
 
 // The values that one turn of a loop over weights takes: two vectors.
 constexpr int kStep = 2 * kLanes;
+GPTKERN_HD int64_t padded(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
+
+// A vector of ``count`` elements, or of kLanes if there are more; beyond them it is 0.
+template <class Storage>
+GPTKERN_HD Vec load_some(const Storage* from, int64_t count) {
+    if (count >= kLanes) return load(from);
+    Storage some[kLanes] = {};
+    std::memcpy(some, from, static_cast<size_t>(count) * sizeof(Storage));
+    return load(some);
+}
+template <class Storage>
+GPTKERN_HD void store_some(Storage* to, int64_t count, Vec a) {
+    if (count >= kLanes) return store(to, a);
+    Storage some[kLanes];
+    store(some, a);
+    std::memcpy(to, some, static_cast<size_t>(count) * sizeof(Storage));
+}
 
 // e^x within 2 ulp, with x clamped to the range of normal results (the coefficients are those of Cephes' expf).
 GPTKERN_HD Vec exponential(Vec x) {
@@ -176,6 +267,7 @@ GPTKERN_HD Vec exponential(Vec x) {
 // permutation that ``pair`` applies: activations that are multiplied with stored numbers lie permuted the same way.
 struct Fp32 {
     using Storage = float;
+    static constexpr bool kEvenFirst = false;
     GPTKERN_HD static float load(float value) { return value; }
     GPTKERN_HD static float store(float value) { return value; }
     GPTKERN_HD static int place(int i, int) { return i; }
@@ -192,6 +284,7 @@ struct Fp32 {
 
 struct Bf16 {
     using Storage = uint16_t;
+    static constexpr bool kEvenFirst = true;
     GPTKERN_HD static float load(uint16_t bits) { return widen_bf16(bits); }
     GPTKERN_HD static uint16_t store(float value) { return round_to_bf16(value); }
     // Even elements come first: a shift and a mask then widen a pair.

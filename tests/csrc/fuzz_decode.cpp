@@ -44,11 +44,14 @@ private:
 // A multiple of an int4 group, or any.
 int odd_or_not() { return between(0, 1) ? kLeastGroup * between(1, 5) : between(1, 200); }
 
+// Now and then so many that their sums are made in parts.
+int inner_or_more() { return between(0, 5) ? odd_or_not() : between(1025, 1100); }
+
 struct Shape {
     DType dtype = between(0, 1) ? DType::kBFloat16 : DType::kFloat32;
     int kv_heads = between(1, 3), heads = kv_heads * between(1, 3), head_dim = between(1, 70), width = odd_or_not();
-    int inner = odd_or_not(), vocab = between(1, 300);
-    int layers = between(1, 2), rows = between(1, 9), page_size = between(1, 9), pages = between(1, 4);
+    int inner = inner_or_more(), vocab = between(1, 300);
+    int layers = between(1, 2), rows = between(0, 5) ? between(1, 9) : between(10, 40), page_size = between(1, 9), pages = between(1, 4);
     int capacity = page_size * pages;
 };
 
@@ -237,7 +240,7 @@ bool check(int threads) {
 
 int main(int, char** arguments) {
     const int models = std::atoi(arguments[1]), threads = std::atoi(arguments[2]);
-    for (const char* path : {"avx2", "avx512"}) {
+    for (const char* path : {"avx2", "avx512", "avx512_bf16"}) {
         try {
             gptkern::use_cpu_decode_path(path);
         } catch (const std::exception&) {

@@ -74,6 +74,7 @@ _ISAS = {
         "-Wno-maybe-uninitialized",
     ],
 }
+_ISAS["avx512_bf16"] = [*_ISAS["avx512"], "-mavx512vnni", "-mavx512bf16"]
 
 
 @pytest.mark.slow

@@ -4,6 +4,9 @@ A pass of few rows is bound by how fast the weights stream from memory. PyTorch'
 at a third to two thirds of what the memory gives, and spend as long again between them.
 ``csrc/decode/cpu_path.cpp`` reads each weight once, where it lies, and its threads stay together from the
 embeddings to the logits. Quantised weights it widens in registers: half or a quarter of bf16's bytes to read.
+
+Products are of fp32 activations. With AVX-512 BF16 those with bf16 weights are of activations rounded to
+bf16, as PyTorch's are, and summed in fp32: a bf16 model's logits have other last bits there.
 """
 
 from __future__ import annotations
