@@ -39,6 +39,8 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt, "UNIT_ON_CPU", UNIT)
     monkeypatch.setattr(cpu, "PROMPT_TOKENS_IN_BFLOAT16", SHORT)
     monkeypatch.setattr(cpu, "FEW_WEIGHTS", 0)
+    # As on a processor that has no products of bfloat16.
+    monkeypatch.setattr(cpu, "PRODUCTS_OF_BFLOAT16", "")
 
 
 def _model(dtype: torch.dtype, layers: int, seed: int) -> GPT:

@@ -255,13 +255,28 @@ private:
         linear(stage.linear, operand(stage),
                [&](int r, int out, int, Vec value) { store(p_.row(Buffer::kQ, r) + out, value); });
         p_.barrier.wait();
-        p_.for_units(m_.kv_heads, [&](int row, int head, int heads) {
+        p_.for_units(0, p_.count, m_.kv_heads, [&](int row, int head, int heads) {
             attention_.store_kv(stage.layer, row, head, heads);
         });
     }
 
     void attend(int layer) const {
-        p_.for_units(m_.heads, [&](int row, int head, int heads) { attention_.attend(layer, row, head, heads); });
+        int unit = 0;
+        for (int row = 0; row < p_.count;) {
+            int rows = attention_.consecutive(row, kGroup);
+            if (rows > 1) {
+                // Later rows see more: every thread has some heads of all groups.
+                for (int head = 0; head < m_.heads; ++head) {
+                    if (unit++ % p_.threads == p_.rank) attention_.attend(layer, row, rows, head, 1);
+                }
+            } else {
+                while (row + rows < p_.count && attention_.consecutive(row + rows, 2) == 1) ++rows;
+                p_.for_units(row, rows, m_.heads, [&](int alone, int head, int heads) {
+                    attention_.attend(layer, alone, 1, head, heads);
+                });
+            }
+            row += rows;
+        }
     }
 };
 

@@ -11,12 +11,13 @@
 namespace gptkern {
 inline namespace GPTKERN_ISA {
 
+constexpr int kGroup = 16;  // rows of one sequence that attend together, a head at a time
 constexpr int kBand = 256;  // outputs that are computed before what follows the product is done with them
 
 // The layout of a pass's memory: offsets in floats. Buffers that one thread alone writes exist once a thread.
 struct Layout {
     int64_t x, middle, branch, normed, qkv, attended, inner, operand;  // shared: a row of each token
-    int64_t sums, ups, partial, scratch, scores;                      // per thread, from the end of the shared part
+    int64_t sums, ups, partial, scratch, scores, turned;              // per thread, from the end of the shared part
     int64_t shared, per_thread;                                       // sizes of the two parts
 
     Layout(const CpuModel& m, int rows, int longest, int threads) {
@@ -41,7 +42,9 @@ struct Layout {
         ups = take(m.gated ? rows * widest : 0);
         partial = take(partial_floats(rows));
         scratch = take(2 * rows * share + rows * kTransposedRows);
-        scores = take(m.heads * (padded(longest) + kLanes + 2 * padded(m.head_dim)) + m.head_dim);
+        const int64_t queries = m.heads > kGroup ? m.heads : kGroup, head = padded(m.head_dim);
+        scores = take(queries * (padded(longest) + 2 * head) + kLanes * head);
+        turned = take(head);
         per_thread = end;
     }
 
@@ -108,14 +111,14 @@ struct Pass {
         return at < n ? at : n;
     }
 
-    // use(row, head, heads) for this thread's heads: a contiguous run of (row, head) pairs, one row at a time.
+    // use(row, head, heads) for this thread's heads of some rows: a contiguous run of (row, head) pairs, one row at a time.
     template <class Use>
-    void for_units(int of_row, const Use& use) const {
-        const int units = count * of_row, last = share(units, 1, rank + 1);
+    void for_units(int first, int rows, int of_row, const Use& use) const {
+        const int units = rows * of_row, last = share(units, 1, rank + 1);
         for (int unit = share(units, 1, rank); unit < last;) {
             const int head = unit % of_row;
             const int heads = last - unit < of_row - head ? last - unit : of_row - head;
-            use(unit / of_row, head, heads);
+            use(first + unit / of_row, head, heads);
             unit += heads;
         }
     }

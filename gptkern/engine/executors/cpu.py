@@ -29,8 +29,9 @@ from gptkern.ops._dispatch import use_kernel
 MOST_ROWS = 64
 # From so many rows on, a draft costs more than the chance that it holds is worth.
 DRAFT_ROWS = 16
-# Beyond, PyTorch's products are sooner done: they use instructions for bfloat16 where the processor has them.
+# Beyond, PyTorch's products of bfloat16 are sooner done than those of widened weights: other paths widen.
 # Layers of few weights have products so small that what PyTorch does between them counts for more.
+PRODUCTS_OF_BFLOAT16 = "avx512_bf16"
 PROMPT_TOKENS_IN_BFLOAT16 = 16
 FEW_WEIGHTS = 1 << 20
 DTYPES_SERVED = (torch.float32, torch.bfloat16)
@@ -78,7 +79,10 @@ class CpuExecutor(TableExecutor):
         super().__init__(model, cache, max_rows)
         self.draft_rows = min(max_rows, DRAFT_ROWS)
         layer = sum(parameter.numel() for parameter in model.transformer.h[0].parameters())
-        by_layers = model.dtype == torch.bfloat16 and model.quantization is None and layer > FEW_WEIGHTS
+        widened = _native.extension.decode_path() != PRODUCTS_OF_BFLOAT16
+        by_layers = (
+            widened and model.dtype == torch.bfloat16 and model.quantization is None and layer > FEW_WEIGHTS
+        )
         self.prompt_tokens = PROMPT_TOKENS_IN_BFLOAT16 if by_layers else None
         self._decoder = _decoder(model)
 
