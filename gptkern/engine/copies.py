@@ -49,7 +49,7 @@ class Copy:
         of_prompt: PromptLogprobs | None = None
         try:
             if self.prompt_logprobs is not None and not self.row.generated:
-                of_prompt = prompt_logprobs(model, self.row.prompt, self.prompt_logprobs)
+                of_prompt = prompt_logprobs(model, self.row.prompt, self.prompt_logprobs, self.row.steering)
             for place, token in enumerate(draw.tokens):
                 reason = self._push(token)
                 events.append(

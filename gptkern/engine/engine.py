@@ -25,6 +25,7 @@ from gptkern.engine.request import Request, TokenEvent
 from gptkern.engine.sampling import RowParams, Sampler, row_keys
 from gptkern.engine.scheduler import Row, Scheduler
 from gptkern.engine.settings import Settings, merged, settle
+from gptkern.engine.steering import Steering
 from gptkern.engine.weights_version import WeightsVersion
 from gptkern.model.decoder import Decoder
 
@@ -82,6 +83,8 @@ class Engine:
         prefix_cache: Whether a prompt's keys and values are taken over from an earlier one that began alike.
         prefill_chunk: Most tokens of prompts in one pass, about: a longer prompt takes several.
         kv_cache_dtype: "auto" keeps keys and values in the model's dtype, "fp8" in a byte each.
+        steering: Requests may have steering vectors. The model's layers then run all of them, one by one, as
+            no faster executor adds anything between layers.
 
     Raises:
         TypeError: A size that is no whole number.
@@ -99,6 +102,7 @@ class Engine:
         prefix_cache: bool = True,
         prefill_chunk: int = DEFAULT_CHUNK,
         kv_cache_dtype: KVCacheDType = "auto",
+        steering: bool = False,
     ) -> None:
         if not isinstance(model, Decoder):
             raise TypeError(f"Engine: model is {type(model).__name__}; a GPT is needed")
@@ -107,8 +111,9 @@ class Engine:
         _check_whole("Engine", cache_tokens=0 if cache_tokens is None else cache_tokens)
         if kv_cache_dtype not in get_args(KVCacheDType):
             raise ValueError(f"Engine: kv_cache_dtype is {kv_cache_dtype!r}; 'auto' or 'fp8' is needed")
-        if not isinstance(prefix_cache, bool):
-            raise TypeError(f"Engine: prefix_cache is {prefix_cache!r}; True or False is needed")
+        for name, switch in (("prefix_cache", prefix_cache), ("steering", steering)):
+            if not isinstance(switch, bool):
+                raise TypeError(f"Engine: {name} is {switch!r}; True or False is needed")
         if prefill_chunk < 1:
             raise ValueError(f"Engine: prefill_chunk is {prefill_chunk}; 1 or more is needed")
         self.cache = KVCache.for_config(
@@ -123,7 +128,8 @@ class Engine:
         )
         self._model_ref = weakref.ref(model)
         self._held: Decoder | None = model
-        self.executors = Executors(model, self.cache, max(MOST_ROWS, max_seqs))
+        self.executors = Executors(model, self.cache, max(MOST_ROWS, max_seqs), steering)
+        self._steering = steering
         self._version = WeightsVersion(model) if prefix_cache else None
         self._scheduler = Scheduler(
             self.cache,
@@ -206,6 +212,11 @@ class Engine:
                 raise ValueError(
                     f"Engine.add: {name} is {getattr(request, name)}; at most the vocabulary's {vocab_size}"
                 )
+        if request.steering is not None and not self._steering:
+            raise ValueError(
+                f"Engine.add: steering is given; this engine was made for the {self.executors.decode.name} "
+                "executor: make it with Engine(steering=True), whose passes run by the model's layers"
+            )
         length = len(request.prompt)
         # A checkpoint's beams are for callers who wait for whole sequences: a request asks for them itself.
         asked = merged(request.options, getattr(self.model, "generation_config", {}) | {"num_beams": 1})
@@ -222,6 +233,7 @@ class Engine:
             prompt_logprobs=request.prompt_logprobs,
             callbacks=request.callbacks,
             constraint=request.constraint,
+            steering=None if request.steering is None else Steering.of(request.steering, self.model),
         )
 
     def submit(
@@ -237,6 +249,7 @@ class Engine:
         prompt_logprobs: int | None = None,
         callbacks: Callbacks | None = None,
         constraint: Constraint | None = None,
+        steering: Steering | None = None,
     ) -> int:
         """``add`` for settings that are checked already.
 
@@ -280,6 +293,7 @@ class Engine:
                 prompt_logprobs=prompt_logprobs,
                 callbacks=callbacks or Callbacks(),
                 constraint=constraint,
+                steering=steering,
                 device=self.model.device,
             )
             self._inbox.added.append(live)

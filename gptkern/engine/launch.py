@@ -110,10 +110,11 @@ class Launcher:
         sequences = [part.row.sequence for part in parts if part.row.sequence is not None]
         counts = [part.count for part in parts]
         wanted = [len(part.row.draft) + 1 if part.samples else 0 for part in parts]
+        steering = [part.row.steering for part in parts] if any(p.row.steering for p in parts) else []
         if ahead is None:
             tokens = [token for part in parts for token in part.row.tokens(part.start, part.count)]
-            return Rows(sequences, counts, torch.tensor(tokens, device=self._device), wanted)
-        return Rows(sequences, counts, self._tokens_ahead(parts, ahead), wanted)
+            return Rows(sequences, counts, torch.tensor(tokens, device=self._device), wanted, steering)
+        return Rows(sequences, counts, self._tokens_ahead(parts, ahead), wanted, steering)
 
     def _tokens_ahead(self, parts: Sequence[Part], ahead: Ahead) -> torch.Tensor:
         """The parts' tokens, where some are on the device alone."""

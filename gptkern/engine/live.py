@@ -19,6 +19,7 @@ from gptkern.engine.request import FinishReason, TokenEvent
 from gptkern.engine.sampling import RowDraw, RowParams, SamplerRow
 from gptkern.engine.scheduler import Row, Scheduler
 from gptkern.engine.settings import Settings
+from gptkern.engine.steering import Steering
 from gptkern.engine.stop_strings import RowText
 from gptkern.model.decoder import Decoder
 
@@ -76,6 +77,7 @@ def live_request(
     prompt_logprobs: int | None,
     callbacks: Callbacks,
     constraint: Constraint | None,
+    steering: Steering | None,
     device: torch.device,
 ) -> LiveRequest:
     """A request as the engine runs it; the arguments are those of ``Engine.submit``, checked.
@@ -87,7 +89,7 @@ def live_request(
     """
     beams = settings.num_beams
     rows = [
-        Row(number, place, priority, number, prompt, settings.max_new, deadline)
+        Row(number, place, priority, number, prompt, settings.max_new, deadline, steering=steering)
         for place in range(max(len(keys), beams))
     ]
     copies = [

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from gptkern.engine.constraint import Constraint
 from gptkern.engine.option_checks import checked, plain
 from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriterion
+
+if TYPE_CHECKING:
+    import torch
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
@@ -33,6 +36,8 @@ class Request:
         constraint: The language that new tokens stay in (a grammar), in which a copy ends where nothing may
             follow. Each copy goes on with a fork of it. Such a request drafts nothing. Not with
             ``num_beams``.
+        steering: Vectors ``(width,)`` that are added to the hidden states of all its tokens, by layer: 0 is
+            the embeddings, i what the first i blocks made. For an ``Engine(steering=True)``.
 
     Raises:
         TypeError, ValueError: A field or an option of the wrong type or out of range; what depends on the
@@ -48,6 +53,7 @@ class Request:
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None
     stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None
     constraint: Constraint | None = None
+    steering: Mapping[int, torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _tokens(self.prompt))
@@ -64,6 +70,7 @@ class Request:
                     raise ValueError(f"Request: {name} is {value}; 0 or more is needed, or None")
         _check_deadline(self.deadline)
         _check_constraint(self.constraint)
+        _check_steering(self.steering)
         # A bad one is refused now.
         _ = self.callbacks
 
@@ -129,6 +136,15 @@ def _check_constraint(constraint: Any) -> None:
     if constraint is not None and not isinstance(constraint, Constraint):
         kind = type(constraint).__name__
         raise TypeError(f"Request: constraint is {kind}; a Constraint is needed, or None")
+
+
+def _check_steering(steering: Any) -> None:
+    if steering is None:
+        return
+    if not isinstance(steering, Mapping):
+        raise TypeError(f"Request: steering is {type(steering).__name__}; a mapping is needed, or None")
+    for layer in steering:
+        _check_whole("steering's layer", layer)
 
 
 def _check_deadline(deadline: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from gptkern.engine.cache import KVCache
 from gptkern.engine.forward_pass import Storage, pack_table
+from gptkern.engine.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,18 @@ class Rows:
         tokens: ``(sum of counts,)`` whole numbers on the cache's device: the first sequence's, then the
             second's, and so on.
         wanted: After how many of its last tokens logits are wanted, of each sequence, 0 allowed.
+        steering: Of each sequence, what is added between the layers, or None; empty where nothing is.
     """
 
     sequences: Sequence[int]
     counts: Sequence[int]
     tokens: torch.Tensor
     wanted: Sequence[int]
+    steering: Sequence[Steering | None] = ()
+
+    def steered(self, place: int) -> Steering | None:
+        """The vectors of the sequence at ``place``; None: it has none."""
+        return self.steering[place] if self.steering else None
 
     @classmethod
     def one_each(cls, sequences: Sequence[int], tokens: torch.Tensor) -> Rows:

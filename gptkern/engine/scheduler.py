@@ -18,11 +18,14 @@ import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gptkern.engine.pages import CacheFullError
 from gptkern.engine.prefix import PageKeys
 from gptkern.engine.sequences import Sequences
+
+if TYPE_CHECKING:
+    from gptkern.engine.steering import Steering
 
 RowState = Literal["waiting", "running", "finished"]
 
@@ -46,6 +49,7 @@ class Row:
         finds_prefix: Whether it may begin with pages that are found: not if its prompt's logits are wanted.
         followers: Rows that begin with what this row holds as soon as that is the whole prompt.
         beams: The rows of its beam search, itself included; empty where it is no beam.
+        steering: What is added between the layers for it, or None.
     """
 
     request: int
@@ -64,6 +68,7 @@ class Row:
     finds_prefix: bool = True
     followers: list[Row] = field(default_factory=list)
     beams: Sequence[Row] = ()
+    steering: Steering | None = None
     state: RowState = "waiting"
     keys: PageKeys | None = None
 
@@ -388,7 +393,8 @@ class Scheduler:
             self.follow_weights(self._weights_version())
             self._looked = True
         for member in group:
-            member.keys = PageKeys(self._version, self._cache.page_size)
+            steered = b"" if row.steering is None else row.steering.key
+            member.keys = PageKeys(self._version, self._cache.page_size, steered)
         sequence, found = self._cache.begin(self._findable(row), group=self._group)
         try:
             self._cache.reserve([row.total + 1 - found], [sequence])

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
@@ -83,22 +84,28 @@ class Places:
 
 @dataclass
 class Taps:
-    """The hidden states that a pass hands out, and the layer where it ends.
+    """The hidden states that a pass hands out, what is added to them, and the layer where it ends.
 
     Attributes:
         layers: Counted as in transformers: 0 is the embeddings, i what block i - 1 made; after the last block
             with the final norm.
         stop: Run only so many blocks; None: all.
+        added: By layer, what is added to the residual stream there; after the last block before the norm.
         states: What was found, by layer.
     """
 
     layers: frozenset[int]
     stop: int | None
+    added: Mapping[int, torch.Tensor] = field(default_factory=dict)
     states: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def wants(self, layer: int) -> bool:
         """True if the whole residual stream is needed there."""
-        return layer in self.layers or layer == self.stop
+        return layer in self.layers or layer in self.added or layer == self.stop
+
+    def steered(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """``x`` with what is added there."""
+        return x + self.added[layer].to(x.dtype) if layer in self.added else x
 
     def take(self, layer: int, x: torch.Tensor) -> bool:
         """Note ``x`` if it is wanted; True if the pass ends here."""
@@ -310,12 +317,16 @@ class Transformer(nn.Module):
             if taps is not None:
                 if taps.wants(layer) and residual is not None:
                     x, residual = residual + F.dropout(x, dropout_p), None
+                x = taps.steered(layer, x)
                 if taps.take(layer, x):
                     return x
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x, residual = checkpoint(block, x, residual, attend, places, use_reentrant=False)
             else:
                 x, residual = block(x, residual, attend, places)
+        if taps is not None and len(self.h) in taps.added:
+            x = x if residual is None else residual + F.dropout(x, dropout_p)
+            x, residual = taps.steered(len(self.h), x), None
         if self.ln_f is not None:
             x = self.ln_f(x) if residual is None else add_norm(self.ln_f, x, residual, dropout_p)[0]
         if taps is not None:
@@ -436,6 +447,7 @@ class Decoder(nn.Module):
         sequences: Sequence[int] | None = None,
         hidden_states: Sequence[int] = (),
         stop_at_layer: int | None = None,
+        steering: Mapping[int, torch.Tensor] | None = None,
     ) -> GPTOutput:
         """Logits, and the loss if there are labels.
 
@@ -458,6 +470,9 @@ class Decoder(nn.Module):
                 ``attention_mask`` is 0. Not with a cache.
             stop_at_layer: Run only so many blocks, fewer than there are; the logits are then those of no
                 position.
+            steering: Vectors that are added to hidden states, by layer as above but before the final norm:
+                ``(width,)``, or ``(batch, width)`` with one for each row. What follows sees the sum;
+                ``hidden_states`` have it too.
 
         Raises:
             ValueError: Shapes that do not agree, a token outside the vocabulary (on CPU), a sequence
@@ -466,8 +481,15 @@ class Decoder(nn.Module):
         rows = None if sequences is None else list(sequences)
         self._check(input_ids, labels, attention_mask, cache, position_ids, logits_to_keep, rows)
         taps = self._taps(hidden_states, stop_at_layer, labels, cache)
+        if steering:
+            repeats = 0 if cache is None else input_ids.shape[1]
+            spread = partial(_spread, token_mask=attention_mask, repeats=repeats)
+            added = self._steering(steering, input_ids.shape[0], stop_at_layer, spread)
+            taps = Taps(frozenset(), None, added) if taps is None else replace(taps, added=added)
         if cache is not None:
-            return self._forward_cached(input_ids, attention_mask, cache, position_ids, logits_to_keep, rows)
+            return self._forward_cached(
+                input_ids, attention_mask, cache, position_ids, logits_to_keep, rows, taps
+            )
         batch, seq = input_ids.shape
         if position_ids is None:
             position_ids = torch.arange(seq, device=input_ids.device).expand(batch, seq)
@@ -519,6 +541,28 @@ class Decoder(nn.Module):
             raise ValueError("GPT: labels need all layers; stop_at_layer is given")
         return Taps(frozenset(hidden_states), stop_at_layer)
 
+    def _steering(
+        self,
+        steering: Mapping[int, torch.Tensor],
+        batch: int,
+        stop_at_layer: int | None,
+        spread: Callable[[torch.Tensor], torch.Tensor],
+    ) -> dict[int, torch.Tensor]:
+        """The vectors, those of each row spread over its tokens."""
+        last = len(self.spec.layers) if stop_at_layer is None else stop_at_layer
+        width, found = self.spec.width, {}
+        for layer, vectors in steering.items():
+            if layer not in range(last + 1):
+                raise ValueError(f"GPT: steering has layer {layer!r}; layers from 0 to {last} are needed")
+            if not isinstance(vectors, torch.Tensor) or vectors.shape not in ((width,), (batch, width)):
+                shape = tuple(vectors.shape) if isinstance(vectors, torch.Tensor) else type(vectors).__name__
+                raise ValueError(
+                    f"GPT: steering of layer {layer} is {shape}; a tensor of shape ({width},) or "
+                    f"({batch}, {width}) is needed"
+                )
+            found[layer] = vectors if vectors.dim() == 1 else spread(vectors)
+        return found
+
     def _forward_cached(
         self,
         input_ids: torch.Tensor,
@@ -527,6 +571,7 @@ class Decoder(nn.Module):
         position_ids: torch.Tensor | None,
         logits_to_keep: int,
         sequences: list[int] | None,
+        taps: Taps | None,
     ) -> GPTOutput:
         batch, seq = input_ids.shape
         if attention_mask is None:
@@ -541,7 +586,7 @@ class Decoder(nn.Module):
         self._check_length(max(map(operator.add, past, lengths), default=0))
         attend = cache.extend(lengths, sequences)
         positions = attend.positions if position_ids is None else position_ids.flatten()
-        hidden = self.transformer(ids, positions, attend)
+        hidden = self.transformer(ids, positions, attend, taps)
         attend.commit()
         if seq == 1:
             return GPTOutput(self.logits(hidden)[:, None])
@@ -608,6 +653,13 @@ class Decoder(nn.Module):
                     f"GPT: input_ids holds {low if low < 0 else high}; "
                     f"token ids from 0 to {self.spec.vocab_size - 1} are accepted"
                 )
+
+
+def _spread(vectors: torch.Tensor, *, token_mask: torch.Tensor | None, repeats: int) -> torch.Tensor:
+    """Vectors of rows ``(batch, width)`` for all of their tokens: ``(batch, 1, width)``, or packed."""
+    if token_mask is not None:
+        return vectors[token_mask.bool().nonzero()[:, 0]]
+    return vectors.repeat_interleave(repeats, 0) if repeats else vectors[:, None]
 
 
 def _unpacked(packed: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:

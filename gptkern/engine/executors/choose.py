@@ -27,6 +27,7 @@ from gptkern.routes import Route
 # In the order in which they are asked; the last serves everything.
 EXECUTORS: tuple[type[Executor], ...] = (PersistentExecutor, GraphExecutor, CpuExecutor, TorchExecutor)
 _LAYERS = "the model's layers one by one"
+STEERING = "steering vectors are added between the model's layers, which this executor does not call"
 _log = logging.getLogger("gptkern")
 
 # Dtype, device and quantisation.
@@ -46,11 +47,20 @@ class PassedOver:
     is_fallback: bool
 
 
-def choose(model: Decoder, dtype: torch.dtype) -> tuple[type[Executor], list[PassedOver]]:
-    """The executor of a model over a cache of ``dtype``, and those before it in order."""
+def choose(
+    model: Decoder, dtype: torch.dtype, steering: bool = False
+) -> tuple[type[Executor], list[PassedOver]]:
+    """The executor of a model over a cache of ``dtype``, and those before it in order.
+
+    Args:
+        steering: Vectors are to be added between the layers, which the layers themselves alone can do.
+    """
     passed: list[PassedOver] = []
     device = "cuda" if use_kernel(model.transformer.wte.weight) else "cpu"
     for executor in EXECUTORS:
+        if steering and executor is not TorchExecutor:
+            passed.append(PassedOver(executor, STEERING, False))
+            continue
         reason = executor.serves(model, dtype)
         if executor.on_request:
             passed.append(PassedOver(executor, reason or "it is taken only on request", False))
@@ -68,14 +78,16 @@ class Executors:
 
     Args:
         max_rows: Most tokens of one launch, where the executor has no bound of its own.
+        steering: See ``choose``.
 
     Attributes:
         prefill: Runs prompts: ``decode`` itself, or units by the model's layers.
         reason: Why the fastest executor for this device was passed over; None: it was not.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, max_rows: int) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, max_rows: int, steering: bool = False) -> None:
         self.reason: str | None = None
+        self._steering = steering
         # Weak, as in ``Executor``.
         self._model_ref, self._cache, self._max_rows = weakref.ref(model), cache, max_rows
         self._layers = TorchExecutor(model, cache)
@@ -135,7 +147,7 @@ class Executors:
         model = self._model
         self._state, self._chosen_for = ModelState(model), self._way()
         self._autocast = torch.is_autocast_enabled(model.device.type)
-        kind, self._passed = choose(model, self._cache.dtype)
+        kind, self._passed = choose(model, self._cache.dtype, self._steering)
         for other in self._passed:
             _log.debug("decoding: the %s executor is passed over: %s", other.executor.name, other.reason)
         if type(self._decode) is not kind:

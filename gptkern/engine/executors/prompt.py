@@ -7,6 +7,7 @@ import torch
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.base import Executor, undone_on_failure
 from gptkern.engine.rows import Rows
+from gptkern.engine.steering import Steering
 
 # Tokens of a unit. On a CPU 64 rows cost about as much a row as 512 do, and the shorter the units, the more
 # of a prompt is found again. On a GPU a unit's launches take longer than its arithmetic.
@@ -46,9 +47,11 @@ class PromptExecutor:
         tokens = rows.tokens.split(list(rows.counts))
         with undone_on_failure(self._cache, rows.sequences):
             logits = [
-                self._by_layers(sequence, part[: len(part) - tail], 0 if tail else wanted)
-                for sequence, part, tail, wanted in zip(
-                    rows.sequences, tokens, tails, rows.wanted, strict=True
+                self._by_layers(
+                    sequence, part[: len(part) - tail], 0 if tail else rows.wanted[place], rows.steered(place)
+                )
+                for place, (sequence, part, tail) in enumerate(
+                    zip(rows.sequences, tokens, tails, strict=True)
                 )
             ]
             places = [place for place, tail in enumerate(tails) if tail]
@@ -59,6 +62,7 @@ class PromptExecutor:
                     [tails[place] for place in places],
                     torch.cat([tokens[place][-tails[place] :] for place in places]),
                     wanted,
+                    [rows.steered(place) for place in places],
                 )
                 ends = self._single.forward(short).split(wanted)
                 for place, end in zip(places, ends, strict=True):
@@ -70,12 +74,14 @@ class PromptExecutor:
         tail = min((length + count) % self.unit, count)
         return tail if tail <= self._short else 0
 
-    def _by_layers(self, sequence: int, tokens: torch.Tensor, wanted: int) -> torch.Tensor | None:
+    def _by_layers(
+        self, sequence: int, tokens: torch.Tensor, wanted: int, steering: Steering | None
+    ) -> torch.Tensor | None:
         """Run tokens unit by unit; the logits that are wanted after the last, None where there are none."""
         logits: torch.Tensor | None = None
         while len(tokens):
             count = min(self.unit - self._cache.length(sequence) % self.unit, len(tokens))
             own = wanted if count == len(tokens) else 0
-            logits = self._layers.forward(Rows([sequence], [count], tokens[:count], [own]))
+            logits = self._layers.forward(Rows([sequence], [count], tokens[:count], [own], [steering]))
             tokens = tokens[count:]
         return logits

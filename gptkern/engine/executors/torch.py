@@ -30,11 +30,17 @@ class TorchExecutor(Executor):
         logits: list[torch.Tensor] = []
         start = 0
         with undone_on_failure(self._cache, rows.sequences):
-            for sequence, count, wanted in zip(rows.sequences, rows.counts, rows.wanted, strict=True):
-                tokens = rows.tokens[start : start + count]
+            for place, (sequence, count, wanted) in enumerate(
+                zip(rows.sequences, rows.counts, rows.wanted, strict=True)
+            ):
+                tokens, steering = rows.tokens[start : start + count], rows.steered(place)
                 start += count
                 output: GPTOutput = self._model(
-                    tokens[None], cache=self._cache, sequences=[sequence], logits_to_keep=max(wanted, 1)
+                    tokens[None],
+                    cache=self._cache,
+                    sequences=[sequence],
+                    logits_to_keep=max(wanted, 1),
+                    **({} if steering is None else {"steering": steering.vectors}),
                 )
                 logits.append(output.logits[0, -wanted:] if wanted else output.logits[0, :0])
         return logits[0] if len(logits) == 1 else torch.cat(logits)
