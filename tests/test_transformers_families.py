@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, SmolLM3Config
 
 import gptkern
+from gptkern import ops
 from gptkern.transformers.families import FAMILIES
 from gptkern.transformers.modules import SWAPS
 
@@ -291,3 +292,30 @@ def test_what_is_not_served_says_why() -> None:
 
 def test_every_family_has_configurations() -> None:
     assert {config.model_type for config in CONFIGS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "rotations", "normed"),
+    [
+        *(("llama", 3, 0), ("smollm3", 2, 0), ("qwen3", 3, 3), ("phi3, partial", 3, 0), ("olmo2", 3, 0)),
+        *(("gemma3", 7, 7), ("gpt_neox", 3, 0), ("gptj", 3, 0), ("opt", 0, 0)),
+    ],
+)
+def test_rotation_and_norm_of_heads_are_one_op(
+    name: str, rotations: int, normed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    real = ops.rotary
+
+    def spied(*args: Any, **options: Any) -> Any:
+        calls.append(options["norm"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(ops, "rotary", spied)
+    _, ours = pair(name)
+    ours(inputs("none")["input_ids"])
+    assert (len(calls), sum(norm is not None for norm in calls)) == (rotations, normed)
+    calls.clear()
+    ours.set_attn_implementation("eager")
+    ours(inputs("none")["input_ids"])
+    assert not calls

@@ -25,10 +25,11 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.smollm3 import modeling_smollm3
 
+from gptkern.transformers.attentions import Heads, RotaryAttention
 from gptkern.transformers.blocks import BigCodeBlock, Block, OPTBlock, Places
 from gptkern.transformers.parts import Perceptron, Products, RMSNorm
 
-_HEADS = (
+_MODELS = (
     "ForCausalLM",
     "Model",
     "ForSequenceClassification",
@@ -86,6 +87,7 @@ def _family(
     prefix: str,
     places: Places | None,
     products: Products,
+    heads: Heads | None,
     *,
     base: type[nn.Module] = Block,
     block: str = "DecoderLayer",
@@ -94,12 +96,14 @@ def _family(
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm", "norm"),
     body: str = "model",
     activation: str = "hidden_act",
-    models: tuple[str, ...] = _HEADS,
+    models: tuple[str, ...] = _MODELS,
 ) -> None:
     if rms is not None:
         _front(getattr(module, f"{prefix}RMSNorm"), RMSNorm, eps_name=rms, unit_offset=rms == "eps")
     if mlp is not None:
         _front(getattr(module, prefix + mlp), Perceptron, products=products)
+    if heads is not None:
+        _front(getattr(module, f"{prefix}Attention"), RotaryAttention, heads=heads)
     if places is not None:
         own = {} if mlp is not None else {"products": products}
         _front(getattr(module, prefix + block), base, places=places, **own)
@@ -115,13 +119,14 @@ def _family(
 
 
 _GATED = Products(("gate_proj", "up_proj"), "down_proj", "act_fn", gated=True)
+_HEADS = Heads()
 _SERIAL = Places("input_layernorm", "post_attention_layernorm")
 
-_family(modeling_llama, "Llama", _SERIAL, _GATED)
-_family(modeling_smollm3, "SmolLM3", _SERIAL, _GATED)
-_family(modeling_mistral, "Mistral", _SERIAL, _GATED)
-_family(modeling_qwen2, "Qwen2", _SERIAL, _GATED)
-_family(modeling_qwen3, "Qwen3", _SERIAL, _GATED)
+_family(modeling_llama, "Llama", _SERIAL, _GATED, _HEADS)
+_family(modeling_smollm3, "SmolLM3", _SERIAL, _GATED, Heads(window="module"))
+_family(modeling_mistral, "Mistral", _SERIAL, _GATED, Heads(window="config"))
+_family(modeling_qwen2, "Qwen2", _SERIAL, _GATED, Heads(window="module"))
+_family(modeling_qwen3, "Qwen3", _SERIAL, _GATED, Heads(norm="head", window="module"))
 _family(
     modeling_phi3,
     "Phi3",
@@ -132,12 +137,14 @@ _family(
         dropout_2="resid_mlp_dropout",
     ),
     Products(("gate_up_proj",), "down_proj", "activation_fn", gated=True),
+    Heads(("qkv_proj",), window="config"),
 )
 _family(
     modeling_granite,
     "Granite",
     Places("input_layernorm", "post_attention_layernorm", factor="residual_multiplier"),
     _GATED,
+    _HEADS,
 )
 # The norms of OLMo 2 follow the branches: there is no addition before one.
 _family(
@@ -145,6 +152,7 @@ _family(
     "Olmo2",
     None,
     _GATED,
+    Heads(norm="whole"),
     norms=("post_attention_layernorm", "post_feedforward_layernorm", "norm"),
 )
 _family(
@@ -157,6 +165,7 @@ _family(
         after_2="post_feedforward_layernorm",
     ),
     _GATED,
+    Heads(norm="head", window="module"),
     rms="eps",
     norms=(
         *("input_layernorm", "post_attention_layernorm", "norm"),
@@ -176,6 +185,7 @@ _family(
         dropout_2="post_mlp_dropout",
     ),
     Products(("dense_h_to_4h",), "dense_4h_to_h"),
+    Heads(("query_key_value",), "dense", per_head=True),
     block="Layer",
     rms=None,
     norms=("input_layernorm", "post_attention_layernorm", "final_layer_norm"),
@@ -186,6 +196,7 @@ _family(
     "GPTJ",
     Places("ln_1", None, "attn", parallel=True),
     Products(("fc_in",), "fc_out"),
+    Heads(last="out_proj", dropout="resid_dropout", interleaved=True),
     block="Block",
     rms=None,
     norms=("ln_1", "ln_f"),
@@ -197,6 +208,7 @@ _family(
     "OPT",
     Places("self_attn_layer_norm", "final_layer_norm"),
     Products(("fc1",), "fc2", "activation_fn"),
+    None,
     base=OPTBlock,
     mlp=None,
     rms=None,
@@ -209,6 +221,7 @@ _family(
     "GPTBigCode",
     Places("ln_1", "ln_2", "attn"),
     Products(("c_fc",), "c_proj"),
+    None,
     base=BigCodeBlock,
     block="Block",
     rms=None,

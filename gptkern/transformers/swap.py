@@ -14,6 +14,7 @@ from gptkern.drop_in import Generation, Rng
 from gptkern.ops._dispatch import use_kernel
 from gptkern.quantization import METHOD
 from gptkern.routes import Explanation, Route
+from gptkern.transformers.attentions import RotaryAttention
 from gptkern.transformers.blocks import OPTBlock
 from gptkern.transformers.families import FAMILIES
 from gptkern.transformers.loop import loop_reason
@@ -170,7 +171,7 @@ def _apply(model: Any, undo: list[Callable[[], None]]) -> None:
             become(module, SWAPS[type(module)])
         elif type(module) is nn.LayerNorm and name.rsplit(".", 1)[-1] in norms:
             become(module, LayerNorm)
-        elif _answers_questions(model) and hasattr(module, "is_causal"):
+        if _answers_questions(model) and hasattr(module, "is_causal"):
             # Its loss is a softmax over all positions, padding after a text included.
             module.padding_attends = True
             undo.append(lambda m=module: m.__dict__.pop("padding_attends", None))  # type: ignore[misc]
@@ -191,9 +192,9 @@ def _attention_route(model: Any) -> Route:
     by_class = model.config.model_type == "openai-gpt" and is_accelerated(model)
     if not by_class and model.config._attn_implementation not in (NAME, PAGED):
         return Route("attention", "library", f"attn_implementation is {model.config._attn_implementation!r}")
-    return Route(
-        "attention", _ops_route(model), "flash_attention; with output_attentions the library's expression"
-    )
+    turned = any(isinstance(module, RotaryAttention) for module in model.modules())
+    ops = "rotary and flash_attention" if turned else "flash_attention"
+    return Route("attention", _ops_route(model), f"{ops}; with output_attentions the library's expression")
 
 
 def _norm_route(model: Any) -> Route:
