@@ -14,7 +14,7 @@ import tokenizers
 import torch
 
 from gptkern.config import GPTConfig
-from gptkern.engine.stop_strings import RowText
+from gptkern.engine.stop_strings import PlainText, RowText
 from gptkern.gpt import GPT
 from gptkern.tokenizer import Tokenizer
 
@@ -163,6 +163,27 @@ def test_stop_strings_are_those_of_transformers(marked: tuple[Any, Tokenizer]) -
                 shown = ours.decode(row[: 11 + first], skip_special_tokens=True)
                 assert text.text.rstrip("\ufffd") in shown, (some, row)
     assert 300 < ended < 1900
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_text_that_nothing_stops_is_the_same_text(name: str, gpt2_tokenizer: Tokenizer) -> None:
+    tokenizer = Tokenizer.bytes() if name == "bytes" else gpt2_tokenizer
+    choose = random.Random(5)
+    ids = [
+        *range(tokenizer.vocab_size if name == "bytes" else 260),
+        *tokenizer.encode("né 🙂 漢<|endoftext|>"),
+    ]
+    for _ in range(200):
+        row = choose.choices(ids, k=20)
+        watched, plain = RowText(tokenizer, [], row[:8]), PlainText(tokenizer, row[:8])
+        for token in row[8:]:
+            hidden = choose.random() < 0.1
+            watched.push(token, hidden=hidden)
+            plain.push(token, hidden=hidden)
+            assert plain.fresh() == watched.fresh()
+        watched.end()
+        plain.end()
+        assert plain.fresh() == watched.fresh()
 
 
 def test_ids_without_a_token_part_a_stop_string() -> None:

@@ -12,7 +12,7 @@ from gptkern.engine.request import FinishReason, TokenEvent
 from gptkern.engine.sampling import RowDraw, SamplerRow
 from gptkern.engine.scheduler import Row
 from gptkern.engine.settings import Settings
-from gptkern.engine.stop_strings import RowText
+from gptkern.engine.stop_strings import PlainText, RowText
 from gptkern.model.decoder import Decoder
 
 
@@ -32,7 +32,7 @@ class Copy:
     row: Row
     settings: Settings
     sampler: SamplerRow
-    text: RowText | None
+    text: RowText | PlainText | None
     lookup: Lookup | None
     prompt_logprobs: int | None = None
     callbacks: Callbacks = Callbacks()  # noqa: RUF009  (frozen)

@@ -20,7 +20,7 @@ from gptkern.engine.sampling import RowDraw, RowParams, SamplerRow
 from gptkern.engine.scheduler import Row, Scheduler
 from gptkern.engine.settings import Settings
 from gptkern.engine.steering import Steering
-from gptkern.engine.stop_strings import RowText
+from gptkern.engine.stop_strings import PlainText, RowText
 from gptkern.model.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def live_request(
                 processors=callbacks.processors,
                 constraint=None if constraint is None else constraint.fork(),
             ),
-            None if tokenizer is None else RowText(tokenizer, settings.stop_strings, prompt),
+            _text(tokenizer, settings.stop_strings, prompt),
             Lookup(prompt) if settings.speculate and constraint is None else None,
             prompt_logprobs,
             callbacks,
@@ -116,6 +116,15 @@ def live_request(
     for row in rows:
         row.beams = rows
     return LiveRequest(rows, copies, BeamSearch(prompt, settings, params, device, tokenizer))
+
+
+def _text(
+    tokenizer: Tokenizer | None, stop_strings: Sequence[str], prompt: Sequence[int]
+) -> RowText | PlainText | None:
+    """A row's text, where anybody asks for it."""
+    if tokenizer is None:
+        return None
+    return RowText(tokenizer, stop_strings, prompt) if stop_strings else PlainText(tokenizer, prompt)
 
 
 @dataclass

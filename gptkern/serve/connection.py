@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gptkern.serve.errors import ClientGone
 
@@ -45,26 +45,36 @@ class EventStream(Response):
     """An answer of server-sent events, as they come.
 
     Args:
-        events: The events' JSON; it is closed whatever happens.
+        opening: Bytes that are sent at once.
+        events: The bytes of one event or of several; it is closed when nobody reads on.
+        end: Called at the end, whatever happens; it may have been called before.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, opening: bytes, events: AsyncIterator[bytes], end: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._opening, self._events, self._end = opening, events, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
-        await while_connected(receive, self._send_all(send))
+        try:
+            await while_connected(receive, self._send_all(send))
+        finally:
+            self._end()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            async for event in self._events:
+            await send(_part(self._opening))
+            async for events in self._events:
                 # It returns when the client has taken enough of what came before: a slow reader waits here.
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await send(_part(events))
+            await send(_part(b"", more=False))
         finally:
             await self._events.aclose()  # type: ignore[attr-defined]
+
+
+def _part(body: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": more}

@@ -186,19 +186,12 @@ async def _respond(
     if not wish.fields.stream:
         return await while_connected(http.receive, _whole(service, form, wish, prompts, http))
     job = await while_connected(http.receive, service.begin(wish, prompts))
-    stream = _stream(service, form, wish, job, http)
-    # Begun at once: a generator that was never begun would not give the job back.
-    opening = await anext(stream)
-    return EventStream(_from(opening, stream))
 
+    def end() -> None:
+        http.state.usage = job.usage()
+        service.end(job)
 
-async def _from(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    try:
-        yield first
-        async for event in rest:
-            yield event
-    finally:
-        await rest.aclose()  # type: ignore[attr-defined]
+    return EventStream(b": begun\n\n", _stream(service, form, wish, job, http, end), end)
 
 
 def _head(service: Service, form: Form, http: HttpRequest, kind: str) -> dict[str, Any]:
@@ -240,17 +233,21 @@ def _of_prompt(service: Service, wish: Wish, job: Job, answer: Answer) -> Prompt
 
 
 async def _stream(
-    service: Service, form: Form, wish: Wish, job: Job, http: HttpRequest
+    service: Service, form: Form, wish: Wish, job: Job, http: HttpRequest, end: Callable[[], None]
 ) -> AsyncIterator[bytes]:
-    """The chunks of a stream. An error becomes its last."""
+    """The chunks of a stream. An error becomes its last.
+
+    Args:
+        end: Gives back what the job holds.
+    """
     settings = service.settings
     head = _head(service, form, http, form.chunk)
     wants_usage = wish.fields.stream_options is not None and bool(wish.fields.stream_options.include_usage)
     nothing = {"usage": None} if wants_usage else {}
     began: set[int] = set()
     try:
-        yield b": begun\n\n"
         async for grown in job.progress(within=settings.stream_interval, tokens=settings.stream_tokens):
+            events = []
             for answer in grown:
                 delta = answer.delta()
                 if not (delta.text or delta.entries or delta.finish_reason):
@@ -260,17 +257,22 @@ async def _stream(
                 if wish.fields.prompt_logprobs is not None and answer.index not in began:
                     beside = nothing | form.with_prompt(choice, _of_prompt(service, wish, job, answer))
                 began.add(answer.index)
-                yield _event(head | {"choices": [choice]} | beside)
-        if wants_usage:
-            yield _event(head | {"choices": [], "usage": job.usage()})
-        yield b"data: [DONE]\n\n"
+                events.append(_event(head | {"choices": [choice]} | beside))
+            if job.has_ended:
+                # With the last tokens: one more write would cost as much as these.
+                if wants_usage:
+                    events.append(_event(head | {"choices": [], "usage": job.usage()}))
+                events.append(b"data: [DONE]\n\n")
+                # Before the client knows: its next request has room then.
+                end()
+            if events:
+                yield b"".join(events)
+            if job.has_ended:
+                return
     except ApiProblem as error:
         yield _event(error.body(http.state.request_id))
     except RuntimeError as error:
         yield _event(_engine_failed(error).body(http.state.request_id))
-    finally:
-        http.state.usage = job.usage()
-        service.end(job)
 
 
 def _engine_failed(error: RuntimeError) -> ApiProblem:

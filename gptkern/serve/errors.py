@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 _LONGEST_SHOWN = 80
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 class ApiProblem(Exception):
@@ -73,7 +74,7 @@ def shown(value: Any) -> str:
 
 def json_bytes(value: Any) -> bytes:
     """JSON in ASCII: text may hold half of a surrogate pair, which no other encoding can express."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -83,6 +83,11 @@ class Job:
         """New tokens so far."""
         return sum(answer.count for answer in self.answers)
 
+    @property
+    def has_ended(self) -> bool:
+        """True if every answer has its last token."""
+        return all(answer.finish_reason is not None for answer in self.answers)
+
     def usage(self) -> dict[str, int]:
         """The tokens, as OpenAI counts them."""
         prompt, new = self.prompt_tokens, self.new_tokens
@@ -103,8 +108,9 @@ class Job:
                 grown[answer.index] = answer
                 if answer.finish_reason is not None:
                     self.metrics.ended(answer.finish_reason)
+            if self.has_ended:
+                self.metrics.request.observe(time.monotonic() - self.began)
             yield list(grown.values())
-        self.metrics.request.observe(time.monotonic() - self.began)
 
     async def finish(self) -> None:
         """Let the answers grow to their ends."""
@@ -116,8 +122,7 @@ class Job:
         if not self._last:
             self.metrics.first_token.observe(now - self.began)
         else:
-            for _ in range(count):
-                self.metrics.between_tokens.observe((now - self._last) / count)
+            self.metrics.between_tokens.observe((now - self._last) / count, count)
         self._last = now
 
     def close(self) -> None:
