@@ -13,7 +13,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from scipy import stats
-from test_transformers_generate import VOCAB, build, prompt
+from test_transformers_generate import FALLBACKS, VOCAB, build, prompt
 from transformers.generation import logits_process as library
 
 import gptkern
@@ -314,6 +314,19 @@ def test_philox_draws_follow_torchs_seed_and_the_librarys_distribution(
     counts = torch.bincount(first[:, -1], minlength=len(probabilities))
     assert not counts[~likely].any()
     assert stats.chisquare(counts[likely], 4000 * exact).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("case", sorted(set(FALLBACKS) - {"static"}))
+def test_strict_mode_refuses_what_the_library_computes_alone_unless_it_was_asked_for(
+    fast: Any, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setenv("GPTKERN_STRICT", "1")
+    ids = torch.randint(0, VOCAB - 1, (1, 7))
+    with pytest.raises(RuntimeError, match="generate runs on transformers' own code"):
+        fast.generate(ids, max_new_tokens=4, **GREEDY, **FALLBACKS[case])
+    gptkern.accelerate(fast, generation="library").generate(
+        ids, max_new_tokens=4, **GREEDY, **FALLBACKS[case]
+    )
 
 
 def test_what_is_asked_for_is_checked_and_told(fast: Any) -> None:

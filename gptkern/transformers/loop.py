@@ -52,6 +52,8 @@ def generate(model: Any, loop: Callable[..., Any], input_ids: torch.Tensor, kwar
         input_ids: Whole sequences, or the new tokens alone if there is a cache and the mask is longer.
         kwargs: The other arguments of the library's method.
     """
+    if model._gptkern_generation == "library":
+        return loop(input_ids, **kwargs)
     config = kwargs["generation_config"]
     inputs = {name: value for name, value in kwargs.items() if name not in _LOOP_ARGUMENTS}
     reason = (

@@ -16,13 +16,15 @@ from transformers.modeling_outputs import (
 )
 
 from gptkern.as_built import untouched
+from gptkern.environment import fallback
 from gptkern.ops import linear_cross_entropy
 from gptkern.ops._dispatch import use_kernel
+from gptkern.routes import LIBRARY
 from gptkern.transformers.engine import EngineCache
 from gptkern.transformers.families import FAMILIES
 from gptkern.transformers.loop import generate
 from gptkern.transformers.parts import CACHE, HEAD
-from gptkern.transformers.refusals import library_takes_over
+from gptkern.transformers.refusals import ASSISTED, library_takes_over
 
 
 class LanguageModel:
@@ -49,6 +51,12 @@ class LanguageModel:
     @library_takes_over
     def _beam_search(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         return generate(self, super()._beam_search, input_ids, kwargs)  # type: ignore[misc]
+
+    @library_takes_over
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        if self._gptkern_generation != "library":
+            fallback("generate", LIBRARY, ASSISTED)
+        return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
 
 
 def _fused_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from gptkern.transformers.modules import FORWARDS, INSTEAD, activation_of
 from gptkern.transformers.parts import CACHE
 from gptkern.transformers.view import gpt_config, shape_key, sizes
 
+ASSISTED = "assisted decoding checks several tokens at once"
 # The inputs of ``_sample`` that the engine knows; any other is a reason to refuse the call.
 _KNOWN_INPUTS = {"attention_mask", "use_cache", CACHE, "logits_to_keep", "position_ids"}
 _blueprints: WeakKeyDictionary[nn.Module, tuple[str, Blueprint]] = WeakKeyDictionary()
@@ -151,7 +152,7 @@ def config_refusal(model: Any, config: Any) -> str | None:
     if getattr(config, "is_assistant", False):
         return "the model assists another one"
     if getattr(config, "prompt_lookup_num_tokens", None) is not None:
-        return "assisted decoding checks several tokens at once"
+        return ASSISTED
     return None
 
 
