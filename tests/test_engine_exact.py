@@ -196,7 +196,7 @@ class Schedules:
                 for event in engine.step():
                     _collect(made[event.request], event)
                     self.counts.accepted += event.accepted
-        self.counts.preempted += engine.preemptions
+        self.counts.preempted += engine.load.preemptions
         self._check(made, begun)
         assert engine.cache.sequences == []
         assert engine.cache.free_pages == engine.cache.num_pages

@@ -152,7 +152,7 @@ def _operate(monkeypatch: pytest.MonkeyPatch, seed: int, count: int, throwing: b
 @pytest.mark.parametrize("throwing", [False, True])
 def test_everything_comes_back(monkeypatch: pytest.MonkeyPatch, throwing: bool) -> None:
     operations = _operate(monkeypatch, 0, 700, throwing)
-    assert operations.engine.preemptions > 5
+    assert operations.engine.load.preemptions > 5
     assert (operations.failures > 10) == throwing
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -119,10 +122,26 @@ def test_searches_that_give_way_begin_anew_and_find_the_same(
         engine._scheduler, "_give_way", lambda row: (gave_way.append(len(row.generated)), give_way(row))[1]
     )
     events = run(engine)
-    assert engine.preemptions == len(gave_way) > 0
+    assert engine.load.preemptions == len(gave_way) > 0
     assert max(gave_way) > 1
     for number, expected in zip(numbers, alone, strict=True):
         assert tokens(events, number) == expected[0, 9:].tolist()
+
+
+@pytest.mark.parametrize("end", [run, Engine.clear], ids=["run", "clear"])
+def test_nothing_of_a_search_waits_for_the_garbage_collector(
+    model: GPT, end: Callable[[Engine], object]
+) -> None:
+    engine = Engine(model, max_seqs=3)
+    number = engine.add(search(max_new_tokens=5))
+    engine.step()
+    rows = [weakref.ref(row) for row in engine._live[number].rows]
+    gc.disable()
+    try:
+        end(engine)
+        assert [row() for row in rows] == [None] * 3
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("how", ["cancel", "deadline"])

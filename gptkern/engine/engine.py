@@ -171,11 +171,6 @@ class Engine:
         return request in self._live or any(added.number == request for added in self._inbox.added)
 
     @property
-    def preemptions(self) -> int:
-        """The number of times that a sequence gave its memory to others and was computed again."""
-        return self._scheduler.preemptions
-
-    @property
     def load(self) -> EngineLoad:
         """The work that the engine has, and the memory that it takes, at this moment; from any thread."""
         scheduler, cache = self._scheduler, self.cache
@@ -373,12 +368,11 @@ class Engine:
         launch = launch.where(lambda row: row.state != "finished")
         if not launch.rows:
             return
-        searching = any(row.beams for row in launch.rows)
-        if searching:
+        drawing = launch.where(lambda row: not row.beams)
+        if drawing is not launch:
             self._live.search(launch.where(lambda row: bool(row.beams)), self.model)
-            launch = launch.where(lambda row: not row.beams)
-        if launch.rows:
-            self._draw(launch, may_run_ahead=not searching)
+        if drawing.rows:
+            self._draw(drawing, may_run_ahead=drawing is launch)
         if self._decode.row_invariant:
             self._live.draft(self._decode.draft_rows)
 

@@ -240,11 +240,17 @@ class LiveRequests:
         for row in self.rows:
             self._scheduler.finish(row)
         self._copies.clear()
-        self._requests.clear()
+        while self._requests:
+            self._drop(self._requests.popitem()[1])
         self.events.clear()
 
     def _forget(self, row: Row) -> None:
         self._copies.pop(row, None)
         request = self._requests.get(row.request)
         if request is not None and not self.copies(copy.row for copy in request.copies):
-            del self._requests[row.request]
+            self._drop(self._requests.pop(row.request))
+
+    def _drop(self, request: LiveRequest) -> None:
+        """Part the rows of a search, which would else wait for the garbage collector in a circle."""
+        for row in request.rows:
+            row.beams = ()
