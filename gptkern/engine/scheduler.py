@@ -224,7 +224,8 @@ class Scheduler:
         self._looked = False
         preempted: list[Row] = []
         parts = self._decodes(preempted)
-        if len(parts) == len(self._running) and not self._waiting:
+        full = self._cache.num_sequences >= self._cache.max_seqs
+        if len(parts) == len(self._running) and (full or not self._waiting):
             return Pass(parts, expired, preempted)
         budget = max(self._chunk, self.unit)
         for row in self._unfilled(preempted):
