@@ -319,3 +319,18 @@ def test_rotation_and_norm_of_heads_are_one_op(
     ours.set_attn_implementation("eager")
     ours(inputs("none")["input_ids"])
     assert not calls
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_writes_through_data_are_seen_by_the_next_call(name: str) -> None:
+    """GPT-NeoX's queries, keys and values are copies in the engine."""
+    theirs, ours = pair(name)
+    ids, greedy = inputs("none")["input_ids"], GREEDY | {"max_new_tokens": 8}
+    unchanged = ours.generate(ids, **greedy)
+    for model in (theirs, ours):
+        for key, parameter in model.named_parameters():
+            if "query_key_value" in key or "_proj" in key:
+                parameter.data.neg_()
+    expected = theirs.generate(ids, **greedy)
+    assert not torch.equal(expected, unchanged)
+    assert torch.equal(ours.generate(ids, **greedy), expected)

@@ -13,10 +13,10 @@ from gptkern.config import Config, FamilyConfig, GPTConfig
 from gptkern.gpt import GPT
 from gptkern.ops._dispatch import use_kernel
 from gptkern.transformers.families import FAMILIES
-from gptkern.transformers.weights import family_config, family_sources, layers_of
+from gptkern.transformers.weights import family_config, family_sources, layers_of, refresh_copies
 
 _GPT1_NAMES = {"wte": "tokens_embed", "wpe": "positions_embed"}
-_views: WeakKeyDictionary[nn.Module, tuple[str, GPT]] = WeakKeyDictionary()
+_views: WeakKeyDictionary[nn.Module, tuple[Any, GPT]] = WeakKeyDictionary()
 
 
 def view(model: Any) -> GPT:
@@ -24,25 +24,29 @@ def view(model: Any) -> GPT:
 
     It is the same one, with its idle engine, until the model's shape or the place of a weight changes.
     """
+    key, previous = _views.get(model, (None, None))
+    if previous is not None and key == _place_key(model):
+        refresh_copies(model)
+        return previous
     if use_kernel(model.lm_head.weight) and model.config.model_type not in FAMILIES:
         _lay_rows(model)
-    key, previous = _views.get(model, ("", None))
-    sources = _sources(model)
-    if previous is not None and key == shape_key(model):
-        parameters = dict(previous.named_parameters(remove_duplicate=False))
-        if all(p.data_ptr() == sources[name].data_ptr() for name, p in parameters.items()):
-            return previous
     gpt = skeleton(lambda: GPT(gpt_config(model)))
-    for name, source in sources.items():
+    for name, source in _sources(model).items():
         owner, _, leaf = name.rpartition(".")
         setattr(gpt.get_submodule(owner), leaf, nn.Parameter(source.detach(), requires_grad=False))
-    _views[model] = shape_key(model), gpt.eval()
+    _views[model] = _place_key(model), gpt.eval()
     return gpt
 
 
 def forget(model: Any) -> None:
     """Free the view of ``model``, and with it the memory of its idle engine."""
     _views.pop(model, None)
+
+
+def _place_key(model: Any) -> tuple[str, list[int]]:
+    """The model's shape, and the place of each of its weights in memory."""
+    parameters = (p for module in model.modules() for p in module._parameters.values() if p is not None)
+    return shape_key(model), [parameter.data_ptr() for parameter in parameters]
 
 
 def _lay_rows(model: Any) -> None:

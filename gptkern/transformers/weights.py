@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from gptkern.config import FamilyConfig, read
-from gptkern.model.families.table import Tensor
 from gptkern.transformers.families import FAMILIES
 
 # Files call this one otherwise than the library's module.
 _RENAMED = {"embed_out.weight": "lm_head.weight"}
-_copies: WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = WeakKeyDictionary()
+# (copy, parameter, heads) of the weights that are no views of the model's.
+_Copies = list[tuple[torch.Tensor, nn.Parameter, int]]
+_copies: WeakKeyDictionary[nn.Module, _Copies] = WeakKeyDictionary()
 
 
 def layers_of(model: Any) -> int:
@@ -39,16 +40,31 @@ def family_sources(model: Any, config: FamilyConfig) -> dict[str, torch.Tensor]:
 
     Parameters that the decoder has as one tensor (queries, keys and values; gate and up) are moved into one
     memory, rows after rows, once: they stay the model's own parameters, and an update in place of either is
-    one of both. Only queries, keys and values stored head by head (GPT-NeoX) are copies, which every call
-    makes up to date.
+    one of both. Only queries, keys and values stored head by head (GPT-NeoX) are copies, which
+    ``refresh_copies`` makes up to date.
     """
     found: dict[str, torch.Tensor] = {}
+    copies: _Copies = []
     for row in config.family.named(len(config.spec.layers)):
         parts = [_parameter(model, name) for name in row.theirs]
         whole = [part for part in parts if part is not None]
         if len(whole) == len(parts):
-            found[row.ours] = _by_kind(model, row, whole, config.spec.heads)
+            if row.per_head:
+                found[row.ours] = _sorted_rows(whole[0], config.spec.heads)
+                copies.append((found[row.ours], whole[0], config.spec.heads))
+            else:
+                found[row.ours] = _stacked(whole)
+    _copies[model] = copies
     return found
+
+
+def refresh_copies(model: Any) -> None:
+    """Bring the copies that ``family_sources`` made of some weights up to date."""
+    for copy, parameter, heads in _copies.get(model, ()):
+        rows = _sorted_rows(parameter, heads)
+        # A write would empty the engine's prefix cache.
+        if not torch.equal(copy, rows):
+            copy.copy_(rows)
 
 
 def _parameter(model: Any, name: str) -> nn.Parameter | None:
@@ -58,18 +74,10 @@ def _parameter(model: Any, name: str) -> nn.Parameter | None:
     return parameter
 
 
-def _by_kind(model: Any, row: Tensor, parts: list[nn.Parameter], heads: int) -> torch.Tensor:
-    if not row.per_head:
-        return _stacked(parts)
-    # No strides put the rows of all heads' queries before those of keys.
-    rows = parts[0].detach().unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-    copies = _copies.setdefault(model, {})
-    copy = copies.get(row.ours)
-    if copy is None or copy.shape != rows.shape or copy.dtype != rows.dtype or copy.device != rows.device:
-        copies[row.ours] = copy = rows
-    elif not torch.equal(copy, rows):
-        copy.copy_(rows)
-    return copy
+def _sorted_rows(parameter: nn.Parameter, heads: int) -> torch.Tensor:
+    """The rows of all heads' queries, then those of keys and of values; no strides give a view of that."""
+    rows: torch.Tensor = parameter.detach().unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    return rows
 
 
 def _stacked(parts: list[nn.Parameter]) -> torch.Tensor:
