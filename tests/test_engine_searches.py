@@ -207,6 +207,32 @@ def test_text_and_stop_strings_of_a_search(model: GPT) -> None:
     assert events[-1].finish_reason == expected.finish_reason
 
 
+@pytest.mark.filterwarnings("ignore::gptkern.FallbackWarning")
+def test_every_beam_of_a_steered_search_is_steered(model: GPT) -> None:
+    def found(vector: torch.Tensor | None, *others: Request) -> list[int]:
+        engine = Engine(model, max_seqs=6, steering=True)
+        steering = None if vector is None else {1: vector}
+        number = engine.add(replace(search(max_new_tokens=9), steering=steering))
+        for other in others:
+            engine.add(other)
+        return tokens(run(engine), number)
+
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(2)) * 4
+    steered = found(vector)
+    assert found(torch.zeros(16)) == found(None) != steered
+    assert found(vector, search(max_new_tokens=9)) == steered
+
+    def add(module: torch.nn.Module, given: object, out: tuple[torch.Tensor, Any]) -> tuple[Any, Any]:
+        return out[0] + vector, out[1]
+
+    hook = model.transformer.h[0].register_forward_hook(add)
+    try:
+        expected = model.generate(torch.tensor([PROMPT]), num_beams=3, max_new_tokens=9, eos_token_id=None)
+    finally:
+        hook.remove()
+    assert steered == expected[0, 3:].tolist()
+
+
 def test_fewer_sequences_than_asked_for_is_an_error() -> None:
     tiny = GPT(GPTConfig(vocab_size=3, n_positions=16, n_layer=1, n_head=1, n_embd=8)).eval()
     engine = Engine(tiny, max_seqs=8)
