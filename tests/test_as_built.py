@@ -19,7 +19,7 @@ from gptkern.as_built import Watch
 from gptkern.config import GPTConfig
 from gptkern.engine.executors.changes import changed
 from gptkern.gpt import GPT
-from gptkern.model.decoder import MLP, Block
+from gptkern.model.layers import MLP, Block
 from gptkern.train.objective import LanguageModelling, hidden_states
 
 NEW = 6

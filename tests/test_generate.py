@@ -21,7 +21,7 @@ from gptkern.engine.settings import Settings
 from gptkern.generate import GenerateOptions, GenerateOutput
 from gptkern.generate.run import prepare
 from gptkern.gpt import GPT
-from gptkern.model.decoder import Attention
+from gptkern.model.layers import Attention
 from gptkern.ops.sample import launch
 from gptkern.tokenizer import Tokenizer
 

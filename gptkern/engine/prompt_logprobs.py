@@ -8,7 +8,8 @@ import torch
 
 from gptkern.engine.steering import Steering
 from gptkern.model.attend import PackedAttend
-from gptkern.model.decoder import Decoder, Taps
+from gptkern.model.decoder import Decoder
+from gptkern.model.taps import Taps
 
 # The head takes so many rows at once: logits of GPT-2's vocabulary are 200 kB a row.
 ROWS_AT_ONCE = 256

@@ -1,8 +1,7 @@
-"""The decoder's modules, built of ops only: they train, run prefill, and are the reference of executors.
+"""The decoder's modules: they train, run prefill, and are the reference of executors.
 
 Parameter names are those of transformers' GPT-2 (``transformer.h.0.attn.c_attn.weight``), matrices
-are ``(out, in)``. Blocks pass on a pair, a branch's output and the residual that it is
-still to be added to, so that each addition is fused with the norm that follows.
+are ``(out, in)``. The modules of a layer are in ``gptkern.model.layers``.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
@@ -19,15 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gptkern import ops
-from gptkern.as_built import untouched
 from gptkern.config import Config
-from gptkern.model.attend import Attend, AttendOptions, DenseAttend, PackedAttend
+from gptkern.model.attend import Attend, DenseAttend, PackedAttend
+from gptkern.model.layers import Block, Norm, Places, add_norm
 from gptkern.model.rotary import frequencies
-from gptkern.model.spec import DecoderSpec, NormSpec
-from gptkern.ops.linear.reference import ACTIVATIONS
+from gptkern.model.spec import DecoderSpec
+from gptkern.model.taps import Taps, checked_steering, checked_taps
 from gptkern.quantization import Quantization
-from gptkern.quantize import QuantizedLinear
 
 if TYPE_CHECKING:
     from gptkern.engine.cache import KVCache
@@ -67,220 +63,6 @@ class GPTOutput:
         if value is None:
             raise KeyError(f"GPTOutput has no {key!r} here: logits always, loss where labels were given")
         return value
-
-
-@dataclass(frozen=True, eq=False)
-class Places:
-    """Positions of the tokens of a pass, and the tables that rotate them.
-
-    Attributes:
-        ids: Each token's position, of the shape of the tokens.
-        tables: The (cos, sin) of each kind of rotary positions of the decoder, ``(context, dim / 2)`` fp32.
-    """
-
-    ids: torch.Tensor
-    tables: Sequence[tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass
-class Taps:
-    """The hidden states that a pass hands out, what is added to them, and the layer where it ends.
-
-    Attributes:
-        layers: Counted as in transformers: 0 is the embeddings, i what block i - 1 made; after the last block
-            with the final norm.
-        stop: Run only so many blocks; None: all.
-        added: By layer, what is added to the residual stream there; after the last block before the norm.
-        states: What was found, by layer.
-    """
-
-    layers: frozenset[int]
-    stop: int | None
-    added: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    states: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def wants(self, layer: int) -> bool:
-        """True if the whole residual stream is needed there."""
-        return layer in self.layers or layer in self.added or layer == self.stop
-
-    def steered(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """``x`` with what is added there."""
-        return x + self.added[layer].to(x.dtype) if layer in self.added else x
-
-    def take(self, layer: int, x: torch.Tensor) -> bool:
-        """Note ``x`` if it is wanted; True if the pass ends here."""
-        if layer in self.layers:
-            self.states[layer] = x
-        return layer == self.stop
-
-
-class Attention(nn.Module):
-    """Causal self-attention with one matrix for queries, keys and values."""
-
-    def __init__(self, spec: DecoderSpec, layer: int) -> None:
-        super().__init__()
-        own = spec.layers[layer]
-        self.layer = layer
-        self.n_head, self.n_kv_head, self.head_dim = spec.heads, spec.kv_heads, spec.head_dim
-        self.scale, self.window, self.softcap = own.attention_scale, own.window, spec.attention_softcap
-        self.rotary = None if own.rotary is None else spec.rotaries.index(own.rotary)
-        self.pairs = None if own.rotary is None else own.rotary.pairs
-        self.c_attn = nn.Linear(spec.width, spec.qkv_width, bias=spec.qkv_bias)
-        self.c_proj = nn.Linear(spec.q_width, spec.width, bias=spec.out_bias)
-        self.whole_norm = spec.qk_norm == "whole"
-        if spec.qk_norm is not None:
-            per_head = NormSpec("rms", spec.norm.eps, unit_offset=spec.norm.unit_offset)
-            self.q_norm: Norm | None = Norm(per_head, spec.q_width if self.whole_norm else spec.head_dim)
-            self.k_norm: Norm | None = Norm(per_head, spec.kv_width if self.whole_norm else spec.head_dim)
-        else:
-            self.q_norm = self.k_norm = None
-
-    def forward(self, x: torch.Tensor, attend: Attend, places: Places) -> torch.Tensor:
-        q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        q, k, v = self.c_attn(x).split((q_width, kv_width, kv_width), dim=-1)
-        if self.whole_norm and self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = q.unflatten(-1, (self.n_head, self.head_dim))
-        k, v = (t.unflatten(-1, (self.n_kv_head, self.head_dim)) for t in (k, v))
-        q, k = self._rotated(q, k, places)
-        options: AttendOptions = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
-        out = attend.attention(self.layer, q, k, v, **options)
-        projected: torch.Tensor = self.c_proj(out.flatten(-2))
-        return projected
-
-    def _rotated(self, q: torch.Tensor, k: torch.Tensor, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys with the norm of each head and their rotation, where the layer has them."""
-        q_norm, k_norm = self.q_norm, self.k_norm
-        norm = None
-        if q_norm is not None and k_norm is not None and not self.whole_norm:
-            if self.rotary is not None and untouched(q_norm, *NORM) and untouched(k_norm, *NORM):
-                norm = (q_norm.weight, k_norm.weight, q_norm.eps)
-            else:
-                q, k = q_norm(q), k_norm(k)
-        if self.rotary is None or self.pairs is None:
-            return q, k
-        cos, sin = places.tables[self.rotary]
-        unit_offset = q_norm is not None and q_norm.unit_offset
-        q, turned = ops.rotary(
-            q, k, cos, sin, places.ids, pairs=self.pairs, norm=norm, unit_offset=unit_offset
-        )
-        assert turned is not None
-        return q, turned
-
-
-class MLP(nn.Module):
-    """The two-layer perceptron, plain or gated: ``act(gate) * up``."""
-
-    def __init__(self, spec: DecoderSpec) -> None:
-        super().__init__()
-        self.activation, self.gated = spec.activation, spec.gated
-        self.c_fc = nn.Linear(spec.width, spec.fc_width, bias=spec.fc_bias)
-        self.c_proj = nn.Linear(spec.inner, spec.width, bias=spec.proj_bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        fc, proj = self.c_fc, self.c_proj
-        if untouched(fc, *LINEAR) and untouched(proj, *LINEAR):
-            op = ops.gated_mlp if self.gated else ops.gelu_mlp
-            return op(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=self.activation)
-        inner = fc(x)
-        activation = ACTIVATIONS[self.activation]
-        if self.gated:
-            gate, up = inner.chunk(2, dim=-1)
-            out: torch.Tensor = proj(activation(gate) * up)
-        else:
-            out = proj(activation(inner))
-        return out
-
-
-class Norm(nn.Module):
-    """Layer or RMS normalisation, alone or fused with the residual addition before it."""
-
-    def __init__(self, spec: NormSpec, width: int) -> None:
-        super().__init__()
-        self.kind, self.eps, self.unit_offset = spec.kind, spec.eps, spec.unit_offset
-        self.weight = nn.Parameter(torch.zeros(width) if spec.unit_offset else torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if spec.bias else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kind == "rms":
-            return ops.rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-    def add(
-        self, x: torch.Tensor, residual: torch.Tensor, dropout_p: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of ``residual + dropout(x)``, and that sum."""
-        if self.kind == "rms":
-            return ops.add_rms_norm(
-                x, residual, self.weight, self.eps, dropout_p=dropout_p, unit_offset=self.unit_offset
-            )
-        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p)
-
-
-# The functions that a fused op may replace, as it computes them from weights alone.
-LINEAR = (nn.Linear.forward, QuantizedLinear.forward)
-NORM = (Norm.forward,)
-
-
-def add_norm(
-    norm: nn.Module, x: torch.Tensor, residual: torch.Tensor, dropout_p: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of ``residual + dropout(x)``, and that sum; in one kernel if ``norm`` may be fused."""
-    if isinstance(norm, Norm) and untouched(norm, *NORM):
-        return norm.add(x, residual, dropout_p)
-    residual = residual + F.dropout(x, dropout_p)
-    return norm(residual), residual
-
-
-class Block(nn.Module):
-    """One decoder block; ``DecoderSpec`` says where its norms are and whether its branches are parallel."""
-
-    def __init__(self, spec: DecoderSpec, layer: int) -> None:
-        super().__init__()
-        self.norm_place, self.parallel, self.shared_norm = spec.norm_place, spec.parallel, spec.shared_norm
-        self.residual_scale = spec.residual_scale
-        self.resid_pdrop = spec.residual_dropout
-        self.ln_1 = Norm(spec.norm, spec.width)
-        self.attn = Attention(spec, layer)
-        if not spec.shared_norm:
-            self.ln_2 = Norm(spec.norm, spec.width)
-        self.mlp = MLP(spec)
-        both = spec.norm_place == "both"
-        self.post_attn_norm = Norm(spec.norm, spec.width) if both else None
-        self.post_mlp_norm = Norm(spec.norm, spec.width) if both else None
-
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, attend: Attend, places: Places
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map ``(x, residual)`` to the next such pair; a residual of None stands for nothing to add."""
-        dropout_p = self.resid_pdrop if self.training and attend.dropout else 0.0
-        if self.norm_place == "after":
-            h, _ = add_norm(self.ln_1, self._scaled(self.attn(x, attend, places)), x, dropout_p)
-            h, _ = add_norm(self.ln_2, self._scaled(self.mlp(h)), h, dropout_p)
-            return h, None
-        if self.norm_place == "branch":
-            h = x + F.dropout(self._scaled(self.ln_1(self.attn(x, attend, places))), dropout_p)
-            return h + F.dropout(self._scaled(self.ln_2(self.mlp(h))), dropout_p), None
-        if residual is None:
-            h, residual = self.ln_1(x), x
-        else:
-            # Parallel branches are dropped out before their sum.
-            h, residual = add_norm(self.ln_1, x, residual, 0.0 if self.parallel else dropout_p)
-        if self.parallel:
-            other = h if self.shared_norm else self.ln_2(residual)
-            branches = self.attn(h, attend, places), self.mlp(other)
-            attended, inner = (F.dropout(self._scaled(branch), dropout_p) for branch in branches)
-            return attended + inner, residual
-        attended = self._branch(self.attn(h, attend, places), self.post_attn_norm)
-        h, residual = add_norm(self.ln_2, attended, residual, dropout_p)
-        return self._branch(self.mlp(h), self.post_mlp_norm), residual
-
-    def _branch(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-        """A branch's output as it is added: normed, scaled."""
-        return self._scaled(x if norm is None else norm(x))
-
-    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.residual_scale == 1.0 else x * self.residual_scale
 
 
 class Transformer(nn.Module):
@@ -480,11 +262,15 @@ class Decoder(nn.Module):
         """
         rows = None if sequences is None else list(sequences)
         self._check(input_ids, labels, attention_mask, cache, position_ids, logits_to_keep, rows)
-        taps = self._taps(hidden_states, stop_at_layer, labels, cache)
+        taps = checked_taps(
+            self.spec, hidden_states, stop_at_layer, cached=cache is not None, scored=labels is not None
+        )
         if steering:
-            repeats = 0 if cache is None else input_ids.shape[1]
-            spread = partial(_spread, token_mask=attention_mask, repeats=repeats)
-            added = self._steering(steering, input_ids.shape[0], stop_at_layer, spread)
+            batch, seq = input_ids.shape
+            packed = cache is not None
+            added = checked_steering(
+                self.spec, steering, (batch, seq), attention_mask, packed=packed, last=stop_at_layer
+            )
             taps = Taps(frozenset(), None, added) if taps is None else replace(taps, added=added)
         if cache is not None:
             return self._forward_cached(
@@ -514,54 +300,6 @@ class Decoder(nn.Module):
             logits = _unpacked(self.logits(hidden), token_mask)
         loss = None if labels is None else _shifted_loss(logits, labels)
         return GPTOutput(logits[:, -logits_to_keep:], loss, states)
-
-    def _taps(
-        self,
-        hidden_states: Sequence[int],
-        stop_at_layer: int | None,
-        labels: torch.Tensor | None,
-        cache: KVCache | None,
-    ) -> Taps | None:
-        """The hidden states that a pass hands out; None where none are asked for."""
-        if not hidden_states and stop_at_layer is None:
-            return None
-        layers = len(self.spec.layers)
-        last = layers if stop_at_layer is None else stop_at_layer
-        if stop_at_layer is not None and not 0 <= stop_at_layer < layers:
-            raise ValueError(
-                f"GPT: stop_at_layer is {stop_at_layer}; a number from 0 to {layers - 1} is needed"
-            )
-        if not hidden_states or not all(0 <= layer <= last for layer in hidden_states):
-            raise ValueError(
-                f"GPT: hidden_states is {list(hidden_states)}; layers from 0 to {last} are needed"
-            )
-        if cache is not None:
-            raise ValueError("GPT: hidden_states are not handed out of a pass with a cache: run one without")
-        if labels is not None and stop_at_layer is not None:
-            raise ValueError("GPT: labels need all layers; stop_at_layer is given")
-        return Taps(frozenset(hidden_states), stop_at_layer)
-
-    def _steering(
-        self,
-        steering: Mapping[int, torch.Tensor],
-        batch: int,
-        stop_at_layer: int | None,
-        spread: Callable[[torch.Tensor], torch.Tensor],
-    ) -> dict[int, torch.Tensor]:
-        """The vectors, those of each row spread over its tokens."""
-        last = len(self.spec.layers) if stop_at_layer is None else stop_at_layer
-        width, found = self.spec.width, {}
-        for layer, vectors in steering.items():
-            if layer not in range(last + 1):
-                raise ValueError(f"GPT: steering has layer {layer!r}; layers from 0 to {last} are needed")
-            if not isinstance(vectors, torch.Tensor) or vectors.shape not in ((width,), (batch, width)):
-                shape = tuple(vectors.shape) if isinstance(vectors, torch.Tensor) else type(vectors).__name__
-                raise ValueError(
-                    f"GPT: steering of layer {layer} is {shape}; a tensor of shape ({width},) or "
-                    f"({batch}, {width}) is needed"
-                )
-            found[layer] = vectors if vectors.dim() == 1 else spread(vectors)
-        return found
 
     def _forward_cached(
         self,
@@ -653,13 +391,6 @@ class Decoder(nn.Module):
                     f"GPT: input_ids holds {low if low < 0 else high}; "
                     f"token ids from 0 to {self.spec.vocab_size - 1} are accepted"
                 )
-
-
-def _spread(vectors: torch.Tensor, *, token_mask: torch.Tensor | None, repeats: int) -> torch.Tensor:
-    """Vectors of rows ``(batch, width)`` for all of their tokens: ``(batch, 1, width)``, or packed."""
-    if token_mask is not None:
-        return vectors[token_mask.bool().nonzero()[:, 0]]
-    return vectors.repeat_interleave(repeats, 0) if repeats else vectors[:, None]
 
 
 def _unpacked(packed: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:

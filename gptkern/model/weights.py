@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from gptkern.model.decoder import Block, Decoder, Norm
+from gptkern.model.decoder import Decoder
+from gptkern.model.layers import Block, Norm
 from gptkern.model.program import Matrix, NormAt
 from gptkern.ops.decode_step import Linear, NormWeights
 from gptkern.quantize import QuantizedLinear

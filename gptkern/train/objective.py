@@ -19,7 +19,7 @@ from gptkern.checkpoint.locate import LABELS
 from gptkern.checkpoint.storage import read_safetensors
 from gptkern.gpt import GPT
 from gptkern.model.attend import DenseAttend
-from gptkern.model.decoder import LINEAR
+from gptkern.model.layers import LINEAR
 from gptkern.ops.linear_cross_entropy.reference import logit_losses
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from gptkern.as_built import Blueprint, forwards_of, own_method, skeleton
 from gptkern.config import Config
-from gptkern.model.decoder import MLP, Attention, Block, Decoder, Norm, Transformer
+from gptkern.model.decoder import Decoder, Transformer
+from gptkern.model.layers import MLP, Attention, Block, Norm
 from gptkern.quantize import QuantizedLinear
 
 _FORWARD = Decoder.forward

@@ -20,7 +20,8 @@ from gptkern.engine.executors.prompt import PromptExecutor
 from gptkern.engine.executors.torch import TorchExecutor
 from gptkern.engine.model_state import ModelState
 from gptkern.environment import fallback
-from gptkern.model.decoder import LINEAR, NORM, Decoder
+from gptkern.model.decoder import Decoder
+from gptkern.model.layers import LINEAR, NORM
 from gptkern.ops._dispatch import use_kernel
 from gptkern.routes import Route
 
