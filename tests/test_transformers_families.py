@@ -37,6 +37,10 @@ SEQ = 11
 FIRST = list({config.model_type: name for name, config in reversed(CONFIGS.items())}.values())[::-1]
 SLOW = pytest.mark.slow
 
+# Of each kind of block, one is not slow: the others differ in names.
+KINDS = ("llama", "gemma3", "gpt_neox", "gptj", "opt", "gpt_bigcode")
+FIRST_OF_ALL = [pytest.param(name, marks=() if name in KINDS else SLOW) for name in FIRST]
+
 
 def each(*cases: str) -> list[Any]:
     """(configuration, case) for all; all but the last case of each family's first are slow."""
@@ -128,7 +132,7 @@ def test_generate_makes_the_librarys_tokens_on_the_engine(name: str, rows: str) 
     assert torch.equal(ours.generate(ids, attention_mask=mask, **GREEDY), expected)
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", FIRST_OF_ALL)
 def test_a_model_that_generated_is_still_the_librarys(name: str, tmp_path: Path) -> None:
     """The engine moves weights that it reads as one tensor into one memory."""
     theirs, ours = pair(name)
@@ -235,7 +239,7 @@ def test_lora_trains_and_merges(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::gptkern.FallbackWarning")
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", FIRST_OF_ALL)
 def test_the_cache_under_both_of_its_names(name: str) -> None:
     theirs, ours = pair(name)
     ids = inputs("none")["input_ids"]
@@ -252,7 +256,7 @@ def test_the_cache_under_both_of_its_names(name: str) -> None:
         assert torch.equal(*tokens)
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", FIRST_OF_ALL)
 def test_a_hooked_part_is_called(name: str) -> None:
     """Each module that the library calls in a layer is called, or its output would be left out."""
     theirs, ours = pair(name)
