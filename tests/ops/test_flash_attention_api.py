@@ -32,7 +32,7 @@ def starts(device: torch.device, *lengths: int) -> torch.Tensor:
 
 
 def dense_arguments(seq: int, left: int = -1) -> tuple[Any, ...]:
-    return None, None, None, seq, seq, left, 0, 0.25, 0.0, 0.0
+    return None, None, None, None, None, seq, seq, left, 0, 0.25, 0.0, 0.0
 
 
 def test_opcheck(device: torch.device) -> None:
@@ -40,7 +40,7 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(op, (*qkv(device), *dense_arguments(20, left=6)))
     packed = [t.flatten(0, 1).detach().requires_grad_() for t in qkv(device)]
     cu = starts(device, 13, 27)
-    torch.library.opcheck(op, (*packed, cu, cu, None, 27, 27, -1, 0, 0.25, 0.0, 0.0))
+    torch.library.opcheck(op, (*packed, cu, cu, None, None, None, 27, 27, -1, 0, 0.25, 0.0, 0.0))
 
 
 def test_opcheck_backward(device: torch.device) -> None:
@@ -272,7 +272,7 @@ def test_flash_attn_func(
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"alibi_slopes": torch.ones(2)}, "alibi_slopes is given"),
+        ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes has shape \(3,\); \(2,\) or \(2, 2\) is needed"),
         ({"dropout_p": 0.1, "return_attn_probs": True}, "return_attn_probs"),
         ({"window_size": (-2, 0)}, "window_size"),
     ],

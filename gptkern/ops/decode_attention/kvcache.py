@@ -13,7 +13,7 @@ from gptkern.ops.decode_attention.op import append_kv, attend
 from gptkern.ops.flash_attention import checks, paged
 from gptkern.ops.flash_attention import op as flash
 from gptkern.ops.flash_attention.flash_attn import span
-from gptkern.ops.flash_attention.launch import Options, Packed
+from gptkern.ops.flash_attention.launch import Extras, Options, Packed
 from gptkern.ops.rotary import rotary
 
 _OP = "flash_attn_with_kvcache"
@@ -60,7 +60,8 @@ def flash_attn_with_kvcache(
             k.
         rotary_interleaved: Element 2 i turns with 2 i + 1, else i with ``i + pairs``.
         softcap: Scores become ``softcap * tanh(scores / softcap)``; 0 for none.
-        alibi_slopes: Not supported, only None is accepted.
+        alibi_slopes: ``(heads,)`` or ``(batch, heads)`` fp32: a slope times a key's distance from the query's
+            place is taken off its score. The keys are then copied first.
         return_softmax_lse: Also return the log-sum-exp of the scores. The keys are then copied first.
         num_splits: Of no effect: splits follow the cache's geometry, so that results do not change
             with the batch.
@@ -71,10 +72,9 @@ def flash_attn_with_kvcache(
     Raises:
         TypeError, ValueError: an argument is not as described here.
     """
-    if alibi_slopes is not None:
-        raise ValueError(f"{_OP}: alibi_slopes is not supported; leave it at its default")
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _checks.tensor(_OP, name, value, dim=4)
+    checks.check_slopes(_OP, q, None, alibi_slopes)
     if (k is None) != (v is None):
         raise ValueError(f"{_OP}: k and v must be given together")
     if (rotary_cos is None) != (rotary_sin is None):
@@ -90,11 +90,11 @@ def flash_attn_with_kvcache(
     if k is not None and v is not None:
         lens = _append(k, v, k_cache, v_cache, table, lens)
     cache, sequences = PagedCache(k_cache, v_cache), CachedSequences(table, lens, cache_leftpad)
-    if seq_q == 1 and not return_softmax_lse:
+    if seq_q == 1 and not return_softmax_lse and alibi_slopes is None:
         # The last token has nothing to its right.
         window = None if sides[0] < 0 else sides[0] + 1
         return attend(_OP, q[:, 0], cache, sequences, options.scale, window, softcap=softcap or None)[:, None]
-    return _attend_several(q, cache, sequences, options, return_softmax_lse)
+    return _attend_several(q, cache, sequences, options, return_softmax_lse, alibi_slopes)
 
 
 def _page_table(
@@ -188,7 +188,12 @@ def _turn(
 
 
 def _attend_several(
-    q: torch.Tensor, cache: PagedCache, sequences: CachedSequences, options: Options, return_lse: bool
+    q: torch.Tensor,
+    cache: PagedCache,
+    sequences: CachedSequences,
+    options: Options,
+    return_lse: bool,
+    slopes: torch.Tensor | None,
 ) -> Any:
     """Several queries a sequence: copy their keys, then packed attention."""
     batch, seq_q = q.shape[:2]
@@ -201,7 +206,7 @@ def _attend_several(
     packed = Packed(cu_seqlens_q, cu_seqlens_k, seq_q, capacity)
     rows = q.flatten(0, 1)
     checks.check(_OP, rows, k, v, packed)
-    result = flash.attend(rows, k, v, packed, options, return_lse)
+    result = flash.attend(rows, k, v, packed, options, return_lse, Extras(None, slopes))
     if not return_lse:
         assert isinstance(result, torch.Tensor)
         return result.view(batch, seq_q, *result.shape[1:])

@@ -17,22 +17,38 @@ def _dense(
     heads: int,
     heads_k: int,
     head_dim: int,
+    *,
+    v_dim: int | None = None,
+    alibi: bool = False,
+    bias: tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> Call:
-        shapes = (batch, seq_q, heads, head_dim), *[(batch, seq_k, heads_k, head_dim)] * 2
+        shapes = [(batch, seq, n, head_dim) for seq, n in ((seq_q, heads), (seq_k, heads_k))]
+        shapes.append((batch, seq_k, heads_k, v_dim or head_dim))
         qkv = (tensor(*s, device=device, dtype=dtype) for s in shapes)
-        return Call(tuple(qkv), kwargs)
+        extras: dict[str, Any] = {"alibi_slopes": _slopes(heads, device)} if alibi else {}
+        if bias is not None:
+            extras["attn_bias"] = tensor(*bias, device=device, dtype=dtype, requires_grad=False)
+        return Call(tuple(qkv), {**kwargs, **extras})
 
     return make
 
 
-def _packed(lengths: list[int], heads: int, heads_k: int, head_dim: int, **kwargs: Any) -> Make:
+def _slopes(heads: int, device: torch.device) -> torch.Tensor:
+    """The slopes of the paper: a geometric sequence that ends at 2^-8."""
+    return torch.tensor([2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)], device=device)
+
+
+def _packed(
+    lengths: list[int], heads: int, heads_k: int, head_dim: int, *, alibi: bool = False, **kwargs: Any
+) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> Call:
         starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
         q = tensor(sum(lengths), heads, head_dim, device=device, dtype=dtype)
         k, v = (tensor(sum(lengths), heads_k, head_dim, device=device, dtype=dtype) for _ in range(2))
-        return Call((q, k, v, starts, starts, max(lengths), max(lengths)), kwargs)
+        extras = {"alibi_slopes": _slopes(heads, device)} if alibi else {}
+        return Call((q, k, v, starts, starts, max(lengths), max(lengths)), {**kwargs, **extras})
 
     return make
 
@@ -79,6 +95,16 @@ CASES = [
         _dense(2, 1024, 1024, 8, 8, 128, dropout_p=0.1),
         (torch.float32,),
     ),
+    Case("ALiBi", flash_attention, _dense(4, 2048, 2048, 16, 16, 64, alibi=True), _ALL),
+    Case("ALiBi, packed", flash_attention_varlen, _packed([1024, 517, 33], 32, 8, 128, alibi=True)),
+    Case("additive mask", flash_attention, _dense(4, 1024, 1024, 16, 16, 64, bias=(4, 1, 1024, 1024)), _ALL),
+    Case(
+        "additive mask, ALiBi, head dim 128",
+        flash_attention,
+        _dense(4, 1024, 1024, 16, 16, 128, bias=(16, 1024, 1024), alibi=True, causal=False),
+    ),
+    Case("head dim 192, values 128", flash_attention, _dense(2, 4096, 4096, 16, 16, 192, v_dim=128)),
+    Case("head dim 64, values 128", flash_attention, _dense(2, 4096, 4096, 16, 16, 64, v_dim=128)),
     Case("head dim 256, fp32", flash_attention, _dense(1, 1024, 1024, 8, 8, 256), (torch.float32,)),
     Case(
         "head dim 256, fp32, dropout, softcap, window",
@@ -96,5 +122,8 @@ CHECKS = [
     Case("one query", flash_attention, _dense(2, 1, 19, 2, 1, 16)),
     Case("empty batch", flash_attention, _dense(0, 5, 5, 2, 2, 16)),
     Case("packed", flash_attention_varlen, _packed([5, 0, 18, 1], 2, 1, 16)),
+    Case("ALiBi", flash_attention, _dense(2, 20, 37, 4, 2, 16, alibi=True)),
+    Case("additive mask", flash_attention, _dense(2, 20, 37, 4, 2, 16, bias=(4, 20, 37))),
+    Case("values of another head dim", flash_attention, _dense(1, 20, 37, 4, 2, 16, v_dim=40)),
     Case("packed, window", flash_attention_varlen, _packed([20, 7], 2, 2, 16, window=4)),
 ]

@@ -10,7 +10,7 @@ import torch
 
 from gptkern.ops import _checks
 from gptkern.ops._dispatch import traced, use_kernel
-from gptkern.ops.flash_attention.launch import UNLIMITED, Options, Packed, lse_shape
+from gptkern.ops.flash_attention.launch import UNLIMITED, Extras, Options, Packed, lse_shape, out_shape
 
 MAX_HEAD_DIM = 256
 
@@ -27,6 +27,10 @@ def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dim: 
         _checks.tensor(op, name, value, dim=dim)
     accepted = _checks.KERNEL_FLOATS if use_kernel(q) else _checks.FLOATS
     for name, value in (("q", q), ("k", k), ("v", v)):
+        if not 1 <= value.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{op}: {name} has head dimension {value.shape[-1]}; 1 to {MAX_HEAD_DIM} are accepted"
+            )
         _checks.dtype(op, name, value, accepted)
         if value.dtype != q.dtype:
             raise TypeError(
@@ -36,8 +40,6 @@ def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dim: 
             raise ValueError(f"{op}: {name} is on {value.device}, q is on {q.device}: one device is needed")
         _checks.last_dim_contiguous(op, name, value)
     heads, head_dim = q.shape[-2:]
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"{op}: q has head dimension {head_dim}; 1 to {MAX_HEAD_DIM} are accepted")
     if k.shape[-1] != head_dim:
         raise ValueError(f"{op}: k has head dimension {k.shape[-1]}, q has {head_dim}: they must be equal")
     if k.shape[-2] == 0 or heads % k.shape[-2] != 0:
@@ -46,7 +48,7 @@ def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dim: 
         )
     if dim == 4 and k.shape[0] != q.shape[0]:
         raise ValueError(f"{op}: k has batch size {k.shape[0]}, q has {q.shape[0]}: they must be equal")
-    _checks.shape(op, "v", v, k.shape, "the shape of k")
+    _checks.shape(op, "v", v, (*k.shape[:-1], v.shape[-1]), "the shape of k, but for the head dimension")
 
 
 def _check_packed(op: str, q: torch.Tensor, k: torch.Tensor, packed: Packed) -> None:
@@ -86,6 +88,48 @@ def _check_offsets(op: str, name: str, offsets: list[int], tokens: int) -> None:
         )
 
 
+def check_slopes(op: str, q: torch.Tensor, packed: Packed | None, slopes: torch.Tensor | None) -> None:
+    """Raise for ALiBi slopes that attention does not accept."""
+    if slopes is None:
+        return
+    name, heads = "alibi_slopes", q.shape[-2]
+    _checks.tensor(op, name, slopes)
+    _checks.dtype(op, name, slopes, (torch.float32,))
+    batch = q.shape[0] if packed is None else packed.cu_q.shape[0] - 1
+    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(slopes.shape)}; {(heads,)} or {(batch, heads)} is needed"
+        )
+    _check_constant(op, name, q, slopes)
+
+
+def check_bias(op: str, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise for a bias ``(batch, heads, seq_q, seq_k)``, broadcast but for seq_k, that is not accepted."""
+    if bias is None:
+        return
+    name, expected = "attn_bias", (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    _checks.tensor(op, name, bias)
+    if bias.dtype == torch.bool:
+        raise TypeError(f"{op}: {name} is bool; add 0 and -inf: torch.where({name}, 0.0, -torch.inf)")
+    _checks.dtype(op, name, bias, _checks.KERNEL_FLOATS if use_kernel(q) else _checks.FLOATS)
+    sizes = (*(1,) * (4 - bias.dim()), *bias.shape)
+    fits = bias.dim() in (2, 3, 4) and sizes[3] == expected[3]
+    if not fits or any(a not in (1, b) for a, b in zip(sizes, expected, strict=True)):
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(bias.shape)}; {expected} is needed, of which all but the last "
+            "may be 1, or be left out before"
+        )
+    _check_constant(op, name, q, bias)
+
+
+def _check_constant(op: str, name: str, q: torch.Tensor, value: torch.Tensor) -> None:
+    """``value`` is contiguous in its last dimension, on q's device, and needs no gradient."""
+    _checks.last_dim_contiguous(op, name, value)
+    _checks.same_device(op, q=q, **{name: value})
+    if torch.is_grad_enabled() and value.requires_grad:
+        raise ValueError(f"{op}: {name} requires a gradient, which is not computed: detach it")
+
+
 def check_numbers(op: str, scale: float, softcap: float | None, dropout_p: float) -> None:
     """Raise for a scale, softcap or dropout probability that attention does not accept."""
     if not 0.0 < scale < math.inf:
@@ -102,7 +146,7 @@ def check_registered(
     v: torch.Tensor,
     packed: Packed | None,
     max_seqlens: tuple[int, int],
-    seed: torch.Tensor | None,
+    extras: Extras,
     o: Options,
 ) -> None:
     """Raise in a call of ``torch.ops.gptkern`` for what the public functions would have refused."""
@@ -115,6 +159,13 @@ def check_registered(
     if min(o.window_left, o.window_right) < UNLIMITED:
         raise ValueError(f"{op}: the window is {o.window_left}, {o.window_right}; -1 or more is accepted")
     check_numbers(op, o.scale, o.softcap or None, o.dropout_p)
+    check_slopes(op, q, packed, extras.slopes)
+    if packed is not None and extras.bias is not None:
+        raise ValueError(f"{op}: attn_bias is given with packed sequences, which have no place for one")
+    check_bias(op, q, k, extras.bias)
+    if extras.bias is not None and extras.bias.dim() != 4:
+        raise ValueError(f"{op}: attn_bias has {extras.bias.dim()} dimensions; 4 are needed")
+    seed = extras.seed
     if o.dropout_p > 0.0:
         _checks.tensor(op, "seed", seed, dim=1)
         assert seed is not None
@@ -123,11 +174,13 @@ def check_registered(
         _checks.same_device(op, q=q, seed=seed)
 
 
-def check_gradients(op: str, q: torch.Tensor, packed: bool, **values: torch.Tensor | None) -> None:
+def check_gradients(
+    op: str, q: torch.Tensor, v: torch.Tensor, packed: bool, **values: torch.Tensor | None
+) -> None:
     """Raise for a gradient or a saved result that is not like the forward pass's output."""
     for name, value in values.items():
         if value is not None:
             rows = "lse" in name
-            _checks.shape(op, name, value, lse_shape(q, packed) if rows else q.shape)
+            _checks.shape(op, name, value, lse_shape(q, packed) if rows else out_shape(q, v))
             _checks.dtype(op, name, value, (torch.float32,) if rows else (q.dtype,))
     _checks.same_device(op, q=q, **values)

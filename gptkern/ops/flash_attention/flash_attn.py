@@ -8,7 +8,7 @@ import torch
 
 from gptkern.ops import _checks
 from gptkern.ops.flash_attention import checks, op, paged
-from gptkern.ops.flash_attention.launch import UNLIMITED, Packed
+from gptkern.ops.flash_attention.launch import UNLIMITED, Extras, Packed
 
 
 def span(name: str, causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
@@ -18,10 +18,7 @@ def span(name: str, causal: bool, window_size: tuple[int, int]) -> tuple[int, in
     return left, 0 if causal else right
 
 
-def _refuse(name: str, dropout_p: float, return_attn_probs: bool, **unsupported: object) -> None:
-    for argument, value in unsupported.items():
-        if value is not None:
-            raise ValueError(f"{name}: {argument} is given; only None is supported")
+def _refuse(name: str, dropout_p: float, return_attn_probs: bool) -> None:
     if return_attn_probs and dropout_p > 0.0:
         raise ValueError(
             f"{name}: return_attn_probs is True with dropout_p {dropout_p}: the dropout mask is not kept; "
@@ -48,7 +45,7 @@ def flash_attn_func(
         q, k, v: as in ``gptkern.ops.flash_attention``, ``(batch, seq, heads, head_dim)``.
         window_size: keys before and after a query's own position that it sees, -1 for no limit.
         softcap: 0 for none.
-        alibi_slopes: not supported, only None is accepted.
+        alibi_slopes: ``(heads,)`` or ``(batch, heads)`` fp32, as in ``gptkern.ops.flash_attention``.
         deterministic: either way backward is deterministic.
         return_attn_probs: return ``(out, softmax_lse, None)``; only without dropout.
 
@@ -56,12 +53,13 @@ def flash_attn_func(
         TypeError, ValueError: an argument is not supported, or not as described.
     """
     name = "flash_attn_func"
-    _refuse(name, dropout_p, return_attn_probs, alibi_slopes=alibi_slopes)
+    _refuse(name, dropout_p, return_attn_probs)
     q, k, v = op.cast(q, k, v)
     checks.check(name, q, k, v, None)
+    checks.check_slopes(name, q, None, alibi_slopes)
     sides = span(name, causal, window_size)
     options = op.make_options(name, q, sides, softmax_scale, softcap or None, dropout_p)
-    result = op.attend(q, k, v, None, options, return_attn_probs)
+    result = op.attend(q, k, v, None, options, return_attn_probs, Extras(None, alibi_slopes))
     return (*result, None) if return_attn_probs else result
 
 
@@ -97,7 +95,7 @@ def flash_attn_varlen_func(
         TypeError, ValueError: an argument is not supported, or not as described.
     """
     name = "flash_attn_varlen_func"
-    _refuse(name, dropout_p, return_attn_probs, alibi_slopes=alibi_slopes)
+    _refuse(name, dropout_p, return_attn_probs)
     if block_table is not None:
         paged.check_table(name, k, v, block_table)
         _checks.tensor(name, "cu_seqlens_k", cu_seqlens_k, dim=1)
@@ -113,9 +111,10 @@ def flash_attn_varlen_func(
     q, k, v = op.cast(q, k, v)
     packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check(name, q, k, v, packed)
+    checks.check_slopes(name, q, packed, alibi_slopes)
     sides = span(name, causal, window_size)
     options = op.make_options(name, q, sides, softmax_scale, softcap or None, dropout_p)
-    result = op.attend(q, k, v, packed, options, return_attn_probs)
+    result = op.attend(q, k, v, packed, options, return_attn_probs, Extras(None, alibi_slopes))
     return (*result, None) if return_attn_probs else result
 
 

@@ -1,6 +1,7 @@
 """Attention forward in tiles (Dao 2023, FlashAttention-2), dense and packed; backward is in its own file.
 
-    s = scale * q k^T      s' = softcap * tanh(s / softcap)      p = exp(s' - lse)      out = p v
+    s = scale * q k^T      s' = softcap * tanh(s / softcap) + bias - slope |i + shift - j|
+    p = exp(s' - lse)      out = p v
 
 Query i sees keys [i + shift - window_left, i + shift + window_right], shift = seq_k - seq_q: the
 mask is aligned to the bottom right, causal is window_right = 0.
@@ -161,15 +162,43 @@ def hide(
 
 
 @triton.jit
+def head_slope(slopes_ptr, batch, head, stride_sb):
+    """The ALiBi slope of a head, 0 without."""
+    if slopes_ptr is not None:
+        return tl.load(slopes_ptr + batch * stride_sb + head)
+    else:
+        return 0.0
+
+
+@triton.jit
+def biased(scores, scale, rows, cols, shift, seq_q, seq_k, slopes_ptr, slope, bias_ptr, bias_at, stride_bq):
+    """Scores, scaled and with the slope's bias (Press et al. 2022, ALiBi) and the one in memory, if any.
+
+    ``rows`` and ``cols`` are the queries and keys, and broadcast to the tile; the head's bias is ``bias_at``
+    elements in.
+    """
+    if slopes_ptr is not None or bias_ptr is not None:
+        scores *= scale
+    if slopes_ptr is not None:
+        scores -= slope * tl.abs(rows + shift - cols).to(tl.float32)
+    if bias_ptr is not None:
+        at = bias_ptr + bias_at + rows.to(tl.int64) * stride_bq + cols
+        scores += tl.load(at, mask=(rows < seq_q) & (cols < seq_k), other=0.0).to(tl.float32)
+    return scores
+
+
+@triton.jit
 def flash_attention_forward(
     q_ptr,  # (batch, seq_q, heads, head_dim), or (tokens, heads, head_dim) with stride_qb = 0
     k_ptr,  # (batch, seq_k, heads / group, head_dim)
-    v_ptr,  # as k
-    out_ptr,  # as q
+    v_ptr,  # as k, with V_DIM in place of head_dim
+    out_ptr,  # as q, with V_DIM in place of head_dim
     lse_ptr,  # (batch, heads, seq_q), or (heads, tokens)
     cu_seqlens_q_ptr,  # (batch + 1,), or None
     cu_seqlens_k_ptr,  # (batch + 1,), or None
     seed_ptr,  # (1,) int64, or None
+    slopes_ptr,  # (batch, heads) fp32, or None
+    bias_ptr,  # (batch, heads, seq_q, seq_k), or None
     heads,
     group,
     max_seq_q,
@@ -195,8 +224,14 @@ def flash_attention_forward(
     stride_oh,
     stride_lb,
     stride_lh,
+    stride_sb,  # slopes
+    stride_bb,  # bias
+    stride_bh,
+    stride_bq,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     VARLEN: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
@@ -219,6 +254,8 @@ def flash_attention_forward(
     v_ptr += head_offset(batch, first_k, head // group, stride_vb, stride_vs, stride_vh)
     out_ptr += head_offset(batch, first_q, head, stride_ob, stride_os, stride_oh)
     lse_ptr += head_offset(batch, first_q, head, stride_lb, 1, stride_lh)
+    slope = head_slope(slopes_ptr, batch, head, stride_sb)
+    bias_at = batch.to(tl.int64) * stride_bb + head.to(tl.int64) * stride_bh
     # Every (sequence, head) draws its dropout mask from a stream of its own.
     seed = tl.load(seed_ptr) if DROPOUT else 0
     stream = batch * heads + head
@@ -227,10 +264,10 @@ def flash_attention_forward(
     # The queries, and the online softmax's state: maximum, sum of weights, weighted sum of values.
     rows = start_m + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr, start_m, seq_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    scale_log2 = LOG2E if SOFTCAP else scale * LOG2E
+    scale_log2 = LOG2E if SOFTCAP or slopes_ptr is not None or bias_ptr is not None else scale * LOG2E
     first, full_first, full_end, end = span(
         start_m, shift, window_left, window_right, seq_k, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
@@ -241,9 +278,13 @@ def flash_attention_forward(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SOFTCAP:
             scores = softcap * tanh(scores * (scale / softcap))
+        cols = start_n + tl.arange(0, BLOCK_N)
+        scores = biased(
+            scores, 1.0 if SOFTCAP else scale, rows[:, None], cols[None, :], shift, seq_q, seq_k,
+            slopes_ptr, slope, bias_ptr, bias_at, stride_bq,
+        )  # fmt: skip
         # The mask, in tiles that not every query sees whole.
         if (start_n < full_first) | (start_n >= full_end):
-            cols = start_n + tl.arange(0, BLOCK_N)
             scores = hide(
                 scores, rows[:, None], cols[None, :], shift, seq_k, window_left, window_right,
                 HAS_LEFT, HAS_RIGHT,
@@ -254,14 +295,14 @@ def flash_attention_forward(
             alive = dropout_mask(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N)
             weights = tl.where(alive, weights, 0.0)
         # Accumulate the weighted values.
-        v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, V_DIM, BLOCK_V)
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
 
     # Normalise. A query that saw no key has a sum of 0 and gives 0.
     total = tl.where(row_sum == 0.0, 1.0, row_sum)
     if DROPOUT:
         total = total * (1.0 - dropout_p)
-    store_rows(out_ptr, acc / total[:, None], start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
+    store_rows(out_ptr, acc / total[:, None], start_m, seq_q, stride_os, BLOCK_M, V_DIM, BLOCK_V)
     # One rounding of the sum: an error here is a relative error of all the gradients of its row.
     lse = tl.fma(row_max, LN2, tl.log2(row_sum) * LN2)
     tl.store(lse_ptr + rows, lse, mask=rows < seq_q)

@@ -14,7 +14,9 @@ after a fixed order of additions: no atomics.
 from gptkern.ops._device import LOG2E, dropout_mask, tanh
 from gptkern.ops._triton import tl, triton
 from gptkern.ops.flash_attention.kernels import (
+    biased,
     head_offset,
+    head_slope,
     hide,
     load_rows,
     locate,
@@ -54,16 +56,18 @@ def _lse_log2(lse):
 def flash_attention_dq(
     q_ptr,  # (batch, seq_q, heads, head_dim), or (tokens, heads, head_dim) with stride_qb = 0
     k_ptr,  # (batch, seq_k, heads / group, head_dim)
-    v_ptr,  # as k
-    out_ptr,  # as q
-    do_ptr,  # as q
+    v_ptr,  # as k, with V_DIM in place of head_dim
+    out_ptr,  # as q, with V_DIM in place of head_dim
+    do_ptr,  # as out
     lse_ptr,  # (batch, heads, seq_q), or (heads, tokens)
     dlse_ptr,  # as lse, or None
     delta_ptr,  # as lse; written here, read by flash_attention_dkdv
-    dq_ptr,  # as q, strides as out
+    dq_ptr,  # as q
     cu_seqlens_q_ptr,  # (batch + 1,), or None
     cu_seqlens_k_ptr,  # (batch + 1,), or None
     seed_ptr,  # (1,) int64, or None
+    slopes_ptr,  # (batch, heads) fp32, or None
+    bias_ptr,  # (batch, heads, seq_q, seq_k), or None
     heads,
     group,
     max_seq_q,
@@ -90,10 +94,19 @@ def flash_attention_dq(
     stride_dob,
     stride_dos,
     stride_doh,
+    stride_dqb,
+    stride_dqs,
+    stride_dqh,
     stride_lb,
     stride_lh,
+    stride_sb,  # slopes
+    stride_bb,  # bias
+    stride_bh,
+    stride_bq,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     VARLEN: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
@@ -112,16 +125,19 @@ def flash_attention_dq(
     q_ptr += head_offset(batch, first_q, head, stride_qb, stride_qs, stride_qh)
     k_ptr += head_offset(batch, first_k, head // group, stride_kb, stride_ks, stride_kh)
     v_ptr += head_offset(batch, first_k, head // group, stride_vb, stride_vs, stride_vh)
-    out_offset = head_offset(batch, first_q, head, stride_ob, stride_os, stride_oh)
+    out_ptr += head_offset(batch, first_q, head, stride_ob, stride_os, stride_oh)
+    dq_ptr += head_offset(batch, first_q, head, stride_dqb, stride_dqs, stride_dqh)
     do_ptr += head_offset(batch, first_q, head, stride_dob, stride_dos, stride_doh)
     lse_offset = head_offset(batch, first_q, head, stride_lb, 1, stride_lh)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     stream = batch * heads + head
     shift = seq_k - seq_q
+    slope = head_slope(slopes_ptr, batch, head, stride_sb)
+    bias_at = batch.to(tl.int64) * stride_bb + head.to(tl.int64) * stride_bh
 
     # delta = rowsum(do * out) - dlse, also for the dk and dv kernel.
-    do = load_rows(do_ptr, start_m, seq_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D)
-    out = load_rows(out_ptr + out_offset, start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
+    do = load_rows(do_ptr, start_m, seq_q, stride_dos, BLOCK_M, V_DIM, BLOCK_V)
+    out = load_rows(out_ptr, start_m, seq_q, stride_os, BLOCK_M, V_DIM, BLOCK_V)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     rows = start_m + tl.arange(0, BLOCK_M)
     inside = rows < seq_q
@@ -133,14 +149,14 @@ def flash_attention_dq(
     q = load_rows(q_ptr, start_m, seq_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D)
     lse_log2 = _lse_log2(tl.load(lse_ptr + lse_offset + rows, mask=inside, other=float("inf")))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    scale_log2 = LOG2E if SOFTCAP else scale * LOG2E
+    scale_log2 = LOG2E if SOFTCAP or slopes_ptr is not None or bias_ptr is not None else scale * LOG2E
     first, full_first, full_end, end = span(
         start_m, shift, window_left, window_right, seq_k, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
     for start_n in tl.range(first, end, BLOCK_N):
         start_n = tl.multiple_of(start_n, BLOCK_N)
         k = load_rows(k_ptr, start_n, seq_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D)
-        v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, V_DIM, BLOCK_V)
         # Scores and gradients of the weights, (BLOCK_M, BLOCK_N).
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         dweights = tl.dot(do, tl.trans(v), input_precision="ieee")
@@ -148,9 +164,13 @@ def flash_attention_dq(
         if SOFTCAP:
             tanh_s = tanh(scores * (scale / softcap))
             scores = softcap * tanh_s
+        cols = start_n + tl.arange(0, BLOCK_N)
+        scores = biased(
+            scores, 1.0 if SOFTCAP else scale, rows[:, None], cols[None, :], shift, seq_q, seq_k,
+            slopes_ptr, slope, bias_ptr, bias_at, stride_bq,
+        )  # fmt: skip
         # The mask, in tiles that not every query sees whole.
         if (start_n < full_first) | (start_n >= full_end):
-            cols = start_n + tl.arange(0, BLOCK_N)
             scores = hide(
                 scores, rows[:, None], cols[None, :], shift, seq_k, window_left, window_right,
                 HAS_LEFT, HAS_RIGHT,
@@ -163,22 +183,24 @@ def flash_attention_dq(
         # Gradients of the scores; accumulate dq.
         dscores = _gradient(weights, dweights, delta[:, None], tanh_s, alive, dropout_p, SOFTCAP, DROPOUT)
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
-    store_rows(dq_ptr + out_offset, dq * scale, start_m, seq_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
+    store_rows(dq_ptr, dq * scale, start_m, seq_q, stride_dqs, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def flash_attention_dkdv(
     q_ptr,  # (batch, seq_q, heads_k * group, head_dim), or (tokens, heads, head_dim) with stride_qb = 0
     k_ptr,  # (batch, seq_k, heads_k, head_dim)
-    v_ptr,  # as k
-    do_ptr,  # as q
+    v_ptr,  # as k, with V_DIM in place of head_dim
+    do_ptr,  # as q, with V_DIM in place of head_dim
     lse_ptr,  # (batch, heads, seq_q), or (heads, tokens)
     delta_ptr,  # as lse, of flash_attention_dq
-    dk_ptr,  # as k, contiguous
-    dv_ptr,  # as v, strides as dk
+    dk_ptr,  # as k
+    dv_ptr,  # as v
     cu_seqlens_q_ptr,  # (batch + 1,), or None
     cu_seqlens_k_ptr,  # (batch + 1,), or None
     seed_ptr,  # (1,) int64, or None
+    slopes_ptr,  # (batch, heads) fp32, or None
+    bias_ptr,  # (batch, heads, seq_q, seq_k), or None
     heads_k,
     group,
     max_seq_q,
@@ -202,13 +224,22 @@ def flash_attention_dkdv(
     stride_dob,
     stride_dos,
     stride_doh,
-    stride_db,
-    stride_ds,
-    stride_dh,
+    stride_dkb,
+    stride_dks,
+    stride_dkh,
+    stride_dvb,
+    stride_dvs,
+    stride_dvh,
     stride_lb,
     stride_lh,
+    stride_sb,  # slopes
+    stride_bb,  # bias
+    stride_bh,
+    stride_bq,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     VARLEN: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
@@ -228,17 +259,18 @@ def flash_attention_dkdv(
         return
     k_ptr += head_offset(batch, first_k, head_k, stride_kb, stride_ks, stride_kh)
     v_ptr += head_offset(batch, first_k, head_k, stride_vb, stride_vs, stride_vh)
-    d_offset = head_offset(batch, first_k, head_k, stride_db, stride_ds, stride_dh)
+    dk_ptr += head_offset(batch, first_k, head_k, stride_dkb, stride_dks, stride_dkh)
+    dv_ptr += head_offset(batch, first_k, head_k, stride_dvb, stride_dvs, stride_dvh)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     shift = seq_k - seq_q
 
     # The keys and values, and the queries that see them.
     k = load_rows(k_ptr, start_n, seq_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr, start_n, seq_k, stride_vs, BLOCK_N, V_DIM, BLOCK_V)
     cols = start_n + tl.arange(0, BLOCK_N)
-    scale_log2 = LOG2E if SOFTCAP else scale * LOG2E
+    scale_log2 = LOG2E if SOFTCAP or slopes_ptr is not None or bias_ptr is not None else scale * LOG2E
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     first, full_first, full_end, end = span(
         start_n, -shift, window_right, window_left, seq_q, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT
     )
@@ -249,11 +281,13 @@ def flash_attention_dkdv(
         q_head = q_ptr + head_offset(batch, first_q, head, stride_qb, stride_qs, stride_qh)
         do_head = do_ptr + head_offset(batch, first_q, head, stride_dob, stride_dos, stride_doh)
         lse_offset = head_offset(batch, first_q, head, stride_lb, 1, stride_lh)
+        slope = head_slope(slopes_ptr, batch, head, stride_sb)
+        bias_at = batch.to(tl.int64) * stride_bb + head.to(tl.int64) * stride_bh
         for start_m in tl.range(first, end, BLOCK_M):
             start_m = tl.multiple_of(start_m, BLOCK_M)
             rows = start_m + tl.arange(0, BLOCK_M)
             q = load_rows(q_head, start_m, seq_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D)
-            do = load_rows(do_head, start_m, seq_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D)
+            do = load_rows(do_head, start_m, seq_q, stride_dos, BLOCK_M, V_DIM, BLOCK_V)
             lse = tl.load(lse_ptr + lse_offset + rows, mask=rows < seq_q, other=float("inf"))
             delta = tl.load(delta_ptr + lse_offset + rows, mask=rows < seq_q, other=0.0)
             # Scores and gradients of the weights, transposed to (BLOCK_N, BLOCK_M): the weights are then an
@@ -264,6 +298,10 @@ def flash_attention_dkdv(
             if SOFTCAP:
                 tanh_s = tanh(scores * (scale / softcap))
                 scores = softcap * tanh_s
+            scores = biased(
+                scores, 1.0 if SOFTCAP else scale, rows[None, :], cols[:, None], shift, seq_q, seq_k,
+                slopes_ptr, slope, bias_ptr, bias_at, stride_bq,
+            )  # fmt: skip
             # The mask, in tiles that not every key sees whole.
             if (start_m < full_first) | (start_m >= full_end):
                 scores = hide(
@@ -283,5 +321,5 @@ def flash_attention_dkdv(
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
     if DROPOUT:
         dv = dv * (1.0 / (1.0 - dropout_p))
-    store_rows(dk_ptr + d_offset, dk * scale, start_n, seq_k, stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr + d_offset, dv, start_n, seq_k, stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_rows(dk_ptr, dk * scale, start_n, seq_k, stride_dks, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, dv, start_n, seq_k, stride_dvs, BLOCK_N, V_DIM, BLOCK_V)

@@ -13,6 +13,8 @@ from gptkern.ops.flash_attention.kernels_backward import flash_attention_dkdv, f
 # The window that means none.
 UNLIMITED = -1
 
+Maybe = torch.Tensor | None
+
 
 class Options(NamedTuple):
     """The settings of a call, in the order of the registered op's arguments.
@@ -29,6 +31,23 @@ class Options(NamedTuple):
     dropout_p: float
 
 
+class Extras(NamedTuple):
+    """The tensors that a call may have beside q, k and v.
+
+    Attributes:
+        seed: ``(1,)`` int64, the dropout's.
+        slopes: ALiBi slopes, fp32, ``(heads,)`` or ``(batch, heads)``.
+        bias: Added to the scores, ``(batch, heads, seq_q, seq_k)``, of strides 0 where it is broadcast.
+    """
+
+    seed: Maybe = None
+    slopes: Maybe = None
+    bias: Maybe = None
+
+
+NO_EXTRAS = Extras()
+
+
 class Packed(NamedTuple):
     """Packed sequences: where each starts in q and in k, and the longest lengths."""
 
@@ -43,6 +62,11 @@ def lse_shape(q: torch.Tensor, packed: bool) -> tuple[int, ...]:
     return (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
 
 
+def out_shape(q: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the output: q's, with v's head dimension."""
+    return (*q.shape[:-1], v.shape[-1])
+
+
 class _Shape:
     """Sizes and offsets of a call as the kernels take them. A packed batch is one long sequence.
 
@@ -52,9 +76,12 @@ class _Shape:
         offsets: The pointers ``cu_seqlens_q`` and ``cu_seqlens_k``, or None.
     """
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, packed: Packed | None) -> None:
-        self.packed = packed is not None
-        self.heads, self.heads_k, self.head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed | None, extras: Extras
+    ) -> None:
+        self.packed, self.extras = packed is not None, extras
+        self.heads, self.heads_k = q.shape[-2], k.shape[-2]
+        self.head_dim, self.v_dim = q.shape[-1], v.shape[-1]
         self.sequences: int
         self.extents: tuple[int, int, int, int]
         self.offsets: tuple[torch.Tensor | None, torch.Tensor | None]
@@ -84,6 +111,14 @@ class _Shape:
         """Strides of batch and head."""
         return (0, lse.stride(0)) if self.packed else (lse.stride(0), lse.stride(1))
 
+    def extra_strides(self) -> tuple[int, int, int, int]:
+        """The slopes' stride of batch; the bias's of batch, head and query."""
+        _, slopes, bias = self.extras
+        of_slopes = slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
+        if bias is None:
+            return of_slopes, 0, 0, 0
+        return of_slopes, bias.stride(0), bias.stride(1), bias.stride(2)
+
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory for a result: zeros if packed, as no program writes tokens that belong to no sequence."""
         return (torch.zeros if self.packed else torch.empty)(shape, dtype=dtype, device=device)
@@ -93,6 +128,8 @@ class _Shape:
         return {
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": max(16, 1 << (self.head_dim - 1).bit_length()),
+            "V_DIM": self.v_dim,
+            "BLOCK_V": max(16, 1 << (self.v_dim - 1).bit_length()),
             "VARLEN": self.packed,
             # A window as long as the sequence hides nothing.
             "HAS_LEFT": 0 <= o.window_left < self.extents[1] - 1,
@@ -102,11 +139,13 @@ class _Shape:
         }
 
 
-def _config(kernel: str, q: torch.Tensor, constants: dict[str, Any]) -> dict[str, Any]:
+def _config(kernel: str, q: torch.Tensor, constants: dict[str, Any], extras: Extras) -> dict[str, Any]:
     dtype = "fp32" if q.dtype == torch.float32 else "half"
-    # Dropout and softcap need registers: they may need rows of their own.
-    variant = "full" if constants["SOFTCAP"] or constants["DROPOUT"] else "plain"
-    return _launch.config(kernel, q.device, head_dim=constants["BLOCK_D"], dtype=dtype, variant=variant)
+    # Dropout, softcap and biases need registers: they may need rows of their own.
+    biased = extras.slopes is not None or extras.bias is not None
+    variant = "full" if constants["SOFTCAP"] or constants["DROPOUT"] or biased else "plain"
+    head_dim = max(constants["BLOCK_D"], constants["BLOCK_V"])
+    return _launch.config(kernel, q.device, head_dim=head_dim, dtype=dtype, variant=variant)
 
 
 def forward(
@@ -114,22 +153,22 @@ def forward(
     k: torch.Tensor,
     v: torch.Tensor,
     packed: Packed | None,
-    seed: torch.Tensor | None,
+    extras: Extras,
     o: Options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the forward kernel: (out like q, lse in fp32)."""
-    shape = _Shape(q, k, packed)
-    out = shape.new(q.shape, q.dtype, q.device)
+    """Launch the forward kernel: (out in q's dtype, lse in fp32)."""
+    shape = _Shape(q, k, v, packed, extras)
+    out = shape.new(out_shape(q, v), q.dtype, q.device)
     lse = shape.new(lse_shape(q, shape.packed), torch.float32, q.device)
     constants = shape.constants(o)
-    config = _config("flash_attention_forward", q, constants)
+    config = _config("flash_attention_forward", q, constants, extras)
     with _launch.on_device(q):
         _launch.launch(
             flash_attention_forward,
             shape.grid(config["BLOCK_M"]),
-            *(q, k, v, out, lse, *shape.offsets, seed),
+            *(q, k, v, out, lse, *shape.offsets, *extras),
             *(shape.heads, shape.heads // shape.heads_k, *shape.extents, *o),
-            *(*shape.strides(q, k, v, out), *shape.lse_strides(lse)),
+            *(*shape.strides(q, k, v, out), *shape.lse_strides(lse), *shape.extra_strides()),
             **constants,
             **config,
         )
@@ -145,11 +184,11 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     packed: Packed | None,
-    seed: torch.Tensor | None,
+    extras: Extras,
     o: Options,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch both backward kernels, the dq kernel first: (dq, dk, dv)."""
-    shape = _Shape(q, k, packed)
+    shape = _Shape(q, k, v, packed, extras)
     # Gradients come as autograd made them, e.g. expanded from a sum; out and lse are the forward's own.
     do = do if do.stride(-1) == 1 else do.contiguous()
     out, lse = out.contiguous(), lse.contiguous()
@@ -158,24 +197,24 @@ def backward(
     delta = torch.empty_like(lse)
     constants = shape.constants(o)
     group = shape.heads // shape.heads_k
-    config = _config("flash_attention_dq", q, constants)
+    config = _config("flash_attention_dq", q, constants, extras)
     with _launch.on_device(q):
         _launch.launch(
             flash_attention_dq,
             shape.grid(config["BLOCK_M"]),
-            *(q, k, v, out, do, lse, dlse, delta, dq, *shape.offsets, seed),
+            *(q, k, v, out, do, lse, dlse, delta, dq, *shape.offsets, *extras),
             *(shape.heads, group, *shape.extents, *o),
-            *(*shape.strides(q, k, v, out, do), *shape.lse_strides(lse)),
+            *(*shape.strides(q, k, v, out, do, dq), *shape.lse_strides(lse), *shape.extra_strides()),
             **constants,
             **config,
         )
-        config = _config("flash_attention_dkdv", q, constants)
+        config = _config("flash_attention_dkdv", q, constants, extras)
         _launch.launch(
             flash_attention_dkdv,
             shape.grid(config["BLOCK_N"], of_keys=True),
-            *(q, k, v, do, lse, delta, dk, dv, *shape.offsets, seed),
+            *(q, k, v, do, lse, delta, dk, dv, *shape.offsets, *extras),
             *(shape.heads_k, group, *shape.extents, *o),
-            *(*shape.strides(q, k, v, do, dk), *shape.lse_strides(lse)),
+            *(*shape.strides(q, k, v, do, dk, dv), *shape.lse_strides(lse), *shape.extra_strides()),
             **constants,
             **config,
         )

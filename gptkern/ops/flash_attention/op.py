@@ -9,7 +9,7 @@ import torch
 
 from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
 from gptkern.ops.flash_attention import checks, launch, register
-from gptkern.ops.flash_attention.launch import UNLIMITED, Options, Packed
+from gptkern.ops.flash_attention.launch import NO_EXTRAS, UNLIMITED, Extras, Options, Packed
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -22,6 +22,7 @@ class AttentionOptions(TypedDict, total=False):
     window: int | None
     softcap: float | None
     dropout_p: float
+    alibi_slopes: torch.Tensor | None
 
 
 @overload
@@ -30,6 +31,7 @@ def flash_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
+    attn_bias: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
     **options: Unpack[AttentionOptions],
 ) -> torch.Tensor: ...
@@ -39,6 +41,7 @@ def flash_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
+    attn_bias: torch.Tensor | None = ...,
     return_lse: Literal[True],
     **options: Unpack[AttentionOptions],
 ) -> Result: ...
@@ -52,6 +55,8 @@ def flash_attention(
     window: int | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | Result:
     """Softmax attention, ``softmax(scale * q k^T) v``, computed in tiles (Dao 2023, FlashAttention-2).
@@ -65,7 +70,7 @@ def flash_attention(
             head_dim at most 256. Any strides with a contiguous last dimension, 0 among them.
         k: ``(batch, seq_k, heads_k, head_dim)``; heads is a multiple of heads_k, and query head i
             attends with key head ``i // (heads / heads_k)``.
-        v: as k.
+        v: as k, but for a head_dim that may be its own.
         causal: whether a query sees only keys up to its own position.
         scale: factor on the scores, positive; ``1 / sqrt(head_dim)`` unless given.
         window: how far a query sees: its own position and the ``window - 1`` before it, and as many
@@ -73,10 +78,15 @@ def flash_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``, before the mask.
         dropout_p: probability with which a weight is dropped; the others are divided by
             ``1 - dropout_p``. Drawn from PyTorch's generator of q's device.
+        alibi_slopes: ``(heads,)`` or ``(batch, heads)`` fp32: the slope times a key's distance from the
+            query's place, ``|i + seq_k - seq_q - j|``, is taken off its score (Press et al. 2022), after the
+            softcap.
+        attn_bias: added to the scores, after the softcap: ``(batch, heads, seq_q, seq_k)`` of any floating
+            dtype, -inf to hide a key. Sizes but the last may be 1, or left out before. No gradient.
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-        ``(batch, seq_q, heads, head_dim)`` in q's dtype; with ``return_lse`` also ``(batch, heads,
+        ``(batch, seq_q, heads, v's head_dim)`` in q's dtype; with ``return_lse`` also ``(batch, heads,
         seq_q)`` in fp32 (natural logarithm), differentiable too.
 
     Raises:
@@ -85,8 +95,13 @@ def flash_attention(
     name = "flash_attention"
     q, k, v = cast(q, k, v)
     checks.check(name, q, k, v, None)
+    checks.check_slopes(name, q, None, alibi_slopes)
+    checks.check_bias(name, q, k, attn_bias)
     options = make_options(name, q, _span(name, causal, window), scale, softcap, dropout_p)
-    return attend(q, k, v, None, options, return_lse)
+    bias = attn_bias
+    if bias is not None:
+        bias = bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    return attend(q, k, v, None, options, return_lse, Extras(None, alibi_slopes, bias))
 
 
 @overload
@@ -129,6 +144,7 @@ def flash_attention_varlen(
     window: int | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | Result:
     """``flash_attention`` of packed sequences: sequence i is rows ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
@@ -136,17 +152,18 @@ def flash_attention_varlen(
     Args:
         q: ``(tokens_q, heads, head_dim)``, otherwise as in ``flash_attention``.
         k: ``(tokens_k, heads_k, head_dim)``.
-        v: as k.
+        v: as k, but for a head_dim that may be its own.
         cu_seqlens_q: ``(sequences + 1,)`` int32 on q's device: 0, then the running total of lengths. On a
             GPU, where a check would stall, offsets that decrease or pass the last token are cut off there.
         cu_seqlens_k: the same of k; sequences of q and k may differ in length.
         max_seqlen_q: at least the longest length in ``cu_seqlens_q``. Not compared with it, which
             would wait for the GPU: rows past it are not computed.
         max_seqlen_k: at least the longest length in ``cu_seqlens_k``.
+        alibi_slopes: ``(heads,)`` or ``(sequences, heads)`` fp32, as in ``flash_attention``.
         causal, scale, window, softcap, dropout_p, return_lse: as in ``flash_attention``.
 
     Returns:
-        ``(tokens_q, heads, head_dim)`` in q's dtype, 0 for tokens of no sequence; with ``return_lse``
+        ``(tokens_q, heads, v's head_dim)`` in q's dtype, 0 for tokens of no sequence; with ``return_lse``
         also ``(heads, tokens_q)`` in fp32.
 
     Raises:
@@ -156,31 +173,43 @@ def flash_attention_varlen(
     q, k, v = cast(q, k, v)
     packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check(name, q, k, v, packed)
+    checks.check_slopes(name, q, packed, alibi_slopes)
     options = make_options(name, q, _span(name, causal, window), scale, softcap, dropout_p)
-    return attend(q, k, v, packed, options, return_lse)
+    return attend(q, k, v, packed, options, return_lse, Extras(None, alibi_slopes))
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed | None, o: Options, return_lse: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packed: Packed | None,
+    o: Options,
+    return_lse: bool,
+    extras: Extras = NO_EXTRAS,
 ) -> torch.Tensor | Result:
-    """The result of checked arguments: chooses the implementation, and what autograd sees of it."""
+    """The result of checked arguments: chooses the implementation, and what autograd sees of it.
+
+    ``extras`` has no seed yet.
+    """
     compiling, kernel = traced(q), use_kernel(q)
     if not kernel and not (packed is not None and compiling):
-        plain = None if return_lse else register.attention_without_scores(q, k, v, packed, o)
+        plain = None
+        if not return_lse and extras.slopes is None and extras.bias is None:
+            plain = register.attention_without_scores(q, k, v, packed, o)
         if plain is not None:
             return plain
-        out, lse = register.reference_attention(q, k, v, packed, o)
+        out, lse = register.reference_attention(q, k, v, packed, extras, o)
         return (out, lse) if return_lse else out
-    seed = None
     if o.dropout_p > 0.0:
         # Drawn on the device: no synchronisation, and a captured graph draws anew at each replay.
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
+        extras = extras._replace(seed=seed)
     if compiling:
-        out, lse = torch.ops.gptkern.flash_attention(*register.flat_arguments(q, k, v, packed, seed, o))
+        out, lse = torch.ops.gptkern.flash_attention(*register.flat_arguments(q, k, v, packed, extras, o))
     elif needs_grad(q, k, v):
-        out, lse = register.FlashAttention.apply(q, k, v, packed, seed, o)
+        out, lse = register.FlashAttention.apply(q, k, v, packed, extras, o)
     else:
-        out, lse = launch.forward(q, k, v, packed, seed, o)
+        out, lse = launch.forward(q, k, v, packed, extras, o)
     return (out, lse) if return_lse else out
 
 

@@ -45,8 +45,14 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
+    slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse): the specification. A query that sees nothing gives 0 and an lse of -inf."""
+    """(out, lse): the specification. A query that sees nothing gives 0 and an lse of -inf.
+
+    ``slopes``, ``(heads,)`` or ``(batch, heads)``, take off a key's distance from the query's place (Press et
+    al. 2022, ALiBi); ``bias`` broadcasts to ``(batch, heads, seq_q, seq_k)``. Both come after the soft cap.
+    """
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -54,6 +60,13 @@ def attention(
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        shift = k.shape[1] - q.shape[1]
+        places = torch.arange(q.shape[1], device=q.device)[:, None] + shift
+        distance = (places - torch.arange(k.shape[1], device=q.device)).abs()
+        scores = scores - slopes.to(scores.dtype)[..., None, None] * distance
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
     seen = visible(q.shape[1], k.shape[1], left, right, q.device)
     if seen is not None:
         scores = scores.masked_fill(~seen, -math.inf)
@@ -74,19 +87,22 @@ def attention_varlen(
     scale: float | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
+    slopes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of packed sequences, lse ``(heads, tokens)``; tokens of no sequence give 0."""
     q_starts, k_starts = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     outs, lses = [], []
     for i in range(len(q_starts) - 1):
         rows, keys = slice(q_starts[i], q_starts[i + 1]), slice(k_starts[i], k_starts[i + 1])
+        own = slopes[i] if slopes is not None and slopes.dim() == 2 else slopes
         out, lse = attention(
-            q[None, rows], k[None, keys], v[None, keys], left, right, scale, softcap, dropout_p
+            q[None, rows], k[None, keys], v[None, keys], left, right, scale, softcap, dropout_p, own
         )
         outs.append(out[0])
         lses.append(lse[0])
     # 0 whatever stands there, and of q all the same where autograd looks.
-    outs.append(q[q_starts[-1] :].masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0))
+    beyond = q[q_starts[-1] :, :, :1].masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
+    outs.append(beyond.expand(-1, -1, v.shape[-1]))
     dtype = torch.promote_types(q.dtype, torch.float32)
     lses.append(torch.zeros(q.shape[1], outs[-1].shape[0], device=q.device, dtype=dtype))
     return torch.cat(outs), torch.cat(lses, dim=1)

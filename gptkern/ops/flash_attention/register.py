@@ -12,9 +12,7 @@ import torch
 from gptkern.ops._dispatch import use_kernel
 from gptkern.ops._register import register
 from gptkern.ops.flash_attention import checks, launch, reference
-from gptkern.ops.flash_attention.launch import UNLIMITED, Options, Packed
-
-Maybe = torch.Tensor | None
+from gptkern.ops.flash_attention.launch import UNLIMITED, Extras, Maybe, Options, Packed
 
 
 class FlashAttention(torch.autograd.Function):
@@ -27,11 +25,11 @@ class FlashAttention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         packed: Packed | None,
-        seed: Maybe,
+        extras: Extras,
         o: Options,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = launch.forward(q, k, v, packed, seed, o)
-        ctx.save_for_backward(q, k, v, out, lse, *(packed or (None, None))[:2], seed)
+        out, lse = launch.forward(q, k, v, packed, extras, o)
+        ctx.save_for_backward(q, k, v, out, lse, *(packed or (None, None))[:2], *extras)
         ctx.max_seqlens = None if packed is None else packed[2:]
         ctx.options = o
         ctx.set_materialize_grads(False)
@@ -40,10 +38,10 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Maybe, dlse: Maybe) -> Any:
-        q, k, v, out, lse, cu_q, cu_k, seed = ctx.saved_tensors
+        q, k, v, out, lse, cu_q, cu_k, *extras = ctx.saved_tensors
         packed = None if cu_q is None else Packed(cu_q, cu_k, *ctx.max_seqlens)
         do = torch.zeros_like(out) if do is None else do
-        grads = launch.backward(do, dlse, q, k, v, out, lse, packed, seed, ctx.options)
+        grads = launch.backward(do, dlse, q, k, v, out, lse, packed, Extras(*extras), ctx.options)
         return *grads, None, None, None
 
 
@@ -53,13 +51,13 @@ def _sides(o: Options) -> tuple[int | None, int | None]:
 
 
 def reference_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed | None, o: Options
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed | None, extras: Extras, o: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) by the reference, in fp32 at least: scores rounded before the softmax lose digits."""
-    settings = (*_sides(o), o.scale, o.softcap or None, o.dropout_p)
+    settings = (*_sides(o), o.scale, o.softcap or None, o.dropout_p, extras.slopes)
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v)]
     if packed is None:
-        out, lse = reference.attention(wide[0], wide[1], wide[2], *settings)
+        out, lse = reference.attention(wide[0], wide[1], wide[2], *settings, extras.bias)
     else:
         out, lse = reference.attention_varlen(wide[0], wide[1], wide[2], packed.cu_q, packed.cu_k, *settings)
     return out.to(q.dtype), lse
@@ -69,7 +67,7 @@ def attention_without_scores(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed | None, o: Options
 ) -> torch.Tensor | None:
     """The reference's result through PyTorch's own attention, None where that does not express the call."""
-    if o.softcap:
+    if o.softcap or q.shape[-1] != v.shape[-1]:
         return None
     settings = (*_sides(o), o.scale, o.dropout_p)
     if packed is None:
@@ -84,11 +82,11 @@ def attention_without_scores(
 
 
 def flat_arguments(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed | None, seed: Maybe, o: Options
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed | None, extras: Extras, o: Options
 ) -> tuple[Any, ...]:
     """A call as the schema names its arguments."""
     cu_q, cu_k, max_q, max_k = (None, None, q.shape[1], k.shape[1]) if packed is None else packed
-    return (q, k, v, cu_q, cu_k, seed, max_q, max_k, *o)
+    return (q, k, v, cu_q, cu_k, *extras, max_q, max_k, *o)
 
 
 def _packed(cu_q: Maybe, cu_k: Maybe, max_seqlens: tuple[int, int]) -> Packed | None:
@@ -113,16 +111,18 @@ def _forward(
     cu_q: Maybe,
     cu_k: Maybe,
     seed: Maybe,
+    slopes: Maybe,
+    bias: Maybe,
     max_q: int,
     max_k: int,
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    packed, o = _packed(cu_q, cu_k, (max_q, max_k)), Options(*options)
-    checks.check_registered("flash_attention", q, k, v, packed, (max_q, max_k), seed, o)
+    packed, extras, o = _packed(cu_q, cu_k, (max_q, max_k)), Extras(seed, slopes, bias), Options(*options)
+    checks.check_registered("flash_attention", q, k, v, packed, (max_q, max_k), extras, o)
     if use_kernel(q):
-        return launch.forward(q, k, v, packed, seed, o)
+        return launch.forward(q, k, v, packed, extras, o)
     with _seeded(seed):
-        out, lse = reference_attention(q, k, v, packed, o)
+        out, lse = reference_attention(q, k, v, packed, extras, o)
     return out.contiguous(), lse.to(torch.float32).contiguous()
 
 
@@ -137,19 +137,21 @@ def _backward(
     cu_q: Maybe,
     cu_k: Maybe,
     seed: Maybe,
+    slopes: Maybe,
+    bias: Maybe,
     max_q: int,
     max_k: int,
     *options: Any,
 ) -> tuple[torch.Tensor, ...]:
     op = "flash_attention_backward"
-    packed, o = _packed(cu_q, cu_k, (max_q, max_k)), Options(*options)
-    checks.check_registered(op, q, k, v, packed, (max_q, max_k), seed, o)
-    checks.check_gradients(op, q, packed is not None, do=do, dlse=dlse, out=out, lse=lse)
+    packed, extras, o = _packed(cu_q, cu_k, (max_q, max_k)), Extras(seed, slopes, bias), Options(*options)
+    checks.check_registered(op, q, k, v, packed, (max_q, max_k), extras, o)
+    checks.check_gradients(op, q, v, packed is not None, do=do, dlse=dlse, out=out, lse=lse)
     if use_kernel(q):
-        return launch.backward(do, dlse, q, k, v, out, lse, packed, seed, o)
+        return launch.backward(do, dlse, q, k, v, out, lse, packed, extras, o)
     with torch.enable_grad(), _seeded(seed):
         inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-        results = reference_attention(inputs[0], inputs[1], inputs[2], packed, o)
+        results = reference_attention(inputs[0], inputs[1], inputs[2], packed, extras, o)
         grads = (do, torch.zeros_like(results[1]) if dlse is None else dlse.to(results[1].dtype))
         return tuple(t.contiguous() for t in torch.autograd.grad(results, inputs, grads))
 
@@ -158,7 +160,7 @@ def _fake_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Maybe, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lse_shape = launch.lse_shape(q, cu_q is not None)
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+    return q.new_empty(launch.out_shape(q, v)), q.new_empty(lse_shape, dtype=torch.float32)
 
 
 def _fake_backward(
@@ -168,18 +170,19 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, cu_q, cu_k, seed, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, seed)
+    q, k, v, cu_q, cu_k, seed, slopes, bias, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, seed, slopes, bias)
 
 
 def _autograd_backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> tuple[Maybe, ...]:
     grads = torch.ops.gptkern.flash_attention_backward(do, dlse, *ctx.saved_tensors, *ctx.settings)
-    return *grads, *[None] * (3 + len(ctx.settings))
+    return *grads, *[None] * (5 + len(ctx.settings))
 
 
 _SETTINGS = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "SymInt window_left, SymInt window_right, float scale, float softcap, float dropout_p"
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, Tensor? alibi_slopes, Tensor? attn_bias, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt window_left, SymInt window_right, float scale, "
+    "float softcap, float dropout_p"
 )
 register(
     f"flash_attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
