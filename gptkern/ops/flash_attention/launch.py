@@ -141,9 +141,10 @@ class _Shape:
 
 def _config(kernel: str, q: torch.Tensor, constants: dict[str, Any], extras: Extras) -> dict[str, Any]:
     dtype = "fp32" if q.dtype == torch.float32 else "half"
-    # Dropout, softcap and biases need registers: they may need rows of their own.
-    biased = extras.slopes is not None or extras.bias is not None
-    variant = "full" if constants["SOFTCAP"] or constants["DROPOUT"] or biased else "plain"
+    # What needs more registers may need rows of its own.
+    variant = "full" if constants["SOFTCAP"] or constants["DROPOUT"] else "plain"
+    if extras.slopes is not None or extras.bias is not None or constants["HEAD_DIM"] != constants["V_DIM"]:
+        variant = "extra"
     head_dim = max(constants["BLOCK_D"], constants["BLOCK_V"])
     return _launch.config(kernel, q.device, head_dim=head_dim, dtype=dtype, variant=variant)
 
