@@ -55,7 +55,8 @@ constexpr Named<Status> kStatuses[] = {{"ok", kOk},
                                        {"needs_counts", kNeedsCounts},
                                        {"bad_token_id", kBadTokenId},
                                        {"bad_draft", kBadDraft},
-                                       {"bad_draft_probs", kBadDraftProbs}};
+                                       {"bad_draft_probs", kBadDraftProbs},
+                                       {"bad_draft_length", kBadDraftLength}};
 
 // The columns of a row, by their position in its struct.
 #define GPTKERN_COLUMN(row, name) Named<size_t>{#name, offsetof(row, name) / sizeof(row::name)}

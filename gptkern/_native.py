@@ -22,7 +22,7 @@ def _load() -> tuple[Any, ImportError | None]:
 extension, load_error = _load()
 
 # What Python passes to the extension: csrc/constants.h has the same number.
-_INTERFACE = 5
+_INTERFACE = 6
 _BUILD_AGAIN = "build the extension again, from the sources that gptkern's Python files come from"
 
 
@@ -68,6 +68,7 @@ _statuses = _numbers(
     "bad_token_id",
     "bad_draft",
     "bad_draft_probs",
+    "bad_draft_length",
 )
 NAN = _statuses["nan"]
 INFINITE = _statuses["infinite"]
@@ -76,6 +77,7 @@ NEEDS_COUNTS = _statuses["needs_counts"]
 BAD_TOKEN_ID = _statuses["bad_token_id"]
 BAD_DRAFT = _statuses["bad_draft"]
 BAD_DRAFT_PROBS = _statuses["bad_draft_probs"]
+BAD_DRAFT_LENGTH = _statuses["bad_draft_length"]
 
 _commits = _numbers("commits", "no", "yes", "only")
 KEEP_STATE, COMMIT, COMMIT_ONLY = _commits["no"], _commits["yes"], _commits["only"]

@@ -50,9 +50,9 @@ def test_numbers_are_those_of_the_extension() -> None:
     )
     assert _native.COUNTERS == ("seed", "request", "step")
     statuses = [_native.NAN, _native.INFINITE, _native.NOTHING_ALLOWED, _native.NEEDS_COUNTS]
-    statuses += [_native.BAD_TOKEN_ID, _native.BAD_DRAFT, _native.BAD_DRAFT_PROBS]
+    statuses += [_native.BAD_TOKEN_ID, _native.BAD_DRAFT, _native.BAD_DRAFT_PROBS, _native.BAD_DRAFT_LENGTH]
     names = ("nan", "infinite", "nothing_allowed", "needs_counts", "bad_token_id", "bad_draft")
-    assert statuses == [_C.statuses[name] for name in (*names, "bad_draft_probs")]
+    assert statuses == [_C.statuses[name] for name in (*names, "bad_draft_probs", "bad_draft_length")]
     assert _C.activations == _native.ACTIVATIONS
     assert reference.IN_PROMPT == _native.IN_PROMPT == _C.in_prompt
 
@@ -93,7 +93,7 @@ def test_what_python_passes_to_the_extension_has_a_number() -> None:
         names += re.findall(r'(?:\bdef\(|py::arg\(|\.get\(|\w+\[)"(\w+)"', source)
     assert {"sample", "step", "machine", "workspace", "stages"} < set(names)
     digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
-    assert (_C.interface, digest) == (5, "1368bef9ef60")
+    assert (_C.interface, digest) == (6, "adf0484536f6")
 
 
 def test_without_the_extension_sampling_falls_back_and_says_so() -> None:

@@ -48,6 +48,7 @@ enum Status : int32_t {
     kBadTokenId,
     kBadDraft,
     kBadDraftProbs,
+    kBadDraftLength,
 };
 
 // A (batch, width) matrix of token ids, one row for each sequence, padded with -1.
@@ -84,6 +85,7 @@ struct SampleArguments {
     int64_t* accepted;            // (batch): number of accepted draft tokens; null: no drafts
     const int64_t* draft_tokens;  // (batch, positions - 1); may be null if that is empty
     const float* draft_probs;     // (batch, positions - 1, vocab) or null: the draft is certain
+    const int64_t* draft_lengths; // (batch): drafted tokens of each row, 0 to positions - 1; null: all of them
     Commit commit;
 };
 

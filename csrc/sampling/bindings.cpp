@@ -142,6 +142,7 @@ void read_drafts(Checker& check, SampleArguments& a, const Group& drafts) {
     const int64_t batch = a.batch, drafted = a.positions - 1;
     a.draft_tokens = check.dense<int64_t>("drafts.tokens", drafts.get("tokens"), {batch, drafted});
     a.draft_probs = check.dense_or_none<float>("drafts.probs", drafts.get("probs"), {batch, drafted, a.vocab});
+    a.draft_lengths = check.dense_or_none<int64_t>("drafts.lengths", drafts.get("lengths"), {batch});
 }
 
 // Samples; verifies drafts if outputs has ``accepted``; writes distributions if outputs has ``probs``.

@@ -50,8 +50,9 @@ GPTKERN_HD uint32_t draw_residual(Team& team, uint32_t vocab, const Distribution
     return select_by_id(team, vocab, false, residual, multiply_high(uniform, total));
 }
 
-GPTKERN_HD Status check_draft(const SampleArguments& a, int64_t row) {
-    for (int i = 0; i + 1 < a.positions; ++i) {
+GPTKERN_HD Status check_draft(const SampleArguments& a, int64_t row, int64_t drafted) {
+    if (drafted < 0 || drafted >= a.positions) return kBadDraftLength;
+    for (int i = 0; i < drafted; ++i) {
         const int64_t token = a.draft_tokens[row * (a.positions - 1) + i];
         if (token < 0 || token >= a.vocab) return kBadDraft;
     }
@@ -66,23 +67,25 @@ GPTKERN_HD Status check_draft_probs(Team& team, uint32_t vocab, const float* pro
     return team.sum(bad) != 0 ? kBadDraftProbs : kOk;
 }
 
-// Verifies one row's draft. tokens[row] becomes the accepted tokens, one more of the target's own, then -1.
+// Verifies one row's draft: its first draft_lengths[row] tokens. tokens[row] becomes the accepted tokens, one more of
+// the target's own, then -1; what stands at later positions is not read.
 // A row that cannot be sampled accepts nothing and gets token 0 and its status.
 template <class Team>
 GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_index, const Buffers& buffers) {
     const RowCounter counter = a.counters[row_index];
-    const int drafted = a.positions - 1;
+    const int64_t length = a.draft_lengths != nullptr ? a.draft_lengths[row_index] : a.positions - 1;
+    const int drafted = static_cast<int>(length);
     int64_t* tokens = a.tokens + row_index * a.positions;
     Status status = check_params(a.params[row_index], a.vocab, -1, a.counts != nullptr);
-    if (status == kOk) status = check_draft(a, row_index);
+    if (status == kOk) status = check_draft(a, row_index, length);
     if (team.leads()) {
         for (int i = 0; i < a.positions; ++i) tokens[i] = -1;
     }
     int emitted = 0;
-    for (int position = 0; position <= drafted; ++position) {
+    for (int position = 0;; ++position) {
         const Row row = row_of(team, a, row_index, position, buffers);
         if (status == kOk && a.draft_probs != nullptr && position < drafted) {
-            status = check_draft_probs(team, row.vocab, a.draft_probs + (row_index * drafted + position) * a.vocab);
+            status = check_draft_probs(team, row.vocab, a.draft_probs + (row_index * (a.positions - 1) + position) * a.vocab);
         }
         const Distribution d = distribution(team, row, buffers.values, status);
         const float* const values = d.values;
@@ -94,7 +97,7 @@ GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_
         if (position == drafted) {
             token = draw(team, row.vocab, d, values, u.token);
         } else {
-            const int64_t at = row_index * drafted + position;
+            const int64_t at = row_index * (a.positions - 1) + position;
             const Draft draft{a.draft_tokens[at], a.draft_probs ? a.draft_probs + at * a.vocab : nullptr};
             token = static_cast<uint32_t>(draft.token);
             const uint64_t w = d.filter.weight(values[token]);
@@ -109,7 +112,7 @@ GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_
         }
         team.sync();  // the next position's penalties count this token
         ++emitted;
-        if (!accepted) break;
+        if (!accepted) break;  // as after the last draft
     }
     if (!team.leads()) return;
     for (int i = 0; i < emitted; ++i) count(a, row_index, tokens[i], -1);

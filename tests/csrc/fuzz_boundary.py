@@ -28,7 +28,7 @@ _LISTS: dict[str, dict[str, Any]] = {
     name: {"any_size": (1,)} for name in ("banned_ids", "eos_ids", "bitmask")
 }
 _LOGITS = {"any_stride": (0, 1), "dtypes": FLOATS}
-_DRAFTS = {"any_stride": (0, 1)}
+_DRAFTS = {"any_stride": (0, 1), "dtypes": (torch.int32,)}
 _PLACES: dict[str, dict[str, Any]] = {
     "lengths": {"any_size": (0,)},
     "page_table": {"any_size": (0, 1), "any_stride": (0,)},
@@ -247,17 +247,27 @@ class Fuzzer:
             return self._call(self._dispatched(call), wrong, right_probs)
         target = torch.randn(logits.shape[0], drafted + 1, logits.shape[1])
         tokens = torch.randint(logits.shape[1], (logits.shape[0], drafted))
-        given |= {"logits": target, "draft_tokens": tokens}
-        wrong = self._spoil(given, **_LISTS, logits=_LOGITS, draft_tokens=_DRAFTS) if spoiled else []
+        given |= {"logits": target, "draft_tokens": tokens, "draft_lengths": None}
+        if self._flag():
+            given["draft_lengths"] = lengths = torch.randint(drafted + 1, (logits.shape[0],))
+        else:
+            lengths = None
+        wrong = (
+            self._spoil(given, **_LISTS, logits=_LOGITS, draft_tokens=_DRAFTS, draft_lengths=_DRAFTS)
+            if spoiled
+            else []
+        )
         call = lambda: torch.ops.gptkern.speculative_accept(  # noqa: E731
             given["draft_tokens"], None, given["logits"], *(given[name] for name in fields), params.bitmask,
-            given["counters"], given["counts"],
+            given["counters"], given["counts"], given["draft_lengths"],
         )  # fmt: skip
 
         def right(result: Any) -> None:
             other = SamplerState(state.counters.clone(), state.counts.clone())
             with gptkern.backend("reference"):
-                expected = speculative_accept(tokens, None, target, params, state=other)
+                expected = speculative_accept(
+                    tokens, None, target, params, state=other, draft_lengths=lengths
+                )
             assert torch.equal(result[0], expected.tokens) and torch.equal(result[1], expected.n_accepted)
             assert torch.equal(given["counters"], other.counters)
 

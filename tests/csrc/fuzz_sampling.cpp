@@ -91,6 +91,8 @@ void one_batch(int threads) {
     std::vector<float> logprobs(rows), top_logprobs(rows * 4), draft_probs(rows * 3 * tokens, 1.0f / vocab);
     std::vector<int32_t> status(rows);
     for (auto& token : drafts) token = chance(500) ? vocab : below(vocab);
+    std::vector<int64_t> lengths(rows);
+    for (auto& length : lengths) length = chance(200) ? below(99) - 50 : below(positions);
     if (chance(10)) draft_probs[below(static_cast<int>(draft_probs.size()))] = NAN;
 
     SampleArguments a{};
@@ -117,12 +119,14 @@ void one_batch(int threads) {
     if (speculate) {
         a.draft_tokens = drafts.data();
         a.draft_probs = chance(2) ? draft_probs.data() : nullptr;
+        a.draft_lengths = chance(2) ? lengths.data() : nullptr;
         a.accepted = accepted.data();
     }
     portable::cpu_path().sample(a, threads);
     for (int row = 0; row < batch; ++row) {
         const int given = speculate ? static_cast<int>(accepted[row]) + 1 : 1;
         if (given < 1 || given > positions) fail("a wrong number of tokens", row);
+        if (a.draft_lengths && status[row] == kOk && given > lengths[row] + 1) fail("more than were drafted", row);
         for (int i = 0; i < given; ++i) {
             const int64_t token = out[static_cast<size_t>(row * positions + i)];
             if (token < 0 || token >= vocab) fail("a token outside the vocabulary", row);
@@ -131,7 +135,7 @@ void one_batch(int threads) {
                 fail("a token that the bitmask bans", row);
             }
         }
-        if (status[row] < 0 || status[row] > kBadDraftProbs) fail("an unknown status", row);
+        if (status[row] < 0 || status[row] > kBadDraftLength) fail("an unknown status", row);
     }
 }
 

@@ -436,6 +436,8 @@ def test_registered_operators() -> None:
     drafts = (torch.zeros(2, 1, dtype=torch.int64), None, torch.randn(2, 2, 40))
     args = (*drafts, params.values, *none, state.counters, state.counts)
     torch.library.opcheck(torch.ops.gptkern.speculative_accept.default, args)
+    lengths = torch.tensor([0, 1])
+    torch.library.opcheck(torch.ops.gptkern.speculative_accept.default, (*args, lengths))
     torch.library.opcheck(torch.ops.gptkern.top_k_rows.default, (logits, 3))
 
 

@@ -84,6 +84,62 @@ def test_speculation_is_that_of_the_reference(certain: bool) -> None:
     assert 0 < got.n_accepted.float().mean() < n
 
 
+@pytest.mark.parametrize("certain", [False, True])
+def test_drafts_of_different_lengths(certain: bool) -> None:
+    """Each row as if it stood alone with a draft of its length; what stands after that is not read."""
+    batch, n, vocab = 60, 3, 40
+    target = torch.randn(batch, n + 1, vocab)
+    q = torch.softmax(target[:, :n] + torch.randn(batch, n, vocab) * 0.5, -1)
+    drafts = torch.multinomial(q.flatten(0, 1), 1).view(batch, n)
+    lengths = torch.arange(batch) % (n + 1)
+    params = SamplingParams.make(batch, vocab, top_k=30, repetition_penalty=1.2, frequency_penalty=0.3)
+    unread = torch.arange(n + 1) > lengths[:, None]
+    target = target.masked_fill(unread[..., None], math.nan)
+    q = q.masked_fill(unread[:, 1:, None], math.nan)
+    drafts = drafts.masked_fill(unread[:, 1:], -7)
+    probs = None if certain else q
+    states = [SamplerState.make(batch, vocab, seed=4, history=True) for _ in range(3)]
+    got = speculative_accept(drafts, probs, target, params, state=states[0], draft_lengths=lengths.int())
+    with gptkern.backend("reference"):
+        expected = speculative_accept(drafts, probs, target, params, state=states[1], draft_lengths=lengths)
+    for row in range(batch):
+        length, own = int(lengths[row]), states[2]
+        alone = SamplerState(own.counters[row : row + 1].clone(), own.counts[row : row + 1].clone())
+        one = SamplingParams.make(1, vocab, top_k=30, repetition_penalty=1.2, frequency_penalty=0.3)
+        part = slice(row, row + 1)
+        short = None if certain else q[part, :length]
+        found = speculative_accept(drafts[part, :length], short, target[part, : length + 1], one, state=alone)
+        assert got.tokens[row, : length + 1].tolist() == found.tokens[0].tolist()
+        assert got.n_accepted[row] == found.n_accepted[0]
+        assert (got.tokens[row, length + 1 :] == -1).all()
+        assert torch.equal(states[0].counters[row], alone.counters[0])
+        assert torch.equal(states[0].counts[row], alone.counts[0])
+    assert torch.equal(got.tokens, expected.tokens)
+    assert torch.equal(got.n_accepted, expected.n_accepted)
+    assert torch.equal(states[0].counters, states[1].counters)
+    assert (got.n_accepted == lengths).any()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_lengths_of_drafts_that_do_not_fit(backend: Any) -> None:
+    drafts, target = torch.zeros(2, 2, dtype=torch.int64), torch.randn(2, 3, 20)
+    params = SamplingParams.make(2, 20)
+    refused = [
+        (torch.tensor([0, 3]), ValueError, r"draft_lengths\[1\] is outside of 0 to the number of drafted"),
+        (torch.tensor([-1, 2]), ValueError, r"draft_lengths\[0\] is outside"),
+        (torch.tensor([2]), ValueError, r"draft_lengths has shape \(1,\); \(2,\) is needed"),
+        (torch.tensor([1.0, 2.0]), TypeError, "draft_lengths is float32"),
+        ([1, 2], TypeError, "draft_lengths is list"),
+    ]
+    for lengths, error, message in refused:
+        state = SamplerState.make(2, 20, history=True)
+        before = state.counters.clone()
+        with gptkern.backend(backend), pytest.raises(error, match=message):
+            speculative_accept(drafts, None, target, params, state=state, draft_lengths=lengths)
+        assert torch.equal(state.counters, before)
+        assert not state.counts.any()
+
+
 def test_greedy_speculation_gives_the_greedy_tokens() -> None:
     target = torch.randn(2, 3, 20)
     best = target.argmax(-1)

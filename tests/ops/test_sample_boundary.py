@@ -252,7 +252,7 @@ def test_records_of_another_type_are_refused_by_name(name: str, wrong: Any) -> N
         "params": params,
         "state": state,
         "outputs": launch.accept_outputs(torch.zeros(BATCH, POSITIONS, VOCAB)),
-        "drafts": Drafts(torch.zeros(BATCH, POSITIONS - 1, dtype=torch.int64), None),
+        "drafts": Drafts(torch.zeros(BATCH, POSITIONS - 1, dtype=torch.int64), None, None),
         "machine": Machine(1),
     }
     logits = torch.zeros(BATCH, POSITIONS, VOCAB)

@@ -13,6 +13,7 @@ import torch
 
 from gptkern._native import (
     BAD_DRAFT,
+    BAD_DRAFT_LENGTH,
     BAD_DRAFT_PROBS,
     BAD_TOKEN_ID,
     COUNTERS,
@@ -106,7 +107,11 @@ def _row_of_each(
 
 
 def drafts(
-    op: str, draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None, target_logits: torch.Tensor
+    op: str,
+    draft_tokens: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+    draft_lengths: torch.Tensor | None,
+    target_logits: torch.Tensor,
 ) -> None:
     """Drafts of one position fewer than ``target_logits`` ``(batch, n + 1, vocab)``."""
     batch, positions, vocab = target_logits.shape
@@ -117,6 +122,8 @@ def drafts(
     )
     if draft_probs is not None:
         _draft(op, "draft_probs", draft_probs, target_logits, (torch.float32,), (batch, positions - 1, vocab))
+    if draft_lengths is not None:
+        _draft(op, "draft_lengths", draft_lengths, target_logits, (torch.int64, torch.int32), (batch,))
 
 
 def _draft(
@@ -129,7 +136,8 @@ def _draft(
 ) -> None:
     _checks.tensor(op, name, value)
     _checks.dtype(op, name, value, accepted)
-    _checks.shape(op, name, value, shape, "target_logits have one position more")
+    why = "one for each row" if name == "draft_lengths" else "target_logits have one position more"
+    _checks.shape(op, name, value, shape, why)
     if value.device != target_logits.device:
         raise ValueError(f"{op}: target_logits are on {target_logits.device} and {name} on {value.device}")
 
@@ -160,6 +168,7 @@ def refuse(op: str, logits: torch.Tensor, params: SamplingParams, row: int, stat
         "SamplerState.make(..., history=True)",
         BAD_TOKEN_ID: f"params name a token for row {row} that is outside the vocabulary of "
         f"{logits.shape[-1]} (ids are 0 to {logits.shape[-1] - 1}, padding is -1)",
+        BAD_DRAFT_LENGTH: f"draft_lengths[{row}] is outside of 0 to the number of drafted tokens",
         BAD_DRAFT: f"draft_tokens[{row}] holds a token outside the vocabulary of {logits.shape[-1]}",
         BAD_DRAFT_PROBS: f"draft_probs[{row}] holds NaN, a negative number or infinity; probabilities are "
         "needed",

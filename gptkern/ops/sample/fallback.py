@@ -9,6 +9,7 @@ import torch
 
 from gptkern._native import (
     BAD_DRAFT,
+    BAD_DRAFT_LENGTH,
     BAD_DRAFT_PROBS,
     BAD_TOKEN_ID,
     INFINITE,
@@ -100,10 +101,21 @@ def accept(
     drafts: Drafts, target_logits: torch.Tensor, params: SamplingParams, state: SamplerState
 ) -> Outputs:
     """Verified drafts of each row; ``state`` advances."""
-    op, (draft_tokens, draft_probs) = "speculative_accept", drafts
+    op, (draft_tokens, draft_probs, draft_lengths) = "speculative_accept", drafts
     batch, positions, vocab = target_logits.shape
+    places = torch.arange(positions, device=target_logits.device)
+    if draft_lengths is None:
+        draft_lengths = torch.full((batch,), positions - 1, device=target_logits.device)
+    wrong_lengths = (draft_lengths < 0) | (draft_lengths >= positions)
+    if bool(wrong_lengths.any()):
+        refuse(op, target_logits, params, first_bad(wrong_lengths), BAD_DRAFT_LENGTH)
+    # Logits after a row's last draft are not read.
+    unread = places > draft_lengths[:, None]
+    target_logits = target_logits.masked_fill(unread[..., None], 0.0)
     _check_rows(op, target_logits, params, state)
-    outside = ((draft_tokens < 0) | (draft_tokens >= vocab)).any(-1)
+    drafted = places[:-1] < draft_lengths[:, None]
+    outside = (drafted & ((draft_tokens < 0) | (draft_tokens >= vocab))).any(-1)
+    draft_tokens = draft_tokens.masked_fill(~drafted, 0)
     if bool(outside.any()):
         refuse(op, target_logits, params, first_bad(outside), BAD_DRAFT)
     ahead = SamplerState(state.counters.clone(), None if state.counts is None else state.counts.clone())
@@ -117,15 +129,16 @@ def accept(
             refuse(op, target_logits, params, first_bad(empty), NOTHING_ALLOWED)
         probs = torch.softmax(x, dim=-1)
         for_token, for_acceptance = reference.uniforms(ahead.counters)
-        if position == positions - 1:
-            chosen, accepted = reference.draw(probs, for_token), torch.zeros_like(going)
-        else:
+        own = draft_lengths == position
+        chosen, accepted = reference.draw(probs, for_token), torch.zeros_like(going)
+        if position < positions - 1:
             q = None if draft_probs is None else draft_probs[:, position]
-            if q is not None and bool((wrong := going & ~((q >= 0) & (q <= 1e30)).all(-1)).any()):
+            if q is not None and bool((wrong := going & ~own & ~((q >= 0) & (q <= 1e30)).all(-1)).any()):
                 refuse(op, target_logits, params, first_bad(wrong), BAD_DRAFT_PROBS)
-            chosen, accepted = reference.speculative_step(
+            verified, holds = reference.speculative_step(
                 probs, draft_tokens[:, position], q, for_token, for_acceptance
             )
+            chosen, accepted = torch.where(own, chosen, verified), holds & ~own
         tokens[:, position] = torch.where(going, chosen, -1)
         emitted += going
         _advance(ahead, chosen[:, None], going.long())

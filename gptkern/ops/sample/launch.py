@@ -43,10 +43,26 @@ class Outputs:
 
 
 class Drafts(NamedTuple):
-    """``tokens (batch, n)`` int64 and ``probs (batch, n, vocab)`` fp32, or None if the draft was certain."""
+    """Drafted tokens to verify.
+
+    Attributes:
+        tokens: ``(batch, n)`` int64.
+        probs: ``(batch, n, vocab)`` fp32, or None if the draft was certain.
+        lengths: ``(batch,)`` int64: the drafted tokens of each row; None: n.
+    """
 
     tokens: torch.Tensor
     probs: torch.Tensor | None
+    lengths: torch.Tensor | None
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor, probs: torch.Tensor | None, lengths: torch.Tensor | None) -> Drafts:
+        """Drafts as a caller gives them, in the dtypes and strides that the extension reads."""
+        return cls(
+            tokens.long().contiguous(),
+            None if probs is None else probs.contiguous(),
+            None if lengths is None else lengths.long().contiguous(),
+        )
 
 
 class Machine(NamedTuple):

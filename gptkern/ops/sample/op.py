@@ -218,6 +218,7 @@ def speculative_accept(
     params: SamplingParams,
     *,
     state: SamplerState,
+    draft_lengths: torch.Tensor | None = None,
     validate: bool | None = None,
 ) -> Accepted:
     """Verify drafted tokens so that the result is distributed as if the target had drawn all of it.
@@ -232,22 +233,23 @@ def speculative_accept(
         draft_probs: ``(batch, n, vocab)`` fp32, the draft's distributions; None: it was certain.
         target_logits: ``(batch, n + 1, vocab)``, the target's logits at the drafted positions and after.
         params, state, validate: As for :func:`sample`; log-probabilities are not computed.
+        draft_lengths: ``(batch,)`` int64 or int32, 0 to n: the drafted tokens of each row, whose token of the
+            target's own is drawn from the logits after them; later ones are not read. None: n for all.
 
     Raises:
-        ValueError, TypeError: As :func:`sample`; a drafted token outside the vocabulary, NaN, a negative
-            number or infinity among the draft's probabilities up to the first rejection.
+        ValueError, TypeError: As :func:`sample`; a length out of range, a drafted token outside the
+            vocabulary, NaN, a negative number or infinity among the draft's probabilities up to the first
+            rejection.
     """
     op = "speculative_accept"
     checks.rows(op, target_logits, params, state, dim=3)
-    checks.drafts(op, draft_tokens, draft_probs, target_logits)
-    drafts = Drafts(
-        draft_tokens.long().contiguous(), None if draft_probs is None else draft_probs.contiguous()
-    )
+    checks.drafts(op, draft_tokens, draft_probs, draft_lengths, target_logits)
+    drafts = Drafts.of(draft_tokens, draft_probs, draft_lengths)
     if not launch.serves(target_logits):
         outputs = fallback.accept(drafts, target_logits, params, state)
     elif launch.traced(target_logits):
         tokens, accepted, status = torch.ops.gptkern.speculative_accept(
-            *drafts, target_logits, *_tensors(params), state.counters, state.counts
+            *drafts[:2], target_logits, *_tensors(params), state.counters, state.counts, drafts.lengths
         )
         return Accepted(tokens, accepted, status)
     else:

@@ -45,14 +45,15 @@ def _probs(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, ...]:
 def _accept(
     draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None, target_logits: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor | None, ...]:
-    params, state = SamplingParams(*rest[:6]), SamplerState(*rest[6:])
-    op = "speculative_accept"
+    params, state = SamplingParams(*rest[:6]), SamplerState(*rest[6:8])
+    # A default is not passed on.
+    op, draft_lengths = "speculative_accept", rest[8] if len(rest) > 8 else None
     checks.rows(op, target_logits, params, state, dim=3)
-    checks.drafts(op, draft_tokens, draft_probs, target_logits)
+    checks.drafts(op, draft_tokens, draft_probs, draft_lengths, target_logits)
     out = launch.accept_outputs(target_logits)
     if not launch.traced(target_logits):
-        probs = None if draft_probs is None else draft_probs.contiguous()
-        launch.sample(target_logits, params, state, out, COMMIT, Drafts(draft_tokens.contiguous(), probs))
+        drafts = Drafts.of(draft_tokens, draft_probs, draft_lengths)
+        launch.sample(target_logits, params, state, out, COMMIT, drafts)
     return out.tokens, out.accepted, out.status
 
 
@@ -76,7 +77,7 @@ register(
 )
 register(
     "speculative_accept(Tensor draft_tokens, Tensor? draft_probs, Tensor target_logits, "
-    f"{_PARAMS}, {_STATE}) -> (Tensor, Tensor, Tensor)",
+    f"{_PARAMS}, {_STATE}, Tensor? draft_lengths=None) -> (Tensor, Tensor, Tensor)",
     _accept,
     fake=_accept,
 )
