@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import CONFIGS
-from family_models import library_model, our_model
+from family_models import TINY, library_model, our_model
+from transformers import LlamaConfig
 
 from gptkern import GPT, backend
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.graph import GraphExecutor
 from gptkern.engine.executors.persistent import PersistentExecutor
 from gptkern.ops import _launch
+from gptkern.quantization import Quantization
+from gptkern.quantize import QuantizedLinear, quantize_model
 
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8]
 # So many of them are in the cache: more than windows hold.
@@ -56,6 +61,28 @@ def test_logits_are_those_of_the_modules(
         assert torch.equal(_logits(persistent, device), found)
         assert torch.equal(persistent._cache.k, graph._cache.k)
         assert torch.equal(persistent._cache.v, graph._cache.v)
+
+
+@pytest.mark.slow
+@pytest.mark.kernels
+def test_each_matrix_may_have_a_format_of_its_own(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some packed and some floats, as a GGUF file may have them."""
+    config = {**TINY, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
+    model = our_model(library_model(LlamaConfig(**config, num_key_value_heads=2, head_dim=16))).to(device)
+    floats = ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj", "lm_head")
+    quantize_model(model, replace(Quantization.make(model.config, "int4"), floats=floats))
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 3 * 4 - 2
+    with torch.no_grad(), backend("reference"):
+        expected = model(torch.tensor([TOKENS], device=device)).logits[0]
+    monkeypatch.setattr(_launch, "multiprocessors", lambda _: 1)
+    graph = _step(GraphExecutor, model)
+    with backend("kernel"), torch.inference_mode():
+        assert GraphExecutor.serves(model, torch.float32) is None
+        found = _logits(graph, device)
+        torch.testing.assert_close(found, expected[SHARED:], rtol=0, atol=1e-4)
+        assert torch.equal(_logits(_step(PersistentExecutor, model), device), found)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not _served(name)][:1])
