@@ -16,6 +16,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from gptkern import backend
 from gptkern.checkpoint.gguf import open_file
 from gptkern.engine.executors.cpu import CpuExecutor
+from gptkern.engine.executors.persistent import PersistentExecutor
 from gptkern.gpt import GPT
 from gptkern.quantize import QuantizedLinear
 
