@@ -398,7 +398,7 @@ def test_rows_that_do_not_fit(device: torch.device) -> None:
         (7, {"linear": narrow}, "row 7 has 30 outputs; it writes 'middle', which has 32 elements"),
         (0, {"norm": (norm, None, 0.5)}, "row 3 has eps of its own"),
         (3, {"norm": (norm.half(), None, 1e-5)}, "norm weight of row 3 is torch.float16, the embeddings"),
-        (1, {"kind": "add_norm"}, "row 1 is an add_norm"),
+        (1, {"kind": "add_norm"}, "row 1 is of kind 'add_norm', which is not among"),
         (-1, {"linear": Linear(wide[:, 1:])}, "contiguous and a multiple of 16"),
         (-1, {"linear": Linear(wide.view(-1)[1:2049].view(64, 32))}, "a multiple of 16"),
         (-1, {"linear": Linear(head, norm)}, r"the bias of row 10 has shape \(32,\); \(37,\) is needed"),

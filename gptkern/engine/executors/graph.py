@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -23,12 +24,13 @@ from gptkern.ops._counters import Pool, counters_from
 from gptkern.ops._dispatch import use_kernel
 from gptkern.ops._launch import on_device
 from gptkern.ops._types import FP8, RmsNorm, Rotary
-from gptkern.ops.decode_attention import decode_attention
+from gptkern.ops.decode_attention import append_kv, decode_attention
 from gptkern.ops.decode_embed import decode_embed
 from gptkern.ops.decode_linear import decode_linear, decode_qkv
 from gptkern.ops.decode_step import StepProgram, StepRow
 from gptkern.ops.layer_norm import layer_norm
 from gptkern.ops.rms_norm import rms_norm
+from gptkern.ops.rotary import rotary
 
 # The decode kernels are one family for so many rows: one row and sixty-four take the same path.
 MOST_ROWS = 64
@@ -137,8 +139,6 @@ class GraphExecutor(TableExecutor):
 
 def _unserved(spec: DecoderSpec) -> str | None:
     """The part of a decoder that the decode kernels do not compute; None if there is none."""
-    if spec.qk_norm == "whole":
-        return "the decode kernels norm queries and keys head by head; this model norms all heads at once"
     if spec.rotaries and spec.head_dim % 2:
         return f"the decode kernels turn pairs within heads of even size; this model's have {spec.head_dim}"
     return None
@@ -188,6 +188,30 @@ class Pass:
             rotary=None if row.rotary is None else Rotary(*row.rotary[:2], self._lengths, row.rotary.pairs),
             head_norm=row.head_norm,
         )
+
+    def _heads(self, row: StepRow) -> torch.Tensor:
+        storage, norm = self._storage, row.head_norm
+        k_cache, v_cache = storage.k[row.layer], storage.v[row.layer]
+        kv_heads, head_dim = k_cache.shape[2:]
+        widths = [self._program.heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+        q, k, v = torch.split(self._buffers[row.read], widths, dim=1)
+        if norm is not None:
+            q = rms_norm(q, norm.q_weight, norm.eps, unit_offset=norm.unit_offset)
+            k = rms_norm(k, norm.k_weight, norm.eps, unit_offset=norm.unit_offset)
+        q, k, v = (x.unflatten(1, (-1, head_dim)) for x in (q, k, v))
+        if row.rotary is not None:
+            cos, sin, pairs = row.rotary
+            q, turned = rotary(q, k, cos, sin, self._positions, pairs=pairs)
+            assert turned is not None
+            k = turned
+        append_kv(k, v, k_cache, v_cache, self._slots, scales=storage.layer_kv_scales(row.layer))
+        out: torch.Tensor = q.flatten(1)
+        return out
+
+    @cached_property
+    def _positions(self) -> torch.Tensor:
+        """The position of each row's token: its embedding has counted it. Padding stands at 0."""
+        return (self._lengths - 1).clamp_(min=0)
 
     def _attention(self, row: StepRow) -> torch.Tensor:
         q, storage = self._buffers[row.read], self._storage

@@ -53,6 +53,8 @@ def _unserved(model: Decoder) -> str | None:
     """The part of a decoder that the persistent step has no phase for; None if there is none."""
     if model.spec.norm_place in ("branch", "both"):
         return "the persistent step has no phase for norms of branches' outputs, which this model has"
+    if model.spec.qk_norm == "whole":
+        return "the persistent step has no phase for a norm of all heads at once, which this model has"
     most = widest_normed_head(model.dtype)
     if model.spec.qk_norm is not None and model.spec.head_dim > most:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from gptkern.model.decoder import Decoder
@@ -18,11 +19,21 @@ def step_program(model: Decoder) -> StepProgram:
     return StepProgram(
         weights.tokens,
         weights.positions,
-        tuple(_row(model, weights, stage) for stage in stages),
+        tuple(row for stage in stages for row in _rows(model, weights, stage)),
         heads=spec.heads,
         position_offset=spec.position_offset,
         embedding_scale=spec.embedding_scale,
     )
+
+
+def _rows(model: Decoder, weights: DecoderWeights, stage: Stage) -> tuple[StepRow, ...]:
+    """One row, but for a norm of all heads at once: no tile of the product before it has them all."""
+    row = _row(model, weights, stage)
+    if stage.kind != "qkv" or model.spec.qk_norm != "whole":
+        return (row,)
+    product = replace(row, kind="linear", write="qkv", rotary=None, head_norm=None)
+    heads = StepRow("heads", stage.layer, "qkv", "q", rotary=row.rotary, head_norm=row.head_norm)
+    return product, heads
 
 
 def _row(model: Decoder, weights: DecoderWeights, stage: Stage) -> StepRow:

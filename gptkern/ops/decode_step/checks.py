@@ -67,8 +67,8 @@ def check_rows(op: str, program: StepProgram, kv_heads: int, head_dim: int) -> N
         )
     dtype, eps = program.token_weight.dtype, program.eps
     for number, row in enumerate(program.rows):
-        if row.kind == "add_norm":
-            raise ValueError(f"{op}: row {number} is an add_norm, which is not among its phases")
+        if row.kind in ("add_norm", "heads"):
+            raise ValueError(f"{op}: row {number} is of kind {row.kind!r}, which is not among its phases")
         most = widest_normed_head(dtype)
         if row.head_norm is not None and head_dim > most:
             raise ValueError(

@@ -28,7 +28,7 @@ FIELDS, NUMBERS, FACTORS = 8, 13, 5
 Flat = tuple[
     torch.Tensor, torch.Tensor | None, list[torch.Tensor | None], list[int], list[float], int, int, float
 ]
-_KINDS: tuple[Kind, ...] = ("qkv", "attention", "linear", "add_norm")
+_KINDS: tuple[Kind, ...] = ("qkv", "attention", "linear", "add_norm", "heads")
 _FORMATS = (None, "int8", "fp8", "int4")
 _PAIRS = (None, "halves", "interleaved")
 _ACTIVATIONS = ("none", "gelu_tanh", "gelu", "relu", "silu")

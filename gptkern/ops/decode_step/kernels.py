@@ -193,13 +193,15 @@ def linear_phase(
     KV_WIDTH: tl.constexpr = KV_HEADS * HEAD_DIM if ROWS[AT + CACHED] else 0
     STRIDE: tl.constexpr = ROWS[AT + INPUTS] // 2 if ROWS[AT + GROUP] else ROWS[AT + INPUTS]
     TILES: tl.constexpr = ROWS[AT + TILE_COUNT]
+    # Triton 3.6 takes no string out of a tuple as an argument.
+    ACT: tl.constexpr = ROWS[AT + ACTIVATION]
     for item in tl.range(program, TILES * ROWS[AT + SPLIT_K], programs, disable_licm=True):
         linear_tile(
             x_ptr, weight_ptr, bias_ptr, packing, norm,
             buffers[ROWS[AT + RESIDUAL]] if ROWS[AT + RESIDUAL] >= 0 else None,
             buffers[ROWS[AT + WRITE]], cache, slots_ptr, scratch, row_count, eps, STRIDE,
             item % TILES, TILES, item // TILES, 0,
-            ROWS[AT + OUTPUTS], ROWS[AT + INPUTS], KV_WIDTH, ROWS[AT + ACTIVATION],
+            ROWS[AT + OUTPUTS], ROWS[AT + INPUTS], KV_WIDTH, ACT,
             ROWS_TOGETHER, ROWS[AT + TILE], ROWS[AT + BLOCK_K], BLOCK_S, ROWS[AT + SPLIT_K],
             ROWS[AT + GROUP], HEAD_DIM if ROWS[AT + CACHED] else 1,
             heads, ROWS[AT + CENTERED], ROWS[AT + UNIT_OFFSET], ROWS[AT + GATED], ROWS[AT + SCALE],

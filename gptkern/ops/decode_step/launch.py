@@ -47,6 +47,8 @@ class _Plan:
         self.attention = _attention(a, capacity)
         self.max_splits: int = triton.cdiv(capacity, self.attention["SPLIT"])
         kind = "fp32" if dtype == torch.float32 else "half"
+        # Unpacking takes registers, which further stages of loads would take too.
+        kind = "int4" if self.phases.grouped else kind
         self.config = dict(_launch.config("persistent_step", device, dtype=kind))
         # No more programs than there is work for: a barrier waits for each.
         heads = rows * kv_heads * self.attention["HEAD_BLOCKS"]

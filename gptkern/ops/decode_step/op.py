@@ -29,8 +29,8 @@ def persistent_step(
     has more warps and sums in another order. Forward only.
 
     Args:
-        program: The model's stages and weights, whose values are read at every call. It has no ``add_norm``,
-            and norms heads of up to 128 elements (64 in fp32).
+        program: The model's stages and weights, whose values are read at every call. It has no ``add_norm``
+            and no ``heads``, and norms heads of up to 128 elements (64 in fp32).
         tokens: ``(rows,)`` int64, at most ``MOST_ROWS``.
         live: ``(1,)`` int32: the number of rows that are not padding. Padding rows come last.
         k_cache, v_cache: ``(layers, pages, page_size, kv_heads, head_dim)`` of the weights' dtype, or e4m3;

@@ -12,9 +12,9 @@ from gptkern.ops._types import HeadNorm, Norm, RmsNorm
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 
 # Names of buffers, by their numbers in the kernel and in the registered op. A branch's output that a norm
-# follows is none of the kernel's.
-BUFFERS = ("x", "q", "attended", "middle", "inner", "normed_x", "normed_middle", "logits", "branch")
-Kind = Literal["qkv", "attention", "linear", "add_norm"]
+# follows, and queries, keys and values before a norm of all heads at once, are none of the kernel's.
+BUFFERS = ("x", "q", "attended", "middle", "inner", "normed_x", "normed_middle", "logits", "branch", "qkv")
+Kind = Literal["qkv", "attention", "linear", "add_norm", "heads"]
 NormWeights = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -40,7 +40,8 @@ class StepRow:
 
     Attributes:
         kind: ``qkv``: a product whose keys and values go to the cache; ``attention``: queries over the cache;
-            ``linear``: a product; ``add_norm``: residual + norm(read).
+            ``linear``: a product; ``add_norm``: residual + norm(read); ``heads``: queries, keys and values of
+            a product of its own, to ``q`` and to the cache.
         layer: The layer of the cache.
         read, write: Names in ``BUFFERS``, each a buffer ``(rows, its width)``. The first row reads ``x``, the
             embeddings; the last one writes ``logits``.
@@ -50,7 +51,8 @@ class StepRow:
         activation, gated, scale: As in ``decode_linear``.
         residual: A buffer that is added to the result.
         softcap: Of the product as in ``decode_linear``, of attention as in ``decode_attention``.
-        rotary, head_norm: As in ``decode_qkv``.
+        rotary, head_norm: As in ``decode_qkv``; the norm of a ``heads`` row is of all heads at once, and has
+            a weight for each of their elements.
         attention_scale: The softmax scale.
         window: Attention's window; None: none.
     """
@@ -133,7 +135,7 @@ class StepProgram:
             for name in (row.read, row.residual):
                 if name is not None and name not in written:
                     raise ValueError(f"StepProgram: row {number} reads {name!r}, which nothing has written")
-            if row.kind != "attention" and row.kind != "add_norm":
+            if row.kind in ("qkv", "linear"):
                 row.product  # noqa: B018  (raises where there is no weight)
             written |= {name for name in (row.write, row.save) if name is not None}
 

@@ -88,6 +88,7 @@ class Phases:
         rows: ROWS of the kernel.
         table: Its table, a tuple of numbers for each phase.
         tiles, items: Most tiles of a product, and most splits of tiles.
+        grouped: A product has int4 weights.
         partial: Scratch memory for the partial sums of a product, in numbers.
     """
 
@@ -102,6 +103,7 @@ class Phases:
         )
         self.tiles = max(fields.tile_count for fields in distinct)
         self.items = max(fields.tile_count * fields.split_k for fields in distinct)
+        self.grouped = any(fields.group for fields in distinct)
         self.partial = kernels.ROWS_TOGETHER.value * max(
             fields.tile_count * fields.split_k * fields.tile for fields in distinct
         )
