@@ -1,0 +1,263 @@
+"""Instructions without memory: each as a function of arrays with one element a lane.
+
+Registers hold bits: ``uint16``, ``uint32``, ``uint64``, or ``bool`` for predicates. Operands arrive as views of the
+instruction's type, and what is returned has the type of the result. Approximations (``ex2.approx``, ``div.full``)
+are computed exactly and rounded once: a real GPU may be off by the last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+Function = Callable[..., Any]
+
+DTYPES: dict[str, Any] = {
+    "s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64,
+    "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64,
+    "b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64,
+    "f16": np.float16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
+    "bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32,
+}  # fmt: skip
+_DOUBLE = {np.int16: np.int32, np.int32: np.int64, np.uint16: np.uint32, np.uint32: np.uint64}
+
+
+def from_bf16(bits: Array) -> Array:
+    """bf16 bits as float32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def to_bf16(values: Array) -> Array:
+    """float32 rounded to nearest even, as bf16 bits."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
+def flush(values: Array) -> Array:
+    """Denormal float32 to zero of the same sign (``.ftz``)."""
+    return np.where(np.abs(values) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), values), values)
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """``a * b + c`` of float32, rounded once.
+
+    The product is exact in float64. Its sum with ``c`` is rounded to odd there, so that rounding it to float32
+    is as rounding the exact sum.
+    """
+    product, addend = a.astype(np.float64) * b, np.asarray(c, dtype=np.float64)
+    total = product + addend
+    part = total - product
+    error = (product - (total - part)) + (addend - part)
+    bits = np.atleast_1d(total).view(np.int64)
+    error = np.broadcast_to(error, bits.shape)
+    even = np.isfinite(bits.view(np.float64)) & (error != 0) & (bits & 1 == 0)
+    toward = np.where((error > 0) == (bits.view(np.float64) > 0), 1, -1)
+    odd = np.where(even, bits + toward, bits).view(np.float64)
+    return odd.reshape(np.shape(total)).astype(np.float32)
+
+
+def _divided(a: Array, b: Array) -> Array:
+    """Integer quotient toward zero; all ones for a zero divisor, as GPUs have it."""
+    zero = b == 0
+    safe = np.where(zero, np.ones_like(b), b)
+    if np.issubdtype(a.dtype, np.unsignedinteger):
+        quotient = a // safe
+    else:
+        quotient = np.where((a < 0) != (safe < 0), -(np.abs(a) // np.abs(safe)), np.abs(a) // np.abs(safe))
+    return np.where(zero, np.array(-1).astype(a.dtype), quotient).astype(a.dtype)
+
+
+def _remainder(a: Array, b: Array) -> Array:
+    return (a - _divided(a, b) * b).astype(a.dtype)
+
+
+def _high(a: Array, b: Array) -> Array:
+    wide = _DOUBLE[a.dtype.type]
+    return ((a.astype(wide) * b.astype(wide)) >> wide(8 * a.dtype.itemsize)).astype(a.dtype)
+
+
+def _wide(a: Array, b: Array) -> Array:
+    wide = _DOUBLE[a.dtype.type]
+    return a.astype(wide) * b.astype(wide)
+
+
+def _shifted(a: Array, by: Array, left: bool) -> Array:
+    bits = 8 * a.dtype.itemsize
+    by = np.asarray(by).astype(np.uint64)
+    beyond = by >= bits
+    amount = np.where(beyond, np.uint64(bits - 1 if not left else 0), by).astype(a.dtype)
+    if left:
+        return np.where(beyond, np.zeros_like(a), a << amount)
+    gone = a >> amount
+    return np.where(beyond, gone if a.dtype.kind == "i" else np.zeros_like(a), gone)
+
+
+def _field(a: Array, begin: Array, length: Array) -> Array:
+    """``bfe``: ``length`` bits from ``begin`` on, sign-extended for a signed type."""
+    bits = 8 * a.dtype.itemsize
+    begin, length = int(np.max(begin)) & 0xFF, min(int(np.max(length)) & 0xFF, bits)
+    mask = a.dtype.type((1 << length) - 1) if length < bits else a.dtype.type(-1 if a.dtype.kind == "i" else (1 << bits) - 1)
+    value = (a >> a.dtype.type(begin)) & mask
+    if a.dtype.kind == "i" and 0 < length < bits:
+        sign = a.dtype.type(1 << (length - 1))
+        value = (value ^ sign) - sign
+    return value.astype(a.dtype)
+
+
+def _smaller(a: Array, b: Array) -> Array:
+    return np.fmin(a, b) if a.dtype.kind == "f" else np.minimum(a, b)
+
+
+def _larger(a: Array, b: Array) -> Array:
+    return np.fmax(a, b) if a.dtype.kind == "f" else np.maximum(a, b)
+
+
+def _prmt(a: Array, b: Array, selector: Array) -> Array:
+    pool = [((source >> np.uint32(8 * byte)) & np.uint32(0xFF)) for source in (a, b) for byte in range(4)]
+    stack = np.stack(np.broadcast_arrays(*pool))
+    out = np.zeros(stack.shape[1:], np.uint32)
+    for byte in range(4):
+        pick = (np.asarray(selector) >> np.uint32(4 * byte)) & np.uint32(0xF)
+        chosen = np.take_along_axis(stack, np.broadcast_to(pick & np.uint32(7), out.shape)[None].astype(np.intp), 0)[0]
+        sign = np.where(chosen & np.uint32(0x80), np.uint32(0xFF), np.uint32(0))
+        out |= np.where(pick & np.uint32(8), sign, chosen) << np.uint32(8 * byte)
+    return out
+
+
+def _lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
+    out = np.zeros(np.broadcast_shapes(np.shape(a), np.shape(b), np.shape(c)), np.uint32)
+    for row in range(8):
+        if int(np.max(table)) >> row & 1:
+            out |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
+    return out
+
+
+COMPARISONS: dict[str, Function] = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+}  # fmt: skip
+
+
+def compare(how: str, a: Array, b: Array) -> Array:
+    """``setp``; a name that ends in u is true where either is NaN."""
+    if how in COMPARISONS:
+        unordered = a.dtype.kind == "f" and how == "ne"
+        found = COMPARISONS[how](a, b)
+        return found & ~(np.isnan(a) | np.isnan(b)) if unordered else found
+    if how == "num":
+        return ~(np.isnan(a) | np.isnan(b))
+    if how == "nan":
+        return np.isnan(a) | np.isnan(b)
+    return COMPARISONS[how.removesuffix("u")](a, b) | np.isnan(a) | np.isnan(b)
+
+
+# By the first part of the opcode: what it computes of its sources, all of the instruction's type.
+PLAIN: dict[str, Function] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "abs": np.abs,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
+    "min": _smaller, "max": _larger, "rem": _remainder,
+}  # fmt: skip
+EXACT: dict[str, Function] = {
+    "ex2": lambda x: np.exp2(x.astype(np.float64)).astype(np.float32),
+    "lg2": lambda x: np.log2(x.astype(np.float64)).astype(np.float32),
+    "rsqrt": lambda x: (1 / np.sqrt(x.astype(np.float64))).astype(np.float32),
+    "sqrt": lambda x: np.sqrt(x.astype(np.float64)).astype(np.float32),
+    "rcp": lambda x: (1 / x.astype(np.float64)).astype(np.float32),
+    "sin": lambda x: np.sin(x.astype(np.float64)).astype(np.float32),
+    "cos": lambda x: np.cos(x.astype(np.float64)).astype(np.float32),
+    "tanh": lambda x: np.tanh(x.astype(np.float64)).astype(np.float32),
+}
+
+
+def _halves(bits: Array, kind: str) -> tuple[Array, Array]:
+    low, high = (bits & np.uint32(0xFFFF)).astype(np.uint16), (bits >> np.uint32(16)).astype(np.uint16)
+    if kind == "bf16x2":
+        return from_bf16(low), from_bf16(high)
+    return low.view(np.float16).astype(np.float32), high.view(np.float16).astype(np.float32)
+
+
+def _joined(low: Array, high: Array, kind: str) -> Array:
+    if kind == "bf16x2":
+        low, high = to_bf16(low), to_bf16(high)
+    else:
+        low, high = low.astype(np.float16).view(np.uint16), high.astype(np.float16).view(np.uint16)
+    return low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))
+
+
+def _ternary(a: Array, b: Array, c: Array) -> Array:
+    return fma(np.asarray(a, np.float32), np.asarray(b, np.float32), np.asarray(c, np.float32))
+
+
+_FLOAT_OPS: dict[str, Function] = {**PLAIN, "fma": _ternary, **EXACT}
+
+
+def _short(name: str, kind: str, sources: tuple[Array, ...]) -> Array:
+    """Arithmetic of bf16, and of pairs of bf16 or fp16: in float32, rounded once."""
+    if kind == "bf16":
+        return to_bf16(np.asarray(_FLOAT_OPS[name](*map(from_bf16, sources)), np.float32))
+    pairs = [_halves(source, kind) for source in sources]
+    low, high = (_FLOAT_OPS[name](*(pair[side] for pair in pairs)) for side in (0, 1))
+    return _joined(low, high, kind)
+
+
+def function_of(parts: tuple[str, ...]) -> Function | None:
+    """The function of an opcode cut at its dots; None if it is none of these."""
+    name, kind = parts[0], parts[-1]
+    if name in ("and", "or", "xor", "not"):
+        return PLAIN[name] if kind != "pred" or name != "not" else np.logical_not
+    if kind in ("bf16", "bf16x2", "f16x2"):
+        return (lambda *sources: _short(name, kind, sources)) if name in _FLOAT_OPS else None
+    if name in EXACT or name == "div" and kind.startswith("f"):
+        own = EXACT.get(name, np.divide)
+        return (lambda *sources: flush(own(*map(flush, sources)))) if "ftz" in parts else own
+    if name == "fma":
+        return (lambda *sources: flush(fma(*map(flush, sources)))) if "ftz" in parts else fma
+    if name in ("min", "max") and "relu" in parts:
+        own = PLAIN[name]
+        return lambda a, b: np.maximum(own(a, b), 0)
+    if name in ("mul", "mad") and kind[0] in "su":
+        product = {"lo": np.multiply, "hi": _high, "wide": _wide}[parts[1]]
+        return product if name == "mul" else (lambda a, b, c: product(a, b) + c)
+    if name in PLAIN:
+        own = PLAIN[name]
+        return (lambda *sources: flush(own(*map(flush, sources)))) if "ftz" in parts else own
+    others: dict[str, Function] = {
+        "div": _divided,
+        "shl": lambda a, b: _shifted(a, b, left=True),
+        "shr": lambda a, b: _shifted(a, b, left=False),
+        "bfe": _field,
+        "prmt": _prmt,
+        "lop3": _lop3,
+        "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
+        "clz": lambda a: (32 - np.ceil(np.log2(a.astype(np.float64) + 1))).astype(np.uint32),
+    }
+    return others.get(name)
+
+
+def convert(parts: tuple[str, ...], value: Array) -> Array:
+    """``cvt``: from the last type of the opcode to the one before it."""
+    to, source = parts[-2], parts[-1]
+    if source == "bf16":
+        value = from_bf16(value)
+    if to == "bf16":
+        return to_bf16(value.astype(np.float32))
+    dtype = DTYPES[to]
+    if value.dtype.kind == "f" and np.issubdtype(dtype, np.integer):
+        rounding = next((part for part in parts if part in ("rni", "rzi", "rmi", "rpi")), "rzi")
+        rounded = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding](value)
+        limits = np.iinfo(dtype)
+        bounded = np.clip(np.nan_to_num(rounded.astype(np.float64)), limits.min, limits.max)
+        return bounded.astype(dtype)
+    if np.issubdtype(dtype, np.integer) and "sat" in parts:
+        return np.clip(value, np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)
+    result = value.astype(dtype)
+    return flush(result) if "ftz" in parts and dtype is np.float32 else result
+
+
+def convert_pair(parts: tuple[str, ...], high: Array, low: Array) -> Array:
+    """``cvt.rn.bf16x2.f32 d, a, b``: ``a`` becomes the upper half."""
+    return _joined(low, high, parts[-2])

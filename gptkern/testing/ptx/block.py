@@ -1,0 +1,202 @@
+"""A block of threads: registers, control flow, barriers. All lanes at one instruction execute it together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gptkern.testing.ptx.arithmetic import Array
+from gptkern.testing.ptx.memory import Fault, Global, Shared
+
+if TYPE_CHECKING:
+    from gptkern.testing.ptx.parse import Instruction
+
+Mask = Array | None  # None: all lanes
+Execute = Callable[["Block", Mask], None]
+_WIDTHS = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+# Rounds that lanes may spin while others could go on; rounds in which nothing moves before it is a deadlock.
+_PATIENCE = 16
+
+
+@dataclass
+class Step:
+    """An instruction made ready: ``kind`` is plain, branch, return or barrier."""
+
+    instruction: Instruction
+    kind: str
+    run: Execute | None = None
+    target: int = -1
+    yields: bool = False
+
+
+@dataclass
+class CopyGroup:
+    """Asynchronous copies of one ``cp.async.commit_group``."""
+
+    lanes: Array  # those that have not waited for it
+    copies: list[tuple[Array, Array, Array]] = field(default_factory=list)  # lanes, positions, bytes
+
+
+class Block:
+    """One block.
+
+    Attributes:
+        registers: Bits by name, one element a lane.
+        active: The lanes that execute, while an instruction runs.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        place: tuple[int, int, int],
+        grid: tuple[int, int, int],
+        threads: int,
+        steps: list[Step],
+        widths: Callable[[str], int],
+        parameters: Array,
+        memory: Global,
+        shared: Shared,
+    ) -> None:
+        self.number, self.place, self.grid, self.threads = number, place, grid, threads
+        self.memory, self.shared, self.parameters = memory, shared, parameters
+        self.lane = np.arange(threads, dtype=np.uint32)
+        self.warp = (self.lane // 32).astype(np.int32)
+        self.registers: dict[str, Array] = {}
+        self.open = CopyGroup(np.zeros(threads, bool))
+        self.groups: list[CopyGroup] = []
+        self.counts: dict[str, int] = {}
+        self.pc = 0
+        self._steps, self._widths = steps, widths
+        self._at = np.zeros(threads, np.int64)
+        self._alive = np.ones(threads, bool)
+        self._waits = np.full(threads, -1, np.int64)
+        self._wanted: dict[int, int] = {}
+        self._spins = 0
+
+    # --- registers
+
+    def get(self, name: str) -> Array:
+        """The bits of a register."""
+        try:
+            return self.registers[name]
+        except KeyError:
+            raise Fault("uninitialised", f"register {name} is read before it is written") from None
+
+    def put(self, name: str, value: Any, mask: Mask) -> None:
+        """Set a register in the lanes of ``mask``."""
+        if name == "_":
+            return
+        dtype = _WIDTHS[self._widths(name)]
+        array = np.asarray(value)
+        if array.dtype != dtype:
+            array = array.view(dtype) if array.dtype.itemsize == np.dtype(dtype).itemsize else array.astype(dtype)
+        if mask is None:
+            self.registers[name] = array if array.shape else np.full(self.threads, array, dtype)
+            return
+        own = self.registers.get(name)
+        if own is None:
+            own = np.zeros(self.threads, dtype)
+        self.registers[name] = np.where(mask, array, own)
+
+    # --- asynchronous copies
+
+    def commit(self, mask: Mask) -> None:
+        """Close the group of copies."""
+        self.open.lanes = np.ones(self.threads, bool) if mask is None else mask.copy()
+        self.groups.append(self.open)
+        self.open = CopyGroup(np.zeros(self.threads, bool))
+
+    def wait(self, most: int, mask: Mask) -> None:
+        """Let all groups but the last ``most`` arrive, for these lanes."""
+        wanted = np.ones(self.threads, bool) if mask is None else mask
+        newer = np.zeros(self.threads, np.int64)
+        for group in reversed(self.groups):
+            done = wanted & group.lanes & (newer >= most)
+            newer += group.lanes
+            for lanes, positions, values in group.copies:
+                ready = done[lanes]
+                if np.any(ready):
+                    self.shared.pending[positions[ready]] = False
+                    self.shared.write(positions[ready], values[ready], self.warp[lanes[ready]])
+            group.lanes &= ~done
+        self.groups = [group for group in self.groups if np.any(group.lanes)]
+
+    # --- control flow
+
+    def run(self) -> Iterator[None]:
+        """Execute until all lanes have returned; yields where another block may go on."""
+        while np.any(self._alive):
+            runnable = self._alive & (self._waits < 0)
+            if not np.any(runnable):
+                waiting = sorted({int(barrier) for barrier in self._waits[self._alive]})
+                raise Fault("deadlock", f"block {self.number}: all lanes wait at barriers {waiting}, not all came")
+            places = np.unique(self._at[runnable])
+            begin = int(places[0])
+            if len(places) > 1 and self._spins > _PATIENCE:
+                begin, self._spins = int(places[1 + (self._spins % (len(places) - 1))]), 0
+            mask = runnable & (self._at == begin)
+            others = places[places > begin]
+            stop = int(others[0]) if len(others) else len(self._steps)
+            yield from self._straight(begin, stop, None if np.all(mask) else mask)
+
+    def _straight(self, begin: int, stop: int, mask: Mask) -> Iterator[None]:
+        """Execute from ``begin`` until lanes part, wait, or reach others at ``stop``."""
+        everyone = np.ones(self.threads, bool) if mask is None else mask
+        at = begin
+        while at < stop:
+            step = self._steps[at]
+            self.pc = at
+            if step.kind == "plain":
+                assert step.run is not None
+                guarded = self._guard(step.instruction, mask)
+                if guarded is None or np.any(guarded):
+                    step.run(self, guarded)
+                at += 1
+                if step.yields:
+                    yield
+                continue
+            guarded = self._guard(step.instruction, mask)
+            chosen = everyone if guarded is None else guarded
+            if step.kind == "branch":
+                if np.array_equal(chosen, everyone) and stop == len(self._steps):
+                    at = step.target
+                    continue
+                self._spins += step.target <= at
+                self._at[everyone] = at + 1
+                self._at[chosen] = step.target
+                return
+            if step.kind == "return":
+                self._at[everyone] = at + 1
+                self._alive[chosen] = False
+                self._release()
+                return
+            self._arrive(step.instruction, at, chosen)
+            return
+        self._at[everyone] = at
+
+    def _guard(self, instruction: Instruction, mask: Mask) -> Mask:
+        if instruction.predicate is None:
+            return mask
+        value = self.get(instruction.predicate)
+        if instruction.negated:
+            value = ~value
+        guarded: Array = value if mask is None else mask & value
+        return None if np.all(guarded) else guarded
+
+    def _arrive(self, instruction: Instruction, at: int, lanes: Array) -> None:
+        barrier, *count = (int(operand, 0) for operand in instruction.operands)
+        self._at[lanes] = at + 1
+        self._waits[lanes] = barrier
+        self._wanted[barrier] = count[0] if count else 0
+        self._release()
+
+    def _release(self) -> None:
+        for barrier, wanted in list(self._wanted.items()):
+            waiting = self._waits == barrier
+            needed = wanted or int(np.count_nonzero(self._alive))
+            if np.any(waiting) and np.count_nonzero(waiting) >= needed:
+                self._waits[waiting] = -1
+                self.shared.epoch += 1

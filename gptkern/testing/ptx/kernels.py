@@ -1,0 +1,45 @@
+"""Triton kernels through the executor: whatever an op launches runs as the machine's text, not as its source."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gptkern.ops import _aot, _launch
+from gptkern.testing.ptx.launch import Counts, execute
+
+
+def _bound(launch: _launch.Launch) -> dict[str, Any]:
+    signature = inspect.signature(launch.kernel.fn)
+    named = {name: value for name, value in launch.kwargs.items() if name in signature.parameters}
+    call = signature.bind(*launch.args, **named)
+    call.apply_defaults()
+    return dict(call.arguments)
+
+
+def run(launch: _launch.Launch, arch: int, seed: int = 0, ties: bool = False) -> Counts:
+    """Compile a recorded launch for ``arch`` and execute it on its tensors, which are on the CPU."""
+    compiled = _aot.compile_launch(launch, arch)
+    arguments = _bound(launch)
+    values = [arguments[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+    return execute(
+        compiled.asm["ptx"], launch.grid, values, shared_bytes=compiled.metadata.shared, seed=seed, ties=ties
+    )
+
+
+@contextmanager
+def executed(
+    arch: int, seed: int = 0, ties: bool = False, done: Callable[[_launch.Launch, Counts], None] | None = None
+) -> Iterator[None]:
+    """Run every launch within the block through the executor, as if the CPU's tensors were on a GPU of ``arch``."""
+
+    def observer(launch: _launch.Launch) -> bool:
+        counts = run(launch, arch, seed, ties)
+        if done is not None:
+            done(launch, counts)
+        return False
+
+    with _launch.record(arch), _launch.observe(observer):
+        yield

@@ -1,0 +1,125 @@
+"""One launch: parameters, blocks, and the order in which they go on."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptkern.testing.ptx.block import Block
+from gptkern.testing.ptx.machine import Machine
+from gptkern.testing.ptx.memory import Fault, Global, Shared
+from gptkern.testing.ptx.parse import Program, parse
+
+_IDLE_ROUNDS = 10_000
+
+
+@dataclass
+class Counts:
+    """The work of a launch.
+
+    Attributes:
+        instructions: Executions by the first part of the opcode, a block counted once.
+    """
+
+    instructions: Counter[str] = field(default_factory=Counter)
+
+
+def _parameter_bytes(program: Program, values: Sequence[Any]) -> np.ndarray[Any, Any]:
+    last = program.parameters[-1] if program.parameters else None
+    out = np.zeros(last.offset + last.size if last else 0, np.uint8)
+    if len(values) > len(program.parameters):
+        raise ValueError(f"{program.name} takes {len(program.parameters)} parameters; got {len(values)}")
+    for parameter, value in zip(program.parameters, values, strict=False):
+        place = out[parameter.offset : parameter.offset + parameter.size]
+        if isinstance(value, torch.Tensor):
+            place.view(np.uint64)[0] = value.data_ptr()
+        elif isinstance(value, float):
+            place.view({4: np.float32, 8: np.float64}[parameter.size])[0] = value
+        else:
+            bits = int(value) & ((1 << 8 * parameter.size) - 1)
+            place[:] = np.frombuffer(bits.to_bytes(parameter.size, "little"), np.uint8)
+    return out
+
+
+def _places(grid: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
+    for z in range(grid[2]):
+        for y in range(grid[1]):
+            for x in range(grid[0]):
+                yield x, y, z
+
+
+def execute(
+    ptx: str,
+    grid: tuple[int, ...],
+    values: Sequence[Any],
+    *,
+    shared_bytes: int = 0,
+    threads: int | None = None,
+    fresh: Sequence[torch.Tensor] = (),
+    also: Sequence[torch.Tensor] = (),
+    seed: int = 0,
+    ties: bool = False,
+    resident: int | None = None,
+) -> Counts:
+    """Run a kernel's PTX on CPU tensors, which it changes in place.
+
+    Args:
+        ptx: A module with one entry.
+        grid: Blocks along x, y, z.
+        values: The parameters in their order: CPU tensors, integers and floats. Those that are missing are zero.
+        shared_bytes: Dynamic shared memory of a block.
+        threads: Threads of a block; by default what the module requires.
+        fresh: Tensors that nobody has written yet: reading a byte before it is written is a fault.
+        also: Tensors that are reached through addresses in memory.
+        seed: Chooses which block goes on wherever one may be held up.
+        ties: Lanes of one instruction may write different values to one shared address.
+        resident: Most blocks at a time; by default all, as in a cooperative launch.
+
+    Raises:
+        Fault: A check failed: its message names the instruction and its source line.
+        Unknown: The module has an instruction that is not served.
+    """
+    program = parse(ptx)
+    machine = Machine(program)
+    sizes: tuple[int, int, int] = (*grid, *(1,) * (3 - len(grid)))  # type: ignore[assignment]
+    count = sizes[0] * sizes[1] * sizes[2]
+    tensors = {f"parameter {i}": v for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
+    tensors |= {f"tensor {i}": tensor for i, tensor in enumerate(also)}
+    unwritten = {name for name, tensor in tensors.items() if any(tensor is other for other in fresh)}
+    memory = Global(tensors, unwritten, count)
+    parameters = _parameter_bytes(program, values)
+    room = program.static_bytes + shared_bytes
+    blocks = [
+        Block(
+            number, place, sizes, threads or program.threads, machine.steps, program.width, parameters, memory, Shared(room, ties)
+        )
+        for number, place in enumerate(_places(sizes))
+    ]
+    _run(blocks, machine, random.Random(seed), resident or count)
+    return Counts()
+
+
+def _run(blocks: list[Block], machine: Machine, choose: random.Random, resident: int) -> None:
+    waiting = list(reversed(blocks))
+    going: list[tuple[Block, Iterator[None]]] = []
+    while waiting or going:
+        while waiting and len(going) < resident:
+            block = waiting.pop()
+            going.append((block, block.run()))
+        index = choose.randrange(len(going))
+        block, steps = going[index]
+        try:
+            next(steps)
+        except StopIteration:
+            going.pop(index)
+        except Fault as fault:
+            step = machine.steps[block.pc].instruction
+            raise Fault(
+                fault.check, f"{str(fault).partition(': ')[2]}\n    {step}\n    {step.source}, block {block.place}"
+            ) from fault

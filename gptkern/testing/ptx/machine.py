@@ -1,0 +1,485 @@
+"""Instructions made ready to execute: each becomes a function of a block and the lanes that take part."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gptkern.testing.ptx import arithmetic, matrix
+from gptkern.testing.ptx.arithmetic import DTYPES, Array
+from gptkern.testing.ptx.block import Block, CopyGroup, Execute, Mask, Step
+from gptkern.testing.ptx.memory import Fault
+from gptkern.testing.ptx.parse import Instruction, Program, split
+
+Fetch = Callable[[Block], Any]
+_ADDRESS = re.compile(r"\[\s*([\w$%.]+)\s*(?:\+\s*(-?\w+))?\s*\]")
+_IGNORED = {"griddepcontrol", "prefetch", "fence", "membar", "nanosleep", "discard", "applypriority", "setmaxnreg"}
+
+
+class Unknown(NotImplementedError):
+    """An instruction that this executor does not have."""
+
+
+def _lanes(block: Block, mask: Mask) -> Array:
+    return np.arange(block.threads) if mask is None else np.flatnonzero(mask)
+
+
+def _whole_warps(block: Block, mask: Mask, instruction: Instruction) -> Array:
+    """The warps that take part, all of whose lanes must."""
+    if mask is None:
+        return np.arange(block.threads // 32)
+    by_warp = mask.reshape(-1, 32)
+    some = np.any(by_warp, axis=1)
+    if not np.all(by_warp[some]):
+        raise Fault("convergence", f"{instruction.opcode} by a part of a warp")
+    return np.flatnonzero(some)
+
+
+class Machine:
+    """The steps of a program."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._parameters = {parameter.name: parameter for parameter in program.parameters}
+        self.steps = [self._step(instruction) for instruction in program.instructions]
+
+    def _step(self, instruction: Instruction) -> Step:
+        parts = tuple(instruction.opcode.replace("::", "_").split("."))
+        name = parts[0]
+        if name == "bra":
+            return Step(instruction, "branch", target=self.program.labels[instruction.operands[0]])
+        if name in ("ret", "exit"):
+            return Step(instruction, "return")
+        if name in ("bar", "barrier") and "warp" not in parts:
+            return Step(instruction, "barrier")
+        yields = name in ("atom", "red") or any(part in ("acquire", "relaxed", "volatile", "release") for part in parts)
+        return Step(instruction, "plain", self._executed(parts, instruction), yields=yields)
+
+    def _executed(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        name = parts[0]
+        if name in _IGNORED or (name == "bar" and "warp" in parts):
+            return lambda block, mask: None
+        own = getattr(self, f"_{name}", None)
+        if own is not None:
+            made: Execute = own(parts, instruction)
+            return made
+        function = arithmetic.function_of(parts)
+        if function is None:
+            raise Unknown(f"{instruction.opcode} ({instruction.source})")
+        kind = parts[-1]
+        destination, *sources = instruction.operands
+        shifting = name in ("shl", "shr")
+        fetched = [self.value(s, "u32" if shifting and i else kind) for i, s in enumerate(sources)]
+        if name in ("mad", "fma") and "wide" in parts:
+            fetched[2] = self.value(sources[2], kind[0] + str(2 * int(kind[1:])))
+        if name == "bfe":
+            fetched[1:] = [self.value(source, "u32") for source in sources[1:]]
+
+        def execute(block: Block, mask: Mask) -> None:
+            with np.errstate(all="ignore"):
+                block.put(destination, function(*(fetch(block) for fetch in fetched)), mask)
+
+        return execute
+
+    # --- operands
+
+    def value(self, operand: str, kind: str) -> Fetch:
+        """An operand as an array of the type, one element a lane or one for all."""
+        dtype = DTYPES[kind]
+        special = self._special(operand)
+        if special is not None:
+            return lambda block: np.asarray(special(block)).astype(dtype)
+        if operand[0] == "%":
+            width = np.dtype(dtype).itemsize
+
+            def register(block: Block) -> Array:
+                bits = block.get(operand)
+                if bits.dtype.itemsize == width:
+                    return bits.view(dtype)
+                return bits.astype(DTYPES[f"u{8 * width}"]).view(dtype)
+
+            return register
+        constant = self._constant(operand, dtype)
+        return lambda block: constant
+
+    def _constant(self, operand: str, dtype: Any) -> Any:
+        if operand in self.program.shared:
+            return dtype(self.program.shared[operand])
+        if operand.startswith(("0f", "0F")):
+            return np.frombuffer(struct.pack("<I", int(operand[2:], 16)), np.float32)[0]
+        if operand.startswith(("0d", "0D")):
+            return np.frombuffer(struct.pack("<Q", int(operand[2:], 16)), np.float64)[0]
+        if dtype is np.bool_:
+            return np.bool_(int(operand, 0))
+        number = int(operand.rstrip("U"), 0)
+        bits = 8 * np.dtype(dtype).itemsize
+        return np.array(number & ((1 << bits) - 1), dtype=f"u{bits // 8}").view(dtype)[()]
+
+    @staticmethod
+    def _special(operand: str) -> Fetch | None:
+        axis = "xyz".find(operand[-1])
+        table: dict[str, Fetch] = {
+            "%tid": lambda block: block.lane if axis == 0 else 0,
+            "%ntid": lambda block: block.threads if axis == 0 else 1,
+            "%ctaid": lambda block: block.place[axis],
+            "%nctaid": lambda block: block.grid[axis],
+        }
+        if operand[:-2] in table and axis >= 0:
+            return table[operand[:-2]]
+        if operand == "%laneid":
+            return lambda block: block.lane % np.uint32(32)
+        if operand == "%warpid":
+            return lambda block: block.lane // np.uint32(32)
+        return None
+
+    def _address(self, operand: str, kind: str) -> Fetch:
+        found = _ADDRESS.fullmatch(operand)
+        if found is None:
+            raise Unknown(f"the address {operand}")
+        base, offset = found.groups()
+        fetch, dtype = self.value(base, kind), DTYPES[kind]
+        bits = 8 * np.dtype(dtype).itemsize
+        more = dtype(int(offset or "0", 0) & ((1 << bits) - 1))
+        return lambda block: np.broadcast_to(fetch(block) + more, block.threads)
+
+    # --- moves
+
+    def _mov(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        destination, source = instruction.operands
+        kind = parts[-1]
+        if destination[0] == "{":
+            names = split(destination[1:-1])
+            fetch = self.value(source, kind)
+            size = np.dtype(DTYPES[kind]).itemsize // len(names)
+
+            def unpack(block: Block, mask: Mask) -> None:
+                pieces = np.ascontiguousarray(np.broadcast_to(fetch(block), block.threads)).view(f"u{size}")
+                for index, name in enumerate(names):
+                    block.put(name, pieces.reshape(block.threads, -1)[:, index], mask)
+
+            return unpack
+        if source[0] == "{":
+            names = split(source[1:-1])
+            piece = f"b{8 * np.dtype(DTYPES[kind]).itemsize // len(names)}"
+            fetches = [self.value(name, piece) for name in names]
+
+            def pack(block: Block, mask: Mask) -> None:
+                columns = [np.broadcast_to(fetch(block), block.threads) for fetch in fetches]
+                block.put(destination, np.stack(columns, axis=1).view(DTYPES[kind])[:, 0], mask)
+
+            return pack
+        fetch = self.value(source, kind)
+        return lambda block, mask: block.put(destination, fetch(block), mask)
+
+    def _cvta(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        return self._mov(("mov", "b64"), instruction)
+
+    def _selp(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        destination, a, b, condition = instruction.operands
+        first, second, chosen = self.value(a, parts[-1]), self.value(b, parts[-1]), self.value(condition, "pred")
+        return lambda block, mask: block.put(
+            destination, np.where(chosen(block), first(block), second(block)), mask
+        )
+
+    def _setp(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        destination, a, b, *more = instruction.operands
+        if "|" in destination or more:
+            raise Unknown(f"{instruction}")
+        first, second, how = self.value(a, parts[-1]), self.value(b, parts[-1]), parts[1]
+
+        def execute(block: Block, mask: Mask) -> None:
+            found = arithmetic.compare(how, np.asarray(first(block)), np.asarray(second(block)))
+            block.put(destination, np.broadcast_to(found, block.threads).copy(), mask)
+
+        return execute
+
+    def _cvt(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        destination, *sources = instruction.operands
+        fetches = [self.value(source, parts[-1]) for source in sources]
+        if len(sources) == 2:
+            return lambda block, mask: block.put(
+                destination, arithmetic.convert_pair(parts, *(fetch(block) for fetch in fetches)), mask
+            )
+        (fetch,) = fetches
+
+        def execute(block: Block, mask: Mask) -> None:
+            with np.errstate(all="ignore"):
+                block.put(destination, arithmetic.convert(parts, np.asarray(fetch(block))), mask)
+
+        return execute
+
+    # --- memory
+
+    def _ld(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        names, operand = self._vector(instruction.operands[0]), instruction.operands[1]
+        kind = parts[-1]
+        size = np.dtype(DTYPES[kind]).itemsize
+        if "param" in parts:
+            return self._parameter(names[0], operand, kind, size)
+        count = size * len(names)
+        shared = any(part.startswith("shared") for part in parts)
+        fetch = self._address(operand, "u32" if shared else "u64")
+        acquires = "acquire" in parts
+        unordered = acquires or "relaxed" in parts or "volatile" in parts
+
+        def execute(block: Block, mask: Mask) -> None:
+            lanes = _lanes(block, mask)
+            addresses = fetch(block)[lanes]
+            if shared:
+                data = block.shared.read(block.shared.index(addresses, count), block.warp[lanes])
+            else:
+                data = block.memory.read(addresses, count, block.number, ordered=not unordered)
+                if acquires:
+                    for address in np.unique(addresses):
+                        block.memory.acquire(int(address), block.number)
+            values = data.reshape(len(lanes), len(names), size)
+            for index, name in enumerate(names):
+                column = np.zeros(block.threads, DTYPES[kind])
+                column[lanes] = np.ascontiguousarray(values[:, index]).view(DTYPES[kind])[:, 0]
+                _put_loaded(block, name, column, kind, self.program, mask)
+
+        return execute
+
+    def _parameter(self, name: str, operand: str, kind: str, size: int) -> Execute:
+        found = _ADDRESS.fullmatch(operand)
+        if found is None or found.group(1) not in self._parameters:
+            raise Unknown(f"the parameter {operand}")
+        offset = self._parameters[found.group(1)].offset + int(found.group(2) or "0", 0)
+
+        def execute(block: Block, mask: Mask) -> None:
+            value = block.parameters[offset : offset + size].view(DTYPES[kind])[0]
+            _put_loaded(block, name, np.full(block.threads, value), kind, self.program, mask)
+
+        return execute
+
+    def _st(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        operand, kind = instruction.operands[0], parts[-1]
+        fetches = [self.value(name, kind) for name in self._vector(instruction.operands[1])]
+        size = np.dtype(DTYPES[kind]).itemsize * len(fetches)
+        shared = any(part.startswith("shared") for part in parts)
+        place = self._address(operand, "u32" if shared else "u64")
+        releases = "release" in parts
+        unordered = releases or "relaxed" in parts or "volatile" in parts
+
+        def execute(block: Block, mask: Mask) -> None:
+            lanes = _lanes(block, mask)
+            columns = [np.broadcast_to(fetch(block), block.threads)[lanes] for fetch in fetches]
+            data = np.ascontiguousarray(np.stack(columns, axis=1)).view(np.uint8).reshape(len(lanes), size)
+            addresses = place(block)[lanes]
+            if shared:
+                block.shared.write(block.shared.index(addresses, size), data, block.warp[lanes])
+                return
+            if releases:
+                for address in np.unique(addresses):
+                    block.memory.release(int(address), block.number)
+            block.memory.write(addresses, data, block.number, ordered=not unordered)
+
+        return execute
+
+    @staticmethod
+    def _vector(operand: str) -> tuple[str, ...]:
+        return split(operand.strip()[1:-1]) if operand[0] == "{" else (operand,)
+
+    def _atom(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        returns = parts[0] == "atom"
+        destination = instruction.operands[0] if returns else "_"
+        operand, *sources = instruction.operands[1 if returns else 0 :]
+        kind = parts[-1]
+        what = next(part for part in parts if part in ("add", "exch", "cas", "min", "max", "and", "or", "xor", "inc"))
+        if any(part.startswith("shared") for part in parts):
+            raise Unknown(str(instruction))
+        place = self._address(operand, "u64")
+        fetches = [self.value(source, kind) for source in sources]
+        size = np.dtype(DTYPES[kind]).itemsize
+        acquires = bool({"acquire", "acq_rel"} & set(parts))
+        releases = bool({"release", "acq_rel"} & set(parts))
+
+        def execute(block: Block, mask: Mask) -> None:
+            before = np.zeros(block.threads, DTYPES[kind])
+            addresses = place(block)
+            values = [np.broadcast_to(fetch(block), block.threads) for fetch in fetches]
+            for lane in _lanes(block, mask):
+                where = addresses[lane : lane + 1]
+                if releases:
+                    block.memory.release(int(where[0]), block.number)
+                old = block.memory.read(where, size, block.number, ordered=False).view(DTYPES[kind])[0, 0]
+                if acquires:
+                    block.memory.acquire(int(where[0]), block.number)
+                before[lane] = old
+                with np.errstate(over="ignore"):
+                    new = _atomically(what, old, [value[lane] for value in values])
+                data = np.array([new], DTYPES[kind]).view(np.uint8).reshape(1, size)
+                block.memory.write(where, data, block.number, ordered=False)
+            block.put(destination, before, mask)
+
+        return execute
+
+    _red = _atom
+
+    # --- asynchronous copies
+
+    def _cp(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        if "commit_group" in parts:
+            return lambda block, mask: block.commit(mask)
+        if "wait_group" in parts or "wait_all" in parts:
+            most = int(instruction.operands[0], 0) if "wait_group" in parts else 0
+            return lambda block, mask: block.wait(most, mask)
+        if "bulk" in parts:
+            raise Unknown(str(instruction))
+        to, source, count, *given = instruction.operands
+        size = int(count, 0)
+        destination, address = self._address(to, "u32"), self._address(source, "u64")
+        amount = self.value(given[0], "u32") if given else (lambda block: np.uint32(size))
+
+        def execute(block: Block, mask: Mask) -> None:
+            lanes = _lanes(block, mask)
+            positions = block.shared.index(destination(block)[lanes], size)
+            data = np.zeros((len(lanes), size), np.uint8)
+            wanted = np.broadcast_to(amount(block), block.threads)[lanes]
+            for length in np.unique(wanted):
+                if length:
+                    these = wanted == length
+                    sources = address(block)[lanes][these]
+                    data[these, :length] = block.memory.read(sources, int(length), block.number)
+            block.shared.check_write(positions, block.warp[lanes])
+            block.shared.pending[positions] = True
+            block.open.copies.append((lanes, positions, data))
+
+        return execute
+
+    # --- warps
+
+    def _shfl(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        destination, source, by, clamp, *_ = instruction.operands
+        name, _, predicate = destination.partition("|")
+        fetch, shift, limit = self.value(source, "b32"), self.value(by, "s32"), self.value(clamp, "s32")
+        mode = parts[2]
+
+        def execute(block: Block, mask: Mask) -> None:
+            _whole_warps(block, mask, instruction)
+            shape = (block.threads // 32, 32)
+            amounts = np.broadcast_to(shift(block), block.threads).reshape(shape)
+            limits = np.broadcast_to(limit(block), block.threads).reshape(shape)
+            lane, inside = matrix.shuffle_source(mode, amounts, limits)
+            values = np.broadcast_to(fetch(block), block.threads).reshape(shape)
+            block.put(name, np.take_along_axis(values, lane, 1).reshape(-1), mask)
+            if predicate:
+                block.put(predicate, np.broadcast_to(inside, shape).reshape(-1), mask)
+
+        return execute
+
+    def _redux(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        destination, source, *_ = instruction.operands
+        fetch, reduce = self.value(source, parts[-1]), matrix.REDUCTIONS[parts[2]].reduce
+
+        def execute(block: Block, mask: Mask) -> None:
+            _whole_warps(block, mask, instruction)
+            values = np.broadcast_to(fetch(block), block.threads).reshape(-1, 32)
+            block.put(destination, np.repeat(reduce(values, axis=1), 32), mask)
+
+        return execute
+
+    def _vote(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        destination, source, *_ = instruction.operands
+        fetch, mode = self.value(source, "pred"), parts[2]
+
+        def execute(block: Block, mask: Mask) -> None:
+            _whole_warps(block, mask, instruction)
+            values = np.broadcast_to(fetch(block), block.threads).reshape(-1, 32)
+            if mode == "ballot":
+                weights = np.uint64(1) << np.arange(32, dtype=np.uint64)
+                found = (values * weights).sum(axis=1).astype(np.uint32)
+            else:
+                found = np.any(values, axis=1) if mode == "any" else np.all(values, axis=1)
+            block.put(destination, np.repeat(found, 32), mask)
+
+        return execute
+
+    def _elect(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        name, _, predicate = instruction.operands[0].partition("|")
+
+        def execute(block: Block, mask: Mask) -> None:
+            _whole_warps(block, mask, instruction)
+            block.put(name, np.zeros(block.threads, np.uint32), mask)
+            block.put(predicate, block.lane % 32 == 0, mask)
+
+        return execute
+
+    def _mma(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        names = [self._vector(operand) for operand in instruction.operands]
+        depth = int(parts[3].rsplit("k", 1)[1])
+        kinds, integer = (parts[-3], parts[-2]), parts[-1] == "s32"
+        groups = [[self.value(name, "b32") for name in group] for group in names[1:]]
+
+        def execute(block: Block, mask: Mask) -> None:
+            _whole_warps(block, mask, instruction)
+            a, b, c = (_columns(block, group) for group in groups)
+            done = matrix.product(a, b, c, depth, kinds, integer).reshape(block.threads, -1)
+            for index, name in enumerate(names[0]):
+                block.put(name, done[:, index].copy(), mask)
+
+        return execute
+
+    def _ldmatrix(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        names = self._vector(instruction.operands[0])
+        place, transposed = self._address(instruction.operands[1], "u32"), "trans" in parts
+        rows = 8 * len(names)
+
+        def execute(block: Block, mask: Mask) -> None:
+            warps = _whole_warps(block, mask, instruction)
+            addresses = place(block).reshape(-1, 32)[warps, :rows].reshape(-1)
+            owners = np.repeat(warps.astype(np.int32), rows)
+            data = block.shared.read(block.shared.index(addresses, 16), owners).reshape(len(warps), rows, 16)
+            loaded = matrix.gathered(data, len(names), transposed)
+            for index, name in enumerate(names):
+                column = np.zeros((block.threads // 32, 32), np.uint32)
+                column[warps] = loaded[:, :, index]
+                block.put(name, column.reshape(-1), mask)
+
+        return execute
+
+    def _stmatrix(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        place, transposed = self._address(instruction.operands[0], "u32"), "trans" in parts
+        group = [self.value(name, "b32") for name in self._vector(instruction.operands[1])]
+        rows = 8 * len(group)
+
+        def execute(block: Block, mask: Mask) -> None:
+            warps = _whole_warps(block, mask, instruction)
+            data = matrix.scattered(_columns(block, group)[warps], transposed).reshape(-1, 16)
+            addresses = place(block).reshape(-1, 32)[warps, :rows].reshape(-1)
+            block.shared.write(
+                block.shared.index(addresses, 16), data, np.repeat(warps.astype(np.int32), rows)
+            )
+
+        return execute
+
+
+def _columns(block: Block, group: list[Fetch]) -> Array:
+    """Registers as (warps, 32, count)."""
+    columns = [np.broadcast_to(fetch(block), block.threads) for fetch in group]
+    return np.stack(columns, axis=1).reshape(block.threads // 32, 32, -1)
+
+
+def _put_loaded(block: Block, name: str, column: Array, kind: str, program: Program, mask: Mask) -> None:
+    """Set a register that may be wider than what was loaded: signed types are extended by their sign."""
+    width = program.width(name)
+    if width > column.dtype.itemsize:
+        column = column.astype(DTYPES[("s" if kind[0] == "s" else "u") + str(8 * width)])
+    block.put(name, column, mask)
+
+
+def _atomically(what: str, old: Any, values: list[Any]) -> Any:
+    if what == "cas":
+        return values[1] if old == values[0] else old
+    if what == "exch":
+        return values[0]
+    if what == "inc":
+        return type(old)(0) if old >= values[0] else old + type(old)(1)
+    return matrix.REDUCTIONS[what](old, values[0])
+
+
+__all__ = ["CopyGroup", "Machine", "Unknown"]

@@ -1,0 +1,266 @@
+"""Memory that knows what may be read and written, by whom, and since when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptkern.testing.ptx.arithmetic import Array
+
+_NOBODY = -1
+
+
+class Fault(Exception):
+    """Something that a GPU would not forgive, or would forgive only sometimes.
+
+    Attributes:
+        check: The check that found it: bounds, alignment, uninitialised, pending, race, deadlock, ...
+    """
+
+    def __init__(self, check: str, message: str) -> None:
+        super().__init__(f"{check}: {message}")
+        self.check = check
+
+
+@dataclass
+class _Allocation:
+    begin: int
+    name: str
+    data: Array
+    written: Array
+    writer: Array  # the block that wrote a byte last, and its clock then
+    write_clock: Array
+    reader: Array
+    read_clock: Array
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.data)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte, and of the end of its last element."""
+    span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
+
+
+def _memory(tensor: torch.Tensor, begin: int, end: int) -> Array:
+    """These bytes of a tensor's storage."""
+    flat = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
+    start = begin - flat.data_ptr()
+    return flat[start : start + end - begin].numpy()
+
+
+class Global:
+    """The tensors of a launch. An access outside of all of them is a fault.
+
+    Args:
+        tensors: By name. Those that share memory count as one.
+        fresh: Names of tensors that nobody has written: reading a byte before it is written is a fault.
+        blocks: Number of blocks, for the order between them.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], fresh: set[str], blocks: int) -> None:
+        spans = sorted((*_span(tensor), name) for name, tensor in tensors.items() if tensor.numel())
+        unions: list[list[tuple[int, int, str]]] = []
+        for span in spans:
+            if unions and span[0] < max(end for _, end, _ in unions[-1]):
+                unions[-1].append(span)
+            else:
+                unions.append([span])
+        self._found = [self._allocation(union, tensors, fresh) for union in unions]
+        self._begins = np.array([item.begin for item in self._found], dtype=np.uint64)
+        # Vector clocks: how far each block has seen each other's work. Released with a store or an atomic.
+        self.clocks = np.tile(np.int64(0), (blocks, blocks))
+        self.clocks[np.arange(blocks), np.arange(blocks)] = 1
+        self._released: dict[int, Array] = {}
+
+    @staticmethod
+    def _allocation(
+        union: list[tuple[int, int, str]], tensors: dict[str, torch.Tensor], fresh: set[str]
+    ) -> _Allocation:
+        begin, end = union[0][0], max(end for _, end, _ in union)
+        written = np.zeros(end - begin, bool)
+        for first, last, name in union:
+            written[first - begin : last - begin] |= name not in fresh
+        nobody = [np.full(end - begin, _NOBODY, np.int32) for _ in range(2)]
+        clocks = [np.zeros(end - begin, np.int64) for _ in range(2)]
+        data = _memory(tensors[union[0][2]], begin, end)
+        names = ", ".join(name for _, _, name in union)
+        return _Allocation(begin, names, data, written, nobody[0], clocks[0], nobody[1], clocks[1])
+
+    def _place(self, addresses: Array, size: int) -> tuple[_Allocation, Array]:
+        if np.any(addresses % np.uint64(size)):
+            lane = int(np.argmax(addresses % np.uint64(size) != 0))
+            raise Fault("alignment", f"lane {lane} accesses {size} bytes at {int(addresses[lane]):#x}")
+        which = np.searchsorted(self._begins, addresses, side="right").astype(np.int64) - 1
+        first = int(which[0])
+        if first >= 0 and np.all(which == first):
+            item = self._found[first]
+            offsets = (addresses - np.uint64(item.begin)).astype(np.int64)
+            if np.all(offsets + size <= len(item.data)):
+                return item, offsets
+        raise _Elsewhere(which)
+
+    def _parts(self, addresses: Array, size: int) -> list[tuple[Array, _Allocation, Array]]:
+        """The lanes of each tensor, the tensor, and offsets within it."""
+        try:
+            item, offsets = self._place(addresses, size)
+            return [(np.arange(len(addresses)), item, offsets)]
+        except _Elsewhere as elsewhere:
+            parts = []
+            for index in np.unique(elsewhere.which):
+                lanes = np.flatnonzero(elsewhere.which == index)
+                item = self._found[index] if index >= 0 else None
+                offsets = addresses[lanes].astype(np.int64) - (item.begin if item else 0)
+                bad = np.ones(len(lanes), bool) if item is None else offsets + size > len(item.data)
+                if np.any(bad):
+                    lane = int(lanes[np.argmax(bad)])
+                    near = f", {int(offsets[np.argmax(bad)]) - len(item.data)} bytes beyond {item.name}" if item else ""
+                    raise Fault(
+                        "bounds", f"lane {lane} accesses {size} bytes at {int(addresses[lane]):#x}{near}"
+                    ) from None
+                assert item is not None
+                parts.append((lanes, item, offsets))
+            return parts
+
+    def read(self, addresses: Array, size: int, block: int, ordered: bool = True) -> Array:
+        """``size`` bytes for each address, as (lanes, size)."""
+        out = np.empty((len(addresses), size), np.uint8)
+        for lanes, item, offsets in self._parts(addresses, size):
+            index = offsets[:, None] + np.arange(size)
+            if not np.all(item.written[index]):
+                lane = int(lanes[np.argmax(~np.all(item.written[index], axis=1))])
+                raise Fault("uninitialised", f"lane {lane} reads {item.name}, which nobody has written there")
+            if ordered:
+                self._check_order(item, index, block, item.writer, item.write_clock, "reads", lanes)
+                item.reader[index], item.read_clock[index] = block, self.clocks[block, block]
+            out[lanes] = item.data[index]
+        return out
+
+    def write(self, addresses: Array, values: Array, block: int, ordered: bool = True) -> None:
+        """Store (lanes, size) bytes; of two lanes with one address the last wins, unless they differ."""
+        size = values.shape[1]
+        for lanes, item, offsets in self._parts(addresses, size):
+            index = offsets[:, None] + np.arange(size)
+            if ordered:
+                self._check_order(item, index, block, item.writer, item.write_clock, "writes", lanes)
+                self._check_order(item, index, block, item.reader, item.read_clock, "overwrites", lanes)
+                item.writer[index], item.write_clock[index] = block, self.clocks[block, block]
+            item.data[index] = values[lanes]
+            item.written[index] = True
+            if np.any(item.data[index] != values[lanes]):
+                raise Fault("tie", f"two lanes of one instruction write different values to {item.name}")
+
+    def _check_order(
+        self, item: _Allocation, index: Array, block: int, who: Array, when: Array, verb: str, lanes: Array
+    ) -> None:
+        others, clocks = who[index], when[index]
+        foreign = (others != _NOBODY) & (others != block)
+        if not np.any(foreign):
+            return
+        unseen = foreign & (clocks > self.clocks[block][np.where(foreign, others, 0)])
+        if np.any(unseen):
+            lane = int(lanes[np.argmax(np.any(unseen, axis=1))])
+            other = int(others[unseen][0])
+            raise Fault(
+                "race",
+                f"block {block}, lane {lane} {verb} {item.name} without an order to block {other}'s access",
+            )
+
+    def release(self, address: int, block: int) -> None:
+        """What the block has done is visible to whoever acquires from this address."""
+        seen = self._released.get(address)
+        own = self.clocks[block].copy()
+        self._released[address] = own if seen is None else np.maximum(seen, own)
+        self.clocks[block, block] += 1
+
+    def acquire(self, address: int, block: int) -> None:
+        """Whatever was released at this address is visible to the block."""
+        if address in self._released:
+            self.clocks[block] = np.maximum(self.clocks[block], self._released[address])
+
+
+class _Elsewhere(Exception):
+    def __init__(self, which: Array) -> None:
+        super().__init__()
+        self.which = which
+
+
+class Shared:
+    """A block's shared memory. Between two barriers, what one warp writes no other may touch.
+
+    Args:
+        ties: Lanes of one instruction may write different values to one address: which one stays is undefined.
+
+    Attributes:
+        epoch: Number of barriers of the whole block so far.
+    """
+
+    def __init__(self, size: int, ties: bool = False) -> None:
+        self._ties = ties
+        self.data = np.zeros(size, np.uint8)
+        self._written = np.zeros(size, bool)
+        self.pending = np.zeros(size, bool)
+        self._writer, self._reader = np.full(size, _NOBODY, np.int32), np.full(size, _NOBODY, np.int32)
+        self._write_epoch, self._read_epoch = np.full(size, -1, np.int64), np.full(size, -1, np.int64)
+        self.epoch = 0
+
+    def index(self, addresses: Array, size: int, align: int | None = None) -> Array:
+        """Positions of ``size`` bytes at each address, checked."""
+        step = align or size
+        if np.any(addresses % np.uint32(step)):
+            lane = int(np.argmax(addresses % np.uint32(step) != 0))
+            raise Fault("alignment", f"lane {lane} accesses {size} shared bytes at {int(addresses[lane]):#x}")
+        positions = addresses.astype(np.int64)
+        if np.any(positions + size > len(self.data)):
+            lane = int(np.argmax(positions + size > len(self.data)))
+            raise Fault(
+                "bounds", f"lane {lane} accesses shared memory at {int(positions[lane])} of {len(self.data)} bytes"
+            )
+        found: Array = positions[:, None] + np.arange(size)
+        return found
+
+    def read(self, index: Array, warps: Array) -> Array:
+        """The bytes at ``index`` (lanes, size), read by these warps."""
+        if np.any(self.pending[index]):
+            raise Fault("pending", f"lane {_first(self.pending[index])} reads what an asynchronous copy still writes")
+        if not np.all(self._written[index]):
+            raise Fault("uninitialised", f"lane {_first(~self._written[index])} reads shared memory nobody wrote")
+        own = np.broadcast_to(warps[:, None], index.shape)
+        clash = (self._write_epoch[index] == self.epoch) & (self._writer[index] != own)
+        if np.any(clash):
+            raise Fault("race", f"lane {_first(clash)} reads shared memory that another warp writes, no barrier between")
+        again = (self._read_epoch[index] == self.epoch) & (self._reader[index] != own)
+        self._reader[index] = np.where(again, -2, own)
+        self._read_epoch[index] = self.epoch
+        return self.data[index]
+
+    def write(self, index: Array, values: Array, warps: Array) -> None:
+        """Store (lanes, size) bytes."""
+        self.check_write(index, warps)
+        own = np.broadcast_to(warps[:, None], index.shape)
+        self.data[index] = values
+        self._written[index] = True
+        self._writer[index], self._write_epoch[index] = own, self.epoch
+        if not self._ties and np.any(self.data[index] != values):
+            raise Fault("tie", "two lanes of one instruction write different values to one shared address")
+
+    def check_write(self, index: Array, warps: Array) -> None:
+        """A fault if a write at this time would not be ordered after others' accesses."""
+        if np.any(self.pending[index]):
+            raise Fault("pending", f"lane {_first(self.pending[index])} writes where an asynchronous copy still does")
+        own = np.broadcast_to(warps[:, None], index.shape)
+        clash = (self._write_epoch[index] == self.epoch) & (self._writer[index] != own)
+        clash |= (self._read_epoch[index] == self.epoch) & (self._reader[index] != own)
+        if np.any(clash):
+            raise Fault(
+                "race", f"lane {_first(clash)} writes shared memory that another warp uses, no barrier between"
+            )
+
+
+def _first(lanes: Any) -> int:
+    return int(np.argmax(np.any(lanes, axis=1)))
