@@ -7,7 +7,7 @@ asynchronous copies read before their wait, shared memory between barriers, and 
 """
 
 from gptkern.testing.ptx.launch import Counts, execute
-from gptkern.testing.ptx.machine import Unknown
+from gptkern.testing.ptx.hopper import TensorMap
 from gptkern.testing.ptx.memory import Fault
 
-__all__ = ["Counts", "Fault", "Unknown", "execute"]
+__all__ = ["Counts", "Fault", "TensorMap", "execute"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptkern.testing.ptx.arithmetic import Array
+from gptkern.testing.ptx.hopper import Barrier, Products, TensorMap
 from gptkern.testing.ptx.memory import Fault, Global, Shared
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Block:
         parameters: Array,
         memory: Global,
         shared: Shared,
+        maps: dict[int, TensorMap],
     ) -> None:
         self.number, self.place, self.grid, self.threads = number, place, grid, threads
         self.memory, self.shared, self.parameters = memory, shared, parameters
@@ -67,7 +69,8 @@ class Block:
         self.registers: dict[str, Array] = {}
         self.open = CopyGroup(np.zeros(threads, bool))
         self.groups: list[CopyGroup] = []
-        self.counts: dict[str, int] = {}
+        self.barriers: dict[int, Barrier] = {}
+        self.products, self.maps = Products(), maps
         self.pc = 0
         self._steps, self._widths = steps, widths
         self._at = np.zeros(threads, np.int64)
@@ -80,6 +83,8 @@ class Block:
 
     def get(self, name: str) -> Array:
         """The bits of a register."""
+        if self.products.groups and self.products.running(name):
+            raise Fault("pending", f"register {name} is read while a product may still write it")
         try:
             return self.registers[name]
         except KeyError:
@@ -120,7 +125,8 @@ class Block:
                 ready = done[lanes]
                 if np.any(ready):
                     self.shared.pending[positions[ready]] = False
-                    self.shared.write(positions[ready], values[ready], self.warp[lanes[ready]])
+                    owners = self.warp[lanes[ready]]
+                    self.shared.write(positions[ready], values[ready], owners, copied=True)
             group.lanes &= ~done
         self.groups = [group for group in self.groups if np.any(group.lanes)]
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gptkern.ops import _aot, _launch
+from gptkern.testing.ptx.hopper import TensorMap
 from gptkern.testing.ptx.launch import Counts, execute
 
 
@@ -19,11 +20,24 @@ def _bound(launch: _launch.Launch) -> dict[str, Any]:
     return dict(call.arguments)
 
 
+def _descriptor(value: Any, layout: dict[str, Any]) -> list[Any]:
+    """The parameters that a tensor descriptor becomes: the map, its shape, its strides."""
+    box = tuple(layout["block_size"])
+    made = TensorMap(value.base, tuple(value.shape), tuple(value.strides), box, layout["swizzle"])  # type: ignore[arg-type]
+    return [made, *value.shape, *value.strides]
+
+
 def run(launch: _launch.Launch, arch: int, seed: int = 0, ties: bool = False) -> Counts:
     """Compile a recorded launch for ``arch`` and execute it on its tensors, which are on the CPU."""
     compiled = _aot.compile_launch(launch, arch)
     arguments = _bound(launch)
-    values = [arguments[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+    layouts = iter(compiled.metadata.tensordesc_meta or ())
+    values: list[Any] = []
+    for name, kind in compiled.src.signature.items():
+        if kind.startswith("tensordesc"):
+            values += _descriptor(arguments[name], next(layouts))
+        elif kind != "constexpr":
+            values.append(arguments[name])
     return execute(
         compiled.asm["ptx"], launch.grid, values, shared_bytes=compiled.metadata.shared, seed=seed, ties=ties
     )

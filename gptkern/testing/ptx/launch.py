@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from gptkern.testing.ptx.block import Block
-from gptkern.testing.ptx.machine import Machine
+from gptkern.testing.ptx.hopper import TensorMap
+from gptkern.testing.ptx.machine import PARAMETER_MEMORY, Machine
 from gptkern.testing.ptx.memory import Fault, Global, Shared
 from gptkern.testing.ptx.parse import Program, parse
 
@@ -37,6 +38,8 @@ def _parameter_bytes(program: Program, values: Sequence[Any]) -> np.ndarray[Any,
         raise ValueError(f"{program.name} takes {len(program.parameters)} parameters; got {len(values)}")
     for parameter, value in zip(program.parameters, values, strict=False):
         place = out[parameter.offset : parameter.offset + parameter.size]
+        if isinstance(value, TensorMap):
+            continue
         if isinstance(value, torch.Tensor):
             place.view(np.uint64)[0] = value.data_ptr()
         elif isinstance(value, float):
@@ -72,7 +75,7 @@ def execute(
     Args:
         ptx: A module with one entry.
         grid: Blocks along x, y, z.
-        values: The parameters in their order: CPU tensors, integers and floats. Those that are missing are zero.
+        values: The parameters in their order: CPU tensors, tensor maps, integers and floats. Those that are missing are zero.
         shared_bytes: Dynamic shared memory of a block.
         threads: Threads of a block; by default what the module requires.
         fresh: Tensors that nobody has written yet: reading a byte before it is written is a fault.
@@ -83,13 +86,19 @@ def execute(
 
     Raises:
         Fault: A check failed: its message names the instruction and its source line.
-        Unknown: The module has an instruction that is not served.
+        NotImplementedError: The module has an instruction that is not served.
     """
     program = parse(ptx)
     machine = Machine(program)
     sizes: tuple[int, int, int] = (*grid, *(1,) * (3 - len(grid)))  # type: ignore[assignment]
     count = sizes[0] * sizes[1] * sizes[2]
-    tensors = {f"parameter {i}": v for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
+    maps = {
+        PARAMETER_MEMORY + parameter.offset: value
+        for parameter, value in zip(program.parameters, values, strict=False)
+        if isinstance(value, TensorMap)
+    }
+    bare = [value.base if isinstance(value, TensorMap) else value for value in values]
+    tensors = {f"parameter {i}": value for i, value in enumerate(bare) if isinstance(value, torch.Tensor)}
     tensors |= {f"tensor {i}": tensor for i, tensor in enumerate(also)}
     unwritten = {name for name, tensor in tensors.items() if any(tensor is other for other in fresh)}
     memory = Global(tensors, unwritten, count)
@@ -97,7 +106,7 @@ def execute(
     room = program.static_bytes + shared_bytes
     blocks = [
         Block(
-            number, place, sizes, threads or program.threads, machine.steps, program.width, parameters, memory, Shared(room, ties)
+            number, place, sizes, threads or program.threads, machine.steps, program.width, parameters, memory, Shared(room, ties), maps
         )
         for number, place in enumerate(_places(sizes))
     ]

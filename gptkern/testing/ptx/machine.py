@@ -12,16 +12,15 @@ import numpy as np
 from gptkern.testing.ptx import arithmetic, matrix
 from gptkern.testing.ptx.arithmetic import DTYPES, Array
 from gptkern.testing.ptx.block import Block, CopyGroup, Execute, Mask, Step
+from gptkern.testing.ptx.hopper import HopperInstructions
 from gptkern.testing.ptx.memory import Fault
 from gptkern.testing.ptx.parse import Instruction, Program, split
 
 Fetch = Callable[[Block], Any]
 _ADDRESS = re.compile(r"\[\s*([\w$%.]+)\s*(?:\+\s*(-?\w+))?\s*\]")
-_IGNORED = {"griddepcontrol", "prefetch", "fence", "membar", "nanosleep", "discard", "applypriority", "setmaxnreg"}
-
-
-class Unknown(NotImplementedError):
-    """An instruction that this executor does not have."""
+# The generic address at which parameter memory begins: no tensor lies there.
+PARAMETER_MEMORY = 1 << 60
+_IGNORED = {"griddepcontrol", "prefetch", "membar", "nanosleep", "discard", "applypriority", "setmaxnreg"}
 
 
 def _lanes(block: Block, mask: Mask) -> Array:
@@ -39,7 +38,7 @@ def _whole_warps(block: Block, mask: Mask, instruction: Instruction) -> Array:
     return np.flatnonzero(some)
 
 
-class Machine:
+class Machine(HopperInstructions):
     """The steps of a program."""
 
     def __init__(self, program: Program) -> None:
@@ -69,7 +68,7 @@ class Machine:
             return made
         function = arithmetic.function_of(parts)
         if function is None:
-            raise Unknown(f"{instruction.opcode} ({instruction.source})")
+            raise NotImplementedError(f"{instruction.opcode} ({instruction.source})")
         kind = parts[-1]
         destination, *sources = instruction.operands
         shifting = name in ("shl", "shr")
@@ -109,6 +108,8 @@ class Machine:
     def _constant(self, operand: str, dtype: Any) -> Any:
         if operand in self.program.shared:
             return dtype(self.program.shared[operand])
+        if operand in self._parameters:
+            return dtype(PARAMETER_MEMORY + self._parameters[operand].offset)
         if operand.startswith(("0f", "0F")):
             return np.frombuffer(struct.pack("<I", int(operand[2:], 16)), np.float32)[0]
         if operand.startswith(("0d", "0D")):
@@ -139,7 +140,7 @@ class Machine:
     def _address(self, operand: str, kind: str) -> Fetch:
         found = _ADDRESS.fullmatch(operand)
         if found is None:
-            raise Unknown(f"the address {operand}")
+            raise NotImplementedError(f"the address {operand}")
         base, offset = found.groups()
         fetch, dtype = self.value(base, kind), DTYPES[kind]
         bits = 8 * np.dtype(dtype).itemsize
@@ -188,7 +189,7 @@ class Machine:
     def _setp(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
         destination, a, b, *more = instruction.operands
         if "|" in destination or more:
-            raise Unknown(f"{instruction}")
+            raise NotImplementedError(f"{instruction}")
         first, second, how = self.value(a, parts[-1]), self.value(b, parts[-1]), parts[1]
 
         def execute(block: Block, mask: Mask) -> None:
@@ -247,7 +248,7 @@ class Machine:
     def _parameter(self, name: str, operand: str, kind: str, size: int) -> Execute:
         found = _ADDRESS.fullmatch(operand)
         if found is None or found.group(1) not in self._parameters:
-            raise Unknown(f"the parameter {operand}")
+            raise NotImplementedError(f"the parameter {operand}")
         offset = self._parameters[found.group(1)].offset + int(found.group(2) or "0", 0)
 
         def execute(block: Block, mask: Mask) -> None:
@@ -291,7 +292,7 @@ class Machine:
         kind = parts[-1]
         what = next(part for part in parts if part in ("add", "exch", "cas", "min", "max", "and", "or", "xor", "inc"))
         if any(part.startswith("shared") for part in parts):
-            raise Unknown(str(instruction))
+            raise NotImplementedError(str(instruction))
         place = self._address(operand, "u64")
         fetches = [self.value(source, kind) for source in sources]
         size = np.dtype(DTYPES[kind]).itemsize
@@ -329,7 +330,7 @@ class Machine:
             most = int(instruction.operands[0], 0) if "wait_group" in parts else 0
             return lambda block, mask: block.wait(most, mask)
         if "bulk" in parts:
-            raise Unknown(str(instruction))
+            return self._tile_copy(parts, instruction)
         to, source, count, *given = instruction.operands
         size = int(count, 0)
         destination, address = self._address(to, "u32"), self._address(source, "u64")
@@ -482,4 +483,4 @@ def _atomically(what: str, old: Any, values: list[Any]) -> Any:
     return matrix.REDUCTIONS[what](old, values[0])
 
 
-__all__ = ["CopyGroup", "Machine", "Unknown"]
+__all__ = ["CopyGroup", "Machine"]

@@ -11,6 +11,8 @@ import torch
 from gptkern.testing.ptx.arithmetic import Array
 
 _NOBODY = -1
+# The copy engine and the matrix unit, as writer and reader of shared memory.
+ENGINE = -3
 
 
 class Fault(Exception):
@@ -205,6 +207,8 @@ class Shared:
         self.data = np.zeros(size, np.uint8)
         self._written = np.zeros(size, bool)
         self.pending = np.zeros(size, bool)
+        self.busy = np.zeros(size, np.int16)  # operands of running products
+        self._unfenced = np.zeros(size, bool)  # written by lanes, not yet visible to the engines
         self._writer, self._reader = np.full(size, _NOBODY, np.int32), np.full(size, _NOBODY, np.int32)
         self._write_epoch, self._read_epoch = np.full(size, -1, np.int64), np.full(size, -1, np.int64)
         self.epoch = 0
@@ -239,13 +243,20 @@ class Shared:
         self._read_epoch[index] = self.epoch
         return self.data[index]
 
-    def write(self, index: Array, values: Array, warps: Array) -> None:
-        """Store (lanes, size) bytes."""
-        self.check_write(index, warps)
+    def write(self, index: Array, values: Array, warps: Array, copied: bool = False) -> None:
+        """Store (lanes, size) bytes.
+
+        ``copied``: by ``cp.async``. The ISA asks for a fence between it and a product, as after stores; no library
+        that ships has one there, Triton and CUTLASS among them, and none is asked for here.
+        """
+        if warps[0] != ENGINE:  # a tile was checked when it was asked for
+            self.check_write(index, warps)
         own = np.broadcast_to(warps[:, None], index.shape)
         self.data[index] = values
         self._written[index] = True
-        self._writer[index], self._write_epoch[index] = own, self.epoch
+        engine = warps[0] == ENGINE  # whoever waits for its barrier may read
+        self._writer[index], self._write_epoch[index] = own, -1 if engine else self.epoch
+        self._unfenced[index] = not (engine or copied)
         if not self._ties and np.any(self.data[index] != values):
             raise Fault("tie", "two lanes of one instruction write different values to one shared address")
 
@@ -253,6 +264,8 @@ class Shared:
         """A fault if a write at this time would not be ordered after others' accesses."""
         if np.any(self.pending[index]):
             raise Fault("pending", f"lane {_first(self.pending[index])} writes where an asynchronous copy still does")
+        if np.any(self.busy[index]):
+            raise Fault("pending", f"lane {_first(self.busy[index] > 0)} writes an operand of a running product")
         own = np.broadcast_to(warps[:, None], index.shape)
         clash = (self._write_epoch[index] == self.epoch) & (self._writer[index] != own)
         clash |= (self._read_epoch[index] == self.epoch) & (self._reader[index] != own)
@@ -260,6 +273,19 @@ class Shared:
             raise Fault(
                 "race", f"lane {_first(clash)} writes shared memory that another warp uses, no barrier between"
             )
+
+    def read_by_engine(self, index: Array) -> Array:
+        """The bytes at ``index`` as the matrix unit reads them."""
+        data = self.read(index, np.full(len(index), ENGINE, np.int32))
+        if np.any(self._unfenced[index]):
+            raise Fault(
+                "proxy", "a product reads what lanes wrote to shared memory, and no fence.proxy.async stands between"
+            )
+        return data
+
+    def fence(self, warps: Array) -> None:
+        """What these warps wrote is visible to the engines."""
+        self._unfenced &= ~np.isin(self._writer, warps)
 
 
 def _first(lanes: Any) -> int:

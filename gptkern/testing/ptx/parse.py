@@ -181,6 +181,16 @@ class _Reader:
         return Instruction(opcode.strip(), operands, predicate, negated, self._source)
 
 
+def _end_of_body(ptx: str, begin: int) -> int:
+    """The place of the brace that closes the one before ``begin``."""
+    depth = 1
+    for brace in re.finditer(r"[{}]|//[^\n]*", ptx[begin:]):
+        depth += {"{": 1, "}": -1}.get(brace.group(0), 0)
+        if depth == 0:
+            return begin + brace.start()
+    raise ValueError("the entry's body has no end")
+
+
 def parse(ptx: str) -> Program:
     """The module's entry.
 
@@ -199,7 +209,7 @@ def parse(ptx: str) -> Program:
         program.static_bytes = -(-program.static_bytes // step) * step
         program.shared[name] = program.static_bytes
         program.static_bytes += int(size or 0)
-    end = ptx.index("\n}", entry.end())
+    end = _end_of_body(ptx, entry.end())
     files = {number: name.rsplit("/", 1)[-1] for number, name in _FILE.findall(ptx)}
     reader = _Reader(program, files)
     for statement in _statements(ptx[entry.end() : end]):

@@ -1,0 +1,338 @@
+"""Instructions of sm_90: barriers in shared memory, tiles copied by the copy engine, products of warpgroups.
+
+What is asynchronous arrives as late as it may: a tile when somebody waits for its barrier, a product when its group
+is waited for. Until then its destination is not to be read, and its operands not to be written.
+
+Source: PTX ISA, "mbarrier", "Tensor Copies" and "Asynchronous Warpgroup Level Matrix Instructions", version 8.8;
+layouts of tiles and operands: its "Swizzling Modes" and "Strides" sections.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gptkern.testing.ptx import matrix
+from gptkern.testing.ptx.arithmetic import DTYPES, Array
+from gptkern.testing.ptx.memory import ENGINE, Fault
+
+if TYPE_CHECKING:
+    from gptkern.testing.ptx.block import Block, Execute, Mask
+    from gptkern.testing.ptx.parse import Instruction
+
+_TILE = re.compile(r"\[\s*(\S+?)\s*,\s*\{(.*)\}\s*\]")
+_WARPGROUP = 128
+# Bytes of a row within which 16-byte pieces change places, by the number of a tensor map's mode and a descriptor's.
+_MAP_SPANS, _DESCRIPTOR_SPANS = {0: 16, 1: 32, 2: 64, 3: 128}, {0: 16, 1: 128, 2: 64, 3: 32}
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """A matrix of which tiles are copied: its layout, the tile, and how the tile lies in shared memory.
+
+    Attributes:
+        box: Rows and columns of a tile.
+        swizzle: The mode's number in a tensor map: 0 none, 1 to 3 for 32, 64 and 128 bytes.
+    """
+
+    base: torch.Tensor
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    box: tuple[int, int]
+    swizzle: int
+
+
+@dataclass
+class Barrier:
+    """An mbarrier's state."""
+
+    count: int
+    pending: int
+    bytes: int = 0
+    phase: int = 0
+    tiles: list[tuple[Array, Array]] = field(default_factory=list)  # positions, bytes: under way
+
+    def settle(self) -> None:
+        """Begin the next phase if all have arrived and all bytes with them."""
+        if self.pending == 0 and self.bytes == 0:
+            self.phase ^= 1
+            self.pending = self.count
+
+
+def swizzled(addresses: Array, span: int) -> Array:
+    """Where a byte lies: within ``span`` bytes, 16-byte pieces change places by the row's number."""
+    bits = {16: 0, 32: 1, 64: 3, 128: 7}[span]
+    return addresses ^ (((addresses >> 7) & bits) << 4)
+
+
+class HopperInstructions:
+    """Part of ``Machine``."""
+
+    def _lane_value(self, block: Block, fetch: Any, mask: Mask, what: str) -> tuple[int, int]:
+        """(value, lane) where one lane alone takes part."""
+        lanes = np.arange(block.threads) if mask is None else np.flatnonzero(mask)
+        if len(lanes) != 1:
+            raise Fault("convergence", f"{what} by {len(lanes)} lanes; one is meant")
+        return int(np.broadcast_to(fetch(block), block.threads)[lanes[0]]), int(lanes[0])
+
+    def _mbarrier(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        what = parts[1]
+        operands = instruction.operands
+        if what in ("init", "inval"):
+            place = self._address(operands[0], "u32")  # type: ignore[attr-defined]
+            count = int(operands[1], 0) if what == "init" else 0
+
+            def begin(block: Block, mask: Mask) -> None:
+                address, _ = self._lane_value(block, place, mask, instruction.opcode)
+                if what == "init":
+                    block.barriers[address] = Barrier(count, count)
+                elif block.barriers.pop(address).tiles:
+                    raise Fault("pending", "a barrier ends while tiles are under way to it")
+
+            return begin
+        if what == "arrive":
+            place = self._address(operands[1], "u32")  # type: ignore[attr-defined]
+            amount = int(operands[2], 0) if "expect_tx" in parts else 0
+
+            def arrive(block: Block, mask: Mask) -> None:
+                lanes = np.arange(block.threads) if mask is None else np.flatnonzero(mask)
+                for lane in lanes:
+                    barrier = _barrier(block, int(place(block)[lane]))
+                    barrier.bytes += amount
+                    barrier.pending -= 1
+                    if barrier.pending < 0:
+                        raise Fault("barrier", "more arrivals than the barrier was made for")
+                    barrier.settle()
+
+            return arrive
+        if what == "try_wait" and "parity" in parts:
+            place = self._address(operands[1], "u32")  # type: ignore[attr-defined]
+            parity = self.value(operands[2], "u32")  # type: ignore[attr-defined]
+
+            def wait(block: Block, mask: Mask) -> None:
+                ready = np.zeros(block.threads, bool)
+                addresses = place(block)
+                wanted = np.broadcast_to(parity(block), block.threads)
+                lanes = np.arange(block.threads) if mask is None else np.flatnonzero(mask)
+                for address in np.unique(addresses[lanes]):
+                    barrier = _barrier(block, int(address))
+                    _deliver(block, barrier)
+                    ready |= (addresses == address) & (barrier.phase != (wanted & 1))
+                block.put(operands[0], ready, mask)
+
+            return wait
+        raise NotImplementedError(str(instruction))
+
+    def _fence(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        if "proxy" not in parts:
+            return lambda block, mask: None
+
+        def execute(block: Block, mask: Mask) -> None:
+            warps = np.unique(block.warp if mask is None else block.warp[mask])
+            block.shared.fence(warps)
+
+        return execute
+
+    def _tile_copy(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        """``cp.async.bulk.tensor.2d`` from global to shared memory."""
+        if "shared_cta" not in parts or "2d" not in parts or "mbarrier_complete_tx_bytes" not in "_".join(parts):
+            raise NotImplementedError(str(instruction))
+        to, source, barrier_at = instruction.operands
+        found = _TILE.fullmatch(source)
+        assert found is not None
+        column_name, row_name = (name.strip() for name in found.group(2).split(","))
+        fetch = self.value  # type: ignore[attr-defined]
+        place, barrier_place = self._address(to, "u32"), self._address(barrier_at, "u32")  # type: ignore[attr-defined]
+        which, column, row = fetch(found.group(1), "u64"), fetch(column_name, "s32"), fetch(row_name, "s32")
+
+        def execute(block: Block, mask: Mask) -> None:
+            address, lane = self._lane_value(block, place, mask, instruction.opcode)
+            tensor_map = block.maps[int(np.broadcast_to(which(block), block.threads)[lane])]
+            first_row = int(np.broadcast_to(row(block), block.threads)[lane])
+            first_column = int(np.broadcast_to(column(block), block.threads)[lane])
+            data = _tile(block, tensor_map, first_row, first_column)
+            rows, width = data.shape
+            span = _MAP_SPANS[tensor_map.swizzle]
+            align = 128 if tensor_map.swizzle == 0 else 8 * span
+            if address % min(align, 1024):
+                raise Fault("alignment", f"a tile of {span}-byte swizzle at shared address {address:#x}")
+            inside = np.arange(width) + np.arange(rows)[:, None] * width
+            positions = swizzled(address + inside, span).reshape(-1, 1)
+            if np.any(positions >= len(block.shared.data)):
+                raise Fault("bounds", f"a tile of {rows * width} bytes at shared address {address:#x}")
+            block.shared.check_write(positions, np.full(len(positions), block.warp[lane]))
+            block.shared.pending[positions] = True
+            barrier = _barrier(block, int(np.broadcast_to(barrier_place(block), block.threads)[lane]))
+            barrier.tiles.append((positions, data.reshape(-1, 1)))
+
+        return execute
+
+    def _wgmma(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        if parts[1] == "fence":
+            return lambda block, mask: None
+        if parts[1] == "commit_group":
+            return lambda block, mask: block.products.commit()
+        if parts[1] == "wait_group":
+            most = int(instruction.operands[0], 0)
+            return lambda block, mask: block.products.wait(most, block.shared)
+        names, left, right, scale, *flags = instruction.operands
+        results = self._vector(names)  # type: ignore[attr-defined]
+        shape = re.fullmatch(r"m64n(\d+)k(\d+)", parts[4])
+        assert shape is not None
+        n, k, kinds = int(shape.group(1)), int(shape.group(2)), (parts[-2], parts[-1])
+        if parts[-3] != "f32" or [int(flag, 0) for flag in flags[:2]] != [1, 1]:
+            raise NotImplementedError(str(instruction))
+        fetch = self.value  # type: ignore[attr-defined]
+        from_registers = left[0] == "{"
+        a_group = [fetch(name, "b32") for name in self._vector(left)] if from_registers else []  # type: ignore[attr-defined]
+        a_descriptor = None if from_registers else fetch(left, "u64")
+        b_descriptor = fetch(right, "u64")
+        transposed = [bool(int(flag, 0)) for flag in flags[2:]]
+        a_transposed = not from_registers and bool(transposed) and transposed[0]
+        b_transposed = bool(transposed) and transposed[-1]
+        keeps = fetch(scale, "pred")
+
+        def execute(block: Block, mask: Mask) -> None:
+            if mask is not None and not np.all(np.any(mask.reshape(-1, _WARPGROUP), 1) == np.all(mask.reshape(-1, _WARPGROUP), 1)):
+                raise Fault("convergence", f"{instruction.opcode} by a part of a warpgroup")
+            groups = np.arange(block.threads // _WARPGROUP)
+            if mask is not None:
+                groups = groups[np.all(mask.reshape(-1, _WARPGROUP), axis=1)]
+            columns = {}
+            for index, name in enumerate(results):
+                known = block.registers.get(name)
+                columns[index] = np.zeros(block.threads, np.float32) if known is None else known.view(np.float32).copy()
+            keep = np.broadcast_to(keeps(block), block.threads)
+            descriptors = np.broadcast_to(b_descriptor(block), block.threads)
+            for group in groups:
+                lanes = slice(group * _WARPGROUP, (group + 1) * _WARPGROUP)
+                if from_registers:
+                    registers = np.stack([np.broadcast_to(f(block), block.threads)[lanes] for f in a_group], axis=1)
+                    a = _rows_of(registers.reshape(4, 32, -1), kinds[0])
+                else:
+                    assert a_descriptor is not None
+                    word = int(np.broadcast_to(a_descriptor(block), block.threads)[lanes][0])
+                    a = _operand(block, word, 64, k, kinds[0], a_transposed)
+                b = _operand(block, int(descriptors[lanes][0]), n, k, kinds[1], b_transposed)
+                _accumulate(columns, a @ b.T, lanes, bool(keep[lanes][0]))
+            for index, name in enumerate(results):
+                block.put(name, columns[index].view(np.uint32), mask)
+            block.products.names.update(results)
+
+        return execute
+
+
+def _accumulate(columns: dict[int, Array], product: Array, lanes: slice, keep: bool) -> None:
+    """Add (64, n) to the accumulators of a warpgroup's lanes."""
+    within = np.arange(_WARPGROUP)
+    row, lane = 16 * (within // 32) + ((within % 32) >> 2), within % 4
+    for index, values in columns.items():
+        part = product[row + 8 * ((index >> 1) & 1), 8 * (index >> 2) + 2 * lane + (index & 1)]
+        values[lanes] = (part + (values[lanes].astype(np.float64) if keep else 0)).astype(np.float32)
+
+
+def _rows_of(registers: Array, kind: str) -> Array:
+    """A in registers, (4 warps, 32, 4), as 64 rows."""
+    per = {"tf32": 1, "bf16": 2, "f16": 2}.get(kind, 4)
+    rows, columns, _, _ = matrix._operand_places(8 * per, per)
+    out = np.zeros((4, 16, 8 * per))
+    out[:, rows, columns] = matrix.elements(registers, kind)
+    return out.reshape(64, -1)
+
+
+def _operand(block: Block, word: int, rows: int, k: int, kind: str, transposed: bool) -> Array:
+    """(rows, k) of an operand in shared memory, by its descriptor."""
+    size = {"tf32": 4, "bf16": 2, "f16": 2}.get(kind, 1)
+    base, leading, stride = ((word >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    span = _DESCRIPTOR_SPANS[word >> 62]
+    row, byte = np.arange(rows)[:, None], np.arange(k)[None] * size
+    if transposed:
+        across, depth = np.arange(rows)[:, None] * size, np.arange(k)[None]
+        if span == 16:
+            places = across % 16 + across // 16 * stride + depth % 8 * 16 + depth // 8 * leading
+        else:
+            places = across % span + across // span * leading + depth % 8 * span + depth // 8 * stride
+    elif span == 16:
+        places = row % 8 * 16 + row // 8 * stride + byte // 16 * leading + byte % 16
+    else:
+        places = row % 8 * span + row // 8 * stride + byte
+    positions = swizzled(base + places, span).reshape(-1)
+    index = block.shared.index(positions.astype(np.uint32), size)
+    data = block.shared.read_by_engine(index)
+    block.products.uses(index, block.shared)
+    return _decoded(data, kind).reshape(rows, k)
+
+
+def _decoded(data: Array, kind: str) -> Array:
+    words = np.zeros((len(data), 4), np.uint8)
+    words[:, : data.shape[1]] = data
+    return matrix.elements(words.view(np.uint32), kind)[:, 0].astype(np.float64)
+
+
+def _tile(block: Block, tensor_map: TensorMap, row: int, column: int) -> Array:
+    """The bytes of a tile, zero beyond the matrix: (rows, bytes)."""
+    size = tensor_map.base.element_size()
+    rows, columns = row + np.arange(tensor_map.box[0]), column + np.arange(tensor_map.box[1])
+    inside = (rows[:, None] >= 0) & (rows[:, None] < tensor_map.shape[0])
+    inside = inside & (columns >= 0) & (columns < tensor_map.shape[1])
+    out = np.zeros((*inside.shape, size), np.uint8)
+    addresses = rows[:, None] * tensor_map.strides[0] + columns * tensor_map.strides[1]
+    if np.any(inside):
+        where = np.uint64(tensor_map.base.data_ptr()) + (addresses[inside] * size).astype(np.uint64)
+        out[inside] = block.memory.read(where, size, block.number)
+    return out.reshape(len(rows), -1)
+
+
+def _barrier(block: Block, address: int) -> Barrier:
+    try:
+        return block.barriers[address]
+    except KeyError:
+        raise Fault("barrier", f"no barrier was made at shared address {address:#x}") from None
+
+
+def _deliver(block: Block, barrier: Barrier) -> None:
+    """Let the tiles that are under way to a barrier arrive."""
+    for positions, data in barrier.tiles:
+        block.shared.pending[positions] = False
+        block.shared.write(positions, data, np.full(len(positions), ENGINE, np.int32))
+        barrier.bytes -= len(positions)
+    barrier.tiles = []
+    barrier.settle()
+
+
+@dataclass
+class Products:
+    """A block's asynchronous products: registers that are not to be read yet, memory that is not to be written."""
+
+    names: set[str] = field(default_factory=set)
+    used: list[Array] = field(default_factory=list)
+    groups: list[tuple[set[str], list[Array]]] = field(default_factory=list)
+
+    def uses(self, index: Array, shared: Any) -> None:
+        """These bytes are operands."""
+        shared.busy[index] += 1
+        self.used.append(index)
+
+    def commit(self) -> None:
+        """Close the group."""
+        self.groups.append((self.names, self.used))
+        self.names, self.used = set(), []
+
+    def wait(self, most: int, shared: Any) -> None:
+        """All groups but the last ``most`` are done."""
+        done = len(self.groups) - most
+        for _, used in self.groups[: max(done, 0)]:
+            for index in used:
+                shared.busy[index] -= 1
+        self.groups = self.groups[max(done, 0) :]
+
+    def running(self, name: str) -> bool:
+        """True if a product may still write the register."""
+        return name in self.names or any(name in names for names, _ in self.groups)
+
+
+__all__ = ["DTYPES", "Barrier", "HopperInstructions", "Products", "TensorMap", "swizzled"]
