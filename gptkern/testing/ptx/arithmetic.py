@@ -1,8 +1,8 @@
 """Instructions without memory: each as a function of arrays with one element a lane.
 
-Registers hold bits: ``uint16``, ``uint32``, ``uint64``, or ``bool`` for predicates. Operands arrive as views of the
-instruction's type, and what is returned has the type of the result. Approximations (``ex2.approx``, ``div.full``)
-are computed exactly and rounded once: a real GPU may be off by the last bits.
+Registers hold bits: ``uint16``, ``uint32``, ``uint64``, or ``bool`` for predicates. Operands arrive as views
+of the instruction's type, and what is returned has the type of the result. Approximations (``ex2.approx``,
+``div.full``) are computed exactly and rounded once: a real GPU may be off by the last bits.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def flush(values: Array) -> Array:
 def fma(a: Array, b: Array, c: Array) -> Array:
     """``a * b + c`` of float32, rounded once.
 
-    The product is exact in float64. Its sum with ``c`` is rounded to odd there, so that rounding it to float32
-    is as rounding the exact sum.
+    The product is exact in float64. Its sum with ``c`` is rounded to odd there, so that rounding it to
+    float32 is as rounding the exact sum.
     """
     product, addend = a.astype(np.float64) * b, np.asarray(c, dtype=np.float64)
     total = product + addend
@@ -67,22 +67,23 @@ def _divided(a: Array, b: Array) -> Array:
     if np.issubdtype(a.dtype, np.unsignedinteger):
         quotient = a // safe
     else:
-        quotient = np.where((a < 0) != (safe < 0), -(np.abs(a) // np.abs(safe)), np.abs(a) // np.abs(safe))
+        quotient = a // safe  # toward minus infinity
+        quotient = quotient + ((quotient * safe != a) & (quotient < 0)).astype(a.dtype)
     return np.where(zero, np.array(-1).astype(a.dtype), quotient).astype(a.dtype)
 
 
 def _remainder(a: Array, b: Array) -> Array:
-    return (a - _divided(a, b) * b).astype(a.dtype)
+    return np.asarray(a - _divided(a, b) * b, a.dtype)
 
 
 def _high(a: Array, b: Array) -> Array:
     wide = _DOUBLE[a.dtype.type]
-    return ((a.astype(wide) * b.astype(wide)) >> wide(8 * a.dtype.itemsize)).astype(a.dtype)
+    return np.asarray((a.astype(wide) * b.astype(wide)) >> wide(8 * a.dtype.itemsize), a.dtype)
 
 
 def _wide(a: Array, b: Array) -> Array:
     wide = _DOUBLE[a.dtype.type]
-    return a.astype(wide) * b.astype(wide)
+    return np.asarray(a.astype(wide) * b.astype(wide))
 
 
 def _shifted(a: Array, by: Array, left: bool) -> Array:
@@ -99,17 +100,17 @@ def _shifted(a: Array, by: Array, left: bool) -> Array:
 def _field(a: Array, begin: Array, length: Array) -> Array:
     """``bfe``: ``length`` bits from ``begin`` on, sign-extended for a signed type."""
     bits = 8 * a.dtype.itemsize
-    begin, length = int(np.max(begin)) & 0xFF, min(int(np.max(length)) & 0xFF, bits)
-    mask = a.dtype.type((1 << length) - 1) if length < bits else a.dtype.type(-1 if a.dtype.kind == "i" else (1 << bits) - 1)
-    value = (a >> a.dtype.type(begin)) & mask
-    if a.dtype.kind == "i" and 0 < length < bits:
-        sign = a.dtype.type(1 << (length - 1))
+    first, count = int(np.max(begin)) & 0xFF, min(int(np.max(length)) & 0xFF, bits)
+    mask = (1 << count) - 1
+    value = (a.astype(np.int64) >> first) & mask
+    if a.dtype.kind == "i" and 0 < count < bits:
+        sign = 1 << (count - 1)
         value = (value ^ sign) - sign
-    return value.astype(a.dtype)
+    return np.asarray(value).astype(a.dtype)
 
 
 def _smaller(a: Array, b: Array) -> Array:
-    return np.fmin(a, b) if a.dtype.kind == "f" else np.minimum(a, b)
+    return np.asarray(np.fmin(a, b) if a.dtype.kind == "f" else np.minimum(a, b))
 
 
 def _larger(a: Array, b: Array) -> Array:
@@ -122,7 +123,9 @@ def _prmt(a: Array, b: Array, selector: Array) -> Array:
     out = np.zeros(stack.shape[1:], np.uint32)
     for byte in range(4):
         pick = (np.asarray(selector) >> np.uint32(4 * byte)) & np.uint32(0xF)
-        chosen = np.take_along_axis(stack, np.broadcast_to(pick & np.uint32(7), out.shape)[None].astype(np.intp), 0)[0]
+        chosen = np.take_along_axis(
+            stack, np.broadcast_to(pick & np.uint32(7), out.shape)[None].astype(np.intp), 0
+        )[0]
         sign = np.where(chosen & np.uint32(0x80), np.uint32(0xFF), np.uint32(0))
         out |= np.where(pick & np.uint32(8), sign, chosen) << np.uint32(8 * byte)
     return out
@@ -137,9 +140,16 @@ def _lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
 
 
 COMPARISONS: dict[str, Function] = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+    "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
+
+
+def comparable(bits: Array, kind: str) -> tuple[Array, ...]:
+    """A register's numbers as ``compare`` takes them: two of a pair, lower half first."""
+    if kind.endswith("x2"):
+        return _halves(bits, kind)
+    return (from_bf16(bits) if kind == "bf16" else bits,)
 
 
 def compare(how: str, a: Array, b: Array) -> Array:
@@ -147,12 +157,12 @@ def compare(how: str, a: Array, b: Array) -> Array:
     if how in COMPARISONS:
         unordered = a.dtype.kind == "f" and how == "ne"
         found = COMPARISONS[how](a, b)
-        return found & ~(np.isnan(a) | np.isnan(b)) if unordered else found
+        return np.asarray(found & ~(np.isnan(a) | np.isnan(b)) if unordered else found)
     if how == "num":
         return ~(np.isnan(a) | np.isnan(b))
     if how == "nan":
         return np.isnan(a) | np.isnan(b)
-    return COMPARISONS[how.removesuffix("u")](a, b) | np.isnan(a) | np.isnan(b)
+    return np.asarray(COMPARISONS[how.removesuffix("u")](a, b) | np.isnan(a) | np.isnan(b))
 
 
 # By the first part of the opcode: what it computes of its sources, all of the instruction's type.
@@ -211,7 +221,7 @@ def function_of(parts: tuple[str, ...]) -> Function | None:
         return PLAIN[name] if kind != "pred" or name != "not" else np.logical_not
     if kind in ("bf16", "bf16x2", "f16x2"):
         return (lambda *sources: _short(name, kind, sources)) if name in _FLOAT_OPS else None
-    if name in EXACT or name == "div" and kind.startswith("f"):
+    if name in EXACT or (name == "div" and kind.startswith("f")):
         own = EXACT.get(name, np.divide)
         return (lambda *sources: flush(own(*map(flush, sources)))) if "ftz" in parts else own
     if name == "fma":
@@ -220,7 +230,8 @@ def function_of(parts: tuple[str, ...]) -> Function | None:
         own = PLAIN[name]
         return lambda a, b: np.maximum(own(a, b), 0)
     if name in ("mul", "mad") and kind[0] in "su":
-        product = {"lo": np.multiply, "hi": _high, "wide": _wide}[parts[1]]
+        products: dict[str, Function] = {"lo": np.multiply, "hi": _high, "wide": _wide}
+        product = products[parts[1]]
         return product if name == "mul" else (lambda a, b, c: product(a, b) + c)
     if name in PLAIN:
         own = PLAIN[name]

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 Mask = Array | None  # None: all lanes
 Execute = Callable[["Block", Mask], None]
 _WIDTHS = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-# Rounds that lanes may spin while others could go on; rounds in which nothing moves before it is a deadlock.
-_PATIENCE = 16
+# Rounds that warps may spin while others could go on.
+_PATIENCE = 64
+_NEVER = np.iinfo(np.int64).max
 
 
 @dataclass
@@ -70,13 +71,14 @@ class Block:
         self.open = CopyGroup(np.zeros(threads, bool))
         self.groups: list[CopyGroup] = []
         self.barriers: dict[int, Barrier] = {}
+        self.stalls = 0  # waits for them in a row that found nothing
         self.products, self.maps = Products(), maps
         self.pc = 0
         self._steps, self._widths = steps, widths
         self._at = np.zeros(threads, np.int64)
         self._alive = np.ones(threads, bool)
         self._waits = np.full(threads, -1, np.int64)
-        self._wanted: dict[int, int] = {}
+        self._needed: dict[int, int] = {}
         self._spins = 0
 
     # --- registers
@@ -97,7 +99,9 @@ class Block:
         dtype = _WIDTHS[self._widths(name)]
         array = np.asarray(value)
         if array.dtype != dtype:
-            array = array.view(dtype) if array.dtype.itemsize == np.dtype(dtype).itemsize else array.astype(dtype)
+            array = (
+                array.view(dtype) if array.dtype.itemsize == np.dtype(dtype).itemsize else array.astype(dtype)
+            )
         if mask is None:
             self.registers[name] = array if array.shape else np.full(self.threads, array, dtype)
             return
@@ -138,14 +142,18 @@ class Block:
             runnable = self._alive & (self._waits < 0)
             if not np.any(runnable):
                 waiting = sorted({int(barrier) for barrier in self._waits[self._alive]})
-                raise Fault("deadlock", f"block {self.number}: all lanes wait at barriers {waiting}, not all came")
-            places = np.unique(self._at[runnable])
+                raise Fault(
+                    "deadlock", f"block {self.number}: all lanes wait at barriers {waiting}, not all came"
+                )
+            # Lanes of a warp meet again: its first go on alone. Warps that spin let others go on.
+            first = np.where(runnable, self._at, _NEVER).reshape(-1, 32).min(axis=1)
+            places = np.unique(first[first < _NEVER])
             begin = int(places[0])
             if len(places) > 1 and self._spins > _PATIENCE:
-                begin, self._spins = int(places[1 + (self._spins % (len(places) - 1))]), 0
-            mask = runnable & (self._at == begin)
-            others = places[places > begin]
-            stop = int(others[0]) if len(others) else len(self._steps)
+                begin, self._spins = int(places[1 + self._spins % (len(places) - 1)]), 0
+            mask = runnable & (self._at == begin) & np.repeat(first == begin, 32)
+            others = self._at[runnable & (self._at > begin)]
+            stop = int(others.min()) if len(others) else len(self._steps)
             yield from self._straight(begin, stop, None if np.all(mask) else mask)
 
     def _straight(self, begin: int, stop: int, mask: Mask) -> Iterator[None]:
@@ -196,11 +204,11 @@ class Block:
         barrier, *count = (int(operand, 0) for operand in instruction.operands)
         self._at[lanes] = at + 1
         self._waits[lanes] = barrier
-        self._wanted[barrier] = count[0] if count else 0
+        self._needed[barrier] = count[0] if count else 0
         self._release()
 
     def _release(self) -> None:
-        for barrier, wanted in list(self._wanted.items()):
+        for barrier, wanted in list(self._needed.items()):
             waiting = self._waits == barrier
             needed = wanted or int(np.count_nonzero(self._alive))
             if np.any(waiting) and np.count_nonzero(waiting) >= needed:

@@ -1,10 +1,10 @@
 """Instructions of sm_90: barriers in shared memory, tiles copied by the copy engine, products of warpgroups.
 
-What is asynchronous arrives as late as it may: a tile when somebody waits for its barrier, a product when its group
-is waited for. Until then its destination is not to be read, and its operands not to be written.
+All that is asynchronous arrives as late as it may: a tile when somebody waits for its barrier, a product when
+its group is waited for. Until then its destination is not to be read, and its operands not to be written.
 
-Source: PTX ISA, "mbarrier", "Tensor Copies" and "Asynchronous Warpgroup Level Matrix Instructions", version 8.8;
-layouts of tiles and operands: its "Swizzling Modes" and "Strides" sections.
+Source: PTX ISA 8.8, "mbarrier", "Tensor Copies", "Asynchronous Warpgroup Level Matrix Instructions"; for
+layouts of tiles and operands, "Swizzling Modes" and "Strides".
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _TILE = re.compile(r"\[\s*(\S+?)\s*,\s*\{(.*)\}\s*\]")
 _WARPGROUP = 128
-# Bytes of a row within which 16-byte pieces change places, by the number of a tensor map's mode and a descriptor's.
+_MOST_STALLS = 2000
+# Bytes of a row within which 16-byte pieces change places, by the mode's number in a map and in a descriptor.
 _MAP_SPANS, _DESCRIPTOR_SPANS = {0: 16, 1: 32, 2: 64, 3: 128}, {0: 16, 1: 128, 2: 64, 3: 32}
 
 
@@ -64,9 +65,9 @@ class Barrier:
 
 
 def swizzled(addresses: Array, span: int) -> Array:
-    """Where a byte lies: within ``span`` bytes, 16-byte pieces change places by the row's number."""
+    """The addresses at which bytes lie: within ``span`` bytes, 16-byte pieces change places by the row's number."""
     bits = {16: 0, 32: 1, 64: 3, 128: 7}[span]
-    return addresses ^ (((addresses >> 7) & bits) << 4)
+    return np.asarray(addresses ^ (((addresses >> 7) & bits) << 4))
 
 
 class HopperInstructions:
@@ -80,52 +81,60 @@ class HopperInstructions:
         return int(np.broadcast_to(fetch(block), block.threads)[lanes[0]]), int(lanes[0])
 
     def _mbarrier(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
-        what = parts[1]
-        operands = instruction.operands
-        if what in ("init", "inval"):
-            place = self._address(operands[0], "u32")  # type: ignore[attr-defined]
-            count = int(operands[1], 0) if what == "init" else 0
+        ways = {"init": self._begin, "inval": self._begin, "arrive": self._arrival, "try_wait": self._phase}
+        if parts[1] not in ways or (parts[1] == "try_wait") != ("parity" in parts):
+            raise NotImplementedError(str(instruction))
+        return ways[parts[1]](parts, instruction)
 
-            def begin(block: Block, mask: Mask) -> None:
-                address, _ = self._lane_value(block, place, mask, instruction.opcode)
-                if what == "init":
-                    block.barriers[address] = Barrier(count, count)
-                elif block.barriers.pop(address).tiles:
-                    raise Fault("pending", "a barrier ends while tiles are under way to it")
+    def _begin(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        place = self._address(instruction.operands[0], "u32")  # type: ignore[attr-defined]
+        count = int(instruction.operands[1], 0) if parts[1] == "init" else 0
 
-            return begin
-        if what == "arrive":
-            place = self._address(operands[1], "u32")  # type: ignore[attr-defined]
-            amount = int(operands[2], 0) if "expect_tx" in parts else 0
+        def execute(block: Block, mask: Mask) -> None:
+            address, _ = self._lane_value(block, place, mask, instruction.opcode)
+            if count:
+                block.barriers[address] = Barrier(count, count)
+            elif block.barriers.pop(address).tiles:
+                raise Fault("pending", "a barrier ends while tiles are under way to it")
 
-            def arrive(block: Block, mask: Mask) -> None:
-                lanes = np.arange(block.threads) if mask is None else np.flatnonzero(mask)
-                for lane in lanes:
-                    barrier = _barrier(block, int(place(block)[lane]))
-                    barrier.bytes += amount
-                    barrier.pending -= 1
-                    if barrier.pending < 0:
-                        raise Fault("barrier", "more arrivals than the barrier was made for")
-                    barrier.settle()
+        return execute
 
-            return arrive
-        if what == "try_wait" and "parity" in parts:
-            place = self._address(operands[1], "u32")  # type: ignore[attr-defined]
-            parity = self.value(operands[2], "u32")  # type: ignore[attr-defined]
+    def _arrival(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        place = self._address(instruction.operands[1], "u32")  # type: ignore[attr-defined]
+        amount = int(instruction.operands[2], 0) if "expect_tx" in parts else 0
 
-            def wait(block: Block, mask: Mask) -> None:
-                ready = np.zeros(block.threads, bool)
-                addresses = place(block)
-                wanted = np.broadcast_to(parity(block), block.threads)
-                lanes = np.arange(block.threads) if mask is None else np.flatnonzero(mask)
-                for address in np.unique(addresses[lanes]):
-                    barrier = _barrier(block, int(address))
+        def execute(block: Block, mask: Mask) -> None:
+            for lane in np.arange(block.threads) if mask is None else np.flatnonzero(mask):
+                barrier = _barrier(block, int(place(block)[lane]))
+                barrier.bytes += amount
+                barrier.pending -= 1
+                if barrier.pending < 0:
+                    raise Fault("barrier", "more arrivals than the barrier was made for")
+                barrier.settle()
+
+        return execute
+
+    def _phase(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        destination, address, parity = instruction.operands
+        place, fetch = self._address(address, "u32"), self.value(parity, "u32")  # type: ignore[attr-defined]
+
+        def execute(block: Block, mask: Mask) -> None:
+            ready = np.zeros(block.threads, bool)
+            addresses, wanted = place(block), np.broadcast_to(fetch(block), block.threads) & 1
+            lanes = np.arange(block.threads) if mask is None else np.flatnonzero(mask)
+            for address in np.unique(addresses[lanes]):
+                barrier = _barrier(block, int(address))
+                here = addresses == address
+                # A wait for the phase before returns at once: nothing need have arrived.
+                if np.any((wanted[lanes] == barrier.phase) & here[lanes]):
                     _deliver(block, barrier)
-                    ready |= (addresses == address) & (barrier.phase != (wanted & 1))
-                block.put(operands[0], ready, mask)
+                ready |= here & (barrier.phase != wanted)
+            block.stalls = 0 if np.any(ready[lanes]) else block.stalls + 1
+            if block.stalls > _MOST_STALLS:
+                raise Fault("deadlock", "a barrier in shared memory whose phase never ends")
+            block.put(destination, ready, mask)
 
-            return wait
-        raise NotImplementedError(str(instruction))
+        return execute
 
     def _fence(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
         if "proxy" not in parts:
@@ -139,7 +148,11 @@ class HopperInstructions:
 
     def _tile_copy(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
         """``cp.async.bulk.tensor.2d`` from global to shared memory."""
-        if "shared_cta" not in parts or "2d" not in parts or "mbarrier_complete_tx_bytes" not in "_".join(parts):
+        if (
+            "shared_cta" not in parts
+            or "2d" not in parts
+            or "mbarrier_complete_tx_bytes" not in "_".join(parts)
+        ):
             raise NotImplementedError(str(instruction))
         to, source, barrier_at = instruction.operands
         found = _TILE.fullmatch(source)
@@ -197,7 +210,9 @@ class HopperInstructions:
         keeps = fetch(scale, "pred")
 
         def execute(block: Block, mask: Mask) -> None:
-            if mask is not None and not np.all(np.any(mask.reshape(-1, _WARPGROUP), 1) == np.all(mask.reshape(-1, _WARPGROUP), 1)):
+            if mask is not None and not np.all(
+                np.any(mask.reshape(-1, _WARPGROUP), 1) == np.all(mask.reshape(-1, _WARPGROUP), 1)
+            ):
                 raise Fault("convergence", f"{instruction.opcode} by a part of a warpgroup")
             groups = np.arange(block.threads // _WARPGROUP)
             if mask is not None:
@@ -205,13 +220,17 @@ class HopperInstructions:
             columns = {}
             for index, name in enumerate(results):
                 known = block.registers.get(name)
-                columns[index] = np.zeros(block.threads, np.float32) if known is None else known.view(np.float32).copy()
+                columns[index] = (
+                    np.zeros(block.threads, np.float32) if known is None else known.view(np.float32).copy()
+                )
             keep = np.broadcast_to(keeps(block), block.threads)
             descriptors = np.broadcast_to(b_descriptor(block), block.threads)
             for group in groups:
                 lanes = slice(group * _WARPGROUP, (group + 1) * _WARPGROUP)
                 if from_registers:
-                    registers = np.stack([np.broadcast_to(f(block), block.threads)[lanes] for f in a_group], axis=1)
+                    registers = np.stack(
+                        [np.broadcast_to(f(block), block.threads)[lanes] for f in a_group], axis=1
+                    )
                     a = _rows_of(registers.reshape(4, 32, -1), kinds[0])
                 else:
                     assert a_descriptor is not None
@@ -306,7 +325,7 @@ def _deliver(block: Block, barrier: Barrier) -> None:
 
 @dataclass
 class Products:
-    """A block's asynchronous products: registers that are not to be read yet, memory that is not to be written."""
+    """A block's running products: registers that are not to be read yet, memory that is not to be written."""
 
     names: set[str] = field(default_factory=set)
     used: list[Array] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Triton kernels through the executor: whatever an op launches runs as the machine's text, not as its source."""
+"""Triton kernels through the executor: an op's launches run as the compiler's text, not as their source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _bound(launch: _launch.Launch) -> dict[str, Any]:
 def _descriptor(value: Any, layout: dict[str, Any]) -> list[Any]:
     """The parameters that a tensor descriptor becomes: the map, its shape, its strides."""
     box = tuple(layout["block_size"])
-    made = TensorMap(value.base, tuple(value.shape), tuple(value.strides), box, layout["swizzle"])  # type: ignore[arg-type]
+    made = TensorMap(value.base, tuple(value.shape), tuple(value.strides), box, layout["swizzle"])
     return [made, *value.shape, *value.strides]
 
 
@@ -47,7 +47,7 @@ def run(launch: _launch.Launch, arch: int, seed: int = 0, ties: bool = False) ->
 def executed(
     arch: int, seed: int = 0, ties: bool = False, done: Callable[[_launch.Launch, Counts], None] | None = None
 ) -> Iterator[None]:
-    """Run every launch within the block through the executor, as if the CPU's tensors were on a GPU of ``arch``."""
+    """Run every launch within the block through the executor, as if CPU tensors were on a GPU of ``arch``."""
 
     def observer(launch: _launch.Launch) -> bool:
         counts = run(launch, arch, seed, ties)

@@ -17,7 +17,8 @@ from gptkern.testing.ptx.machine import PARAMETER_MEMORY, Machine
 from gptkern.testing.ptx.memory import Fault, Global, Shared
 from gptkern.testing.ptx.parse import Program, parse
 
-_IDLE_ROUNDS = 10_000
+# Rounds a block in which nobody ends or writes: whoever waits then waits for ever.
+_IDLE_ROUNDS = 200
 
 
 @dataclass
@@ -75,7 +76,7 @@ def execute(
     Args:
         ptx: A module with one entry.
         grid: Blocks along x, y, z.
-        values: The parameters in their order: CPU tensors, tensor maps, integers and floats. Those that are missing are zero.
+        values: The parameters in their order: CPU tensors, tensor maps, integers and floats; zero if missing.
         shared_bytes: Dynamic shared memory of a block.
         threads: Threads of a block; by default what the module requires.
         fresh: Tensors that nobody has written yet: reading a byte before it is written is a fault.
@@ -106,7 +107,16 @@ def execute(
     room = program.static_bytes + shared_bytes
     blocks = [
         Block(
-            number, place, sizes, threads or program.threads, machine.steps, program.width, parameters, memory, Shared(room, ties), maps
+            number,
+            place,
+            sizes,
+            threads or program.threads,
+            machine.steps,
+            program.width,
+            parameters,
+            memory,
+            Shared(room, ties),
+            maps,
         )
         for number, place in enumerate(_places(sizes))
     ]
@@ -115,8 +125,10 @@ def execute(
 
 
 def _run(blocks: list[Block], machine: Machine, choose: random.Random, resident: int) -> None:
+    """Let blocks go on in a random order, each until it may be held up."""
     waiting = list(reversed(blocks))
     going: list[tuple[Block, Iterator[None]]] = []
+    idle, writes = 0, 0
     while waiting or going:
         while waiting and len(going) < resident:
             block = waiting.pop()
@@ -125,10 +137,17 @@ def _run(blocks: list[Block], machine: Machine, choose: random.Random, resident:
         block, steps = going[index]
         try:
             next(steps)
+            idle = idle + 1 if block.memory.writes == writes else 0
+            writes = block.memory.writes
+            if idle > _IDLE_ROUNDS * len(going):
+                raise Fault(
+                    "deadlock", f"{len(going)} blocks wait for each other, {len(waiting)} cannot start"
+                )
         except StopIteration:
             going.pop(index)
+            idle = 0
         except Fault as fault:
             step = machine.steps[block.pc].instruction
-            raise Fault(
-                fault.check, f"{str(fault).partition(': ')[2]}\n    {step}\n    {step.source}, block {block.place}"
-            ) from fault
+            message = str(fault).partition(": ")[2]
+            place = f"{step.source}, block {block.place}"
+            raise Fault(fault.check, f"{message}\n    {step}\n    {place}") from fault

@@ -55,7 +55,9 @@ class Machine(HopperInstructions):
             return Step(instruction, "return")
         if name in ("bar", "barrier") and "warp" not in parts:
             return Step(instruction, "barrier")
-        yields = name in ("atom", "red") or any(part in ("acquire", "relaxed", "volatile", "release") for part in parts)
+        yields = name in ("atom", "red") or any(
+            part in ("acquire", "relaxed", "volatile", "release") for part in parts
+        )
         return Step(instruction, "plain", self._executed(parts, instruction), yields=yields)
 
     def _executed(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
@@ -181,20 +183,27 @@ class Machine(HopperInstructions):
 
     def _selp(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
         destination, a, b, condition = instruction.operands
-        first, second, chosen = self.value(a, parts[-1]), self.value(b, parts[-1]), self.value(condition, "pred")
+        first, second, chosen = (
+            self.value(a, parts[-1]),
+            self.value(b, parts[-1]),
+            self.value(condition, "pred"),
+        )
         return lambda block, mask: block.put(
             destination, np.where(chosen(block), first(block), second(block)), mask
         )
 
     def _setp(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
-        destination, a, b, *more = instruction.operands
-        if "|" in destination or more:
-            raise NotImplementedError(f"{instruction}")
-        first, second, how = self.value(a, parts[-1]), self.value(b, parts[-1]), parts[1]
+        destination, left, right, *more = instruction.operands
+        names, kind, how = destination.split("|"), parts[-1], parts[1]
+        if more or (len(names) == 2) != kind.endswith("x2"):
+            raise NotImplementedError(str(instruction))
+        first, second = self.value(left, kind), self.value(right, kind)
 
         def execute(block: Block, mask: Mask) -> None:
-            found = arithmetic.compare(how, np.asarray(first(block)), np.asarray(second(block)))
-            block.put(destination, np.broadcast_to(found, block.threads).copy(), mask)
+            a, b = (arithmetic.comparable(np.asarray(fetch(block)), kind) for fetch in (first, second))
+            for name, x, y in zip(names, a, b, strict=True):
+                found = arithmetic.compare(how, x, y)
+                block.put(name, np.broadcast_to(found, block.threads).copy(), mask)
 
         return execute
 
@@ -290,7 +299,9 @@ class Machine(HopperInstructions):
         destination = instruction.operands[0] if returns else "_"
         operand, *sources = instruction.operands[1 if returns else 0 :]
         kind = parts[-1]
-        what = next(part for part in parts if part in ("add", "exch", "cas", "min", "max", "and", "or", "xor", "inc"))
+        what = next(
+            part for part in parts if part in ("add", "exch", "cas", "min", "max", "and", "or", "xor", "inc")
+        )
         if any(part.startswith("shared") for part in parts):
             raise NotImplementedError(str(instruction))
         place = self._address(operand, "u64")

@@ -50,7 +50,9 @@ def _operand_places(k: int, per: int) -> tuple[Array, Array, Array, Array]:
     within = np.arange(per)
     columns = _THREAD[:, None] * per + within
     # A: registers 0 and 1 are rows g and g + 8 of the first half of k, 2 and 3 of the second.
-    rows = np.concatenate([np.broadcast_to(_GROUP[:, None] + 8 * (r & 1), (WARP, per)) for r in range(4)], axis=1)
+    rows = np.concatenate(
+        [np.broadcast_to(_GROUP[:, None] + 8 * (r & 1), (WARP, per)) for r in range(4)], axis=1
+    )
     cols = np.concatenate([columns + half * (r >> 1) for r in range(4)], axis=1)
     depth = np.concatenate([columns, columns + half], axis=1)
     return rows, cols, depth, np.broadcast_to(_GROUP[:, None], depth.shape)
@@ -76,7 +78,11 @@ def product(a: Array, b: Array, c: Array, k: int, kinds: tuple[str, str], intege
     accumulated[:, out_rows, out_columns] = c.view(np.int32) if integer else c.view(np.float32)
     total = left @ right + accumulated
     done = total[:, out_rows, out_columns]
-    return done.astype(np.int64).astype(np.int32).view(np.uint32) if integer else done.astype(np.float32).view(np.uint32)
+    return (
+        done.astype(np.int64).astype(np.int32).view(np.uint32)
+        if integer
+        else done.astype(np.float32).view(np.uint32)
+    )
 
 
 def gathered(rows: Array, count: int, transposed: bool) -> Array:
@@ -120,5 +126,6 @@ def shuffle_source(mode: str, by: Array, clamp: Array) -> tuple[Array, Array]:
 
 
 REDUCTIONS: dict[str, Any] = {
-    "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    "add": np.add, "min": np.minimum, "max": np.maximum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
 }  # fmt: skip

@@ -73,12 +73,13 @@ class Global:
                 unions[-1].append(span)
             else:
                 unions.append([span])
-        self._found = [self._allocation(union, tensors, fresh) for union in unions]
-        self._begins = np.array([item.begin for item in self._found], dtype=np.uint64)
+        self._allocations = [self._allocation(union, tensors, fresh) for union in unions]
+        self._begins = np.array([item.begin for item in self._allocations], dtype=np.uint64)
         # Vector clocks: how far each block has seen each other's work. Released with a store or an atomic.
         self.clocks = np.tile(np.int64(0), (blocks, blocks))
         self.clocks[np.arange(blocks), np.arange(blocks)] = 1
         self._released: dict[int, Array] = {}
+        self.writes = 0  # by which a scheduler sees that something goes on
 
     @staticmethod
     def _allocation(
@@ -101,7 +102,7 @@ class Global:
         which = np.searchsorted(self._begins, addresses, side="right").astype(np.int64) - 1
         first = int(which[0])
         if first >= 0 and np.all(which == first):
-            item = self._found[first]
+            item = self._allocations[first]
             offsets = (addresses - np.uint64(item.begin)).astype(np.int64)
             if np.all(offsets + size <= len(item.data)):
                 return item, offsets
@@ -116,16 +117,18 @@ class Global:
             parts = []
             for index in np.unique(elsewhere.which):
                 lanes = np.flatnonzero(elsewhere.which == index)
-                item = self._found[index] if index >= 0 else None
-                offsets = addresses[lanes].astype(np.int64) - (item.begin if item else 0)
-                bad = np.ones(len(lanes), bool) if item is None else offsets + size > len(item.data)
+                if index < 0:
+                    raise Fault("bounds", f"lane {lanes[0]} accesses {int(addresses[lanes[0]]):#x}") from None
+                item = self._allocations[index]
+                offsets = addresses[lanes].astype(np.int64) - item.begin
+                bad = offsets + size > len(item.data)
                 if np.any(bad):
-                    lane = int(lanes[np.argmax(bad)])
-                    near = f", {int(offsets[np.argmax(bad)]) - len(item.data)} bytes beyond {item.name}" if item else ""
-                    raise Fault(
-                        "bounds", f"lane {lane} accesses {size} bytes at {int(addresses[lane]):#x}{near}"
-                    ) from None
-                assert item is not None
+                    lane, beyond = (
+                        int(lanes[np.argmax(bad)]),
+                        int(offsets[np.argmax(bad)]) + size - len(item.data),
+                    )
+                    message = f"lane {lane} accesses {size} bytes, {beyond} beyond the end of {item.name}"
+                    raise Fault("bounds", message) from None
                 parts.append((lanes, item, offsets))
             return parts
 
@@ -152,6 +155,7 @@ class Global:
                 self._check_order(item, index, block, item.writer, item.write_clock, "writes", lanes)
                 self._check_order(item, index, block, item.reader, item.read_clock, "overwrites", lanes)
                 item.writer[index], item.write_clock[index] = block, self.clocks[block, block]
+            self.writes += 1
             item.data[index] = values[lanes]
             item.written[index] = True
             if np.any(item.data[index] != values[lanes]):
@@ -174,14 +178,14 @@ class Global:
             )
 
     def release(self, address: int, block: int) -> None:
-        """What the block has done is visible to whoever acquires from this address."""
+        """The block's work so far is visible to whoever acquires from this address."""
         seen = self._released.get(address)
         own = self.clocks[block].copy()
         self._released[address] = own if seen is None else np.maximum(seen, own)
         self.clocks[block, block] += 1
 
     def acquire(self, address: int, block: int) -> None:
-        """Whatever was released at this address is visible to the block."""
+        """All that was released at this address is visible to the block."""
         if address in self._released:
             self.clocks[block] = np.maximum(self.clocks[block], self._released[address])
 
@@ -196,7 +200,7 @@ class Shared:
     """A block's shared memory. Between two barriers, what one warp writes no other may touch.
 
     Args:
-        ties: Lanes of one instruction may write different values to one address: which one stays is undefined.
+        ties: Lanes of one instruction may write different values to one address, of which any may stay.
 
     Attributes:
         epoch: Number of barriers of the whole block so far.
@@ -223,7 +227,8 @@ class Shared:
         if np.any(positions + size > len(self.data)):
             lane = int(np.argmax(positions + size > len(self.data)))
             raise Fault(
-                "bounds", f"lane {lane} accesses shared memory at {int(positions[lane])} of {len(self.data)} bytes"
+                "bounds",
+                f"lane {lane} accesses shared memory at {int(positions[lane])} of {len(self.data)} bytes",
             )
         found: Array = positions[:, None] + np.arange(size)
         return found
@@ -231,13 +236,20 @@ class Shared:
     def read(self, index: Array, warps: Array) -> Array:
         """The bytes at ``index`` (lanes, size), read by these warps."""
         if np.any(self.pending[index]):
-            raise Fault("pending", f"lane {_first(self.pending[index])} reads what an asynchronous copy still writes")
+            raise Fault(
+                "pending", f"lane {_first(self.pending[index])} reads what an asynchronous copy still writes"
+            )
         if not np.all(self._written[index]):
-            raise Fault("uninitialised", f"lane {_first(~self._written[index])} reads shared memory nobody wrote")
+            raise Fault(
+                "uninitialised", f"lane {_first(~self._written[index])} reads shared memory nobody wrote"
+            )
         own = np.broadcast_to(warps[:, None], index.shape)
         clash = (self._write_epoch[index] == self.epoch) & (self._writer[index] != own)
         if np.any(clash):
-            raise Fault("race", f"lane {_first(clash)} reads shared memory that another warp writes, no barrier between")
+            raise Fault(
+                "race",
+                f"lane {_first(clash)} reads shared memory that another warp writes, no barrier between",
+            )
         again = (self._read_epoch[index] == self.epoch) & (self._reader[index] != own)
         self._reader[index] = np.where(again, -2, own)
         self._read_epoch[index] = self.epoch
@@ -246,8 +258,8 @@ class Shared:
     def write(self, index: Array, values: Array, warps: Array, copied: bool = False) -> None:
         """Store (lanes, size) bytes.
 
-        ``copied``: by ``cp.async``. The ISA asks for a fence between it and a product, as after stores; no library
-        that ships has one there, Triton and CUTLASS among them, and none is asked for here.
+        ``copied``: by ``cp.async``. The ISA asks for a fence between it and a product, as after stores, and
+        Triton and CUTLASS have none there: none is asked for.
         """
         if warps[0] != ENGINE:  # a tile was checked when it was asked for
             self.check_write(index, warps)
@@ -263,15 +275,20 @@ class Shared:
     def check_write(self, index: Array, warps: Array) -> None:
         """A fault if a write at this time would not be ordered after others' accesses."""
         if np.any(self.pending[index]):
-            raise Fault("pending", f"lane {_first(self.pending[index])} writes where an asynchronous copy still does")
+            raise Fault(
+                "pending", f"lane {_first(self.pending[index])} writes where an asynchronous copy still does"
+            )
         if np.any(self.busy[index]):
-            raise Fault("pending", f"lane {_first(self.busy[index] > 0)} writes an operand of a running product")
+            raise Fault(
+                "pending", f"lane {_first(self.busy[index] > 0)} writes an operand of a running product"
+            )
         own = np.broadcast_to(warps[:, None], index.shape)
         clash = (self._write_epoch[index] == self.epoch) & (self._writer[index] != own)
         clash |= (self._read_epoch[index] == self.epoch) & (self._reader[index] != own)
         if np.any(clash):
             raise Fault(
-                "race", f"lane {_first(clash)} writes shared memory that another warp uses, no barrier between"
+                "race",
+                f"lane {_first(clash)} writes shared memory that another warp uses, no barrier between",
             )
 
     def read_by_engine(self, index: Array) -> Array:
@@ -279,12 +296,13 @@ class Shared:
         data = self.read(index, np.full(len(index), ENGINE, np.int32))
         if np.any(self._unfenced[index]):
             raise Fault(
-                "proxy", "a product reads what lanes wrote to shared memory, and no fence.proxy.async stands between"
+                "proxy",
+                "a product reads what lanes wrote to shared memory, and no fence.proxy.async stands between",
             )
         return data
 
     def fence(self, warps: Array) -> None:
-        """What these warps wrote is visible to the engines."""
+        """The bytes that these warps wrote are visible to the engines."""
         self._unfenced &= ~np.isin(self._writer, warps)
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 WIDTHS = {"pred": 0, "b8": 1, "b16": 2, "b32": 4, "b64": 8}
 _SIZES = {kind + str(8 * size): size for kind in "bsuf" for size in (1, 2, 4, 8)}
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*(.*?)\{", re.DOTALL)
-_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\S*\s+(?:\.\w+\s+)*?(?:\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?")
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\S*\s+(?:\.\w+\s+)*?(?:\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?"
+)
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"')
 _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
@@ -177,7 +179,7 @@ class _Reader:
             predicate = self._renamed(guard.lstrip("@!"))
         opcode, _, rest = statement.partition(" ") if " " in statement else statement.partition("\t")
         opcode, _, more = opcode.partition("\t")
-        operands = split(re.sub(r"[$%\w.]+", lambda found: self._renamed(found.group(0)), f"{more} {rest}"))
+        operands = split(re.sub(r"[$%\w.]+", lambda name: self._renamed(name.group(0)), f"{more} {rest}"))
         return Instruction(opcode.strip(), operands, predicate, negated, self._source)
 
 

@@ -1,0 +1,225 @@
+"""Each check of the executor: a kernel that breaks the rule is refused by its name, the mended one passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ptx_support import TILE, module, run
+
+from gptkern.testing.ptx import Fault, TensorMap, execute
+
+ADDRESS = "mul.wide.u32 %rd5, %r0, 4; add.s64 %rd6, %rd5, %rd0; add.s64 %rd7, %rd5, %rd1;"
+STORE = "st.global.b32 [%rd7], %r1;"
+
+
+def ints(count: int) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.int32)
+
+
+def refused(check: str, body: str, *tensors: torch.Tensor, **options: object) -> str:
+    """The message of the fault, which must come from this check."""
+    with pytest.raises(Fault) as caught:
+        run(body, *tensors, **options)  # type: ignore[arg-type]
+    assert caught.value.check == check, str(caught.value)
+    return str(caught.value)
+
+
+def test_bounds_of_global_memory() -> None:
+    body = f"{ADDRESS} ld.global.b32 %r1, [%rd6]; {STORE}"
+    run(body, ints(32), ints(32))
+    assert "lane 31 accesses 4 bytes, 4 beyond the end of parameter 0" in refused(
+        "bounds", body, ints(31), ints(32)
+    )
+    assert "st.global.b32" in refused("bounds", body, ints(32), ints(30))
+    refused("bounds", f"{ADDRESS} mov.b64 %rd6, 64; ld.global.b32 %r1, [%rd6]; {STORE}", ints(32), ints(32))
+    masked = f"{ADDRESS} setp.lt.u32 %p1, %r0, 31; mov.b32 %r1, 0; @%p1 ld.global.b32 %r1, [%rd6]; {STORE}"
+    run(masked, ints(31), ints(32))
+
+
+def test_alignment() -> None:
+    vector = "ld.global.v2.b32 {%r1, %r2}, [%rd0 + OFFSET]; st.global.b32 [%rd1], %r1;"
+    data = torch.zeros(16, dtype=torch.int64).view(torch.int32)
+    run(vector.replace("OFFSET", "8"), data, ints(4))
+    refused("alignment", vector.replace("OFFSET", "4"), data, ints(4))
+    refused("alignment", "mov.b32 %r1, 2; st.shared.b32 [%r1], %r0;", data, data, shared_bytes=64)
+
+
+def test_memory_that_nobody_wrote() -> None:
+    out = ints(32)
+    body = f"{ADDRESS} ld.global.b32 %r1, [%rd7]; st.global.b32 [%rd6], %r1;"
+    run(body, ints(32), out)
+    refused("uninitialised", body, ints(32), out, fresh=[out])
+    refused("uninitialised", "shl.b32 %r1, %r0, 2; ld.shared.b32 %r2, [%r1];", out, out, shared_bytes=128)
+    assert "register %r9" in refused("uninitialised", "add.s32 %r1, %r9, 1;", out, out)
+
+
+SHARED = (
+    "shl.b32 %r1, %r0, 2; st.shared.b32 [%r1], %r0; BARRIER xor.b32 %r2, %r1, 252; ld.shared.b32 %r3, [%r2];"
+)
+
+
+def test_a_read_of_what_another_warp_wrote_needs_a_barrier() -> None:
+    run(SHARED.replace("BARRIER", "bar.sync 0;"), ints(1), ints(1), threads=64, shared_bytes=256)
+    refused("race", SHARED.replace("BARRIER", ""), ints(1), ints(1), threads=64, shared_bytes=256)
+    # Within a warp lanes go in step.
+    run(
+        "shl.b32 %r1, %r0, 2; st.shared.b32 [%r1], %r0; xor.b32 %r2, %r1, 124; ld.shared.b32 %r3, [%r2];",
+        ints(1),
+        ints(1),
+        shared_bytes=128,
+    )
+
+
+def test_a_write_over_what_another_warp_reads_needs_a_barrier() -> None:
+    body = SHARED.replace("BARRIER", "bar.sync 0;") + "AGAIN st.shared.b32 [%r1], %r3;"
+    run(body.replace("AGAIN", "bar.sync 0;"), ints(1), ints(1), threads=64, shared_bytes=256)
+    refused("race", body.replace("AGAIN", ""), ints(1), ints(1), threads=64, shared_bytes=256)
+
+
+def test_lanes_that_write_one_address_must_agree() -> None:
+    body = "mov.b32 %r1, 0; st.shared.b32 [%r1], VALUE;"
+    run(body.replace("VALUE", "%r1"), ints(1), ints(1), shared_bytes=4)
+    refused("tie", body.replace("VALUE", "%r0"), ints(1), ints(1), shared_bytes=4)
+    run(body.replace("VALUE", "%r0"), ints(1), ints(1), shared_bytes=4, ties=True)
+    refused("tie", "st.global.b32 [%rd0], %r0;", ints(1), ints(1))
+
+
+COPY = f"""{ADDRESS} shl.b32 %r1, %r0, 2; cp.async.ca.shared.global [%r1], [%rd6], 4; cp.async.commit_group;
+cp.async.ca.shared.global [%r1 + 128], [%rd6], 4; cp.async.commit_group;
+WAIT ld.shared.b32 %r2, [%r1 + FROM]; st.global.b32 [%rd7], %r2;"""
+
+
+def test_a_copy_arrives_at_its_wait() -> None:
+    def body(wait: str, place: int) -> str:
+        return COPY.replace("WAIT", wait).replace("FROM", str(place))
+
+    out = torch.zeros(32, dtype=torch.int32)
+    run(body("cp.async.wait_group 1;", 0), ints(32), out, shared_bytes=256)
+    assert torch.equal(out, ints(32))
+    run(body("cp.async.wait_group 0;", 128), ints(32), out, shared_bytes=256)
+    refused("pending", body("", 0), ints(32), out, shared_bytes=256)
+    refused("pending", body("cp.async.wait_group 1;", 128), ints(32), out, shared_bytes=256)
+    refused("pending", body("st.shared.b32 [%r1], %r0;", 0), ints(32), out, shared_bytes=256)
+
+
+def test_a_barrier_that_not_all_reach_is_a_deadlock() -> None:
+    body = "setp.lt.u32 %p1, %r0, 32; @%p1 bra $there; bar.sync 0; $there: bar.sync 1; bar.sync 0;"
+    refused("deadlock", body, ints(1), ints(1), threads=64)
+    run(
+        "setp.lt.u32 %p1, %r0, 32; @%p1 bra $there; mov.b32 %r1, 0; $there: bar.sync 0;",
+        ints(1),
+        ints(1),
+        threads=64,
+    )
+
+
+def test_a_part_of_a_warp_does_not_shuffle() -> None:
+    body = "setp.lt.u32 %p1, %r0, 16; @%p1 shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;"
+    refused("convergence", body, ints(1), ints(1))
+
+
+# --- blocks among each other
+
+ARRIVE = "setp.eq.b32 %p1, %r0, 0; @%p1 atom.global.gpu.ORDER.add.u32 %r5, [%rd1], 1;"
+SPIN = "$spin: ld.global.gpu.ORDER.b32 %r6, [%rd1]; setp.lt.u32 %p2, %r6, 4; @%p2 bra $spin;"
+
+
+def grid_barrier(arrive: str, leave: str) -> str:
+    """Each block stores its number, all wait for all, each reads its neighbour's."""
+    return f"""
+    mov.u32 %r10, %ctaid.x; mul.wide.u32 %rd5, %r10, 4; add.s64 %rd6, %rd5, %rd0;
+    setp.eq.b32 %p1, %r0, 0; @%p1 st.global.b32 [%rd6], %r10; bar.sync 0;
+    {ARRIVE.replace("ORDER", arrive)} {SPIN.replace("ORDER", leave)} bar.sync 0;
+    xor.b32 %r11, %r10, 1; mul.wide.u32 %rd7, %r11, 4; add.s64 %rd7, %rd7, %rd0; ld.global.b32 %r12, [%rd7];
+    add.s64 %rd8, %rd5, %rd2; @%p1 st.global.b32 [%rd8], %r12;
+    """
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_grid_barrier_orders_blocks(seed: int) -> None:
+    counter, out = torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    run(
+        grid_barrier("release", "acquire"),
+        torch.zeros(4, dtype=torch.int32),
+        counter,
+        out,
+        blocks=4,
+        seed=seed,
+    )
+    assert out.tolist() == [1, 0, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("arrive", "leave"), [("relaxed", "acquire"), ("release", "relaxed"), ("relaxed", "relaxed")]
+)
+def test_a_grid_barrier_with_a_relaxed_order_is_a_race(arrive: str, leave: str) -> None:
+    tensors = (
+        torch.zeros(4, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
+        torch.zeros(4, dtype=torch.int32),
+    )
+    assert "without an order to block" in refused("race", grid_barrier(arrive, leave), *tensors, blocks=4)
+
+
+def test_two_blocks_that_store_to_one_place_are_a_race() -> None:
+    refused("race", f"mov.b32 %r1, 1; {ADDRESS} {STORE}", ints(32), ints(32), blocks=2)
+
+
+def test_a_grid_that_waits_for_blocks_that_cannot_start_is_a_deadlock() -> None:
+    tensors = (
+        torch.zeros(4, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
+        torch.zeros(4, dtype=torch.int32),
+    )
+    refused("deadlock", grid_barrier("release", "acquire"), *tensors, blocks=4, resident=3)
+
+
+# --- engines
+
+FILL = """shl.b32 %r1, %r0, 2; mov.b32 %r2, 0; $fill: st.shared.b32 [%r1], %r2; add.s32 %r1, %r1, 512;
+setp.lt.u32 %p1, %r1, 12288; @%p1 bra $fill;"""
+NAMES = ",".join(f"%r{100 + i}" for i in range(16))
+# Rows of 128 bytes, swizzled: A at 0, B at 8192; 1024 bytes from one group of 8 rows to the next.
+DESCRIPTORS = (1 << 62) | (64 << 32), (1 << 62) | (64 << 32) | (8192 >> 4)
+PRODUCT = f"""wgmma.fence.sync.aligned; mov.b64 %rd10, {DESCRIPTORS[0]}; mov.b64 %rd11, {DESCRIPTORS[1]};
+setp.ne.b32 %p3, %r2, 0;
+wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {{{NAMES}}}, %rd10, %rd11, %p3, 1, 1, 0, 0;
+wgmma.commit_group.sync.aligned;"""
+WAIT, FENCE = "wgmma.wait_group.sync.aligned 0;", "fence.proxy.async.shared::cta;"
+
+
+def test_a_product_needs_a_fence_and_its_wait() -> None:
+    size = {"threads": 128, "shared_bytes": 12288}
+    use = "add.f32 %r3, %r100, %r101;"
+    run(f"{FILL} {FENCE} bar.sync 0; {PRODUCT} {WAIT} {use}", ints(1), ints(1), **size)  # type: ignore[arg-type]
+    refused("proxy", f"{FILL} bar.sync 0; {PRODUCT} {WAIT} {use}", ints(1), ints(1), **size)
+    refused("race", f"{FILL} {FENCE} {PRODUCT} {WAIT} {use}", ints(1), ints(1), **size)
+    refused("pending", f"{FILL} {FENCE} bar.sync 0; {PRODUCT} {use}", ints(1), ints(1), **size)
+    over = "bar.sync 0; shl.b32 %r1, %r0, 2; st.shared.b32 [%r1], %r2;"
+    refused("pending", f"{FILL} {FENCE} bar.sync 0; {PRODUCT} {over} {WAIT}", ints(1), ints(1), **size)
+    run(f"{FILL} {FENCE} bar.sync 0; {PRODUCT} {WAIT} {over}", ints(1), ints(1), **size)  # type: ignore[arg-type]
+
+
+def tile(wait: str, amount: int = 2048) -> None:
+    """A tile of 32 x 32 half numbers, read where it arrives."""
+    body = f"""
+    mov.b64 %rd6, k_param_1; cvta.param.u64 %rd7, %rd6; mov.b32 %r1, 2048; mov.b32 %r2, 0;
+    setp.eq.b32 %p1, %r0, 0; @%p1 mbarrier.init.shared::cta.b64 [%r1], 1; bar.sync 0;
+    @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], {amount};
+    @%p1 {TILE} [%r2], [%rd7, {{%r2, %r2}}], [%r1];
+    {wait} shl.b32 %r3, %r0, 2; ld.shared.b32 %r4, [%r3];
+    """
+    source = torch.ones(32, 32, dtype=torch.float16)
+    text = module(body, 1, 32, ", .param .align 64 .b8 k_param_1[128]")
+    execute(text, (1,), (ints(1), TensorMap(source, (32, 32), (32, 1), (32, 32), 2)), shared_bytes=2056)
+
+
+def test_a_tile_arrives_at_its_barrier() -> None:
+    wait = "$w: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r1], PARITY; @!%p2 bra $w;"
+    tile(wait.replace("PARITY", "0"))
+    with pytest.raises(Fault, match="pending: lane 0 reads what an asynchronous copy still writes"):
+        tile("")
+    with pytest.raises(Fault, match="pending: lane 0 reads"):  # the phase before the first counts as over
+        tile(wait.replace("PARITY", "1").replace("$w: ", "").replace("@!%p2 bra $w;", ""))
+    with pytest.raises(Fault, match="deadlock"):  # more bytes are expected than come
+        tile(wait.replace("PARITY", "0"), amount=4096)
