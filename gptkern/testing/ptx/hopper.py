@@ -65,7 +65,7 @@ class Barrier:
 
 
 def swizzled(addresses: Array, span: int) -> Array:
-    """The addresses at which bytes lie: within ``span`` bytes, 16-byte pieces change places by the row's number."""
+    """The addresses of bytes: within ``span`` bytes, 16-byte pieces change places by the row's number."""
     bits = {16: 0, 32: 1, 64: 3, 128: 7}[span]
     return np.asarray(addresses ^ (((addresses >> 7) & bits) << 4))
 
