@@ -34,9 +34,9 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     copies: list[int] = []
     submit = Engine.submit
 
-    def counted(self: Engine, prompt: Any, settings: Any, keys: Any, **others: Any) -> int:
+    def counted(self: Engine, request: Any, settings: Any, keys: Any, tokenizer: Any = None) -> int:
         copies.append(len(keys))
-        return submit(self, prompt, settings, keys, **others)
+        return submit(self, request, settings, keys, tokenizer)
 
     monkeypatch.setattr(Engine, "submit", counted)
     return copies

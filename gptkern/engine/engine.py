@@ -13,19 +13,16 @@ import torch
 
 from gptkern.engine.beam import refuse_beams
 from gptkern.engine.cache import PAGE_SIZE, KVCache
-from gptkern.engine.constraint import Constraint
 from gptkern.engine.copies import Copy
 from gptkern.engine.executors.choose import Executors
 from gptkern.engine.executors.graph import MOST_ROWS
 from gptkern.engine.launch import Launch, Launcher
 from gptkern.engine.live import Inbox, LiveRequests, live_request
 from gptkern.engine.options import KVCacheDType
-from gptkern.engine.processors import Callbacks
 from gptkern.engine.request import Request, TokenEvent
-from gptkern.engine.sampling import RowParams, Sampler, row_keys
+from gptkern.engine.sampling import Sampler, row_keys
 from gptkern.engine.scheduler import Row, Scheduler
 from gptkern.engine.settings import Settings, merged, settle
-from gptkern.engine.steering import Steering
 from gptkern.engine.weights_version import WeightsVersion
 from gptkern.model.decoder import Decoder
 
@@ -217,40 +214,20 @@ class Engine:
         asked = merged(request.options, getattr(self.model, "generation_config", {}) | {"num_beams": 1})
         given = any(request.options.get(name) is not None for name in ("max_length", "max_new_tokens"))
         settings = settle(asked, self.model.config, width=length, longest=length, lengths_given=given)
-        return self.submit(
-            list(request.prompt),
-            settings,
-            row_keys(settings, 1),
-            tokenizer=tokenizer,
-            logprobs=request.logprobs,
-            priority=request.priority,
-            deadline=request.deadline,
-            prompt_logprobs=request.prompt_logprobs,
-            callbacks=request.callbacks,
-            constraint=request.constraint,
-            steering=None if request.steering is None else Steering.of(request.steering, self.model),
-        )
+        return self.submit(request, settings, row_keys(settings, 1), tokenizer)
 
     def submit(
         self,
-        prompt: list[int],
+        request: Request,
         settings: Settings,
         keys: Sequence[tuple[int, int]],
-        *,
         tokenizer: Tokenizer | None = None,
-        logprobs: int | None = None,
-        priority: int = 0,
-        deadline: float | None = None,
-        prompt_logprobs: int | None = None,
-        callbacks: Callbacks | None = None,
-        constraint: Constraint | None = None,
-        steering: Steering | None = None,
     ) -> int:
-        """``add`` for settings that are checked already.
+        """``add`` for a request whose prompt and options are checked already.
 
         Args:
+            settings: What its options come to.
             keys: (seed, request) of each copy's draws.
-            deadline: Seconds from now.
         """
         if self._closed:
             raise RuntimeError("Engine.add: the engine is closed")
@@ -259,38 +236,22 @@ class Engine:
                 f"Engine.add: kv_cache_dtype is {settings.kv_cache_dtype!r}; "
                 f"the engine's is {self._kv_cache_dtype!r}"
             )
-        beams = settings.num_beams
+        beams, callbacks = settings.num_beams, request.callbacks
         if beams > 1:
             refuse_beams(
                 "Engine.add",
-                logprobs=logprobs is not None,
-                logits_processor=callbacks is not None and callbacks.processors,
-                stopping_criteria=callbacks is not None and callbacks.criteria,
-                constraint=constraint is not None,
+                logprobs=request.logprobs is not None,
+                logits_processor=callbacks.processors,
+                stopping_criteria=callbacks.criteria,
+                constraint=request.constraint is not None,
             )
-        self._scheduler.check_fits(len(prompt), settings.max_new, copies=len(keys), beams=beams)
+        self._scheduler.check_fits(len(request.prompt), settings.max_new, copies=len(keys), beams=beams)
         if settings.stop_strings and tokenizer is None:
             tokenizer = getattr(self.model, "tokenizer", None)
         if settings.stop_strings and tokenizer is None:
             raise ValueError("Engine.add: stop_strings need a tokenizer: the model came without one")
-        params = RowParams(settings, self.model.spec.vocab_size, logprobs)
-        ends = None if deadline is None else time.monotonic() + deadline
         with self._inbox.lock:
-            live = live_request(
-                next(self._ids),
-                prompt,
-                settings,
-                params,
-                keys,
-                tokenizer=tokenizer,
-                priority=priority,
-                deadline=ends,
-                prompt_logprobs=prompt_logprobs,
-                callbacks=callbacks or Callbacks(),
-                constraint=constraint,
-                steering=steering,
-                device=self.model.device,
-            )
+            live = live_request(next(self._ids), request, settings, keys, tokenizer, self.model)
             self._inbox.added.append(live)
         return live.number
 

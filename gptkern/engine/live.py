@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
 from gptkern.engine.beam import BeamSearch, advance
-from gptkern.engine.constraint import Constraint
 from gptkern.engine.copies import Copy, draft_tokens
 from gptkern.engine.launch import Launch
 from gptkern.engine.lookup import Lookup
-from gptkern.engine.processors import Callbacks
-from gptkern.engine.request import FinishReason, TokenEvent
+from gptkern.engine.request import FinishReason, Request, TokenEvent
 from gptkern.engine.sampling import RowDraw, RowParams, SamplerRow
 from gptkern.engine.scheduler import Row, Scheduler
 from gptkern.engine.settings import Settings
@@ -66,30 +63,32 @@ class LiveRequest:
 
 def live_request(
     number: int,
-    prompt: list[int],
+    request: Request,
     settings: Settings,
-    params: RowParams,
     keys: Sequence[tuple[int, int]],
-    *,
     tokenizer: Tokenizer | None,
-    priority: int,
-    deadline: float | None,
-    prompt_logprobs: int | None,
-    callbacks: Callbacks,
-    constraint: Constraint | None,
-    steering: Steering | None,
-    device: torch.device,
+    model: Decoder,
 ) -> LiveRequest:
     """A request as the engine runs it; the arguments are those of ``Engine.submit``, checked.
 
     Args:
         number: By which events name it.
-        deadline: On the engine's clock.
-        device: Of the logits.
     """
-    beams = settings.num_beams
+    prompt, constraint, beams = list(request.prompt), request.constraint, settings.num_beams
+    params, callbacks = RowParams(settings, model.spec.vocab_size, request.logprobs), request.callbacks
+    deadline = None if request.deadline is None else time.monotonic() + request.deadline
+    steering = None if request.steering is None else Steering.of(request.steering, model)
     rows = [
-        Row(number, place, priority, number, prompt, settings.max_new, deadline, steering=steering)
+        Row(
+            number,
+            place,
+            request.priority,
+            number,
+            prompt,
+            settings.max_new,
+            deadline,
+            steering=steering,
+        )
         for place in range(max(len(keys), beams))
     ]
     copies = [
@@ -104,9 +103,9 @@ def live_request(
                 processors=callbacks.processors,
                 constraint=None if constraint is None else constraint.fork(),
             ),
-            _text(tokenizer, settings.stop_strings, prompt),
+            None if tokenizer is None else RowText(tokenizer, settings.stop_strings, prompt),
             Lookup(prompt) if settings.speculate and constraint is None else None,
-            prompt_logprobs,
+            request.prompt_logprobs,
             callbacks,
         )
         for row, (seed, draws) in zip(rows, keys, strict=False)
@@ -115,7 +114,7 @@ def live_request(
         return LiveRequest(rows, copies)
     for row in rows:
         row.beams = rows
-    return LiveRequest(rows, copies, BeamSearch(prompt, settings, params, device, tokenizer))
+    return LiveRequest(rows, copies, BeamSearch(prompt, settings, params, model.device, tokenizer))
 
 
 def _text(

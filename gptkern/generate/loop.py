@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gptkern.engine.cache import PAGE_SIZE
 from gptkern.engine.processors import Callbacks
-from gptkern.engine.request import FinishReason, TokenEvent
+from gptkern.engine.request import FinishReason, Request, TokenEvent
 from gptkern.engine.sampling import row_keys
 from gptkern.engine.settings import Settings
 from gptkern.generate.prompt import Prompts
@@ -81,7 +81,7 @@ def columns(
     Raises:
         ValueError: A row of logits held NaN or +inf, or left no token.
     """
-    copies = settings.num_return_sequences
+    copies, callbacks = settings.num_return_sequences, callbacks or Callbacks()
     count = len(prompts.rows) * copies
     sequences = len(prompts.rows) * max(copies, settings.num_beams)
     # Each counts one page more: a row begins while every running row could still take another page.
@@ -93,10 +93,13 @@ def columns(
         for place, prompt in enumerate(prompts.rows):
             row = place * copies
             own = keys[row : row + copies]
-            request = engine.submit(
-                prompt, settings, own, tokenizer=tokenizer, logprobs=logprobs, callbacks=callbacks
+            request = Request(
+                prompt=prompt,
+                logprobs=logprobs,
+                logits_processor=callbacks.processors,
+                stopping_criteria=callbacks.criteria,
             )
-            first[request] = row
+            first[engine.submit(request, settings, own, tokenizer)] = row
         queues: dict[int, deque[TokenEvent]] = {row: deque() for row in range(count)}
         while queues:
             for event in engine.step():
