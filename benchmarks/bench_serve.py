@@ -3,7 +3,7 @@
     pytest benchmarks/bench_serve.py -n 0 -s --benchmark-enable
 
 The server runs in a process of its own; the client is this one, so that on few cores the two share them.
-``GPTKERN_BENCH_PEERS=1`` asks ``transformers serve`` for the same, on the same weights.
+``serve_peers.py`` measures other servers beside it, on the same weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,15 +37,15 @@ PROMPT = "First Citizen:\nBefore we proceed any further, hear me speak."
 
 
 @contextmanager
-def server(*command: str, url: str) -> Iterator[int]:
-    """The number of a server's process, from when it answers on."""
+def server(*command: str, url: str, ready: str = "/health") -> Iterator[int]:
+    """The number of a server's process, from when it answers on, at the path ``ready``."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             end = time.monotonic() + 120
             while True:
                 assert process.poll() is None and time.monotonic() < end, "the server does not answer"
                 try:
-                    if httpx.get(url + "/health", timeout=1).status_code == 200:
+                    if httpx.get(url + ready, timeout=1).status_code == 200:
                         break
                 except httpx.HTTPError:
                     pass
@@ -187,43 +186,3 @@ def test_latencies_by_load(benchmark: BenchmarkFixture, share: float) -> None:
     benchmark.extra_info.update({"requests/s": rate, **found})
     words = ", ".join(f"{name} {value:.1f} ms" for name, value in found.items())
     print(f"\n{share:.0%} of capacity, {rate:.1f} requests/s: {words}")
-
-
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
-
-
-@pytest.mark.skipif(os.environ.get("GPTKERN_BENCH_PEERS") != "1", reason="GPTKERN_BENCH_PEERS=1 asks for it")
-def test_transformers_serve(benchmark: BenchmarkFixture) -> None:
-    """The same chats from `transformers serve` and from gptkern's server, each alone, in turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        GPT.from_pretrained().save_pretrained(folder)
-        (Path(folder) / "chat_template.jinja").write_text(TEMPLATE)
-        body = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": NEW, "temperature": 1.0}
-
-        def tokens_per_second(port: int, name: str, streams: int) -> float:
-            async def main() -> None:
-                asked = body | {"model": name}
-                await asyncio.gather(*(stream(port, "/v1/chat/completions", asked) for _ in range(streams)))
-
-            began = time.perf_counter()
-            asyncio.run(main())
-            return streams * NEW / (time.perf_counter() - began)
-
-        peer = [str(Path(sys.executable).with_name("transformers")), "serve", "--port", "8234"]
-        peer += ["--device", DEVICE, "--continuous-batching", folder]
-        own = [sys.executable, "-m", "gptkern", "serve", folder, "--name=gptkern", "--port=8233"]
-        own += ["--no-access-log", f"--max-seqs={STREAMS}"]
-        with (
-            server(*own, url="http://127.0.0.1:8233"),
-            server(*peer, url="http://127.0.0.1:8234"),
-        ):
-            for streams in (1, STREAMS):
-                tokens_per_second(8233, "gptkern", streams), tokens_per_second(8234, folder, streams)
-                rounds = [
-                    (tokens_per_second(8233, "gptkern", streams), tokens_per_second(8234, folder, streams))
-                    for _ in range(3)
-                ]
-                ratio = median(own_speed / peers for own_speed, peers in rounds)
-                benchmark.extra_info[f"{streams} streams"] = ratio
-                print(f"\n{streams} streams: {ratio:.1f} x transformers serve's tokens/s")
-    benchmark.pedantic(lambda: None, rounds=1)
