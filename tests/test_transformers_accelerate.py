@@ -142,6 +142,7 @@ def test_imported_classes_are_accelerated_subclasses(name: str, tmp_path: Any) -
     ours, theirs = getattr(drop_in, name), getattr(transformers, name)
     assert issubclass(ours, theirs)
     assert ours.__name__ == name
+    assert not ours.is_custom_code()
     original = build(name).eval()
     original.save_pretrained(tmp_path / "theirs")
     model = ours.from_pretrained(tmp_path / "theirs").eval()

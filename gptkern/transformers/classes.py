@@ -29,6 +29,10 @@ def _accelerating(cls: Any, library: Any) -> Any:
             model.set_attn_implementation(chosen)
         return loaded
 
+    def is_custom_code(subclass: Any) -> bool:
+        # The library goes by the place of the class, and initialises and saves custom code in other ways.
+        return bool(library.is_custom_code())
+
     from_pretrained.__doc__ = cls.from_pretrained.__doc__
     namespace = {
         "__module__": __name__,
@@ -36,6 +40,7 @@ def _accelerating(cls: Any, library: Any) -> Any:
         "__doc__": f"``transformers.{library.__qualname__}``, accelerated: another import, nothing else.",
         "__init__": __init__,
         "from_pretrained": classmethod(from_pretrained),
+        "is_custom_code": classmethod(is_custom_code),
     }
     return type(library.__name__, (cls,), namespace)
 
