@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ pytest.importorskip("fastapi", reason="needs the extra [serve]")
 from serve_support import NAME, Running, serving, small_model
 
 from gptkern import GPT
+from gptkern.cli import main
 from gptkern.serve.admission import Admission
 from gptkern.serve.errors import ApiProblem
 from gptkern.serve.protocol import ChatRequest, CompletionRequest
@@ -511,6 +513,49 @@ def test_a_fault_of_the_engine_is_a_500_and_the_server_goes_on(
 def test_settings_are_checked(setting: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         ServeSettings(**setting)
+
+
+def test_every_setting_comes_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found: list[tuple[ServeSettings, dict[str, Any]]] = []
+
+    def run(model: GPT, settings: ServeSettings, **engine: Any) -> int:
+        found.append((settings, engine))
+        return 7
+
+    monkeypatch.setattr("gptkern.serve.process.run", run)
+    monkeypatch.setenv("GPTKERN_API_KEYS", "from-the-environment")
+    (tmp_path / "keys").write_text("first-key-1\n\nsecond-key-2\n")
+    (tmp_path / "template").write_text("{{ messages }}")
+    typed = (
+        "--host ::1 --port 1 --name n --most-rows 2 --most-tokens 3 --deadline 0 --body-bytes 4 "
+        "--grammar-seconds 5 --drain 6 --stream-interval 7 --stream-tokens 8 --cors-origin a "
+        "--cors-origin b --no-access-log "
+        f"--api-key-file {tmp_path}/keys --chat-template {tmp_path}/template --max-seqs 9"
+    )
+    for arguments in (["serve", "embedded", *typed.split()], ["serve"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 7
+    (settings, engine), (plain, _) = found
+    assert settings == ServeSettings(
+        model_name="n",
+        host="::1",
+        port=1,
+        most_rows=2,
+        most_tokens=3,
+        deadline=None,
+        body_bytes=4,
+        grammar_seconds=5.0,
+        drain=6.0,
+        stream_interval=7.0,
+        stream_tokens=8,
+        cors_origins=("a", "b"),
+        access_log=False,
+        api_keys=("first-key-1", "second-key-2", "from-the-environment"),
+        chat_template="{{ messages }}",
+    )
+    assert engine["max_seqs"] == 9
+    assert plain == ServeSettings(api_keys=("from-the-environment",))
 
 
 def test_a_model_without_a_tokenizer_is_refused() -> None:
