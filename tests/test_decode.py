@@ -12,7 +12,7 @@ import torch
 
 from gptkern import GPTConfig, backend
 from gptkern.engine.cache import KVCache
-from gptkern.engine.executors.graph import GraphExecutor, Graphs, StagedPass
+from gptkern.engine.executors.graph import GraphExecutor, Graphs, Pass
 from gptkern.engine.pages import CacheFullError
 from gptkern.gpt import GPT
 from gptkern.ops import _launch
@@ -105,7 +105,7 @@ def test_failures_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     cache = prefilled(model, PROMPTS)
     step = GraphExecutor(model, cache)
-    monkeypatch.setattr(StagedPass, "_linear", lambda *_: 1 / 0)
+    monkeypatch.setattr(Pass, "_linear", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         step(torch.tensor([1, 2, 3]))
     assert cache.lengths == [7, 1, 4]

@@ -70,6 +70,7 @@ class GraphExecutor(TableExecutor):
         self._live_count = 0
         self._counters: Pool = {}
         self.graphs = Graphs(self) if cache.device.type == "cuda" else None
+        self._look_for_weights()
 
     @staticmethod
     def serves(model: Decoder, dtype: torch.dtype) -> str | None:
