@@ -13,7 +13,9 @@ import gptkern.ops
 from gptkern.ops import _register
 
 OPS = Path(gptkern.ops.__file__).parent
-FOLDERS = sorted(path.parent for path in OPS.glob("*/__init__.py") if path.parent.name != "tables")
+FOLDERS = sorted(
+    path.parent for path in OPS.glob("*/__init__.py") if path.parent.name not in ("tables", "pack")
+)
 NAMES = [folder.name for folder in FOLDERS]
 FILES = {"reference.py", "kernels.py", "launch.py", "op.py", "register.py", "cases.py"}
 # The sampler's kernels are C++ and CUDA (csrc/sampling), and its cases are its own tests'.
