@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 from gptkern.durable import write_file
 from gptkern.ops import _cases, _launch
@@ -191,7 +192,7 @@ def _serialised(ptx: str) -> bool:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)
         source.flush()
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "--regAllocOptLevel=2", "--gpu-name=sm_90a"]
+        command = [get_ptxas(90).path, "-v", "--regAllocOptLevel=2", "--gpu-name=sm_90a"]
         process = subprocess.run(
             [*command, source.name, "-o", os.devnull], capture_output=True, text=True, check=True
         )

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
 from gptkern.ops import _aot, _launch
 from gptkern.ops.pack import signature
@@ -51,9 +52,8 @@ def _without_paths() -> Iterator[None]:
 @cache
 def _ptxas(arch: int) -> str:
     """Version of the assembler that Triton takes for ``arch``."""
-    tools = triton.knobs.nvidia
-    tool = getattr(tools, "ptxas_blackwell", tools.ptxas) if arch >= 100 else tools.ptxas
-    text = subprocess.run([tool.path, "--version"], capture_output=True, text=True, check=True).stdout
+    command = [get_ptxas(arch).path, "--version"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"release (\d+\.\d+)", text)
     if found is None:
         raise RuntimeError(f"ptxas says no version:\n{text}")
