@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ def pack(
     arch: Annotated[
         list[int] | None, typer.Option(help="Compute capability: 80, 89, 90 or 100; repeatable.")
     ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a file.")] = False,
     weights: o.Weights = None,
     dtype: o.Dtype = None,
 ) -> None:
@@ -53,4 +55,8 @@ def pack(
             binaries = build.binaries(launches, each, advance)
         path = out / f"sm{each}{SUFFIX}"
         write(path, build.made(each), binaries)
-        terminal.write(f"{path}: {len(launches)} kernels, {path.stat().st_size / 1e6:.3g} MB")
+        size = path.stat().st_size
+        if json_:
+            print(json.dumps({"path": str(path), "arch": each, "binaries": len(launches), "bytes": size}))
+        else:
+            terminal.write(f"{path}: {len(launches)} binaries, {size / 1e6:.3g} MB")

@@ -25,7 +25,7 @@ from gptkern.ops.decode_attention import launch as decode
 from gptkern.ops.decode_embed.launch import EmbedArguments, embed
 from gptkern.ops.decode_linear import launch as decode_linear
 from gptkern.ops.flash_attention import launch as flash
-from gptkern.ops.flash_attention.launch import Options, Packed
+from gptkern.ops.flash_attention.launch import NO_EXTRAS, Options, Packed
 
 pytestmark = pytest.mark.usefixtures("on_device")
 FAR = 10**6
@@ -107,8 +107,8 @@ def test_packed_offsets_are_cut_off_at_what_there_is() -> None:
 
     def run(cu_q: torch.Tensor, cu_k: torch.Tensor) -> list[torch.Tensor]:
         packed, options = Packed(cu_q, cu_k, 16, 16), Options(-1, 0, 0.25, 0.0, 0.0)
-        out, lse = flash.forward(q, k, v, packed, None, options)
-        return [out, lse, *flash.backward(do, None, q, k, v, out, lse, packed, None, options)]
+        out, lse = flash.forward(q, k, v, packed, NO_EXTRAS, options)
+        return [out, lse, *flash.backward(do, None, q, k, v, out, lse, packed, NO_EXTRAS, options)]
 
     # 4 tokens, fewer than none, and more than there are.
     got, expected = run(ints(0, 4, 2, FAR), ints(-5, 3, 3, FAR)), run(ints(0, 4, 4), ints(0, 3, 3))
@@ -136,8 +136,8 @@ def embedded(tokens: torch.Tensor, lens: torch.Tensor) -> tuple[Any, ...]:
 
 
 ATTEND = (0.25, None, None)
-PACK = (None, 6, 6, -1, 0, 0.25, 0.0, 0.0)
-DENSE = (None, None, None, 6, 9, -1, 0, 0.25, 0.0, 0.0)
+PACK = (None, None, None, 6, 6, -1, 0, 0.25, 0.0, 0.0)
+DENSE = (None, None, None, None, None, 6, 9, -1, 0, 0.25, 0.0, 0.0)
 # (public function or None, registered op, arguments of both, the op's further ones, message)
 Refused = tuple[Callable[..., Any] | None, Callable[..., Any], tuple[Any, ...], tuple[Any, ...], str]
 REFUSED: dict[str, Refused] = {
