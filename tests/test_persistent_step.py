@@ -197,12 +197,13 @@ def test_a_family_of_many_query_heads_a_key_head(device: torch.device) -> None:
     )
 
 
-def test_reasons_of_the_persistent_executor() -> None:
-    cpu = torch.device("cpu")
-    qwen3 = make_kin("qwen3, normed heads wider than width / heads", cpu, head_dim=80, num_hidden_layers=1)
-    strided, shifted = (make_kin("llama", cpu, num_hidden_layers=1) for _ in range(2))
-    strided.lm_head.weight = nn.Parameter(torch.randn(VOCABULARY, 128)[:, ::2])
-    shifted.lm_head.weight = nn.Parameter(torch.randn(VOCABULARY * 64 + 1)[1:].view(VOCABULARY, 64))
+def test_reasons_of_the_persistent_executor(device: torch.device) -> None:
+    qwen3 = make_kin("qwen3, normed heads wider than width / heads", device, head_dim=80, num_hidden_layers=1)
+    strided, shifted = (make_kin("llama", device, num_hidden_layers=1) for _ in range(2))
+    strided.lm_head.weight = nn.Parameter(torch.randn(VOCABULARY, 128, device=device)[:, ::2])
+    shifted.lm_head.weight = nn.Parameter(
+        torch.randn(VOCABULARY * 64 + 1, device=device)[1:].view(VOCABULARY, 64)
+    )
     with backend("kernel"):
         for model, reason in (
             (
@@ -214,7 +215,7 @@ def test_reasons_of_the_persistent_executor() -> None:
         ):
             assert reason in (PersistentExecutor.serves(model, torch.float32) or "")
         assert PersistentExecutor.serves(qwen3.half(), torch.float16) is None
-        assert PersistentExecutor.serves(make_kin("llama", cpu), torch.float32) is None
+        assert PersistentExecutor.serves(make_kin("llama", device), torch.float32) is None
 
 
 def test_contexts_of_several_splits(device: torch.device) -> None:

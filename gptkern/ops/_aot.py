@@ -211,7 +211,7 @@ def _threads(ptx: str, num_warps: int) -> int:
 
 
 def _problems(case: _cases.Case, report: Report) -> Iterator[str]:
-    if report.local_bytes:
+    if report.local_bytes > case.spills.get(report.arch, 0):
         yield f"spills {report.local_bytes} bytes a thread to local memory"
     room = _LIMITS[report.arch].shared_per_block
     if report.shared_bytes > room:

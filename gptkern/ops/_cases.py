@@ -28,7 +28,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,8 @@ class Case:
         dtypes: the dtypes in which it is compiled ahead of time; one is enough for most cases.
         mma_sync: names of kernels whose tile is too narrow for ``wgmma`` on sm_90 by design (decode,
             where one sequence is one row): ``mma.sync`` is accepted from them.
+        spills: bytes a thread that may spill by architecture, where no launch row that keeps its promises has
+            none; the case says why.
         archs: the architectures it is compiled for, where not all of them serve it.
         serialised: names of kernels in which ptxas cannot overlap ``wgmma`` instructions and which are
             accepted so; the case says why.
@@ -71,6 +73,7 @@ class Case:
     mma_sync: frozenset[str] = frozenset()
     serialised: frozenset[str] = frozenset()
     archs: tuple[int, ...] | None = None
+    spills: Mapping[int, int] = field(default_factory=dict)
 
 
 def tensor(
