@@ -272,7 +272,7 @@ def test_scores_are_not_rounded_on_a_cpu(dtype: torch.dtype) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_refusals(given: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments(given: dict[str, Any], error: type[Exception], message: str) -> None:
     q, k, v = inputs(torch.device("cpu"))
     with pytest.raises(error, match="flash_attention: " + message if "last" not in message else message):
         flash_attention(**{"q": q, "k": k, "v": v, **given})

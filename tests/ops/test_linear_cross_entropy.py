@@ -352,7 +352,7 @@ def test_peak_memory() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_refusals(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
     given = {
         "hidden": torch.zeros(4, 8),
         "weight": torch.zeros(10, 8),
