@@ -15,14 +15,13 @@ import torch
 
 from gptkern import backend, testing
 from gptkern.ops import _cases, _launch
-from gptkern.testing.ptx import Counts
 from gptkern.testing.ptx.kernels import executed
 
 
 def failure(case: _cases.Case, dtype: torch.dtype, arch: int, ties: bool, seen: Counter[str]) -> str:
     """The reason why a call fails; empty if it does not."""
 
-    def done(launch: _launch.Launch, counts: Counts) -> None:
+    def done(launch: _launch.Launch) -> None:
         seen[launch.name] += 1
 
     call = case.make(torch.device("cpu"), dtype)

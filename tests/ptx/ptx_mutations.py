@@ -119,7 +119,7 @@ def main() -> None:
         call = case.make(torch.device("cpu"), torch.bfloat16)
         launches: dict[str, str] = {}
 
-        def noted(launch: _launch.Launch, counts: object, launches: dict[str, str] = launches) -> None:
+        def noted(launch: _launch.Launch, launches: dict[str, str] = launches) -> None:
             launches.setdefault(launch.name, _aot.compile_launch(launch, arch).asm["ptx"])
 
         with ptx_kernels.executed(arch, ties=True, done=noted):

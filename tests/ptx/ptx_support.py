@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gptkern.testing.ptx import Counts, execute
+from gptkern.testing.ptx import execute
 
 TILE = "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes"
 REGISTERS = """
@@ -42,10 +42,10 @@ def run(
     shared_bytes: int = 0,
     blocks: int = 1,
     **options: object,
-) -> Counts:
+) -> None:
     """Execute a body on tensors."""
     text = module(body, len(tensors), threads)
-    return execute(text, (blocks,), tensors, shared_bytes=shared_bytes, **options)  # type: ignore[arg-type]
+    execute(text, (blocks,), tensors, shared_bytes=shared_bytes, **options)  # type: ignore[arg-type]
 
 
 def unary(instruction: str, values: torch.Tensor, result: torch.dtype, more: str = "") -> torch.Tensor:

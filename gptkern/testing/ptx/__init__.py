@@ -7,7 +7,7 @@ nobody wrote, asynchronous copies read before their wait, shared memory between 
 """
 
 from gptkern.testing.ptx.hopper import TensorMap
-from gptkern.testing.ptx.launch import Counts, execute
+from gptkern.testing.ptx.launch import execute
 from gptkern.testing.ptx.memory import Fault
 
-__all__ = ["Counts", "Fault", "TensorMap", "execute"]
+__all__ = ["Fault", "TensorMap", "execute"]

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from gptkern.testing.ptx import matrix
-from gptkern.testing.ptx.arithmetic import DTYPES, Array
+from gptkern.testing.ptx.arithmetic import Array
 from gptkern.testing.ptx.memory import ENGINE, Fault
+from gptkern.testing.ptx.operands import Operands, lanes_of
 
 if TYPE_CHECKING:
     from gptkern.testing.ptx.block import Block, Execute, Mask
@@ -70,12 +71,12 @@ def swizzled(addresses: Array, span: int) -> Array:
     return np.asarray(addresses ^ (((addresses >> 7) & bits) << 4))
 
 
-class HopperInstructions:
+class HopperInstructions(Operands):
     """Part of ``Machine``."""
 
     def _lane_value(self, block: Block, fetch: Any, mask: Mask, what: str) -> tuple[int, int]:
         """(value, lane) where one lane alone takes part."""
-        lanes = np.arange(block.threads) if mask is None else np.flatnonzero(mask)
+        lanes = lanes_of(block, mask)
         if len(lanes) != 1:
             raise Fault("convergence", f"{what} by {len(lanes)} lanes; one is meant")
         return int(np.broadcast_to(fetch(block), block.threads)[lanes[0]]), int(lanes[0])
@@ -87,7 +88,7 @@ class HopperInstructions:
         return ways[parts[1]](parts, instruction)
 
     def _begin(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
-        place = self._address(instruction.operands[0], "u32")  # type: ignore[attr-defined]
+        place = self._address(instruction.operands[0], "u32")
         count = int(instruction.operands[1], 0) if parts[1] == "init" else 0
 
         def execute(block: Block, mask: Mask) -> None:
@@ -100,11 +101,11 @@ class HopperInstructions:
         return execute
 
     def _arrival(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
-        place = self._address(instruction.operands[1], "u32")  # type: ignore[attr-defined]
+        place = self._address(instruction.operands[1], "u32")
         amount = int(instruction.operands[2], 0) if "expect_tx" in parts else 0
 
         def execute(block: Block, mask: Mask) -> None:
-            for lane in np.arange(block.threads) if mask is None else np.flatnonzero(mask):
+            for lane in lanes_of(block, mask):
                 barrier = _barrier(block, int(place(block)[lane]))
                 barrier.bytes += amount
                 barrier.pending -= 1
@@ -116,12 +117,12 @@ class HopperInstructions:
 
     def _phase(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
         destination, address, parity = instruction.operands
-        place, fetch = self._address(address, "u32"), self.value(parity, "u32")  # type: ignore[attr-defined]
+        place, fetch = self._address(address, "u32"), self.value(parity, "u32")
 
         def execute(block: Block, mask: Mask) -> None:
             ready = np.zeros(block.threads, bool)
             addresses, wanted = place(block), np.broadcast_to(fetch(block), block.threads) & 1
-            lanes = np.arange(block.threads) if mask is None else np.flatnonzero(mask)
+            lanes = lanes_of(block, mask)
             for address in np.unique(addresses[lanes]):
                 barrier = _barrier(block, int(address))
                 here = addresses == address
@@ -158,8 +159,8 @@ class HopperInstructions:
         found = _TILE.fullmatch(source)
         assert found is not None
         column_name, row_name = (name.strip() for name in found.group(2).split(","))
-        fetch = self.value  # type: ignore[attr-defined]
-        place, barrier_place = self._address(to, "u32"), self._address(barrier_at, "u32")  # type: ignore[attr-defined]
+        fetch = self.value
+        place, barrier_place = self._address(to, "u32"), self._address(barrier_at, "u32")
         which, column, row = fetch(found.group(1), "u64"), fetch(column_name, "s32"), fetch(row_name, "s32")
 
         def execute(block: Block, mask: Mask) -> None:
@@ -193,15 +194,15 @@ class HopperInstructions:
             most = int(instruction.operands[0], 0)
             return lambda block, mask: block.products.wait(most, block.shared)
         names, left, right, scale, *flags = instruction.operands
-        results = self._vector(names)  # type: ignore[attr-defined]
+        results = self._vector(names)
         shape = re.fullmatch(r"m64n(\d+)k(\d+)", parts[4])
         assert shape is not None
         n, k, kinds = int(shape.group(1)), int(shape.group(2)), (parts[-2], parts[-1])
         if parts[-3] != "f32" or [int(flag, 0) for flag in flags[:2]] != [1, 1]:
             raise NotImplementedError(str(instruction))
-        fetch = self.value  # type: ignore[attr-defined]
+        fetch = self.value
         from_registers = left[0] == "{"
-        a_group = [fetch(name, "b32") for name in self._vector(left)] if from_registers else []  # type: ignore[attr-defined]
+        a_group = [fetch(name, "b32") for name in self._vector(left)] if from_registers else []
         a_descriptor = None if from_registers else fetch(left, "u64")
         b_descriptor = fetch(right, "u64")
         transposed = [bool(int(flag, 0)) for flag in flags[2:]]
@@ -352,6 +353,3 @@ class Products:
     def running(self, name: str) -> bool:
         """True if a product may still write the register."""
         return name in self.names or any(name in names for names, _ in self.groups)
-
-
-__all__ = ["DTYPES", "Barrier", "HopperInstructions", "Products", "TensorMap", "swizzled"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from gptkern.ops import _aot, _launch
 from gptkern.testing.ptx.hopper import TensorMap
-from gptkern.testing.ptx.launch import Counts, execute
+from gptkern.testing.ptx.launch import execute
 
 
 def _bound(launch: _launch.Launch) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def _descriptor(value: Any, layout: dict[str, Any]) -> list[Any]:
     return [made, *value.shape, *value.strides]
 
 
-def run(launch: _launch.Launch, arch: int, seed: int = 0, ties: bool = False) -> Counts:
+def run(launch: _launch.Launch, arch: int, seed: int = 0, ties: bool = False) -> None:
     """Compile a recorded launch for ``arch`` and execute it on its tensors, which are on the CPU."""
     compiled = _aot.compile_launch(launch, arch)
     arguments = _bound(launch)
@@ -38,21 +38,21 @@ def run(launch: _launch.Launch, arch: int, seed: int = 0, ties: bool = False) ->
             values += _descriptor(arguments[name], next(layouts))
         elif kind != "constexpr":
             values.append(arguments[name])
-    return execute(
+    execute(
         compiled.asm["ptx"], launch.grid, values, shared_bytes=compiled.metadata.shared, seed=seed, ties=ties
     )
 
 
 @contextmanager
 def executed(
-    arch: int, seed: int = 0, ties: bool = False, done: Callable[[_launch.Launch, Counts], None] | None = None
+    arch: int, seed: int = 0, ties: bool = False, done: Callable[[_launch.Launch], None] | None = None
 ) -> Iterator[None]:
     """Run every launch within the block through the executor, as if CPU tensors were on a GPU of ``arch``."""
 
     def observer(launch: _launch.Launch) -> bool:
-        counts = run(launch, arch, seed, ties)
+        run(launch, arch, seed, ties)
         if done is not None:
-            done(launch, counts)
+            done(launch)
         return False
 
     with _launch.record(arch), _launch.observe(observer):

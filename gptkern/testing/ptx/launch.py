@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,23 +11,13 @@ import torch
 
 from gptkern.testing.ptx.block import Block
 from gptkern.testing.ptx.hopper import TensorMap
-from gptkern.testing.ptx.machine import PARAMETER_MEMORY, Machine
+from gptkern.testing.ptx.machine import Machine
 from gptkern.testing.ptx.memory import Fault, Global, Shared
+from gptkern.testing.ptx.operands import PARAMETER_MEMORY
 from gptkern.testing.ptx.parse import Program, parse
 
 # Rounds a block in which nobody ends or writes: whoever waits then waits for ever.
 _IDLE_ROUNDS = 200
-
-
-@dataclass
-class Counts:
-    """The work of a launch.
-
-    Attributes:
-        instructions: Executions by the first part of the opcode, a block counted once.
-    """
-
-    instructions: Counter[str] = field(default_factory=Counter)
 
 
 def _parameter_bytes(program: Program, values: Sequence[Any]) -> np.ndarray[Any, Any]:
@@ -70,7 +58,7 @@ def execute(
     seed: int = 0,
     ties: bool = False,
     resident: int | None = None,
-) -> Counts:
+) -> None:
     """Run a kernel's PTX on CPU tensors, which it changes in place.
 
     Args:
@@ -121,7 +109,6 @@ def execute(
         for number, place in enumerate(_places(sizes))
     ]
     _run(blocks, machine, random.Random(seed), resident or count)
-    return Counts()
 
 
 def _run(blocks: list[Block], machine: Machine, choose: random.Random, resident: int) -> None:

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import re
-import struct
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from gptkern.testing.ptx import arithmetic, matrix
 from gptkern.testing.ptx.arithmetic import DTYPES, Array
-from gptkern.testing.ptx.block import Block, CopyGroup, Execute, Mask, Step
+from gptkern.testing.ptx.block import Block, Execute, Mask, Step
 from gptkern.testing.ptx.hopper import HopperInstructions
 from gptkern.testing.ptx.memory import Fault
+from gptkern.testing.ptx.operands import ADDRESS, Fetch, lanes_of
 from gptkern.testing.ptx.parse import Instruction, Program, split
 
-Fetch = Callable[[Block], Any]
-_ADDRESS = re.compile(r"\[\s*([\w$%.]+)\s*(?:\+\s*(-?\w+))?\s*\]")
-# The generic address at which parameter memory begins: no tensor lies there.
-PARAMETER_MEMORY = 1 << 60
 _IGNORED = {"griddepcontrol", "prefetch", "membar", "nanosleep", "discard", "applypriority", "setmaxnreg"}
-
-
-def _lanes(block: Block, mask: Mask) -> Array:
-    return np.arange(block.threads) if mask is None else np.flatnonzero(mask)
 
 
 def _whole_warps(block: Block, mask: Mask, instruction: Instruction) -> Array:
@@ -42,8 +32,7 @@ class Machine(HopperInstructions):
     """The steps of a program."""
 
     def __init__(self, program: Program) -> None:
-        self.program = program
-        self._parameters = {parameter.name: parameter for parameter in program.parameters}
+        super().__init__(program)
         self.steps = [self._step(instruction) for instruction in program.instructions]
 
     def _step(self, instruction: Instruction) -> Step:
@@ -85,69 +74,6 @@ class Machine(HopperInstructions):
                 block.put(destination, function(*(fetch(block) for fetch in fetched)), mask)
 
         return execute
-
-    # --- operands
-
-    def value(self, operand: str, kind: str) -> Fetch:
-        """An operand as an array of the type, one element a lane or one for all."""
-        dtype = DTYPES[kind]
-        special = self._special(operand)
-        if special is not None:
-            return lambda block: np.asarray(special(block)).astype(dtype)
-        if operand[0] == "%":
-            width = np.dtype(dtype).itemsize
-
-            def register(block: Block) -> Array:
-                bits = block.get(operand)
-                if bits.dtype.itemsize == width:
-                    return bits.view(dtype)
-                return bits.astype(DTYPES[f"u{8 * width}"]).view(dtype)
-
-            return register
-        constant = self._constant(operand, dtype)
-        return lambda block: constant
-
-    def _constant(self, operand: str, dtype: Any) -> Any:
-        if operand in self.program.shared:
-            return dtype(self.program.shared[operand])
-        if operand in self._parameters:
-            return dtype(PARAMETER_MEMORY + self._parameters[operand].offset)
-        if operand.startswith(("0f", "0F")):
-            return np.frombuffer(struct.pack("<I", int(operand[2:], 16)), np.float32)[0]
-        if operand.startswith(("0d", "0D")):
-            return np.frombuffer(struct.pack("<Q", int(operand[2:], 16)), np.float64)[0]
-        if dtype is np.bool_:
-            return np.bool_(int(operand, 0))
-        number = int(operand.rstrip("U"), 0)
-        bits = 8 * np.dtype(dtype).itemsize
-        return np.array(number & ((1 << bits) - 1), dtype=f"u{bits // 8}").view(dtype)[()]
-
-    @staticmethod
-    def _special(operand: str) -> Fetch | None:
-        axis = "xyz".find(operand[-1])
-        table: dict[str, Fetch] = {
-            "%tid": lambda block: block.lane if axis == 0 else 0,
-            "%ntid": lambda block: block.threads if axis == 0 else 1,
-            "%ctaid": lambda block: block.place[axis],
-            "%nctaid": lambda block: block.grid[axis],
-        }
-        if operand[:-2] in table and axis >= 0:
-            return table[operand[:-2]]
-        if operand == "%laneid":
-            return lambda block: block.lane % np.uint32(32)
-        if operand == "%warpid":
-            return lambda block: block.lane // np.uint32(32)
-        return None
-
-    def _address(self, operand: str, kind: str) -> Fetch:
-        found = _ADDRESS.fullmatch(operand)
-        if found is None:
-            raise NotImplementedError(f"the address {operand}")
-        base, offset = found.groups()
-        fetch, dtype = self.value(base, kind), DTYPES[kind]
-        bits = 8 * np.dtype(dtype).itemsize
-        more = dtype(int(offset or "0", 0) & ((1 << bits) - 1))
-        return lambda block: np.broadcast_to(fetch(block) + more, block.threads)
 
     # --- moves
 
@@ -237,7 +163,7 @@ class Machine(HopperInstructions):
         unordered = acquires or "relaxed" in parts or "volatile" in parts
 
         def execute(block: Block, mask: Mask) -> None:
-            lanes = _lanes(block, mask)
+            lanes = lanes_of(block, mask)
             addresses = fetch(block)[lanes]
             if shared:
                 data = block.shared.read(block.shared.index(addresses, count), block.warp[lanes])
@@ -255,7 +181,7 @@ class Machine(HopperInstructions):
         return execute
 
     def _parameter(self, name: str, operand: str, kind: str, size: int) -> Execute:
-        found = _ADDRESS.fullmatch(operand)
+        found = ADDRESS.fullmatch(operand)
         if found is None or found.group(1) not in self._parameters:
             raise NotImplementedError(f"the parameter {operand}")
         offset = self._parameters[found.group(1)].offset + int(found.group(2) or "0", 0)
@@ -276,7 +202,7 @@ class Machine(HopperInstructions):
         unordered = releases or "relaxed" in parts or "volatile" in parts
 
         def execute(block: Block, mask: Mask) -> None:
-            lanes = _lanes(block, mask)
+            lanes = lanes_of(block, mask)
             columns = [np.broadcast_to(fetch(block), block.threads)[lanes] for fetch in fetches]
             data = np.ascontiguousarray(np.stack(columns, axis=1)).view(np.uint8).reshape(len(lanes), size)
             addresses = place(block)[lanes]
@@ -289,10 +215,6 @@ class Machine(HopperInstructions):
             block.memory.write(addresses, data, block.number, ordered=not unordered)
 
         return execute
-
-    @staticmethod
-    def _vector(operand: str) -> tuple[str, ...]:
-        return split(operand.strip()[1:-1]) if operand[0] == "{" else (operand,)
 
     def _atom(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
         returns = parts[0] == "atom"
@@ -314,7 +236,7 @@ class Machine(HopperInstructions):
             before = np.zeros(block.threads, DTYPES[kind])
             addresses = place(block)
             values = [np.broadcast_to(fetch(block), block.threads) for fetch in fetches]
-            for lane in _lanes(block, mask):
+            for lane in lanes_of(block, mask):
                 where = addresses[lane : lane + 1]
                 if releases:
                     block.memory.release(int(where[0]), block.number)
@@ -348,7 +270,7 @@ class Machine(HopperInstructions):
         amount = self.value(given[0], "u32") if given else (lambda block: np.uint32(size))
 
         def execute(block: Block, mask: Mask) -> None:
-            lanes = _lanes(block, mask)
+            lanes = lanes_of(block, mask)
             positions = block.shared.index(destination(block)[lanes], size)
             data = np.zeros((len(lanes), size), np.uint8)
             wanted = np.broadcast_to(amount(block), block.threads)[lanes]
@@ -492,6 +414,3 @@ def _atomically(what: str, old: Any, values: list[Any]) -> Any:
     if what == "inc":
         return type(old)(0) if old >= values[0] else old + type(old)(1)
     return matrix.REDUCTIONS[what](old, values[0])
-
-
-__all__ = ["CopyGroup", "Machine"]
