@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptkern.testing.ptx.arithmetic import Array
+from gptkern.testing.ptx.cluster import Cluster
 from gptkern.testing.ptx.hopper import Barrier, Products, TensorMap
-from gptkern.testing.ptx.memory import Fault, Global, Shared
+from gptkern.testing.ptx.memory import Fault, Global
+from gptkern.testing.ptx.shared import Shared
 
 if TYPE_CHECKING:
     from gptkern.testing.ptx.parse import Instruction
@@ -21,17 +23,25 @@ _WIDTHS = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # Rounds that warps may spin while others could go on.
 _PATIENCE = 64
 _NEVER = np.iinfo(np.int64).max
+# The number of the cluster's barrier among those that lanes wait at.
+_CLUSTER = 1 << 16
 
 
 @dataclass
 class Step:
-    """An instruction made ready: ``kind`` is plain, branch, return or barrier."""
+    """An instruction made ready.
+
+    Attributes:
+        kind: plain, branch, return, barrier, or what is done at the cluster's barrier.
+        yields: Another block may go on after it; ``polls``: one of the same cluster.
+    """
 
     instruction: Instruction
     kind: str
     run: Execute | None = None
     target: int = -1
     yields: bool = False
+    polls: bool = False
 
 
 @dataclass
@@ -47,7 +57,8 @@ class Block:
 
     Attributes:
         registers: Bits by name, one element a lane.
-        active: The lanes that execute, while an instruction runs.
+        warp: Each lane's warp, by its number in the cluster; ``warps``: all of the block's.
+        rank: The block's number in its cluster.
     """
 
     def __init__(
@@ -60,13 +71,19 @@ class Block:
         widths: Callable[[str], int],
         parameters: Array,
         memory: Global,
-        shared: Shared,
+        cluster: Cluster,
+        shared_bytes: int,
+        ties: bool,
         maps: dict[int, TensorMap],
     ) -> None:
         self.number, self.place, self.grid, self.threads = number, place, grid, threads
-        self.memory, self.shared, self.parameters = memory, shared, parameters
+        self.memory, self.parameters, self.cluster = memory, parameters, cluster
+        self.rank = len(cluster.members)
+        cluster.members.append(self)
+        self.warps = slice(self.rank * (threads // 32), (self.rank + 1) * (threads // 32))
+        self.shared = Shared(shared_bytes, cluster.order, self.warps, ties)
         self.lane = np.arange(threads, dtype=np.uint32)
-        self.warp = (self.lane // 32).astype(np.int32)
+        self.warp = (self.lane // 32).astype(np.int32) + np.int32(self.warps.start)
         self.registers: dict[str, Array] = {}
         self.open = CopyGroup(np.zeros(threads, bool))
         self.groups: list[CopyGroup] = []
@@ -76,9 +93,11 @@ class Block:
         self.pc = 0
         self._steps, self._widths = steps, widths
         self._at = np.zeros(threads, np.int64)
-        self._alive = np.ones(threads, bool)
+        self.alive = np.ones(threads, bool)
         self._waits = np.full(threads, -1, np.int64)
-        self._needed: dict[int, int] = {}
+        self._needed: dict[int, int] = {}  # at a barrier: threads, 0 for all
+        self._came: dict[int, Array] = {}
+        self._gave: dict[int, Array] = {}  # what those had done that arrive and do not wait
         self._spins = 0
 
     # --- registers
@@ -138,10 +157,14 @@ class Block:
 
     def run(self) -> Iterator[None]:
         """Execute until all lanes have returned; yields where another block may go on."""
-        while np.any(self._alive):
-            runnable = self._alive & (self._waits < 0)
+        while np.any(self.alive):
+            self._leave_cluster_barrier()
+            runnable = self.alive & (self._waits < 0)
+            if not np.any(runnable) and np.any(self._waits[self.alive] == _CLUSTER):
+                yield
+                continue
             if not np.any(runnable):
-                waiting = sorted({int(barrier) for barrier in self._waits[self._alive]})
+                waiting = sorted({int(barrier) for barrier in self._waits[self.alive]})
                 raise Fault(
                     "deadlock", f"block {self.number}: all lanes wait at barriers {waiting}, not all came"
                 )
@@ -169,7 +192,7 @@ class Block:
                 if guarded is None or np.any(guarded):
                     step.run(self, guarded)
                 at += 1
-                if step.yields:
+                if step.yields or (step.polls and not self.cluster.alone):
                     yield
                 continue
             guarded = self._guard(step.instruction, mask)
@@ -184,12 +207,33 @@ class Block:
                 return
             if step.kind == "return":
                 self._at[everyone] = at + 1
-                self._alive[chosen] = False
+                self.alive[chosen] = False
                 self._release()
+                if self.ended:
+                    self.cluster.leave(self)
                 return
-            self._arrive(step.instruction, at, chosen)
+            if step.kind == "cluster arrive":
+                self.cluster.arrive(self, chosen, "relaxed" not in step.instruction.opcode)
+                at += 1
+                continue
+            if step.kind == "cluster wait":
+                self.cluster.check_wait(self, chosen)
+                self._at[everyone] = at + 1
+                self._waits[chosen] = _CLUSTER
+                return
+            self._arrive(step.instruction, at, everyone, chosen)
             return
         self._at[everyone] = at
+
+    @property
+    def ended(self) -> bool:
+        """True when all lanes have returned."""
+        return not np.any(self.alive)
+
+    def _leave_cluster_barrier(self) -> None:
+        waiting = self._waits == _CLUSTER
+        if np.any(waiting):
+            self._waits[self.cluster.through(self, waiting)] = -1
 
     def _guard(self, instruction: Instruction, mask: Mask) -> Mask:
         if instruction.predicate is None:
@@ -200,17 +244,37 @@ class Block:
         guarded: Array = value if mask is None else mask & value
         return None if np.all(guarded) else guarded
 
-    def _arrive(self, instruction: Instruction, at: int, lanes: Array) -> None:
-        barrier, *count = (int(operand, 0) for operand in instruction.operands)
-        self._at[lanes] = at + 1
-        self._waits[lanes] = barrier
-        self._needed[barrier] = count[0] if count else 0
+    def _arrive(self, instruction: Instruction, at: int, everyone: Array, lanes: Array) -> None:
+        operands = [self._number(operand) for operand in instruction.operands]
+        barrier, count = operands[0], operands[1] if len(operands) > 1 else 0
+        self._at[everyone] = at + 1
+        came = self._came.setdefault(barrier, np.zeros(self.threads, bool))
+        came |= lanes
+        if ".arrive" in instruction.opcode:
+            before, now = self._gave.get(barrier), self.cluster.order.released(np.unique(self.warp[lanes]))
+            self._gave[barrier] = now if before is None else np.maximum(before, now)
+        else:
+            self._waits[lanes] = barrier
+        self._needed[barrier] = count
         self._release()
 
+    def _number(self, operand: str) -> int:
+        if operand[0] != "%":
+            return int(operand, 0)
+        values = np.unique(self.get(operand))
+        if len(values) != 1:
+            raise Fault("barrier", f"threads name different barriers: {values.tolist()}")
+        return int(values[0])
+
     def _release(self) -> None:
+        """Let those go on at whose barrier all have come."""
         for barrier, wanted in list(self._needed.items()):
-            waiting = self._waits == barrier
-            needed = wanted or int(np.count_nonzero(self._alive))
-            if np.any(waiting) and np.count_nonzero(waiting) >= needed:
-                self._waits[waiting] = -1
-                self.shared.epoch += 1
+            came = self._came[barrier]
+            needed = wanted or int(np.count_nonzero(self.alive))
+            if np.any(came) and np.count_nonzero(came) >= needed:
+                warps = np.unique(self.warp[self._waits == barrier])
+                self.cluster.order.join(warps)
+                if barrier in self._gave:
+                    self.cluster.order.acquire(warps, self._gave.pop(barrier))
+                self._waits[self._waits == barrier] = -1
+                came[:] = False

@@ -17,9 +17,12 @@ import numpy as np
 import torch
 
 from gptkern.testing.ptx import matrix
+from gptkern.testing.ptx.access import AccessInstructions, naming
 from gptkern.testing.ptx.arithmetic import Array
-from gptkern.testing.ptx.memory import ENGINE, Fault
-from gptkern.testing.ptx.operands import Operands, lanes_of
+from gptkern.testing.ptx.cluster import parts_of
+from gptkern.testing.ptx.memory import Fault
+from gptkern.testing.ptx.operands import lanes_of
+from gptkern.testing.ptx.order import Order
 
 if TYPE_CHECKING:
     from gptkern.testing.ptx.block import Block, Execute, Mask
@@ -50,18 +53,47 @@ class TensorMap:
 
 @dataclass
 class Barrier:
-    """An mbarrier's state."""
+    """An mbarrier's state.
+
+    Attributes:
+        gathered: What was seen and done by those that arrived in this phase; ``visible``: in those before.
+        tiles: Positions and bytes that are under way.
+    """
 
     count: int
-    pending: int
+    order: Order
+    pending: int = 0
     bytes: int = 0
-    phase: int = 0
-    tiles: list[tuple[Array, Array]] = field(default_factory=list)  # positions, bytes: under way
+    completed: int = 0
+    gathered: Array | None = None
+    visible: Array | None = None
+    tiles: list[tuple[Array, Array]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pending = self.count
+
+    @property
+    def phase(self) -> int:
+        """The parity of the phase that goes on."""
+        return self.completed & 1
+
+    def gather(self, seen: Array) -> None:
+        """What was done before this phase ends."""
+        self.gathered = seen if self.gathered is None else np.maximum(self.gathered, seen)
+
+    def arrive(self, warps: Array, count: int) -> None:
+        """Arrivals by these warps, one."""
+        self.gather(self.order.released(warps))
+        self.pending -= count
+        if self.pending < 0:
+            raise Fault("barrier", "more arrivals than the barrier was made for")
+        self.settle()
 
     def settle(self) -> None:
         """Begin the next phase if all have arrived and all bytes with them."""
         if self.pending == 0 and self.bytes == 0:
-            self.phase ^= 1
+            self.completed += 1
+            self.visible = self.gathered
             self.pending = self.count
 
 
@@ -71,7 +103,7 @@ def swizzled(addresses: Array, span: int) -> Array:
     return np.asarray(addresses ^ (((addresses >> 7) & bits) << 4))
 
 
-class HopperInstructions(Operands):
+class HopperInstructions(AccessInstructions):
     """Part of ``Machine``."""
 
     def _lane_value(self, block: Block, fetch: Any, mask: Mask, what: str) -> tuple[int, int]:
@@ -82,58 +114,117 @@ class HopperInstructions(Operands):
         return int(np.broadcast_to(fetch(block), block.threads)[lanes[0]]), int(lanes[0])
 
     def _mbarrier(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
-        ways = {"init": self._begin, "inval": self._begin, "arrive": self._arrival, "try_wait": self._phase}
-        if parts[1] not in ways or (parts[1] == "try_wait") != ("parity" in parts):
+        ways = {
+            "init": self._begin, "inval": self._begin, "arrive": self._arrival, "expect_tx": self._expected,
+            "try_wait": self._phase, "test_wait": self._phase,
+        }  # fmt: skip
+        if parts[1] not in ways:
             raise NotImplementedError(str(instruction))
         return ways[parts[1]](parts, instruction)
 
     def _begin(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
         place = self._address(instruction.operands[0], "u32")
-        count = int(instruction.operands[1], 0) if parts[1] == "init" else 0
+        count = self.value(instruction.operands[1], "u32") if parts[1] == "init" else None
 
         def execute(block: Block, mask: Mask) -> None:
-            address, _ = self._lane_value(block, place, mask, instruction.opcode)
-            if count:
-                block.barriers[address] = Barrier(count, count)
+            address, lane = self._lane_value(block, place, mask, instruction.opcode)
+            index = block.shared.index(np.array([address], np.uint32), 8)
+            block.shared.write(index, np.zeros((1, 8), np.uint8), block.warp[lane : lane + 1])
+            if count is not None:
+                arrivals = int(np.broadcast_to(count(block), block.threads)[lane])
+                block.barriers[address] = Barrier(arrivals, block.cluster.order)
             elif block.barriers.pop(address).tiles:
                 raise Fault("pending", "a barrier ends while tiles are under way to it")
 
         return execute
 
     def _arrival(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
-        place = self._address(instruction.operands[1], "u32")
-        amount = int(instruction.operands[2], 0) if "expect_tx" in parts else 0
+        destination, address, *more = instruction.operands
+        place = self._address(address, "u32")
+        expects = "expect_tx" in parts
+        amount = self.value(more[0] if more else "1", "u32")
+        remote = "shared_cluster" in parts
 
         def execute(block: Block, mask: Mask) -> None:
+            lanes, addresses = lanes_of(block, mask), place(block)
+            amounts = np.broadcast_to(amount(block), block.threads)
+            tokens = np.zeros(block.threads, np.uint64)
+            for lane in lanes:
+                barrier = barrier_at(block, int(addresses[lane]), block.warp[lane : lane + 1], remote)
+                tokens[lane] = barrier.completed
+                barrier.bytes += int(amounts[lane]) if expects else 0
+                barrier.arrive(block.warp[lane : lane + 1], 1 if expects else int(amounts[lane]))
+            block.memory.progress += 1
+            block.put(destination, tokens, mask)
+
+        return execute
+
+    def _expected(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        """``mbarrier.expect_tx``: more bytes will arrive."""
+        place, amount = (
+            self._address(instruction.operands[0], "u32"),
+            self.value(instruction.operands[1], "u32"),
+        )
+
+        def execute(block: Block, mask: Mask) -> None:
+            addresses, amounts = place(block), np.broadcast_to(amount(block), block.threads)
             for lane in lanes_of(block, mask):
-                barrier = _barrier(block, int(place(block)[lane]))
-                barrier.bytes += amount
-                barrier.pending -= 1
-                if barrier.pending < 0:
-                    raise Fault("barrier", "more arrivals than the barrier was made for")
-                barrier.settle()
+                warps = block.warp[lane : lane + 1]
+                barrier_at(block, int(addresses[lane]), warps).bytes += int(amounts[lane])
 
         return execute
 
     def _phase(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
-        destination, address, parity = instruction.operands
-        place, fetch = self._address(address, "u32"), self.value(parity, "u32")
+        destination, address, awaited, *_ = instruction.operands
+        by_parity = "parity" in parts
+        place, fetch = self._address(address, "u32"), self.value(awaited, "u32" if by_parity else "b64")
 
         def execute(block: Block, mask: Mask) -> None:
             ready = np.zeros(block.threads, bool)
-            addresses, wanted = place(block), np.broadcast_to(fetch(block), block.threads) & 1
+            addresses, wanted = place(block), np.broadcast_to(fetch(block), block.threads)
             lanes = lanes_of(block, mask)
             for address in np.unique(addresses[lanes]):
-                barrier = _barrier(block, int(address))
-                here = addresses == address
+                here = lanes[addresses[lanes] == address]
+                warps = np.unique(block.warp[here])
+                barrier = barrier_at(block, int(address), warps)
+                now = barrier.phase if by_parity else barrier.completed
+                asked = wanted[here] & 1 if by_parity else wanted[here]
                 # A wait for the phase before returns at once: nothing need have arrived.
-                if np.any((wanted[lanes] == barrier.phase) & here[lanes]):
+                if np.any(asked == now):
                     _deliver(block, barrier)
-                ready |= here & (barrier.phase != wanted)
+                done = asked != (barrier.phase if by_parity else barrier.completed)
+                ready[here] = done
+                if np.any(done) and barrier.visible is not None:
+                    block.cluster.order.acquire(np.unique(block.warp[here[done]]), barrier.visible)
             block.stalls = 0 if np.any(ready[lanes]) else block.stalls + 1
+            block.memory.progress += bool(np.any(ready[lanes]))
             if block.stalls > _MOST_STALLS:
                 raise Fault("deadlock", "a barrier in shared memory whose phase never ends")
             block.put(destination, ready, mask)
+
+        return execute
+
+    def _st(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        if "async" not in parts:
+            return super()._st(parts, instruction)
+        to, source, barrier_place = instruction.operands
+        data, size = self.stored(source, parts[-1])
+        place, barriers = self._address(to, "u32"), self._address(barrier_place, "u32")
+
+        def execute(block: Block, mask: Mask) -> None:
+            """Bytes to a block of the cluster, which arrive with its mbarrier's phase."""
+            lanes = lanes_of(block, mask)
+            values = data(block, lanes)
+            with naming(lanes):
+                for home, chosen, addresses in parts_of(block, place(block)[lanes], remote=True):
+                    warps, index = block.warp[lanes[chosen]], home.shared.index(addresses, size)
+                    home.shared.await_write(index, warps)
+                    (owner, _, where), *others = parts_of(block, barriers(block)[lanes[chosen]], remote=True)
+                    if others or owner is not home:
+                        raise Fault("barrier", "st.async to another block than its mbarrier's")
+                    for row, address in enumerate(where):
+                        barrier = barrier_at(home, int(address), warps[row : row + 1])
+                        barrier.tiles.append((index[row : row + 1], values[chosen[row : row + 1]]))
 
         return execute
 
@@ -155,12 +246,12 @@ class HopperInstructions(Operands):
             or "mbarrier_complete_tx_bytes" not in "_".join(parts)
         ):
             raise NotImplementedError(str(instruction))
-        to, source, barrier_at = instruction.operands
+        to, source, barrier_operand = instruction.operands
         found = _TILE.fullmatch(source)
         assert found is not None
         column_name, row_name = (name.strip() for name in found.group(2).split(","))
         fetch = self.value
-        place, barrier_place = self._address(to, "u32"), self._address(barrier_at, "u32")
+        place, barrier_place = self._address(to, "u32"), self._address(barrier_operand, "u32")
         which, column, row = fetch(found.group(1), "u64"), fetch(column_name, "s32"), fetch(row_name, "s32")
 
         def execute(block: Block, mask: Mask) -> None:
@@ -178,9 +269,9 @@ class HopperInstructions(Operands):
             positions = swizzled(address + inside, span).reshape(-1, 1)
             if np.any(positions >= len(block.shared.data)):
                 raise Fault("bounds", f"a tile of {rows * width} bytes at shared address {address:#x}")
-            block.shared.check_write(positions, np.full(len(positions), block.warp[lane]))
-            block.shared.pending[positions] = True
-            barrier = _barrier(block, int(np.broadcast_to(barrier_place(block), block.threads)[lane]))
+            block.shared.await_write(positions, np.full(len(positions), block.warp[lane]))
+            where = int(np.broadcast_to(barrier_place(block), block.threads)[lane])
+            barrier = barrier_at(block, where, block.warp[lane : lane + 1])
             barrier.tiles.append((positions, data.reshape(-1, 1)))
 
         return execute
@@ -226,7 +317,7 @@ class HopperInstructions(Operands):
                 )
             keep = np.broadcast_to(keeps(block), block.threads)
             descriptors = np.broadcast_to(b_descriptor(block), block.threads)
-            for group in groups:
+            for group in groups.tolist():
                 lanes = slice(group * _WARPGROUP, (group + 1) * _WARPGROUP)
                 if from_registers:
                     registers = np.stack(
@@ -236,8 +327,8 @@ class HopperInstructions(Operands):
                 else:
                     assert a_descriptor is not None
                     word = int(np.broadcast_to(a_descriptor(block), block.threads)[lanes][0])
-                    a = _operand(block, word, 64, k, kinds[0], a_transposed)
-                b = _operand(block, int(descriptors[lanes][0]), n, k, kinds[1], b_transposed)
+                    a = _operand(block, word, group, (64, k), kinds[0], a_transposed)
+                b = _operand(block, int(descriptors[lanes][0]), group, (n, k), kinds[1], b_transposed)
                 _accumulate(columns, a @ b.T, lanes, bool(keep[lanes][0]))
             for index, name in enumerate(results):
                 block.put(name, columns[index].view(np.uint32), mask)
@@ -264,8 +355,11 @@ def _rows_of(registers: Array, kind: str) -> Array:
     return out.reshape(64, -1)
 
 
-def _operand(block: Block, word: int, rows: int, k: int, kind: str, transposed: bool) -> Array:
-    """(rows, k) of an operand in shared memory, by its descriptor."""
+def _operand(
+    block: Block, word: int, group: int, extents: tuple[int, int], kind: str, transposed: bool
+) -> Array:
+    """(rows, k) of a warpgroup's operand in shared memory, by its descriptor."""
+    rows, k = extents
     size = {"tf32": 4, "bf16": 2, "f16": 2}.get(kind, 1)
     base, leading, stride = ((word >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     span = _DESCRIPTOR_SPANS[word >> 62]
@@ -282,7 +376,7 @@ def _operand(block: Block, word: int, rows: int, k: int, kind: str, transposed: 
         places = row % 8 * span + row // 8 * stride + byte
     positions = swizzled(base + places, span).reshape(-1)
     index = block.shared.index(positions.astype(np.uint32), size)
-    data = block.shared.read_by_engine(index)
+    data = block.shared.read_by_engine(index, block.warps.start + 4 * group + np.arange(4))
     block.products.uses(index, block.shared)
     return _decoded(data, kind).reshape(rows, k)
 
@@ -307,19 +401,23 @@ def _tile(block: Block, tensor_map: TensorMap, row: int, column: int) -> Array:
     return out.reshape(len(rows), -1)
 
 
-def _barrier(block: Block, address: int) -> Barrier:
-    try:
-        return block.barriers[address]
-    except KeyError:
-        raise Fault("barrier", f"no barrier was made at shared address {address:#x}") from None
+def barrier_at(block: Block, address: int, warps: Array, remote: bool = False) -> Barrier:
+    """The barrier at an address of shared memory, used by these warps."""
+    ((home, _, offsets),) = parts_of(block, np.array([address], np.uint32), remote)
+    if int(offsets[0]) not in home.barriers:
+        raise Fault("barrier", f"no barrier was made at shared address {int(offsets[0]):#x}")
+    index = home.shared.index(offsets, 8)
+    home.shared.check_atomic(np.repeat(index, len(warps), axis=0), warps)
+    return home.barriers[int(offsets[0])]
 
 
 def _deliver(block: Block, barrier: Barrier) -> None:
-    """Let the tiles that are under way to a barrier arrive."""
+    """Let the tiles that are under way to a barrier of this block arrive."""
     for positions, data in barrier.tiles:
-        block.shared.pending[positions] = False
-        block.shared.write(positions, data, np.full(len(positions), ENGINE, np.int32))
-        barrier.bytes -= len(positions)
+        block.shared.deliver(positions, data)
+        barrier.bytes -= data.size
+    if barrier.tiles:
+        barrier.gather(barrier.order.released(np.array([barrier.order.engine])))
     barrier.tiles = []
     barrier.settle()
 

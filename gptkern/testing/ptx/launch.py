@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from gptkern.testing.ptx.block import Block
+from gptkern.testing.ptx.cluster import Cluster
 from gptkern.testing.ptx.hopper import TensorMap
 from gptkern.testing.ptx.machine import Machine
-from gptkern.testing.ptx.memory import Fault, Global, Shared
+from gptkern.testing.ptx.memory import Fault, Global
 from gptkern.testing.ptx.operands import PARAMETER_MEMORY
 from gptkern.testing.ptx.parse import Program, parse
 
@@ -29,8 +30,12 @@ def _parameter_bytes(program: Program, values: Sequence[Any]) -> np.ndarray[Any,
         place = out[parameter.offset : parameter.offset + parameter.size]
         if isinstance(value, TensorMap):
             continue
+        if isinstance(value, bytes) and len(value) > parameter.size:
+            raise ValueError(f"{parameter.name} has {parameter.size} bytes; got {len(value)}")
         if isinstance(value, torch.Tensor):
             place.view(np.uint64)[0] = value.data_ptr()
+        elif isinstance(value, bytes):
+            place[: len(value)] = np.frombuffer(value, np.uint8)
         elif isinstance(value, float):
             place.view({4: np.float32, 8: np.float64}[parameter.size])[0] = value
         else:
@@ -51,8 +56,10 @@ def execute(
     grid: tuple[int, ...],
     values: Sequence[Any],
     *,
+    entry: str = "",
     shared_bytes: int = 0,
     threads: int | None = None,
+    cluster: tuple[int, int, int] | None = None,
     fresh: Sequence[torch.Tensor] = (),
     also: Sequence[torch.Tensor] = (),
     seed: int = 0,
@@ -62,11 +69,14 @@ def execute(
     """Run a kernel's PTX on CPU tensors, which it changes in place.
 
     Args:
-        ptx: A module with one entry.
+        ptx: A module.
         grid: Blocks along x, y, z.
-        values: The parameters in their order: CPU tensors, tensor maps, integers and floats; zero if missing.
+        values: The parameters in their order: CPU tensors, tensor maps, integers, floats, and the bytes of
+            structures; zero if missing.
+        entry: A part of the kernel's name, where the module has several.
         shared_bytes: Dynamic shared memory of a block.
-        threads: Threads of a block; by default what the module requires.
+        threads: Threads of a block; by default what the module requires, or the most it allows.
+        cluster: Blocks of a cluster along x, y, z; by default what the module requires.
         fresh: Tensors that nobody has written yet: reading a byte before it is written is a fault.
         also: Tensors that are reached through addresses in memory.
         seed: Chooses which block goes on wherever one may be held up.
@@ -76,11 +86,15 @@ def execute(
     Raises:
         Fault: A check failed: its message names the instruction and its source line.
         NotImplementedError: The module has an instruction that is not served.
+        ValueError: The module has no such entry, or a size does not fit it.
     """
-    program = parse(ptx)
+    program = parse(ptx, entry)
     machine = Machine(program)
     sizes: tuple[int, int, int] = (*grid, *(1,) * (3 - len(grid)))  # type: ignore[assignment]
+    shape = cluster or program.cluster
     count = sizes[0] * sizes[1] * sizes[2]
+    if any(whole % part for whole, part in zip(sizes, shape, strict=True)):
+        raise ValueError(f"execute: clusters of {shape} blocks do not divide a grid of {sizes}")
     maps = {
         PARAMETER_MEMORY + parameter.offset: value
         for parameter, value in zip(program.parameters, values, strict=False)
@@ -93,39 +107,35 @@ def execute(
     memory = Global(tensors, unwritten, count)
     parameters = _parameter_bytes(program, values)
     room = program.static_bytes + shared_bytes
-    blocks = [
+    size = threads or program.threads
+    clusters: dict[tuple[int, ...], Cluster] = {}
+    for number, place in enumerate(_places(sizes)):
+        corner = tuple(at // part for at, part in zip(place, shape, strict=True))
+        if corner not in clusters:
+            clusters[corner] = Cluster(shape, size, memory)
         Block(
-            number,
-            place,
-            sizes,
-            threads or program.threads,
-            machine.steps,
-            program.width,
-            parameters,
-            memory,
-            Shared(room, ties),
-            maps,
-        )
-        for number, place in enumerate(_places(sizes))
-    ]
-    _run(blocks, machine, random.Random(seed), resident or count)
+            number, place, sizes, size, machine.steps, program.width, parameters, memory, clusters[corner],
+            room, ties, maps,
+        )  # fmt: skip
+    _run(list(clusters.values()), machine, random.Random(seed), resident or count)
 
 
-def _run(blocks: list[Block], machine: Machine, choose: random.Random, resident: int) -> None:
-    """Let blocks go on in a random order, each until it may be held up."""
-    waiting = list(reversed(blocks))
+def _run(clusters: list[Cluster], machine: Machine, choose: random.Random, resident: int) -> None:
+    """Let blocks go on in a random order, each until it may be held up. A cluster begins as a whole."""
+    waiting = list(reversed(clusters))
     going: list[tuple[Block, Iterator[None]]] = []
-    idle, writes = 0, 0
+    idle, progress = 0, 0
     while waiting or going:
-        while waiting and len(going) < resident:
-            block = waiting.pop()
-            going.append((block, block.run()))
+        while waiting and len(going) + len(waiting[-1].members) <= resident:
+            going += [(block, block.run()) for block in waiting.pop().members]
+        if not going:
+            raise ValueError(f"execute: a cluster has more blocks than the {resident} that are resident")
         index = choose.randrange(len(going))
         block, steps = going[index]
         try:
             next(steps)
-            idle = idle + 1 if block.memory.writes == writes else 0
-            writes = block.memory.writes
+            idle = idle + 1 if block.memory.progress == progress else 0
+            progress = block.memory.progress
             if idle > _IDLE_ROUNDS * len(going):
                 raise Fault(
                     "deadlock", f"{len(going)} blocks wait for each other, {len(waiting)} cannot start"

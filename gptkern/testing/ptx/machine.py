@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from gptkern.testing.ptx import arithmetic, matrix
+from gptkern.testing.ptx.access import naming
 from gptkern.testing.ptx.arithmetic import DTYPES, Array
 from gptkern.testing.ptx.block import Block, Execute, Mask, Step
 from gptkern.testing.ptx.hopper import HopperInstructions
 from gptkern.testing.ptx.memory import Fault
-from gptkern.testing.ptx.operands import ADDRESS, Fetch, lanes_of
+from gptkern.testing.ptx.operands import Fetch, lanes_of
 from gptkern.testing.ptx.parse import Instruction, Program, split
 
 _IGNORED = {"griddepcontrol", "prefetch", "membar", "nanosleep", "discard", "applypriority", "setmaxnreg"}
+# They may wait for another block, or let one go on.
+_YIELDING = ("acquire", "relaxed", "volatile", "release")
 
 
 def _whole_warps(block: Block, mask: Mask, instruction: Instruction) -> Array:
@@ -42,12 +43,13 @@ class Machine(HopperInstructions):
             return Step(instruction, "branch", target=self.program.labels[instruction.operands[0]])
         if name in ("ret", "exit"):
             return Step(instruction, "return")
+        if name == "barrier" and "cluster" in parts:
+            return Step(instruction, "cluster " + parts[2])
         if name in ("bar", "barrier") and "warp" not in parts:
             return Step(instruction, "barrier")
-        yields = name in ("atom", "red") or any(
-            part in ("acquire", "relaxed", "volatile", "release") for part in parts
-        )
-        return Step(instruction, "plain", self._executed(parts, instruction), yields=yields)
+        yields = name in ("atom", "red") or any(part in _YIELDING for part in parts)
+        polls = name == "mbarrier" and parts[1].endswith("wait")
+        return Step(instruction, "plain", self._executed(parts, instruction), yields=yields, polls=polls)
 
     def _executed(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
         name = parts[0]
@@ -104,9 +106,6 @@ class Machine(HopperInstructions):
         fetch = self.value(source, kind)
         return lambda block, mask: block.put(destination, fetch(block), mask)
 
-    def _cvta(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
-        return self._mov(("mov", "b64"), instruction)
-
     def _selp(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
         destination, a, b, condition = instruction.operands
         first, second, chosen = (
@@ -148,112 +147,6 @@ class Machine(HopperInstructions):
 
         return execute
 
-    # --- memory
-
-    def _ld(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
-        names, operand = self._vector(instruction.operands[0]), instruction.operands[1]
-        kind = parts[-1]
-        size = np.dtype(DTYPES[kind]).itemsize
-        if "param" in parts:
-            return self._parameter(names[0], operand, kind, size)
-        count = size * len(names)
-        shared = any(part.startswith("shared") for part in parts)
-        fetch = self._address(operand, "u32" if shared else "u64")
-        acquires = "acquire" in parts
-        unordered = acquires or "relaxed" in parts or "volatile" in parts
-
-        def execute(block: Block, mask: Mask) -> None:
-            lanes = lanes_of(block, mask)
-            addresses = fetch(block)[lanes]
-            if shared:
-                data = block.shared.read(block.shared.index(addresses, count), block.warp[lanes])
-            else:
-                data = block.memory.read(addresses, count, block.number, ordered=not unordered)
-                if acquires:
-                    for address in np.unique(addresses):
-                        block.memory.acquire(int(address), block.number)
-            values = data.reshape(len(lanes), len(names), size)
-            for index, name in enumerate(names):
-                column = np.zeros(block.threads, DTYPES[kind])
-                column[lanes] = np.ascontiguousarray(values[:, index]).view(DTYPES[kind])[:, 0]
-                _put_loaded(block, name, column, kind, self.program, mask)
-
-        return execute
-
-    def _parameter(self, name: str, operand: str, kind: str, size: int) -> Execute:
-        found = ADDRESS.fullmatch(operand)
-        if found is None or found.group(1) not in self._parameters:
-            raise NotImplementedError(f"the parameter {operand}")
-        offset = self._parameters[found.group(1)].offset + int(found.group(2) or "0", 0)
-
-        def execute(block: Block, mask: Mask) -> None:
-            value = block.parameters[offset : offset + size].view(DTYPES[kind])[0]
-            _put_loaded(block, name, np.full(block.threads, value), kind, self.program, mask)
-
-        return execute
-
-    def _st(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
-        operand, kind = instruction.operands[0], parts[-1]
-        fetches = [self.value(name, kind) for name in self._vector(instruction.operands[1])]
-        size = np.dtype(DTYPES[kind]).itemsize * len(fetches)
-        shared = any(part.startswith("shared") for part in parts)
-        place = self._address(operand, "u32" if shared else "u64")
-        releases = "release" in parts
-        unordered = releases or "relaxed" in parts or "volatile" in parts
-
-        def execute(block: Block, mask: Mask) -> None:
-            lanes = lanes_of(block, mask)
-            columns = [np.broadcast_to(fetch(block), block.threads)[lanes] for fetch in fetches]
-            data = np.ascontiguousarray(np.stack(columns, axis=1)).view(np.uint8).reshape(len(lanes), size)
-            addresses = place(block)[lanes]
-            if shared:
-                block.shared.write(block.shared.index(addresses, size), data, block.warp[lanes])
-                return
-            if releases:
-                for address in np.unique(addresses):
-                    block.memory.release(int(address), block.number)
-            block.memory.write(addresses, data, block.number, ordered=not unordered)
-
-        return execute
-
-    def _atom(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
-        returns = parts[0] == "atom"
-        destination = instruction.operands[0] if returns else "_"
-        operand, *sources = instruction.operands[1 if returns else 0 :]
-        kind = parts[-1]
-        what = next(
-            part for part in parts if part in ("add", "exch", "cas", "min", "max", "and", "or", "xor", "inc")
-        )
-        if any(part.startswith("shared") for part in parts):
-            raise NotImplementedError(str(instruction))
-        place = self._address(operand, "u64")
-        fetches = [self.value(source, kind) for source in sources]
-        size = np.dtype(DTYPES[kind]).itemsize
-        acquires = bool({"acquire", "acq_rel"} & set(parts))
-        releases = bool({"release", "acq_rel"} & set(parts))
-
-        def execute(block: Block, mask: Mask) -> None:
-            before = np.zeros(block.threads, DTYPES[kind])
-            addresses = place(block)
-            values = [np.broadcast_to(fetch(block), block.threads) for fetch in fetches]
-            for lane in lanes_of(block, mask):
-                where = addresses[lane : lane + 1]
-                if releases:
-                    block.memory.release(int(where[0]), block.number)
-                old = block.memory.read(where, size, block.number, ordered=False).view(DTYPES[kind])[0, 0]
-                if acquires:
-                    block.memory.acquire(int(where[0]), block.number)
-                before[lane] = old
-                with np.errstate(over="ignore"):
-                    new = _atomically(what, old, [value[lane] for value in values])
-                data = np.array([new], DTYPES[kind]).view(np.uint8).reshape(1, size)
-                block.memory.write(where, data, block.number, ordered=False)
-            block.put(destination, before, mask)
-
-        return execute
-
-    _red = _atom
-
     # --- asynchronous copies
 
     def _cp(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
@@ -276,11 +169,11 @@ class Machine(HopperInstructions):
             wanted = np.broadcast_to(amount(block), block.threads)[lanes]
             for length in np.unique(wanted):
                 if length:
-                    these = wanted == length
+                    these = np.flatnonzero(wanted == length)
                     sources = address(block)[lanes][these]
-                    data[these, :length] = block.memory.read(sources, int(length), block.number)
-            block.shared.check_write(positions, block.warp[lanes])
-            block.shared.pending[positions] = True
+                    with naming(lanes[these]):
+                        data[these, :length] = block.memory.read(sources, int(length), block.number)
+            block.shared.await_write(positions, block.warp[lanes])
             block.open.copies.append((lanes, positions, data))
 
         return execute
@@ -396,21 +289,3 @@ def _columns(block: Block, group: list[Fetch]) -> Array:
     """Registers as (warps, 32, count)."""
     columns = [np.broadcast_to(fetch(block), block.threads) for fetch in group]
     return np.stack(columns, axis=1).reshape(block.threads // 32, 32, -1)
-
-
-def _put_loaded(block: Block, name: str, column: Array, kind: str, program: Program, mask: Mask) -> None:
-    """Set a register that may be wider than what was loaded: signed types are extended by their sign."""
-    width = program.width(name)
-    if width > column.dtype.itemsize:
-        column = column.astype(DTYPES[("s" if kind[0] == "s" else "u") + str(8 * width)])
-    block.put(name, column, mask)
-
-
-def _atomically(what: str, old: Any, values: list[Any]) -> Any:
-    if what == "cas":
-        return values[1] if old == values[0] else old
-    if what == "exch":
-        return values[0]
-    if what == "inc":
-        return type(old)(0) if old >= values[0] else old + type(old)(1)
-    return matrix.REDUCTIONS[what](old, values[0])

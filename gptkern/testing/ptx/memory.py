@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +10,6 @@ import torch
 from gptkern.testing.ptx.arithmetic import Array
 
 _NOBODY = -1
-# The copy engine and the matrix unit, as writer and reader of shared memory.
-ENGINE = -3
 
 
 class Fault(Exception):
@@ -79,7 +76,7 @@ class Global:
         self.clocks = np.tile(np.int64(0), (blocks, blocks))
         self.clocks[np.arange(blocks), np.arange(blocks)] = 1
         self._released: dict[int, Array] = {}
-        self.writes = 0  # by which a scheduler sees that something goes on
+        self.progress = 0  # by which a scheduler sees that something goes on
 
     @staticmethod
     def _allocation(
@@ -155,7 +152,7 @@ class Global:
                 self._check_order(item, index, block, item.writer, item.write_clock, "writes", lanes)
                 self._check_order(item, index, block, item.reader, item.read_clock, "overwrites", lanes)
                 item.writer[index], item.write_clock[index] = block, self.clocks[block, block]
-            self.writes += 1
+            self.progress += 1
             item.data[index] = values[lanes]
             item.written[index] = True
             if np.any(item.data[index] != values[lanes]):
@@ -194,117 +191,3 @@ class _Elsewhere(Exception):
     def __init__(self, which: Array) -> None:
         super().__init__()
         self.which = which
-
-
-class Shared:
-    """A block's shared memory. Between two barriers, what one warp writes no other may touch.
-
-    Args:
-        ties: Lanes of one instruction may write different values to one address, of which any may stay.
-
-    Attributes:
-        epoch: Number of barriers of the whole block so far.
-    """
-
-    def __init__(self, size: int, ties: bool = False) -> None:
-        self._ties = ties
-        self.data = np.zeros(size, np.uint8)
-        self._written = np.zeros(size, bool)
-        self.pending = np.zeros(size, bool)
-        self.busy = np.zeros(size, np.int16)  # operands of running products
-        self._unfenced = np.zeros(size, bool)  # written by lanes, not yet visible to the engines
-        self._writer, self._reader = np.full(size, _NOBODY, np.int32), np.full(size, _NOBODY, np.int32)
-        self._write_epoch, self._read_epoch = np.full(size, -1, np.int64), np.full(size, -1, np.int64)
-        self.epoch = 0
-
-    def index(self, addresses: Array, size: int, align: int | None = None) -> Array:
-        """Positions of ``size`` bytes at each address, checked."""
-        step = align or size
-        if np.any(addresses % np.uint32(step)):
-            lane = int(np.argmax(addresses % np.uint32(step) != 0))
-            raise Fault("alignment", f"lane {lane} accesses {size} shared bytes at {int(addresses[lane]):#x}")
-        positions = addresses.astype(np.int64)
-        if np.any(positions + size > len(self.data)):
-            lane = int(np.argmax(positions + size > len(self.data)))
-            raise Fault(
-                "bounds",
-                f"lane {lane} accesses shared memory at {int(positions[lane])} of {len(self.data)} bytes",
-            )
-        found: Array = positions[:, None] + np.arange(size)
-        return found
-
-    def read(self, index: Array, warps: Array) -> Array:
-        """The bytes at ``index`` (lanes, size), read by these warps."""
-        if np.any(self.pending[index]):
-            raise Fault(
-                "pending", f"lane {_first(self.pending[index])} reads what an asynchronous copy still writes"
-            )
-        if not np.all(self._written[index]):
-            raise Fault(
-                "uninitialised", f"lane {_first(~self._written[index])} reads shared memory nobody wrote"
-            )
-        own = np.broadcast_to(warps[:, None], index.shape)
-        clash = (self._write_epoch[index] == self.epoch) & (self._writer[index] != own)
-        if np.any(clash):
-            raise Fault(
-                "race",
-                f"lane {_first(clash)} reads shared memory that another warp writes, no barrier between",
-            )
-        again = (self._read_epoch[index] == self.epoch) & (self._reader[index] != own)
-        self._reader[index] = np.where(again, -2, own)
-        self._read_epoch[index] = self.epoch
-        return self.data[index]
-
-    def write(self, index: Array, values: Array, warps: Array, copied: bool = False) -> None:
-        """Store (lanes, size) bytes.
-
-        ``copied``: by ``cp.async``. The ISA asks for a fence between it and a product, as after stores, and
-        Triton and CUTLASS have none there: none is asked for.
-        """
-        if warps[0] != ENGINE:  # a tile was checked when it was asked for
-            self.check_write(index, warps)
-        own = np.broadcast_to(warps[:, None], index.shape)
-        self.data[index] = values
-        self._written[index] = True
-        engine = warps[0] == ENGINE  # whoever waits for its barrier may read
-        self._writer[index], self._write_epoch[index] = own, -1 if engine else self.epoch
-        self._unfenced[index] = not (engine or copied)
-        if not self._ties and np.any(self.data[index] != values):
-            raise Fault("tie", "two lanes of one instruction write different values to one shared address")
-
-    def check_write(self, index: Array, warps: Array) -> None:
-        """A fault if a write at this time would not be ordered after others' accesses."""
-        if np.any(self.pending[index]):
-            raise Fault(
-                "pending", f"lane {_first(self.pending[index])} writes where an asynchronous copy still does"
-            )
-        if np.any(self.busy[index]):
-            raise Fault(
-                "pending", f"lane {_first(self.busy[index] > 0)} writes an operand of a running product"
-            )
-        own = np.broadcast_to(warps[:, None], index.shape)
-        clash = (self._write_epoch[index] == self.epoch) & (self._writer[index] != own)
-        clash |= (self._read_epoch[index] == self.epoch) & (self._reader[index] != own)
-        if np.any(clash):
-            raise Fault(
-                "race",
-                f"lane {_first(clash)} writes shared memory that another warp uses, no barrier between",
-            )
-
-    def read_by_engine(self, index: Array) -> Array:
-        """The bytes at ``index`` as the matrix unit reads them."""
-        data = self.read(index, np.full(len(index), ENGINE, np.int32))
-        if np.any(self._unfenced[index]):
-            raise Fault(
-                "proxy",
-                "a product reads what lanes wrote to shared memory, and no fence.proxy.async stands between",
-            )
-        return data
-
-    def fence(self, warps: Array) -> None:
-        """The bytes that these warps wrote are visible to the engines."""
-        self._unfenced &= ~np.isin(self._writer, warps)
-
-
-def _first(lanes: Any) -> int:
-    return int(np.argmax(np.any(lanes, axis=1)))

@@ -75,9 +75,17 @@ class Operands:
             "%ntid": lambda block: block.threads if axis == 0 else 1,
             "%ctaid": lambda block: block.place[axis],
             "%nctaid": lambda block: block.grid[axis],
+            "%cluster_nctaid": lambda block: block.cluster.shape[axis],
+            "%cluster_ctaid": lambda block: block.place[axis] % block.cluster.shape[axis],
+            "%nclusterid": lambda block: block.grid[axis] // block.cluster.shape[axis],
+            "%clusterid": lambda block: block.place[axis] // block.cluster.shape[axis],
         }
         if operand[:-2] in table and axis >= 0:
             return table[operand[:-2]]
+        if operand == "%cluster_ctarank":
+            return lambda block: block.rank
+        if operand == "%cluster_nctarank":
+            return lambda block: len(block.cluster.members)
         if operand == "%laneid":
             return lambda block: block.lane % np.uint32(32)
         if operand == "%warpid":

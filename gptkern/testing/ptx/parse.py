@@ -5,6 +5,7 @@ Source: "Parallel Thread Execution ISA", chapters "Syntax" and "Instruction Oper
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -18,8 +19,9 @@ _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"')
 _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
 _LABEL = re.compile(r"([$\w.]+):(?!:)\s*")
-_SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
-_THREADS = re.compile(r"\.reqntid\s+(\d+)")
+_SHARED = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?\s*;")
+_THREADS = re.compile(r"\.(?:reqntid|maxntid)\s+([\d\s,]+)")
+_CLUSTER = re.compile(r"\.reqnctapercluster\s+([\d\s,]+)")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Program:
         shared: Offset in shared memory by the name of a variable.
         labels: Position among the instructions by name.
         static_bytes: Shared memory that the module itself asks for.
+        threads: Threads of a block that the entry requires, or the most it allows; 0 where it says nothing.
+        cluster: Blocks of a cluster along x, y, z.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Program:
     shared: dict[str, int] = field(default_factory=dict)
     static_bytes: int = 0
     threads: int = 0
+    cluster: tuple[int, int, int] = (1, 1, 1)
 
     def width(self, register: str) -> int:
         """Bytes of a register, 0 for a predicate."""
@@ -193,27 +198,47 @@ def _end_of_body(ptx: str, begin: int) -> int:
     raise ValueError("the entry's body has no end")
 
 
-def parse(ptx: str) -> Program:
-    """The module's entry.
+def parse(ptx: str, name: str = "") -> Program:
+    """The module's entry whose name has ``name`` in it.
 
     Raises:
         ValueError: There is none, or more than one.
     """
-    entries = list(_ENTRY.finditer(ptx))
+    entries = [entry for entry in _ENTRY.finditer(ptx) if name in entry.group(1)]
     if len(entries) != 1:
-        raise ValueError(f"the module has {len(entries)} entries; one is needed")
+        raise ValueError(f"the module has {len(entries)} entries {name!r}; one is needed")
     (entry,) = entries
     program = Program(entry.group(1), _parameters(entry.group(2)))
     if threads := _THREADS.search(entry.group(3)):
-        program.threads = int(threads.group(1))
-    for align, name, size in _SHARED.findall(ptx):
-        step = int(align)
-        program.static_bytes = -(-program.static_bytes // step) * step
-        program.shared[name] = program.static_bytes
-        program.static_bytes += int(size or 0)
+        program.threads = math.prod(_numbers(threads.group(1)))
+    if cluster := _CLUSTER.search(entry.group(3)):
+        x, y, z, *_ = *_numbers(cluster.group(1)), 1, 1
+        program.cluster = (x, y, z)
     end = _end_of_body(ptx, entry.end())
+    for declared in _SHARED.finditer(ptx):
+        if entry.end() <= declared.start() < end or not _within_entry(ptx, declared.start()):
+            _place_shared(program, *declared.groups())
     files = {number: name.rsplit("/", 1)[-1] for number, name in _FILE.findall(ptx)}
     reader = _Reader(program, files)
     for statement in _statements(ptx[entry.end() : end]):
         reader.read(statement)
     return program
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def _within_entry(ptx: str, place: int) -> bool:
+    """True for a place within some entry's body."""
+    before = list(_ENTRY.finditer(ptx, 0, place))
+    return bool(before) and place < _end_of_body(ptx, before[-1].end())
+
+
+def _place_shared(program: Program, align: str | None, kind: str, name: str, count: str | None) -> None:
+    """Give a variable its place in shared memory; one without a length begins where dynamic memory does."""
+    size = _SIZES[kind]
+    step = int(align) if align else size
+    program.static_bytes = -(-program.static_bytes // step) * step
+    program.shared[name] = program.static_bytes
+    program.static_bytes += size * (1 if count is None else int(count or 0))
