@@ -32,7 +32,7 @@ def naming(lanes: Array) -> Iterator[None]:
         yield
     except Fault as fault:
         message = str(fault).partition(": ")[2]
-        named = _LANE.sub(lambda found: f"lane {lanes[int(found.group(1))]}", message)
+        named = _LANE.sub(lambda name: f"lane {lanes[int(name.group(1))]}", message)
         raise Fault(fault.check, named) from None
 
 
@@ -51,7 +51,7 @@ class AccessInstructions(Operands):
 
     @staticmethod
     def targets(block: Block, space: str, addresses: Array) -> list[_Place]:
-        """Where these addresses lie."""
+        """The memory in which each of these addresses lies."""
         if space == "global":
             return [(None, np.arange(len(addresses)), addresses)]
         if space.startswith("shared"):

@@ -102,7 +102,7 @@ class Cluster:
         self.memory.progress += 1
 
     def through(self, block: Block, lanes: Array) -> Array:
-        """Which of these lanes, which wait, need wait no more."""
+        """Those of these waiting lanes that need wait no more."""
         row = block.rank
         free = lanes & (self._joined[row] <= self._phase)
         if np.any(free):

@@ -78,7 +78,7 @@ class Barrier:
         return self.completed & 1
 
     def gather(self, seen: Array) -> None:
-        """What was done before this phase ends."""
+        """Note what was done before this phase ends."""
         self.gathered = seen if self.gathered is None else np.maximum(self.gathered, seen)
 
     def arrive(self, warps: Array, count: int) -> None:

@@ -31,7 +31,7 @@ class Order:
         self.time = 1
 
     def released(self, warps: Array) -> Array:
-        """What these warps have seen and done so far, by warp. What they do next is later."""
+        """The work that these warps have seen and done so far, by warp. Whatever they do next is later."""
         result: Array = self.seen[warps].max(axis=0)
         result[warps] = self.time
         self.time += 1

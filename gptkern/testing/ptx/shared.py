@@ -110,7 +110,7 @@ class Shared:
         self._visited(warps)
 
     def release(self, address: int, warps: Array) -> None:
-        """What these warps have done is before whoever acquires from this address."""
+        """Order what these warps have done before whoever acquires from this address."""
         before, now = self._released.get(address), self._order.released(warps)
         self._released[address] = now if before is None else np.maximum(before, now)
 
