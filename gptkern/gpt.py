@@ -177,6 +177,9 @@ class GPT(Decoder):
             stopping_criteria: One callable or several, called with a row's tokens ``(1, length)``, on the
                 CPU, and None; a row ends with the token after which one returns True.
             return_dict_in_generate: Return a ``GenerateOutput``.
+            steering: Vectors that are added to the hidden states of all of a row's tokens, by layer: 0 is the
+                embeddings, i what the first i blocks made. Each is ``(width,)``, or ``(batch, width)`` with
+                one for each prompt. The model's layers then run one by one.
             **kwargs: The options that ``gptkern.generate.GenerateOptions`` lists.
 
         Returns:

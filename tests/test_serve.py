@@ -508,6 +508,9 @@ def test_a_fault_of_the_engine_is_a_500_and_the_server_goes_on(
         ({"deadline": float("inf")}, "deadline is inf"),
         ({"api_keys": ("short",)}, "shorter than 8"),
         ({"tls_key": "x"}, "belong together"),
+        ({"steering": ("calm",)}, "steering is 'calm'; NAME=FILE"),
+        ({"steering": ("=calm.safetensors",)}, "NAME=FILE, with a name of 1 to 64"),
+        ({"steering": ("a=x", "a=y")}, "steering has 'a' twice"),
     ],
 )
 def test_settings_are_checked(setting: dict[str, Any], message: str) -> None:
@@ -529,7 +532,7 @@ def test_every_setting_comes_from_the_command_line(monkeypatch: pytest.MonkeyPat
     typed = (
         "--host ::1 --port 1 --name n --most-rows 2 --most-tokens 3 --deadline 0 --body-bytes 4 "
         "--grammar-seconds 5 --drain 6 --stream-interval 7 --stream-tokens 8 --cors-origin a "
-        "--cors-origin b --no-access-log "
+        f"--cors-origin b --no-access-log --steering a={tmp_path}/keys --steering b={tmp_path}/template "
         f"--api-key-file {tmp_path}/keys --chat-template {tmp_path}/template --max-seqs 9"
     )
     for arguments in (["serve", "embedded", *typed.split()], ["serve"]):
@@ -551,6 +554,7 @@ def test_every_setting_comes_from_the_command_line(monkeypatch: pytest.MonkeyPat
         stream_tokens=8,
         cors_origins=("a", "b"),
         access_log=False,
+        steering=(f"a={tmp_path}/keys", f"b={tmp_path}/template"),
         api_keys=("first-key-1", "second-key-2", "from-the-environment"),
         chat_template="{{ messages }}",
     )

@@ -11,7 +11,7 @@ import torch
 from families import CONFIGS
 from family_models import library_model, our_model
 
-from gptkern import GPT, Engine, GPTConfig, Request
+from gptkern import GPT, Engine, GPTConfig, Request, Tokenizer
 from gptkern.engine.executors.choose import EXECUTORS, choose
 
 IDS = torch.randint(67, (3, 11), generator=torch.Generator().manual_seed(1))
@@ -186,6 +186,70 @@ def test_copies_beams_and_the_prompts_own_tokens_are_steered() -> None:
     assert event.prompt_logprobs is not None
     own = torch.tensor([logprob for logprob, _ in event.prompt_logprobs])
     torch.testing.assert_close(own, wanted, rtol=0, atol=1e-4)
+
+
+def test_generate_steers_all_rows_or_each_by_its_own() -> None:
+    model = small()
+    whole, own = vectors(model, 1, 3), torch.stack([vectors(model, 2, seed=s)[2] for s in range(3)])
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = 0
+    options = {"max_new_tokens": 8, "pad_token_id": 0, "return_dict_in_generate": True}
+    together = model.generate(IDS, mask, steering={**whole, 2: own}, output_logprobs=True, **options)
+    for row in range(3):
+        prompt = IDS[row][mask[row].bool()].tolist()
+        request = Request(prompt=prompt, steering={**whole, 2: own[row]})
+        expected = greedy(model, request, new=8)
+        assert together.sequences[row, 11:].tolist() == [token for token, _ in expected]
+        for mine, (_, wanted) in zip(together.logprobs[row].tolist(), expected, strict=True):
+            assert mine == pytest.approx(wanted, abs=1e-4)
+    plain = model.generate(IDS, mask, output_logprobs=True, **options)
+    assert not torch.equal(plain.sequences, together.sequences)
+    # The engine of a steered call is not taken for a call without vectors, nor the other way round.
+    assert torch.equal(model.generate(IDS, mask, steering={}, **options).sequences, plain.sequences)
+    again = model.generate(IDS, mask, steering={**whole, 2: own}, **options)
+    assert torch.equal(again.sequences, together.sequences)
+
+
+def test_texts_streams_copies_and_beams_are_steered() -> None:
+    torch.manual_seed(0)
+    shape = {"n_positions": 96, "n_layer": 3, "n_head": 4, "n_embd": 48, "initializer_range": 0.3}
+    model = GPT(GPTConfig(vocab_size=257, eos_token_id=None, bos_token_id=None, **shape)).eval()
+    model.tokenizer = Tokenizer.bytes()
+    steering, draw = vectors(model, 2), {"do_sample": True, "seed": 3, "max_new_tokens": 10}
+    two = torch.stack([steering[2], -steering[2]])
+    texts = model.generate_text(["ab", "cd"], steering={2: two}, **draw)
+    for completion, prompt, sign in zip(texts, ("ab", "cd"), (1, -1), strict=True):
+        own = {2: sign * steering[2]}
+        (alone,) = model.generate_text(prompt, steering=own, **draw)
+        assert alone == completion
+        stream = model.stream(prompt, steering=own, **draw)
+        assert "".join(stream) == completion.text
+        assert completion != model.generate_text(prompt, **draw)[0]
+    ids = torch.tensor([[97, 98]])
+    copies = model.generate(ids, steering=steering, num_return_sequences=2, **draw)
+    assert copies[0, 2:].tolist() == texts[0].token_ids and not torch.equal(copies[0], copies[1])
+    beams = {"num_beams": 3, "max_new_tokens": 6}
+    with hooked(model, steering):
+        expected = model.generate(ids, **beams)
+    assert torch.equal(model.generate(ids, steering=steering, **beams), expected)
+
+
+@pytest.mark.parametrize(
+    ("steering", "error", "message"),
+    [
+        ([torch.zeros(48)], TypeError, "generate: steering is list; a mapping"),
+        ({"1": torch.zeros(48)}, TypeError, "generate: steering's layer is '1'; a whole number"),
+        ({1: [0.0] * 48}, TypeError, "generate: steering of layer 1 is list; a tensor of floats"),
+        ({1: torch.zeros(2, 48)}, ValueError, "layer 1 has 2 rows; one for each of 3 prompts"),
+        ({1: torch.zeros(3, 47)}, ValueError, r"layer 1 has shape \(47,\); the model's width, \(48,\)"),
+        ({1: torch.zeros(1, 3, 48)}, ValueError, r"layer 1 has shape \(1, 3, 48\)"),
+        ({4: torch.zeros(48)}, ValueError, "generate: steering of layer 4; layers from 0 to 3"),
+        ({1: torch.full((3, 48), torch.nan)}, ValueError, "layer 1 is not finite"),
+    ],
+)
+def test_bad_vectors_are_refused_by_generate(steering: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        small().generate(IDS, steering=steering, pad_token_id=0)
 
 
 def test_the_callers_vectors_may_change_afterwards() -> None:

@@ -48,8 +48,17 @@ def _text(file: Path | None) -> str | None:
     return None if file is None else file.read_text(encoding="utf-8")
 
 
-def _origins(origins: Sequence[str] | None) -> tuple[str, ...]:
-    return tuple(origins or ())
+def _steering(typed: Sequence[str] | None) -> tuple[str, ...]:
+    """The vectors' names and files; a file that is not there is refused before the model is read."""
+    for entry in typed or ():
+        file = entry.partition("=")[2]
+        if file and not Path(file).is_file():
+            raise typer.BadParameter(f"{entry!r}: there is no file {file!r}")
+    return _several(typed)
+
+
+def _several(typed: Sequence[str] | None) -> tuple[str, ...]:
+    return tuple(typed or ())
 
 
 def _deadline(seconds: float) -> float | None:
@@ -76,9 +85,18 @@ _FORMS = {
         "cors_origin",
         list[str] | None,
         None,
-        _origins,
+        _several,
         "An origin whose pages may ask, * for any; repeatable.",
         "ORIGIN",
+    ),
+    "steering": _Form(
+        "steering",
+        list[str] | None,
+        None,
+        _steering,
+        "Steering vectors that requests may name: a tensor for each layer; repeatable. The model's layers "
+        "then run all requests one by one.",
+        "NAME=FILE",
     ),
     "tls_certificate": _Form("tls_cert", _FILE, None, _path),
     "tls_key": _Form("tls_key", _FILE, None, _path),

@@ -25,8 +25,11 @@ class Steering:
     key: bytes
 
     @classmethod
-    def of(cls, vectors: Mapping[int, Any], model: Decoder) -> Steering:
+    def of(cls, vectors: Mapping[int, Any], model: Decoder, source: str = "Engine.add") -> Steering:
         """The vectors of a request for ``model``, a copy of each.
+
+        Args:
+            source: The function that errors name.
 
         Raises:
             TypeError: A vector that is no tensor of floating-point numbers.
@@ -36,7 +39,7 @@ class Steering:
         found: dict[int, torch.Tensor] = {}
         digest = hashlib.blake2b(digest_size=16)
         for layer, vector in sorted(vectors.items()):
-            where = f"Engine.add: steering of layer {layer}"
+            where = f"{source}: steering of layer {layer}"
             if not 0 <= layer <= layers:
                 raise ValueError(f"{where}; layers from 0 to {layers} are needed")
             if not isinstance(vector, torch.Tensor) or not vector.is_floating_point():

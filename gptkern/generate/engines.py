@@ -45,10 +45,14 @@ class Engines:
 
     @contextmanager
     def engine(
-        self, model: Decoder, rows: int, tokens: int, kv_cache_dtype: KVCacheDType
+        self, model: Decoder, rows: int, tokens: int, kv_cache_dtype: KVCacheDType, steering: bool = False
     ) -> Iterator[Engine]:
-        """An engine with room for ``rows`` sequences and ``tokens`` tokens in all, or more."""
-        key = _engine_key(model, kv_cache_dtype)
+        """An engine with room for ``rows`` sequences and ``tokens`` tokens in all, or more.
+
+        Args:
+            steering: See ``Engine``.
+        """
+        key = (*_engine_key(model, kv_cache_dtype), steering)
         with self._lock:
             idle, self._idle = self._idle, None
             if self._idle_key != key:
@@ -57,7 +61,7 @@ class Engines:
             if idle is not None:
                 rows, tokens = max(rows, idle.cache.max_seqs), max(tokens, _room(idle))
             del idle
-            engine = self._new_engine(model, _rounded(rows), _rounded(tokens), kv_cache_dtype)
+            engine = self._new_engine(model, _rounded(rows), _rounded(tokens), kv_cache_dtype, steering)
         else:
             engine = idle
         try:
@@ -67,7 +71,9 @@ class Engines:
             raise
         self._leave(engine, key)
 
-    def _new_engine(self, model: Decoder, rows: int, tokens: int, kv_cache_dtype: KVCacheDType) -> Engine:
+    def _new_engine(
+        self, model: Decoder, rows: int, tokens: int, kv_cache_dtype: KVCacheDType, steering: bool
+    ) -> Engine:
         page_size = PAGE_SIZE
         if self._keeps_prefixes:
             # A new, larger engine has no prefixes to reuse, so that this one gets room for the whole context.
@@ -81,6 +87,7 @@ class Engines:
             page_size=page_size,
             prefix_cache=self._keeps_prefixes,
             kv_cache_dtype=kv_cache_dtype,
+            steering=steering,
         )
         # The model keeps the engine, and so the engine must not keep the model.
         engine.let_go()

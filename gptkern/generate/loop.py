@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from gptkern.engine.request import FinishReason, Request, TokenEvent
 from gptkern.engine.sampling import row_keys
 from gptkern.engine.settings import Settings
 from gptkern.generate.prompt import Prompts
+from gptkern.generate.steering import Vectors
 
 if TYPE_CHECKING:
     from gptkern.gpt import GPT
@@ -67,6 +68,7 @@ def columns(
     tokenizer: Tokenizer | None = None,
     logprobs: int | None = None,
     callbacks: Callbacks | None = None,
+    steering: Sequence[Vectors | None] = (),
 ) -> Generator[Column, None, None]:
     """Generate until every row has finished; each item is the next event of every running row.
 
@@ -77,6 +79,7 @@ def columns(
         tokenizer: For stop strings and text: with one, events have text.
         logprobs: None for no log-probabilities, 0 for those of the new tokens, n for those of the n most
             likely tokens as well.
+        steering: What is added between the layers for each prompt; empty where nothing is.
 
     Raises:
         ValueError: A row of logits held NaN or +inf, or left no token.
@@ -87,7 +90,8 @@ def columns(
     # Each counts one page more: a row begins while every running row could still take another page.
     pages = -(-(prompts.longest + settings.max_new) // PAGE_SIZE) + 1
     tokens = sequences * pages * PAGE_SIZE
-    with model.engines.engine(model, sequences, tokens, settings.kv_cache_dtype) as engine:
+    cache, steered = settings.kv_cache_dtype, bool(steering)
+    with model.engines.engine(model, sequences, tokens, cache, steered) as engine:
         keys = row_keys(settings, len(prompts.rows))
         first: dict[int, int] = {}
         for place, prompt in enumerate(prompts.rows):
@@ -98,6 +102,7 @@ def columns(
                 logprobs=logprobs,
                 logits_processor=callbacks.processors,
                 stopping_criteria=callbacks.criteria,
+                steering=steering[place] if steering else None,
             )
             first[engine.submit(request, settings, own, tokenizer)] = row
         queues: dict[int, deque[TokenEvent]] = {row: deque() for row in range(count)}

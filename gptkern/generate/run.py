@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +16,7 @@ from gptkern.engine.request import FinishReason
 from gptkern.engine.settings import Settings, merged, settle
 from gptkern.generate.loop import Column, Continuation, TopTokens, columns
 from gptkern.generate.prompt import Prompts, prompts
+from gptkern.generate.steering import dealt
 from gptkern.ops.sample import TopLogprobs
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def generate(
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
     stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None,
     return_dict_in_generate: bool | None = None,
+    steering: Mapping[int, torch.Tensor] | None = None,
     **options: Unpack[GenerateOptions],
 ) -> torch.Tensor | GenerateOutput:
     """Continue prompts; see ``GPT.generate``."""
@@ -96,7 +98,15 @@ def generate(
         )
     if settings.stop_strings:
         tokenizer = needed_tokenizer(model, tokenizer)
-    items = columns(model, prompt, settings, tokenizer=tokenizer, logprobs=logprobs, callbacks=callbacks)
+    items = columns(
+        model,
+        prompt,
+        settings,
+        tokenizer=tokenizer,
+        logprobs=logprobs,
+        callbacks=callbacks,
+        steering=dealt(steering, model, len(prompt.rows)),
+    )
     output = _collect(prompt, settings, items, streamer, logprobs)
     return output if detailed else output.sequences
 

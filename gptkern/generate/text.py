@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from gptkern.engine.processors import Callbacks, LogitsProcessor, StoppingCriter
 from gptkern.engine.request import FinishReason
 from gptkern.generate.loop import Column, Continuation, columns
 from gptkern.generate.run import logprobs_count, needed_tokenizer, prepare
+from gptkern.generate.steering import dealt
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -78,6 +79,7 @@ def stream(
     top_logprobs: int | None = None,
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
     stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None,
+    steering: Mapping[int, torch.Tensor] | None = None,
     **options: Unpack[GenerateOptions],
 ) -> TextStream:
     """Yield the continuation of one prompt as it is made; see ``GPT.stream``."""
@@ -91,7 +93,15 @@ def stream(
         )
     callbacks = Callbacks.of(logits_processor, stopping_criteria)
     logprobs = logprobs_count(model, True, top_logprobs)
-    items = columns(model, prompts, settings, tokenizer=tokenizer, logprobs=logprobs, callbacks=callbacks)
+    items = columns(
+        model,
+        prompts,
+        settings,
+        tokenizer=tokenizer,
+        logprobs=logprobs,
+        callbacks=callbacks,
+        steering=dealt(steering, model, 1),
+    )
     return TextStream(items, top_logprobs is not None)
 
 
@@ -103,6 +113,7 @@ def generate_text(
     top_logprobs: int | None = None,
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
     stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None,
+    steering: Mapping[int, torch.Tensor] | None = None,
     **options: Unpack[GenerateOptions],
 ) -> list[Completion]:
     """Continue prompts; see ``GPT.generate_text``."""
@@ -126,7 +137,16 @@ def generate_text(
         )
     count = logprobs_count(model, settings.num_beams == 1, top_logprobs)
     rows = [Continuation() for _ in range(len(checked.rows) * settings.num_return_sequences)]
-    for column in columns(model, checked, settings, tokenizer=tokenizer, logprobs=count, callbacks=callbacks):
+    items = columns(
+        model,
+        checked,
+        settings,
+        tokenizer=tokenizer,
+        logprobs=count,
+        callbacks=callbacks,
+        steering=dealt(steering, model, len(checked.rows)),
+    )
+    for column in items:
         for row, event in column.items():
             rows[row].take(event)
     return [_completion(row, top_logprobs is not None) for row in rows]

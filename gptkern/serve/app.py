@@ -148,6 +148,7 @@ def _add_about(app: FastAPI, service: Service) -> None:
             "created": service.created,
             "owned_by": "gptkern",
             "max_model_len": service.model.spec.context,
+            "steering": service.steering.names,
         }
 
     @app.get("/v1/models", responses=RESPONSES)

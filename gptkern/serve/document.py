@@ -74,6 +74,10 @@ def _say_limits(schemas: dict[str, Any], service: Service) -> None:
         fields["model"]["enum"] = [settings.model_name]
         most = min(MOST_COPIES, service.inner.cache.max_seqs, settings.most_rows)
         _number(fields["n"])["maximum"] = most
+        # FastAPI's bounds are doubles: 2**63 is written 9.223372036854776e+18, which readers take for more.
+        seed = _number(fields["seed"])
+        del seed["exclusiveMaximum"]
+        seed |= {"minimum": -(2**63), "maximum": 2**63 - 1}
         for limit in ("max_tokens", "max_completion_tokens", "min_tokens"):
             if limit in fields:
                 number = _number(fields[limit])
@@ -81,6 +85,7 @@ def _say_limits(schemas: dict[str, Any], service: Service) -> None:
                 number["maximum"] = spec.context - 1
         keys = {"type": "string", "pattern": f"^({_pattern_below(spec.vocab_size)})$"}
         fields["logit_bias"]["anyOf"][0]["propertyNames"] = keys
+        fields["steering"]["anyOf"][0]["propertyNames"] = {"enum": service.steering.names}
     for form in schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
         if form.get("maxItems") == MOST_PROMPTS:
             form["maxItems"] = min(MOST_PROMPTS, settings.most_rows)

@@ -16,6 +16,7 @@ MOST_STOPS = 16
 MOST_BIASES = 1024
 MOST_MESSAGES = 4096
 MOST_PROMPTS = 4096
+MOST_STEERING = 16
 # More than any body has: each further one would be an error of its own.
 _MOST_FIELDS = 64
 # What the document says of a token's id until it knows the vocabulary.
@@ -188,6 +189,18 @@ class GenerationFields(Fields):
     )
     grammar: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="A grammar, in Lark's syntax, that the answer follows."
+    )
+    steering: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-1000, le=1000)]],
+            Field(max_length=MOST_STEERING),
+            BeforeValidator(_few),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="Steering vectors by the names they were registered under, each with its strength: their "
+        "sum is added to the hidden states of all tokens.",
     )
     user: str | None = Field(None, description="Accepted and not used.")
 

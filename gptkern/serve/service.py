@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from gptkern.engine.async_engine import AsyncEngine, EventReader
 from gptkern.engine.engine import Engine
@@ -21,6 +23,7 @@ from gptkern.serve.metrics import Metrics
 from gptkern.serve.options import max_new_of, options_of
 from gptkern.serve.protocol import GenerationFields, Message
 from gptkern.serve.settings import ServeSettings
+from gptkern.serve.steering import SteeringVectors
 from gptkern.tokenizer import Tokenizer
 
 # Texts beyond this are encoded in a thread: the event loop has other streams to serve.
@@ -167,7 +170,7 @@ class Service:
         engine_options: Those of ``Engine``.
 
     Raises:
-        ValueError: The model has no tokenizer.
+        ValueError: The model has no tokenizer; steering vectors that are not the model's.
     """
 
     def __init__(self, model: GPT, settings: ServeSettings, **engine_options: Any) -> None:
@@ -175,6 +178,9 @@ class Service:
             raise ValueError("serve: the model has no tokenizer beside it; assign model.tokenizer")
         self.model, self.settings = model, settings
         self.tokenizer: Tokenizer = model.tokenizer
+        self.steering = SteeringVectors(settings.steering, model)
+        if settings.steering:
+            engine_options |= {"steering": True}
         self.inner = Engine(model, **engine_options)
         self.engine = AsyncEngine(self.inner)
         self.admission = Admission(settings.most_rows, settings.most_tokens)
@@ -265,7 +271,7 @@ class Service:
         copies = fields.n or 1
         if copies > self.inner.cache.max_seqs:
             raise bad_field("n", copies, f"at most {self.inner.cache.max_seqs} are made of a prompt")
-        grammar = grammar_of(fields)
+        grammar, steering = grammar_of(fields), self.steering.sum(fields.steering)
         ticket = self.admission.reserve(copies * len(prompts))
         readers: list[EventReader] = []
         try:
@@ -274,7 +280,7 @@ class Service:
             lengths = [self._most_new(wish, prompt) for prompt in read]
             ticket.take(sum(len(p.tokens) + copies * new for p, new in zip(read, lengths, strict=True)))
             for prompt, new in zip(read, lengths, strict=True):
-                readers.append(self._open(wish, prompt, new, constraint))
+                readers.append(self._open(wish, prompt, new, constraint, steering))
         except BaseException:
             for reader in readers:
                 reader.close()
@@ -305,7 +311,14 @@ class Service:
         context = self.model.spec.context
         return max_new_of(wish.max_tokens, wish.default_tokens, len(prompt.tokens), context)
 
-    def _open(self, wish: Wish, prompt: Prompt, new: int, constraint: Any) -> EventReader:
+    def _open(
+        self,
+        wish: Wish,
+        prompt: Prompt,
+        new: int,
+        constraint: Any,
+        steering: Mapping[int, torch.Tensor] | None,
+    ) -> EventReader:
         fields, vocab_size = wish.fields, self.model.spec.vocab_size
         options = options_of(fields, max_new=new, end_of_text=self.end_of_text, vocab_size=vocab_size)
         of_prompt = fields.prompt_logprobs
@@ -319,6 +332,7 @@ class Service:
                 logprobs=wish.logprobs,
                 prompt_logprobs=of_prompt,
                 constraint=constraint,
+                steering=steering,
             )
             return self.engine.open(request, self.tokenizer)
         except (TypeError, ValueError) as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 # A key goes into a header of ASCII characters.
 _KEY = re.compile(r"[!-~]{8,}")
+LONGEST_STEERING_NAME = 64
 
 
 # The panels of ``gptkern serve --help``.
@@ -71,6 +72,11 @@ class ServeSettings:
     tls_certificate: str | None = _setting(None, "The certificate, as PEM.", panel=_ACCESS)
     tls_key: str | None = _setting(None, "Its key, as PEM.", panel=_ACCESS)
     chat_template: str | None = _setting(None, "A Jinja chat template in place of the model's own.")
+    steering: tuple[str, ...] = _setting(
+        (),
+        "Steering vectors under a name: NAME=FILE.safetensors, whose tensors are named by layer. The model's "
+        "layers then run all requests one by one.",
+    )
     access_log: bool = _setting(True, "Write a line of JSON a request to standard error.")
 
     def __post_init__(self) -> None:
@@ -81,6 +87,7 @@ class ServeSettings:
             raise ValueError(f"ServeSettings: port is {self.port}; 0 to 65535 is accepted")
         if not self.model_name:
             raise ValueError("ServeSettings: model_name is empty; a name is needed")
+        _check_steering(self.steering)
         _check_tls(self.tls_certificate, self.tls_key)
         if any(not _KEY.fullmatch(key) for key in self.api_keys):
             # The key itself is no part of the message.
@@ -88,6 +95,20 @@ class ServeSettings:
                 "ServeSettings: an API key is shorter than 8 characters, or holds spaces or characters "
                 "beyond ASCII; 8 or more printable ASCII characters are needed"
             )
+
+
+def _check_steering(registered: tuple[str, ...]) -> None:
+    names = set()
+    for entry in registered:
+        name, is_pair, file = entry.partition("=")
+        if not is_pair or not file or not 0 < len(name) <= LONGEST_STEERING_NAME:
+            raise ValueError(
+                f"ServeSettings: steering is {entry!r}; NAME=FILE, with a name of 1 to "
+                f"{LONGEST_STEERING_NAME} characters, is needed"
+            )
+        if name in names:
+            raise ValueError(f"ServeSettings: steering has {name!r} twice; each name once is needed")
+        names.add(name)
 
 
 def _check_tls(certificate: str | None, key: str | None) -> None:
