@@ -244,6 +244,24 @@ def fragments_a(matrix: torch.Tensor) -> torch.Tensor:
     return out.view(torch.int32)
 
 
+def test_a_table_of_targets_parts_lanes() -> None:
+    out = torch.zeros(32, dtype=torch.int32)
+    body = """
+        rem.u32 %r1, %r0, 3; mul.wide.u32 %rd3, %r0, 4; add.s64 %rd3, %rd3, %rd0;
+        $table: .branchtargets
+            $zero,
+            $one,
+            $two;
+        brx.idx %r1, $table;
+        $zero: mov.b32 %r2, 10; bra.uni $end;
+        $one: mov.b32 %r2, 20; bra.uni $end;
+        $two: mov.b32 %r2, 30;
+        $end: st.global.b32 [%rd3], %r2;
+    """
+    run(body, out)
+    assert out.tolist() == [10 * (1 + lane % 3) for lane in range(32)]
+
+
 def test_mma_is_a_dense_product() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(16, 16, dtype=torch.bfloat16), torch.randn(16, 8, dtype=torch.bfloat16)
@@ -310,8 +328,22 @@ def test_matrices_are_loaded_and_stored_by_rows(transposed: bool) -> None:
     assert torch.equal(back, data)
 
 
-def test_a_tile_is_copied_swizzled_and_multiplied_by_a_warpgroup() -> None:
-    """Both operands by the copy engine in 128-byte swizzle; the second tile hangs over the matrix' edge."""
+def _map(matrix: torch.Tensor, rows: int, rank: int) -> TensorMap:
+    """Tiles of so many rows of a matrix, which is a head of a batch if the rank is 4."""
+    columns = matrix.shape[1]
+    if rank == 2:
+        return TensorMap(matrix, tuple(matrix.shape), (columns, 1), (rows, columns), 3)
+    whole = torch.full((2, len(matrix), 2, columns), float("nan"), dtype=matrix.dtype)
+    whole[1, :, 1] = matrix
+    return TensorMap(whole, tuple(whole.shape), whole.stride(), (1, rows, 1, columns), 3)
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_a_tile_is_copied_swizzled_and_multiplied_by_a_warpgroup(rank: int) -> None:
+    """Both operands by the copy engine in 128-byte swizzle; the second tile hangs over the matrix' edge.
+
+    Of rank 4 the matrices are those of head 1 of batch 1, ``(batch, rows, heads, columns)``.
+    """
     torch.manual_seed(0)
     a, b = torch.randn(64, 64, dtype=torch.bfloat16), torch.randn(24, 64, dtype=torch.bfloat16)
     out = torch.zeros(128, 16)
@@ -326,22 +358,23 @@ def test_a_tile_is_copied_swizzled_and_multiplied_by_a_warpgroup() -> None:
         setp.ne.b32 %p3, {step}, 0;
         wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {{{names}}}, %rd10, %rd11, %p3, 1, 1, 0, 0;"""
     stores = "".join(f"st.global.b32 [%rd5 + {4 * i}], %r{100 + i};" for i in range(16))
+    tile, corner = TILE.replace("2d", f"{rank}d"), "%r2, %r2" if rank == 2 else "%r2, %r4, %r2, %r4"
     body = f"""
         mov.b64 %rd6, k_param_1; cvta.param.u64 %rd7, %rd6;
         mov.b64 %rd8, k_param_2; cvta.param.u64 %rd9, %rd8;
         mov.b32 %r1, 16384; mov.b32 %r2, 0; mov.b32 %r3, 8192; setp.eq.b32 %p1, %r0, 0;
         @%p1 mbarrier.init.shared::cta.b64 [%r1], 1; bar.sync 0;
         @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 12288;
-        @%p1 {TILE} [%r2], [%rd7, {{%r2, %r2}}], [%r1];
-        @%p1 {TILE} [%r3], [%rd9, {{%r2, %r2}}], [%r1];
+        mov.b32 %r4, 1;
+        @%p1 {tile} [%r2], [%rd7, {{{corner}}}], [%r1];
+        @%p1 {tile} [%r3], [%rd9, {{{corner}}}], [%r1];
         $wait: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r1], 0; @!%p2 bra.uni $wait;
         wgmma.fence.sync.aligned; {products}
         wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
         mul.wide.u32 %rd5, %r0, 64; add.s64 %rd5, %rd5, %rd0; {stores}
     """
     text = module(body, 1, 128, ", .param .align 64 .b8 k_param_1[128], .param .align 64 .b8 k_param_2[128]")
-    maps = (TensorMap(a, (64, 64), (64, 1), (64, 64), 3), TensorMap(b, (24, 64), (64, 1), (32, 64), 3))
-    execute(text, (1,), (out, *maps), shared_bytes=16392)
+    execute(text, (1,), (out, _map(a, 64, rank), _map(b, 32, rank)), shared_bytes=16392)
     dense = torch.zeros(64, 32)
     dense[:, :24] = a.float() @ b.float().T
     found = torch.zeros(64, 32)

@@ -10,7 +10,7 @@ import numpy as np
 
 from gptkern.testing.ptx.arithmetic import Array
 from gptkern.testing.ptx.cluster import Cluster
-from gptkern.testing.ptx.hopper import Barrier, Products, TensorMap
+from gptkern.testing.ptx.hopper import WARPGROUP, Barrier, Products, TensorMap
 from gptkern.testing.ptx.memory import Fault, Global
 from gptkern.testing.ptx.shared import Shared
 
@@ -22,6 +22,8 @@ Execute = Callable[["Block", Mask], None]
 _WIDTHS = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # Rounds that warps may spin while others could go on.
 _PATIENCE = 64
+# Times that all may ask in vain for barriers in shared memory.
+_MOST_ROUNDS = 64
 _NEVER = np.iinfo(np.int64).max
 # The number of the cluster's barrier among those that lanes wait at.
 _CLUSTER = 1 << 16
@@ -32,7 +34,8 @@ class Step:
     """An instruction made ready.
 
     Attributes:
-        kind: plain, branch, return, barrier, or what is done at the cluster's barrier.
+        kind: plain, branch, indexed (a branch by a table), return, barrier, or what is done at the cluster's
+            barrier.
         yields: Another block may go on after it; ``polls``: one of the same cluster.
     """
 
@@ -40,6 +43,8 @@ class Step:
     kind: str
     run: Execute | None = None
     target: int = -1
+    index: Callable[[Block], Array] | None = None
+    targets: Array | None = None
     yields: bool = False
     polls: bool = False
 
@@ -88,8 +93,9 @@ class Block:
         self.open = CopyGroup(np.zeros(threads, bool))
         self.groups: list[CopyGroup] = []
         self.barriers: dict[int, Barrier] = {}
-        self.stalls = 0  # waits for them in a row that found nothing
-        self.products, self.maps = Products(), maps
+        self.products = [Products() for _ in range(-(-threads // WARPGROUP))]
+        self.maps = maps
+        self.active = np.ones(threads, bool)
         self.pc = 0
         self._steps, self._widths = steps, widths
         self._at = np.zeros(threads, np.int64)
@@ -98,13 +104,19 @@ class Block:
         self._needed: dict[int, int] = {}  # at a barrier: threads, 0 for all
         self._came: dict[int, Array] = {}
         self._gave: dict[int, Array] = {}  # what those had done that arrive and do not wait
-        self._spins = 0
+        self._held = np.zeros(threads, bool)  # lanes that asked in vain for a barrier in shared memory
+        self._spins, self._rounds = 0, 0
 
     # --- registers
 
     def get(self, name: str) -> Array:
         """The bits of a register."""
-        if self.products.groups and self.products.running(name):
+        if any(
+            products.groups
+            and products.running(name)
+            and np.any(self.active[group * WARPGROUP : (group + 1) * WARPGROUP])
+            for group, products in enumerate(self.products)
+        ):
             raise Fault("pending", f"register {name} is read while a product may still write it")
         try:
             return self.registers[name]
@@ -155,6 +167,15 @@ class Block:
 
     # --- control flow
 
+    def hold(self, lanes: Array) -> None:
+        """Let others go on before these lanes ask again for a barrier in shared memory."""
+        self._held[lanes] = True
+
+    def resume(self) -> None:
+        """Something was arrived at: whoever asked in vain may ask again."""
+        self._held[:] = False
+        self._rounds = 0
+
     def run(self) -> Iterator[None]:
         """Execute until all lanes have returned; yields where another block may go on."""
         while np.any(self.alive):
@@ -168,6 +189,12 @@ class Block:
                 raise Fault(
                     "deadlock", f"block {self.number}: all lanes wait at barriers {waiting}, not all came"
                 )
+            if np.all(self._held[runnable]):
+                self._rounds += self.cluster.alone
+                if self._rounds > _MOST_ROUNDS:
+                    raise Fault("deadlock", "a barrier in shared memory whose phase never ends")
+                self._held[:] = False
+            runnable &= ~self._held
             # Lanes of a warp meet again: its first go on alone. Warps that spin let others go on.
             first = np.where(runnable, self._at, _NEVER).reshape(-1, 32).min(axis=1)
             places = np.unique(first[first < _NEVER])
@@ -190,6 +217,7 @@ class Block:
                 assert step.run is not None
                 guarded = self._guard(step.instruction, mask)
                 if guarded is None or np.any(guarded):
+                    self.active = everyone if guarded is None else guarded
                     step.run(self, guarded)
                 at += 1
                 if step.yields or (step.polls and not self.cluster.alone):
@@ -198,12 +226,18 @@ class Block:
             guarded = self._guard(step.instruction, mask)
             chosen = everyone if guarded is None else guarded
             if step.kind == "branch":
-                if np.array_equal(chosen, everyone) and stop == len(self._steps):
+                alone = np.array_equal(chosen, everyone) and stop == len(self._steps)
+                if alone and not np.any(self._held[everyone]):
                     at = step.target
                     continue
                 self._spins += step.target <= at
                 self._at[everyone] = at + 1
                 self._at[chosen] = step.target
+                return
+            if step.kind == "indexed":
+                assert step.index is not None and step.targets is not None
+                self._at[everyone] = at + 1
+                self._at[chosen] = step.targets[np.broadcast_to(step.index(self), self.threads)[chosen]]
                 return
             if step.kind == "return":
                 self._at[everyone] = at + 1

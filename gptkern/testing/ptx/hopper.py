@@ -29,25 +29,25 @@ if TYPE_CHECKING:
     from gptkern.testing.ptx.parse import Instruction
 
 _TILE = re.compile(r"\[\s*(\S+?)\s*,\s*\{(.*)\}\s*\]")
-_WARPGROUP = 128
-_MOST_STALLS = 2000
+_RANK = re.compile(r"[1-5]d")
+WARPGROUP = 128
 # Bytes of a row within which 16-byte pieces change places, by the mode's number in a map and in a descriptor.
 _MAP_SPANS, _DESCRIPTOR_SPANS = {0: 16, 1: 32, 2: 64, 3: 128}, {0: 16, 1: 128, 2: 64, 3: 32}
 
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A matrix of which tiles are copied: its layout, the tile, and how the tile lies in shared memory.
+    """A tensor of which tiles are copied: its layout, the tile, and how the tile lies in shared memory.
 
     Attributes:
-        box: Rows and columns of a tile.
+        shape, strides, box: Outermost dimension first; ``box`` is a tile's.
         swizzle: The mode's number in a tensor map: 0 none, 1 to 3 for 32, 64 and 128 bytes.
     """
 
     base: torch.Tensor
-    shape: tuple[int, int]
-    strides: tuple[int, int]
-    box: tuple[int, int]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
     swizzle: int
 
 
@@ -155,6 +155,8 @@ class HopperInstructions(AccessInstructions):
                 barrier.bytes += int(amounts[lane]) if expects else 0
                 barrier.arrive(block.warp[lane : lane + 1], 1 if expects else int(amounts[lane]))
             block.memory.progress += 1
+            for member in block.cluster.members:
+                member.resume()
             block.put(destination, tokens, mask)
 
         return execute
@@ -196,10 +198,8 @@ class HopperInstructions(AccessInstructions):
                 ready[here] = done
                 if np.any(done) and barrier.visible is not None:
                     block.cluster.order.acquire(np.unique(block.warp[here[done]]), barrier.visible)
-            block.stalls = 0 if np.any(ready[lanes]) else block.stalls + 1
+            block.hold(lanes[~ready[lanes]])
             block.memory.progress += bool(np.any(ready[lanes]))
-            if block.stalls > _MOST_STALLS:
-                raise Fault("deadlock", "a barrier in shared memory whose phase never ends")
             block.put(destination, ready, mask)
 
         return execute
@@ -239,27 +239,27 @@ class HopperInstructions(AccessInstructions):
         return execute
 
     def _tile_copy(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
-        """``cp.async.bulk.tensor.2d`` from global to shared memory."""
+        """``cp.async.bulk.tensor`` from global to shared memory."""
         if (
             "shared_cta" not in parts
-            or "2d" not in parts
+            or not any(_RANK.fullmatch(part) for part in parts)
             or "mbarrier_complete_tx_bytes" not in "_".join(parts)
         ):
             raise NotImplementedError(str(instruction))
         to, source, barrier_operand = instruction.operands
         found = _TILE.fullmatch(source)
         assert found is not None
-        column_name, row_name = (name.strip() for name in found.group(2).split(","))
         fetch = self.value
         place, barrier_place = self._address(to, "u32"), self._address(barrier_operand, "u32")
-        which, column, row = fetch(found.group(1), "u64"), fetch(column_name, "s32"), fetch(row_name, "s32")
+        which = fetch(found.group(1), "u64")
+        # The innermost dimension comes first.
+        coordinates = [fetch(name.strip(), "s32") for name in reversed(found.group(2).split(","))]
 
         def execute(block: Block, mask: Mask) -> None:
             address, lane = self._lane_value(block, place, mask, instruction.opcode)
             tensor_map = block.maps[int(np.broadcast_to(which(block), block.threads)[lane])]
-            first_row = int(np.broadcast_to(row(block), block.threads)[lane])
-            first_column = int(np.broadcast_to(column(block), block.threads)[lane])
-            data = _tile(block, tensor_map, first_row, first_column)
+            corner = [int(np.broadcast_to(at(block), block.threads)[lane]) for at in coordinates]
+            data = _tile(block, tensor_map, corner)
             rows, width = data.shape
             span = _MAP_SPANS[tensor_map.swizzle]
             align = 128 if tensor_map.swizzle == 0 else 8 * span
@@ -276,14 +276,24 @@ class HopperInstructions(AccessInstructions):
 
         return execute
 
+    def _groups(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        """The end of a group of products, or the wait for one."""
+        most = int(instruction.operands[0], 0) if parts[1] == "wait_group" else 0
+
+        def execute(block: Block, mask: Mask) -> None:
+            for group in _warpgroups(block, mask, instruction):
+                if parts[1] == "commit_group":
+                    block.products[group].commit()
+                else:
+                    block.products[group].wait(most, block.shared)
+
+        return execute
+
     def _wgmma(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
         if parts[1] == "fence":
             return lambda block, mask: None
-        if parts[1] == "commit_group":
-            return lambda block, mask: block.products.commit()
-        if parts[1] == "wait_group":
-            most = int(instruction.operands[0], 0)
-            return lambda block, mask: block.products.wait(most, block.shared)
+        if parts[1] in ("commit_group", "wait_group"):
+            return self._groups(parts, instruction)
         names, left, right, scale, *flags = instruction.operands
         results = self._vector(names)
         shape = re.fullmatch(r"m64n(\d+)k(\d+)", parts[4])
@@ -302,13 +312,7 @@ class HopperInstructions(AccessInstructions):
         keeps = fetch(scale, "pred")
 
         def execute(block: Block, mask: Mask) -> None:
-            if mask is not None and not np.all(
-                np.any(mask.reshape(-1, _WARPGROUP), 1) == np.all(mask.reshape(-1, _WARPGROUP), 1)
-            ):
-                raise Fault("convergence", f"{instruction.opcode} by a part of a warpgroup")
-            groups = np.arange(block.threads // _WARPGROUP)
-            if mask is not None:
-                groups = groups[np.all(mask.reshape(-1, _WARPGROUP), axis=1)]
+            groups = _warpgroups(block, mask, instruction)
             columns = {}
             for index, name in enumerate(results):
                 known = block.registers.get(name)
@@ -318,7 +322,7 @@ class HopperInstructions(AccessInstructions):
             keep = np.broadcast_to(keeps(block), block.threads)
             descriptors = np.broadcast_to(b_descriptor(block), block.threads)
             for group in groups.tolist():
-                lanes = slice(group * _WARPGROUP, (group + 1) * _WARPGROUP)
+                lanes = slice(group * WARPGROUP, (group + 1) * WARPGROUP)
                 if from_registers:
                     registers = np.stack(
                         [np.broadcast_to(f(block), block.threads)[lanes] for f in a_group], axis=1
@@ -330,16 +334,26 @@ class HopperInstructions(AccessInstructions):
                     a = _operand(block, word, group, (64, k), kinds[0], a_transposed)
                 b = _operand(block, int(descriptors[lanes][0]), group, (n, k), kinds[1], b_transposed)
                 _accumulate(columns, a @ b.T, lanes, bool(keep[lanes][0]))
+                block.products[group].names.update(results)
             for index, name in enumerate(results):
                 block.put(name, columns[index].view(np.uint32), mask)
-            block.products.names.update(results)
 
         return execute
 
 
+def _warpgroups(block: Block, mask: Mask, instruction: Instruction) -> Array:
+    """The warpgroups that take part, all of whose lanes must."""
+    if mask is None:
+        return np.arange(len(block.products))
+    some, all_of = (how(mask.reshape(-1, WARPGROUP), axis=1) for how in (np.any, np.all))
+    if not np.array_equal(some, all_of):
+        raise Fault("convergence", f"{instruction.opcode} by a part of a warpgroup")
+    return np.flatnonzero(some)
+
+
 def _accumulate(columns: dict[int, Array], product: Array, lanes: slice, keep: bool) -> None:
     """Add (64, n) to the accumulators of a warpgroup's lanes."""
-    within = np.arange(_WARPGROUP)
+    within = np.arange(WARPGROUP)
     row, lane = 16 * (within // 32) + ((within % 32) >> 2), within % 4
     for index, values in columns.items():
         part = product[row + 8 * ((index >> 1) & 1), 8 * (index >> 2) + 2 * lane + (index & 1)]
@@ -377,7 +391,7 @@ def _operand(
     positions = swizzled(base + places, span).reshape(-1)
     index = block.shared.index(positions.astype(np.uint32), size)
     data = block.shared.read_by_engine(index, block.warps.start + 4 * group + np.arange(4))
-    block.products.uses(index, block.shared)
+    block.products[group].uses(index, block.shared)
     return _decoded(data, kind).reshape(rows, k)
 
 
@@ -387,18 +401,19 @@ def _decoded(data: Array, kind: str) -> Array:
     return matrix.elements(words.view(np.uint32), kind)[:, 0].astype(np.float64)
 
 
-def _tile(block: Block, tensor_map: TensorMap, row: int, column: int) -> Array:
-    """The bytes of a tile, zero beyond the matrix: (rows, bytes)."""
-    size = tensor_map.base.element_size()
-    rows, columns = row + np.arange(tensor_map.box[0]), column + np.arange(tensor_map.box[1])
-    inside = (rows[:, None] >= 0) & (rows[:, None] < tensor_map.shape[0])
-    inside = inside & (columns >= 0) & (columns < tensor_map.shape[1])
-    out = np.zeros((*inside.shape, size), np.uint8)
-    addresses = rows[:, None] * tensor_map.strides[0] + columns * tensor_map.strides[1]
+def _tile(block: Block, tensor_map: TensorMap, corner: list[int]) -> Array:
+    """The bytes of a tile, zero beyond the tensor: (rows, bytes of the innermost dimension)."""
+    size, rank = tensor_map.base.element_size(), len(corner)
+    inside, addresses = np.ones(tensor_map.box, bool), np.zeros(tensor_map.box, np.int64)
+    for axis, (first, extent) in enumerate(zip(corner, tensor_map.box, strict=True)):
+        at = (first + np.arange(extent)).reshape([-1 if axis == other else 1 for other in range(rank)])
+        inside &= (at >= 0) & (at < tensor_map.shape[axis])
+        addresses += at * tensor_map.strides[axis]
+    out = np.zeros((*tensor_map.box, size), np.uint8)
     if np.any(inside):
         where = np.uint64(tensor_map.base.data_ptr()) + (addresses[inside] * size).astype(np.uint64)
         out[inside] = block.memory.read(where, size, block.number)
-    return out.reshape(len(rows), -1)
+    return out.reshape(-1, tensor_map.box[-1] * size)
 
 
 def barrier_at(block: Block, address: int, warps: Array, remote: bool = False) -> Barrier:
@@ -424,7 +439,7 @@ def _deliver(block: Block, barrier: Barrier) -> None:
 
 @dataclass
 class Products:
-    """A block's running products: registers that are not to be read yet, memory that is not to be written."""
+    """A warpgroup's running products: registers not to be read yet, memory not to be written."""
 
     names: set[str] = field(default_factory=set)
     used: list[Array] = field(default_factory=list)

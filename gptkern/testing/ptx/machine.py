@@ -41,6 +41,12 @@ class Machine(HopperInstructions):
         name = parts[0]
         if name == "bra":
             return Step(instruction, "branch", target=self.program.labels[instruction.operands[0]])
+        if name == "brx":
+            where = self.program.targets[instruction.operands[1]]
+            targets = np.array([self.program.labels[label] for label in where])
+            return Step(
+                instruction, "indexed", index=self.value(instruction.operands[0], "u32"), targets=targets
+            )
         if name in ("ret", "exit"):
             return Step(instruction, "return")
         if name == "barrier" and "cluster" in parts:

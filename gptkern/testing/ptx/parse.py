@@ -63,6 +63,7 @@ class Program:
         registers: Bytes of a register by the prefix of its name; 0 for a predicate.
         shared: Offset in shared memory by the name of a variable.
         labels: Position among the instructions by name.
+        targets: Labels of a ``brx.idx`` by the name of their list.
         static_bytes: Shared memory that the module itself asks for.
         threads: Threads of a block that the entry requires, or the most it allows; 0 where it says nothing.
         cluster: Blocks of a cluster along x, y, z.
@@ -72,6 +73,7 @@ class Program:
     parameters: list[Parameter] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
     registers: dict[str, int] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
     static_bytes: int = 0
@@ -115,8 +117,10 @@ def _statements(body: str) -> list[str]:
     """The body without comments, cut into statements, labels and scope braces."""
     body = re.sub(r"//[^\n]*", "", body)
     found: list[str] = []
+    open_statement = ""
     for line in body.splitlines():
-        text = line.strip()
+        text = f"{open_statement} {line.strip()}".strip()
+        open_statement = ""
         while text:
             if text[0] in "{}":
                 found.append(text[0])
@@ -127,10 +131,12 @@ def _statements(body: str) -> list[str]:
             elif text.startswith(".loc") or text.startswith(".pragma"):
                 found.append(text.rstrip(";"))
                 text = ""
-            else:
+            elif ";" in text:
                 statement, _, text = text.partition(";")
                 found.append(statement.strip())
                 text = text.strip()
+            else:
+                open_statement, text = text, ""
     return found
 
 
@@ -151,6 +157,10 @@ class _Reader:
             self._scopes.pop()
         elif statement.endswith(":"):
             self.program.labels[self._renamed(statement[:-1], declare=True)] = len(self.program.instructions)
+        elif statement.startswith(".branchtargets"):
+            # Its label was read as one of an instruction.
+            name = list(self.program.labels)[-1]
+            self.program.targets[name] = split(statement.removeprefix(".branchtargets"))
         elif location := _LOCATION.match(statement):
             file, line, _ = location.groups()
             self._source = f"{self._files.get(file, file)}:{line}"
