@@ -108,62 +108,6 @@ def test_restore_gives_back_the_modules_and_the_bits(name: str) -> None:
     assert torch.equal(model(**given).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama, biases, tied", "gemma3"])
-def test_gate_and_up_are_one_product_where_they_lie_end_to_end(name: str) -> None:
-    theirs, ours = pair(name)
-    given = inputs("left")
-    expected = forward_backward(theirs, given)
-    route = {route.part: route.reason for route in gptkern.explain(ours)}["mlp"]
-    assert "gate and up lie apart until the first generate" in route
-    ours.generate(given["input_ids"], max_new_tokens=1, pad_token_id=0)
-    assert {route.part: route.reason for route in gptkern.explain(ours)}["mlp"] == "gated_mlp"
-    mlp = ours.model.layers[0].mlp
-    calls: list[Any] = []
-
-    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append((*args, kwargs["residual"]))
-        return gated_mlp(*args, **kwargs)
-
-    gated_mlp, ops.gated_mlp = ops.gated_mlp, recorded
-    try:
-        logits, loss, gradients = forward_backward(ours, given)
-    finally:
-        ops.gated_mlp = gated_mlp
-    assert len(calls) == len(ours.model.layers)
-    _, fc, bias, *_ = calls[0]
-    assert fc.data_ptr() == mlp.gate_proj.weight.data_ptr()
-    assert torch.equal(fc, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
-    assert (bias is None) == (mlp.up_proj.bias is None)
-    torch.testing.assert_close(logits, expected[0], atol=1e-4, rtol=0)
-    torch.testing.assert_close(loss, expected[1], atol=1e-5, rtol=0)
-    for key, gradient in expected[2].items():
-        assert (gradients[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, key
-
-
-def test_gate_and_up_end_to_end_keep_what_autograd_promises() -> None:
-    _, ours = pair("llama")
-    ours.generate(inputs("none")["input_ids"], max_new_tokens=1, pad_token_id=0)
-    mlp, x = ours.model.layers[0].mlp, torch.randn(3, 48, requires_grad=True)
-    # A weight that is written between the passes is an error, whichever of the two it is.
-    for part in (mlp.gate_proj, mlp.up_proj):
-        out = mlp(x).sum()
-        with torch.no_grad():
-            part.weight.mul_(1.0)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            out.backward()
-    # A frozen part has no gradient, and the other has its own.
-    mlp.zero_grad()
-    mlp.gate_proj.weight.requires_grad_(False)
-    mlp(x).sum().backward()
-    assert mlp.gate_proj.weight.grad is None and mlp.up_proj.weight.grad.abs().sum() > 0
-    # Moved apart again, they are two products, and the numbers stay.
-    found = mlp(x)
-    assert mlp.products.is_joined(mlp)
-    mlp.up_proj.weight.data = mlp.up_proj.weight.data.clone()
-    assert not mlp.products.is_joined(mlp)
-    torch.testing.assert_close(mlp(x), found, atol=1e-6, rtol=1e-6)
-
-
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 64, "pad_token_id": 0}
 
 

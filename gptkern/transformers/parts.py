@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 from gptkern import ops
 from gptkern.as_built import untouched
 from gptkern.model.families.table import ACTIVATIONS
-from gptkern.transformers.rows import joined
 
 # Up to transformers 5.23 the cache is called past_key_values, since then cache: as argument and as output.
 _RENAMED = "cache" in inspect.signature(gpt2.GPT2LMHeadModel.forward).parameters
@@ -140,8 +139,6 @@ class Products:
         name = activation(getattr(module, self.act))
         assert name is not None
         *first, (w_proj, b_proj) = (self._layer(module, part) for part in (*self.first, self.last))
-        if len(first) == 2 and (fc := self._joined(first)) is not None:
-            first = [fc]
         if len(first) == 2:
             # Two matrices: the gate's activation is in the epilogue of its product, their product is not.
             (w_gate, b_gate), (w_up, b_up) = first
@@ -152,22 +149,6 @@ class Products:
         op = ops.gated_mlp if self.gated else ops.gelu_mlp
         (w_fc, b_fc), *_ = first
         return op(x, w_fc, b_fc, w_proj, b_proj, activation=name, residual=residual)
-
-    def is_joined(self, module: Any) -> bool:
-        """True if gate and up are one product: one matrix, or two that lie end to end."""
-        first = [self._layer(module, name) for name in self.first]
-        return self.gated and (len(first) == 1 or self._joined(first) is not None)
-
-    @staticmethod
-    def _joined(
-        first: list[tuple[torch.Tensor, torch.Tensor | None]],
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Gate and up as one layer, if they lie end to end."""
-        weights, biases = zip(*first, strict=True)
-        weight = joined(weights)
-        without = all(bias is None for bias in biases)
-        bias = None if without or weight is None else joined(biases)
-        return None if weight is None or (bias is None and not without) else (weight, bias)
 
     def _layer(self, module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer = getattr(module, name)

@@ -20,7 +20,7 @@ from gptkern.transformers.families import FAMILIES
 from gptkern.transformers.loop import loop_reason
 from gptkern.transformers.models import LIBRARY_CLASSES, LanguageModel, accelerated_class, loss_reason
 from gptkern.transformers.modules import SWAPS, activation_name, activation_of, norm_names
-from gptkern.transformers.parts import NORMS, LayerNorm, RMSNorm
+from gptkern.transformers.parts import NORMS, LayerNorm, Products, RMSNorm
 from gptkern.transformers.refusals import config_refusal, known_attention, model_refusal
 from gptkern.transformers.view import forget
 
@@ -208,8 +208,7 @@ def _norm_route(model: Any) -> Route:
 
 
 def _mlp_route(model: Any) -> Route:
-    products: Any = None
-    joined = True
+    products: Products | None = None
     for name, module in model.named_modules():
         if not (name.rsplit(".", 1)[-1] == "mlp" or isinstance(module, OPTBlock)):
             continue
@@ -217,9 +216,8 @@ def _mlp_route(model: Any) -> Route:
         reason = "was put in" if products is None else products.reason(module)
         if reason is not None:
             return Route("mlp", "fallback", f"{name}: {reason}")
-        joined = joined and products.is_joined(module)
-    if products is not None and len(products.first) == 2 and not joined:
-        why = "linear_act, linear and linear_residual, as gate and up lie apart until the first generate"
+    if products is not None and len(products.first) == 2:
+        why = "linear_act, linear and linear_residual, as gate and up are two matrices"
         return Route("mlp", _ops_route(model), why)
     gated = products is not None and products.gated
     return Route("mlp", _ops_route(model), "gated_mlp" if gated else "gelu_mlp")

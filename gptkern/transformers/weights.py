@@ -10,7 +10,6 @@ from torch import nn
 
 from gptkern.config import FamilyConfig, read
 from gptkern.transformers.families import FAMILIES
-from gptkern.transformers.rows import stacked
 
 # Files call this one otherwise than the library's module.
 _RENAMED = {"embed_out.weight": "lm_head.weight"}
@@ -54,7 +53,7 @@ def family_sources(model: Any, config: FamilyConfig) -> dict[str, torch.Tensor]:
                 found[row.ours] = _sorted_rows(whole[0], config.spec.heads)
                 copies.append((found[row.ours], whole[0], config.spec.heads))
             else:
-                found[row.ours] = stacked(whole)
+                found[row.ours] = _stacked(whole)
     _copies[model] = copies
     return found
 
@@ -79,3 +78,27 @@ def _sorted_rows(parameter: nn.Parameter, heads: int) -> torch.Tensor:
     """The rows of all heads' queries, then those of keys and of values; no strides give a view of that."""
     rows: torch.Tensor = parameter.detach().unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
     return rows
+
+
+def _stacked(parts: list[nn.Parameter]) -> torch.Tensor:
+    """One tensor of the parameters' rows, in their own memory: they are moved unless they lie end to end."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = _spanning(parts)
+    if whole is None:
+        whole = torch.cat([part.detach() for part in parts])
+        for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            part.data = rows
+    return whole
+
+
+def _spanning(parts: list[nn.Parameter]) -> torch.Tensor | None:
+    """The parameters as one view, if they lie end to end in one memory."""
+    first, end = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and part.is_contiguous() and part.storage_offset() == end):
+            return None
+        end += part.numel()
+    rows = sum(len(part) for part in parts)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
