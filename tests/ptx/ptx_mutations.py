@@ -80,14 +80,14 @@ class _Changed:
     def __init__(self, arch: int, name: str, text: str) -> None:
         self.arch, self.name, self.text = arch, name, text
 
-    def __call__(self, launch: _launch.Launch, arch: int, seed: int = 0, ties: bool = False) -> Any:
+    def __call__(self, launch: _launch.Launch, *args: Any) -> Any:
         real = execute
 
         def changed(ptx: str, *args: Any, **kwargs: Any) -> Any:
             return real(self.text if launch.name == self.name else ptx, *args, **kwargs)
 
         with mock.patch.object(ptx_kernels, "execute", changed):
-            return _run(launch, arch, seed, ties)
+            return _run(launch, *args)
 
 
 _run = ptx_kernels.run

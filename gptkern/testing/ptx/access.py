@@ -138,7 +138,10 @@ class AccessInstructions(Operands):
                     if releases:
                         _released(block, home, addresses, lanes[chosen])
                     if home is None:
-                        block.memory.write(addresses, values[chosen], block.number, ordered=not unordered)
+                        early = block.early(lanes[chosen])
+                        block.memory.write(
+                            addresses, values[chosen], block.number, ordered=not unordered, early=early
+                        )
                         continue
                     warps, index = block.warp[lanes[chosen]], home.shared.index(addresses, size)
                     if unordered:
@@ -242,7 +245,8 @@ def _loaded(
     block: Block, home: Block | None, addresses: Array, count: int, lanes: Array, unordered: bool
 ) -> Array:
     if home is None:
-        return block.memory.read(addresses, count, block.number, ordered=not unordered)
+        early = block.early(lanes)
+        return block.memory.read(addresses, count, block.number, ordered=not unordered, early=early)
     index, warps = home.shared.index(addresses, count), block.warp[lanes]
     return home.shared.read_atomically(index, warps) if unordered else home.shared.read(index, warps)
 
@@ -286,7 +290,8 @@ def _updated(
     size = np.dtype(DTYPES[kind]).itemsize
     warps = block.warp[lanes]
     if home is None:
-        data = block.memory.read(addresses, size, block.number, ordered=False)
+        early = block.early(lanes)
+        data = block.memory.read(addresses, size, block.number, ordered=False, early=early)
     else:
         index = home.shared.index(addresses, size)
         data = home.shared.read_atomically(index, warps)
@@ -295,7 +300,7 @@ def _updated(
         new = np.ascontiguousarray(_atomically(what, old, values), dtype=DTYPES[kind])
     changed = new.view(np.uint8).reshape(len(lanes), size)
     if home is None:
-        block.memory.write(addresses, changed, block.number, ordered=False)
+        block.memory.write(addresses, changed, block.number, ordered=False, early=early)
     else:
         home.shared.update(index, changed, warps)
     return old

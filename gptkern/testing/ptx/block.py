@@ -96,6 +96,9 @@ class Block:
         self.products = [Products() for _ in range(-(-threads // WARPGROUP))]
         self.maps = maps
         self.active = np.ones(threads, bool)
+        self._waited = False
+        self._early = np.full(threads, memory.dependent)  # lanes that have not waited for the launches before
+        self.began_dependents_early: bool | None = None  # before any lane had waited; None: not yet
         self.pc = 0
         self._steps, self._widths = steps, widths
         self._at = np.zeros(threads, np.int64)
@@ -140,6 +143,23 @@ class Block:
         if own is None:
             own = np.zeros(self.threads, dtype)
         self.registers[name] = np.where(mask, array, own)
+
+    # --- dependent launches
+
+    def early(self, lanes: Array) -> Array | None:
+        """Those of these lanes that have not waited for the launches before; None if all have."""
+        early: Array = self._early[lanes]
+        return early if np.any(early) else None
+
+    def await_launches(self, lanes: Array) -> None:
+        """``griddepcontrol.wait``: the launches before have ended for these lanes."""
+        self._early[lanes] = False
+        self._waited = True
+
+    def let_dependents_start(self) -> None:
+        """The next launch may begin as far as this block goes."""
+        if self.began_dependents_early is None:
+            self.began_dependents_early = not self._waited
 
     # --- asynchronous copies
 
@@ -244,6 +264,7 @@ class Block:
                 self.alive[chosen] = False
                 self._release()
                 if self.ended:
+                    self.let_dependents_start()
                     self.cluster.leave(self)
                 return
             if step.kind == "cluster arrive":
@@ -308,6 +329,9 @@ class Block:
             if np.any(came) and np.count_nonzero(came) >= needed:
                 warps = np.unique(self.warp[self._waits == barrier])
                 self.cluster.order.join(warps)
+                # Who comes after one that has waited for the launches before comes after them.
+                if not np.all(self._early[came]):
+                    self._early[self._waits == barrier] = False
                 if barrier in self._gave:
                     self.cluster.order.acquire(warps, self._gave.pop(barrier))
                 self._waits[self._waits == barrier] = -1

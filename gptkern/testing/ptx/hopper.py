@@ -259,7 +259,7 @@ class HopperInstructions(AccessInstructions):
             address, lane = self._lane_value(block, place, mask, instruction.opcode)
             tensor_map = block.maps[int(np.broadcast_to(which(block), block.threads)[lane])]
             corner = [int(np.broadcast_to(at(block), block.threads)[lane]) for at in coordinates]
-            data = _tile(block, tensor_map, corner)
+            data = _tile(block, tensor_map, lane, corner)
             rows, width = data.shape
             span = _MAP_SPANS[tensor_map.swizzle]
             align = 128 if tensor_map.swizzle == 0 else 8 * span
@@ -401,8 +401,8 @@ def _decoded(data: Array, kind: str) -> Array:
     return matrix.elements(words.view(np.uint32), kind)[:, 0].astype(np.float64)
 
 
-def _tile(block: Block, tensor_map: TensorMap, corner: list[int]) -> Array:
-    """The bytes of a tile, zero beyond the tensor: (rows, bytes of the innermost dimension)."""
+def _tile(block: Block, tensor_map: TensorMap, lane: int, corner: list[int]) -> Array:
+    """The bytes of a tile, zero beyond the tensor, for a lane: (rows, bytes of the innermost dimension)."""
     size, rank = tensor_map.base.element_size(), len(corner)
     inside, addresses = np.ones(tensor_map.box, bool), np.zeros(tensor_map.box, np.int64)
     for axis, (first, extent) in enumerate(zip(corner, tensor_map.box, strict=True)):
@@ -412,7 +412,8 @@ def _tile(block: Block, tensor_map: TensorMap, corner: list[int]) -> Array:
     out = np.zeros((*tensor_map.box, size), np.uint8)
     if np.any(inside):
         where = np.uint64(tensor_map.base.data_ptr()) + (addresses[inside] * size).astype(np.uint64)
-        out[inside] = block.memory.read(where, size, block.number)
+        early = block.early(np.full(len(where), lane))
+        out[inside] = block.memory.read(where, size, block.number, early=early)
     return out.reshape(-1, tensor_map.box[-1] * size)
 
 

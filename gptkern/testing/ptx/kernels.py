@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gptkern.ops import _aot, _launch
+from gptkern.testing.ptx.dependent import Stream
 from gptkern.testing.ptx.hopper import TensorMap
 from gptkern.testing.ptx.launch import execute
 
@@ -27,7 +28,9 @@ def _descriptor(value: Any, layout: dict[str, Any]) -> list[Any]:
     return [made, *value.shape, *value.strides]
 
 
-def run(launch: _launch.Launch, arch: int, seed: int = 0, ties: bool = False) -> None:
+def run(
+    launch: _launch.Launch, arch: int, seed: int = 0, ties: bool = False, stream: Stream | None = None
+) -> None:
     """Compile a recorded launch for ``arch`` and execute it on its tensors, which are on the CPU."""
     compiled = _aot.compile_launch(launch, arch)
     arguments = _bound(launch)
@@ -39,7 +42,14 @@ def run(launch: _launch.Launch, arch: int, seed: int = 0, ties: bool = False) ->
         elif kind != "constexpr":
             values.append(arguments[name])
     execute(
-        compiled.asm["ptx"], launch.grid, values, shared_bytes=compiled.metadata.shared, seed=seed, ties=ties
+        compiled.asm["ptx"],
+        launch.grid,
+        values,
+        shared_bytes=compiled.metadata.shared,
+        seed=seed,
+        ties=ties,
+        stream=stream,
+        dependent=compiled.metadata.launch_pdl,
     )
 
 
@@ -48,9 +58,10 @@ def executed(
     arch: int, seed: int = 0, ties: bool = False, done: Callable[[_launch.Launch], None] | None = None
 ) -> Iterator[None]:
     """Run every launch within the block through the executor, as if CPU tensors were on a GPU of ``arch``."""
+    stream = Stream()
 
     def observer(launch: _launch.Launch) -> bool:
-        run(launch, arch, seed, ties)
+        run(launch, arch, seed, ties, stream)
         if done is not None:
             done(launch)
         return False

@@ -11,6 +11,7 @@ import torch
 
 from gptkern.testing.ptx.block import Block
 from gptkern.testing.ptx.cluster import Cluster
+from gptkern.testing.ptx.dependent import Stream
 from gptkern.testing.ptx.hopper import TensorMap
 from gptkern.testing.ptx.machine import Machine
 from gptkern.testing.ptx.memory import Fault, Global
@@ -65,6 +66,8 @@ def execute(
     seed: int = 0,
     ties: bool = False,
     resident: int | None = None,
+    stream: Stream | None = None,
+    dependent: bool = False,
 ) -> None:
     """Run a kernel's PTX on CPU tensors, which it changes in place.
 
@@ -82,6 +85,8 @@ def execute(
         seed: Chooses which block goes on wherever one may be held up.
         ties: Lanes of one instruction may write different values to one shared address.
         resident: Most blocks at a time; by default all, as in a cooperative launch.
+        stream: The launches before, to which this one is added.
+        dependent: The launch may begin before the ones before have ended, up to ``griddepcontrol.wait``.
 
     Raises:
         Fault: A check failed: its message names the instruction and its source line.
@@ -104,7 +109,8 @@ def execute(
     tensors = {f"parameter {i}": value for i, value in enumerate(bare) if isinstance(value, torch.Tensor)}
     tensors |= {f"tensor {i}": tensor for i, tensor in enumerate(also)}
     unwritten = {name for name, tensor in tensors.items() if any(tensor is other for other in fresh)}
-    memory = Global(tensors, unwritten, count)
+    before = stream.before(dependent) if stream is not None else []
+    memory = Global(tensors, unwritten, count, before)
     parameters = _parameter_bytes(program, values)
     room = program.static_bytes + shared_bytes
     size = threads or program.threads
@@ -118,6 +124,10 @@ def execute(
             room, ties, maps,
         )  # fmt: skip
     _run(list(clusters.values()), machine, random.Random(seed), resident or count)
+    if stream is not None:
+        blocks = [block for cluster in clusters.values() for block in cluster.members]
+        early = dependent and all(block.began_dependents_early for block in blocks)
+        stream.ended(memory.uses(program.name), early)
 
 
 def _run(clusters: list[Cluster], machine: Machine, choose: random.Random, resident: int) -> None:

@@ -13,7 +13,7 @@ from gptkern.testing.ptx.memory import Fault
 from gptkern.testing.ptx.operands import Fetch, lanes_of
 from gptkern.testing.ptx.parse import Instruction, Program, split
 
-_IGNORED = {"griddepcontrol", "prefetch", "membar", "nanosleep", "discard", "applypriority", "setmaxnreg"}
+_IGNORED = {"prefetch", "membar", "nanosleep", "discard", "applypriority", "setmaxnreg"}
 # They may wait for another block, or let one go on.
 _YIELDING = ("acquire", "relaxed", "volatile", "release")
 
@@ -153,6 +153,11 @@ class Machine(HopperInstructions):
 
         return execute
 
+    def _griddepcontrol(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
+        if parts[1] == "wait":
+            return lambda block, mask: block.await_launches(lanes_of(block, mask))
+        return lambda block, mask: block.let_dependents_start()
+
     # --- asynchronous copies
 
     def _cp(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
@@ -178,7 +183,10 @@ class Machine(HopperInstructions):
                     these = np.flatnonzero(wanted == length)
                     sources = address(block)[lanes][these]
                     with naming(lanes[these]):
-                        data[these, :length] = block.memory.read(sources, int(length), block.number)
+                        early = block.early(lanes[these])
+                        data[these, :length] = block.memory.read(
+                            sources, int(length), block.number, early=early
+                        )
             block.shared.await_write(positions, block.warp[lanes])
             block.open.copies.append((lanes, positions, data))
 

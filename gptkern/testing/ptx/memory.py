@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from gptkern.testing.ptx.arithmetic import Array
+from gptkern.testing.ptx.dependent import Meetings, Use
 
 _NOBODY = -1
 
@@ -34,6 +36,9 @@ class _Allocation:
     write_clock: Array
     reader: Array
     read_clock: Array
+    was_read: Array
+    was_written: Array
+    meetings: Meetings
 
     @property
     def end(self) -> int:
@@ -60,9 +65,13 @@ class Global:
         tensors: By name. Those that share memory count as one.
         fresh: Names of tensors that nobody has written: reading a byte before it is written is a fault.
         blocks: Number of blocks, for the order between them.
+        before: Bytes that launches before may still be using, until a thread has waited for them.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor], fresh: set[str], blocks: int) -> None:
+    def __init__(
+        self, tensors: dict[str, torch.Tensor], fresh: set[str], blocks: int, before: Sequence[Use] = ()
+    ) -> None:
+        self._before = list(before)
         spans = sorted((*_span(tensor), name) for name, tensor in tensors.items() if tensor.numel())
         unions: list[list[tuple[int, int, str]]] = []
         for span in spans:
@@ -71,6 +80,7 @@ class Global:
             else:
                 unions.append([span])
         self._allocations = [self._allocation(union, tensors, fresh) for union in unions]
+        self.dependent = bool(before)
         self._begins = np.array([item.begin for item in self._allocations], dtype=np.uint64)
         # Vector clocks: how far each block has seen each other's work. Released with a store or an atomic.
         self.clocks = np.tile(np.int64(0), (blocks, blocks))
@@ -78,9 +88,8 @@ class Global:
         self._released: dict[int, Array] = {}
         self.progress = 0  # by which a scheduler sees that something goes on
 
-    @staticmethod
     def _allocation(
-        union: list[tuple[int, int, str]], tensors: dict[str, torch.Tensor], fresh: set[str]
+        self, union: list[tuple[int, int, str]], tensors: dict[str, torch.Tensor], fresh: set[str]
     ) -> _Allocation:
         begin, end = union[0][0], max(end for _, end, _ in union)
         written = np.zeros(end - begin, bool)
@@ -90,7 +99,17 @@ class Global:
         clocks = [np.zeros(end - begin, np.int64) for _ in range(2)]
         data = _memory(tensors[union[0][2]], begin, end)
         names = ", ".join(name for _, _, name in union)
-        return _Allocation(begin, names, data, written, nobody[0], clocks[0], nobody[1], clocks[1])
+        return _Allocation(
+            begin, names, data, written, nobody[0], clocks[0], nobody[1], clocks[1],
+            np.zeros(end - begin, bool), np.zeros(end - begin, bool),
+            Meetings(begin, end - begin, self._before),
+        )  # fmt: skip
+
+    def uses(self, launch: str) -> list[Use]:
+        """The bytes that were read and written."""
+        return [
+            Use(launch, item.begin, item.data, item.was_read, item.was_written) for item in self._allocations
+        ]
 
     def _place(self, addresses: Array, size: int) -> tuple[_Allocation, Array]:
         if np.any(addresses % np.uint64(size)):
@@ -129,21 +148,33 @@ class Global:
                 parts.append((lanes, item, offsets))
             return parts
 
-    def read(self, addresses: Array, size: int, block: int, ordered: bool = True) -> Array:
-        """``size`` bytes for each address, as (lanes, size)."""
+    def read(
+        self, addresses: Array, size: int, block: int, ordered: bool = True, early: Array | None = None
+    ) -> Array:
+        """``size`` bytes for each address, as (lanes, size); ``early`` lanes have not waited."""
         out = np.empty((len(addresses), size), np.uint8)
         for lanes, item, offsets in self._parts(addresses, size):
             index = offsets[:, None] + np.arange(size)
             if not np.all(item.written[index]):
                 lane = int(lanes[np.argmax(~np.all(item.written[index], axis=1))])
                 raise Fault("uninitialised", f"lane {lane} reads {item.name}, which nobody has written there")
+            if early is not None:
+                self._check_wait(item, index, lanes, early[lanes], writes=False)
+            item.was_read[index] = True
             if ordered:
                 self._check_order(item, index, block, item.writer, item.write_clock, "reads", lanes)
                 item.reader[index], item.read_clock[index] = block, self.clocks[block, block]
             out[lanes] = item.data[index]
         return out
 
-    def write(self, addresses: Array, values: Array, block: int, ordered: bool = True) -> None:
+    def write(
+        self,
+        addresses: Array,
+        values: Array,
+        block: int,
+        ordered: bool = True,
+        early: Array | None = None,
+    ) -> None:
         """Store (lanes, size) bytes; of two lanes with one address the last wins, unless they differ."""
         size = values.shape[1]
         for lanes, item, offsets in self._parts(addresses, size):
@@ -152,11 +183,25 @@ class Global:
                 self._check_order(item, index, block, item.writer, item.write_clock, "writes", lanes)
                 self._check_order(item, index, block, item.reader, item.read_clock, "overwrites", lanes)
                 item.writer[index], item.write_clock[index] = block, self.clocks[block, block]
+            if early is not None:
+                self._check_wait(item, index, lanes, early[lanes], writes=True)
+            item.was_written[index] = True
             self.progress += 1
             item.data[index] = values[lanes]
             item.written[index] = True
             if np.any(item.data[index] != values[lanes]):
                 raise Fault("tie", f"two lanes of one instruction write different values to {item.name}")
+
+    @staticmethod
+    def _check_wait(item: _Allocation, index: Array, lanes: Array, early: Array, writes: bool) -> None:
+        met = early & item.meetings.early(index, writes)
+        if np.any(met):
+            verb, use = ("writes", "uses") if writes else ("reads", "writes")
+            raise Fault(
+                "dependent",
+                f"lane {int(lanes[np.argmax(met)])} {verb} {item.name} before griddepcontrol.wait, "
+                f"which the launch before {use}: {', '.join(item.meetings.names)}",
+            )
 
     def _check_order(
         self, item: _Allocation, index: Array, block: int, who: Array, when: Array, verb: str, lanes: Array
