@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from copy import deepcopy
 
 import torch
+from cpu_ceilings import product_speed, read_speed, seconds_of
 
 from gptkern import GPT, _native
 from gptkern.bench.suites import _models as models
@@ -34,12 +34,6 @@ CPU = torch.device("cpu")
 
 CLOCKS = {"elapsed": time.perf_counter, "cpu": time.process_time}
 _clock = time.perf_counter
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = _clock()
-    call()
-    return _clock() - start
 
 
 def _model(format: str) -> GPT:
@@ -64,20 +58,8 @@ def _times(made: dict[str, GPT], rows: int, tokens: int, new: int, rounds: int) 
     for _ in range(rounds):
         for name, model in made.items():
             call = lambda: model.generate(ids, max_new_tokens=new, eos_token_id=None)  # noqa: B023, E731
-            best[name] = min(best[name], _seconds(call))
+            best[name] = min(best[name], seconds_of(call, _clock))
     return best
-
-
-def _read_speed(rounds: int) -> float:
-    """Bytes a second that PyTorch's sum reads of 256 MiB."""
-    numbers = torch.ones(1 << 25, dtype=torch.int64)
-    return numbers.nbytes / min(_seconds(numbers.sum) for _ in range(rounds + 2))
-
-
-def _product_speed(dtype: torch.dtype, rounds: int) -> float:
-    """Multiplications and additions a second of a product of 1024 x 3072 x 3072."""
-    left, right = torch.ones(1024, 3072, dtype=dtype), torch.ones(3072, 3072, dtype=dtype)
-    return 2 * 1024 * 3072 * 3072 / min(_seconds(lambda: left @ right) for _ in range(rounds + 2))
 
 
 def _bytes_of(model: GPT) -> int:
@@ -113,8 +95,10 @@ def main() -> None:
         passes[batch] = {name: (many[name] - one[name]) / (NEW - 1) for name in made}
     for prompt in PROMPTS:
         firsts[prompt] = _times(made, 1, prompt, 1, options.rounds)
-    read = _read_speed(options.rounds)
-    products = {dtype: _product_speed(dtype, options.rounds) for dtype in (torch.float32, torch.bfloat16)}
+    read = read_speed(options.rounds, _clock)
+    products = {
+        dtype: product_speed(dtype, options.rounds, _clock) for dtype in (torch.float32, torch.bfloat16)
+    }
     path = _native.extension.decode_path()
     print(f"{path}, {options.threads} threads, {options.clock} time, torch {torch.__version__}")
     speeds = ", ".join(f"{dtype} {products[dtype] / 1e9:.0f}" for dtype in products)

@@ -29,10 +29,10 @@ from typing import Any
 
 import torch
 from bench_serve import DEVICE, PROMPT, STREAMS, server
+from gpt2_gguf import write_gguf
 
 from gptkern import GPT
 from gptkern.durable import write_file
-from gptkern.tokenizer.streams import byte_chars
 
 NEW = 32
 REQUESTS = 16
@@ -54,52 +54,6 @@ class Peer:
     port: int
     model: str
     ready: str = "/health"
-
-
-def write_gguf(model: GPT, path: Path) -> None:
-    """Write a GPT-2 of bytes as llama.cpp reads it, in fp32."""
-    import gguf
-
-    spec = model.spec
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_context_length(spec.context)
-    writer.add_embedding_length(spec.width)
-    writer.add_feed_forward_length(spec.inner)
-    writer.add_block_count(len(spec.layers))
-    writer.add_head_count(spec.heads)
-    writer.add_layer_norm_eps(spec.norm.eps)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(list(byte_chars()))
-    writer.add_token_types([1] * spec.vocab_size)
-    # The format asks for one: of two bytes that no text holds.
-    writer.add_token_merges([f"{byte_chars()[0]} {byte_chars()[0]}"])
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(TEMPLATE)
-    names = {
-        "ln_1": "attn_norm",
-        "attn.c_attn": "attn_qkv",
-        "attn.c_proj": "attn_output",
-        "ln_2": "ffn_norm",
-        "mlp.c_fc": "ffn_up",
-        "mlp.c_proj": "ffn_down",
-    }
-    tops = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
-    for name, tensor in model.state_dict().items():
-        place, _, kind = name.removeprefix("transformer.").rpartition(".")
-        if place in tops:
-            theirs = tops[place]
-        elif place.startswith("h."):
-            _, layer, part = place.split(".", 2)
-            theirs = f"blk.{layer}.{names[part]}"
-        else:
-            # The head is the embedding.
-            continue
-        writer.add_tensor(f"{theirs}.{kind}", tensor.detach().float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 async def chat(peer: Peer, seed: int) -> list[float]:
@@ -163,7 +117,7 @@ def peers(folder: Path, llama_python: str | None) -> list[Peer]:
     ]
     if llama_python is not None:
         file = folder / "model.gguf"
-        write_gguf(model, file)
+        write_gguf(model, file, TEMPLATE)
         command = [llama_python, "-m", "llama_cpp.server", f"--model={file}", "--model_alias=gptkern"]
         command += [
             "--host=127.0.0.1",
