@@ -164,7 +164,7 @@ def call_refusal(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[
     if torch.is_autocast_enabled(input_ids.device.type):
         return "autocast is on"
     modules = list(model.modules())
-    if any(m.training for m in modules) and any(m.p > 0 for m in modules if isinstance(m, nn.Dropout)):
+    if any(m.training for m in modules) and any(map(_drops, modules)):
         return "the model or a part of it is in training mode, with dropout"
     past = kwargs.get(CACHE)
     if past is not None and not _readable(past):
@@ -175,6 +175,12 @@ def call_refusal(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[
     if input_ids.shape[1] < 1:
         return "the prompt is empty"
     return _mask_refusal(model, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+
+
+def _drops(module: nn.Module) -> bool:
+    """True if ``module`` has a dropout: it is one, or has a probability of one (OPT, attention's in most)."""
+    rates = (value for name, value in vars(module).items() if "drop" in name and isinstance(value, float))
+    return (isinstance(module, nn.Dropout) and module.p > 0) or any(rate > 0 for rate in rates)
 
 
 def _readable(past: Any) -> bool:
