@@ -57,7 +57,7 @@ def restore(model: Any) -> Any:
 def needs_transformers(name: str) -> ModuleNotFoundError:
     """The error that ``name`` raises where transformers is not installed."""
     return ModuleNotFoundError(
-        f"{name} needs transformers: pip install '.[transformers]'", name="transformers"
+        f"{name} needs transformers: pip install 'gptkern[transformers]'", name="transformers"
     )
 
 

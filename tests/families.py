@@ -16,6 +16,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Starcoder2Config,
 )
 
 VOCAB, CONTEXT = 67, 128
@@ -148,4 +149,12 @@ CONFIGS: dict[str, Any] = {
     "gpt_bigcode, inner": GPTBigCodeConfig(**_SMALL, n_inner=61, activation_function="gelu"),
     "gpt_bigcode, untied": GPTBigCodeConfig(**{**_SMALL, "tie_word_embeddings": False}),
     "gpt_bigcode, unscaled": GPTBigCodeConfig(**{**_SMALL, "n_head": 6}, scale_attn_weights=False),
+    "starcoder2": Starcoder2Config(**_TINY, num_key_value_heads=2, sliding_window=5),
+    "starcoder2, one key head, untied": Starcoder2Config(
+        **{**_TINY, "tie_word_embeddings": False}, num_key_value_heads=1
+    ),
+    "starcoder2, no biases, odd": Starcoder2Config(**_ODD, num_key_value_heads=3, use_bias=False),
+    "starcoder2, yarn, relu": Starcoder2Config(
+        **_TINY, num_key_value_heads=6, hidden_act="relu", rope_parameters=_YARN
+    ),
 }

@@ -315,7 +315,7 @@ def test_without_matplotlib_all_but_the_pictures_is_written(
     monkeypatch.setattr(bench_command, "_sections", lambda *_: {})
     assert gptkern.cli.run(["bench", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "report.html"}
-    assert "no pictures, which need matplotlib: pip install '.[bench]'" in capsys.readouterr().err
+    assert "no pictures, which need matplotlib: pip install 'gptkern[bench]'" in capsys.readouterr().err
 
 
 def test_no_picture_is_empty(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_a_missing_extra_is_named(run: Any, folder: str, monkeypatch: pytest.Mon
     monkeypatch.setitem(gptkern.cli.COMMANDS, "info", "bench")
     monkeypatch.setattr(info_command, "describe", lambda _: __import__("no_such_package"))
     done = run("info", folder)
-    assert (done.code, done.err) == (1, "gptkern: info needs no_such_package: pip install '.[bench]'\n")
+    assert (done.code, done.err) == (1, "gptkern: info needs no_such_package: pip install 'gptkern[bench]'\n")
 
 
 def test_interrupted(run: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

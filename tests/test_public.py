@@ -80,7 +80,7 @@ for call in (lambda: gptkern.accelerate(None), lambda: gptkern.restore(None),
     try:
         call()
     except ModuleNotFoundError as error:
-        assert "pip install '.[transformers]'" in str(error), error
+        assert "pip install 'gptkern[transformers]'" in str(error), error
         assert error.name == "transformers"
     else:
         raise AssertionError("no error")

@@ -237,6 +237,8 @@ CASES = {
     "starcoder": Case(
         lambda: byte_level("digits"), "gpt_bigcode", said("GPT2TokenizerFast", _END, _END, _END)
     ),
+    "starcoder 2": Case(lambda: byte_level("digits"), "starcoder2", said("GPT2Tokenizer", _END, _END, _END)),
+    "starcoder 2, no class": Case(lambda: byte_level("digits"), "starcoder2"),
 }
 
 

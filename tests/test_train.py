@@ -783,7 +783,7 @@ def test_a_learning_rate_is_found_without_matplotlib(
     assert gptkern.cli.run([*arguments, "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     assert told.startswith("recommended: [optimizer] lr = ")
-    assert "needs matplotlib: pip install '.[train]'" in told
+    assert "needs matplotlib: pip install 'gptkern[train]'" in told
 
 
 def test_unwritable_folder_is_said_at_the_start(text_file: Path, tmp_path: Path) -> None:

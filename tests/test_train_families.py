@@ -30,12 +30,15 @@ LLAMAS = {
 GPTS = {"n_embd": 24, "n_layer": 2, "n_head": 4, "initializer_range": 0.1}
 FOURS = {name: value for name, value in LLAMAS.items() if name != "num_key_value_heads"}
 SHAPES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("llama", "smollm3", "mistral", "qwen2", "phi3", "granite", "olmo2"), LLAMAS),
+    **dict.fromkeys(
+        ("llama", "smollm3", "mistral", "qwen2", "phi3", "granite", "olmo2", "starcoder2"), LLAMAS
+    ),
     **dict.fromkeys(("qwen3", "gemma3_text"), LLAMAS | {"head_dim": 8}),
     "gpt_neox": FOURS | {"rotary_pct": 0.67},
     "gptj": GPTS | {"rotary_dim": 4},
     "opt": {name: value for name, value in FOURS.items() if name != "intermediate_size"} | {"ffn_dim": 40},
     "gpt_bigcode": GPTS,
+    "starcoder2": LLAMAS,
 }
 # One configuration of each family, of those that are compared with transformers.
 ONE_OF_EACH = {name.partition(",")[0]: config for name, config in reversed(CONFIGS.items())}
@@ -117,8 +120,8 @@ def test_fine_tuning_ends_at_the_weights_that_transformers_ends_at(name: str, tm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_is_that_of_all_rates_of_the_family(family: str) -> None:
     spec = fresh_config({"family": family, **SHAPES[family], "dropout": 0.3, "vocab_size": 9}, 16, None).spec
-    residual = family in ("gptj", "opt", "gpt_neox", "gpt_bigcode", "phi3")
-    embedding = family in ("gptj", "gpt_neox", "gpt_bigcode")
+    residual = family in ("gptj", "opt", "gpt_neox", "gpt_bigcode", "phi3", "starcoder2")
+    embedding = family in ("gptj", "gpt_neox", "gpt_bigcode", "starcoder2")
     rates = (spec.attention_dropout, spec.residual_dropout, spec.embedding_dropout)
     assert rates == (0.3, 0.3 * residual, 0.3 * embedding)
 

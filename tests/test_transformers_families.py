@@ -192,6 +192,40 @@ def test_other_heads(kind: str, cls: type[Any], padding: str) -> None:
             torch.testing.assert_close(found[key][real], value[real], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "gptj", "opt", "gpt_bigcode", "starcoder2"])
+def test_dropout_in_training_draws_the_librarys_share(name: str) -> None:
+    config = copy.deepcopy(CONFIGS[name])
+    for rate in ("resid_pdrop", "hidden_dropout", "dropout", "residual_dropout"):
+        if hasattr(config, rate):
+            setattr(config, rate, 0.5)
+    for rate in ("attn_pdrop", "attention_dropout"):
+        if hasattr(config, rate):
+            setattr(config, rate, 0.0)
+    theirs = library_model(config).train()
+    # eager attention draws even where it drops nothing
+    theirs.set_attn_implementation("sdpa")
+    ours, ids = gptkern.accelerate(copy.deepcopy(theirs)), inputs("none")["input_ids"]
+    logits = []
+    for model in (theirs, ours):
+        torch.manual_seed(7)
+        logits.append(model(ids).logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
+    assert not torch.allclose(theirs.eval()(ids).logits, logits[0], atol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::gptkern.FallbackWarning")
+@pytest.mark.parametrize(("name", "rate"), [("llama", "attention_dropout"), ("opt", "dropout")])
+def test_generate_in_training_mode_draws_dropout(name: str, rate: str) -> None:
+    config = copy.deepcopy(CONFIGS[name])
+    setattr(config, rate, 0.5)
+    theirs = library_model(config).train()
+    ours, ids, texts = gptkern.accelerate(copy.deepcopy(theirs)), inputs("none")["input_ids"], []
+    for model in (theirs, ours):
+        torch.manual_seed(7)
+        texts.append(model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=0))
+    assert torch.equal(*texts)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", FIRST)

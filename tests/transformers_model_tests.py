@@ -53,6 +53,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"ffn_dim": 37, "word_embed_proj_dim": 32, "dropout": 0.0, "attention_dropout": 0.0},
     ),
     "gpt_bigcode": ("GPTBigCode", LIKE_GPT2 | {"n_inner": 37}),
+    "starcoder2": ("Starcoder2", LIKE_LLAMA),
 }
 PREFIX, FIELDS = FAMILIES[FAMILY]
 

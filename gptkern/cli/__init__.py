@@ -123,7 +123,7 @@ def run(arguments: list[str]) -> int:
         if error.name is None or error.name.startswith("gptkern"):
             raise
         extra = COMMANDS.get(arguments[0], "")
-        package = f"'.[{extra}]'" if extra else error.name
+        package = f"'gptkern[{extra}]'" if extra else error.name
         terminal.tell(f"{arguments[0]} needs {error.name}: pip install {package}")
         return 1
     except ImportError as error:

@@ -60,7 +60,7 @@ def bench(
     - `gptkern bench compare old/results.json new/results.json` lists the changes beyond the noise, and
       exits with 1 if gptkern became slower: for use in CI
 
-    Pictures need matplotlib: `pip install '.[bench]'`. Without it the report is written without them.
+    Pictures need matplotlib: `pip install 'gptkern[bench]'`. Without it the report is written without them.
     """
     if what and what[0] == "compare":
         return _compare(what[1:], json_)
@@ -82,7 +82,7 @@ def bench(
         for path in session.write(outcome, out, _sections(where, quick)):
             print(terminal.visible(path, sys.stderr), file=sys.stderr)
         if find_spec("matplotlib") is None:
-            terminal.tell("no pictures, which need matplotlib: pip install '.[bench]'")
+            terminal.tell("no pictures, which need matplotlib: pip install 'gptkern[bench]'")
     return 0
 
 

@@ -53,9 +53,10 @@ def models(
 
 def _supported() -> list[str]:
     from gptkern.config import MODEL_TYPES
+    from gptkern.model.families import FAMILIES
 
     return [
-        f"transformers folders and hub ids of model_type {' or '.join(MODEL_TYPES)}",
+        f"transformers folders and hub ids of model_type {', '.join((*MODEL_TYPES, *FAMILIES))}",
         "folders that gptkern quantize wrote",
         "nanoGPT's ckpt.pt",
         "llm.c's GPT-2 .bin",

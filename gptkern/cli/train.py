@@ -123,7 +123,7 @@ def _find_lr(settings: Settings, out: Path) -> None:
     picture = no_link(out / "find_lr.png")
     with terminal.progress("range test", TRIES) as advance:
         found = find_lr(settings, out, advance=advance)
-    where = "no plot of the test, which needs matplotlib: pip install '.[train]'"
+    where = "no plot of the test, which needs matplotlib: pip install 'gptkern[train]'"
     if find_spec("matplotlib") is not None:
         plot_lr(found.rates, found.losses, found.suggestion, picture)
         where = f"the test: {picture}"

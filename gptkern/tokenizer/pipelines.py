@@ -163,6 +163,7 @@ OF_MODEL: dict[str, Family | None] = {
     "openai-gpt": GPT1,
     "gptj": GPT2,
     "opt": GPT2,
+    "starcoder2": GPT2,
     "gpt_neox": GPT_NEOX,
     "qwen2": QWEN2,
     "qwen3": QWEN2,

@@ -247,7 +247,7 @@ class LogSettings:
     Attributes:
         every: Steps from one line of ``log.jsonl`` to the next.
         tensorboard: Also write TensorBoard's events, into the folder ``tensorboard``; needs its package:
-            ``pip install '.[train]'``.
+            ``pip install 'gptkern[train]'``.
     """
 
     every: int = 10

@@ -7,7 +7,7 @@
     AutoModelForCausalLM.from_pretrained(..., attn_implementation="gptkern")  # or any other model
 
 ``import gptkern`` is enough for the last. Names are imported at their first use; all but ``FallbackWarning``,
-``Explanation`` and ``Route`` need transformers: ``pip install '.[transformers]'``.
+``Explanation`` and ``Route`` need transformers: ``pip install 'gptkern[transformers]'``.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -13,7 +13,7 @@ from transformers import Cache
 from gptkern import ops
 from gptkern._at_import import NAME
 from gptkern.transformers.attention import attention_forward
-from gptkern.transformers.parts import RMSNorm, as_imported, fused_norm
+from gptkern.transformers.parts import RMSNorm, as_imported, dropped, fused_norm
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # Under each of the names the library's models pass the cache.
@@ -74,7 +74,7 @@ class RotaryAttention(nn.Module):
         options: dict[str, Any] = {"dropout": dropout, "scaling": self.scaling, "sliding_window": window}
         attended, weights = attention_forward(self, q, k, v, mask, **options, **kwargs)
         out = getattr(self, self.heads.last)(attended.flatten(-2))
-        return (out if self.heads.dropout is None else getattr(self, self.heads.dropout)(out)), weights
+        return dropped(out, self, self.heads.dropout), weights
 
     def _fused(self, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         return (

@@ -6,10 +6,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from gptkern.transformers.parts import Products, add_norm, add_perceptron, as_imported, fused_norm, idle
+from gptkern.transformers.parts import (
+    Products,
+    add_norm,
+    add_perceptron,
+    as_imported,
+    dropped,
+    fused_norm,
+    idle,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Block(nn.Module):
             normed, residual = add_norm(getattr(self, str(places.norm_2)), attended, hidden_states)
         mlp = getattr(self, places.mlp)
         bare = places.after_2 is None and places.factor is None
-        if bare and idle(None if places.dropout_2 is None else getattr(self, places.dropout_2)):
+        if bare and idle(self, places.dropout_2):
             return add_perceptron(mlp, normed, residual)
         return residual + self._branch(mlp(normed), places.dropout_2, places.after_2)
 
@@ -77,8 +84,8 @@ class Block(nn.Module):
 
     def _branch(self, x: torch.Tensor, dropout: str | None, norm: str | None) -> torch.Tensor:
         """A branch's output as it is added."""
-        for part in (dropout, norm):
-            x = x if part is None else getattr(self, part)(x)
+        x = dropped(x, self, dropout)
+        x = x if norm is None else getattr(self, norm)(x)
         return x if self.places.factor is None else x * getattr(self, self.places.factor)
 
 
@@ -105,11 +112,11 @@ class OPTBlock(Block):
         places = self.places
         normed = getattr(self, places.norm_1)(hidden_states)
         attended, _ = getattr(self, places.attention)(normed, **{"attention_mask": None} | kwargs)
-        attended = F.dropout(attended, self.dropout, self.training)
+        attended = dropped(attended, self, "dropout")
         normed, residual = add_norm(getattr(self, str(places.norm_2)), attended, hidden_states)
-        if not (self.training and self.dropout > 0):
+        if idle(self, "dropout"):
             return self.products.run(self, normed, residual)
-        return residual + F.dropout(self.products.run(self, normed, None), self.dropout)
+        return residual + dropped(self.products.run(self, normed, None), self, "dropout")
 
     def _fused(self, x: torch.Tensor) -> bool:
         return bool(self.do_layer_norm_before) and super()._fused(x) and self.products.fits(self, x)

@@ -24,6 +24,7 @@ from transformers.models.phi3 import modeling_phi3
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.smollm3 import modeling_smollm3
+from transformers.models.starcoder2 import modeling_starcoder2
 
 from gptkern.transformers.attentions import Heads, RotaryAttention
 from gptkern.transformers.blocks import BigCodeBlock, Block, OPTBlock, Places
@@ -228,4 +229,12 @@ _family(
     norms=("ln_1", "ln_2", "ln_f"),
     body="transformer",
     activation="activation_function",
+)
+_family(
+    modeling_starcoder2,
+    "Starcoder2",
+    _SERIAL,
+    Products(("c_fc",), "c_proj", dropout="residual_dropout"),
+    Heads(window="config", dropout="residual_dropout"),
+    rms=None,
 )

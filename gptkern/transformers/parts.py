@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
@@ -108,6 +109,7 @@ class Products:
         act: The activation.
         gated: ``act(gate) * up``.
         transposed: Matrices are ``(in, out)``, in a ``Conv1D``.
+        dropout: The dropout of its output, where it has one.
     """
 
     first: tuple[str, ...]
@@ -115,6 +117,7 @@ class Products:
     act: str = "act"
     gated: bool = False
     transposed: bool = False
+    dropout: str = "dropout"
 
     def reason(self, module: Any) -> str | None:
         """The reason why the ops cannot compute the perceptron; None if they compute all but the dropout."""
@@ -165,9 +168,7 @@ class Perceptron(nn.Module):
         if not self.products.fits(self, x):
             out: torch.Tensor = super().forward(x)
             return out
-        out = self.products.run(self, x, None)
-        dropout = getattr(self, "dropout", None)
-        return out if dropout is None else dropout(out)
+        return dropped(self.products.run(self, x, None), self, self.products.dropout)
 
 
 def add_perceptron(mlp: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -175,13 +176,25 @@ def add_perceptron(mlp: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.T
     whole = (
         isinstance(mlp, Perceptron)
         and untouched(mlp, Perceptron.forward)
-        and idle(getattr(mlp, "dropout", None))
+        and idle(mlp, mlp.products.dropout)
         and mlp.products.fits(mlp, x)
     )
     out: torch.Tensor = mlp.products.run(mlp, x, residual) if whole else residual + mlp(x)
     return out
 
 
-def idle(dropout: Any) -> bool:
-    """True if a dropout does nothing, and nobody listens to it."""
+def dropped(x: torch.Tensor, owner: Any, name: str | None) -> torch.Tensor:
+    """``x`` after the dropout that ``owner`` has under ``name``: a module, or a probability (StarCoder 2)."""
+    dropout = None if name is None else getattr(owner, name, None)
+    if isinstance(dropout, float | int):
+        return F.dropout(x, dropout, owner.training)
+    out: torch.Tensor = x if dropout is None else dropout(x)
+    return out
+
+
+def idle(owner: Any, name: str | None) -> bool:
+    """True if ``dropped`` would do nothing, and nobody listens to the dropout."""
+    dropout = None if name is None else getattr(owner, name, None)
+    if isinstance(dropout, float | int):
+        return not (owner.training and dropout > 0)
     return dropout is None or (untouched(dropout, DROPOUT) and not (dropout.training and dropout.p > 0))

@@ -35,7 +35,7 @@ def theirs(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> Any:
         Unavailable: transformers is not installed.
     """
     if not installed("transformers"):
-        raise Unavailable("transformers is not installed: pip install '.[transformers]'")
+        raise Unavailable("transformers is not installed: pip install 'gptkern[transformers]'")
     from transformers import GPT2LMHeadModel
 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):

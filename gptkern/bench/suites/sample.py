@@ -45,7 +45,7 @@ def _sorting(logits: torch.Tensor) -> torch.Tensor:
 
 def _transformers(logits: torch.Tensor) -> torch.Tensor:
     if not shared.installed("transformers"):
-        raise Unavailable("transformers is not installed: pip install '.[transformers]'")
+        raise Unavailable("transformers is not installed: pip install 'gptkern[transformers]'")
     from transformers.generation import logits_process as process
 
     ids = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)

@@ -21,13 +21,14 @@ from gptkern.model.families.olmo2 import OLMO2
 from gptkern.model.families.opt import OPT
 from gptkern.model.families.phi3 import PHI3
 from gptkern.model.families.qwen import QWEN2, QWEN3
+from gptkern.model.families.starcoder2 import STARCODER2
 from gptkern.model.families.table import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(LLAMA, SMOLLM3, MISTRAL, QWEN2, QWEN3, PHI3, GRANITE, OLMO2, GEMMA3),
-        *(GPT_NEOX, GPTJ, OPT, GPT_BIGCODE),
+        *(GPT_NEOX, GPTJ, OPT, GPT_BIGCODE, STARCODER2),
     )
 }
 # Fields that tell of parts which no executor serves, and what they are.
