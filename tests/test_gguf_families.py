@@ -1,19 +1,29 @@
-"""GGUF files of Llama and Qwen, named by the gguf library: parameters as written, logits of transformers."""
+"""GGUF files of the families, named by the gguf library: parameters as written, logits of transformers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from family_models import library_model
-from gguf_files import add_byte_tokenizer, blocks, finish
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from gguf_files import Change, add_byte_tokenizer, blocks, finish, metadata
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from gptkern import backend
+from gptkern.checkpoint.errors import CheckpointError
 from gptkern.checkpoint.gguf import open_file
 from gptkern.engine.executors.cpu import CpuExecutor
 from gptkern.engine.executors.persistent import PersistentExecutor
@@ -33,6 +43,7 @@ WIDE: dict[str, Any] = {
     "eos_token_id": 318,
     "pad_token_id": None,
 }
+LAYERS_OF_SEVEN = WIDE | {"num_hidden_layers": 7}
 MODELS = {
     "llama": LlamaConfig(**WIDE, head_dim=32),
     "llama, tied": LlamaConfig(**WIDE, head_dim=32, tie_word_embeddings=True, attention_bias=True),
@@ -49,41 +60,94 @@ MODELS = {
     ),
     "qwen3": Qwen3Config(**WIDE, head_dim=64),
     "qwen3, tied": Qwen3Config(**WIDE, head_dim=32, tie_word_embeddings=True),
+    "gemma3": Gemma3TextConfig(
+        **LAYERS_OF_SEVEN,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=5,
+        final_logit_softcapping=20.0,
+    ),
+    "gemma3, linear, untied": Gemma3TextConfig(
+        **LAYERS_OF_SEVEN,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        sliding_window=9,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 2e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "phi3, window": Phi3Config(**WIDE, sliding_window=5, original_max_position_embeddings=64),
+    "phi3, no window, partial, tied": Phi3Config(
+        **WIDE,
+        tie_word_embeddings=True,
+        sliding_window=None,
+        original_max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+    ),
+    # The library's frequencies change within a text where it is longer than the original context.
+    "phi3, long": Phi3Config(
+        **WIDE,
+        original_max_position_embeddings=16,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "long_factor": [1.0 + place / 4 for place in range(16)],
+            "short_factor": [1.0] * 16,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+}
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
 }
 Format = Callable[[str], str]
 
 
-def write(path: Path, theirs: Any, format: Format = lambda name: "F32") -> None:
+def write(path: Path, theirs: Any, format: Format = lambda name: "F32", change: Change | None = None) -> None:
     """Write a model of transformers as llama.cpp's converter does; ``format`` of a matrix by GGUF's name.
 
     The model gets the numbers that the blocks stand for.
     """
     config = theirs.config
-    names = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
-    called = gguf.get_tensor_name_map(names[config.model_type], config.num_hidden_layers)
+    kind = ARCHITECTURES[config.model_type]
+    called = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer = gguf.GGUFWriter(path, config.model_type)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind])
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if config.rope_parameters["rope_type"] == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
-        writer.add_rope_scaling_orig_ctx_len(config.rope_parameters["original_max_position_embeddings"])
+    if config.model_type == "phi3":
+        add_phi3(writer, config, head_dim)
+    else:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        add_rope(writer, config.rope_parameters.get("full_attention", config.rope_parameters))
+    if config.model_type == "gemma3_text":
+        writer.add_sliding_window(config.sliding_window)
+        if config.final_logit_softcapping:
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
     add_byte_tokenizer(writer)
+    if change is not None:
+        change(writer, {})
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, parameter in theirs.named_parameters():
         stored = called.get_name(name, try_suffixes=(".weight", ".bias"))
         tensor, of_heads = parameter.data, heads.get(name.split(".")[-2], 0)
         if config.model_type == "llama" and of_heads:
             tensor = tensor.unflatten(0, (of_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
+            tensor = tensor + 1
+            parameter.data.copy_(tensor - 1)
         chosen = format(stored) if tensor.dim() == 2 else "F32"
         if chosen == "F32":
             writer.add_tensor(stored, tensor.contiguous().numpy())
@@ -96,6 +160,30 @@ def write(path: Path, theirs: Any, format: Format = lambda name: "F32") -> None:
             found = found.unflatten(0, (of_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         parameter.data.copy_(found)
     finish(writer)
+
+
+def add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] != "default":
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if "original_max_position_embeddings" in rope:
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def add_phi3(writer: gguf.GGUFWriter, config: Any, head_dim: int) -> None:
+    """As the converter's ``Phi3MiniModel``: no length of heads, longrope by tensors, 0 for no window."""
+    rope, original = config.rope_parameters, config.original_max_position_embeddings
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_scaling_orig_ctx_len(original)
+    writer.add_rope_dimension_count(int(rope.get("partial_rotary_factor", 1.0) * head_dim))
+    writer.add_sliding_window(config.sliding_window or 0)
+    if rope["rope_type"] == "longrope":
+        scale = config.max_position_embeddings / original
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
+        for kind in ("long", "short"):
+            factors = np.array(rope[f"{kind}_factor"], dtype=np.float32)
+            writer.add_tensor(f"rope_factors_{kind}.weight", factors)
 
 
 def as_written(ours: GPT, theirs: Any) -> None:
@@ -118,6 +206,58 @@ def test_parameters_and_logits_are_those_of_transformers(name: str, tmp_path: Pa
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
     assert ours.config.eos_token_ids == (318,)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi3, window", "llama"])
+def test_transformers_reads_the_file_as_we_do(name: str, tmp_path: Path) -> None:
+    fields = MODELS[name].to_dict()
+    # Where its reader has no word for a field it takes the class's default; a tied head it does not tie.
+    if name == "gemma3":
+        fields |= {"head_dim": 256, "query_pre_attn_scalar": 256, "final_logit_softcapping": None}
+    if name == "phi3, window":
+        fields["sliding_window"] = None
+    theirs, path = library_model(type(MODELS[name])(**fields)), tmp_path / "model.gguf"
+    write(path, theirs)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", pad_token_id=None).eval()
+    if read.config.tie_word_embeddings:
+        read.tie_weights()
+    ids = torch.randint(320, (2, 23), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(GPT.from_pretrained(path)(ids).logits, read(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gemma3", metadata(gemma3__attn_logit_softcapping=50.0), "attn_logit_softcapping is 50.0"),
+        ("gemma3", metadata(gemma3__attention__sliding_window_pattern=0), "sliding_window_pattern is 0"),
+        ("gemma3", metadata(gemma3__rope__dimension_count=16), "rope.dimension_count is 16"),
+        ("gemma3", metadata(general__architecture="gemma2"), "served are gpt2, llama, .*gemma3, phi3"),
+        ("phi3, window", metadata(phi3__rope__scaling__type="longrope"), "none, linear and yarn are served"),
+        ("phi3, window", metadata(phi3__rope__dimension_count=15), "15 of a head's 32 elements"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(
+    name: str, change: Change, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    write(path, library_model(MODELS[name]), change=change)
+    with pytest.raises(CheckpointError, match=message):
+        open_file(path)
+
+
+def test_gemma3s_layers_are_those_that_the_file_names(tmp_path: Path) -> None:
+    theirs, path = library_model(MODELS["gemma3"]), tmp_path / "model.gguf"
+    for given, windows in ((3, [2, 5]), ([True, False] * 3 + [True], [1, 3, 5]), (None, [5])):
+
+        def change(writer: gguf.GGUFWriter, _: Any, given: Any = given) -> None:
+            if given is not None:
+                writer.add_sliding_window_pattern(given)
+
+        write(path, theirs, change=change)
+        layers = open_file(path).config.spec.layers
+        assert [place for place, layer in enumerate(layers) if layer.window is None] == windows
+        assert {layer.window for layer in layers} == {5, None}
 
 
 # As llama.cpp's own Q4_0 has it: the head, or the embedding that it is tied to, in more bits.

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 # As in tests/transformers_model_tests.py.
 FAMILIES = (
     *("gpt2", "llama", "smollm3", "mistral", "qwen2", "qwen3", "phi3"),
-    *("granite", "olmo2", "gpt_neox", "gptj", "opt", "gpt_bigcode", "starcoder2"),
+    *("granite", "olmo2", "gemma3", "gpt_neox", "gptj", "opt", "gpt_bigcode", "starcoder2"),
 )
 STUBS = {
     "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",

@@ -41,6 +41,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", LIKE_LLAMA | {"resid_pdrop": 0.0}),
     "granite": ("Granite", LIKE_LLAMA),
     "olmo2": ("Olmo2", LIKE_LLAMA),
+    "gemma3": (
+        "Gemma3Text",
+        LIKE_LLAMA
+        | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
     # The library's tests want more than one pair of elements to be rotated.
     "gpt_neox": (
         "GPTNeoX",
@@ -56,11 +62,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2", LIKE_LLAMA),
 }
 PREFIX, FIELDS = FAMILIES[FAMILY]
+# The classes whose names begin otherwise.
+NAMED = {"Gemma3TextForCausalLM": "Gemma3ForCausalLM"}
 
 
 def classes() -> tuple[Any, ...]:
     """The family's classes of the library, or as accelerated subclasses."""
-    names = [PREFIX + head for head in HEADS]
+    names = [NAMED.get(PREFIX + head, PREFIX + head) for head in HEADS]
     found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     if os.environ["GPTKERN_ACCELERATED"] == "0":
         return tuple(found)

@@ -13,8 +13,9 @@ from pathlib import Path
 from gptkern._warn import warn
 from gptkern.checkpoint.contents import Contents
 from gptkern.checkpoint.errors import CheckpointError, some
-from gptkern.checkpoint.gguf_config import ROPE_FACTORS, architecture, config_fields, special_ids
+from gptkern.checkpoint.gguf_config import config_fields, special_ids
 from gptkern.checkpoint.gguf_file import Entry, GGUFFile, read_header
+from gptkern.checkpoint.gguf_names import architecture
 from gptkern.checkpoint.gguf_tensors import GROUP, PACKED, GGUFTensor, Part, packed, parameter
 from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import Config, FamilyConfig, GPTConfig, read
@@ -121,7 +122,7 @@ def _parameters(file: GGUFFile, config: Config) -> dict[str, GGUFTensor]:
 
 def _by_their_name(file: GGUFFile) -> dict[str, Entry]:
     names = architecture(file)
-    entries = {name: entry for name, entry in file.tensors.items() if name != ROPE_FACTORS}
+    entries = {name: entry for name, entry in file.tensors.items() if name not in names.factors}
     unknown = [name for name in entries if names.their_name(name) is None]
     if unknown:
         raise CheckpointError(f"{file.path}: not of a {names.model_type} model: {some(unknown)}")
@@ -139,7 +140,10 @@ def _rows(config: Config, theirs: dict[str, Entry]) -> Iterator[tuple[str, tuple
 
 def _part(file: GGUFFile, config: Config, name: str, entry: Entry) -> Part:
     """One tensor, with what has to be undone."""
-    if not architecture(file).paired or not isinstance(config, FamilyConfig):
+    names = architecture(file)
+    if names.unit_offset and name.endswith("norm.weight"):
+        return Part(entry, shift=-1.0)
+    if not names.paired or not isinstance(config, FamilyConfig):
         return Part(entry)
     spec = config.spec
     heads = {"q_proj": spec.heads, "k_proj": spec.kv_heads}.get(name.split(".")[-2], 0)

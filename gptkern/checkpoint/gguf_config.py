@@ -1,103 +1,23 @@
-"""GGUF metadata as the fields of a ``config.json``, and GGUF's tensor names as those of transformers.
+"""GGUF metadata as the fields of a ``config.json``.
 
-What llama.cpp's converter does to a model is undone here: names, and the factors of Llama 3's rotary
-positions, which it stores as a tensor. Source: convert_hf_to_gguf.py of github.com/ggml-org/llama.cpp.
+What llama.cpp's converter does to a model is undone here, its factors of rotary positions, which it stores as
+tensors, among it. What a file does not say is what llama.cpp takes. Source: convert_hf_to_gguf.py and
+src/llama-model.cpp of github.com/ggml-org/llama.cpp.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gptkern.checkpoint.errors import CheckpointError, shown
 from gptkern.checkpoint.gguf_file import GGUFFile
+from gptkern.checkpoint.gguf_names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, architecture
 from gptkern.checkpoint.gguf_tensors import Part, parameter
 
-ROPE_FACTORS = "rope_freqs.weight"
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GPT2_BLOCK = {
-    "attn_norm": "ln_1",
-    "attn_qkv": "attn.c_attn",
-    "attn_output": "attn.c_proj",
-    "ffn_norm": "ln_2",
-    "ffn_up": "mlp.c_fc",
-    "ffn_down": "mlp.c_proj",
-}
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_GPT2_OUTER = {
-    "token_embd": "transformer.wte",
-    "position_embd": "transformer.wpe",
-    "output_norm": "transformer.ln_f",
-    "output": "lm_head",
-}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A value of ``general.architecture``.
-
-    Attributes:
-        model_type: That of transformers.
-        outer, block, layer: transformers' names of tensors outside of layers and in them, and what stands
-            before the latter.
-        paired: The rows of queries and keys are stored with the pairs that rotate together side by side.
-    """
-
-    model_type: str
-    outer: dict[str, str]
-    block: dict[str, str]
-    layer: str
-    paired: bool = False
-
-    def their_name(self, name: str) -> str | None:
-        """transformers' name of a tensor; None for what it does not have."""
-        stem, _, suffix = name.rpartition(".")
-        if stem in self.outer:
-            return f"{self.outer[stem]}.{suffix}"
-        parts = stem.split(".")
-        if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in self.block:
-            return f"{self.layer}{int(parts[1])}.{self.block[parts[2]]}.{suffix}"
-        return None
-
-
-_LAYER = "model.layers."
-ARCHITECTURES = {
-    "gpt2": Architecture("gpt2", _GPT2_OUTER, _GPT2_BLOCK, "transformer.h."),
-    "llama": Architecture("llama", _OUTER, _BLOCK, _LAYER, paired=True),
-    "qwen2": Architecture("qwen2", _OUTER, _BLOCK, _LAYER),
-    "qwen3": Architecture("qwen3", _OUTER, _BLOCK, _LAYER),
-}
 # Every Llama 3 was trained with these; the factor differs.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-def architecture(file: GGUFFile) -> Architecture:
-    """The architecture of a file.
-
-    Raises:
-        CheckpointError: It is not served.
-    """
-    name = file.fields.get("general.architecture")
-    found = ARCHITECTURES.get(name) if isinstance(name, str) else None
-    if found is None:
-        raise CheckpointError(
-            f"{file.path}: general.architecture is {shown(name)}; served are {', '.join(ARCHITECTURES)}"
-        )
-    return found
 
 
 def config_fields(file: GGUFFile) -> dict[str, Any]:
@@ -111,8 +31,8 @@ def config_fields(file: GGUFFile) -> dict[str, Any]:
     layers = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
     if (count := _Metadata(file).required("block_count")) != len(layers):
         raise CheckpointError(f"{file.path}: {count} layers expected, {len(layers)} found")
-    fields = _gpt2(_Metadata(file)) if found.model_type == "gpt2" else _llama(_Metadata(file))
-    return fields | {"model_type": found.model_type} | special_ids(file)
+    own = {"gpt2": _gpt2, "gemma3_text": _gemma3, "phi3": _phi3}.get(found.model_type, _llama)
+    return own(_Metadata(file)) | {"model_type": found.model_type} | special_ids(file)
 
 
 def special_ids(file: GGUFFile) -> dict[str, Any]:
@@ -183,10 +103,11 @@ def _gpt2(read: _Metadata) -> dict[str, Any]:
     }
 
 
-def _llama(read: _Metadata) -> dict[str, Any]:
+def _llama(read: _Metadata, *, partial: bool = False) -> dict[str, Any]:
+    """Fields of Llama and its kin; with ``partial`` only the first elements of a head may rotate."""
     tensors, heads = read.file.tensors, read.required("attention.head_count")
     head_dim = read.integer("attention.key_length", read.required("embedding_length") // heads)
-    for name in ("attention.value_length", "rope.dimension_count"):
+    for name in ("attention.value_length", *(() if partial else ("rope.dimension_count",))):
         if read.integer(name, head_dim) != head_dim:
             raise CheckpointError(
                 f"{read.file.path}: {read.prefix}.{name} is {read.integer(name, None)}, the head's length "
@@ -212,6 +133,68 @@ def _llama(read: _Metadata) -> dict[str, Any]:
         fields["num_local_experts"] = experts
     scaling = _rope_scaling(read, fields)
     return fields if scaling is None else fields | {"rope_scaling": scaling}
+
+
+def _gemma3(read: _Metadata) -> dict[str, Any]:
+    fields = _llama(read) | {"hidden_activation": "gelu_pytorch_tanh"}
+    layers, head_dim = fields["num_hidden_layers"], fields["head_dim"]
+    if cap := read.number("attn_logit_softcapping", None):
+        raise CheckpointError(
+            f"{read.file.path}: {read.prefix}.attn_logit_softcapping is {cap}; Gemma 3's scores have no cap"
+        )
+    return fields | {
+        "rope_theta": read.number("rope.freq_base", 1e6),
+        "rope_local_base_freq": read.number("rope.freq_base_swa", 1e4),
+        "layer_types": _gemma3_layers(read, layers),
+        "sliding_window": read.integer("attention.sliding_window", None),
+        # No file says it. The model of 62 layers (27B) alone has another scale than its heads' length gives.
+        "query_pre_attn_scalar": fields["hidden_size"] // fields["num_attention_heads"]
+        if layers == 62
+        else head_dim,
+        "final_logit_softcapping": read.number("final_logit_softcapping", None),
+    }
+
+
+def _gemma3_layers(read: _Metadata, count: int) -> list[str]:
+    """The layers' kinds: all but every sixth attend within a window, unless the file says otherwise."""
+    name = f"{read.prefix}.attention.sliding_window_pattern"
+    pattern = read.file.fields.get(name, 6)
+    if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
+        pattern = [(layer + 1) % pattern != 0 for layer in range(count)]
+    if not isinstance(pattern, list) or len(pattern) != count:
+        needed = f"a whole number above 0, or a switch for each of {count} layers, is needed"
+        raise CheckpointError(f"{read.file.path}: {name} is {shown(pattern)}; {needed}")
+    if f"{read.prefix}.attention.sliding_window" not in read.file.fields:
+        pattern = [False] * count
+    return ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
+
+
+def _phi3(read: _Metadata) -> dict[str, Any]:
+    fields = _llama(read, partial=True)
+    head_dim = fields["head_dim"]
+    fields |= {
+        "partial_rotary_factor": read.integer("rope.dimension_count", head_dim) / head_dim,
+        # 0 of Phi 4, which has none.
+        "sliding_window": read.integer("attention.sliding_window", None, least=0) or None,
+    }
+    original = read.integer("rope.scaling.original_context_length", None)
+    fields |= {} if original is None else {"original_max_position_embeddings": original}
+    stored = [name for name in (LONG_FACTORS, SHORT_FACTORS) if name in read.file.tensors]
+    if not stored:
+        return fields
+    if len(stored) == 1:
+        raise CheckpointError(f"{read.file.path}: {LONG_FACTORS} and {SHORT_FACTORS} belong together")
+    long, short = (_numbers(read.file, name) for name in stored)
+    scaling = {"rope_type": "longrope", "long_factor": long, "short_factor": short}
+    if (factor := read.number("rope.scaling.attn_factor", None)) is not None:
+        scaling["attention_factor"] = factor
+    return fields | {"rope_scaling": scaling}
+
+
+def _numbers(file: GGUFFile, name: str) -> list[float]:
+    """A tensor's numbers, each as its shortest decimal in fp32."""
+    stored = parameter(file, [Part(file.tensors[name])]).data.float().ravel()
+    return [float(str(np.float32(value))) for value in stored.tolist()]
 
 
 def _rope_scaling(read: _Metadata, fields: dict[str, Any]) -> dict[str, Any] | None:

@@ -34,13 +34,17 @@ class Part:
         entry: The tensor.
         heads: Not 0 where llama.cpp has put the rows of each of so many heads in another order: pairs that
             rotate together, i and i + d/2, side by side. They are put back.
+        shift: Added to all numbers: where llama.cpp has added 1 to a norm's weights, -1.
     """
 
     entry: Entry
     heads: int = 0
+    shift: float = 0.0
 
-    def in_order(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows`` in the order of transformers."""
+    def restored(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` as transformers has them."""
+        if self.shift:
+            rows = rows + self.shift
         if not self.heads:
             return rows
         pairs: torch.Tensor = rows.unflatten(0, (self.heads, -1, 2))
@@ -62,7 +66,7 @@ class GGUFTensor(StoredTensor):
     @property
     def data(self) -> torch.Tensor:
         """The parameter: a view of the file, or computed anew."""
-        parts = [part.in_order(self._read(part.entry)) for part in self.parts]
+        parts = [part.restored(self._read(part.entry)) for part in self.parts]
         return parts[0] if len(parts) == 1 else torch.cat([part.to(self.dtype) for part in parts])
 
     @property
