@@ -71,6 +71,7 @@ _MATRIX_INSTRUCTIONS = {"mma.sync": "mma.sync.", "wgmma": "wgmma.mma_async", "tc
 _GLOBAL_LOAD = re.compile(r"\bld(?:\.\w+)*?\.global(?:[.:]\w+)*?(?:\.v(\d))?\.[bsuf](\d+)\b")
 _ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)")
 _BULK_COPY = "cp.async.bulk.tensor"
+_SUM_OR_MOVE = re.compile(r"^\s*(?:@\S+\s+)?(shfl|mov|mul|add|sub|fma)(\.[\w.]+)\s+([^;]*);", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,26 @@ def _widest_load(ptx: str) -> int:
     return max(loads + copies, default=0)
 
 
+def joined_products(ptx: str) -> list[str]:
+    """The sums of a product and of what another lane sent that round once, in PTX or in the assembler.
+
+    Two lanes that exchange their products then hold different sums (see ``_device.rounded_product``).
+    """
+    sent, products, found = set[str](), set[str](), list[str]()
+    for match in _SUM_OR_MOVE.finditer(ptx):
+        name, form, operands = match.groups()
+        target, *sources = re.findall(r"%\w+", operands) or [""]
+        if name == "shfl" or (name == "mov" and sent.intersection(sources)):
+            sent.add(target)
+        elif name == "mul" and ".f32" in form and ".rn" not in form:
+            products.add(target)
+        elif ".f32" in form and name in ("fma", "add", "sub"):
+            joined = sources[-1:] if name == "fma" else sources if products.intersection(sources) else []
+            if sent.intersection(joined):
+                found.append(match.group(0).strip())
+    return found
+
+
 def _threads(ptx: str, num_warps: int) -> int:
     required = re.search(r"\.reqntid (\d+)", ptx)  # warp specialisation adds warps to num_warps
     return int(required.group(1)) if required else 32 * num_warps
@@ -252,7 +273,8 @@ def inspect(op: str, case: _cases.Case, dtype: torch.dtype, launch: _launch.Laun
         code_bytes=_code_bytes(cubin),
         problems=(),
     )
-    return dataclasses.replace(report, problems=tuple(_problems(case, report)))
+    joined = [f"adds a product to another lane's value at once: {line}" for line in joined_products(ptx)]
+    return dataclasses.replace(report, problems=(*_problems(case, report), *joined[:1]))
 
 
 def _kind(launch: _launch.Launch, dtype: torch.dtype, arch: int, per: str) -> tuple[Any, ...]:

@@ -7,6 +7,17 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def rounded_product(a, b):
+    """``a * b`` in fp32 as a term of a sum over lanes.
+
+    Of a plain ``a * b`` the compiler makes one multiply-add with the first exchange, ``a * b + shuffled(a *
+    b)``: it rounds otherwise in each of the two lanes, which then hold different sums, and all of them store
+    theirs to one address. A multiply-add of its own cannot be joined with another sum.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """The activation of fp32 ``x``: gelu_tanh, gelu, relu, silu or none.
 
@@ -79,7 +90,7 @@ def row_statistics(x, lanes, eps, WIDTH: tl.constexpr, CENTERED: tl.constexpr):
         x = tl.where(lanes[None, :], x - mean[:, None], 0.0)
     else:
         mean = tl.zeros([x.shape[0]], tl.float32)
-    variance = tl.sum(x * x, axis=1) / WIDTH
+    variance = tl.sum(rounded_product(x, x), axis=1) / WIDTH
     return x, tl.rsqrt(variance + eps), mean
 
 

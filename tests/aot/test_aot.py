@@ -93,6 +93,21 @@ def test_blocks_per_sm(arch: int, threads: int, registers: int, shared: int, exp
     assert _aot.blocks_per_sm(arch, threads, registers, shared) == expected
 
 
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [
+        ("fma.rn.f32 %r4, %r1, %r2, %r7;", 1),  # a product and an exchange
+        ("add.f32 %r4, %r5, %r7;", 1),  # the assembler may join them
+        ("fma.rn.f32 %r8, %r1, %r2, 0f00000000; add.f32 %r4, %r8, %r7;", 0),
+        ("fma.rn.f32 %r4, %r7, %r2, %r1;", 0),
+        ("add.f32 %r4, %r3, %r7;", 0),
+    ],
+)
+def test_products_that_are_joined_with_an_exchange_are_found(line: str, count: int) -> None:
+    exchange = "mul.f32 %r5, %r1, %r2; shfl.sync.bfly.b32 %r6, %r5, 1, 31, -1; mov.b32 %r7, %r6;"
+    assert len(_aot.joined_products(f"{exchange} {line}".replace(";", ";\n"))) == count
+
+
 _SOUND = _aot.Report(
     op="linear",
     case="a call",

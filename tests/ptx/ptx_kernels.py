@@ -1,6 +1,6 @@
 """Small calls of ops through the executor: values and gradients by the measure that the ops promise.
 
-    python tests/ptx/ptx_kernels.py ARCH [--most N] [--ties] OP...
+    python tests/ptx/ptx_kernels.py ARCH [--most N] OP...
 
 Needs a process in which kernels are compiled, not interpreted. Prints a line of JSON for each call.
 """
@@ -18,7 +18,7 @@ from gptkern.ops import _cases, _launch
 from gptkern.testing.ptx.kernels import executed
 
 
-def failure(case: _cases.Case, dtype: torch.dtype, arch: int, ties: bool, seen: Counter[str]) -> str:
+def failure(case: _cases.Case, dtype: torch.dtype, arch: int, seen: Counter[str]) -> str:
     """The reason why a call fails; empty if it does not."""
 
     def done(launch: _launch.Launch) -> None:
@@ -32,7 +32,7 @@ def failure(case: _cases.Case, dtype: torch.dtype, arch: int, ties: bool, seen: 
         except (TypeError, ValueError):  # a step with a cache has tables that stay float32
             exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in plain]
     try:
-        with executed(arch, ties=ties, done=done):
+        with executed(arch, done=done):
             found = testing._run(case.op, call)
         for index, (a, b, c) in enumerate(zip(found, plain, exact, strict=True)):
             testing.assert_accurate(a, b, c, f"tensor {index} of results and gradients")
@@ -47,13 +47,12 @@ def main() -> None:
     parser.add_argument("arch", type=int)
     parser.add_argument("ops", nargs="+")
     parser.add_argument("--most", type=int, help="calls of an op")
-    parser.add_argument("--ties", action="store_true", help="accept lanes that write one address")
     asked = parser.parse_args()
     for op in asked.ops:
         for case in _cases.checks(op)[: asked.most]:
             torch.manual_seed(0)
             seen: Counter[str] = Counter()
-            why = failure(case, torch.bfloat16, asked.arch, asked.ties, seen)
+            why = failure(case, torch.bfloat16, asked.arch, seen)
             print(json.dumps({"op": op, "case": case.name, "kernels": seen, "failure": why}), flush=True)
 
 

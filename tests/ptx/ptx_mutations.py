@@ -100,7 +100,7 @@ def caught(case: _cases.Case, arch: int, name: str, text: str, plain: list[torch
     try:
         with (
             mock.patch.object(ptx_kernels, "run", _Changed(arch, name, text)),
-            ptx_kernels.executed(arch, ties=True),
+            ptx_kernels.executed(arch),
         ):
             found = testing._run(case.op, call)
     except Fault as fault:
@@ -122,7 +122,7 @@ def main() -> None:
         def noted(launch: _launch.Launch, launches: dict[str, str] = launches) -> None:
             launches.setdefault(launch.name, _aot.compile_launch(launch, arch).asm["ptx"])
 
-        with ptx_kernels.executed(arch, ties=True, done=noted):
+        with ptx_kernels.executed(arch, done=noted):
             plain = testing._run(case.op, call)
         first = next(iter(launches))
         for what, text in mutations(launches[first]):

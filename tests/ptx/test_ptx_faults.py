@@ -80,7 +80,6 @@ def test_lanes_that_write_one_address_must_agree() -> None:
     body = "mov.b32 %r1, 0; st.shared.b32 [%r1], VALUE;"
     run(body.replace("VALUE", "%r1"), ints(1), ints(1), shared_bytes=4)
     refused("tie", body.replace("VALUE", "%r0"), ints(1), ints(1), shared_bytes=4)
-    run(body.replace("VALUE", "%r0"), ints(1), ints(1), shared_bytes=4, ties=True)
     refused("tie", "st.global.b32 [%rd0], %r0;", ints(1), ints(1))
 
 

@@ -14,7 +14,7 @@ last program of a sequence to finish combines. K and V are read once, q once per
 partial result per split and head and 4 * head_dim more are written and read once.
 """
 
-from gptkern.ops._device import LOG2E, online_softmax, tanh, to_e4m3
+from gptkern.ops._device import LOG2E, online_softmax, rounded_product, tanh, to_e4m3
 from gptkern.ops._pdl import prefetch, wait
 from gptkern.ops._triton import tl, triton
 
@@ -78,14 +78,14 @@ def combine_splits(
         maxima = tl.load(stats_ptr + 2 * splits, mask=valid, other=float("-inf"), cache_modifier=".cg")
         sums = tl.load(stats_ptr + 2 * splits + 1, mask=valid, other=0.0, cache_modifier=".cg")
         weights = tl.exp2(maxima - top)
-        total += tl.sum(weights * sums, 0)
+        total += tl.sum(rounded_product(weights, sums), 0)
         parts = tl.load(
             acc_ptr + splits[:, None] * HEAD_DIM + dims[None, :],
             mask=valid[:, None] & (dims < HEAD_DIM)[None, :],
             other=0.0,
             cache_modifier=".cg",
         )
-        acc += tl.sum(weights[:, None] * parts, 0)
+        acc += tl.sum(rounded_product(weights[:, None], parts), 0)
     tl.store(out_ptr + dims, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 

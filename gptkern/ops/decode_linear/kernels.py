@@ -22,7 +22,7 @@ head, so that its sum of squares needs no other program: BLOCK_N is head_dim's p
 With programmatic dependent launch a program fetches its weights into L2 before it waits for x.
 """
 
-from gptkern.ops._device import activate, tanh, to_e4m3
+from gptkern.ops._device import activate, rounded_product, tanh, to_e4m3
 from gptkern.ops._pdl import prefetch, wait
 from gptkern.ops._triton import tl, triton
 
@@ -50,9 +50,9 @@ def row_moments(
             share = count / (start + count)
             delta = part - mean
             mean += delta * share
-            squares += tl.sum(centred * centred, 1) + delta * delta * (start * share)
+            squares += tl.sum(rounded_product(centred, centred), 1) + delta * delta * (start * share)
         else:
-            squares += tl.sum(x * x, 1)
+            squares += tl.sum(rounded_product(x, x), 1)
     return mean, tl.rsqrt(squares / K + eps)
 
 
@@ -227,7 +227,7 @@ def norm_heads(
     weight += tl.load(k_weight_ptr + element, mask=of_keys, other=0.0).to(tl.float32)
     if UNIT_OFFSET:
         weight += 1.0
-    rstd = tl.rsqrt(tl.sum(acc * acc, 0) / HEAD_DIM + eps)
+    rstd = tl.rsqrt(tl.sum(rounded_product(acc, acc), 0) / HEAD_DIM + eps)
     return tl.where((outputs < VALUES)[:, None], acc * rstd[None, :] * weight[:, None], acc)
 
 

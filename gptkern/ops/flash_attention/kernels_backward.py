@@ -11,7 +11,7 @@ see them. The weights are recomputed in both. Each output element is written onc
 after a fixed order of additions: no atomics.
 """
 
-from gptkern.ops._device import LOG2E, dropout_mask, tanh
+from gptkern.ops._device import LOG2E, dropout_mask, rounded_product, tanh
 from gptkern.ops._triton import tl, triton
 from gptkern.ops.flash_attention.kernels import (
     biased,
@@ -138,7 +138,7 @@ def flash_attention_dq(
     # delta = rowsum(do * out) - dlse, also for the dk and dv kernel.
     do = load_rows(do_ptr, start_m, seq_q, stride_dos, BLOCK_M, V_DIM, BLOCK_V)
     out = load_rows(out_ptr, start_m, seq_q, stride_os, BLOCK_M, V_DIM, BLOCK_V)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    delta = tl.sum(rounded_product(out.to(tl.float32), do.to(tl.float32)), 1)
     rows = start_m + tl.arange(0, BLOCK_M)
     inside = rows < seq_q
     if dlse_ptr is not None:

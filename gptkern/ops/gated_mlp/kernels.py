@@ -9,7 +9,7 @@ for the backward pass, gate and up side by side. The backward pass takes both gr
 product that gives dhidden, and writes them as one matrix: the gradients of x and W are then plain products.
 """
 
-from gptkern.ops._device import activate, activation_grad
+from gptkern.ops._device import activate, activation_grad, rounded_product
 from gptkern.ops._triton import tl, triton
 from gptkern.ops.linear.kernels import column_sum, halves, linear, linear_dw, product_tile, tile_at
 
@@ -151,8 +151,8 @@ def _finish_dact(
         gate = tl.load(pre_ptr + corner + offs, inside, other=0.0).to(tl.float32)
         up = tl.load(pre_ptr + corner + N + offs, inside, other=0.0).to(tl.float32)
         # Rows past M are zeros in acc, so they add nothing to the sums.
-        dgate = acc * up * activation_grad(gate, ACTIVATION)
-        dup = acc * activate(gate, ACTIVATION)
+        dgate = rounded_product(acc * up, activation_grad(gate, ACTIVATION))
+        dup = rounded_product(acc, activate(gate, ACTIVATION))
         tl.store(dpre_ptr + corner + offs, dgate.to(dpre_ptr.dtype.element_ty), inside)
         tl.store(dpre_ptr + corner + N + offs, dup.to(dpre_ptr.dtype.element_ty), inside)
         # This tile's part of the bias gradients.

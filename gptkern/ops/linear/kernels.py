@@ -15,7 +15,7 @@ k runs upwards in steps of BLOCK_K inside one accumulator, and BLOCK_K depends o
 the order of the sums does not change with M, so a row's bits do not depend on its neighbours.
 """
 
-from gptkern.ops._device import activate, activation_grad
+from gptkern.ops._device import activate, activation_grad, rounded_product
 from gptkern.ops._triton import tl, triton
 
 
@@ -218,7 +218,7 @@ def _finish_dact(
         offs = offs_m[:, None] * N + offs_n[None, :]
         # Gradient of the activation. Rows past M are zeros in acc, so they add nothing to the sums.
         pre = tl.load(pre_ptr + corner + offs, inside, other=0.0).to(tl.float32)
-        acc *= activation_grad(pre, ACTIVATION)
+        acc = rounded_product(acc, activation_grad(pre, ACTIVATION))
         tl.store(dpre_ptr + corner + offs, acc.to(dpre_ptr.dtype.element_ty), inside)
         # This tile's part of the bias gradient.
         if partial_ptr is not None:

@@ -25,7 +25,7 @@ Layout:
                     chunk after chunk: the order of summation is fixed
 """
 
-from gptkern.ops._device import tanh
+from gptkern.ops._device import rounded_product, tanh
 from gptkern.ops._triton import tl, triton
 
 
@@ -170,7 +170,8 @@ def loss_kernel(
             # The lowest word of those with the new maximum; at a tie the tiles before have a lower one.
             words = tl.load(tile_best_ptr + stat, mask=ok & (maxima == new[:, None]), other=2147483647)
             best = tl.where(new > highest, tl.min(words, 1), best)
-        weighed = weighed * tl.exp(highest - shift) + tl.sum(sums * tl.exp(maxima - shift[:, None]), 1)
+        merged = tl.sum(rounded_product(sums, tl.exp(maxima - shift[:, None])), 1)
+        weighed = weighed * tl.exp(highest - shift) + merged
         highest = new
         if SMOOTHING:
             total += tl.sum(tl.load(tile_total_ptr + stat, mask=ok, other=0.0), 1)

@@ -16,7 +16,7 @@ the parts are added up afterwards in a fixed order.
 A head is held as three tiles: the first and the second elements of its pairs, and the elements that stay.
 """
 
-from gptkern.ops._device import row_offsets
+from gptkern.ops._device import rounded_product, row_offsets
 from gptkern.ops._triton import tl, triton
 
 _VARYING = ("tokens", "rows", "context", "q_inner", "k_inner", "q_out_inner", "k_out_inner")
@@ -104,9 +104,16 @@ def norm_weight(
 
 
 @triton.jit
+def products(a_first, b_first, a_second, b_second, a_rest, b_rest):
+    """The sum of a * b over each head, whose tiles are (first, second, rest)."""
+    pairs = tl.fma(a_second, b_second, a_first * b_first)
+    return tl.sum(pairs, 1) + tl.sum(rounded_product(a_rest, b_rest), 1)
+
+
+@triton.jit
 def reciprocal_rms(first, second, rest, eps, HEAD_DIM: tl.constexpr):
     """1 / root mean square of each head, as a column."""
-    squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1) + tl.sum(rest * rest, axis=1)
+    squares = products(first, first, second, second, rest, rest)
     return tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
 
 
@@ -210,7 +217,7 @@ def norm_backward_heads(
         dw_rest += d_rest * rest
         # The input's: without the component along the normalised head.
         d_first, d_second, d_rest = d_first * w_first, d_second * w_second, d_rest * w_rest
-        along = tl.sum(d_first * first, 1) + tl.sum(d_second * second, 1) + tl.sum(d_rest * rest, 1)
+        along = products(d_first, first, d_second, second, d_rest, rest)
         mean = (along / HEAD_DIM)[:, None]
         store_heads(
             dx_ptr + tl.cast(token, tl.int64) * (HEADS * HEAD_DIM) + head * HEAD_DIM,

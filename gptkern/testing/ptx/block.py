@@ -78,7 +78,6 @@ class Block:
         memory: Global,
         cluster: Cluster,
         shared_bytes: int,
-        ties: bool,
         maps: dict[int, TensorMap],
     ) -> None:
         self.number, self.place, self.grid, self.threads = number, place, grid, threads
@@ -86,7 +85,7 @@ class Block:
         self.rank = len(cluster.members)
         cluster.members.append(self)
         self.warps = slice(self.rank * (threads // 32), (self.rank + 1) * (threads // 32))
-        self.shared = Shared(shared_bytes, cluster.order, self.warps, ties)
+        self.shared = Shared(shared_bytes, cluster.order, self.warps)
         self.lane = np.arange(threads, dtype=np.uint32)
         self.warp = (self.lane // 32).astype(np.int32) + np.int32(self.warps.start)
         self.registers: dict[str, Array] = {}

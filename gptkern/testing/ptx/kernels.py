@@ -28,9 +28,7 @@ def _descriptor(value: Any, layout: dict[str, Any]) -> list[Any]:
     return [made, *value.shape, *value.strides]
 
 
-def run(
-    launch: _launch.Launch, arch: int, seed: int = 0, ties: bool = False, stream: Stream | None = None
-) -> None:
+def run(launch: _launch.Launch, arch: int, seed: int = 0, stream: Stream | None = None) -> None:
     """Compile a recorded launch for ``arch`` and execute it on its tensors, which are on the CPU."""
     compiled = _aot.compile_launch(launch, arch)
     arguments = _bound(launch)
@@ -47,7 +45,6 @@ def run(
         values,
         shared_bytes=compiled.metadata.shared,
         seed=seed,
-        ties=ties,
         stream=stream,
         dependent=compiled.metadata.launch_pdl,
     )
@@ -55,13 +52,13 @@ def run(
 
 @contextmanager
 def executed(
-    arch: int, seed: int = 0, ties: bool = False, done: Callable[[_launch.Launch], None] | None = None
+    arch: int, seed: int = 0, done: Callable[[_launch.Launch], None] | None = None
 ) -> Iterator[None]:
     """Run every launch within the block through the executor, as if CPU tensors were on a GPU of ``arch``."""
     stream = Stream()
 
     def observer(launch: _launch.Launch) -> bool:
-        run(launch, arch, seed, ties, stream)
+        run(launch, arch, seed, stream)
         if done is not None:
             done(launch)
         return False

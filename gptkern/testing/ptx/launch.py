@@ -64,7 +64,6 @@ def execute(
     fresh: Sequence[torch.Tensor] = (),
     also: Sequence[torch.Tensor] = (),
     seed: int = 0,
-    ties: bool = False,
     resident: int | None = None,
     stream: Stream | None = None,
     dependent: bool = False,
@@ -83,7 +82,6 @@ def execute(
         fresh: Tensors that nobody has written yet: reading a byte before it is written is a fault.
         also: Tensors that are reached through addresses in memory.
         seed: Chooses which block goes on wherever one may be held up.
-        ties: Lanes of one instruction may write different values to one shared address.
         resident: Most blocks at a time; by default all, as in a cooperative launch.
         stream: The launches before, to which this one is added.
         dependent: The launch may begin before the ones before have ended, up to ``griddepcontrol.wait``.
@@ -121,7 +119,7 @@ def execute(
             clusters[corner] = Cluster(shape, size, memory)
         Block(
             number, place, sizes, size, machine.steps, program.width, parameters, memory, clusters[corner],
-            room, ties, maps,
+            room, maps,
         )  # fmt: skip
     _run(list(clusters.values()), machine, random.Random(seed), resident or count)
     if stream is not None:

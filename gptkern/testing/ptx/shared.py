@@ -18,14 +18,13 @@ class Shared:
         size: Bytes.
         order: The order among the warps of the cluster.
         own: The block's warps among them.
-        ties: Lanes of one instruction may write different values to one address, of which any may stay.
 
     Attributes:
         guests: When each warp of the cluster that is of another block was here last.
     """
 
-    def __init__(self, size: int, order: Order, own: slice, ties: bool = False) -> None:
-        self._ties, self._order, self._own = ties, order, own
+    def __init__(self, size: int, order: Order, own: slice) -> None:
+        self._order, self._own = order, own
         self.data = np.zeros(size, np.uint8)
         self._written = np.zeros(size, bool)
         self.pending = np.zeros(size, bool)
@@ -76,7 +75,7 @@ class Shared:
         self._write_time[index] = self._order.time
         self._unfenced[index] = not copied
         self._visited(warps)
-        if not self._ties and np.any(self.data[index] != values):
+        if np.any(self.data[index] != values):
             raise Fault("tie", "two lanes of one instruction write different values to one shared address")
 
     def check_write(self, index: Array, warps: Array) -> None:
