@@ -6,8 +6,9 @@ blocks in a seeded order, and checks what a GPU does not: bounds and alignment o
 nobody wrote, asynchronous copies read before their wait, shared memory between barriers, the order of blocks.
 """
 
+from gptkern.testing.ptx.counters import Counters
 from gptkern.testing.ptx.hopper import TensorMap
 from gptkern.testing.ptx.launch import execute
 from gptkern.testing.ptx.memory import Fault
 
-__all__ = ["Fault", "TensorMap", "execute"]
+__all__ = ["Counters", "Fault", "TensorMap", "execute"]

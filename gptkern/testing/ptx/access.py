@@ -137,6 +137,7 @@ class AccessInstructions(Operands):
                 for home, chosen, addresses in self.targets(block, space, place(block)[lanes]):
                     if releases:
                         _released(block, home, addresses, lanes[chosen])
+                    block.touched(home, addresses, size, lanes[chosen])
                     if home is None:
                         early = block.early(lanes[chosen])
                         block.memory.write(
@@ -184,6 +185,7 @@ class AccessInstructions(Operands):
             with naming(lanes):
                 for home, chosen, addresses in self.targets(block, space, place(block)[lanes]):
                     which = lanes[chosen]
+                    block.touched(home, addresses, np.dtype(DTYPES[kind]).itemsize, which)
                     if releases:
                         _released(block, home, addresses, which)
                     # Lanes with one address go one after another: the first of each address, then the second.
@@ -244,6 +246,7 @@ class AccessInstructions(Operands):
 def _loaded(
     block: Block, home: Block | None, addresses: Array, count: int, lanes: Array, unordered: bool
 ) -> Array:
+    block.touched(home, addresses, count, lanes)
     if home is None:
         early = block.early(lanes)
         return block.memory.read(addresses, count, block.number, ordered=not unordered, early=early)

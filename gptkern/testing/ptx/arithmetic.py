@@ -76,7 +76,21 @@ def _remainder(a: Array, b: Array) -> Array:
     return np.asarray(a - _divided(a, b) * b, a.dtype)
 
 
+def _high_of_64(a: Array, b: Array) -> Array:
+    """The upper 64 bits of products, by halves."""
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    x, y = a.astype(np.uint64), b.astype(np.uint64)
+    mixed = (x >> half) * (y & low) + ((x & low) * (y & low) >> half)
+    rest = (mixed & low) + (x & low) * (y >> half)
+    high = (x >> half) * (y >> half) + (mixed >> half) + (rest >> half)
+    if a.dtype.kind == "i":  # a negative number is 2^64 too large as an unsigned one
+        high = high - np.where(a < 0, y, np.uint64(0)) - np.where(b < 0, x, np.uint64(0))
+    return np.asarray(high).astype(a.dtype)
+
+
 def _high(a: Array, b: Array) -> Array:
+    if a.dtype.itemsize == 8:
+        return _high_of_64(a, b)
     wide = _DOUBLE[a.dtype.type]
     return np.asarray((a.astype(wide) * b.astype(wide)) >> wide(8 * a.dtype.itemsize), a.dtype)
 

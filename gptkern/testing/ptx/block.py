@@ -10,6 +10,7 @@ import numpy as np
 
 from gptkern.testing.ptx.arithmetic import Array
 from gptkern.testing.ptx.cluster import Cluster
+from gptkern.testing.ptx.counters import Counters
 from gptkern.testing.ptx.hopper import WARPGROUP, Barrier, Products, TensorMap
 from gptkern.testing.ptx.memory import Fault, Global
 from gptkern.testing.ptx.shared import Shared
@@ -79,7 +80,9 @@ class Block:
         cluster: Cluster,
         shared_bytes: int,
         maps: dict[int, TensorMap],
+        counters: Counters | None = None,
     ) -> None:
+        self.counters = counters
         self.number, self.place, self.grid, self.threads = number, place, grid, threads
         self.memory, self.parameters, self.cluster = memory, parameters, cluster
         self.rank = len(cluster.members)
@@ -106,7 +109,7 @@ class Block:
         self._needed: dict[int, int] = {}  # at a barrier: threads, 0 for all
         self._came: dict[int, Array] = {}
         self._gave: dict[int, Array] = {}  # what those had done that arrive and do not wait
-        self._held = np.zeros(threads, bool)  # lanes that asked in vain for a barrier in shared memory
+        self._stalled = np.zeros(threads, bool)  # lanes that asked in vain for a barrier in shared memory
         self._spins, self._rounds = 0, 0
 
     # --- registers
@@ -142,6 +145,21 @@ class Block:
         if own is None:
             own = np.zeros(self.threads, dtype)
         self.registers[name] = np.where(mask, array, own)
+
+    # --- counts
+
+    def touched(self, home: Block | None, addresses: Array, size: int, lanes: Array) -> None:
+        """Count an access of lanes to a block's shared memory, or to global memory (None)."""
+        if self.counters is not None:
+            space = "global" if home is None else "shared"
+            self.counters.touched(self._steps[self.pc].instruction, space, addresses, size, lanes)
+
+    def _count(self, step: Step, lanes: Mask) -> None:
+        if self.counters is not None:
+            count = (
+                self.threads if lanes is None else np.count_nonzero(lanes.reshape(-1, 32).any(axis=1)) * 32
+            )
+            self.counters.executed(step.instruction, int(count) // 32)
 
     # --- dependent launches
 
@@ -188,11 +206,11 @@ class Block:
 
     def hold(self, lanes: Array) -> None:
         """Let others go on before these lanes ask again for a barrier in shared memory."""
-        self._held[lanes] = True
+        self._stalled[lanes] = True
 
     def resume(self) -> None:
         """Something was arrived at: whoever asked in vain may ask again."""
-        self._held[:] = False
+        self._stalled[:] = False
         self._rounds = 0
 
     def run(self) -> Iterator[None]:
@@ -208,12 +226,12 @@ class Block:
                 raise Fault(
                     "deadlock", f"block {self.number}: all lanes wait at barriers {waiting}, not all came"
                 )
-            if np.all(self._held[runnable]):
+            if np.all(self._stalled[runnable]):
                 self._rounds += self.cluster.alone
                 if self._rounds > _MOST_ROUNDS:
                     raise Fault("deadlock", "a barrier in shared memory whose phase never ends")
-                self._held[:] = False
-            runnable &= ~self._held
+                self._stalled[:] = False
+            runnable &= ~self._stalled
             # Lanes of a warp meet again: its first go on alone. Warps that spin let others go on.
             first = np.where(runnable, self._at, _NEVER).reshape(-1, 32).min(axis=1)
             places = np.unique(first[first < _NEVER])
@@ -232,52 +250,53 @@ class Block:
         while at < stop:
             step = self._steps[at]
             self.pc = at
+            guarded = self._guard(step.instruction, mask)
+            some = guarded is None or bool(np.any(guarded))
+            if some:
+                self._count(step, guarded)
             if step.kind == "plain":
                 assert step.run is not None
-                guarded = self._guard(step.instruction, mask)
-                if guarded is None or np.any(guarded):
+                if some:
                     self.active = everyone if guarded is None else guarded
                     step.run(self, guarded)
                 at += 1
                 if step.yields or (step.polls and not self.cluster.alone):
                     yield
                 continue
-            guarded = self._guard(step.instruction, mask)
             chosen = everyone if guarded is None else guarded
             if step.kind == "branch":
                 alone = np.array_equal(chosen, everyone) and stop == len(self._steps)
-                if alone and not np.any(self._held[everyone]):
+                if alone and not np.any(self._stalled[everyone]):
                     at = step.target
                     continue
                 self._spins += step.target <= at
-                self._at[everyone] = at + 1
-                self._at[chosen] = step.target
-                return
-            if step.kind == "indexed":
-                assert step.index is not None and step.targets is not None
-                self._at[everyone] = at + 1
-                self._at[chosen] = step.targets[np.broadcast_to(step.index(self), self.threads)[chosen]]
-                return
-            if step.kind == "return":
-                self._at[everyone] = at + 1
-                self.alive[chosen] = False
-                self._release()
-                if self.ended:
-                    self.let_dependents_start()
-                    self.cluster.leave(self)
-                return
             if step.kind == "cluster arrive":
                 self.cluster.arrive(self, chosen, "relaxed" not in step.instruction.opcode)
                 at += 1
                 continue
-            if step.kind == "cluster wait":
-                self.cluster.check_wait(self, chosen)
-                self._at[everyone] = at + 1
-                self._waits[chosen] = _CLUSTER
-                return
-            self._arrive(step.instruction, at, everyone, chosen)
+            self._at[everyone] = at + 1
+            self._turn(step, chosen)
             return
         self._at[everyone] = at
+
+    def _turn(self, step: Step, chosen: Array) -> None:
+        """Lanes leave the straight way: they branch, return or wait."""
+        if step.kind == "branch":
+            self._at[chosen] = step.target
+        elif step.kind == "indexed":
+            assert step.index is not None and step.targets is not None
+            self._at[chosen] = step.targets[np.broadcast_to(step.index(self), self.threads)[chosen]]
+        elif step.kind == "return":
+            self.alive[chosen] = False
+            self._release()
+            if self.ended:
+                self.let_dependents_start()
+                self.cluster.leave(self)
+        elif step.kind == "cluster wait":
+            self.cluster.check_wait(self, chosen)
+            self._waits[chosen] = _CLUSTER
+        else:
+            self._arrive(step.instruction, chosen)
 
     @property
     def ended(self) -> bool:
@@ -298,10 +317,9 @@ class Block:
         guarded: Array = value if mask is None else mask & value
         return None if np.all(guarded) else guarded
 
-    def _arrive(self, instruction: Instruction, at: int, everyone: Array, lanes: Array) -> None:
+    def _arrive(self, instruction: Instruction, lanes: Array) -> None:
         operands = [self._number(operand) for operand in instruction.operands]
         barrier, count = operands[0], operands[1] if len(operands) > 1 else 0
-        self._at[everyone] = at + 1
         came = self._came.setdefault(barrier, np.zeros(self.threads, bool))
         came |= lanes
         if ".arrive" in instruction.opcode:

@@ -412,7 +412,9 @@ def _tile(block: Block, tensor_map: TensorMap, lane: int, corner: list[int]) -> 
     out = np.zeros((*tensor_map.box, size), np.uint8)
     if np.any(inside):
         where = np.uint64(tensor_map.base.data_ptr()) + (addresses[inside] * size).astype(np.uint64)
-        early = block.early(np.full(len(where), lane))
+        askers = np.full(len(where), lane)
+        early = block.early(askers)
+        block.touched(None, where, size, askers)
         out[inside] = block.memory.read(where, size, block.number, early=early)
     return out.reshape(-1, tensor_map.box[-1] * size)
 

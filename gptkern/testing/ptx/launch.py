@@ -11,6 +11,7 @@ import torch
 
 from gptkern.testing.ptx.block import Block
 from gptkern.testing.ptx.cluster import Cluster
+from gptkern.testing.ptx.counters import Counters
 from gptkern.testing.ptx.dependent import Stream
 from gptkern.testing.ptx.hopper import TensorMap
 from gptkern.testing.ptx.machine import Machine
@@ -67,6 +68,7 @@ def execute(
     resident: int | None = None,
     stream: Stream | None = None,
     dependent: bool = False,
+    counters: Counters | None = None,
 ) -> None:
     """Run a kernel's PTX on CPU tensors, which it changes in place.
 
@@ -85,6 +87,7 @@ def execute(
         resident: Most blocks at a time; by default all, as in a cooperative launch.
         stream: The launches before, to which this one is added.
         dependent: The launch may begin before the ones before have ended, up to ``griddepcontrol.wait``.
+        counters: Where to count what is executed.
 
     Raises:
         Fault: A check failed: its message names the instruction and its source line.
@@ -119,9 +122,11 @@ def execute(
             clusters[corner] = Cluster(shape, size, memory)
         Block(
             number, place, sizes, size, machine.steps, program.width, parameters, memory, clusters[corner],
-            room, maps,
+            room, maps, counters,
         )  # fmt: skip
     _run(list(clusters.values()), machine, random.Random(seed), resident or count)
+    if counters is not None:
+        counters.ended(memory.uses(program.name))
     if stream is not None:
         blocks = [block for cluster in clusters.values() for block in cluster.members]
         early = dependent and all(block.began_dependents_early for block in blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gptkern.testing.ptx import arithmetic, matrix
+from gptkern.testing.ptx import arithmetic, double, matrix
 from gptkern.testing.ptx.access import naming
 from gptkern.testing.ptx.arithmetic import DTYPES, Array
 from gptkern.testing.ptx.block import Block, Execute, Mask, Step
@@ -65,7 +65,7 @@ class Machine(HopperInstructions):
         if own is not None:
             made: Execute = own(parts, instruction)
             return made
-        function = arithmetic.function_of(parts)
+        function = (double if parts[-1] == "f64" else arithmetic).function_of(parts)
         if function is None:
             raise NotImplementedError(f"{instruction.opcode} ({instruction.source})")
         kind = parts[-1]
@@ -146,10 +146,11 @@ class Machine(HopperInstructions):
                 destination, arithmetic.convert_pair(parts, *(fetch(block) for fetch in fetches)), mask
             )
         (fetch,) = fetches
+        convert = (double if parts[-1] == "f64" else arithmetic).convert
 
         def execute(block: Block, mask: Mask) -> None:
             with np.errstate(all="ignore"):
-                block.put(destination, arithmetic.convert(parts, np.asarray(fetch(block))), mask)
+                block.put(destination, convert(parts, np.asarray(fetch(block))), mask)
 
         return execute
 
@@ -182,6 +183,7 @@ class Machine(HopperInstructions):
                 if length:
                     these = np.flatnonzero(wanted == length)
                     sources = address(block)[lanes][these]
+                    block.touched(None, sources, int(length), lanes[these])
                     with naming(lanes[these]):
                         early = block.early(lanes[these])
                         data[these, :length] = block.memory.read(
@@ -273,8 +275,9 @@ class Machine(HopperInstructions):
         def execute(block: Block, mask: Mask) -> None:
             warps = _whole_warps(block, mask, instruction)
             addresses = place(block).reshape(-1, 32)[warps, :rows].reshape(-1)
-            owners = np.repeat(warps.astype(np.int32), rows)
-            data = block.shared.read(block.shared.index(addresses, 16), owners).reshape(len(warps), rows, 16)
+            block.touched(block, addresses, 16, _askers(warps, rows))
+            places = block.shared.index(addresses, 16)
+            data = block.shared.read(places, _owners(block, warps, rows)).reshape(len(warps), rows, 16)
             loaded = matrix.gathered(data, len(names), transposed)
             for index, name in enumerate(names):
                 column = np.zeros((block.threads // 32, 32), np.uint32)
@@ -292,9 +295,8 @@ class Machine(HopperInstructions):
             warps = _whole_warps(block, mask, instruction)
             data = matrix.scattered(_columns(block, group)[warps], transposed).reshape(-1, 16)
             addresses = place(block).reshape(-1, 32)[warps, :rows].reshape(-1)
-            block.shared.write(
-                block.shared.index(addresses, 16), data, np.repeat(warps.astype(np.int32), rows)
-            )
+            block.touched(block, addresses, 16, _askers(warps, rows))
+            block.shared.write(block.shared.index(addresses, 16), data, _owners(block, warps, rows))
 
         return execute
 
@@ -303,3 +305,13 @@ def _columns(block: Block, group: list[Fetch]) -> Array:
     """Registers as (warps, 32, count)."""
     columns = [np.broadcast_to(fetch(block), block.threads) for fetch in group]
     return np.stack(columns, axis=1).reshape(block.threads // 32, 32, -1)
+
+
+def _askers(warps: Array, rows: int) -> Array:
+    """The lanes that give the addresses of a matrix instruction's rows."""
+    return np.asarray((32 * warps[:, None] + np.arange(rows)).reshape(-1))
+
+
+def _owners(block: Block, warps: Array, rows: int) -> Array:
+    """The warp of each row, by its number in the cluster."""
+    return np.repeat(warps.astype(np.int32), rows) + np.int32(block.warps.start)

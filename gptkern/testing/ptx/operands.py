@@ -39,7 +39,7 @@ class Operands:
         special = self._special(operand)
         if special is not None:
             return lambda block: np.asarray(special(block)).astype(dtype)
-        if operand[0] == "%":
+        if operand[0] == "%" or operand in self.program.registers:
             width = np.dtype(dtype).itemsize
 
             def register(block: Block) -> Array:

@@ -1,0 +1,129 @@
+"""The CUDA sampler's kernels through the executor: compiled by nvcc, run on CPU tensors.
+
+The structures are those of ``csrc/sampling/arguments.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import torch
+
+from gptkern._native import COMMIT
+from gptkern.ops import SamplerState, SamplingParams
+from gptkern.ops.sample.launch import Drafts, Outputs
+from gptkern.testing.ptx import execute
+
+CSRC = Path(__file__).parents[2] / "csrc"
+THREADS, WORKSPACE_FLOATS = 512, 3
+P, I32, I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+
+class IdLists(ctypes.Structure):
+    _fields_ = [("ids", P), ("width", I32)]
+
+
+class SampleArguments(ctypes.Structure):
+    _fields_ = [
+        ("logits", P), ("row_stride", I64), ("position_stride", I64),
+        ("dtype", I32), ("batch", I32), ("positions", I32), ("vocab", I32),
+        ("params", P), ("counters", P), ("counts", P),
+        ("bias", IdLists), ("banned", IdLists), ("eos", IdLists),
+        ("bias_values", P), ("bitmask", P), ("bitmask_words", I64),
+        ("logprobs", I32), ("tokens", P), ("token_logprobs", P), ("top_tokens", P), ("top_logprobs", P),
+        ("status", P), ("probs", P),
+        ("accepted", P), ("draft_tokens", P), ("draft_probs", P), ("draft_lengths", P), ("commit", I32),
+    ]  # fmt: skip
+
+
+class TopKArguments(ctypes.Structure):
+    _fields_ = [
+        ("logits", P), ("row_stride", I64), ("dtype", I32), ("rows", I32), ("vocab", I32), ("k", I32),
+        ("tokens", P), ("logprobs", P), ("status", P),
+    ]  # fmt: skip
+
+
+def compiled(arch: int, folder: Path, source: Path = CSRC) -> str:
+    """The sampler's PTX, with the flags of ``csrc/CMakeLists.txt``."""
+    out = folder / f"sampler_{arch}.ptx"
+    command = [
+        "nvcc", "-std=c++17", "-O3", "-fmad=false", "-ptx", "-lineinfo", f"-arch=compute_{arch}",
+        f"-I{source}", "-DGPTKERN_ISA=cuda", f'-DGPTKERN_CUDA_ARCHS="{arch}"',
+        str(source / "sampling" / "cuda_path.cu"), "-o", str(out),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    return out.read_text()
+
+
+class _Pointers:
+    """Addresses of tensors, which stay alive and are what a kernel may touch."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+
+    def __call__(self, tensor: torch.Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        self.tensors.append(tensor)
+        return tensor.data_ptr()
+
+
+def _dtype(logits: torch.Tensor) -> int:
+    return {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[logits.dtype]
+
+
+def _launch(
+    ptx: str, entry: str, arguments: ctypes.Structure, problem: tuple[int, int],
+    read: _Pointers, written: _Pointers, blocks: int, seed: int,
+) -> None:  # fmt: skip
+    """A launch for (rows, vocabulary) with ``blocks`` blocks a row, as ``csrc``'s ``launch`` makes it."""
+    rows, vocab = problem
+    workspace = torch.zeros(rows * WORKSPACE_FLOATS * vocab)
+    execute(
+        ptx, (rows * blocks,), (bytes(arguments), workspace), entry=entry, cluster=(blocks, 1, 1),
+        threads=THREADS, also=[*read.tensors, *written.tensors], fresh=[workspace, *written.tensors],
+        seed=seed,
+    )  # fmt: skip
+
+
+def sample(
+    ptx: str, logits: torch.Tensor, params: SamplingParams, state: SamplerState, outputs: Outputs,
+    drafts: Drafts | None = None, blocks: int = 1, seed: int = 0,
+) -> None:  # fmt: skip
+    """``cuda_sample``: a draw, or a verification of drafts, which advances the state."""
+    read, written = _Pointers(), _Pointers()
+    batch, vocab = logits.shape[0], logits.shape[-1]
+    tokens, probs, lengths = drafts or (None, None, None)
+
+    def lists(ids: torch.Tensor | None) -> IdLists:
+        return IdLists(read(ids), 0 if ids is None else ids.shape[1])
+
+    arguments = SampleArguments(
+        logits=read(logits), row_stride=logits.stride(0),
+        position_stride=logits.stride(1) if drafts else 0, dtype=_dtype(logits),
+        batch=batch, positions=logits.shape[1] if drafts else 1, vocab=vocab,
+        params=read(params.values), counters=read(state.counters), counts=read(state.counts),
+        bias=lists(params.bias_ids), banned=lists(params.banned_ids), eos=lists(params.eos_ids),
+        bias_values=read(params.bias_values), bitmask=read(params.bitmask),
+        bitmask_words=0 if params.bitmask is None else params.bitmask.shape[1],
+        logprobs=-1 if params.max_logprobs is None or drafts else params.max_logprobs, commit=COMMIT,
+        tokens=written(outputs.tokens), token_logprobs=written(outputs.logprobs),
+        top_tokens=written(outputs.top_tokens), top_logprobs=written(outputs.top_logprobs),
+        status=written(outputs.status), accepted=written(outputs.accepted),
+        draft_tokens=read(tokens), draft_probs=read(probs), draft_lengths=read(lengths),
+    )  # fmt: skip
+    entry = "speculate_kernel" if drafts else "sample_kernel"
+    _launch(ptx, entry, arguments, (batch, vocab), read, written, blocks, seed)
+
+
+def top_k(ptx: str, logits: torch.Tensor, k: int, outputs: Outputs, blocks: int = 1, seed: int = 0) -> None:
+    """``cuda_top_k``: the k most likely tokens of each row."""
+    read, written = _Pointers(), _Pointers()
+    rows, vocab = logits.shape
+    arguments = TopKArguments(
+        logits=read(logits), row_stride=logits.stride(0), dtype=_dtype(logits), rows=rows, vocab=vocab, k=k,
+        tokens=written(outputs.tokens), logprobs=written(outputs.logprobs), status=written(outputs.status),
+    )  # fmt: skip
+    _launch(ptx, "top_k_kernel", arguments, (rows, vocab), read, written, blocks, seed)

@@ -1,0 +1,289 @@
+"""The CUDA sampler's machine code draws the CPU sampler's tokens, bit for bit; arithmetic of float64."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import cuda_sampler
+import numpy as np
+import pytest
+import torch
+from ptx_support import unary
+
+from gptkern._native import COMMIT
+from gptkern.ops import SamplerState, SamplingParams
+from gptkern.ops.sample import launch
+from gptkern.ops.sample.launch import Drafts, Outputs
+from gptkern.testing.ptx import Fault, double
+
+VOCAB, ROWS = 211, 2
+
+
+# --- instructions that nvcc emits and Triton does not
+
+
+def numbers(generator: np.random.Generator, scale: int) -> Any:
+    exponents = generator.integers(-scale, scale, 4000).astype(np.float64)
+    return generator.uniform(-2, 2, 4000) * 2.0**exponents
+
+
+@pytest.mark.parametrize("scale", [3, 60, 500])
+def test_products_of_float64_are_fused_and_rounded_once(scale: int) -> None:
+    """Random operands, and addends that cancel the product but for its last bits."""
+    generator = np.random.default_rng(scale)
+    a, b, c = (numbers(generator, scale) for _ in range(3))
+    c[::2] = -a[::2] * b[::2] * generator.choice([1, 1 + 2**-52, 1 - 2**-50, 2**-53], 2000)
+    found = double.fma(a, b, c)
+    for x, y, z, result in zip(a, b, c, found, strict=True):
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        if abs(exact) < Fraction(2) ** 1024 and exact != 0:
+            assert result == exact.numerator / exact.denominator, (x, y, z)
+    assert np.any(found != a * b + c)
+
+
+def test_products_of_float64_at_the_edges() -> None:
+    inf, nan, tiny = np.inf, np.nan, 5e-324
+    a = np.array([inf, 0.0, nan, 1e308, tiny, 1e-200, -0.0, 2.0**-537])
+    b = np.array([2.0, inf, 1.0, 10.0, 0.5, 1e-200, 1.0, 2.0**-538])
+    c = np.array([-1.0, 1.0, 1.0, -inf, tiny, 0.0, 0.0, 0.0])
+    found = double.fma(a, b, c)
+    # The last is half of the least number: between two, the even one.
+    np.testing.assert_array_equal(found, [inf, nan, nan, -inf, 2 * tiny, 0.0, 0.0, 0.0])
+
+
+DOUBLES = torch.tensor(
+    [0.0, 1.0, -1.0, 0.5, 3.0, 1e300, -1e300, 2.5, -2.5, 1e19, -1e19, 9e18, 4294967295.5, 1e-300, 7.25, -0.75]
+    * 2,
+    dtype=torch.float64,
+)
+
+
+def clamped(value: float, least: int, most: int) -> int:
+    return max(least, min(most, int(value)))
+
+
+@pytest.mark.parametrize(
+    ("instruction", "result", "expected"),
+    [
+        ("cvt.rzi.u64.f64 OUT, IN", torch.int64, lambda x: clamped(x, 0, 2**64 - 1)),
+        ("cvt.rzi.s64.f64 OUT, IN", torch.int64, lambda x: clamped(x, -(2**63), 2**63 - 1)),
+        ("cvt.rzi.s32.f64 OUT, IN", torch.int32, lambda x: clamped(x, -(2**31), 2**31 - 1)),
+        ("cvt.rni.s32.f64 OUT, IN", torch.int32, lambda x: clamped(round(x), -(2**31), 2**31 - 1)),
+        ("mul.rn.f64 OUT, IN, 0d4008000000000000", torch.float64, lambda x: x * 3),
+        ("div.rn.f64 OUT, IN, 0d4008000000000000", torch.float64, lambda x: x / 3),
+        ("min.f64 OUT, IN, 0d4008000000000000", torch.float64, lambda x: min(x, 3.0)),
+    ],
+)
+def test_instructions_of_float64(
+    instruction: str, result: torch.dtype, expected: Callable[[float], Any]
+) -> None:
+    found = unary(instruction, DOUBLES, result).tolist()
+    wanted = [expected(value) for value in DOUBLES.tolist()]
+    unsigned = ".u64" in instruction
+    assert found == [value - 2**64 if unsigned and value >= 2**63 else value for value in wanted]
+
+
+def test_the_rough_reciprocal_has_half_of_the_bits() -> None:
+    values = torch.tensor(
+        [1.0, -2.0, 3.0, 1e300, 0.7, 2.0**-1030, np.inf, 1 + 2**-40] * 4, dtype=torch.float64
+    )
+    found = unary("rcp.approx.ftz.f64 OUT, IN", values, torch.float64)
+    assert torch.all(found.view(torch.int64) & 0xFFFFFFFF == 0)
+    assert found.tolist()[0] == 1.0 and found.tolist()[5] == np.inf and found.tolist()[6] == 0.0
+    rest = torch.tensor([1, 2, 3, 4, 7])
+    torch.testing.assert_close(
+        found[rest] * values[rest], torch.ones(5, dtype=torch.float64), rtol=2**-19, atol=0
+    )
+
+
+WIDE = [0, 1, 2**32, 2**63, 2**64 - 1, 0x123456789ABCDEF0, 3, 2**33 + 5]
+
+
+@pytest.mark.parametrize("factor", [3, 0xFEDCBA9876543210, 2**64 - 1])
+def test_the_upper_half_of_wide_products(factor: int) -> None:
+    signed = [value - 2**64 if value >= 2**63 else value for value in WIDE * 4]
+    values = torch.tensor(signed, dtype=torch.int64)
+    found = unary(f"mul.hi.u64 OUT, IN, {factor}", values, torch.int64).tolist()
+    assert [value % 2**64 for value in found] == [value * factor >> 64 for value in WIDE * 4]
+    other = factor - 2**64 if factor >= 2**63 else factor
+    found = unary(f"mul.hi.s64 OUT, IN, {other}", values, torch.int64).tolist()
+    assert found == [value * other >> 64 for value in signed]
+
+
+# --- the sampler
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+    """The sampler's PTX by architecture, compiled once."""
+    folder, found = tmp_path_factory.mktemp("sampler"), dict[int, str]()
+
+    def text(arch: int) -> str:
+        if arch not in found:
+            found[arch] = cuda_sampler.compiled(arch, folder)
+        return found[arch]
+
+    return text
+
+
+def equal(found: Outputs, expected: Outputs) -> None:
+    for name, tensor in vars(expected).items():
+        if tensor is not None:
+            assert torch.equal(getattr(found, name), tensor), name
+
+
+def draws(
+    ptx: str,
+    blocks: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    few: int = VOCAB,
+    spread: float = 3.0,
+    **options: Any,
+) -> None:
+    """Two draws, on the CPU and by the machine code, among the first ``few`` tokens: results are equal."""
+    torch.manual_seed(seed)
+    params = SamplingParams.make(ROWS, VOCAB, **options)
+    ours, theirs = (SamplerState.make(ROWS, VOCAB, seed=5, history=True) for _ in range(2))
+    for step in range(2):
+        logits = (torch.randn(ROWS, VOCAB) * spread).to(dtype)
+        logits[:, few:] = -torch.inf
+        expected, found = (launch.sample_outputs(logits, params.max_logprobs) for _ in range(2))
+        assert launch.sample(logits, params, theirs, expected, COMMIT) == -1
+        cuda_sampler.sample(ptx, logits, params, ours, found, blocks=blocks, seed=step)
+        equal(found, expected)
+        assert torch.equal(ours.counters, theirs.counters)
+        assert (
+            ours.counts is not None and theirs.counts is not None and torch.equal(ours.counts, theirs.counts)
+        )
+
+
+# One block a row before sm_90; there 1, 2, 4 or 8 share it.
+TEAMS = [(80, 1), (90, 1), (90, 2), (90, 8)]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.0},
+    {"top_k": 7, "top_p": 0.75},
+    {"min_p": 0.1, "dtype": torch.bfloat16},
+    {"typical_p": 0.5, "top_k": 30},
+    {"epsilon_cutoff": 0.01, "dtype": torch.float16},
+    {"eta_cutoff": 0.05},
+    {"n_logprobs": 5, "few": 3},
+    {"top_k": 50, "spread": 0.0},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    {"logit_bias": [{3: 4.0}, {5: -1.0}], "banned_tokens": [[1, 2], [3]], "n_logprobs": 5},
+]
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_cluster_draws_the_cpus_tokens(texts: Callable[[int], str]) -> None:
+    draws(texts(90), 2, top_k=7, top_p=0.75)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "blocks"), TEAMS)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "plain")
+def test_every_option_draws_the_cpus_tokens(
+    texts: Callable[[int], str], arch: int, blocks: int, options: dict[str, Any]
+) -> None:
+    draws(texts(arch), blocks, **options)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_of_blocks_changes_nothing(texts: Callable[[int], str], seed: int) -> None:
+    draws(texts(90), 4, seed=seed, top_k=20, top_p=0.9)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "blocks"), TEAMS)
+@pytest.mark.parametrize("certain", [False, True])
+def test_drafts_are_verified_alike(
+    texts: Callable[[int], str], arch: int, blocks: int, certain: bool
+) -> None:
+    torch.manual_seed(1)
+    drafted = 2
+    logits = torch.randn(ROWS, drafted + 1, VOCAB)
+    probs = None if certain else torch.softmax(torch.randn(ROWS, drafted, VOCAB), dim=-1)
+    drafts = Drafts(torch.randint(VOCAB, (ROWS, drafted)), probs, torch.tensor([2, 1]))
+    params = SamplingParams.make(ROWS, VOCAB, top_k=50)
+    ours, theirs = (SamplerState.make(ROWS, VOCAB, seed=5) for _ in range(2))
+    expected, found = (launch.accept_outputs(logits) for _ in range(2))
+    assert launch.sample(logits, params, theirs, expected, COMMIT, drafts) == -1
+    cuda_sampler.sample(texts(arch), logits, params, ours, found, drafts, blocks=blocks)
+    equal(found, expected)
+    assert torch.equal(ours.counters, theirs.counters)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "blocks"), TEAMS)
+def test_the_most_likely_tokens_are_the_cpus(texts: Callable[[int], str], arch: int, blocks: int) -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(ROWS, VOCAB).round(decimals=1)  # with ties
+    expected, found = (launch.top_k_outputs(logits, 9) for _ in range(2))
+    assert launch.top_k(logits, 9, expected) == -1
+    cuda_sampler.top_k(texts(arch), logits, 9, found, blocks=blocks)
+    equal(found, expected)
+
+
+# --- faults planted in its source
+
+# What is wrong: a line, and the barrier behind it that is taken away.
+BARRIERS = {
+    "no meeting at the end of a row": ("void sync() {", "cluster_sync();"),
+    "a sum is read before all have written it": ("memory_.partial[turn_] = block_result;", "cluster_sync();"),
+    "bins are added up before all have counted": ("find_bin(uint64_t target) {", "cluster_sync();"),
+    "a crossing is sought while bins are added up": ("combine_bins();", "cluster_sync();"),
+    "a crossing is read before it is written": ("find_own_bin(target);", "cluster_sync();"),
+    "bins are counted before they are cleared": ("memory_.bins[i] = 0;", "__syncthreads();"),
+    "a list is added to before it is empty": ("memory_.list_length = 0;", "cluster_sync();"),
+    "a list is read before it is closed": ("void close_list() {", "cluster_sync();"),
+    "a selection is read before it is made": ("memory_.selection = selection;\n        }", "cluster_sync();"),
+    "digits are added before they are cleared": (
+        "memory_.digit_counts[i] = 0;\n        }",
+        "__syncthreads();",
+    ),
+    "a digit is sought before all are counted": ("find_digit(uint64_t target) {", "__syncthreads();"),
+    "a digit is read before it is written": ("memory_.digit_counts[i]};\n        }", "__syncthreads();"),
+    "an id is read before it is published": ("published() const {", "__syncthreads();"),
+    "one place for all sums": ("int turn_ = 0;", ""),
+}
+
+
+def planted(fault: str, text: str) -> str:
+    """The source with a fault."""
+    line, barrier = BARRIERS[fault]
+    if not barrier:
+        return text.replace("turn_ ^= 1;", "")
+    changed, count = re.subn(re.escape(line) + r"\s*" + re.escape(barrier), lambda _: line, text)
+    assert count == 1
+    return changed
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fault", BARRIERS)
+def test_faults_planted_in_the_sampler_are_found(fault: str, tmp_path: Path) -> None:
+    source = tmp_path / "csrc"
+    shutil.copytree(cuda_sampler.CSRC, source)
+    team = source / "sampling" / "cuda_team.cuh"
+    team.write_text(planted(fault, team.read_text()))
+    ptx = cuda_sampler.compiled(90, tmp_path, source)
+    with pytest.raises(Fault, match=r"^(race|ended|uninitialised)"):
+        draws(ptx, 2, top_k=7, top_p=0.75, n_logprobs=5)
+        draws(ptx, 2, n_logprobs=5, few=3)
+        draws(ptx, 2, top_k=50, spread=0.0)
