@@ -11,6 +11,7 @@ from gptkern.config import GPTConfig
 from gptkern.gpt import GPT
 from gptkern.ops import _cases
 from gptkern.ops._launch import Launch
+from gptkern.ops.pack.bare import bare
 
 
 def model() -> GPT:
@@ -27,6 +28,6 @@ def launches(arch: int, ops: list[str]) -> Iterator[tuple[str, Launch]]:
         for case in _cases.cases(op):
             if case.archs is None or arch in case.archs:
                 for launch in _cases.record_case(case, case.dtypes[0], arch):
-                    yield case.name, launch
+                    yield case.name, bare(launch)
     for launch in packing.model_launches(model(), arch):
         yield "generate", launch

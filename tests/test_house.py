@@ -19,8 +19,7 @@ FLOORS = (
     ("engine",),
     ("generate",),
     ("gpt",),
-    ("packing",),
-    ("bench", "cli", "drop_in", "eval", "serve", "train", "transformers"),
+    ("bench", "cli", "drop_in", "eval", "packing", "serve", "train", "transformers"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # What a function imports when it is called, because an extra may be missing.

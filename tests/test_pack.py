@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,16 @@ import torch
 import triton
 from cubins import parameter_sizes
 
+import gptkern
+from gptkern import packing
+from gptkern.config import GPTConfig
 from gptkern.environment import FallbackWarning
-from gptkern.ops import _cases
+from gptkern.gpt import GPT
+from gptkern.ops import _cases, _launch, layer_norm
 from gptkern.ops.decode_embed import kernels
+from gptkern.ops.pack import build, signature
 from gptkern.ops.pack import loader as loading
-from gptkern.ops.pack import signature
+from gptkern.ops.pack.bare import bare, received, sent
 from gptkern.ops.pack.file import Binary, Made, Pack, PackError, write
 
 HERE = Path(__file__).parent
@@ -187,6 +193,32 @@ def test_a_call_that_fits_no_kernel_is_refused(
         key(*args, **kwargs)
 
 
+def test_a_launch_without_its_tensors_has_the_same_key_here_and_in_another_process() -> None:
+    x = torch.zeros(3 * 64 + 1)
+    with gptkern.backend("kernel"), _launch.record(90) as launches:
+        layer_norm(x[1:].view(3, 64), torch.ones(64), None, eps=1e-5)
+    for launch in launches:
+        kernel = signature.empty(launch.kernel)
+        again = received(pickle.loads(pickle.dumps(sent(bare(launch)))))
+        assert again.kernel is launch.kernel and again.grid == launch.grid
+        assert kernel.key(again.args, again.kwargs) == kernel.key(launch.args, launch.kwargs)
+    assert launches
+
+
+def test_a_model_without_written_weights_launches_what_one_with_weights_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packing, "CALLS", ((1, 7, 3), (2, 33, 3)))
+    config = GPTConfig(n_layer=1, n_head=4, n_embd=128, vocab_size=64, bos_token_id=None, eos_token_id=None)
+    recorded = []
+    with gptkern.backend("kernel"):
+        for model in (GPT(config).bfloat16().eval(), packing.unwritten(config, torch.bfloat16)):
+            found = packing.model_launches(model, 90)
+            recorded.append({(x.name, signature.empty(x.kernel).key(x.args, x.kwargs)) for x in found})
+    assert {"decode_linear_kernel", "flash_attention_forward"} < {name for name, _ in recorded[0]}
+    assert recorded[0] == recorded[1]
+
+
 @pytest.mark.slow
 def test_calls_with_one_key_have_one_machine_code() -> None:
     """Over every launch of a small model's generation and of the norms' cases, as Triton compiles it."""
@@ -302,9 +334,24 @@ def test_a_driver_that_refuses_is_named_with_its_version(packed: Path, library: 
     told = launched(library, packed, 90)
     made_by = Pack(packed).made.ptxas
     assert told["refused"].split(" ", 1)[1] == (
-        f"(sm_90, made by ptxas {made_by}): cuLibraryLoadData: CUDA_ERROR_NO_BINARY_FOR_GPU "
-        "(the driver serves CUDA 12.4)"
+        f"(sm_90, by ptxas {made_by}, for {build.driver_for(made_by, 90)}): cuLibraryLoadData: "
+        "CUDA_ERROR_NO_BINARY_FOR_GPU (the driver serves CUDA 12.4)"
     )
+
+
+@pytest.mark.parametrize(
+    ("ptxas", "arch", "needed"),
+    [
+        ("12.9", 80, "NVIDIA's driver 525 (CUDA 12.0) or newer"),
+        ("12.8", 90, "NVIDIA's driver 525 (CUDA 12.0) or newer"),
+        ("12.9", 100, "NVIDIA's driver 570 (CUDA 12.8) or newer"),
+        ("12.9", 103, "NVIDIA's driver 575 (CUDA 12.9) or newer"),
+        ("13.3", 100, "NVIDIA's driver 580 (CUDA 13.0) or newer"),
+        ("14.1", 90, "a driver that serves CUDA 14.0"),
+    ],
+)
+def test_the_driver_that_code_needs(ptxas: str, arch: int, needed: str) -> None:
+    assert build.driver_for(ptxas, arch) == needed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a driver")

@@ -103,10 +103,16 @@ def _kernels() -> Iterator[Finding]:
 
 def _packs() -> Iterator[Finding]:
     """The packs of machine code, each with the reason why it is not in use."""
+    import torch
+
     from gptkern.ops.pack import loader
     from gptkern.ops.pack.file import Pack
 
-    paths = loader.files()
+    try:
+        paths = loader.files()
+    except FileNotFoundError as error:
+        yield Finding("packs", "fallback", str(error))
+        return
     if not paths:
         yield Finding("packs", "note", "none: kernels are compiled when first used; gptkern pack makes one")
     for path in paths:
@@ -123,6 +129,41 @@ def _packs() -> Iterator[Finding]:
             )
         else:
             yield Finding("pack", "fallback", f"{path}: not in use, as {reason}")
+    if paths and torch.cuda.is_available():
+        yield _launched()
+
+
+def _launched() -> Finding:
+    """The kernels that a short generation on the GPU launches, by where their machine code comes from."""
+    import torch
+
+    from gptkern.gpt import GPT
+    from gptkern.ops import _launch
+    from gptkern.ops.pack import loader
+
+    names: set[str] = set()
+
+    def note(launch: _launch.Launch) -> bool:
+        names.add(launch.name)
+        return True
+
+    compiled = loader.loader().compiled
+    compiled.clear()
+    try:
+        model = GPT.from_pretrained("embedded", device="cuda")
+        with _launch.observe(note):
+            model.generate(torch.zeros(1, 40, dtype=torch.long), max_new_tokens=4)
+    # Whatever a driver, a pack or a compiler raises: that is what the report is for.
+    except Exception as error:
+        return Finding("kernels launched", "fallback", f"the package's model does not generate: {error}")
+    return _sources(names, {name.rpartition(":")[2] for name in compiled})
+
+
+def _sources(names: set[str], compiled: set[str]) -> Finding:
+    text = f"generation of the package's model: {len(names - compiled)} of {len(names)} kernels from packs"
+    if compiled:
+        return Finding("kernels launched", "fallback", f"{text}; compiled: {', '.join(sorted(compiled))}")
+    return Finding("kernels launched", "ok", f"{text}, none compiled")
 
 
 def _extension() -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,9 @@ def pack(
     arch: Annotated[
         list[int] | None, typer.Option(help="Compute capability: 80, 89, 90 or 100; repeatable.")
     ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes that compile; as many as processors if not given.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a file.")] = False,
     weights: o.Weights = None,
     dtype: o.Dtype = None,
@@ -30,6 +34,7 @@ def pack(
     Where `GPTKERN_PACK` names that file or its folder, its kernels are launched as they are: nothing is
     compiled at the first token, and Triton need not be installed. What a pack lacks, Triton compiles, with
     a warning; `GPTKERN_STRICT=1` makes that an error. A pack serves the gptkern and the Triton that made it.
+    What was compiled before an interruption is in Triton's cache: the same command goes on from there.
 
     Examples:
 
@@ -52,7 +57,7 @@ def pack(
         else:
             launches = build.unique(packing.standard_launches(each))
         with terminal.progress(f"sm_{each}: compiling", len(launches)) as advance:
-            binaries = build.binaries(launches, each, advance)
+            binaries = build.binaries(launches, each, jobs or len(os.sched_getaffinity(0)), advance)
         path = out / f"sm{each}{SUFFIX}"
         write(path, build.made(each), binaries)
         size = path.stat().st_size

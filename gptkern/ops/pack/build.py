@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
+from multiprocessing import get_context
 from typing import Any
 
 import triton
@@ -16,6 +18,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from gptkern.ops import _aot, _launch
 from gptkern.ops.pack import signature
+from gptkern.ops.pack.bare import Sent, received, sent
 from gptkern.ops.pack.file import Binary, Made
 
 _FORMS = {
@@ -58,6 +61,20 @@ def _ptxas(arch: int) -> str:
     if found is None:
         raise RuntimeError(f"ptxas says no version:\n{text}")
     return found.group(1)
+
+
+def driver_for(ptxas: str, arch: int) -> str:
+    """The oldest driver that takes an assembler's code: of the same CUDA major version, and knows the GPU."""
+    major = int(ptxas.partition(".")[0])
+    if major > 13:
+        return f"a driver that serves CUDA {major}.0"
+    if major == 13:
+        number, cuda = 580, "13.0"
+    elif arch in (100, 101, 120):
+        number, cuda = 570, "12.8"
+    else:
+        number, cuda = (525, "12.0") if arch <= 90 else (575, "12.9")
+    return f"NVIDIA's driver {number} (CUDA {cuda}) or newer"
 
 
 def made(arch: int) -> Made:
@@ -121,7 +138,7 @@ def binary(launch: _launch.Launch, arch: int) -> Binary:
     passed, maps, parameters = _arguments(compiled, launch)
     facts = {
         "entry": metadata.name,
-        "needs": f"sm_{arch}, made by ptxas {_ptxas(arch)}",
+        "needs": f"sm_{arch}, by ptxas {_ptxas(arch)}, for {driver_for(_ptxas(arch), arch)}",
         "passed": passed,
         "maps": maps,
         "threads": int(threads.group(1)) if threads else 32 * metadata.num_warps,
@@ -133,6 +150,10 @@ def binary(launch: _launch.Launch, arch: int) -> Binary:
     }
     key = signature.empty(launch.kernel).key(launch.args, launch.kwargs)
     return Binary(key, compiled.asm["cubin"], facts)
+
+
+def _binary_here(parts: Sent, arch: int) -> Binary:
+    return binary(received(parts), arch)
 
 
 def unique(launches: Iterable[_launch.Launch]) -> list[_launch.Launch]:
@@ -148,16 +169,27 @@ def unique(launches: Iterable[_launch.Launch]) -> list[_launch.Launch]:
 
 
 def binaries(
-    launches: Iterable[_launch.Launch], arch: int, advance: Callable[[int], None] = lambda count: None
+    launches: Iterable[_launch.Launch],
+    arch: int,
+    processes: int = 1,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, list[Binary]]:
     """The machine code of launches with different keys, by kernel.
 
+    What was compiled lies in Triton's cache at once: after an interruption the same call goes on from there.
+
     Args:
+        processes: Number of processes that compile.
         advance: Called with 1 after each launch.
     """
     found: dict[str, list[Binary]] = {}
-    with _without_paths():
-        for launch in launches:
-            found.setdefault(signature.name_of(launch.kernel), []).append(binary(launch, arch))
-            advance(1)
+    with _without_paths(), ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(_binary_here, sent(launch), arch): launch for launch in launches}
+        try:
+            for done in as_completed(waiting):
+                found.setdefault(signature.name_of(waiting[done].kernel), []).append(done.result())
+                advance(1)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return found
