@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
+from gptkern.engine.packed_pass import hidden_states, logits_at
 from gptkern.engine.steering import Steering
-from gptkern.model.attend import PackedAttend
 from gptkern.model.decoder import Decoder
 from gptkern.model.taps import Taps
-
-# The head takes so many rows at once: logits of GPT-2's vocabulary are 200 kB a row.
-ROWS_AT_ONCE = 256
 
 PromptLogprobs = tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
 
@@ -26,16 +21,12 @@ def prompt_logprobs(
     """
     if len(prompt) < 2:
         return ()
-    ids = torch.tensor(list(prompt), device=model.device)
-    count = len(prompt) - 1
-    ends = torch.tensor([0, count], dtype=torch.int32, device=model.device)
-    attend = PackedAttend(ends, count, 0.0, dropout=False)
     taps = None if steering is None else Taps(frozenset(), None, steering.vectors)
-    hidden = model.transformer(ids[:-1], torch.arange(count, device=model.device), attend, taps)
+    (hidden,) = hidden_states(model, [prompt[:-1]], taps)
     found: list[tuple[float, tuple[tuple[int, float], ...]]] = []
-    for rows, targets in zip(hidden.split(ROWS_AT_ONCE), ids[1:].split(ROWS_AT_ONCE), strict=True):
-        logprobs = model.logits(rows).float().log_softmax(-1)
-        own = logprobs.gather(1, targets[:, None])[:, 0].tolist()
+    for logits, targets in logits_at(model, hidden, prompt[1:]):
+        logprobs = logits.log_softmax(-1)
+        own = logprobs.gather(1, targets)[:, 0].tolist()
         best = logprobs.topk(min(top, logprobs.shape[1]))
         likeliest = [
             tuple(zip(tokens, values, strict=True))

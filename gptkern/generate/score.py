@@ -7,21 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from gptkern.engine.option_checks import plain
+from gptkern.engine.packed_pass import hidden_states, logits_at
 from gptkern.generate.run import needed_tokenizer
-from gptkern.model.attend import PackedAttend
 
 if TYPE_CHECKING:
     from gptkern.generate.text import Prompt
     from gptkern.gpt import GPT
     from gptkern.tokenizer import Tokenizer
 
-# Bounds on memory: the tokens of the windows in one forward pass, and the rows of the head's product (a row
-# of logits has 200 kB with GPT-2's vocabulary).
+# A bound on memory: the tokens of the windows in one forward pass.
 TOKENS_AT_ONCE = 4096
-ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -174,21 +171,12 @@ def _groups(windows: list[_Window]) -> Iterator[list[_Window]]:
 
 def _run(model: GPT, windows: list[_Window]) -> Iterator[tuple[list[float], list[bool]]]:
     """Log-probabilities of each window's tokens, and for each token True if it is the most likely one."""
-    inputs = [window.ids[:-1] for window in windows]
-    lengths = torch.tensor([len(row) for row in inputs], device="cpu")
-    ends = F.pad(lengths.cumsum(0), (1, 0))
-    ids = torch.tensor([token for row in inputs for token in row], device=model.device)
-    positions = torch.cat([torch.arange(len(row), device=model.device) for row in inputs])
-    attend = PackedAttend(ends.to(model.device, torch.int32), int(lengths.max()), 0.0, dropout=False)
-    hidden = model.transformer(ids, positions, attend)
-    for window, start in zip(windows, ends.tolist(), strict=False):
-        rows = hidden[start + window.first - 1 : start + len(window.ids) - 1]
-        targets = torch.tensor(window.ids[window.first :], device=model.device)
+    states = hidden_states(model, [window.ids[:-1] for window in windows])
+    for window, hidden in zip(windows, states, strict=True):
         logprobs: list[float] = []
         greedy: list[bool] = []
-        for part, target in zip(rows.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
-            logits = model.logits(part).float()
-            chosen = logits.gather(1, target[:, None])[:, 0]
+        for logits, targets in logits_at(model, hidden[window.first - 1 :], window.ids[window.first :]):
+            chosen = logits.gather(1, targets)[:, 0]
             logprobs += (chosen - logits.logsumexp(1)).tolist()
             greedy += (chosen >= logits.amax(1)).tolist()
         yield logprobs, greedy

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 
-from gptkern.ops._cases import Call, Case, Make, tensor
+from gptkern.ops._cases import Case
 from gptkern.ops.gated_mlp.op import gated_mlp
+from gptkern.ops.gelu_mlp.cases import inputs
 
 _BOTH = (torch.bfloat16, torch.float32)
 
 
-def _inputs(
-    tokens: int, width: int, hidden: int, *, bias: bool = False, transposed: bool = False, **settings: Any
-) -> Make:
-    def make(device: torch.device, dtype: torch.dtype) -> Call:
-        def weight(rows: int, columns: int) -> torch.Tensor:
-            shape = (columns, rows) if transposed else (rows, columns)
-            value = tensor(*shape, device=device, dtype=dtype, scale=columns**-0.5)
-            return value.t() if transposed else value
-
-        x = tensor(tokens, width, device=device, dtype=dtype)
-        b_fc = tensor(2 * hidden, device=device, dtype=dtype) if bias else None
-        b_proj = tensor(width, device=device, dtype=dtype) if bias else None
-        residual = tensor(tokens, width, device=device, dtype=dtype)
-        args = (x, weight(2 * hidden, width), b_fc, weight(width, hidden), b_proj)
-        return Call(args, {"residual": residual, **settings})
-
-    return make
-
+_inputs = partial(inputs, gate=2, bias=False)
 
 CASES = [
     *(
