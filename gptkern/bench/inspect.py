@@ -16,9 +16,10 @@ import torch
 import triton
 
 from gptkern.bench import suites
+from gptkern.bench.runs import Run, known_ops
 from gptkern.bench.tables import seconds_text
 from gptkern.durable import write_file
-from gptkern.ops import _aot, _cases, _launch
+from gptkern.ops import _aot, _launch
 from gptkern.ops._aot import Report
 
 # Bytes a second and bf16 operations a second by datasheet: A100 80GB SXM, L40S, H100 SXM, B200.
@@ -53,15 +54,21 @@ def index(reports: Iterable[Report]) -> dict[Key, Report]:
     return found
 
 
-def text(reports: Iterable[Report]) -> str:
+def text(reports: Iterable[Report], runs: Iterable[Run] = ()) -> str:
     """A baseline as JSON, a line for each kernel, so that changes show in a line-by-line comparison."""
-    rows = ",\n".join(json.dumps(dataclasses.asdict(report)) for report in index(reports).values())
-    return f'{{"triton": "{triton.__version__}", "reports": [\n{rows}\n]}}\n'
+    rows = _lines(index(reports).values())
+    counts = _lines(runs)
+    more = f', "runs": [\n{counts}\n]' if counts else ""
+    return f'{{"triton": "{triton.__version__}", "reports": [\n{rows}\n]{more}}}\n'
 
 
-def save(reports: Iterable[Report], path: Path) -> None:
+def _lines(items: Iterable[Report] | Iterable[Run]) -> str:
+    return ",\n".join(json.dumps(dataclasses.asdict(item)) for item in items)
+
+
+def save(reports: Iterable[Report], path: Path, runs: Iterable[Run] = ()) -> None:
     """Write a baseline."""
-    write_file(path, text(reports))
+    write_file(path, text(reports, runs))
 
 
 def load(path: Path) -> tuple[list[Report], str]:
@@ -76,6 +83,24 @@ def load(path: Path) -> tuple[list[Report], str]:
         return reports, data["triton"]
     except (OSError, KeyError, TypeError, ValueError) as failure:
         raise ValueError(f"{path}: not a report of gptkern inspect: {failure}") from failure
+
+
+def load_runs(path: Path) -> list[Run]:
+    """The counts of executed calls in a baseline; none where there are none.
+
+    Raises:
+        ValueError: The file is no such baseline.
+    """
+    try:
+        return [Run(**row) for row in json.loads(path.read_text()).get("runs", [])]
+    except (OSError, TypeError, ValueError) as failure:
+        raise ValueError(f"{path}: not a report of gptkern inspect: {failure}") from failure
+
+
+def merged_runs(old: Iterable[Run], new: Iterable[Run]) -> list[Run]:
+    """``old`` with those of ``new`` in place of the same kernels' of the same calls, and the others."""
+    runs = {run.key: run for run in old} | {run.key: run for run in new}
+    return [runs[key] for key in sorted(runs)]
 
 
 def merged(old: Iterable[Report], new: Iterable[Report]) -> list[Report]:
@@ -127,10 +152,7 @@ def compiled(
     Raises:
         ValueError: There is no such op or architecture, or a case launches nothing.
     """
-    known = _cases.ops()
-    for op in ops:
-        if op not in known:
-            raise ValueError(f"inspect: there is no op {op!r}; there are {', '.join(known)}")
+    known = known_ops(ops)
     for arch in archs:
         if arch not in _launch.ARCHS:
             raise ValueError(f"inspect: no launch table serves sm_{arch}; there are {_launch.ARCHS}")

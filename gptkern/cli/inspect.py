@@ -44,6 +44,17 @@ def inspect(
     floor: Annotated[
         bool, typer.Option("--floor", help="Print each problem's bytes, operations and least time, too.")
     ] = False,
+    run: Annotated[
+        bool,
+        typer.Option(
+            "--run",
+            help="Execute small calls of the ops named, without a GPU, and count what their kernels do. "
+            "For --arch 90 unless another is named; 80, 89 and 90 can be executed.",
+        ),
+    ] = False,
+    calls: Annotated[
+        int, typer.Option(min=1, help="With --run: small calls of each op to execute, the first ones.")
+    ] = 3,
     json_: Annotated[
         bool, typer.Option("--json", help="Print what --save writes, or with --diff a list of differences.")
     ] = False,
@@ -55,9 +66,18 @@ def inspect(
     kernel spills, does not fit, or misses its matrix instruction, and where --diff finds a difference. An op
     that launches no kernel is an error.
 
+    With --run the code is not reported but executed, on small inputs, and counted as a profiler would:
+    instructions that warps execute, products of the matrix units, barriers and waits; the sectors of 32 bytes
+    that requests touch in global memory, over the fewest that would hold what they ask for (above 1: accesses
+    are scattered); the turns that shared memory takes, over the fewest (above 1: bank conflicts). Beside them
+    stands the floor: each byte once, and the time for that. A read past a tensor's end, before a wait or
+    without a barrier is an error that names the instruction.
+
     Examples:
 
     - `gptkern inspect flash_attention --arch 90`
+
+    - `gptkern inspect layer_norm --run --calls 1`
 
     - `gptkern inspect --save before.json`, change a kernel, `gptkern inspect --diff before.json`
 
@@ -70,29 +90,33 @@ def inspect(
     import triton
 
     from gptkern.bench import inspect as report
+    from gptkern.bench import runs as counts
     from gptkern.ops import _aot, _launch
 
-    archs = tuple(arch or _launch.ARCHS)
+    archs = tuple(arch or ((90,) if run else _launch.ARCHS))
     before = None if diff is None else report.load(diff)
+    before_runs = [] if diff is None else report.load_runs(diff)
     kept = _saved_reports(save, triton.__version__) if ops and save is not None else []
+    kept_runs = report.load_runs(save) if ops and save is not None and save.exists() else []
     floors = {each: report.floors(ops or [], each) for each in archs} if floor else {}
-    found = report.compiled(ops or [], archs, per=per.value, progress=_tell)
+    runs = counts.executed_runs(ops or [], archs, calls, _tell) if run else []
+    found = [] if run else report.compiled(ops or [], archs, per=per.value, progress=_tell)
     lines: list[str] = []
+    if before is not None:
+        lines = report.diff(before[0], found) + counts.diff(before_runs, runs)
     if json_:
-        lines = [] if before is None else report.diff(before[0], found)
-        print(report.text(found) if before is None else json.dumps(lines))
+        print(report.text(found, runs) if before is None else json.dumps(lines))
     elif before is not None:
-        lines = report.diff(before[0], found)
-        terminal.write("\n".join(lines) or "the machine code is the same")
+        terminal.write("\n".join(lines) or f"the {'counts are' if run else 'machine code is'} the same")
         if lines and before[1] != triton.__version__:
             terminal.write(f"{diff} was compiled by triton {before[1]}, this is {triton.__version__}")
     else:
-        print(_aot.as_table(found))
+        print(counts.table(runs, report.DATASHEET) if run else _aot.as_table(found))
     for each, times in {} if json_ else floors.items():
         print(f"\nleast times on sm_{each} ({report.NAMES[each]}, by datasheet)")
         print("\n".join(times))
     if save is not None:
-        report.save(report.merged(kept, found), save)
+        report.save(report.merged(kept, found), save, report.merged_runs(kept_runs, runs))
     return int(bool(lines) or any(item.problems for item in found))
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from ptx_support import module
 
+from gptkern.bench import inspect, runs
+from gptkern.bench.runs import Run
 from gptkern.testing.ptx import Counters, execute
 from gptkern.testing.ptx.counters import class_of
 
@@ -155,3 +164,71 @@ def test_bytes_that_are_moved_count_once() -> None:
 )
 def test_classes_of_instructions(opcode: str, label: str) -> None:
     assert class_of(opcode) == label
+
+
+# --- gptkern inspect --run
+
+
+RUN = Run(
+    "norm", "3 x 17", "bfloat16", "forward", 90, launches=1, instructions={"float": 4, "wait": 1},
+    operations=0, read=96, written=32, requested=160, sectors=10, fewest_sectors=5,
+    wavefronts=0, fewest_wavefronts=0,
+)  # fmt: skip
+
+
+def test_changed_counts_are_named() -> None:
+    slower = replace(RUN, instructions={"float": 4, "barrier": 2}, sectors=20)
+    other = replace(RUN, case="5 x 1")
+    title = "forward sm_90 bfloat16 (3 x 17) executed"
+    assert runs.diff([RUN, other], [RUN]) == []
+    assert runs.diff([RUN], [slower, other]) == [
+        f"~ {title}: barrier instructions 0 -> 2, wait instructions 1 -> 0, sectors 10 -> 20",
+        f"+ {title.replace('3 x 17', '5 x 1')}",
+    ]
+
+
+def test_counts_are_saved_beside_the_reports(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    inspect.save([], path, inspect.merged_runs([RUN, replace(RUN, case="5 x 1")], [replace(RUN, sectors=7)]))
+    assert [(run.case, run.sectors) for run in inspect.load_runs(path)] == [("3 x 17", 7), ("5 x 1", 10)]
+    assert inspect.load(path)[0] == []
+    inspect.save([], path)
+    assert inspect.load_runs(path) == []
+    path.write_text('{"runs": [{"op": "norm"}]}')
+    with pytest.raises(ValueError, match="not a report of gptkern inspect"):
+        inspect.load_runs(path)
+
+
+def test_the_table_has_the_floor_beside_the_counts() -> None:
+    line = runs.table([RUN], {90: (1e9, 1e12)}).splitlines()[2]
+    words = ["forward", "1", "5", "0 MFLOP", "0", "1", "128 B", "128 ns", "160 B", "10 (2.00)", "none"]
+    assert re.split(r"\s{2,}", line.strip()) == words
+
+
+@pytest.mark.parametrize(
+    ("ops", "archs", "message"),
+    [
+        ([], (90,), "name at least one"),
+        (["layer_norm"], (100,), "--run executes sm_80, sm_89 and sm_90; got --arch 100"),
+        (["nothing"], (90,), "there is no op 'nothing'; there are"),
+    ],
+)
+def test_a_run_that_is_not_served_is_refused(ops: list[str], archs: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        runs.executed_runs(ops, archs, 1)
+
+
+def test_the_command_executes_and_counts(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "gptkern", "inspect", "layer_norm", "--run", "--calls", "1"]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [*command, "--save", str(report)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("layer_norm, layer_norm (3, 17), bfloat16, sm_90\nkernel ")
+    found = {run.kernel: run for run in inspect.load_runs(report)}
+    # 3 rows of 17 numbers, weight and bias are read; the rows and two statistics of each are written.
+    forward = found["norm_forward_kernel"]
+    assert (forward.read, forward.written) == (2 * (51 + 17 + 17), 2 * 51 + 4 * 2 * 3)
+    assert forward.instructions["global load"] > 0 and forward.operations == 0

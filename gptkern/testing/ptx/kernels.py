@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gptkern.ops import _aot, _launch
+from gptkern.testing.ptx.counters import Counters
 from gptkern.testing.ptx.dependent import Stream
 from gptkern.testing.ptx.hopper import TensorMap
 from gptkern.testing.ptx.launch import execute
@@ -28,7 +29,13 @@ def _descriptor(value: Any, layout: dict[str, Any]) -> list[Any]:
     return [made, *value.shape, *value.strides]
 
 
-def run(launch: _launch.Launch, arch: int, seed: int = 0, stream: Stream | None = None) -> None:
+def run(
+    launch: _launch.Launch,
+    arch: int,
+    seed: int = 0,
+    stream: Stream | None = None,
+    counters: Counters | None = None,
+) -> None:
     """Compile a recorded launch for ``arch`` and execute it on its tensors, which are on the CPU."""
     compiled = _aot.compile_launch(launch, arch)
     arguments = _bound(launch)
@@ -47,18 +54,28 @@ def run(launch: _launch.Launch, arch: int, seed: int = 0, stream: Stream | None 
         seed=seed,
         stream=stream,
         dependent=compiled.metadata.launch_pdl,
+        counters=counters,
     )
 
 
 @contextmanager
 def executed(
-    arch: int, seed: int = 0, done: Callable[[_launch.Launch], None] | None = None
+    arch: int,
+    seed: int = 0,
+    done: Callable[[_launch.Launch], None] | None = None,
+    counters: dict[str, Counters] | None = None,
 ) -> Iterator[None]:
-    """Run every launch within the block through the executor, as if CPU tensors were on a GPU of ``arch``."""
+    """Run every launch within the block through the executor, as if CPU tensors were on a GPU of ``arch``.
+
+    Args:
+        done: Called after each launch.
+        counters: Gets the counts of each kernel, by its name.
+    """
     stream = Stream()
 
     def observer(launch: _launch.Launch) -> bool:
-        run(launch, arch, seed, stream)
+        counts = None if counters is None else counters.setdefault(launch.name, Counters())
+        run(launch, arch, seed, stream, counts)
         if done is not None:
             done(launch)
         return False
