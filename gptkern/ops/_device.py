@@ -59,7 +59,8 @@ def activation_grad(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         grad = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif ACTIVATION == "relu":
-        grad = (x > 0.0).to(tl.float32)
+        # As PyTorch has it, NaN passes the gradient on.
+        grad = tl.where(x <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "silu":
         s, ds = sigmoid_grad(x)
         grad = s + x * ds

@@ -25,4 +25,4 @@ def decode_embed(
     pages = page_table.gather(1, (positions // page_size)[:, None])[:, 0].long()
     slots = torch.where(alive, pages * page_size + positions % page_size, -1)
     seq_lens += alive
-    return x * alive[:, None], slots
+    return x.masked_fill(~alive[:, None], 0.0), slots

@@ -165,7 +165,8 @@ def _torch_attention(
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
-    return out.transpose(1, 2)
+    # PyTorch 2.13 gives 0 on a CPU where all scores are NaN.
+    return out.transpose(1, 2).masked_fill(q.isnan().any(-1, keepdim=True), math.nan)
 
 
 def attention_varlen_cpu(
