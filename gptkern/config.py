@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from gptkern.checkpoint.errors import shown
-from gptkern.model.families import FAMILIES, check_served, gpt2, openai_gpt
+from gptkern.model.families import FAMILIES, check_decoder, check_served, gpt2, openai_gpt
 from gptkern.model.families.table import ACTIVATIONS, Family, Fields, is_integer, is_number
 from gptkern.model.spec import Activation, DecoderSpec
 
@@ -232,10 +232,7 @@ class GPTConfig:
             raise ValueError(
                 f"GPTConfig: model_type is {shown(model_type)}; supported are {', '.join(MODEL_TYPES)}"
             )
-        if data.get("add_cross_attention"):
-            raise ValueError(
-                "GPTConfig: add_cross_attention is true; decoders without cross-attention are supported"
-            )
+        check_decoder(data)
         known = {field.name for field in fields(cls)}
         values = {_ALIASES.get(key, key): value for key, value in data.items()}
         values = {key: value for key, value in values.items() if key in known} | {"model_type": model_type}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gptkern import GPT, GPTConfig
 from gptkern.checkpoint.errors import CheckpointError
 from gptkern.config import FamilyConfig, read
 
+ONE_OF_EACH = list({config.model_type: name for name, config in reversed(CONFIGS.items())}.values())
 LLAMA = {"model_type": "llama", "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
 
 
@@ -106,6 +108,16 @@ def test_fields_are_attributes_and_copies_are_equal() -> None:
         ({"model_type": "gpt_oss"}, "'gpt_oss': attention sinks are not served"),
         ({"model_type": "bert"}, "model_type is 'bert'; supported are gpt2, openai-gpt, llama, smollm3"),
         ({"model_type": None}, "model_type is None"),
+        ({"is_causal": False}, "is_causal is False; True is needed"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True; False is needed"),
+        ({"max_position_embeddings": 2**31 - 1}, "max_position_embeddings is 2147483647; 4194304 at most"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; served is 1.0"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "factor is 0.5"),
+        ({"rope_parameters": {"full_attention": {}}}, r"has 'full_attention' \{\}; one table for all layers"),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}},
+            "rope_parameters has 'rope_type' 'default'; a table for each kind of layer",
+        ),
     ],
 )
 def test_refused(changes: dict[str, Any], message: str) -> None:
@@ -192,6 +204,47 @@ def test_folders_of_every_family_are_read_and_written_back_to_the_bit(name: str,
     assert again.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(again[key], tensor), key
+
+
+# Fields that some families go by and others do not, with values that change the numbers where they count.
+FIELDS: dict[str, Any] = {
+    "is_causal": False,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 5.0,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "original_max_position_embeddings": 8,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 2.0,
+    "embedding_multiplier": 3.0,
+    "scale_attn_weights": False,
+    "head_dim": 16,
+    "use_parallel_residual": False,
+}
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_field_counts_as_in_transformers_or_is_refused(name: str, tmp_path: Path) -> None:
+    library_model(CONFIGS[name]).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    ids = torch.arange(2, 22)[None]
+    for field, value in FIELDS.items():
+        if field == "layer_types":
+            value = (value * 3)[: CONFIGS[name].num_hidden_layers]
+        gone = ("rope_parameters",) if field in ("rope_theta", "partial_rotary_factor") else ()
+        file.write_text(
+            json.dumps({key: v for key, v in written.items() if key not in gone} | {field: value})
+        )
+        try:
+            ours = GPT.from_pretrained(tmp_path)(ids).logits
+        except CheckpointError:
+            continue
+        try:
+            theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")(ids).logits
+        except (AttributeError, TypeError):
+            assert field == "layer_types" and value.count("sliding_attention")
+            continue  # a window that the configuration does not have
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3, msg=f"{name}: {field}")
 
 
 def test_explain_names_a_familys_ops() -> None:

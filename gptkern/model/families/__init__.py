@@ -68,6 +68,21 @@ def check_served(data: Mapping[str, Any]) -> None:
         if kind not in ("full_attention", "sliding_attention"):
             what = _LINEAR if kind == "linear_attention" else "it is not served"
             raise ValueError(f"config: layer_types has {shown(kind)}: {what}")
-    if data.get("add_cross_attention") or data.get("is_encoder_decoder"):
-        name = "add_cross_attention" if data.get("add_cross_attention") else "is_encoder_decoder"
-        raise ValueError(f"config: {name} is true: decoders without cross-attention are served")
+    check_decoder(data)
+
+
+def check_decoder(data: Mapping[str, Any]) -> None:
+    """Refuse an encoder, and a decoder beside one.
+
+    Raises:
+        ValueError: The message names the field of ``config.json``.
+    """
+    for name in ("add_cross_attention", "is_encoder_decoder"):
+        if data.get(name):
+            raise ValueError(f"config: {name} is true: decoders without cross-attention are served")
+    # transformers lets every token read every other one then, in any model
+    for name, decoder in (("is_causal", True), ("use_bidirectional_attention", False)):
+        if data.get(name) is not None and data[name] is not decoder:
+            raise ValueError(
+                f"config: {name} is {shown(data[name])}; {shown(decoder)} is needed, as in decoders"
+            )

@@ -24,10 +24,9 @@ _TENSORS = (
 
 def spec(fields: Fields) -> DecoderSpec:
     """The decoder that a Gemma 3's ``config.json`` describes; of a whole one, its ``text_config``."""
-    fields.fixed("use_bidirectional_attention", False)
     if fields.get("attn_logit_softcapping") is not None:
         raise fields.refuse("attn_logit_softcapping", "null is needed: Gemma 3's scores have no cap")
-    found = llama.spec(fields, activation="hidden_activation")
+    found = llama.spec(fields, activation="hidden_activation", layer_type=_FULL)
     return found.replace(
         layers=_layers(fields, found),
         norm=replace(found.norm, unit_offset=True),

@@ -33,6 +33,8 @@ def spec(fields: Fields) -> DecoderSpec:
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim, bias = fields.head_dim(width, heads), fields.switch("attention_bias", True)
     dropout = fields.probability("hidden_dropout")
+    if fields.get("rope_parameters") is None and fields.get("partial_rotary_factor") is not None:
+        raise fields.refuse("partial_rotary_factor", "the share of a head that is rotated is rotary_pct")
     rotary = fields.rotary(
         head_dim,
         fields.number("rotary_emb_base", 10000.0, above=0.0),
@@ -40,7 +42,7 @@ def spec(fields: Fields) -> DecoderSpec:
     )
     return DecoderSpec(
         vocab_size=fields.integer("vocab_size"),
-        context=fields.integer("max_position_embeddings"),
+        context=fields.context(),
         width=width,
         heads=heads,
         kv_heads=heads,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gptkern.model.families.table import Family, Fields, rows
-from gptkern.model.spec import DecoderSpec, LayerSpec, NormSpec
+from gptkern.model.spec import DecoderSpec, LayerSpec, NormSpec, RotarySpec
 
 _BOTH = ("weight", "bias")
 _LAYER = "transformer.h.{}."
@@ -29,10 +29,10 @@ def spec(fields: Fields) -> DecoderSpec:
     """The decoder that a GPT-J's ``config.json`` describes."""
     width, heads = fields.integer("n_embd"), fields.integer("n_head")
     head_dim = fields.head_dim(width, heads)
-    rotary = fields.rotary(head_dim, pairs="interleaved", dim=fields.integer("rotary_dim"))
+    rotary = RotarySpec(fields.rotated(head_dim, fields.integer("rotary_dim")), 10000.0, "interleaved")
     return DecoderSpec(
         vocab_size=fields.integer("vocab_size"),
-        context=fields.integer("n_positions"),
+        context=fields.context("n_positions"),
         width=width,
         heads=heads,
         kv_heads=heads,

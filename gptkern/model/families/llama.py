@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gptkern.model.families.table import Family, Fields, rows
 from gptkern.model.spec import DecoderSpec, LayerSpec, NormSpec
 
@@ -34,15 +36,20 @@ DEFAULTS = {
 }
 
 
-def spec(fields: Fields, activation: str = "hidden_act") -> DecoderSpec:
-    """The decoder that a Llama's ``config.json`` describes; ``activation`` is the field of the MLP's."""
+def spec(fields: Fields, activation: str = "hidden_act", **rotary: Any) -> DecoderSpec:
+    """The decoder that a Llama's ``config.json`` describes.
+
+    Args:
+        activation: The field of the MLP's activation.
+        rotary: The options of ``Fields.rotary``.
+    """
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     kv_heads, head_dim = fields.kv_heads(heads), fields.head_dim(width, heads)
-    layer = LayerSpec(head_dim**-0.5, rotary=fields.rotary(head_dim))
+    layer = LayerSpec(head_dim**-0.5, rotary=fields.rotary(head_dim, **rotary))
     bias, mlp_bias = fields.switch("attention_bias"), fields.switch("mlp_bias")
     return DecoderSpec(
         vocab_size=fields.integer("vocab_size"),
-        context=fields.integer("max_position_embeddings"),
+        context=fields.context(),
         width=width,
         heads=heads,
         kv_heads=kv_heads,

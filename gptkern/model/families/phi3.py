@@ -22,7 +22,7 @@ _TENSORS = (
 
 def spec(fields: Fields) -> DecoderSpec:
     """The decoder that a Phi-3's ``config.json`` describes."""
-    return mistral.spec(fields).replace(residual_dropout=fields.probability("resid_pdrop"))
+    return mistral.spec(fields, fraction=1.0).replace(residual_dropout=fields.probability("resid_pdrop"))
 
 
 PHI3 = Family(

@@ -32,7 +32,7 @@ def spec(fields: Fields) -> DecoderSpec:
     bias = fields.switch("use_bias", True)
     return DecoderSpec(
         vocab_size=fields.integer("vocab_size"),
-        context=fields.integer("max_position_embeddings"),
+        context=fields.context(),
         width=width,
         heads=heads,
         kv_heads=kv_heads,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptkern.checkpoint.errors import shown
-from gptkern.model.spec import Activation, DecoderSpec, Pairs, RopeScaling, RotarySpec
+from gptkern.model.spec import Activation, DecoderSpec, RopeScaling, RotarySpec
 
 # transformers' activation names -> the names gptkern.ops uses
 ACTIVATIONS: dict[str, Activation] = {
@@ -36,6 +36,8 @@ ACTIVATIONS: dict[str, Activation] = {
 LARGEST = 2**31 - 1
 # A spec has an entry for each layer: a damaged number of them must not fill the memory.
 MOST_LAYERS = 4096
+# Tables of rotary positions have a row for each position: 2 GB in a head of 128 elements.
+MOST_POSITIONS = 2**22
 # the numbers that each kind of scaled rotary positions needs, and those it may have
 _SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
@@ -106,6 +108,13 @@ class Fields:
         if layers > MOST_LAYERS:
             raise self.refuse(name, f"{MOST_LAYERS} at most are served")
         return layers
+
+    def context(self, name: str = "max_position_embeddings") -> int:
+        """The longest sequence of a model with rotary positions."""
+        context = self.integer(name)
+        if context > MOST_POSITIONS:
+            raise self.refuse(name, f"{MOST_POSITIONS} at most are served")
+        return context
 
     def number(
         self,
@@ -194,39 +203,53 @@ class Fields:
         head_dim: int,
         theta: float = 10000.0,
         *,
-        fraction: float = 1.0,
-        pairs: Pairs = "halves",
+        fraction: float | None = None,
         layer_type: str | None = None,
-        dim: int | None = None,
     ) -> RotarySpec:
         """Rotary positions: ``rope_parameters``, or the older ``rope_theta`` and ``rope_scaling``.
 
         Args:
-            theta, fraction: For fields that are left out: the base of the frequencies, and the share of a
-                head that is rotated (``partial_rotary_factor``).
-            layer_type: The kind of layer, where ``rope_parameters`` has a table for each.
-            dim: The rotated elements, where the family has a field for them.
+            theta: The base of the frequencies, where the field is left out.
+            fraction: The share of a head that is rotated, where ``partial_rotary_factor`` is left out; None:
+                the family rotates whole heads, and another share is refused.
+            layer_type: The kind of layer: ``rope_parameters`` has a table for each.
         """
         name = "rope_scaling" if self.get("rope_parameters") is None else "rope_parameters"
-        found = self.get(name)
-        values = {} if found is None else found
-        if isinstance(values, dict) and layer_type is not None and isinstance(values.get(layer_type), dict):
-            values = values[layer_type]
-        if not isinstance(values, dict):
-            raise self.refuse(name, "an object is needed")
+        values = self._rotary_table(name, layer_type)
         shares = Fields(
             self.model_type,
             {field: values.get(field, self.get(field)) for field in ("rope_theta", "partial_rotary_factor")},
         )
-        share = shares.number("partial_rotary_factor", fraction, above=0.0)
-        rotated = int(head_dim * share) if dim is None else dim
-        if not 0 < rotated <= head_dim or rotated % 2:
+        if fraction is None:
+            shares.fixed("partial_rotary_factor", 1.0)
+        share = shares.number("partial_rotary_factor", fraction or 1.0, above=0.0)
+        rotated = self.rotated(head_dim, int(head_dim * share))
+        base = shares.number("rope_theta", theta, above=0.0)
+        return RotarySpec(rotated, base, "halves", self._scaling(name, values, rotated))
+
+    def rotated(self, head_dim: int, elements: int) -> int:
+        """The number of a head's elements that are rotated, checked."""
+        if not 0 < elements <= head_dim or elements % 2:
             raise ValueError(
-                f"{self.model_type}: {rotated} of a head's {head_dim} elements are rotated; "
+                f"{self.model_type}: {elements} of a head's {head_dim} elements are rotated; "
                 "an even number from 2 to all of them is needed"
             )
-        base = shares.number("rope_theta", theta, above=0.0)
-        return RotarySpec(rotated, base, pairs, self._scaling(name, values, rotated))
+        return elements
+
+    def _rotary_table(self, name: str, layer_type: str | None) -> dict[str, Any]:
+        values = self.get(name)
+        if values is None:
+            return {}
+        by_kind = layer_type is not None and name == "rope_parameters"
+        if not isinstance(values, dict):
+            raise self.refuse(name, "an object is needed")
+        for key, value in values.items():
+            if isinstance(value, dict) != by_kind and value is not None:
+                needed = "a table for each kind of layer" if by_kind else "one table for all layers"
+                raise ValueError(
+                    f"{self.model_type}: {name} has {shown(key)} {shown(value)}; {needed} is needed"
+                )
+        return (values.get(layer_type) or {}) if by_kind else values
 
     def _scaling(self, name: str, values: dict[str, Any], dim: int) -> RopeScaling | None:
         kind = values.get("rope_type", values.get("type", "default"))
@@ -239,9 +262,9 @@ class Fields:
             )
         needed, others = _SCALINGS[kind]
         original = "original_max_position_embeddings"
-        if values.get(original) is None:
-            default = self.get(original) or self.get("max_position_embeddings")
-            values = {**values, original: default}
+        # As in transformers a field outside the table goes before the table's (Phi 3).
+        outside = self.get(original) or values.get(original) or self.get("max_position_embeddings")
+        values = {**values, original: outside}
         numbers = {key: values[key] for key in (*needed, *others) if values.get(key) is not None}
         for key in needed:
             if key not in numbers:
