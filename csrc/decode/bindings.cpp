@@ -112,6 +112,8 @@ private:
             shape(layer, w, layer.in / 2, false);
             layer.scales = check.dense<float>("the scales of a weight", scales, {layer.outs, groups});
             layer.zeros = check.dense_or_none<uint8_t>("the zeros of a weight", zeros, {layer.outs, groups});
+            const int64_t count = layer.zeros == nullptr ? 0 : layer.outs * groups;
+            layer.wide_zeros = std::any_of(layer.zeros, layer.zeros + count, [](uint8_t zero) { return zero > 15; });
         }
         hold(w);
         held.emplace_back(scales);

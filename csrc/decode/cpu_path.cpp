@@ -166,6 +166,9 @@ private:
             return gptkern::product(pairs, x.pairs(), last - first, p_.own + p_.layout.partial, sums, stride);
         }
 #endif
+#ifdef __AVX512VNNI__
+        if (x.packing() == Packing::kBytes) return byte_product(layer, x.bytes(), first, last, sums, stride);
+#endif
         if (layer.format == Format::kInt8) {
             const Weights<Int8<Kind>> bytes{static_cast<const int8_t*>(layer.weight), layer.stride, layer.in};
             return gptkern::product(bytes, x.placed(), first, last, emit);

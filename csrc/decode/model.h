@@ -33,6 +33,7 @@ struct CpuLinear {
     const float* scales;   // null: the weight has the model's dtype
     const uint8_t* zeros;  // of int4; null: all are 8
     int group;             // inputs that share an int4 scale: a multiple of kLeastGroup
+    bool wide_zeros;       // some zero is beyond 15, which no int4 code is
 };
 constexpr int kLeastGroup = 32;
 

@@ -1,8 +1,7 @@
 // The rows that a product reads, in the form that its instructions take.
 #pragma once
 
-#include "decode/model.h"
-#include "decode/row_product.h"
+#include "decode/byte_rows.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -11,6 +10,7 @@ enum class Packing {
     kPlaced,   // fp32, as Rows
     kNatural,  // fp32, (rows, in)
     kPairs,    // bf16, as Pairs
+    kBytes,    // int8, as Bytes
 };
 
 // Rows of bf16, 0 beyond their inputs up to a multiple of kStep.
@@ -28,20 +28,30 @@ GPTKERN_HD Packing packing_of(const CpuLinear& layer) {
 #ifdef __AVX512BF16__
     if (Kind::kEvenFirst && layer.format == Format::kModel && !layer.transposed) return Packing::kPairs;
 #endif
+#ifdef __AVX512VNNI__
+    if (Kind::kEvenFirst && takes_bytes(layer)) return Packing::kBytes;
+#endif
     return layer.format == Format::kInt4 ? Packing::kNatural : Packing::kPlaced;
 }
 
-// The rows of a layer's input in memory that all threads see. A row takes no more than ``padded(in)`` floats.
+// Floats that a row takes, of any packing.
+GPTKERN_HD int64_t operand_floats(int in) {
+    const int64_t bytes = byte_row(in) / static_cast<int64_t>(sizeof(float));
+    return padded(in) > bytes ? padded(in) : bytes;
+}
+
+// The rows of a layer's input in memory that all threads see. A row takes no more than ``operand_floats(in)``.
 template <class Kind>
 class Operand {
 public:
     Operand(float* at, int count, const CpuLinear& layer)
-        : at_(at), count_(count), in_(layer.in), packing_(packing_of<Kind>(layer)) {}
+        : at_(at), count_(count), in_(layer.in), layer_(layer), packing_(packing_of<Kind>(layer)) {}
 
     Rows placed() const { return {at_, count_}; }
     const float* natural() const { return at_; }
     // A line more to each row: else rows of a power of two would share their places in the cache.
     Pairs pairs() const { return {reinterpret_cast<uint16_t*>(at_), count_, padded(in_) + kStep}; }
+    Bytes bytes() const { return {reinterpret_cast<char*>(at_), count_, byte_row(in_)}; }
     int count() const { return count_; }
     Packing packing() const { return packing_; }
 
@@ -52,8 +62,12 @@ public:
         } else if (packing_ == Packing::kPairs) {
             uint16_t* const to = pairs().row(row);
             for (int64_t i = 0; i < padded(in_); i += kLanes) store(to + i, load_some(x + i, i < in_ ? in_ - i : 0));
-        } else {
+        } else if (packing_ == Packing::kPlaced) {
             place(row, x);
+        } else {
+#ifdef __AVX512VNNI__
+            ByteRow(x, layer_).store(bytes().row(row));
+#endif
         }
     }
 
@@ -72,6 +86,7 @@ private:
 
     float* at_;
     int count_, in_;
+    const CpuLinear& layer_;
     Packing packing_;
 };
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "decode/operand.h"
+#include "decode/row_groups.h"
 
 #ifdef __AVX512BF16__
 
@@ -14,8 +15,6 @@ inline namespace GPTKERN_ISA {
 
 constexpr int kPairOuts = 4;   // outputs that are summed at once
 constexpr int kPairRows = 6;   // and rows: the registers hold so many sums
-constexpr int kManyRows = 16;  // beyond, a group of rows meets several outputs' weights while it is in the first cache
-constexpr int kManyOuts = 4;   // by kPairOuts
 constexpr int kFewRows = 2;    // beyond, a long row does not stay in the first cache:
 constexpr int kDepth = 1024;   // so many inputs are summed for
 constexpr int kPartOuts = 64;  // so many outputs before those that follow
@@ -25,18 +24,6 @@ GPTKERN_HD __m512bh load_pairs(const uint16_t* from) {
 }
 GPTKERN_HD __m512bh load_pairs(const uint16_t* from, int count) {
     return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << count) - 1, from));
-}
-
-// The sums of four vectors.
-GPTKERN_HD __m128 sums_of_four(Vec a, Vec b, Vec c, Vec d) {
-    const auto halves = [](Vec x, Vec y) {
-        return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
-    };
-    const Vec x = halves(a, b), y = halves(c, d);
-    Vec sums = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
-    sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0x4e));
-    sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0xb1));
-    return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sums));
 }
 
 // The part of the next weights that a call fetches while it computes.
@@ -110,24 +97,6 @@ struct PairSums {
     }
 };
 
-// use(first row, rows as a constant): all rows in groups of nearly the same size, kPairRows at most.
-template <class Use>
-GPTKERN_HD void row_groups(int rows, const Use& use) {
-    const int groups = (rows + kPairRows - 1) / kPairRows;
-    for (int g = 0, row = 0; g < groups; ++g) {
-        const int count = (rows - row + groups - g - 1) / (groups - g);
-        switch (count) {
-            case 1: use(row, Count<1>{}); break;
-            case 2: use(row, Count<2>{}); break;
-            case 3: use(row, Count<3>{}); break;
-            case 4: use(row, Count<4>{}); break;
-            case 5: use(row, Count<5>{}); break;
-            default: use(row, Count<6>{});
-        }
-        row += count;
-    }
-}
-
 // A product's part: ``outs`` outputs from ``first`` on, ``inputs`` inputs from ``input`` on.
 struct PairPart {
     int first, outs, input, inputs;
@@ -141,7 +110,7 @@ inline void add_part(const Weights<Bf16>& w, const Pairs& x, const PairPart& par
     const int groups = (x.count + kPairRows - 1) / kPairRows;
     for (int start = 0; start < run; start += block) {
         int group = 0;
-        row_groups(x.count, [&](int row, auto rows) {
+        row_groups<kPairRows>(x.count, [&](int row, auto rows) {
             const Ahead ahead{block * w.stride, part.inputs / groups * group++, 65536 / groups + 1};
             for (int n = start; n < start + block && n < run; ++n) {
                 PairWeights weights{{}, {}, part.inputs};

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/spin_barrier.h"
+#include "decode/byte_product.h"
 #include "decode/model.h"
 #include "decode/operand.h"
 #include "decode/pair_product.h"
@@ -34,7 +35,7 @@ struct Layout {
         qkv = take(rows * padded(m.qkv_width()));
         attended = take(rows * padded(m.q_width()));
         inner = take(rows * padded(m.inner));
-        operand = take(rows * padded(most_inputs(m)));
+        operand = take(rows * operand_floats(most_inputs(m)));
         shared = end;
         end = 0;
         const int64_t share = padded(most_transposed(m) / threads + 2 * kStep), widest = share > kBand ? share : kBand;

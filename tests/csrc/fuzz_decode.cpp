@@ -45,7 +45,10 @@ private:
 int odd_or_not() { return between(0, 1) ? kLeastGroup * between(1, 5) : between(1, 200); }
 
 // Now and then so many that their sums are made in parts.
-int inner_or_more() { return between(0, 5) ? odd_or_not() : between(1025, 1100); }
+int inner_or_more() {
+    if (between(0, 5)) return odd_or_not();
+    return between(0, 1) ? 1024 + kLeastGroup * between(1, 4) : between(1025, 1100);
+}
 
 struct Shape {
     DType dtype = between(0, 1) ? DType::kBFloat16 : DType::kFloat32;
@@ -70,12 +73,18 @@ public:
         const int columns = layer.transposed ? outs : halved ? in / 2 : in;
         layer.stride = columns + between(0, 3);
         const size_t count = static_cast<size_t>(layer.stride) * ((layer.transposed ? in : outs) - 1) + columns;
-        const int blocks = in / kLeastGroup, groups = halved && blocks % 2 == 0 && between(0, 1) ? blocks / 2 : blocks;
+        int groups = in / kLeastGroup;
+        while (halved && groups % 2 == 0 && between(0, 1)) groups /= 2;
         if (halved) layer.group = in / groups;
         if (packed) {
             layer.weight = bytes(count);
+            if (layer.format == Format::kFp8) drop_nans(bytes_.back().get(), count);
             layer.scales = scales(halved ? outs * groups : outs);
-            if (halved && between(0, 1)) layer.zeros = static_cast<const uint8_t*>(bytes(outs * groups));
+            if (halved && between(0, 1)) {
+                layer.wide_zeros = between(0, 1);
+                const int low = layer.wide_zeros ? -127 : 0, high = layer.wide_zeros ? 127 : 15;
+                layer.zeros = static_cast<const uint8_t*>(bytes(outs * groups, low, high));
+            }
         } else {
             layer.weight = numbers(count);
         }
@@ -109,10 +118,15 @@ public:
     }
 
 private:
-    const void* bytes(size_t count) {
+    const void* bytes(size_t count, int low = -127, int high = 127) {
         bytes_.emplace_back(new int8_t[count]);
-        for (size_t i = 0; i < count; ++i) bytes_.back()[i] = static_cast<int8_t>(between(-127, 127));
+        for (size_t i = 0; i < count; ++i) bytes_.back()[i] = static_cast<int8_t>(between(low, high));
         return bytes_.back().get();
+    }
+
+    // NaNs of fp8 would leave nothing of a model but NaNs, whose bits may differ.
+    static void drop_nans(int8_t* codes, size_t count) {
+        for (size_t i = 0; i < count; ++i) codes[i] = (codes[i] & 0x7f) == 0x7f ? 0 : codes[i];
     }
 
     const float* rotations(int pairs) {

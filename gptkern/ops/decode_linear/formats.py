@@ -29,7 +29,8 @@ class QuantizedWeight:
             inputs / 2)`` uint8, where byte j of a group of G holds input j in its low half and j + G / 2 in
             its high one.
         scales: fp32, ``(outputs,)``; int4: ``(outputs, groups)``.
-        zeros: int4 with a zero point: uint8, like ``scales``. None otherwise; int4's zero is then 8.
+        zeros: int4 with a zero point: uint8, like ``scales``, 0 to 15 where ``quantize`` made them. None
+            otherwise; int4's zero is then 8.
     """
 
     format: str

@@ -1,0 +1,211 @@
+"""Products of int8 activations with int8 and int4 weights, by VNNI: against their arithmetic in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gptkern import _C, _native
+from gptkern.engine.cache import KVCache
+from gptkern.engine.executors.cpu import CpuExecutor
+from gptkern.engine.executors.cpu_bytes import PANEL, rounded, scales_of
+from gptkern.engine.executors.cpu_model import CpuLinear, CpuModel, CpuStage
+from gptkern.gpt import GPT
+from gptkern.ops.decode_linear.formats import QuantizedWeight, quantize
+
+
+def _paths() -> list[str]:
+    best, found = _C.decode_path(), []
+    for name in ("avx512_bf16", "avx512", "avx2"):
+        try:
+            _C.use_decode_path(name)
+        except ValueError:
+            continue
+        found.append(name)
+    _C.use_decode_path(best)
+    return found
+
+
+PATHS = _paths() if _C.has_decoder else []
+pytestmark = pytest.mark.skipif("avx512_bf16" not in PATHS, reason="this processor has no AVX-512 VNNI")
+
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8": ("int8", {}),
+    **{
+        f"int4, groups of {size}{', zeros' * zeros}": ("int4", {"group_size": size, "zero_point": zeros})
+        for size in (32, 64, 128)
+        for zeros in (False, True)
+    },
+}
+# Some fill no vector, no panel, or some panels.
+WIDTHS = (32, 100, 160, 320, 576, 640, 768, 1000, 1536)
+CASES = [
+    (name, width)
+    for name, (_, options) in FORMATS.items()
+    for width in WIDTHS
+    if width % options.get("group_size", 1) == 0
+]
+
+
+@pytest.fixture(autouse=True)
+def path() -> Iterator[None]:
+    """The best path again, whatever a test has chosen."""
+    best = _C.decode_path()
+    yield
+    _C.use_decode_path(best)
+
+
+def _stage(kind: str, write: str, read: str = "none", linear: CpuLinear | None = None) -> CpuStage:
+    kinds, buffers = _native.STAGES, _native.BUFFERS
+    none = buffers["none"]
+    return CpuStage(kinds[kind], 0, buffers[read], buffers[write], none, none, None, linear, False)
+
+
+def _product(x: torch.Tensor, weight: QuantizedWeight, threads: int = 1) -> torch.Tensor:
+    """x @ weight.T in bf16 by the extension: a decoder of embeddings and a head."""
+    rows, (outs, _) = len(x), weight.shape
+    linear = CpuLinear(weight.values, None, weight.scales, weight.zeros)
+    tokens = torch.zeros(outs, x.shape[1], dtype=torch.bfloat16)
+    tokens[:rows] = x
+    model = CpuModel(
+        context=9, heads=1, kv_heads=1, head_dim=4, inner=4, activation=0, gated=False, rms=False,
+        unit_offset=False, whole_qk_norm=False, eps=1e-5, embedding_scale=1.0, residual_scale=1.0,
+        logits_scale=1.0, attention_softcap=0.0, logits_softcap=0.0, position_offset=0, tokens=tokens,
+        positions=None, layers=[], stages=[_stage("embed", "x"), _stage("linear", "logits", "x", linear)],
+    )  # fmt: skip
+    keys, values = torch.zeros(2, 0, 1, 1, 1, 4, dtype=torch.bfloat16)
+    table, lengths = torch.zeros(rows, 1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+    logits = torch.empty(rows, outs, dtype=torch.bfloat16)
+    wanted = torch.arange(rows, dtype=torch.int32)
+    ids = torch.arange(rows)
+    assert _C.Decoder(model).step(keys, values, table, lengths, ids, wanted, logits, threads)
+    return logits
+
+
+def _made(name: str, width: int, rows: int = 21, outs: int = 43) -> tuple[torch.Tensor, QuantizedWeight]:
+    draw = torch.Generator().manual_seed(width)
+    # Some inputs are much larger than others, as a model's are.
+    spread = torch.randn(width, generator=draw).exp()
+    x = (torch.randn(rows, width, generator=draw) * spread).bfloat16()
+    format, options = FORMATS[name]
+    return x, quantize(torch.randn(outs, width, generator=draw), format, **options)
+
+
+def _slack(exact: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """How much a sum in fp32, rounded to bf16, may differ: no element meets more than 64 roundings."""
+    return 2.0**-8 * exact.abs() + 64 * 2.0**-24 * (x.abs() @ matrix.abs().T)
+
+
+@pytest.mark.parametrize(("name", "width"), CASES)
+def test_a_product_is_that_of_the_rounded_activations(name: str, width: int) -> None:
+    x, weight = _made(name, width)
+    matrix, taken = weight.dequantize(torch.float64), rounded(x.float(), weight)
+    exact, found = taken @ matrix.T, _product(x, weight).double()
+    assert ((found - exact).abs() <= _slack(exact, taken, matrix)).all()
+
+
+@pytest.mark.parametrize(("name", "width"), CASES)
+def test_the_error_is_within_half_a_scale_for_each_weight(name: str, width: int) -> None:
+    x, weight = _made(name, width)
+    matrix, halves = weight.dequantize(torch.float64), scales_of(x.float(), weight).double() / 2
+    exact, found = x.double() @ matrix.T, _product(x, weight).double()
+    bound = (1 + 2.0**-20) * halves @ matrix.abs().T + _slack(exact, x.double(), matrix)
+    assert ((found - exact).abs() <= bound).all()
+    # Errors of many inputs cancel: in all, a bound that the worst case does not reach by far.
+    assert (found - exact).norm() <= 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_is_bitwise_the_same_in_any_company(name: str) -> None:
+    x, weight = _made(name, 1152 if name == "int8" else 1152 + 128, rows=43)
+    whole = _product(x, weight)
+    for rows in range(1, 43):
+        assert torch.equal(_product(x[:rows], weight, 1 + rows % 3), whole[:rows]), rows
+    assert torch.equal(_product(x[7:9], weight), whole[7:9])
+
+
+@pytest.mark.parametrize("name", ["int8", "int4, groups of 32, zeros"])
+def test_numbers_that_are_none_stay_in_their_row(name: str) -> None:
+    x, weight = _made(name, 640)
+    clean = _product(x, weight)
+    for place, number in ((3, torch.nan), (5, torch.inf), (6, -torch.inf)):
+        x[place, 77 * place] = number
+    found = _product(x, weight)
+    assert found[3].isnan().all() and not found[5:7].isfinite().any()
+    others = [row for row in range(len(x)) if row not in (3, 5, 6)]
+    assert torch.equal(found[others], clean[others])
+
+
+@pytest.mark.parametrize("name", ["int8", "int4, groups of 64, zeros"])
+def test_zeros_and_the_smallest_and_largest_numbers(name: str) -> None:
+    x, weight = _made(name, 640, rows=3)
+    x[0] = 0
+    x[1] *= 1e-38
+    x[2] *= 1e30
+    matrix, taken = weight.dequantize(torch.float64), rounded(x.float(), weight)
+    assert taken[:2].count_nonzero() == 0
+    exact, found = taken @ matrix.T, _product(x, weight).double()
+    assert found[:2].count_nonzero() == 0
+    assert ((found - exact).abs() <= _slack(exact, taken, matrix)).all()
+
+
+@pytest.mark.parametrize("other", ["avx512", "avx2"])
+@pytest.mark.parametrize("name", ["int8", "int4, groups of 64"])
+def test_without_vnni_activations_are_taken_as_they_are(name: str, other: str) -> None:
+    if other not in PATHS:
+        pytest.skip(f"this processor has no {other}")
+    x, weight = _made(name, PANEL)
+    matrix = weight.dequantize(torch.float64)
+    exact, within = x.double() @ matrix.T, _slack(x.double() @ matrix.T, x.double(), matrix)
+    assert ((_product(x, weight).double() - exact).abs() > within).any()
+    _C.use_decode_path(other)
+    assert ((_product(x, weight).double() - exact).abs() <= within).all()
+
+
+def test_zeros_beyond_the_codes_are_read_as_they_are() -> None:
+    x, weight = _made("int4, groups of 32, zeros", 320)
+    assert weight.zeros is not None
+    weight.zeros[5, 3] = 200
+    matrix = weight.dequantize(torch.float64)
+    exact = x.double() @ matrix.T
+    assert ((_product(x, weight).double() - exact).abs() <= _slack(exact, x.double(), matrix)).all()
+
+
+@pytest.mark.slow
+def test_perplexity_hardly_changes(shared_data: Path) -> None:
+    text = (shared_data / "tinyshakespeare.txt").read_text()
+
+    def perplexity(**options: Any) -> float:
+        model = GPT.from_pretrained(dtype=torch.bfloat16, **options)
+        ids = torch.tensor(model.tokenizer.encode(text[len(text) * 9 // 10 :][:20_000]))
+        parts = ids[: len(ids) // 256 * 256].split(256)
+        return torch.stack([_loss(model, part) for part in parts]).mean().exp().item()
+
+    plain = perplexity()
+    for most, options in ((0.005, {"weights": "int8"}), (0.03, {"weights": "int4", "group_size": 32})):
+        _C.use_decode_path("avx512")
+        as_they_are = perplexity(**options)
+        _C.use_decode_path("avx512_bf16")
+        found = perplexity(**options)
+        assert abs(found / as_they_are - 1) < 0.002
+        assert abs(found / plain - 1) < most
+
+
+def _loss(model: GPT, ids: torch.Tensor) -> torch.Tensor:
+    """The mean loss of a text, by the CPU executor."""
+    with torch.inference_mode():
+        cache = KVCache.for_config(
+            model.config, max_seqs=1, max_len=len(ids), page_size=64, dtype=model.dtype
+        )
+        cache.allocate(1)
+        cache.reserve([len(ids)])
+        executor = CpuExecutor(model, cache)
+        places = torch.arange(len(ids), dtype=torch.int32)
+        pages = cache.page_table[:1].expand(len(ids), -1).contiguous()
+        logits = executor.logits(ids, pages, places)
+    return F.cross_entropy(logits[:-1].float(), ids[1:])
