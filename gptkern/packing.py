@@ -8,7 +8,7 @@ small results are made zero, so that the host's part of generation has numbers t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any, get_args
@@ -35,6 +35,7 @@ CALLS = (
     *((rows, 7, 3) for rows in (2, 3, 16, 32, 64)),
     *((1, 7, room) for room in (9000, 70000)),
 )
+_FP8_SINCE = 89  # the first architecture that converts e4m3
 _NEW = 3  # tokens that are generated
 # Rows and tokens of a training step of the embedded model's shape: those of its configuration, and a few.
 _TRAINED = ((64, 256), (3, 40))
@@ -131,9 +132,9 @@ def _as_on_a_gpu() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def op_launches(arch: int) -> Iterator[_launch.Launch]:
-    """Those of every op's cases, gradients included."""
-    for op in _cases.ops():
+def op_launches(arch: int, ops: Sequence[str] | None = None) -> Iterator[_launch.Launch]:
+    """Those of the cases of these ops, or of all, gradients included."""
+    for op in _cases.ops() if ops is None else ops:
         for case in _cases.cases(op):
             if case.archs is None or arch in case.archs:
                 for dtype in case.dtypes:
@@ -141,9 +142,17 @@ def op_launches(arch: int) -> Iterator[_launch.Launch]:
 
 
 def model_launches(model: GPT, arch: int) -> Iterator[_launch.Launch]:
-    """Those of ``model.generate``, with a KV cache of the model's dtype and with one of fp8."""
+    """Those of ``model.generate``, with a KV cache of the model's dtype and, where ``arch`` has it, of fp8.
+
+    Raises:
+        ValueError: The model's weights are fp8, and ``arch`` has no such numbers.
+    """
+    weights = model.quantization
+    if arch < _FP8_SINCE and weights is not None and weights.format == "fp8":
+        raise ValueError(f"pack: fp8 weights need sm_{_FP8_SINCE} or newer, not sm_{arch}")
     fitting = [call for call in CALLS if sum(call[1:]) <= model.spec.context]
-    for kv_cache_dtype, (rows, tokens, room) in product(get_args(KVCacheDType), fitting):
+    dtypes = get_args(KVCacheDType) if arch >= _FP8_SINCE else ("auto",)
+    for kv_cache_dtype, (rows, tokens, room) in product(dtypes, fitting):
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         with recorded(arch) as launches, _as_on_a_gpu():
             # All logits are zero, so the first token wins as soon as it may.
@@ -185,7 +194,7 @@ def standard_launches(arch: int) -> Iterator[_launch.Launch]:
         yield from training_launches(GPT(embedded.config), arch, precision)
     for shape in MODELS.values():
         config = read(shape)
-        for weights in (None, *FORMATS):
+        for weights in (None, *(name for name in FORMATS if name != "fp8" or arch >= _FP8_SINCE)):
             yield from model_launches(unwritten(config, torch.bfloat16, weights), arch)
         if config.model_type == "gpt2":
             yield from model_launches(unwritten(config, torch.float32), arch)

@@ -1,4 +1,4 @@
-"""What the tests of packs launch: cases of ops, and ``generate`` of a model that compiles in seconds."""
+"""The launches in tests of packs: cases of ops, training, ``generate`` of a model that compiles soon."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from gptkern import packing
 from gptkern.config import GPTConfig
 from gptkern.gpt import GPT
-from gptkern.ops import _cases
 from gptkern.ops._launch import Launch
-from gptkern.ops.pack.bare import bare
+from gptkern.train.settings import PRECISIONS
 
 
 def model() -> GPT:
@@ -22,12 +21,20 @@ def model() -> GPT:
     return GPT(config).to(torch.bfloat16).eval()
 
 
-def launches(arch: int, ops: list[str]) -> Iterator[tuple[str, Launch]]:
-    """Every case of these ops in its first dtype, then the generation: (what launches it, the launch)."""
-    for op in ops:
-        for case in _cases.cases(op):
-            if case.archs is None or arch in case.archs:
-                for launch in _cases.record_case(case, case.dtypes[0], arch):
-                    yield case.name, bare(launch)
-    for launch in packing.model_launches(model(), arch):
+def launches(arch: int, parts: list[str]) -> Iterator[tuple[str, Launch]]:
+    """Every case of the ops among ``parts``, then generation: (what launches it, the launch).
+
+    A part "training" is training of the embedded model's shape, "embedded" its generation; without that one
+    the generation is of a small model.
+    """
+    ops = [part for part in parts if part not in ("training", "embedded")]
+    for launch in packing.op_launches(arch, ops):
+        yield "a case", launch
+    if "training" in parts:
+        config = GPT.from_pretrained("embedded", device="cpu").config
+        for precision in PRECISIONS:
+            for launch in packing.training_launches(GPT(config), arch, precision):
+                yield f"training in {precision}", launch
+    generating = GPT.from_pretrained("embedded", device="cpu") if "embedded" in parts else model()
+    for launch in packing.model_launches(generating, arch):
         yield "generate", launch

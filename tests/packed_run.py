@@ -1,9 +1,10 @@
 """Launches from a pack on a stand-in driver, in a process in which Triton cannot be imported.
 
-    python tests/packed_run.py LIBRARY ARCH OP...
+    python tests/packed_run.py LIBRARY ARCH PART...
 
-Every case of these ops, then ``generate`` of a small model: each launch must reach the driver with the right
-grid, attributes and argument bytes. Prints a line of JSON: launches, kernels, and the errors.
+The parts that ``packed_model.launches`` knows, and ``generate`` of a small model: each launch must reach the
+driver with the right grid, attributes and argument bytes. Prints a line of JSON: launches, kernels, and the
+errors.
 """
 
 from __future__ import annotations
@@ -75,7 +76,12 @@ def faults(launch: Launch, driver: FakeDriver, arch: int) -> Iterator[str]:
     packed = loader().kernel(launch.kernel, arch)
     before = len(driver.launched)
     if not packed.launch(launch.grid, launch.args, launch.kwargs, DEVICE, STREAM):
-        yield "the pack lacks it"
+        try:
+            loader()._miss(launch.kernel)
+        except RuntimeError as error:  # GPTKERN_STRICT=1
+            yield str(error)
+        else:
+            yield "the pack lacks it"
         return
     if len(driver.launched) != before + 1:
         yield f"launched {len(driver.launched) - before} times"
@@ -127,13 +133,13 @@ def refusal(driver: FakeDriver, launch: Launch, arch: int) -> str:
 
 def main() -> None:
     """The command."""
-    library, arch, *ops = sys.argv[1:]
+    library, arch, *parts = sys.argv[1:]
     driver = FakeDriver(Path(library))
 
     kernels: Counter[str] = Counter()
     errors: list[str] = []
 
-    for where, launch in launches(int(arch), ops):
+    for where, launch in launches(int(arch), parts):
         kernels[launch.name] += 1
         errors.extend(f"{where}: {launch.name}: {fault}" for fault in faults(launch, driver, int(arch)))
     told = {"kernels": kernels, "loaded": len(driver.loaded), "wrong": len(errors), "errors": errors[:20]}

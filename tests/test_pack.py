@@ -24,11 +24,11 @@ from gptkern import packing
 from gptkern.config import GPTConfig
 from gptkern.environment import FallbackWarning
 from gptkern.gpt import GPT
-from gptkern.ops import _cases, _launch, layer_norm
+from gptkern.ops import _aot, _cases, _launch, layer_norm
 from gptkern.ops.decode_embed import kernels
 from gptkern.ops.pack import build, signature
 from gptkern.ops.pack import loader as loading
-from gptkern.ops.pack.bare import bare, received, sent
+from gptkern.ops.pack.bare import Pointer, bare, received, sent
 from gptkern.ops.pack.file import Binary, Made, Pack, PackError, write
 
 HERE = Path(__file__).parent
@@ -219,6 +219,21 @@ def test_a_model_without_written_weights_launches_what_one_with_weights_does(
     assert recorded[0] == recorded[1]
 
 
+def test_an_architecture_without_e4m3_is_given_no_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "CALLS", ((1, 7, 3),))
+    config = GPTConfig(n_layer=1, n_head=4, n_embd=128, vocab_size=64, bos_token_id=None, eos_token_id=None)
+
+    def dtypes(arch: int) -> set[torch.dtype]:
+        model = packing.unwritten(config, torch.bfloat16)
+        found = [launch.args for launch in packing.model_launches(model, arch)]
+        return {value.dtype for args in found for value in args if isinstance(value, Pointer)}
+
+    with gptkern.backend("kernel"):
+        assert torch.float8_e4m3fn in dtypes(89) and torch.float8_e4m3fn not in dtypes(80)
+        with pytest.raises(ValueError, match="pack: fp8 weights need sm_89 or newer, not sm_80"):
+            list(packing.model_launches(packing.unwritten(config, torch.bfloat16, "fp8"), 80))
+
+
 @pytest.mark.slow
 def test_calls_with_one_key_have_one_machine_code() -> None:
     """Over every launch of a small model's generation and of the norms' cases, as Triton compiles it."""
@@ -318,7 +333,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launched(library: Path, pack: Path, *args: object) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(process("packed_run.py", library, *args, GPTKERN_PACK=str(pack)))
+    strict = {"GPTKERN_PACK": str(pack), "GPTKERN_STRICT": "1"}
+    told: dict[str, Any] = json.loads(process("packed_run.py", library, *args, **strict))
     return told
 
 
@@ -375,18 +391,27 @@ def test_what_a_pack_lacks_is_an_error_without_triton(packed: Path, library: Pat
     write(tmp_path / "less.pack", pack.made, less)
     told = launched(library, tmp_path / "less.pack", 90)
     assert told["wrong"] == told["kernels"]["decode_embed_kernel"]
-    assert set(told["errors"]) == {"generate: decode_embed_kernel: the pack lacks it"}
+    assert set(told["errors"]) == {
+        f"generate: decode_embed_kernel: gptkern: {name} runs on code that Triton compiles: no pack in use "
+        "holds it for these types and sizes (GPTKERN_STRICT=1 makes this an error)"
+    }
 
 
-def test_the_sizes_of_parameters_are_those_of_the_machine_code(packed: Path) -> None:
+def check_machine_code(path: Path, arch: int) -> None:
+    """Every cubin of a pack: NVIDIA's tool reads it, parameters are those passed, a block fits the GPU."""
     sizes = {"pointer": [8], "i8": [1], "i32": [4], "i64": [8], "f32": [4], "map": [128, 4, 4, 8, 8]}
-    pack = Pack(packed)
+    pack = Pack(path)
     for binary in (binary for name in pack.counts for binary in pack.read(name)):
         facts = binary.facts
-        wanted = [size for _, form in facts["passed"] for size in sizes[form]]
-        assert parameter_sizes(binary.image, facts["entry"]) == wanted + [8] * facts["scratch"]
-        with_limits = {"threads": 1024, "shared": 227 << 10, "blocks_per_cluster": 16}
-        assert all(0 <= facts[name] <= most for name, most in with_limits.items())
+        wanted = [size for _, form in facts["passed"] for size in sizes[form]] + [8] * facts["scratch"]
+        assert parameter_sizes(binary.image, facts["entry"]) == wanted
+        registers, _ = _aot._resources(binary.image)
+        assert _aot.blocks_per_sm(arch, facts["threads"], registers, facts["shared"]) >= 1
+        assert facts["blocks_per_cluster"] <= 16
+
+
+def test_the_machine_code_is_what_the_launcher_takes_it_for(packed: Path) -> None:
+    check_machine_code(packed, 90)
 
 
 @pytest.mark.slow
@@ -401,11 +426,22 @@ def test_a_pack_is_made_anew_bit_for_bit(packed: Path, tmp_path: Path) -> None:
     assert images and str(HERE.parent).encode() not in images
 
 
+PARTS = (*_cases.ops(), "training", "embedded")
+IN_CI = ((80, "decode_attention"), (90, "decode_embed"), (100, "rotary"))
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_every_case_of_every_op_launches_from_its_pack(arch: int, library: Path, tmp_path: Path) -> None:
-    ops = _cases.ops()
-    process("packed_make.py", tmp_path / "all.pack", arch, *ops)
-    told = launched(library, tmp_path / "all.pack", arch, *ops)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("arch", "part"),
+    [
+        pytest.param(arch, part, marks=[pytest.mark.ci] if (arch, part) in IN_CI else [])
+        for arch in (80, 90, 100)
+        for part in PARTS
+    ],
+)
+def test_every_case_launches_from_its_pack(arch: int, part: str, library: Path, tmp_path: Path) -> None:
+    process("packed_make.py", tmp_path / "all.pack", arch, part)
+    check_machine_code(tmp_path / "all.pack", arch)
+    told = launched(library, tmp_path / "all.pack", arch, part)
     assert (told["wrong"], told["errors"]) == (0, [])

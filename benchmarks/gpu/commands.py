@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +21,8 @@ from stages import Row, Scope, tiny
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+# The packs that were made for the session.
+PACKS = ROOT / "build" / "gpu" / "packs"
 # Tokens that the drop-in's stage gives, and asks for.
 PROMPT, NEW = 32, 128
 # The ops whose launch rows are tuned, in this order; those of the first take all of the time, if not more.
@@ -50,6 +54,36 @@ def tests(scope: Scope) -> Iterator[Row]:
         yield Row(name[:150], ok=False)
     last = done.stdout.strip().splitlines()[-1:] or ["no output"]
     yield Row("pytest", ok=done.returncode == 0, note=last[0].strip("= "))
+
+
+def first_token(scope: Scope) -> Iterator[Row]:
+    """From a process's start to its first token: with a pack and no Triton, and compiled by Triton anew."""
+    device = scope.device.type
+    packs = os.environ.get("GPTKERN_PACK", str(PACKS) if PACKS.is_dir() else "")
+    with tempfile.TemporaryDirectory() as cache:
+        ways = {
+            "a pack, Triton hidden": (["--no-triton"], {"GPTKERN_PACK": packs, "GPTKERN_STRICT": "1"}),
+            "Triton, nothing in its cache": ([], {"GPTKERN_PACK": "", "TRITON_CACHE_DIR": cache}),
+        }
+        texts = []
+        for name, (flags, environment) in ways.items():
+            if not packs and flags and not scope.dry:
+                yield Row(f"first token, {name}", note=f"there is no pack in {PACKS}: see docs/gpu.md")
+                continue
+            script = [sys.executable, str(HERE / "first_token.py"), str(time.monotonic()), device, *flags]
+            done = _run(script, scope, TRITON_INTERPRET="0", **environment)
+            lines = done.stdout.strip().splitlines() or [""]
+            if done.returncode:
+                print(done.stdout)
+                yield Row(f"first token, {name}", ok=False, note=lines[-1])
+                continue
+            found = json.loads(lines[-1])
+            texts.append(found["text"])
+            note = f"compiled: {', '.join(found['compiled']) or 'none'}" if flags else ""
+            yield Row(f"first token, {name}", value=found["seconds"], unit="s", note=note)
+        if len(texts) == len(ways):
+            same = texts[0] == texts[1]
+            yield Row("the pack's text is Triton's", ok=same, note="" if same else str(texts))
 
 
 def soak(scope: Scope) -> Iterator[Row]:
@@ -181,13 +215,19 @@ def profile(scope: Scope) -> Iterator[Row]:
         )
 
 
-def _run(command: Sequence[str], scope: Scope) -> subprocess.CompletedProcess[str]:
+def _run(command: Sequence[str], scope: Scope, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command with the stage's own limit; its output, both streams together."""
     limit = None if scope.deadline == float("inf") else max(1.0, scope.deadline - time.monotonic())
     with tempfile.TemporaryFile("w+") as out:
         try:
             code = subprocess.run(
-                command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, timeout=limit, check=False
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                timeout=limit,
+                check=False,
+                env=os.environ | environment,
             )
             returned = code.returncode
         except subprocess.TimeoutExpired:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # stage -> (module:function, seconds)
 STAGES = {
+    "first_token": ("commands:first_token", 40),
     "cache": ("checks:cache", 4),
     "launch_costs": ("times:launch_costs", 12),
     "ceilings": ("times:ceilings", 8),
@@ -29,6 +30,7 @@ STAGES = {
 
 SESSIONS = {
     "first": [
+        "first_token",
         "cache",
         "launch_costs",
         "ceilings",
