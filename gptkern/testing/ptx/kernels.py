@@ -14,7 +14,8 @@ from gptkern.testing.ptx.hopper import TensorMap
 from gptkern.testing.ptx.launch import execute
 
 
-def _bound(launch: _launch.Launch) -> dict[str, Any]:
+def bound(launch: _launch.Launch) -> dict[str, Any]:
+    """A launch's arguments by the names of the kernel's parameters."""
     signature = inspect.signature(launch.kernel.fn)
     named = {name: value for name, value in launch.kwargs.items() if name in signature.parameters}
     call = signature.bind(*launch.args, **named)
@@ -38,18 +39,21 @@ def run(
 ) -> None:
     """Compile a recorded launch for ``arch`` and execute it on its tensors, which are on the CPU."""
     compiled = _aot.compile_launch(launch, arch)
-    arguments = _bound(launch)
+    arguments = bound(launch)
     layouts = iter(compiled.metadata.tensordesc_meta or ())
     values: list[Any] = []
+    names: list[str] = []
     for name, kind in compiled.src.signature.items():
         if kind.startswith("tensordesc"):
             values += _descriptor(arguments[name], next(layouts))
         elif kind != "constexpr":
             values.append(arguments[name])
+        names += [name] * (len(values) - len(names))
     execute(
         compiled.asm["ptx"],
         launch.grid,
         values,
+        names=names,
         shared_bytes=compiled.metadata.shared,
         seed=seed,
         stream=stream,

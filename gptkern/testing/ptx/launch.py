@@ -58,6 +58,7 @@ def execute(
     grid: tuple[int, ...],
     values: Sequence[Any],
     *,
+    names: Sequence[str] = (),
     entry: str = "",
     shared_bytes: int = 0,
     threads: int | None = None,
@@ -77,6 +78,7 @@ def execute(
         grid: Blocks along x, y, z.
         values: The parameters in their order: CPU tensors, tensor maps, integers, floats, and the bytes of
             structures; zero if missing.
+        names: Of the parameters, for messages.
         entry: A part of the kernel's name, where the module has several.
         shared_bytes: Dynamic shared memory of a block.
         threads: Threads of a block; by default what the module requires, or the most it allows.
@@ -107,7 +109,10 @@ def execute(
         if isinstance(value, TensorMap)
     }
     bare = [value.base if isinstance(value, TensorMap) else value for value in values]
-    tensors = {f"parameter {i}": value for i, value in enumerate(bare) if isinstance(value, torch.Tensor)}
+    called = [*names, *(f"parameter {i}" for i in range(len(names), len(values)))]
+    tensors = {
+        name: value for name, value in zip(called, bare, strict=True) if isinstance(value, torch.Tensor)
+    }
     tensors |= {f"tensor {i}": tensor for i, tensor in enumerate(also)}
     unwritten = {name for name, tensor in tensors.items() if any(tensor is other for other in fresh)}
     before = stream.before(dependent) if stream is not None else []
