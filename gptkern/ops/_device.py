@@ -18,6 +18,20 @@ def rounded_product(a, b):
 
 
 @triton.jit
+def row_terms(a, b):
+    """``a * b`` as terms of sums over rows: see ``rounded_product``.
+
+    Of a row that has more elements than a block has threads (16 warps at most) a lane holds several, which it
+    adds up first: the last of them is a multiply-add already, and all of them may be.
+    """
+    if a.shape[1] > 512:
+        terms = a * b
+    else:
+        terms = rounded_product(a, b)
+    return terms
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """The activation of fp32 ``x``: gelu_tanh, gelu, relu, silu or none.
 
@@ -91,7 +105,7 @@ def row_statistics(x, lanes, eps, WIDTH: tl.constexpr, CENTERED: tl.constexpr):
         x = tl.where(lanes[None, :], x - mean[:, None], 0.0)
     else:
         mean = tl.zeros([x.shape[0]], tl.float32)
-    variance = tl.sum(rounded_product(x, x), axis=1) / WIDTH
+    variance = tl.sum(row_terms(x, x), axis=1) / WIDTH
     return x, tl.rsqrt(variance + eps), mean
 
 

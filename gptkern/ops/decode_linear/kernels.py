@@ -22,7 +22,7 @@ head, so that its sum of squares needs no other program: BLOCK_N is head_dim's p
 With programmatic dependent launch a program fetches its weights into L2 before it waits for x.
 """
 
-from gptkern.ops._device import activate, rounded_product, tanh, to_e4m3
+from gptkern.ops._device import activate, rounded_product, row_terms, tanh, to_e4m3
 from gptkern.ops._pdl import prefetch, wait
 from gptkern.ops._triton import tl, triton
 
@@ -50,9 +50,9 @@ def row_moments(
             share = count / (start + count)
             delta = part - mean
             mean += delta * share
-            squares += tl.sum(rounded_product(centred, centred), 1) + delta * delta * (start * share)
+            squares += tl.sum(row_terms(centred, centred), 1) + delta * delta * (start * share)
         else:
-            squares += tl.sum(rounded_product(x, x), 1)
+            squares += tl.sum(row_terms(x, x), 1)
     return mean, tl.rsqrt(squares / K + eps)
 
 

@@ -23,7 +23,7 @@ chunks of BLOCK columns, the second pass from the L2 cache; there the weight and
 summed by ``norm_wide_weight_grad_kernel``, which owns columns instead of rows.
 """
 
-from gptkern.ops._device import rounded_product, row_dropout, row_offsets, row_statistics
+from gptkern.ops._device import row_dropout, row_offsets, row_statistics, row_terms
 from gptkern.ops._triton import tl, triton
 
 # Row counts change from call to call: specialising on them would compile anew at 1 row and at 16.
@@ -144,8 +144,8 @@ def norm_backward_kernel(
         if d_bias_part_ptr is not None:
             d_bias += d_out
         # Input gradient: project out the components along the normalised row and along the mean.
-        grad = rounded_product(d_out, weight[None, :])
-        inner = grad - normed * (tl.sum(rounded_product(grad, normed), axis=1) / WIDTH)[:, None]
+        grad = row_terms(d_out, weight[None, :])
+        inner = grad - normed * (tl.sum(row_terms(grad, normed), axis=1) / WIDTH)[:, None]
         if CENTERED:
             inner -= (tl.sum(grad, axis=1) / WIDTH)[:, None]
         dx = inner * rstd[:, None]
@@ -239,7 +239,7 @@ def norm_wide_forward_kernel(
             shift = chunk_mean - mean
             mean += shift * (count / (start + count))
             squares += shift * shift * (start * count / (start + count))
-        squares += tl.sum(rounded_product(x, x), axis=1)
+        squares += tl.sum(row_terms(x, x), axis=1)
     rstd = tl.rsqrt(squares / WIDTH + eps)
     if stats_ptr is not None:
         tl.store(stats_ptr + row, rstd)
@@ -286,10 +286,10 @@ def norm_wide_backward_kernel(
         lanes = (columns < WIDTH)[None, :]
         weight = load_weight(weight_ptr, columns, columns < WIDTH, UNIT_OFFSET)[None, :]
         grad = tl.load(d_out_ptr + base + columns[None, :], mask=lanes, other=0.0).to(tl.float32)
-        grad = rounded_product(grad, weight)
+        grad = row_terms(grad, weight)
         normed = tl.load(sum_ptr + columns[None, :], mask=lanes, other=0.0).to(tl.float32)
         normed = tl.where(lanes, (normed - mean[:, None]) * rstd[:, None], 0.0)
-        product_mean += tl.sum(rounded_product(grad, normed), axis=1) / WIDTH
+        product_mean += tl.sum(row_terms(grad, normed), axis=1) / WIDTH
         if CENTERED:
             grad_mean += tl.sum(grad, axis=1) / WIDTH
     # Second pass: the input gradient.
