@@ -3,14 +3,16 @@
     python benchmarks/triton_versions.py 3.6.0 3.7.1 3.8.0 3.9.0 --arch 90 --out benchmarks/triton_versions.md
 
 Each version is installed beside the environment, not in it (``build/triton/VERSION``), and compiles in a
-process of its own. The table says of each version what is different from the installed one: spills, blocks a
-multiprocessor holds, matrix instructions, widths of loads, code size. What matters is listed by kernel. Text
-after the mark in the file, written by people, stays when it is made anew.
+process of its own; what it compiled of the same kernels before is not compiled again. The table says of each
+version what is different from the installed one: spills, blocks a multiprocessor holds, matrix instructions,
+widths of loads, registers, code size. What matters is listed by kernel. Text after the mark in the file,
+written by people, stays when it is made anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import subprocess
 import sys
@@ -22,6 +24,8 @@ import triton
 
 from gptkern.bench import inspect
 from gptkern.bench.inspect import Key, Report
+from gptkern.ops import _launch
+from gptkern.ops.pack import signature
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "triton"
@@ -41,14 +45,23 @@ def installed(version: str) -> Path | None:
     return folder
 
 
+def saved(version: str, archs: Sequence[int], ops: Sequence[str], per: str) -> Path:
+    """The file of what a version compiles of the kernels and launch rows as they are now."""
+    digest = hashlib.sha256(signature.sources().encode() + repr((archs, ops, per)).encode())
+    for arch in archs:
+        digest.update(_launch.table_file(arch).read_bytes())
+    return FOLDER / f"{version}-{digest.hexdigest()[:12]}.json"
+
+
 def reports(version: str, archs: Sequence[int], ops: Sequence[str], per: str) -> list[Report]:
-    """What a version compiles."""
-    out = FOLDER / f"{version}.json"
+    """What a version compiles: anew, or as it did before where nothing has changed since."""
+    out = saved(version, archs, ops, per)
+    if out.exists():
+        return inspect.load(out)[0]
     out.parent.mkdir(parents=True, exist_ok=True)
     paths = [str(path) for path in (installed(version), ROOT) if path is not None]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "gptkern", "inspect", *ops, "--per", per, "--save", str(out)]
-    out.unlink(missing_ok=True)
     for arch in archs:
         command += ["--arch", str(arch)]
     done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
@@ -71,11 +84,12 @@ def _line(version: str, base: dict[Key, Report], found: dict[Key, Report]) -> st
     differ = [telling(base[name], found[name]) for name in shared]
     count = {name: sum(name in changes for changes in differ) for name in _TELLING}
     sizes = geometric_mean(found[name].code_bytes / base[name].code_bytes for name in shared)
+    registers = geometric_mean(found[name].registers / base[name].registers for name in shared)
     spilling = sum(report.local_bytes > 0 for report in found.values())
     serialised = sum(report.serialised for report in found.values())
     cells = (
         *(version, len(found), spilling, serialised, count["blocks_per_sm"], count["matrix"]),
-        *(count["widest_load"] + count["bulk"], f"{sizes:.3f}"),
+        *(count["widest_load"] + count["bulk"], f"{registers:.3f}", f"{sizes:.3f}"),
     )
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -91,8 +105,8 @@ def page(results: dict[str, list[Report]], archs: Sequence[int]) -> str:
         f"Each launch row's kernels for {names}, compiled without a GPU; all against {base_version}.",
         "",
         "| triton | binaries | that spill | wgmma serialised | other blocks a multiprocessor | other matrix "
-        "instruction | other loads | code size, geometric mean |",
-        "|---|---|---|---|---|---|---|---|",
+        "instruction | other loads | registers, geometric mean | code size, geometric mean |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(version, base, inspect.index(found)) for version, found in results.items()]
     for version, found in results.items():

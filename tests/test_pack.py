@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -248,6 +249,14 @@ def test_every_file_with_a_kernel_counts_among_the_sources(monkeypatch: pytest.M
     monkeypatch.setattr(Path, "read_bytes", lambda self: (read.add(self), plain(self))[1])
     signature.sources.__wrapped__()
     assert with_kernels and with_kernels <= read
+
+
+def test_tables_and_committed_machine_code_name_the_triton_that_is_tested_with() -> None:
+    root = HERE.parent
+    (pinned,) = re.findall(r"^triton==(\S+)$", (root / "constraints.txt").read_text(), re.M)
+    for arch in (80, 90, 100):
+        assert f" triton {pinned} " in _launch.table_file(arch).read_text().partition("[[")[0]
+    assert json.loads((root / "benchmarks" / "machine_code.json").read_text())["triton"] == pinned
 
 
 # --- the choice of packs
