@@ -22,6 +22,7 @@ from cubins import parameter_sizes
 
 import gptkern
 from gptkern import packing
+from gptkern.cli import doctor
 from gptkern.config import GPTConfig
 from gptkern.environment import FallbackWarning
 from gptkern.gpt import GPT
@@ -91,6 +92,8 @@ def test_every_changed_byte_of_a_pack_is_noticed(tmp_path: Path) -> None:
             pack = Pack(path)
             for name in BINARIES:
                 pack.read(name)
+        with pytest.raises(PackError):
+            Pack(path).check()
 
 
 @pytest.mark.parametrize("length", [0, 7, 40, 200, -1])
@@ -295,6 +298,31 @@ def test_a_damaged_pack_is_passed_over_and_named(monkeypatch: pytest.MonkeyPatch
     (tmp_path / "a.pack").write_bytes(b"gptkern pack 1\n" + bytes(200))
     with pytest.warns(FallbackWarning, match="is damaged: its header does not match its checksum"):
         assert found(monkeypatch, tmp_path).packs == []
+
+
+def test_doctor_says_of_each_pack_whether_it_is_in_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write(tmp_path / "foreign.pack", fitting(triton="3.0.0"), BINARIES)
+    write(tmp_path / "good.pack", fitting(), BINARIES)
+    whole = (tmp_path / "good.pack").read_bytes()
+    (tmp_path / "damaged.pack").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    monkeypatch.setenv(loading.VARIABLE, str(tmp_path))
+    found = [(finding.verdict, finding.text.removeprefix(f"{tmp_path}/")) for finding in doctor._packs()]
+    assert [verdict for verdict, _ in found][:3] == ["fallback", "fallback", "ok"]
+    assert found[0][1] == "damaged.pack is damaged: ops.b:second does not match its checksum"
+    assert found[1][1].startswith("foreign.pack: not in use, as it was made by Triton 3.0.0, and ")
+    assert found[2][1] == f"good.pack: 3 binaries of 2 kernels for sm_90, by Triton {triton.__version__}"
+    monkeypatch.setenv(loading.VARIABLE, str(tmp_path / "nowhere"))
+    (missing,) = doctor._packs()
+    assert missing.verdict == "fallback" and "there is no file or folder" in missing.text
+
+
+def test_doctor_names_the_kernels_that_were_compiled() -> None:
+    text = "generation of the package's model: 2 of {} kernels from packs{}"
+    assert doctor._sources({"a", "b"}, set()).text == text.format(2, ", none compiled")
+    partly = doctor._sources({"a", "b", "c"}, {"c"})
+    assert (partly.verdict, partly.text) == ("fallback", text.format(3, "; compiled: c"))
 
 
 def test_a_place_that_is_not_there_is_an_error_and_an_empty_one_is_none(

@@ -118,6 +118,7 @@ def _packs() -> Iterator[Finding]:
     for path in paths:
         try:
             pack = Pack(path)
+            pack.check()
         except (OSError, ValueError) as error:
             yield Finding("pack", "fallback", str(error))
             continue

@@ -146,12 +146,22 @@ class Pack:
         Raises:
             PackError: They are damaged.
         """
-        entry = self._entries.get(kernel)
-        if entry is None:
-            return []
+        return _unpacked(self._body(kernel)) if kernel in self._entries else []
+
+    def check(self) -> None:
+        """Read all kernels without unpacking them.
+
+        Raises:
+            PackError: One is damaged.
+        """
+        for kernel in self._entries:
+            self._body(kernel)
+
+    def _body(self, kernel: str) -> bytes:
+        entry = self._entries[kernel]
         with self.path.open("rb") as file:
             file.seek(self._begin + entry["begin"])
             body = file.read(entry["bytes"])
         if hashlib.sha256(body).hexdigest() != entry["sha256"]:
             raise PackError(f"{self.path} is damaged: {kernel} does not match its checksum")
-        return _unpacked(body)
+        return body
