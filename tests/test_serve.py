@@ -270,13 +270,27 @@ def test_a_grammar_that_takes_too_long_is_refused(model: GPT) -> None:
         assert server.complete("ab", max_tokens=2)["choices"]
 
 
+def test_a_mistake_in_a_message_names_its_place(server: Running) -> None:
+    for content, place in ((None, "messages.1.content is null"), ([], "messages.1.content is an array")):
+        messages = [{"role": "user", "content": "x"}, {"role": "user", "content": content}]
+        error = server.error("/v1/chat/completions", messages=messages)
+        assert error["param"] == "messages" and error["message"].startswith(place), error
+
+
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
         ({"suffix": "x"}, "suffix", "suffix is not served"),
         ({"tools": []}, "tools", "tools is not served"),
-        ({"prompt": 3}, "prompt", "prompt is int"),
-        ({"prompt": []}, "prompt", "prompt is list"),
+        ({"prompt": 3}, "prompt", "prompt is a number"),
+        ({"prompt": None}, "prompt", "prompt is null; Input should be a valid string; or:"),
+        (
+            {"prompt": []},
+            "prompt",
+            "prompt is an array; Input should be a valid string; or: List",
+        ),
+        ({"prompt": [3, -1]}, "prompt", "prompt.1 is a number; Input should be greater than or equal to 0"),
+        ({"stop": ["a", ""]}, "stop", "stop.1 is ''; String should have at least 1 character"),
         ({"prompt": [1, 999]}, "prompt", "prompt is 999; token ids from 0 to 256"),
         ({"prompt": "a" * 128}, "prompt", "so at most 127 are accepted"),
         ({"max_tokens": 128}, "max_tokens", "so at most 127 are accepted"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,8 +52,13 @@ def locate(
         weights: False fetches configuration and tokenizer alone.
 
     Raises:
+        TypeError: The name is no text and no path.
         CheckpointError: It is nowhere; the message says how to get it.
     """
+    given: object = path_or_hub_id
+    if not isinstance(given, str | os.PathLike):
+        kind = type(given).__name__
+        raise TypeError(f"the checkpoint's name is {kind}; a folder, a file or a hub id is needed")
     if path_or_hub_id == EMBEDDED:
         if not _EMBEDDED_FOLDER.is_dir():
             raise CheckpointError(f"{_EMBEDDED_FOLDER}: the embedded model is missing: install gptkern again")

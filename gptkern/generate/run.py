@@ -161,6 +161,10 @@ def prepare(
 
 def needed_tokenizer(model: GPT, tokenizer: Tokenizer | None) -> Tokenizer:
     """The caller's tokenizer, or else the model's own."""
+    from gptkern.tokenizer import Tokenizer
+
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"generate: tokenizer is {type(tokenizer).__name__}; a gptkern Tokenizer is needed")
     tokenizer = tokenizer or model.tokenizer
     if tokenizer is None:
         raise ValueError("generate: the model came without a tokenizer: give one as tokenizer=")

@@ -69,8 +69,8 @@ def score(
         raise ValueError(
             f"score: stride is {stride!r}; a whole number from 1 to {model.spec.context - 1} is needed"
         )
-    bodies = _as_list(texts)
-    contexts = [None] * len(bodies) if context is None else _as_list(context)
+    bodies = _as_list("texts", texts)
+    contexts = [None] * len(bodies) if context is None else _as_list("context", context)
     if len(contexts) == 1:
         contexts = contexts * len(bodies)
     if len(contexts) != len(bodies):
@@ -99,12 +99,24 @@ def score(
     return [Score(ids, logprobs, all(greedy)) for ids, logprobs, greedy in results]
 
 
-def _as_list(texts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_list(name: str, texts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of texts; one text, or the token ids of one, become a list of one."""
     plainly: Any = plain(texts)
-    if isinstance(plainly, str) or (plainly and all(isinstance(item, int) for item in plainly)):
+    if isinstance(plainly, str) or _are_ids(plainly, least=1):
         return [plainly]
-    return list(plainly)
+    if isinstance(plainly, list | tuple):
+        for text in plainly:
+            if not isinstance(text, str) and not _are_ids(text):
+                raise TypeError(f"score: {name} holds {text!r:.60}; texts, or lists of token ids, are needed")
+        return list(plainly)
+    kind = type(texts).__name__
+    raise TypeError(f"score: {name} is {kind}; a text, a list of texts, or token ids are needed")
+
+
+def _are_ids(value: Any, least: int = 0) -> bool:
+    return (
+        isinstance(value, list | tuple) and len(value) >= least and all(type(entry) is int for entry in value)
+    )
 
 
 def _ids(model: GPT, text: Prompt, tokenizer: Tokenizer | None, *, whole: bool) -> list[int]:

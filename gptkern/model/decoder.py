@@ -260,12 +260,13 @@ class Decoder(nn.Module):
             ValueError: Shapes that do not agree, a token outside the vocabulary (on CPU), a sequence
                 longer than the model's context, labels together with a cache.
         """
+        _check_kinds(labels, attention_mask, cache, position_ids, logits_to_keep, sequences)
         rows = None if sequences is None else list(sequences)
         self._check(input_ids, labels, attention_mask, cache, position_ids, logits_to_keep, rows)
         taps = checked_taps(
             self.spec, hidden_states, stop_at_layer, cached=cache is not None, scored=labels is not None
         )
-        if steering:
+        if steering is not None:
             batch, seq = input_ids.shape
             packed = cache is not None
             added = checked_steering(
@@ -391,6 +392,27 @@ class Decoder(nn.Module):
                     f"GPT: input_ids holds {low if low < 0 else high}; "
                     f"token ids from 0 to {self.spec.vocab_size - 1} are accepted"
                 )
+
+
+def _check_kinds(
+    labels: object,
+    attention_mask: object,
+    cache: object,
+    position_ids: object,
+    logits_to_keep: object,
+    sequences: object,
+) -> None:
+    tensors = {"labels": labels, "attention_mask": attention_mask, "position_ids": position_ids}
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(f"GPT: {name} is {type(value).__name__}; a torch.Tensor, or None, is needed")
+    # The class is the engine's, which stands above the model.
+    if cache is not None and not hasattr(cache, "sequences"):
+        raise TypeError(f"GPT: cache is {type(cache).__name__}; a KVCache, or None, is needed")
+    if not isinstance(logits_to_keep, int | torch.SymInt):
+        raise TypeError(f"GPT: logits_to_keep is {type(logits_to_keep).__name__}; a whole number is needed")
+    if sequences is not None and not isinstance(sequences, Sequence):
+        raise TypeError(f"GPT: sequences is {type(sequences).__name__}; a list of ids, or None, is needed")
 
 
 def _unpacked(packed: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:

@@ -51,9 +51,13 @@ def checked_taps(
         cached, scored: The pass has a cache, or labels.
 
     Raises:
+        TypeError: No numbers of layers.
         ValueError: Layers that the pass does not run, or that go with no cache or labels.
     """
-    if not hidden_states and stop_at_layer is None:
+    _check_layers("hidden_states", hidden_states)
+    if stop_at_layer is not None:
+        _check_layers("stop_at_layer", [stop_at_layer])
+    if not len(hidden_states) and stop_at_layer is None:
         return None
     layers = len(spec.layers)
     last = layers if stop_at_layer is None else stop_at_layer
@@ -66,6 +70,12 @@ def checked_taps(
     if scored and stop_at_layer is not None:
         raise ValueError("GPT: labels need all layers; stop_at_layer is given")
     return Taps(frozenset(hidden_states), stop_at_layer)
+
+
+def _check_layers(name: str, layers: object) -> None:
+    good = isinstance(layers, Sequence) and all(type(layer) is int for layer in layers)
+    if not good:
+        raise TypeError(f"GPT: {name} is {layers!r:.60}; the numbers of layers are needed")
 
 
 def checked_steering(
@@ -85,8 +95,11 @@ def checked_steering(
         last: The layer where the pass ends; None: the last.
 
     Raises:
+        TypeError: No mapping.
         ValueError: A layer that the pass does not run, or vectors of another shape.
     """
+    if not isinstance(steering, Mapping):
+        raise TypeError(f"GPT: steering is {type(steering).__name__}; a mapping from layers is needed")
     batch, seq = shape
     last, width = len(spec.layers) if last is None else last, spec.width
     found: dict[int, torch.Tensor] = {}

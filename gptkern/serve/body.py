@@ -87,6 +87,15 @@ def _wrong(reason: str) -> json.JSONDecodeError:
     return json.JSONDecodeError(reason, "", 0)
 
 
+_KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+}
+
+
 def mistake(error: RequestValidationError) -> ApiProblem:
     """The first of a body's mistakes, by its field."""
     errors = error.errors()
@@ -99,24 +108,22 @@ def mistake(error: RequestValidationError) -> ApiProblem:
         return ApiProblem(400, kind, code="invalid_body")
     param = str(place[0])
     own = [error for error in errors if error["loc"][1:2] == place[:1]]
-    # Where a field has several forms, the one that the value comes nearest to.
-    deepest = max(own, key=lambda one: len(one["loc"]))
+    # Where a field has several forms, the one that the value came furthest in.
+    deepest = max(own, key=lambda one: (len(one["loc"]), _index(one["loc"][-1])))
+    name, value = _path(deepest["loc"][1:]), deepest.get("input")
     if deepest["type"] == "extra_forbidden":
-        name = _path(deepest["loc"][1:])
         return ApiProblem(400, f"{name} is not served; leave it out", param=param, code="unknown_field")
     if deepest["type"] == "missing":
-        return ApiProblem(400, f"{_path(deepest['loc'][1:])} is missing", param=param, code="missing_field")
-    if deepest["type"] == "literal_error":
-        # One of few words, or what came in its place: no part of a text.
-        own, name = [deepest], _path(deepest["loc"][1:])
-        value = shown(deepest.get("input"))
-    else:
-        name = param
-        # A prompt is no part of a message: only its kind.
-        hidden = param in ("prompt", "messages")
-        value = type(first.get("input")).__name__ if hidden else shown(first.get("input"))
-    words = "; or: ".join(dict.fromkeys(one["msg"] for one in own))
-    return ApiProblem(400, f"{name} is {value}; {words}", param=param, code="invalid_field")
+        return ApiProblem(400, f"{name} is missing", param=param, code="missing_field")
+    # A prompt is no part of a message, only its kind; but one of few words is, or what came in its place.
+    hidden = param in ("prompt", "messages") and deepest["type"] != "literal_error"
+    found = _KINDS.get(type(value), "a number") if hidden else shown(value)
+    words = "; or: ".join(dict.fromkeys(one["msg"] for one in own if _path(one["loc"][1:]) == name))
+    return ApiProblem(400, f"{name} is {found}; {words}", param=param, code="invalid_field")
+
+
+def _index(part: str | int) -> int:
+    return part if isinstance(part, int) else -1
 
 
 def _path(place: Sequence[str | int]) -> str:

@@ -34,8 +34,13 @@ def tokenizer_for(
         local_files_only: Take a hub id from the cache only.
 
     Raises:
+        TypeError: No tokenizer and no place of one.
         CheckpointError: It cannot be read, or has ids that the model has no row for.
     """
+    given: object = named
+    if given is not None and not isinstance(given, str | Path | Tokenizer):
+        kind = type(given).__name__
+        raise TypeError(f"from_pretrained: tokenizer is {kind}; a Tokenizer or the name of one is needed")
     if isinstance(named, str | Path):
         tokenizer: Tokenizer | None = Tokenizer.from_pretrained(named, local_files_only=local_files_only)
     else:
