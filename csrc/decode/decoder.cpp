@@ -13,14 +13,14 @@ namespace {
 
 // The paths that this processor can run, the best first, then null.
 const CpuDecodePath* const* paths() {
-    static const CpuDecodePath* usable[4] = {};
+    static const CpuDecodePath* usable[5] = {};
 #ifdef GPTKERN_X86
     const CpuDecodePath** next = usable;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
-            *next++ = &avx512_bf16::decode_path();
-        }
+        const bool vnni = __builtin_cpu_supports("avx512vnni");
+        if (vnni && __builtin_cpu_supports("avx512bf16")) *next++ = &avx512_bf16::decode_path();
+        if (vnni) *next++ = &avx512_vnni::decode_path();
         *next++ = &avx512::decode_path();
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {

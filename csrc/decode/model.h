@@ -125,6 +125,9 @@ const CpuDecodePath& decode_path();
 namespace avx512 {
 const CpuDecodePath& decode_path();
 }
+namespace avx512_vnni {
+const CpuDecodePath& decode_path();
+}
 namespace avx512_bf16 {
 const CpuDecodePath& decode_path();
 }

@@ -74,7 +74,8 @@ _ISAS = {
         "-Wno-maybe-uninitialized",
     ],
 }
-_ISAS["avx512_bf16"] = [*_ISAS["avx512"], "-mavx512vnni", "-mavx512bf16"]
+_ISAS["avx512_vnni"] = [*_ISAS["avx512"], "-mavx512vnni"]
+_ISAS["avx512_bf16"] = [*_ISAS["avx512_vnni"], "-mavx512bf16"]
 
 
 @pytest.mark.slow
