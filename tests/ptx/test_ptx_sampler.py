@@ -178,7 +178,13 @@ OPTIONS: list[dict[str, Any]] = [
     {"n_logprobs": 5, "few": 3},
     {"top_k": 50, "spread": 0.0},
     {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
-    {"logit_bias": [{3: 4.0}, {5: -1.0}], "banned_tokens": [[1, 2], [3]], "n_logprobs": 5},
+    {
+        "logit_bias": [{3: 4.0}, {5: -1.0}],
+        "banned": [[1, 2], [3]],
+        "eos_token_id": 4,
+        "min_new_tokens": 2,
+        "n_logprobs": 5,
+    },
 ]
 
 
