@@ -21,12 +21,15 @@ from gptkern.train import Settings, train
 from gptkern.train.logs import read_log
 
 WORKER = """
-import json, sys, torch
+import json, os, sys, torch
 from pathlib import Path
 from gptkern.train import Settings, train
 torch.set_num_threads(1)
 begun = any(Path(sys.argv[2]).glob("checkpoints/step-*"))
 train(Settings.from_dict(json.loads(sys.argv[1])), sys.argv[2], resume=begun)
+# gloo's threads, alive while the interpreter ends, abort it now and then.
+left = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+assert not any("gloo" in name for name in left), left
 """
 BASE: dict[str, dict[str, Any]] = {
     "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.1},

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from gptkern.train.errors import SettingsError
 
+# Modules with functions whose default arguments are the group, if there is one when they are imported: they
+# would keep it for good.
+_BEFORE_THE_GROUP = ("torch.distributed.nn.functional", "torch.distributed.fsdp")
+
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that ``torchrun`` started; alone where it did not."""
+    """This process among those that ``torchrun`` started; alone where it did not.
+
+    Attributes:
+        meshes: The meshes that models are sharded over; the group's end is theirs.
+    """
 
     rank: int
     world: int
     device: torch.device
+    meshes: list[DeviceMesh] = field(default_factory=list)
 
     @property
     def first(self) -> bool:
@@ -48,6 +60,8 @@ class Processes:
 def processes(device: str) -> Iterator[Processes]:
     """The processes of this run; with several, their group, left at the end.
 
+    What was trained should be gone by then: a sharded model holds the group.
+
     Raises:
         SettingsError: ``device`` is not there.
     """
@@ -59,11 +73,27 @@ def processes(device: str) -> Iterator[Processes]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    for name in _BEFORE_THE_GROUP:
+        importlib.import_module(name)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    group = Processes(rank, world, chosen)
     try:
-        yield Processes(rank, world, chosen)
+        yield group
     finally:
-        dist.destroy_process_group()
+        _leave(group)
+
+
+def _leave(group: Processes) -> None:
+    """Destroy the group and end its threads.
+
+    DTensor's caches hold a mesh for good, and a mesh its groups. gloo's threads would then outlive the group;
+    one that frees its last tensors while the interpreter ends is killed by Python inside C++ code, and the
+    process aborts ("terminate called without an active exception").
+    """
+    dist.destroy_process_group()
+    for mesh in group.meshes:
+        getattr(mesh, "_pg_registry", {}).clear()
+    gc.collect()
 
 
 def _device(name: str, world: int) -> torch.device:
@@ -94,10 +124,10 @@ def spread(objective: nn.Module, group: Processes, strategy: str) -> nn.Module:
     if strategy == "ddp":
         ids = [group.device] if group.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(objective, device_ids=ids)
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(group.device.type, (group.world,))
+    group.meshes.append(mesh)
     model: Any = objective.model
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh)

@@ -387,11 +387,15 @@ def train(
             for name in _FOLDERS:
                 no_link(out / name)
         group.barrier()
-        run = _Run(settings, out, group, resume, shown, bar)
-        try:
-            if started is not None:
-                started(run.trainer)
-            return run.loop()
-        finally:
-            if run.log is not None:
-                run.log.close()
+        # In a call of its own: the model is gone when the group is left.
+        return _trained(_Run(settings, out, group, resume, shown, bar), started)
+
+
+def _trained(run: _Run, started: Callable[[Trainer], None] | None) -> Result:
+    try:
+        if started is not None:
+            started(run.trainer)
+        return run.loop()
+    finally:
+        if run.log is not None:
+            run.log.close()
