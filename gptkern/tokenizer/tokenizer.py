@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import json
 import operator
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -41,23 +40,13 @@ from gptkern.tokenizer.folder import (
     text_of_entry,
 )
 from gptkern.tokenizer.library import library_errors
-from gptkern.tokenizer.streams import (
-    ByteStream,
-    TokenStream,
-    WindowStream,
-    WordStream,
-    byte_chars,
-    bytes_of_token,
-    checked_id,
-)
+from gptkern.tokenizer.pieces import Pieces
+from gptkern.tokenizer.streams import TokenStream, byte_chars
 
 # transformers writes a number beyond this for a tokenizer that knows no longest text.
 _NO_LENGTH = 10**15
 # Characters beyond which a text is encoded as a batch.
 _LONG_TEXT = 8192
-# sentencepiece's mark of a space, and its tokens of one byte
-_SPACE = "\u2581"
-_FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
@@ -325,31 +314,13 @@ class Tokenizer:
             else:
                 batch = [self._backend.encode(text, add_special_tokens=add_special_tokens)]
         ids: list[int] = batch[0].ids
-        if self._known is not None and not self._known.issuperset(text):
-            self._check_nothing_lost(text)
-        return ids
-
-    @cached_property
-    def _known(self) -> frozenset[str] | None:
-        """The characters that have a token, where others would vanish; None where all become tokens."""
-        model = self._backend.model
-        loses = isinstance(model, models.BPE) and model.unk_token is None and not model.byte_fallback
-        if not loses or self._backend.pre_tokenizer is not None or self._backend.normalizer is not None:
-            return None
-        return frozenset(
-            token for token in self._backend.get_vocab(with_added_tokens=False) if len(token) == 1
-        )
-
-    def _check_nothing_lost(self, text: str) -> None:
-        # Added tokens may hold characters that are no tokens themselves.
-        for added in self._backend.get_added_tokens_decoder().values():
-            text = text.replace(added.content, "")
-        if lost := sorted(set(text) - (self._known or set())):
+        if lost := self._pieces.lost(text):
             more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
             raise ValueError(
                 f"Tokenizer.encode: the text holds {', '.join(map(repr, lost[:8]))}{more}, for which the "
                 f"vocabulary of {self.vocab_size} tokens has none: leave them out or replace them"
             )
+        return ids
 
     def __call__(
         self,
@@ -519,36 +490,16 @@ class Tokenizer:
 
         An id without a token has none. A text's first token may lose its leading space when it is decoded.
         """
-        token = self._backend.id_to_token(checked_id(token_id))
-        if token is None:
-            return b""
-        decoder = self._backend.decoder
-        if isinstance(decoder, decoders.ByteLevel):
-            return bytes_of_token(token)
-        if isinstance(decoder, decoders.BPEDecoder):
-            return token.replace(decoder.suffix, " ").encode()
-        if (byte := _FALLBACK_BYTE.fullmatch(token)) is not None and self._decodes_by("ByteFallback"):
-            return builtins.bytes([int(byte[1], 16)])
-        return (token.replace(_SPACE, " ") if self._decodes_by(_SPACE) else token).encode()
-
-    def _decodes_by(self, part: str) -> bool:
-        """True if the decoder has a part of that name, or with that character."""
-        return part in self._decoder_state
-
-    @cached_property
-    def _decoder_state(self) -> str:
-        decoder = self._backend.decoder
-        return "" if decoder is None else decoder.__getstate__().decode()
+        return self._pieces.token_bytes(token_id)
 
     def stream(self, *, skip_special_tokens: bool = False) -> TokenStream:
         """A decoder of one sequence, token by token, at a cost that does not grow with the sequence."""
         skipped = frozenset(self.special_tokens.values()) if skip_special_tokens else frozenset()
-        decoder = self._backend.decoder
-        if isinstance(decoder, decoders.ByteLevel):
-            return ByteStream(self._backend, skipped)
-        if isinstance(decoder, decoders.BPEDecoder):
-            return WordStream(self._backend, skipped, decoder.suffix)
-        return WindowStream(self._backend, skipped)
+        return self._pieces.stream(skipped)
+
+    @cached_property
+    def _pieces(self) -> Pieces:
+        return Pieces(self._backend)
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers' AutoTokenizer opens.
