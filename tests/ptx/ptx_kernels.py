@@ -1,8 +1,9 @@
 """Small calls of ops through the executor: values and gradients by the measure that the ops promise.
 
-    python tests/ptx/ptx_kernels.py ARCH [--most N] OP...
+    python tests/ptx/ptx_kernels.py ARCH [--most N] OP[:BEGIN]...
 
-Needs a process in which kernels are compiled, not interpreted. Prints a line of JSON for each call.
+Needs a process in which kernels are compiled, not interpreted. BEGIN chooses the calls whose names begin
+so. Prints a line of JSON for each call.
 """
 
 from __future__ import annotations
@@ -14,8 +15,52 @@ from collections import Counter
 import torch
 
 from gptkern import backend, testing
-from gptkern.ops import _cases, _launch
+from gptkern.ops import _cases, _launch, decode_attention, layer_norm
 from gptkern.testing.ptx.kernels import executed
+
+
+def _wide_rows(device: torch.device, dtype: torch.dtype) -> _cases.Call:
+    def new(*shape: int) -> torch.Tensor:
+        return _cases.tensor(*shape, device=device, dtype=dtype)
+
+    return _cases.Call((new(2, 65535), new(65535), new(65535)))
+
+
+def _splits(device: torch.device, dtype: torch.dtype) -> _cases.Call:
+    q, k, v = (torch.randn(shape, device=device).to(dtype) for shape in ((2, 4, 20), *[(40, 16, 2, 20)] * 2))
+    table = torch.arange(40, dtype=torch.int32, device=device).view(2, 20)
+    return _cases.Call((q, k, v, table, torch.tensor([300, 130], dtype=torch.int32, device=device)))
+
+
+# Calls beside the ops' checks, for what these do not reach: rows in chunks, sequences in splits.
+MORE = {
+    "layer_norm": [_cases.Case("rows in chunks", layer_norm, _wide_rows)],
+    "decode_attention": [_cases.Case("3 splits", decode_attention, _splits)],
+}
+
+
+# Calls that launch each kernel at least once.
+ONCE = (
+    "linear:gelu_tanh, 65",
+    "gelu_mlp:gelu_tanh, 33",
+    "gated_mlp:silu, 33",
+    "flash_attention:causal",
+    "decode_linear:residual",
+    "decode_linear:qkv, 5",
+    "decode_attention:3 splits",
+    "decode_attention:append",
+    "decode_embed",
+    "layer_norm:layer_norm (3, 17)",
+    "layer_norm:rows in chunks",
+    "rms_norm:rms_norm (3",
+    "rotary:halves, partial, norm",
+    "linear_cross_entropy:5 tokens",
+)
+
+
+def calls(op: str) -> list[_cases.Case]:
+    """The small calls of an op."""
+    return _cases.checks(op) + MORE.get(op, [])
 
 
 def failure(case: _cases.Case, dtype: torch.dtype, arch: int, seen: Counter[str]) -> str:
@@ -48,8 +93,9 @@ def main() -> None:
     parser.add_argument("ops", nargs="+")
     parser.add_argument("--most", type=int, help="calls of an op")
     asked = parser.parse_args()
-    for op in asked.ops:
-        for case in _cases.checks(op)[: asked.most]:
+    for word in asked.ops:
+        op, _, begin = word.partition(":")
+        for case in [case for case in calls(op) if case.name.startswith(begin)][: asked.most]:
             torch.manual_seed(0)
             seen: Counter[str] = Counter()
             why = failure(case, torch.bfloat16, asked.arch, seen)

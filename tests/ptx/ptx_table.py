@@ -1,0 +1,139 @@
+"""The committed tables of ``benchmarks/executed_kernels.md``, of what the scripts beside this one print.
+
+    python tests/ptx/ptx_table.py FOLDER > benchmarks/executed_kernels.md
+    python tests/ptx/ptx_table.py launched ARCH  # the kernels that there are, as JSON
+
+FOLDER holds the lines of ``ptx_kernels.py`` and ``ptx_steps.py`` in files ``kernels-ARCH*``, those of
+``ptx_orders.py`` in ``orders-*``, those of ``ptx_mutations.py`` in ``mutations-*``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from gptkern.ops import _cases
+
+ARCHS = (80, 90)
+TABLE = Path(__file__).parents[2] / "benchmarks" / "executed_kernels.md"
+_HEAD = """# Kernels that were executed without a GPU
+
+Compiled by Triton {triton}. Made by `python tests/ptx/ptx_table.py`; `tests/ptx/test_ptx_kernels.py` keeps it
+true. See `docs/proof.md`.
+
+## Kernels and architectures
+
+The number of launches in one or two small calls of each op, in bfloat16, whose values and gradients passed by
+the ops' own measure, with all checks of the executor. Calls that failed: {failed}.
+
+| kernel | sm_80 | sm_90 |
+|---|---|---|
+"""
+_ORDERS = """
+## Orders of blocks
+
+Launches of several blocks under seeded orders of these: every order left the same bits, and none a fault.
+
+| kernel | call | architecture | blocks | orders |
+|---|---|---|---|---|
+"""
+_MUTATIONS = """
+## Planted faults
+
+One instruction of a kernel's compiled text is changed. "Numbers alone": a comparison of numbers, which is
+what interpreted tests have, would have shown it too; elsewhere it would not: their source has no such
+instruction, or the numbers stay right.
+
+{count} planted, {caught} caught; interpreted tests would have missed {missed} of these.
+
+| kernel | architecture | kind | changed | line | caught by | numbers alone |
+|---|---|---|---|---|---|---|
+"""
+_HARMLESS = """
+Nothing noticed the others: they leave the numbers right and break no rule at these sizes. Those that were
+looked at are masks of a prefetch, lanes that hold no element or the same one as another lane, and a barrier
+before memory is first used or after its last use; not each was looked at.
+
+| kernel | architecture | kind | changed | line |
+|---|---|---|---|---|
+"""
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of the files that begin with ``name``."""
+    return [
+        json.loads(line) | {"file": file.name}
+        for file in sorted(folder.glob(f"{name}-*"))
+        for line in file.read_text().splitlines()
+    ]
+
+
+def listed(table: Path = TABLE) -> dict[str, dict[int, int]]:
+    """Launches by kernel and architecture, as the committed table has them."""
+    part = table.read_text().split("\n## ")[1]
+    found = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \|$", part, re.MULTILINE)
+    return {kernel: dict(zip(ARCHS, map(int, counts), strict=True)) for kernel, *counts in found}
+
+
+def _code(text: str) -> str:
+    """The changed instruction, without most of a long list of registers."""
+    short = re.sub(r"\{ ?(%r\d+),[^}]{20,}\}", r"{\1, ...}", text)
+    return f"`{short.replace('|', '/')}`"
+
+
+def _line(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def planted_line(row: dict[str, Any]) -> str:
+    """The line of one planted fault."""
+    line = [f"`{row['kernel']}`", f"sm_{row['arch']}", row["kind"], _code(row["mutation"]), row["source"]]
+    if row["caught"] not in ("", "bits"):
+        line += [row["caught"], "yes" if row["numbers_alone"] else "no"]
+    return _line(*line)
+
+
+def launched(arch: int) -> set[str]:
+    """The kernels that the ops' cases launch."""
+    return {
+        item.name
+        for op in _cases.ops()
+        for case in _cases.cases(op)
+        if case.archs is None or arch in case.archs
+        for item in _cases.record_case(case, case.dtypes[0], arch)
+    }
+
+
+def made(folder: Path) -> str:
+    """The file."""
+    counts: dict[str, Counter[int]] = defaultdict(Counter)
+    every = rows(folder, "kernels")
+    for row in every:
+        for kernel, count in row["kernels"].items():
+            counts[kernel][int(row["file"].split("-")[1][:2])] += count
+    text = _HEAD.format(triton=triton.__version__, failed=sum(bool(row["failure"]) for row in every))
+    for kernel in sorted(counts):
+        text += _line(f"`{kernel}`", *(counts[kernel][arch] for arch in ARCHS))
+    text += _ORDERS
+    for row in rows(folder, "orders"):
+        assert not row["differ"], row
+        text += _line(f"`{row['kernel']}`", row["call"], f"sm_{row['arch']}", row["blocks"], row["orders"])
+    planted = rows(folder, "mutations")
+    caught = [row for row in planted if row["caught"] not in ("", "bits")]
+    missed = sum(not row["numbers_alone"] for row in caught)
+    text += _MUTATIONS.format(count=len(planted), caught=len(caught), missed=missed)
+    text += "".join(map(planted_line, caught))
+    return text + _HARMLESS + "".join(planted_line(row) for row in planted if row not in caught)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "launched":
+        print(json.dumps(sorted(launched(int(sys.argv[2])))))
+    else:
+        sys.stdout.write(made(Path(sys.argv[1])))
