@@ -53,7 +53,19 @@ def _packed(
     return make
 
 
+def _unaligned(batch: int, seq: int, heads: int, head_dim: int) -> Make:
+    """Heads two bytes apart, which neither wide loads nor the copy engine can read."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> Call:
+        wide = [tensor(batch, seq, heads, head_dim + 1, device=device, dtype=dtype) for _ in range(3)]
+        return Call(tuple(x.detach()[..., :head_dim].requires_grad_() for x in wide))
+
+    return make
+
+
 _ALL = (torch.bfloat16, torch.float32)
+# flash_attention_forward_hopper: a few scalars of a tile of queries, outside of the loops over keys.
+_SCALARS = {90: 32}
 # The random numbers take the registers that overlapping products would keep their accumulators in.
 _DROPOUT = frozenset({"flash_attention_forward", "flash_attention_dq", "flash_attention_dkdv"})
 # The mask is loaded between a tile's products, and ptxas waits for them there.
@@ -71,9 +83,22 @@ CASES = [
         serialised=_DROPOUT,
     ),
     Case("packed", flash_attention_varlen, _packed([1024, 517, 33], 12, 12, 64)),
-    Case("head dim 128", flash_attention, _dense(4, 4096, 4096, 16, 16, 128), _ALL),
-    Case("head dim 128, grouped, window", flash_attention, _dense(2, 4096, 4096, 32, 8, 128, window=1024)),
-    Case("head dim 128, packed, grouped", flash_attention_varlen, _packed([1024, 517, 33], 32, 8, 128)),
+    Case("window", flash_attention, _dense(4, 4096, 4096, 16, 16, 64, window=1024), spills=_SCALARS),
+    Case("unaligned", flash_attention, _unaligned(4, 1024, 12, 64)),
+    Case("head dim 128", flash_attention, _dense(4, 4096, 4096, 16, 16, 128), _ALL, spills=_SCALARS),
+    Case(
+        "head dim 128, grouped, window",
+        flash_attention,
+        _dense(2, 4096, 4096, 32, 8, 128, window=1024),
+        spills=_SCALARS,
+    ),
+    Case(
+        "head dim 128, packed, grouped",
+        flash_attention_varlen,
+        _packed([1024, 517, 33], 32, 8, 128),
+        spills=_SCALARS,
+    ),
+    Case("head dim 128, unaligned", flash_attention, _unaligned(2, 1024, 16, 128)),
     Case("head dim 128, softcap", flash_attention, _dense(2, 4096, 4096, 16, 8, 128, softcap=50.0)),
     Case(
         "head dim 128, dropout",
@@ -135,4 +160,6 @@ CHECKS = [
     Case("additive mask", flash_attention, _dense(2, 20, 37, 4, 2, 16, bias=(4, 20, 37))),
     Case("values of another head dim", flash_attention, _dense(1, 20, 37, 4, 2, 16, v_dim=40)),
     Case("packed, window", flash_attention_varlen, _packed([20, 7], 2, 2, 16, window=4)),
+    Case("head dim 64, tiles of 128", flash_attention, _dense(1, 150, 150, 2, 1, 64)),
+    Case("head dim 128, packed, window", flash_attention_varlen, _packed([140, 3], 2, 1, 128, window=50)),
 ]

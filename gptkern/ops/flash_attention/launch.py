@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gptkern.ops import _launch
+from gptkern.ops.flash_attention import hopper
 from gptkern.ops.flash_attention.kernels import flash_attention_forward
 from gptkern.ops.flash_attention.kernels_backward import flash_attention_dkdv, flash_attention_dq
 
@@ -67,7 +68,7 @@ def out_shape(q: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
     return (*q.shape[:-1], v.shape[-1])
 
 
-class _Shape:
+class Shape:
     """Sizes and offsets of a call as the kernels take them. A packed batch is one long sequence.
 
     Attributes:
@@ -158,9 +159,13 @@ def forward(
     o: Options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward kernel: (out in q's dtype, lse in fp32)."""
-    shape = _Shape(q, k, v, packed, extras)
+    shape = Shape(q, k, v, packed, extras)
     out = shape.new(out_shape(q, v), q.dtype, q.device)
     lse = shape.new(lse_shape(q, shape.packed), torch.float32, q.device)
+    if hopper.serves(q, k, v, extras, o):
+        with _launch.on_device(q):
+            hopper.forward(q, k, v, out, lse, shape, o)
+        return out, lse
     constants = shape.constants(o)
     config = _config("flash_attention_forward", q, constants, extras)
     with _launch.on_device(q):
@@ -189,7 +194,7 @@ def backward(
     o: Options,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch both backward kernels, the dq kernel first: (dq, dk, dv)."""
-    shape = _Shape(q, k, v, packed, extras)
+    shape = Shape(q, k, v, packed, extras)
     # Gradients come as autograd made them, e.g. expanded from a sum; out and lse are the forward's own.
     do = do if do.stride(-1) == 1 else do.contiguous()
     out, lse = out.contiguous(), lse.contiguous()

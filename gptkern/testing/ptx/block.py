@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import numpy as np
 from gptkern.testing.ptx.arithmetic import Array
 from gptkern.testing.ptx.cluster import Cluster
 from gptkern.testing.ptx.counters import Counters
-from gptkern.testing.ptx.hopper import WARPGROUP, Barrier, Products, TensorMap
+from gptkern.testing.ptx.hopper import WARPGROUP, Barrier, Products, TensorMap, deliver
 from gptkern.testing.ptx.memory import Fault, Global
 from gptkern.testing.ptx.shared import Shared
 
@@ -63,6 +64,7 @@ class Block:
 
     Attributes:
         registers: Bits by name, one element a lane.
+        choose: Chooses which warps go on where they have parted; without it those that are behind.
         warp: Each lane's warp, by its number in the cluster; ``warps``: all of the block's.
         rank: The block's number in its cluster.
     """
@@ -83,6 +85,7 @@ class Block:
         counters: Counters | None = None,
     ) -> None:
         self.counters = counters
+        self.choose: random.Random | None = None
         self.number, self.place, self.grid, self.threads = number, place, grid, threads
         self.memory, self.parameters, self.cluster = memory, parameters, cluster
         self.rank = len(cluster.members)
@@ -110,6 +113,7 @@ class Block:
         self._came: dict[int, Array] = {}
         self._gave: dict[int, Array] = {}  # what those had done that arrive and do not wait
         self._stalled = np.zeros(threads, bool)  # lanes that asked in vain for a barrier in shared memory
+        self._sought: set[int] = set()  # the barriers' addresses
         self._spins, self._rounds = 0, 0
 
     # --- registers
@@ -204,14 +208,30 @@ class Block:
 
     # --- control flow
 
-    def hold(self, lanes: Array) -> None:
+    def hold(self, lanes: Array, address: int) -> None:
         """Let others go on before these lanes ask again for a barrier in shared memory."""
-        self._stalled[lanes] = True
+        if len(lanes):
+            self._stalled[lanes] = True
+            self._sought.add(address)
 
     def resume(self) -> None:
         """Something was arrived at: whoever asked in vain may ask again."""
         self._stalled[:] = False
+        self._sought.clear()
         self._rounds = 0
+
+    def _let_arrive(self) -> None:
+        """Every lane that can go on has asked in vain for a barrier in shared memory.
+
+        All may go on once, as who does not wait would; then what is under way to one of the barriers arrives.
+        """
+        self._rounds += 1
+        awaited = [self.barriers[at] for at in sorted(self._sought) if at in self.barriers]
+        if self._rounds > 1 and any(deliver(self, barrier) for barrier in awaited):
+            self.resume()
+        elif self._rounds > _MOST_ROUNDS and self.cluster.alone:
+            raise Fault("deadlock", "a barrier in shared memory whose phase never ends")
+        self._stalled[:] = False
 
     def run(self) -> Iterator[None]:
         """Execute until all lanes have returned; yields where another block may go on."""
@@ -227,16 +247,15 @@ class Block:
                     "deadlock", f"block {self.number}: all lanes wait at barriers {waiting}, not all came"
                 )
             if np.all(self._stalled[runnable]):
-                self._rounds += self.cluster.alone
-                if self._rounds > _MOST_ROUNDS:
-                    raise Fault("deadlock", "a barrier in shared memory whose phase never ends")
-                self._stalled[:] = False
+                self._let_arrive()
             runnable &= ~self._stalled
             # Lanes of a warp meet again: its first go on alone. Warps that spin let others go on.
             first = np.where(runnable, self._at, _NEVER).reshape(-1, 32).min(axis=1)
             places = np.unique(first[first < _NEVER])
             begin = int(places[0])
-            if len(places) > 1 and self._spins > _PATIENCE:
+            if len(places) > 1 and self.choose is not None:
+                begin = int(self.choose.choice(places))
+            elif len(places) > 1 and self._spins > _PATIENCE:
                 begin, self._spins = int(places[1 + self._spins % (len(places) - 1)]), 0
             mask = runnable & (self._at == begin) & np.repeat(first == begin, 32)
             others = self._at[runnable & (self._at > begin)]

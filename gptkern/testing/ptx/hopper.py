@@ -1,6 +1,6 @@
 """Instructions of sm_90: barriers in shared memory, tiles copied by the copy engine, products of warpgroups.
 
-All that is asynchronous arrives as late as it may: a tile when somebody waits for its barrier, a product when
+All that is asynchronous arrives as late as it may: a tile when nobody can go on without one, a product when
 its group is waited for. Until then its destination is not to be read, and its operands not to be written.
 
 Source: PTX ISA 8.8, "mbarrier", "Tensor Copies", "Asynchronous Warpgroup Level Matrix Instructions"; for
@@ -189,16 +189,13 @@ class HopperInstructions(AccessInstructions):
                 here = lanes[addresses[lanes] == address]
                 warps = np.unique(block.warp[here])
                 barrier = barrier_at(block, int(address), warps)
-                now = barrier.phase if by_parity else barrier.completed
-                asked = wanted[here] & 1 if by_parity else wanted[here]
                 # A wait for the phase before returns at once: nothing need have arrived.
-                if np.any(asked == now):
-                    _deliver(block, barrier)
+                asked = wanted[here] & 1 if by_parity else wanted[here]
                 done = asked != (barrier.phase if by_parity else barrier.completed)
                 ready[here] = done
+                block.hold(here[~done], int(address))
                 if np.any(done) and barrier.visible is not None:
                     block.cluster.order.acquire(np.unique(block.warp[here[done]]), barrier.visible)
-            block.hold(lanes[~ready[lanes]])
             block.memory.progress += bool(np.any(ready[lanes]))
             block.put(destination, ready, mask)
 
@@ -429,15 +426,17 @@ def barrier_at(block: Block, address: int, warps: Array, remote: bool = False) -
     return home.barriers[int(offsets[0])]
 
 
-def _deliver(block: Block, barrier: Barrier) -> None:
-    """Let the tiles that are under way to a barrier of this block arrive."""
+def deliver(block: Block, barrier: Barrier) -> bool:
+    """Let the tiles that are under way to a barrier of this block arrive; False if there are none."""
+    if not barrier.tiles:
+        return False
     for positions, data in barrier.tiles:
         block.shared.deliver(positions, data)
         barrier.bytes -= data.size
-    if barrier.tiles:
-        barrier.gather(barrier.order.released(np.array([barrier.order.engine])))
+    barrier.gather(barrier.order.released(np.array([barrier.order.engine])))
     barrier.tiles = []
     barrier.settle()
+    return True
 
 
 @dataclass

@@ -85,7 +85,8 @@ def execute(
         cluster: Blocks of a cluster along x, y, z; by default what the module requires.
         fresh: Tensors that nobody has written yet: reading a byte before it is written is a fault.
         also: Tensors that are reached through addresses in memory.
-        seed: Chooses which block goes on wherever one may be held up.
+        seed: Chooses which block goes on wherever one may be held up, and which warps of a block where they
+            have parted; with 0 warps that are behind go on.
         resident: Most blocks at a time; by default all, as in a cooperative launch.
         stream: The launches before, to which this one is added.
         dependent: The launch may begin before the ones before have ended, up to ``griddepcontrol.wait``.
@@ -125,10 +126,11 @@ def execute(
         corner = tuple(at // part for at, part in zip(place, shape, strict=True))
         if corner not in clusters:
             clusters[corner] = Cluster(shape, size, memory)
-        Block(
+        block = Block(
             number, place, sizes, size, machine.steps, program.width, parameters, memory, clusters[corner],
             room, maps, counters,
         )  # fmt: skip
+        block.choose = random.Random(f"{seed} {number}") if seed else None
     _run(list(clusters.values()), machine, random.Random(seed), resident or count)
     if counters is not None:
         counters.ended(memory.uses(program.name))

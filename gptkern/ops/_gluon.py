@@ -1,0 +1,45 @@
+"""Gluon, Triton's language of explicit layouts and warps, as the kernels see it; see ``_triton``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gptkern.ops import _without_triton
+
+__all__ = [
+    "descriptor", "fence_async_shared", "gl", "gluon", "mbarrier", "tma", "warpgroup_mma",
+    "warpgroup_mma_wait",
+]  # fmt: skip
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError:
+    gluon, gl = _without_triton.triton, _without_triton.language
+    fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
+
+
+def descriptor(x: torch.Tensor, block: list[int]) -> Any:
+    """A map of ``x`` for tiles of ``block`` elements whose last dimension is a multiple of 128 bytes.
+
+    Tiles lie in shared memory as the matrix unit reads them, in 128-byte swizzle. Strides are positive
+    multiples of 16 bytes, but for dimensions of size 1, whose strides do not matter.
+    """
+    strides = list(x.stride())
+    for axis in range(x.dim() - 2, -1, -1):
+        if x.shape[axis] == 1:
+            strides[axis] = strides[axis + 1] * x.shape[axis + 1]
+    if TensorDescriptor is None:
+        return _without_triton.TensorDescriptor(x, list(x.shape), strides, block)
+    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=len(block))
+    return TensorDescriptor(x, list(x.shape), strides, block, layout)
