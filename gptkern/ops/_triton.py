@@ -15,6 +15,9 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if not hasattr(TensorDescriptor, "round_f32_to_tf32"):  # Triton 3.6, where none does
+        TensorDescriptor.round_f32_to_tf32 = False
 except ImportError:
     triton, tl = _without_triton.triton, _without_triton.language
     gdc_launch_dependents = gdc_wait = None
