@@ -14,6 +14,7 @@ from torch import nn
 import gptkern
 from gptkern import _C, _native
 from gptkern.config import GPTConfig
+from gptkern.cpu_threads import VARIABLE
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.cpu import CpuExecutor
 from gptkern.engine.executors.cpu_model import CpuLayer, CpuLinear, CpuModel, CpuNorm, CpuStage
@@ -180,7 +181,9 @@ def test_quantised_weights_against_float64(name: str, rows: int, dtype: torch.dt
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", ["", "turned", "int8", "fp8", "int4"])
-def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(how: str, dtype: torch.dtype) -> None:
+def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(
+    how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = PLAIN.replace(vocab_size=515)
     model = (
         _packed(config, dtype, how)
@@ -188,15 +191,11 @@ def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(how: str, d
         else _model(config, dtype, how == "turned")
     )
     whole, _ = _stepped(model, 13, 3, 4)
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            for rows in (1, 2, 3, 4, 7, 13):
-                found, _ = _stepped(model, rows, 3)
-                assert torch.equal(found, whole[:rows]), (number, rows)
-    finally:
-        torch.set_num_threads(threads)
+    for number in (1, 2, 3):
+        monkeypatch.setenv(VARIABLE, str(number))
+        for rows in (1, 2, 3, 4, 7, 13):
+            found, _ = _stepped(model, rows, 3)
+            assert torch.equal(found, whole[:rows]), (number, rows)
 
 
 # Inputs past 1024 are summed in parts, and neither these nor the outputs fill a last vector.
@@ -205,22 +204,21 @@ DEEP = PLAIN.replace(n_layer=1, n_embd=90, n_inner=1130, vocab_size=515)
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_number_of_rows_gives_the_same_bits_near_float64(dtype: torch.dtype) -> None:
-    model = _model(DEEP, dtype, False)
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+def test_every_number_of_rows_gives_the_same_bits_near_float64(
+    turned: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model(DEEP, dtype, turned)
     exact = GPT(DEEP).double().eval()
     exact.load_state_dict(model.state_dict())
     whole, _ = _stepped(model, 64, 1, 4)
     plain, _ = _stepped(model, 64, 1, 4, fast=False)
     truth, _ = _stepped(exact, 64, 1, 4, fast=False)
     assert_accurate(whole, plain, truth)
-    threads = torch.get_num_threads()
-    try:
-        for rows in range(1, 64):
-            torch.set_num_threads(1 + rows % 2)
-            found, _ = _stepped(model, rows, 1, 4)
-            assert torch.equal(found, whole[:rows]), rows
-    finally:
-        torch.set_num_threads(threads)
+    for rows in range(1, 64):
+        monkeypatch.setenv(VARIABLE, str(1 + rows % 2))
+        found, _ = _stepped(model, rows, 1, 4)
+        assert torch.equal(found, whole[:rows]), rows
 
 
 @pytest.mark.usefixtures("path")

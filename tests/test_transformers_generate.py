@@ -172,22 +172,25 @@ def test_going_on_from_a_cache(cache: type, padded: bool) -> None:
     assert torch.equal(*results)
 
 
+class RecordingStreamer:
+    """A streamer that records the values of ``put`` as lists, and "end"."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen.append(value.tolist())
+
+    def end(self) -> None:
+        self.seen.append("end")
+
+
 @pytest.mark.usefixtures("strict")
 def test_streamers_stopping_criteria_and_eos_lists() -> None:
-    class Streamer:
-        def __init__(self) -> None:
-            self.seen: list[Any] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.seen.append(value.tolist())
-
-        def end(self) -> None:
-            self.seen.append("end")
-
     pair, (ids, _) = twins(), prompt(1, 5, False)
     streams = []
     for model in pair:
-        streamer, lengths = Streamer(), []
+        streamer, lengths = RecordingStreamer(), []
 
         def stop(
             tokens: torch.Tensor, scores: Any, lengths: list[int] = lengths, **kwargs: Any

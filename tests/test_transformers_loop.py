@@ -13,7 +13,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from scipy import stats
-from test_transformers_generate import FALLBACKS, VOCAB, build, prompt
+from test_transformers_generate import FALLBACKS, VOCAB, RecordingStreamer, build, prompt
 from transformers.generation import logits_process as library
 
 import gptkern
@@ -163,20 +163,10 @@ def test_stop_strings(pair: tuple[Any, Any], requests: list[int], shared_data: P
 
 
 def test_a_streamer_gets_what_the_librarys_gives(pair: tuple[Any, Any], requests: list[int]) -> None:
-    class Streamer:
-        def __init__(self) -> None:
-            self.seen: list[Any] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.seen.append(value.tolist())
-
-        def end(self) -> None:
-            self.seen.append("end")
-
     ids, mask = prompt(2, 5, True)
     streams = []
     for model in pair:
-        streamer = Streamer()
+        streamer = RecordingStreamer()
         model.double().generate(
             ids,
             attention_mask=mask,

@@ -6,6 +6,7 @@
 #include "common/threads.h"
 #include "decode/attention.h"
 #include "decode/pass.h"
+#include "decode/transposed_pairs.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -161,8 +162,9 @@ private:
         const auto* const packed = static_cast<const uint8_t*>(layer.weight);
 #ifdef __AVX512BF16__
         if (x.packing() == Packing::kPairs) {
-            const auto* const at = static_cast<const uint16_t*>(layer.weight) + first * layer.stride;
-            const Weights<Bf16> pairs{at, layer.stride, layer.in};
+            Weights<Bf16> pairs{static_cast<const uint16_t*>(layer.weight), layer.stride, layer.in};
+            if (layer.transposed) return transposed_product(pairs, x.pairs(), first, last - first, sums, stride);
+            pairs.at += first * layer.stride;
             return gptkern::product(pairs, x.pairs(), last - first, p_.own + p_.layout.partial, sums, stride);
         }
 #endif

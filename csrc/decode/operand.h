@@ -26,7 +26,7 @@ struct Pairs {
 template <class Kind>
 GPTKERN_HD Packing packing_of(const CpuLinear& layer) {
 #ifdef __AVX512BF16__
-    if (Kind::kEvenFirst && layer.format == Format::kModel && !layer.transposed) return Packing::kPairs;
+    if (Kind::kEvenFirst && layer.format == Format::kModel) return Packing::kPairs;
 #endif
 #ifdef __AVX512VNNI__
     if (Kind::kEvenFirst && takes_bytes(layer)) return Packing::kBytes;

@@ -170,17 +170,38 @@ void product(const Int4& w, const float* x, int count, int first, int last, cons
     });
 }
 
+// Fetches a matrix's rows into the cache in the order in which they lie, ``width`` elements of each: several rows side by
+// side are read slower. Past the matrix's end it does nothing.
+template <class Storage>
+struct RowsAhead {
+    const Storage *at, *end;
+    int64_t stride, width;
+
+    RowsAhead(const Storage* from, int64_t stride, int64_t width)
+        : at(from), end(from + width), stride(stride), width(width) {}
+
+    GPTKERN_HD void line() {
+        _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+        at += kLine / sizeof(Storage);
+        if (at < end) return;
+        at = end + stride - width;
+        end += stride;
+    }
+    static constexpr size_t kLine = 64;  // bytes
+};
+
 // sums[r][out] += sum_s factors[r][s] * W[i + s][out] for out in [first, last), a multiple of kStep; sums lie as Rows.
 template <class Kind, int S>
 GPTKERN_HD void add_transposed(const Weights<Kind>& w, const float* factors, int rows, int i, int first, int last,
                            float* sums) {
+    using Storage = typename Kind::Storage;
+    constexpr size_t kLines = (S * kStep * sizeof(Storage) + RowsAhead<Storage>::kLine - 1) / RowsAhead<Storage>::kLine;
+    RowsAhead<Storage> ahead(w.at + (i + S) * w.stride + first, w.stride, last - first);
     for (int out = first; out < last; out += kStep) {
+        for (size_t line = 0; line < kLines; ++line) ahead.line();
         Vec low[S], high[S];
         for (int s = 0; s < S; ++s) {
-            const auto* const from = w.at + (i + s) * w.stride + out;
-            // The next S weight rows, ahead of their use. Past the end a prefetch does nothing.
-            _mm_prefetch(reinterpret_cast<const char*>(from + S * w.stride), _MM_HINT_T1);
-            Kind::pair(from, low[s], high[s]);
+            Kind::pair(w.at + (i + s) * w.stride + out, low[s], high[s]);
         }
         for (int r = 0; r < rows; ++r, sums += kStep) {
             // S products are summed before they go to the long sum: fewer additions to it, smaller errors.

@@ -47,7 +47,7 @@ void reserve(int teams, int threads, int vocab) {
         std::free(memory.teams);
         memory = Memory{};
         const size_t bins = static_cast<size_t>(kCoarseBins) * size.threads_per_team, row = size.vocab;
-        const size_t buffers = padded(bins * sizeof(uint64_t)) + 3 * padded(row * sizeof(float));
+        const size_t buffers = padded(bins * sizeof(uint64_t)) + 4 * padded(row * sizeof(float));
         const size_t bytes = padded(sizeof(TeamMemory) * size.team_count) + buffers * size.team_count;
         char* next = static_cast<char*>(std::aligned_alloc(64, bytes));
         if (next == nullptr) throw std::bad_alloc();
@@ -58,6 +58,7 @@ void reserve(int teams, int threads, int vocab) {
             team.values = take<float>(next, row);
             team.widened = take<float>(next, row);
             team.list = take<uint32_t>(next, row);
+            team.tops = take<uint32_t>(next, row);
         }
         memory = size;
     }

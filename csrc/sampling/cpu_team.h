@@ -10,6 +10,7 @@ namespace gptkern {
 inline namespace GPTKERN_ISA {
 
 constexpr int kMaxTeam = 64;
+constexpr uint32_t kTile = 64;  // neighbouring tokens that are looked at together
 
 // The memory that a team's threads share. It outlives a call, for the next one to use.
 struct TeamMemory {
@@ -22,6 +23,7 @@ struct TeamMemory {
     uint64_t* bin_weights;  // (threads, kCoarseBins)
     float *values, *widened;  // (vocab)
     uint32_t* list;         // (vocab)
+    uint32_t* tops;         // (vocab / kTile, rounded up): the largest key of each tile
     std::atomic<uint32_t> list_length;
     uint64_t digit_weights[kDigits];
     uint32_t digit_counts[kDigits];
@@ -79,13 +81,13 @@ public:
     // Adds every weight(i) to bin(i). The loop goes tile by tile, so that all but the additions vectorises.
     template <class Bin, class Weight>
     GPTKERN_HD void add_to_bins(uint32_t n, Bin bin, Weight weight) {
-        constexpr uint32_t kTile = 256;
-        uint64_t tile[kTile];
-        int bins[kTile];
+        constexpr uint32_t kLong = 4 * kTile;
+        uint64_t tile[kLong];
+        int bins[kLong];
         uint64_t* const sums = weights(rank_);
         const uint32_t end = part(n, rank_ + 1);
-        for (uint32_t start = part(n, rank_); start < end; start += kTile) {
-            const uint32_t length = end - start < kTile ? end - start : kTile;
+        for (uint32_t start = part(n, rank_); start < end; start += kLong) {
+            const uint32_t length = end - start < kLong ? end - start : kLong;
             for (uint32_t j = 0; j < length; ++j) tile[j] = weight(start + j);
             for (uint32_t j = 0; j < length; ++j) bins[j] = bin(start + j);
             for (uint32_t j = 0; j < length; ++j) sums[bins[j]] += tile[j];
@@ -95,7 +97,6 @@ public:
     // Lists every i whose bin is between low and high; most tiles have none.
     template <class Bin>
     GPTKERN_HD void list_bins(uint32_t n, Bin bin, int low, int high) {
-        constexpr uint32_t kTile = 64;
         int bins[kTile];
         const uint32_t end = part(n, rank_ + 1);
         for (uint32_t start = part(n, rank_); start < end; start += kTile) {
@@ -153,6 +154,47 @@ public:
     const uint32_t* list() const { return memory_.list; }
     uint32_t list_length() const { return memory_.list_length.load(std::memory_order_relaxed); }
 
+    // The row's largest key and the lowest id that has it.
+    Largest largest(uint32_t n, const float* values) {
+        uint32_t best = 0, tile = tiles(n);
+        for_each_tile(n, values, [&](uint32_t t, uint32_t key) {
+            tile = key > best ? t : tile;
+            best = key > best ? key : best;
+        });
+        uint32_t id = tile * kTile;
+        while (id < n && order_key(values[id]) != best) ++id;
+        const uint64_t found = reduce(static_cast<uint64_t>(best) << 32 | static_cast<uint32_t>(~id),
+                                      [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+        return {static_cast<uint32_t>(found >> 32), ~static_cast<uint32_t>(found)};
+    }
+
+    // Lists every value from the k-th largest of the tiles' largest on: so many are at least that large. False if the
+    // tiles are too few for it to leave most of them out, or too few of them have a token that is allowed.
+    bool list_largest(const float* values, uint32_t n, uint32_t k) {
+        if (k > tiles(n) / 4) return false;
+        for_each_tile(n, values, [&](uint32_t t, uint32_t key) {
+            memory_.tops[t] = key;
+            memory_.list[t] = t;
+        });
+        const auto key = [this](uint32_t t) { return static_cast<uint64_t>(~memory_.tops[t]); };
+        const auto one = [](uint32_t) { return uint64_t{1}; };
+        const Selection last = inner([&](CpuInner& alone) {
+            return select_in_list(alone, memory_.list, tiles(n), 32, key, one, k - 1);
+        });
+        const uint32_t least = memory_.tops[last.id];
+        if (least <= kKeyOfMinusInfinity) return false;
+        clear_list();
+        const uint32_t end = part(tiles(n), rank_ + 1);
+        for (uint32_t t = part(tiles(n), rank_); t < end; ++t) {
+            if (memory_.tops[t] < least) continue;
+            for (uint32_t i = t * kTile; i < end_of_tile(t, n); ++i) {
+                if (order_key(values[i]) >= least) push(i);
+            }
+        }
+        close_list();
+        return true;
+    }
+
     template <class F>
     Selection inner(F f) {
         sync();
@@ -167,6 +209,29 @@ public:
 private:
     uint32_t part(uint32_t n, int rank) const {
         return static_cast<uint32_t>(static_cast<uint64_t>(n) * static_cast<uint64_t>(rank) / threads_);
+    }
+
+    static uint32_t tiles(uint32_t n) { return (n + kTile - 1) / kTile; }
+    static uint32_t end_of_tile(uint32_t t, uint32_t n) { return n - t * kTile < kTile ? n : (t + 1) * kTile; }
+
+    // f(t, the largest key of tile t) for this thread's tiles.
+    template <class F>
+    void for_each_tile(uint32_t n, const float* values, F f) {
+        const uint32_t end = part(tiles(n), rank_ + 1);
+        for (uint32_t t = part(tiles(n), rank_); t < end; ++t) {
+            const float* const from = values + t * kTile;
+            // A loop whose length the compiler knows is a few vectors.
+            f(t, t < n / kTile ? largest_key(from, kTile) : largest_key(from, n % kTile));
+        }
+    }
+
+    static GPTKERN_HD uint32_t largest_key(const float* from, uint32_t count) {
+        uint32_t high = 0;
+        for (uint32_t i = 0; i < count; ++i) {
+            const uint32_t key = order_key(from[i]);
+            high = key > high ? key : high;
+        }
+        return high;
     }
 
     uint64_t* weights(int rank) { return memory_.bin_weights + rank * kCoarseBins; }
@@ -186,6 +251,11 @@ private:
     int rank_;
     int threads_;
 };
+
+inline Largest largest(CpuTeam& team, uint32_t n, const float* values) { return team.largest(n, values); }
+inline bool list_largest(CpuTeam& team, const float* values, uint32_t n, uint32_t k) {
+    return team.list_largest(values, n, k);
+}
 
 }  // namespace GPTKERN_ISA
 }  // namespace gptkern

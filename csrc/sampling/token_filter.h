@@ -68,19 +68,21 @@ GPTKERN_HD Extremes extremes(Team& team, uint32_t n, const float* values) {
     team.for_each(n, [&](uint32_t i) {
         const uint32_t key = order_key(values[i]);
         high = key > high ? key : high;
-        const uint32_t inverted = key == kKeyOfMinusInfinity ? 0u : ~key;
+        const uint32_t inverted = ~key & (0u - static_cast<uint32_t>(key != kKeyOfMinusInfinity));
         inverted_low = inverted > inverted_low ? inverted : inverted_low;
     });
     high = team.max(high);
     return {high, ~team.max(inverted_low)};
 }
 
-GPTKERN_HD Status check_extremes(const Extremes& e) {
-    if (e.max_key > kKeyOfInfinity) return kNaN;
-    if (e.max_key == kKeyOfInfinity) return kInfinite;
-    if (e.max_key <= kKeyOfMinusInfinity) return kNothingAllowed;
+// What a row's largest key says of it.
+GPTKERN_HD Status check_largest(uint32_t key) {
+    if (key > kKeyOfInfinity) return kNaN;
+    if (key == kKeyOfInfinity) return kInfinite;
+    if (key <= kKeyOfMinusInfinity) return kNothingAllowed;
     return kOk;
 }
+GPTKERN_HD Status check_extremes(const Extremes& e) { return check_largest(e.max_key); }
 
 // The lowest id whose value has this key.
 template <class Team>
@@ -91,6 +93,13 @@ GPTKERN_HD uint32_t first_with_key(Team& team, uint32_t n, const float* values, 
         inverted = candidate > inverted ? candidate : inverted;
     });
     return ~team.max(inverted);
+}
+
+// The largest key and the lowest id that has it, whatever the row holds. A team may have a faster way.
+template <class Team>
+GPTKERN_HD Largest largest(Team& team, uint32_t n, const float* values) {
+    const uint32_t key = extremes(team, n, values).max_key;
+    return {key, first_with_key(team, n, values, key)};
 }
 
 }  // namespace GPTKERN_ISA

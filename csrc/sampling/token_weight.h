@@ -36,8 +36,9 @@ struct Stored<DType::kFloat16> {
 GPTKERN_HD uint32_t order_key(float v) {
     const uint32_t bits = bit_cast<uint32_t>(v + 0.0f);
     const uint32_t negative = 0u - (bits >> 31);
-    const uint32_t key = bits ^ (negative | 0x80000000u);
-    return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0xFFFFFFFFu : key;
+    // A choice between two values here would keep the loops over a row from vectorising.
+    const uint32_t nan = 0u - static_cast<uint32_t>((bits & 0x7FFFFFFFu) > 0x7F800000u);
+    return (bits ^ (negative | 0x80000000u)) | nan;
 }
 
 GPTKERN_HD float from_order_key(uint32_t key) {

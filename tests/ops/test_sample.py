@@ -11,6 +11,7 @@ import torch
 
 import gptkern
 from gptkern import _C
+from gptkern.cpu_threads import VARIABLE
 from gptkern.ops import SamplerState, SamplingParams, sample, sampling_probs
 from gptkern.ops.sample import reference
 
@@ -27,10 +28,9 @@ def cpu_path(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def threads() -> Iterator[Any]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+def threads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets the number of threads, which may be more than there are cores."""
+    return lambda number: monkeypatch.setenv(VARIABLE, str(number))
 
 
 def rows(vocab: int) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""One training step: forward, loss, backward, AdamW."""
+"""One training step: forward, loss, backward, AdamW. gptkern's loss is the objective of ``gptkern train``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,31 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from gptkern.bench.problem import Inputs, Problem, Provider
 from gptkern.bench.suites import _models as models
 from gptkern.bench.suites import _providers as shared
 from gptkern.config import GPTConfig
+from gptkern.gpt import GPT
+from gptkern.train.objective import LanguageModelling
 
 GPU = [(models.GPT2, 16, 1024), (models.GPT2, 64, 1024)]
 CPU = [(models.SMALL, 2, 128)]
+
+
+class _Objective(nn.Module):
+    """The mean of the trainer's losses, called as transformers' models are."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.sum = LanguageModelling(model)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        mean: torch.Tensor = self.sum(ids, targets) / labels[:, 1:].numel()
+        return mean
 
 
 class _Step:
@@ -29,7 +45,8 @@ class _Step:
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss: torch.Tensor = self.model(ids, labels=ids).loss
+            output = self.model(ids, labels=ids)
+        loss: torch.Tensor = output if isinstance(output, torch.Tensor) else output.loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -61,7 +78,9 @@ def _problem(config: GPTConfig, batch: int, seq: int, device: torch.device, quic
     def provider(name: str) -> Provider:
         def call(ids: torch.Tensor) -> torch.Tensor:
             if name not in steps:
-                steps[name] = _Step(deepcopy(first(name)), device, name == "torch.compile")
+                model = deepcopy(first(name))
+                trained = _Objective(model) if isinstance(model, GPT) else model
+                steps[name] = _Step(trained, device, name == "torch.compile")
             return steps[name](ids)
 
         return call

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from gptkern import _native
+from gptkern.cpu_threads import cpu_threads
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.base import TableExecutor, check_cache
 from gptkern.engine.executors.changes import weights_alone
@@ -141,7 +142,7 @@ class CpuExecutor(TableExecutor):
         rows = range(len(tokens)) if wanted is None else wanted
         places = torch.tensor(rows, dtype=torch.int32, device="cpu")
         logits = torch.empty(len(places), self._model.spec.vocab_size, dtype=cache.dtype, device="cpu")
-        arguments = (cache.k, cache.v, page_table, lengths, tokens, places, logits, torch.get_num_threads())
+        arguments = (cache.k, cache.v, page_table, lengths, tokens, places, logits, cpu_threads())
         while not self._decoder.step(*arguments):
             reason = unserved(self._model, cache.dtype)
             if reason is not None:

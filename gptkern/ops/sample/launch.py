@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from gptkern import _native
 from gptkern._native import COMMIT, COMMIT_ONLY, KEEP_STATE
+from gptkern.cpu_threads import cpu_threads
 from gptkern.ops import _dispatch, _launch
 from gptkern.ops.sample.checks import first_bad, refuse
 from gptkern.ops.sample.params import SamplerState, SamplingParams
@@ -142,7 +143,7 @@ def traced(logits: torch.Tensor) -> bool:
 
 def _machine(logits: torch.Tensor, state: SamplerState | None) -> Machine:
     """The place where a call on ``logits`` runs; a state holds the workspace for the next call."""
-    threads = torch.get_num_threads()
+    threads = cpu_threads()
     if not logits.is_cuda:
         return Machine(threads)
     needed = _native.extension.workspace_bytes(logits.shape[0], logits.shape[-1])

@@ -1,0 +1,108 @@
+"""The CPU part's threads: how many there are, and that calls end in every state of the pool."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptkern.cpu_threads import VARIABLE, cores_of_quota, cpu_threads
+from gptkern.ops import SamplerState, SamplingParams, sample
+
+LOGITS = torch.randn(4, 40000, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def _tokens() -> list[int]:
+    params = SamplingParams.make(*LOGITS.shape, top_k=50)
+    state = SamplerState.make(*LOGITS.shape, seed=0)
+    return sample(LOGITS, params=params, state=state).tokens.tolist()
+
+
+def test_a_process_of_one_core_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert cpu_threads() == 1
+        expected = _tokens()
+    finally:
+        os.sched_setaffinity(0, cores)
+    monkeypatch.setenv(VARIABLE, "3")
+    assert _tokens() == expected
+
+
+def test_pytorch_may_have_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    torch.set_num_threads(1)
+    assert cpu_threads() == 1
+
+
+def test_the_variable_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "64")
+    assert cpu_threads() == 64
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "", "1.5", "²"])
+def test_what_is_no_number_of_threads_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, value)
+    with pytest.raises(ValueError, match=f"{VARIABLE}={value!r}: it takes a whole number"):
+        cpu_threads()
+
+
+def test_quotas_of_a_control_group_and_those_above_it(tmp_path: Path) -> None:
+    group = tmp_path / "above" / "own"
+    group.mkdir(parents=True)
+    own = tmp_path / "cgroup"
+    own.write_text("3:memory:/elsewhere\n0::/above/own\n")
+    assert cores_of_quota(tmp_path, own) > 4096
+    (group / "cpu.max").write_text("max 100000\n")
+    assert cores_of_quota(tmp_path, own) > 4096
+    (group.parent / "cpu.max").write_text("250000 100000\n")
+    assert cores_of_quota(tmp_path, own) == 3
+    (group / "cpu.max").write_text("50000 100000\n")
+    assert cores_of_quota(tmp_path, own) == 1
+    assert cores_of_quota(tmp_path, tmp_path / "none") > 4096
+
+
+def test_quotas_of_the_older_control_groups(tmp_path: Path) -> None:
+    group = tmp_path / "cpu,cpuacct" / "own"
+    group.mkdir(parents=True)
+    own = tmp_path / "cgroup"
+    own.write_text("4:cpu,cpuacct:/own\n0::/\n")
+    (group / "cpu.cfs_period_us").write_text("100000\n")
+    (group / "cpu.cfs_quota_us").write_text("-1\n")
+    assert cores_of_quota(tmp_path, own) > 4096
+    (group / "cpu.cfs_quota_us").write_text("200000\n")
+    assert cores_of_quota(tmp_path, own) == 2
+
+
+def test_a_child_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "2")
+    torch.set_num_threads(1)  # PyTorch's own pool does not outlive a fork
+    expected = _tokens()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)  # a child that waits for the parent's threads would wait for ever
+        os._exit(0 if _tokens() == expected else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert _tokens() == expected
+
+
+def test_short_calls_of_changing_numbers_of_threads_all_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _tokens()
+    for number in range(300):
+        monkeypatch.setenv(VARIABLE, str((1, 2, 3, 2, 5)[number % 5]))
+        assert _tokens() == expected
