@@ -1,4 +1,4 @@
-"""How many threads the extension's CPU part works with: no more than there are cores for them."""
+"""The number of threads that the extension's CPU part works with: no more than there are cores for them."""
 
 from __future__ import annotations
 
