@@ -298,7 +298,7 @@ BEYOND = {
     "decode_linear_kernel": "who adds up a tile's parts is decided by an atomic counter",
     "persistent_step_kernel": "its programs meet at barriers, and addresses are read from a table",
     "flash_attention_forward": "programs beyond a sequence return before the end: several blocks",
-    "flash_attention_forward_hopper": "it is written in Gluon, whose text is another: warps have parts of their own",
+    "flash_attention_forward_hopper": "Gluon is another text, and warps have parts of their own",
     "flash_attention_dq": "programs beyond a sequence return before the end: several blocks",
     "flash_attention_dkdv": "programs beyond a sequence return before the end: several blocks",
 }
