@@ -138,6 +138,33 @@ def test_conversions_round_to_nearest_even(dtype: torch.dtype, name: str) -> Non
     torch.testing.assert_close(back, values.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
+def test_pairs_of_fp8_become_pairs_of_fp16(name: str) -> None:
+    """Every code, NaN and infinities among them; the lower byte becomes the lower half."""
+    for begin in range(0, 256, 64):
+        codes = torch.arange(begin, begin + 64, dtype=torch.uint8)
+        found = unary(f"cvt.rn.f16x2.{name}x2 OUT, IN", codes.view(torch.int16), torch.int32)
+        dtype = torch.float8_e4m3fn if name == "e4m3" else torch.float8_e5m2
+        torch.testing.assert_close(
+            found.view(torch.float16), codes.view(dtype).to(torch.float16), rtol=0, atol=0, equal_nan=True
+        )
+
+
+def test_registers_of_a_scope_are_its_own() -> None:
+    """An array of registers in a scope hides none of the entry's."""
+    body = """
+        mul.wide.u32 %rd3, %r0, 4; add.s64 %rd3, %rd3, %rd0;
+        mov.b32 %r1, 5;
+        { .reg .b32 l<2>; mov.b32 l0, 2; mov.b32 l1, 3;
+            { .reg .b32 l<1>; mov.b32 l0, 100; }
+            add.s32 %r1, l0, l1; }
+        st.global.b32 [%rd3], %r1;
+    """
+    out = torch.zeros(32, dtype=torch.int32)
+    run(body, out)
+    assert out.tolist() == [5] * 32
+
+
 def test_integers_of_floats_saturate() -> None:
     found = unary("cvt.rzi.s32.f32 OUT, IN", FLOATS, torch.int32).tolist()
     for value, integer in zip(FLOATS.tolist(), found, strict=True):
@@ -242,6 +269,22 @@ def fragments_a(matrix: torch.Tensor) -> torch.Tensor:
             row = lane // 4 + (8 if i in (2, 3, 6, 7) else 0)
             out[lane, i] = matrix[row, lane % 4 * 2 + (i & 1) + (8 if i >= 4 else 0)]
     return out.view(torch.int32)
+
+
+def test_lanes_meet_where_the_code_stands_before_one_of_their_ways() -> None:
+    """The way of odd lanes stands behind the place where all meet, and a loop of unlike lengths before it."""
+    out = torch.zeros(32, dtype=torch.int32)
+    body = """
+        mul.wide.u32 %rd3, %r0, 4; add.s64 %rd3, %rd3, %rd0; mov.b32 %r3, 0;
+        $again: add.s32 %r3, %r3, 1; setp.lt.u32 %p1, %r3, %r0; @%p1 bra $again;
+        and.b32 %r1, %r0, 1; setp.ne.b32 %p2, %r1, 0; @%p2 bra $odd;
+        mov.b32 %r2, 100;
+        $meet: shfl.sync.bfly.b32 %r4, %r2, 1, 31, -1; st.global.b32 [%rd3], %r4; bra.uni $end;
+        $odd: mov.b32 %r2, 200; bra.uni $meet;
+        $end:
+    """
+    run(body, out)
+    assert out.tolist() == [200, 100] * 16
 
 
 def test_a_table_of_targets_parts_lanes() -> None:

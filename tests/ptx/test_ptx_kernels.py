@@ -60,6 +60,13 @@ def test_a_persistent_step(arch: int) -> None:
     assert failures(rows("ptx_steps.py", arch, "gpt2")) == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_persistent_steps_of_other_families_and_formats() -> None:
+    found = rows("ptx_steps.py", 90, "llama", "qwen3", "wide", "int8", "int4", "fp8")
+    assert len(found) == 6 and failures(found) == []
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_table_lists_every_kernel(arch: int) -> None:
     (launched,) = rows("ptx_table.py", "launched", arch)

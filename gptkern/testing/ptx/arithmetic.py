@@ -20,7 +20,7 @@ DTYPES: dict[str, Any] = {
     "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64,
     "b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64,
     "f16": np.float16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
-    "bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32,
+    "bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32, "e4m3x2": np.uint16, "e5m2x2": np.uint16,
 }  # fmt: skip
 _DOUBLE = {np.int16: np.int32, np.int32: np.int64, np.uint16: np.uint32, np.uint32: np.uint64}
 
@@ -35,6 +35,22 @@ def to_bf16(values: Array) -> Array:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
+def from_fp8(octets: Array, kind: str) -> Array:
+    """Bytes of e4m3 (finite values and NaN) or e5m2 as float32."""
+    mantissa, bias = (3, 7) if kind == "e4m3" else (2, 15)
+    sign = np.where(octets & 0x80, -1.0, 1.0)
+    exponent = (octets >> mantissa) & (0xFF >> (mantissa + 1))
+    fraction = octets & ((1 << mantissa) - 1)
+    normal = (1 + fraction / (1 << mantissa)) * 2.0 ** (exponent.astype(np.float64) - bias)
+    small = fraction / (1 << mantissa) * 2.0 ** (1 - bias)
+    value = np.where(exponent == 0, small, normal)
+    if kind == "e4m3":
+        value = np.where((octets & 0x7F) == 0x7F, np.nan, value)
+    else:
+        value = np.where(exponent == 31, np.where(fraction == 0, np.inf, np.nan), value)
+    return (sign * value).astype(np.float32)
 
 
 def flush(values: Array) -> Array:
@@ -266,6 +282,9 @@ def function_of(parts: tuple[str, ...]) -> Function | None:
 def convert(parts: tuple[str, ...], value: Array) -> Array:
     """``cvt``: from the last type of the opcode to the one before it."""
     to, source = parts[-2], parts[-1]
+    if source in ("e4m3x2", "e5m2x2") and to == "f16x2":
+        octets = np.ascontiguousarray(value).view(np.uint8)
+        return np.asarray(from_fp8(octets, source[:4]).astype(np.float16).view(np.uint32))
     if source == "bf16":
         value = from_bf16(value)
     if to == "bf16":

@@ -12,6 +12,7 @@ import numpy as np
 from gptkern.testing.ptx.arithmetic import Array
 from gptkern.testing.ptx.cluster import Cluster
 from gptkern.testing.ptx.counters import Counters
+from gptkern.testing.ptx.flow import Order
 from gptkern.testing.ptx.hopper import WARPGROUP, Barrier, Products, TensorMap, deliver
 from gptkern.testing.ptx.memory import Fault, Global
 from gptkern.testing.ptx.shared import Shared
@@ -76,6 +77,7 @@ class Block:
         grid: tuple[int, int, int],
         threads: int,
         steps: list[Step],
+        order: Order,
         widths: Callable[[str], int],
         parameters: Array,
         memory: Global,
@@ -105,7 +107,7 @@ class Block:
         self._early = np.full(threads, memory.dependent)  # lanes that have not waited for the launches before
         self.began_dependents_early: bool | None = None  # before any lane had waited; None: not yet
         self.pc = 0
-        self._steps, self._widths = steps, widths
+        self._steps, self._order, self._widths = steps, order, widths
         self._at = np.zeros(threads, np.int64)
         self.alive = np.ones(threads, bool)
         self._waits = np.full(threads, -1, np.int64)
@@ -250,20 +252,21 @@ class Block:
                 self._let_arrive()
             runnable &= ~self._stalled
             # Lanes of a warp meet again: its first go on alone. Warps that spin let others go on.
-            first = np.where(runnable, self._at, _NEVER).reshape(-1, 32).min(axis=1)
+            rank = self._order.rank[self._at]
+            first = np.where(runnable, rank, _NEVER).reshape(-1, 32).min(axis=1)
             places = np.unique(first[first < _NEVER])
             begin = int(places[0])
             if len(places) > 1 and self.choose is not None:
                 begin = int(self.choose.choice(places))
             elif len(places) > 1 and self._spins > _PATIENCE:
                 begin, self._spins = int(places[1 + self._spins % (len(places) - 1)]), 0
-            mask = runnable & (self._at == begin) & np.repeat(first == begin, 32)
-            others = self._at[runnable & (self._at > begin)]
-            stop = int(others.min()) if len(others) else len(self._steps)
-            yield from self._straight(begin, stop, None if np.all(mask) else mask)
+            mask = runnable & (rank == begin) & np.repeat(first == begin, 32)
+            at = int(self._at[mask][0])
+            stop = len(self._steps) if np.array_equal(mask, runnable) else int(self._order.end[at])
+            yield from self._straight(at, stop, None if np.all(mask) else mask)
 
     def _straight(self, begin: int, stop: int, mask: Mask) -> Iterator[None]:
-        """Execute from ``begin`` until lanes part, wait, or reach others at ``stop``."""
+        """Execute from ``begin`` until lanes part or wait, or reach ``stop``."""
         everyone = np.ones(self.threads, bool) if mask is None else mask
         at = begin
         while at < stop:

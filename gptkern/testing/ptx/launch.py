@@ -127,8 +127,8 @@ def execute(
         if corner not in clusters:
             clusters[corner] = Cluster(shape, size, memory)
         block = Block(
-            number, place, sizes, size, machine.steps, program.width, parameters, memory, clusters[corner],
-            room, maps, counters,
+            number, place, sizes, size, machine.steps, machine.order, program.width, parameters, memory,
+            clusters[corner], room, maps, counters,
         )  # fmt: skip
         block.choose = random.Random(f"{seed} {number}") if seed else None
     _run(list(clusters.values()), machine, random.Random(seed), resident or count)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from gptkern.testing.ptx import arithmetic, double, matrix
+from gptkern.testing.ptx import arithmetic, double, flow, matrix
 from gptkern.testing.ptx.access import naming
 from gptkern.testing.ptx.arithmetic import DTYPES, Array
 from gptkern.testing.ptx.block import Block, Execute, Mask, Step
@@ -35,6 +37,18 @@ class Machine(HopperInstructions):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self.steps = [self._step(instruction) for instruction in program.instructions]
+        self.order = flow.Order(len(self.steps), dict(self._ways()))
+
+    def _ways(self) -> Iterator[tuple[int, list[int]]]:
+        """The steps at which lanes may part or end, and where they go on."""
+        for at, step in enumerate(self.steps):
+            if step.kind not in ("branch", "indexed", "return"):
+                continue
+            targets = [step.target] if step.kind == "branch" else []
+            targets += step.targets.tolist() if step.targets is not None else []
+            if step.instruction.predicate is not None:
+                targets.append(at + 1)
+            yield at, [target for target in targets if target < len(self.steps)]
 
     def _step(self, instruction: Instruction) -> Step:
         parts = tuple(instruction.opcode.replace("::", "_").split("."))

@@ -9,25 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from gptkern.testing.ptx.arithmetic import Array, from_bf16
+from gptkern.testing.ptx.arithmetic import Array, from_bf16, from_fp8
 
 WARP = 32
 _LANE = np.arange(WARP)
 _GROUP, _THREAD = _LANE >> 2, _LANE & 3
-
-
-def _fp8(bits: Array, mantissa: int, bias: int) -> Array:
-    """e4m3 (finite values and NaN) or e5m2 as float32."""
-    sign = np.where(bits & 0x80, -1.0, 1.0)
-    exponent, fraction = (bits >> mantissa) & (0xFF >> (mantissa + 1)), bits & ((1 << mantissa) - 1)
-    normal = (1 + fraction / (1 << mantissa)) * 2.0 ** (exponent.astype(np.float64) - bias)
-    small = fraction / (1 << mantissa) * 2.0 ** (1 - bias)
-    value = np.where(exponent == 0, small, normal)
-    if mantissa == 3:
-        value = np.where((bits & 0x7F) == 0x7F, np.nan, value)
-    else:
-        value = np.where(exponent == 31, np.where(fraction == 0, np.inf, np.nan), value)
-    return (sign * value).astype(np.float32)
 
 
 def elements(registers: Array, kind: str) -> Array:
@@ -40,7 +26,7 @@ def elements(registers: Array, kind: str) -> Array:
         return from_bf16(halves) if kind == "bf16" else halves.view(np.float16).astype(np.float32)
     octets = flat.view(np.uint8)
     if kind in ("e4m3", "e5m2"):
-        return _fp8(octets, 3, 7) if kind == "e4m3" else _fp8(octets, 2, 15)
+        return from_fp8(octets, kind)
     return octets.view(np.int8) if kind == "s8" else octets
 
 

@@ -173,8 +173,12 @@ class _Reader:
         width = WIDTHS.get(kind, _SIZES.get(kind, 4))
         for name in names.split(","):
             plain = name.strip()
-            if plain.endswith(">"):
-                self.program.registers[plain[: plain.index("<")]] = width
+            prefix, _, count = plain.partition("<")
+            if count and len(self._scopes) > 1:
+                for number in range(int(count.rstrip(">"))):
+                    self.program.registers[self._renamed(f"{prefix}{number}", declare=True)] = width
+            elif count:
+                self.program.registers[prefix] = width
             else:
                 self.program.registers[self._renamed(plain, declare=True)] = width
 
