@@ -173,8 +173,8 @@ FAULTS = {
     ),
     "decode attention: the first split": Fault(
         combine_splits,
-        "total += tl.sum(weights * sums, 0)",
-        "total += tl.sum(tl.where(splits > first, weights * sums, 0.0), 0)",
+        "total += tl.sum(rounded_product(weights, sums), 0)",
+        "total += tl.sum(tl.where(splits > first, rounded_product(weights, sums), 0.0), 0)",
         _decode_attention,
     ),
     # A term twice.
@@ -186,7 +186,7 @@ FAULTS = {
     ),
     "cross-entropy: a tile's sum": Fault(
         loss_kernel,
-        "tl.sum(sums * tl.exp(maxima - shift[:, None]), 1)",
+        "tl.sum(rounded_product(sums, tl.exp(maxima - shift[:, None])), 1)",
         "tl.sum(sums * tl.exp(maxima - shift[:, None]) * tl.where(tiles == 0, 2.0, 1.0)[None, :], 1)",
         _cross_entropy,
     ),

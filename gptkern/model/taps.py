@@ -106,7 +106,9 @@ def checked_steering(
     for layer, vectors in steering.items():
         if layer not in range(last + 1):
             raise ValueError(f"GPT: steering has layer {layer!r}; layers from 0 to {last} are needed")
-        if not isinstance(vectors, torch.Tensor) or vectors.shape not in ((width,), (batch, width)):
+        if not isinstance(vectors, torch.Tensor) or (
+            vectors.shape != (width,) and vectors.shape != (batch, width)
+        ):
             given = tuple(vectors.shape) if isinstance(vectors, torch.Tensor) else type(vectors).__name__
             raise ValueError(
                 f"GPT: steering of layer {layer} is {given}; a tensor of shape ({width},) or "

@@ -217,6 +217,19 @@ def test_registered_and_compiled(device: torch.device) -> None:
         torch.testing.assert_close(grads[0], grads[1])
 
 
+def test_compiled_for_sizes_that_change() -> None:
+    """Queries of sizes that the compiler holds open, with slopes and a bias of sizes that it knows."""
+    q, k, v = (t.detach() for t in inputs(torch.device("cpu"), seq_q=12, seq_k=14))
+    for tensor in (q, k, v):
+        for axis in (0, 2):
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
+    compiled = torch.compile(flash_attention, backend="eager", fullgraph=True)
+    with gptkern.backend("reference"):
+        for given in (torch.rand(2, 4), torch.rand(4)):
+            options = {"alibi_slopes": given, "attn_bias": torch.randn(2, 1, 12, 14)}
+            torch.testing.assert_close(compiled(q, k, v, **options), flash_attention(q, k, v, **options))
+
+
 @pytest.mark.parametrize("seq_q", [1, 3])
 def test_flash_attns_functions(seq_q: int) -> None:
     """The dense, the packed and the cached front say the same of ALiBi."""

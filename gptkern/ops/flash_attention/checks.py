@@ -96,7 +96,8 @@ def check_slopes(op: str, q: torch.Tensor, packed: Packed | None, slopes: torch.
     _checks.tensor(op, name, slopes)
     _checks.dtype(op, name, slopes, (torch.float32,))
     batch = q.shape[0] if packed is None else packed.cu_q.shape[0] - 1
-    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+    # Not by ``in``: under torch.compile it compares sizes that may change by identity.
+    if slopes.shape != (heads,) and slopes.shape != (batch, heads):
         raise ValueError(
             f"{op}: {name} has shape {tuple(slopes.shape)}; {(heads,)} or {(batch, heads)} is needed"
         )
@@ -114,7 +115,7 @@ def check_bias(op: str, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | N
     _checks.dtype(op, name, bias, _checks.KERNEL_FLOATS if use_kernel(q) else _checks.FLOATS)
     sizes = (*(1,) * (4 - bias.dim()), *bias.shape)
     fits = bias.dim() in (2, 3, 4) and sizes[3] == expected[3]
-    if not fits or any(a not in (1, b) for a, b in zip(sizes, expected, strict=True)):
+    if not fits or any(a != 1 and a != b for a, b in zip(sizes, expected, strict=True)):
         raise ValueError(
             f"{op}: {name} has shape {tuple(bias.shape)}; {expected} is needed, of which all but the last "
             "may be 1, or be left out before"

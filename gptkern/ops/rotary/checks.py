@@ -59,7 +59,8 @@ def _check_angles(op: str, q: torch.Tensor, angles: Angles) -> None:
         return
     _checks.tensor(op, "positions", positions)
     _checks.dtype(op, "positions", positions, (torch.int64, torch.int32))
-    if tuple(positions.shape) not in ((seq,), tuple(q.shape[:-2])):
+    # Not by ``in``: under torch.compile it compares sizes that may change by identity.
+    if positions.shape != (seq,) and positions.shape != q.shape[:-2]:
         raise ValueError(
             f"{op}: positions has shape {tuple(positions.shape)}; {(seq,)} or {tuple(q.shape[:-2])} is needed"
         )
