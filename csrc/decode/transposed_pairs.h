@@ -85,6 +85,7 @@ void add_all_pairs(const Weights<Bf16>& w, const Pairs& x, int first, int outs, 
 // ``padded(outs)`` in each row.
 inline void transposed_product(const Weights<Bf16>& w, const Pairs& x, int first, int outs, float* sums,
                                int64_t stride) {
+    if (x.count == 0) return;
     const auto fitting = static_cast<int>(padded(kMostSums / x.count));
     for (int from = 0; from < outs; from += fitting) {
         const int some = outs - from < fitting ? outs - from : fitting;

@@ -68,6 +68,7 @@ private:
 
 class CpuTeam {
 public:
+    static constexpr bool kTiles = true;  // the largest of every tile finds a row's largest sooner than histograms do
     CpuTeam(TeamMemory& memory, int rank) : memory_(memory), rank_(rank), threads_(memory.barrier.threads) {}
 
     GPTKERN_HD bool leads() const { return rank_ == 0; }
@@ -251,11 +252,6 @@ private:
     int rank_;
     int threads_;
 };
-
-inline Largest largest(CpuTeam& team, uint32_t n, const float* values) { return team.largest(n, values); }
-inline bool list_largest(CpuTeam& team, const float* values, uint32_t n, uint32_t k) {
-    return team.list_largest(values, n, k);
-}
 
 }  // namespace GPTKERN_ISA
 }  // namespace gptkern

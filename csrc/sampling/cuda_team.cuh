@@ -101,6 +101,7 @@ private:
 
 class ClusterTeam {
 public:
+    static constexpr bool kTiles = false;
     __device__ ClusterTeam(BlockMemory& memory, uint32_t* list)
         : memory_(memory), leader_(memory_of(memory, 0)), list_(list), rank_(cluster_rank()), blocks_(cluster_size()) {}
 

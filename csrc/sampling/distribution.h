@@ -57,15 +57,25 @@ struct FilterStages {
         d.filter.cut_key = order_key(values[id]);
     }
 
+    // Top-k from a list that the team makes by its tiles; false if it does not pay.
+    bool list_top_k() {
+        if (!team.list_largest(values, vocab, static_cast<uint32_t>(params.top_k))) return false;
+        const auto one = [&](uint32_t i) { return static_cast<uint64_t>(values[i] > -INFINITY); };
+        cut_at(select_by_value(one, static_cast<uint64_t>(params.top_k) - 1).id);
+        d.listed = true;
+        return true;
+    }
+
     GPTKERN_HD void top_k() {
+        if constexpr (Team::kTiles) {
+            if (list_top_k()) return;
+        }
+        const DownwardBins bins = downward_bins(d.filter.v_max, bottom, 64.0);
+        const auto bin = [&](uint32_t i) { return bins(values[i]); };
         const auto one = [&](uint32_t i) { return static_cast<uint64_t>(values[i] > -INFINITY); };
         const uint64_t target = static_cast<uint64_t>(params.top_k) - 1;
-        if (!list_largest(team, values, vocab, static_cast<uint32_t>(params.top_k))) {
-            const DownwardBins bins = downward_bins(d.filter.v_max, bottom, 64.0);
-            const auto bin = [&](uint32_t i) { return bins(values[i]); };
-            const CoarseCrossing crossing = select_bin(team, vocab, bin, one, target, true);
-            if (crossing.bin < 0) return;  // fewer than k tokens are allowed at all
-        }
+        const CoarseCrossing crossing = select_bin(team, vocab, bin, one, target, true);
+        if (crossing.bin < 0) return;  // fewer than k tokens are allowed at all
         cut_at(select_by_value(one, target).id);
         d.listed = true;
     }
@@ -173,6 +183,14 @@ struct FilterStages {
     }
 };
 
+// The one token that is left at temperature 0.
+GPTKERN_HD void choose(Distribution& d, const Largest& best) {
+    d.filter = {from_order_key(best.key), 0, best.key, best.id, 0, best.key, false, 0, 0, 0};
+    d.greedy = true;
+    d.best = best.id;
+    d.total = kMaxWeight;
+}
+
 // The distribution of a row. The buffer takes the row if it is edited.
 template <class Team>
 GPTKERN_HD Distribution distribution(Team& team, const Row& row, float* buffer, Status params_status) {
@@ -186,15 +204,13 @@ GPTKERN_HD Distribution distribution(Team& team, const Row& row, float* buffer, 
     }
     if (d.status != kOk) return d;
     const float* const values = d.values;
-    if (row.params.temperature == 0) {
-        const Largest best = largest(team, row.vocab, values);
-        d.status = check_largest(best.key);
-        if (d.status != kOk) return d;
-        d.filter = {from_order_key(best.key), 0, best.key, best.id, 0, best.key, false, 0, 0, 0};
-        d.greedy = true;
-        d.best = best.id;
-        d.total = kMaxWeight;
-        return d;
+    if constexpr (Team::kTiles) {
+        if (row.params.temperature == 0) {
+            const Largest best = team.largest(row.vocab, values);
+            d.status = check_largest(best.key);
+            if (d.status == kOk) choose(d, best);
+            return d;
+        }
     }
     const Extremes e = extremes(team, row.vocab, values);
     d.status = check_extremes(e);
@@ -202,6 +218,16 @@ GPTKERN_HD Distribution distribution(Team& team, const Row& row, float* buffer, 
     const float v_max = from_order_key(e.max_key);
     d.filter = {v_max, log2e_over(row.params.temperature), 0, 0xFFFFFFFFu, 0, e.max_key, false, 0, 0, 0};
     d.filter.cut_key = kKeyOfMinusInfinity + 1;  // a banned token never passes
+    // Without tiles. Not by choose(): with it ptxas spills in the drafts' kernel.
+    if (row.params.temperature == 0) {
+        d.greedy = true;
+        d.best = first_with_key(team, row.vocab, values, e.max_key);
+        d.filter.cut_key = e.max_key;
+        d.filter.cut_id = d.best;
+        d.filter.per_unit = 0;
+        d.total = kMaxWeight;
+        return d;
+    }
     FilterStages<Team> stages{team, values, row.vocab, row.params, from_order_key(e.min_key), d};
     stages.run();
     return stages.d;

@@ -43,13 +43,6 @@ struct Largest {
     uint32_t key, id;
 };
 
-// Lists, for some k, values among which the k largest are, ties by the lower id. False if the team has no faster way to
-// find them than by a histogram.
-template <class Team>
-GPTKERN_HD bool list_largest(Team&, const float*, uint32_t, uint32_t) {
-    return false;
-}
-
 GPTKERN_HD uint64_t shift_right(uint64_t x, int n) { return n >= 64 ? 0 : x >> n; }
 
 // The element of list[0..length), in ascending (key, id), at which the sum passes the target. The sum of all

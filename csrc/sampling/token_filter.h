@@ -95,12 +95,5 @@ GPTKERN_HD uint32_t first_with_key(Team& team, uint32_t n, const float* values, 
     return ~team.max(inverted);
 }
 
-// The largest key and the lowest id that has it, whatever the row holds. A team may have a faster way.
-template <class Team>
-GPTKERN_HD Largest largest(Team& team, uint32_t n, const float* values) {
-    const uint32_t key = extremes(team, n, values).max_key;
-    return {key, first_with_key(team, n, values, key)};
-}
-
 }  // namespace GPTKERN_ISA
 }  // namespace gptkern
