@@ -21,7 +21,7 @@ that they see, most first. Programs take them in turn, there and back, so that a
 Source: Shah et al. 2024, FlashAttention-3.
 """
 
-from gptkern.ops._device import LN2, LOG2E
+from gptkern.ops._device import LN2, LOG2E, online_softmax
 from gptkern.ops._gluon import fence_async_shared, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from gptkern.ops.flash_attention.kernels import hide, sequence, span
 
@@ -183,12 +183,7 @@ def _weigh(
             scores, rows[:, None], columns[None, :], seq_k - seq_q, seq_k, plan[8], plan[9],
             HAS_LEFT, HAS_RIGHT,
         )  # fmt: skip
-    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
-    # A row that has seen nothing yet: (-inf) - (-inf) is NaN.
-    origin = gl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = gl.exp2(scores * scale_log2 - origin[:, None])
-    rescale = gl.exp2(row_max - origin)
-    return weights, new_max, row_sum * rescale + gl.sum(weights, 1), rescale
+    return online_softmax(scores, row_max, row_sum, scale_log2)
 
 
 @gluon.jit
