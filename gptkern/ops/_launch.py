@@ -10,6 +10,7 @@ on timing.
 from __future__ import annotations
 
 import functools
+import inspect
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,15 @@ class Launch:
     @property
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The values by the names of the kernel's parameters, defaults among them."""
+        signature = inspect.signature(self.kernel.fn)
+        named = {name: value for name, value in self.kwargs.items() if name in signature.parameters}
+        call = signature.bind(*self.args, **named)
+        call.apply_defaults()
+        return dict(call.arguments)
 
 
 # (architecture, kernel, position) of each table row in use: the ahead-of-time report finds the others.

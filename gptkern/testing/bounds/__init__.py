@@ -13,12 +13,9 @@ z3-solver, and a process without ``TRITON_INTERPRET``.
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import torch
 
-from gptkern.ops import _aot, _cases, _launch
+from gptkern.ops import _aot, _cases
 from gptkern.testing.bounds.prove import Finding, Kernel
 from gptkern.testing.bounds.specs import BEYOND, SPECS
 from gptkern.testing.bounds.ttir import parse
@@ -26,14 +23,6 @@ from gptkern.testing.bounds.ttir import parse
 __all__ = ["BEYOND", "SPECS", "Finding", "kernel"]
 
 _ARCH = 90
-
-
-def _arguments(launch: _launch.Launch) -> dict[str, Any]:
-    signature = inspect.signature(launch.kernel.fn)
-    named = {name: value for name, value in launch.kwargs.items() if name in signature.parameters}
-    call = signature.bind(*launch.args, **named)
-    call.apply_defaults()
-    return dict(call.arguments)
 
 
 def kernel(name: str, seconds: int = 60, change: tuple[str, str] | None = None) -> Kernel:
@@ -57,4 +46,4 @@ def kernel(name: str, seconds: int = 60, change: tuple[str, str] | None = None) 
         if change[0] not in text:
             raise ValueError(f"kernel: {name}'s text holds no {change[0]!r}")
         text = text.replace(*change)
-    return Kernel(parse(text), _arguments(launch), launch.grid, spec, seconds)
+    return Kernel(parse(text), launch.arguments, launch.grid, spec, seconds)

@@ -102,10 +102,10 @@ class Launches:
     def _execute(self, kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.count, self.last = self.count + 1, kernel.fn.__name__
         launch = _launch.Launch(kernel, (), args, kwargs)
-        launch.grid = tuple(grid(kernels.bound(launch)) if callable(grid) else grid)
+        launch.grid = tuple(grid(launch.arguments) if callable(grid) else grid)
         if 0 in launch.grid:
             return
-        for name, value in kernels.bound(launch).items():
+        for name, value in launch.arguments.items():
             if isinstance(value, torch.Tensor) and value.device.type != "cpu":
                 raise ValueError(f"{self.last}: {name} is on {value.device}; checks take tensors on the CPU")
         counters = self.counters.setdefault(self.last, Counters())

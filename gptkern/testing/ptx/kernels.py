@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,15 +11,6 @@ from gptkern.testing.ptx.counters import Counters
 from gptkern.testing.ptx.dependent import Stream
 from gptkern.testing.ptx.hopper import TensorMap
 from gptkern.testing.ptx.launch import execute
-
-
-def bound(launch: _launch.Launch) -> dict[str, Any]:
-    """A launch's arguments by the names of the kernel's parameters."""
-    signature = inspect.signature(launch.kernel.fn)
-    named = {name: value for name, value in launch.kwargs.items() if name in signature.parameters}
-    call = signature.bind(*launch.args, **named)
-    call.apply_defaults()
-    return dict(call.arguments)
 
 
 def _descriptor(value: Any, layout: dict[str, Any]) -> list[Any]:
@@ -39,7 +29,7 @@ def run(
 ) -> None:
     """Compile a recorded launch for ``arch`` and execute it on its tensors, which are on the CPU."""
     compiled = _aot.compile_launch(launch, arch)
-    arguments = bound(launch)
+    arguments = launch.arguments
     layouts = iter(compiled.metadata.tensordesc_meta or ())
     values: list[Any] = []
     names: list[str] = []
