@@ -110,3 +110,10 @@ def test_nan_stays_nan_without_a_gpu() -> None:
     """PyTorch's attention on a CPU gives 0 where all scores are NaN; a padding row is 0 beside NaN."""
     check(Trial("flash_attention", (2, 1, 1, 2, 1, 24), "float16", "nan", seed=288))
     check(Trial("decode_embed", (2, 1, 128), "float32", "nan", seed=89))
+
+
+def test_a_trial_that_there_is_not_is_named() -> None:
+    with pytest.raises(ValueError, match="op is 'sample'; one of flash_attention, "):
+        check(Trial("sample", sizes=(1,)))
+    with pytest.raises(ValueError, match="values is 'big'; one of normal, "):
+        check(Trial("layer_norm", sizes=(2, 17), values="big"))

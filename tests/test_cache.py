@@ -274,6 +274,10 @@ def test_advance_counts_reserved_tokens_only() -> None:
         (lambda c: make(page_size=0), "page_size is 0"),
         (lambda c: make(cache_tokens=0), "cache_tokens is 0; 1 or more is needed"),
         (lambda c: make(cache_tokens=9, memory_bytes=9), "cache_tokens and memory_bytes are given"),
+        (lambda c: make(max_seqs=2**70), "lower max_seqs, or bound the cache by cache_tokens"),
+        (lambda c: make(page_size=2**70), "lower max_seqs, or bound the cache by cache_tokens"),
+        (lambda c: make(cache_tokens=2**70), "at most 2147483647 pages are accepted"),
+        (lambda c: make(memory_bytes=2**70), "at most 2147483647 pages are accepted"),
         (lambda c: make(memory_bytes=5), "memory_bytes is 5; one page of 4 tokens takes 256"),
     ],
 )
@@ -285,6 +289,11 @@ def test_bad_arguments_are_named_and_change_nothing(call: Callable[[KVCache], ob
         call(cache)
     assert contents(cache) == [[1, 2]]
     assert cache.free_pages == 19
+
+
+def test_a_cache_beyond_memory_says_what_bounds_it() -> None:
+    with pytest.raises(MemoryError, match="which cpu does not have: lower max_seqs, or bound the cache"):
+        make(page_size=2**50)  # beyond any address space
 
 
 @pytest.mark.parametrize("page_size", [24, 1, 4])

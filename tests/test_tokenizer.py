@@ -270,6 +270,9 @@ def test_named_special_tokens(tmp_path: Path) -> None:
 
 
 def test_bad_arguments(gpt2: Tokenizer) -> None:
+    for call in (gpt2.encode, gpt2):
+        with pytest.raises(TypeError, match="add_special_tokens is 'x'; True or False is needed"):
+            call("a", add_special_tokens="x")
     with pytest.raises(TypeError, match="text is bytes; a str is needed"):
         gpt2.encode(b"abc")
     with pytest.raises(ValueError, match="not valid Unicode"):

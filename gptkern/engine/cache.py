@@ -7,6 +7,7 @@ run of memory, and a sequence of such pages is read in place. Who holds which pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,9 @@ from gptkern.ops._types import FP8, KvScales
 
 # Every BLOCK_N of the decode attention's launch tables divides it: kernels look a page up once a block.
 PAGE_SIZE = 64
+_MOST_PAGES = 2**31 - 1
+_MOST_BYTES = 2**62
+_BOUND = "bound the cache by cache_tokens or memory_bytes"
 
 
 def _checked_kv_scales(
@@ -48,6 +52,34 @@ def _checked_kv_scales(
         for scale in (k_scale, v_scale)
     )
     return k, v
+
+
+def _memory(
+    shape: tuple[int, ...], max_seqs: int, width: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys, values and the page table.
+
+    All are zeros, for what a masked lane reads must be finite.
+
+    Raises:
+        ValueError: More pages than an int32 can number.
+        MemoryError: The device does not have as much.
+    """
+    pages, bytes_ = shape[1], 2 * math.prod(shape) * dtype.itemsize
+    needed = f"{max_seqs} sequences with {pages} pages of {shape[2]} tokens take {bytes_ / 1e9:.1f} GB"
+    if max(pages, max_seqs * width) > _MOST_PAGES or bytes_ > _MOST_BYTES:
+        raise ValueError(
+            f"KVCache: {needed}; at most {_MOST_PAGES} pages are accepted: lower max_seqs, or {_BOUND}"
+        )
+    # Tensors made in inference mode could not be written outside it.
+    with torch.inference_mode(False):
+        try:
+            k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            return k, v, torch.zeros(max_seqs, width, dtype=torch.int32, device=device)
+        except RuntimeError as error:
+            raise MemoryError(
+                f"KVCache: {needed}, which {device} does not have: lower max_seqs, or {_BOUND}"
+            ) from error
 
 
 class KVCache(Sequences):
@@ -99,16 +131,12 @@ class KVCache(Sequences):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"KVCache: {name} is {value!r}; a positive integer is needed")
         kv_scales = _checked_kv_scales(dtype, device, (n_layer, n_kv_head), k_scale, v_scale)
+        # Memory first: the lists of pages are long only where there is room for pages.
+        shape = (n_layer, num_pages, page_size, n_kv_head, head_dim)
+        self.k, self.v, page_table = _memory(shape, max_seqs, max_pages_per_seq, dtype, device)
         super().__init__(
             num_pages=num_pages, page_size=page_size, max_seqs=max_seqs, max_pages_per_seq=max_pages_per_seq
         )
-        # Tensors made in inference mode could not be written outside it.
-        with torch.inference_mode(False):
-            shape = (n_layer, num_pages, page_size, n_kv_head, head_dim)
-            # Zeros, for what a masked lane reads must be finite.
-            self.k = torch.zeros(shape, dtype=dtype, device=device)
-            self.v = torch.zeros(shape, dtype=dtype, device=device)
-            page_table = torch.zeros(max_seqs, max_pages_per_seq, dtype=torch.int32, device=device)
         self._storage = Storage(self.k, self.v, kv_scales, page_table)
         # The page table on the device: it is brought up to date when somebody asks for it.
         self._laid: list[list[int]] = []

@@ -297,12 +297,13 @@ class Tokenizer:
                 ``suffix_ids``). A text that is encoded in parts gets them once: the parts leave them out.
 
         Raises:
-            TypeError: ``text`` is not a str.
+            TypeError: ``text`` is not a str, or ``add_special_tokens`` no bool.
             ValueError: ``text`` has half of a surrogate pair, which no encoding can express, or characters
                 that the vocabulary has no token for and would lose.
         """
         if not isinstance(text, str):
             raise TypeError(f"Tokenizer.encode: text is {type(text).__name__}; a str is needed")
+        _check_switch("Tokenizer.encode", add_special_tokens)
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -352,10 +353,11 @@ class Tokenizer:
             add_special_tokens: As in ``encode``.
 
         Raises:
-            TypeError: ``texts`` is no text.
+            TypeError: ``texts`` is no text, or ``add_special_tokens`` no bool.
             ValueError: An option that is not known, rows of several lengths that are to be a tensor, a text
                 that ``encode`` refuses.
         """
+        _check_switch("Tokenizer", add_special_tokens)
         named = self._configuration.get("model_max_length")
         if max_length is None and isinstance(named, int) and named < _NO_LENGTH:
             max_length = named
@@ -519,6 +521,11 @@ class Tokenizer:
             write_file(folder / name, content, through_links=False)
         for name in set(self.files) - written.keys():
             (folder / name).unlink(missing_ok=True)
+
+
+def _check_switch(source: str, add_special_tokens: Any) -> None:
+    if not isinstance(add_special_tokens, bool):
+        raise TypeError(f"{source}: add_special_tokens is {add_special_tokens!r}; True or False is needed")
 
 
 def _remake(
