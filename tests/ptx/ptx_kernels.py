@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from typing import Any
 
 import torch
 
 from gptkern import backend, testing
-from gptkern.ops import _cases, _launch, decode_attention, layer_norm
+from gptkern.ops import _cases, _launch, decode_attention, layer_norm, rms_norm
+from gptkern.ops._types import RmsNorm
+from gptkern.ops.decode_linear import decode_linear, quantize
 from gptkern.testing.ptx.kernels import executed
 
 
@@ -26,16 +29,57 @@ def _wide_rows(device: torch.device, dtype: torch.dtype) -> _cases.Call:
     return _cases.Call((new(2, 65535), new(65535), new(65535)))
 
 
+def _many_rows(norm: Any, width: int) -> _cases.Make:
+    def make(device: torch.device, dtype: torch.dtype) -> _cases.Call:
+        x = _cases.tensor(70, width, device=device, dtype=dtype)
+        weights = [_cases.tensor(width, device=device, dtype=dtype) for _ in range(1 + (norm is layer_norm))]
+        return _cases.Call((x, *weights))
+
+    return make
+
+
 def _splits(device: torch.device, dtype: torch.dtype) -> _cases.Call:
     q, k, v = (torch.randn(shape, device=device).to(dtype) for shape in ((2, 4, 20), *[(40, 16, 2, 20)] * 2))
     table = torch.arange(40, dtype=torch.int32, device=device).view(2, 20)
     return _cases.Call((q, k, v, table, torch.tensor([300, 130], dtype=torch.int32, device=device)))
 
 
-# Calls beside the ops' checks, for what these do not reach: rows in chunks, sequences in splits.
+def _few_bits(rows: int, gated: bool, **options: Any) -> _cases.Make:
+    """A matrix in few bits: gate and up behind a norm, or with a residual, k in parts."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> _cases.Call:
+        def new(*shape: int) -> torch.Tensor:
+            return _cases.tensor(*shape, device=device, dtype=dtype, requires_grad=False, scale=0.3)
+
+        weight = quantize(new(66 if gated else 33, 256), **options)
+        if gated:
+            more = {"norm": RmsNorm(new(256), 1e-5), "activation": "silu", "gated": True}
+            return _cases.Call((new(rows, 256), weight), more)
+        return _cases.Call((new(rows, 256), weight, new(33)), {"residual": new(rows, 33)})
+
+    return make
+
+
+# fp8 is converted from sm_89 on.
+FORMATS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "int8": ({"format": "int8"}, (80, 90)),
+    "fp8": ({"format": "fp8"}, (90,)),
+    "int4, groups of 64": ({"format": "int4", "group_size": 64}, (80, 90)),
+    "int4, groups of 32, zeros": ({"format": "int4", "group_size": 32, "zero_point": True}, (80, 90)),
+}
+# Calls beside the ops' checks, for what these do not reach: rows in chunks, sequences in splits, few bits.
 MORE = {
-    "layer_norm": [_cases.Case("rows in chunks", layer_norm, _wide_rows)],
+    "layer_norm": [
+        _cases.Case("rows in chunks", layer_norm, _wide_rows),
+        _cases.Case("70 rows", layer_norm, _many_rows(layer_norm, 40)),
+    ],
+    "rms_norm": [_cases.Case("70 rows", rms_norm, _many_rows(rms_norm, 40))],
     "decode_attention": [_cases.Case("3 splits", decode_attention, _splits)],
+    "decode_linear": [
+        _cases.Case(f"{name}, {call}", decode_linear, _few_bits(*shape, **options), archs=archs)
+        for name, (options, archs) in FORMATS.items()
+        for call, shape in (("residual, 17 rows", (17, False)), ("gate and up, 3 rows", (3, True)))
+    ],
 }
 
 
@@ -58,9 +102,10 @@ ONCE = (
 )
 
 
-def calls(op: str) -> list[_cases.Case]:
-    """The small calls of an op."""
-    return _cases.checks(op) + MORE.get(op, [])
+def calls(op: str, arch: int | None = None) -> list[_cases.Case]:
+    """The small calls of an op, on an architecture where one is given."""
+    every = _cases.checks(op) + MORE.get(op, [])
+    return [case for case in every if arch is None or case.archs is None or arch in case.archs]
 
 
 def failure(case: _cases.Case, dtype: torch.dtype, arch: int, seen: Counter[str]) -> str:
@@ -95,7 +140,7 @@ def main() -> None:
     asked = parser.parse_args()
     for word in asked.ops:
         op, _, begin = word.partition(":")
-        for case in [case for case in calls(op) if case.name.startswith(begin)][: asked.most]:
+        for case in [case for case in calls(op, asked.arch) if case.name.startswith(begin)][: asked.most]:
             torch.manual_seed(0)
             seen: Counter[str] = Counter()
             why = failure(case, torch.bfloat16, asked.arch, seen)

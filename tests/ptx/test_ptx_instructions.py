@@ -22,6 +22,12 @@ def signed(value: int, bits: int = 32) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
+def by_halves(x: int, of: Callable[[int, int], int]) -> int:
+    """``of`` each signed half and its number, the lower first."""
+    low, high = (of(signed(x >> 16 * i, 16), i) & 0xFFFF for i in (0, 1))
+    return low | high << 16
+
+
 def truncated(a: int, b: int) -> int:
     return -1 if b == 0 else int(Fraction(a, b))
 
@@ -66,6 +72,13 @@ def truncated(a: int, b: int) -> int:
         ),
         ("lop3.b32 OUT, IN, 0xF0F0, 0xFF00, 0xE8", lambda x: (x & 0xF0F0) | (x & 0xFF00) | (0xF0F0 & 0xFF00)),
         ("cvt.s32.s8 OUT, IN", lambda x: signed(x, 8)),
+        ("add.s16x2 OUT, IN, 0x7FFF8001", lambda x: by_halves(x, lambda h, i: h + (0x8001, 0x7FFF)[i])),
+        ("add.u16x2 OUT, IN, 0x7FFF8001", lambda x: by_halves(x, lambda h, i: h + (0x8001, 0x7FFF)[i])),
+        ("min.s16x2 OUT, IN, 0x00058001", lambda x: by_halves(x, lambda h, i: min(h, (-0x7FFF, 5)[i]))),
+        (
+            "max.u16x2 OUT, IN, 0x00058001",
+            lambda x: by_halves(x, lambda h, i: max(h & 0xFFFF, (0x8001, 5)[i])),
+        ),
     ],
 )
 def test_integers(instruction: str, expected: Callable[[int], int]) -> None:

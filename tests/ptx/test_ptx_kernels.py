@@ -78,15 +78,27 @@ def test_the_table_lists_every_kernel(arch: int) -> None:
 
 
 def test_three_orders_of_blocks() -> None:
-    found = rows("ptx_orders.py", 90, 3, "decode", "decode_attention")
-    assert {row["kernel"] for row in found} == {"decode_linear_kernel", "decode_attention_kernel"}
+    found = rows("ptx_orders.py", 90, 3, "decode", "few bits", "decode_attention", "norm", "rotary")
+    assert {row["kernel"] for row in found} >= {
+        "decode_linear_kernel",
+        "decode_attention_kernel",
+        "norm_backward_kernel",
+        "rotary_norm_backward_kernel",
+    }
     assert all(row["blocks"] > 1 and row["differ"] == [] for row in found)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_three_orders_of_blocks_of_a_persistent_step() -> None:
+    (found,) = rows("ptx_orders.py", 90, 3, "wide")
+    assert found["kernel"] == "persistent_step_kernel" and found["blocks"] > 1 and found["differ"] == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name", [*ptx_orders.CALLS, "gpt2"])
+@pytest.mark.parametrize("name", [*ptx_orders.CALLS, *ptx_orders.STEPS])
 def test_fifty_orders_of_blocks(name: str, arch: int) -> None:
     found = rows("ptx_orders.py", arch, 50, name)
     assert found and all(row["differ"] == [] for row in found)

@@ -20,7 +20,8 @@ DTYPES: dict[str, Any] = {
     "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64,
     "b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64,
     "f16": np.float16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
-    "bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32, "e4m3x2": np.uint16, "e5m2x2": np.uint16,
+    "bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32, "s16x2": np.uint32,
+    "u16x2": np.uint32, "e4m3x2": np.uint16, "e5m2x2": np.uint16,
 }  # fmt: skip
 _DOUBLE = {np.int16: np.int32, np.int32: np.int64, np.uint16: np.uint32, np.uint32: np.uint64}
 
@@ -244,9 +245,20 @@ def _short(name: str, kind: str, sources: tuple[Array, ...]) -> Array:
     return _joined(low, high, kind)
 
 
+def _pairs(name: str, kind: str, sources: tuple[Array, ...]) -> Array:
+    """Arithmetic of pairs of 16-bit integers."""
+    whole = np.broadcast_arrays(*map(np.atleast_1d, sources))
+    halves = [np.ascontiguousarray(source).view(DTYPES[kind[:3]]) for source in whole]
+    with np.errstate(over="ignore"):
+        return np.asarray(PLAIN[name](*halves).view(np.uint32))
+
+
 def function_of(parts: tuple[str, ...]) -> Function | None:
     """The function of an opcode cut at its dots; None if it is none of these."""
     name, kind = parts[0], parts[-1]
+    if kind in ("s16x2", "u16x2"):
+        served = name in ("add", "min", "max") and len(parts) == 2
+        return (lambda *sources: _pairs(name, kind, sources)) if served else None
     if name in ("and", "or", "xor", "not"):
         return PLAIN[name] if kind != "pred" or name != "not" else np.logical_not
     if kind in ("bf16", "bf16x2", "f16x2"):
