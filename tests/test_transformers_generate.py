@@ -254,6 +254,39 @@ def test_the_kernels_decode_from_the_librarys_own_weights(kind: str, device: tor
     assert torch.equal(weight, before) and weight.t().is_contiguous()
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gpt1"])
+def test_matrices_lie_as_the_engine_reads_them_until_restore(kind: str) -> None:
+    """The tokens are those of ``GPT.generate`` on rows of (out, in): in bf16 the order of sums shows."""
+    _, ours = twins(kind)
+    ours.to(torch.bfloat16)
+    ids, _ = prompt(2, 5, False)
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    before = {name: (p, p.clone(), p.shape) for name, p in ours.named_parameters()}
+    found = ours.generate(ids, **options)
+    matrices = [p for block in ours.transformer.h for p in block.parameters() if p.dim() == 2]
+    assert len(matrices) == 4 * len(ours.transformer.h)
+    assert all(p.t().is_contiguous() for p in matrices)
+    rows = copy.deepcopy(view_of(ours))
+    assert all(p.is_contiguous() for p in rows.parameters())
+    assert torch.equal(found, rows.generate(ids, **options))
+    gptkern.restore(ours)
+    for name, parameter in ours.named_parameters():
+        same, value, shape = before[name]
+        assert parameter is same and parameter.shape == shape and torch.equal(parameter, value)
+        assert parameter.is_contiguous()
+
+
+def test_matrices_shared_with_other_processes_stay_where_they_are() -> None:
+    theirs, ours = twins()
+    ours.share_memory()
+    places = [p.data_ptr() for p in ours.parameters()]
+    ids, _ = prompt(1, 6, False)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
+    assert [p.data_ptr() for p in ours.parameters()] == places
+    assert all(p.is_shared() for p in ours.parameters())
+
+
 def _untold() -> bool:
     from gptkern import environment
 

@@ -22,7 +22,7 @@ from gptkern.transformers.models import LIBRARY_CLASSES, LanguageModel, accelera
 from gptkern.transformers.modules import SWAPS, activation_name, activation_of, norm_names
 from gptkern.transformers.parts import NORMS, LayerNorm, Products, RMSNorm
 from gptkern.transformers.refusals import config_refusal, known_attention, model_refusal
-from gptkern.transformers.view import forget
+from gptkern.transformers.view import forget, lay_back
 
 _GPTS = (
     "GPT2LMHeadModel",
@@ -72,6 +72,7 @@ def restore(model: Any) -> Any:
         for name in ("_gptkern_generation", "_gptkern_rng"):
             model.__dict__.pop(name, None)
         forget(model)
+        lay_back(model)
         model.__class__ = model._gptkern_library_class
     previous = model.__dict__.pop("_gptkern_attention", None)
     if previous is not None and model.config._attn_implementation == NAME:

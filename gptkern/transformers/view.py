@@ -11,7 +11,6 @@ from torch import nn
 from gptkern.as_built import skeleton
 from gptkern.config import Config, FamilyConfig, GPTConfig
 from gptkern.gpt import GPT
-from gptkern.ops._dispatch import use_kernel
 from gptkern.transformers.families import FAMILIES
 from gptkern.transformers.weights import family_config, family_sources, layers_of, refresh_copies
 
@@ -28,8 +27,10 @@ def view(model: Any) -> GPT:
     if previous is not None and key == _place_key(model):
         refresh_copies(model)
         return previous
-    if use_kernel(model.lm_head.weight) and model.config.model_type not in FAMILIES:
-        _lay_rows(model)
+    for parameter in _columns(model):
+        # What other processes share must stay shared. On a GPU every tensor counts as shared.
+        if parameter.device.type != "cpu" or not parameter.is_shared():
+            parameter.data = parameter.data.t().contiguous().t()
     gpt = skeleton(lambda: GPT(gpt_config(model)))
     for name, source in _sources(model).items():
         owner, _, leaf = name.rpartition(".")
@@ -49,15 +50,27 @@ def _place_key(model: Any) -> tuple[str, list[int]]:
     return shape_key(model), [parameter.data_ptr() for parameter in parameters]
 
 
-def _lay_rows(model: Any) -> None:
-    """Store the library's ``(in, out)`` matrices transposed, so that kernels read rows of ``(out, in)``.
+def lay_back(model: Any) -> None:
+    """Store the library's matrices as the library does, row after row of ``(in, out)``."""
+    for parameter in _matrices(model):
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
 
-    Shapes, values and the parameters themselves stay, and an update in place keeps the layout.
+
+def _columns(model: Any) -> list[nn.Parameter]:
+    """The matrices whose rows of ``(out, in)`` do not lie in order, as executors read them best.
+
+    Stored transposed, they have the same shapes and values and stay the same parameters, and an update in
+    place keeps the layout.
     """
-    for block in model.transformer.h:
-        for parameter in block.parameters():
-            if parameter.dim() == 2 and not parameter.t().is_contiguous():
-                parameter.data = parameter.data.t().contiguous().t()
+    return [parameter for parameter in _matrices(model) if not parameter.t().is_contiguous()]
+
+
+def _matrices(model: Any) -> list[nn.Parameter]:
+    """The library's ``(in, out)`` matrices; a family of tables has none."""
+    if model.config.model_type in FAMILIES:
+        return []
+    return [p for block in model.transformer.h for p in block.parameters() if p.dim() == 2]
 
 
 def sizes(model: Any) -> dict[str, int]:
