@@ -103,7 +103,7 @@ def test_a_swizzle_has_no_conflicts_where_a_plain_column_has() -> None:
 def test_matrix_loads_are_counted_by_rows() -> None:
     fill = "shl.b32 %r1, %r0, 4; st.shared.v4.b32 [%r1], {%r0, %r0, %r0, %r0};"
     load = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r20, %r21, %r22, %r23}, [%r1];"
-    found = counted(f"{fill} {load}", torch.zeros(1))
+    found = counted(f"{fill} bar.warp.sync -1; {load}", torch.zeros(1))
     (access,) = (access for access in found.accesses.values() if access.instruction.startswith("ldmatrix"))
     assert (access.bytes, access.units, access.fewest) == (512, 4, 4)
     assert found.instructions["shared load"] == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from ptx_support import TILE, module, run
@@ -61,13 +63,45 @@ SHARED = (
 def test_a_read_of_what_another_warp_wrote_needs_a_barrier() -> None:
     run(SHARED.replace("BARRIER", "bar.sync 0;"), ints(1), ints(1), threads=64, shared_bytes=256)
     refused("race", SHARED.replace("BARRIER", ""), ints(1), ints(1), threads=64, shared_bytes=256)
-    # Within a warp lanes go in step.
-    run(
-        "shl.b32 %r1, %r0, 2; st.shared.b32 [%r1], %r0; xor.b32 %r2, %r1, 124; ld.shared.b32 %r3, [%r2];",
-        ints(1),
-        ints(1),
-        shared_bytes=128,
-    )
+
+
+def within_a_warp(body: str, warp_sync: str) -> None:
+    """Lanes' own words at %r1, a neighbour's at %r2; lane 0 is %p1, lane 1 %p2."""
+    text = f"""shl.b32 %r1, %r0, 2; xor.b32 %r2, %r1, 4; mov.b32 %r3, 128;
+    setp.eq.b32 %p1, %r0, 0; setp.eq.b32 %p2, %r0, 1; {body}"""
+    run(text.replace("SYNC", warp_sync), ints(1), ints(1), shared_bytes=640)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "st.shared.b32 [%r1], %r0; SYNC ld.shared.b32 %r4, [%r2];",
+        "@%p1 st.shared.b32 [%r3], %r0; SYNC ld.shared.b32 %r4, [%r3];",
+        "@%p1 st.shared.b32 [%r3], %r0; SYNC @%p2 st.shared.b32 [%r3], %r0;",
+        # Loaded by many lanes, by two in turn, by one; then another stores.
+        "st.shared.b32 [%r1], %r0; bar.warp.sync -1; ld.shared.b32 %r4, [%r2]; SYNC "
+        "st.shared.b32 [%r1], %r4;",
+        "@%p1 st.shared.b32 [%r3], %r0; bar.warp.sync -1; ld.shared.b32 %r4, [%r3]; SYNC "
+        "@%p2 st.shared.b32 [%r3], %r4;",
+        "@%p1 st.shared.b32 [%r3], %r0; bar.warp.sync -1; @%p2 ld.shared.b32 %r4, [%r3]; "
+        "@%p1 ld.shared.b32 %r4, [%r3]; SYNC @%p1 st.shared.b32 [%r3], %r0;",
+        # A matrix load takes what all lanes stored.
+        "shl.b32 %r1, %r0, 4; st.shared.v4.b32 [%r1], {%r0, %r0, %r0, %r0}; SYNC "
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r20, %r21, %r22, %r23}, [%r1];",
+        "shl.b32 %r1, %r0, 4; stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r1], {%r0, %r0, %r0, %r0}; SYNC "
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r20, %r21, %r22, %r23}, [%r1];",
+    ],
+)
+def test_lanes_of_a_warp_need_an_order_between_them(body: str) -> None:
+    within_a_warp(body, "bar.warp.sync -1;")
+    within_a_warp(body, "bar.sync 0;")
+    for wrong in ("", "@%p1 bar.warp.sync 1;", "shfl.sync.idx.b32 %r9, %r0, 0, 31, -1;"):
+        with pytest.raises(Fault, match=r"race: lane \d+ \w+ .* no bar\.warp\.sync between"):
+            within_a_warp(body, wrong)
+
+
+def test_a_lane_needs_no_order_with_itself() -> None:
+    within_a_warp("st.shared.b32 [%r1], %r0; ld.shared.b32 %r4, [%r1]; st.shared.b32 [%r1], %r4;", "")
 
 
 def test_a_write_over_what_another_warp_reads_needs_a_barrier() -> None:
@@ -199,22 +233,27 @@ def test_a_product_needs_a_fence_and_its_wait() -> None:
     run(f"{FILL} {FENCE} bar.sync 0; {PRODUCT} {WAIT} {over}", ints(1), ints(1), **size)  # type: ignore[arg-type]
 
 
-def tile(wait: str, amount: int = 2048) -> None:
-    """A tile of 32 x 32 half numbers, read where it arrives."""
+MADE = f"@%p1 mbarrier.init.shared::cta.b64 [%r1], 1; {FENCE} bar.sync 0;"
+ARRIVED = "$w: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r1], 0; @!%p2 bra $w;"
+
+
+def tile(wait: str, amount: int = 2048, made: str = MADE, after: str = "", **options: Any) -> None:
+    """A tile of 32 x 32 half numbers, read where it arrives by each of two warps."""
+    ask = f"""@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], {amount};
+    @%p1 {TILE} [%r2], [%rd7, {{%r2, %r2}}], [%r1];"""
     body = f"""
     mov.b64 %rd6, k_param_1; cvta.param.u64 %rd7, %rd6; mov.b32 %r1, 2048; mov.b32 %r2, 0;
-    setp.eq.b32 %p1, %r0, 0; @%p1 mbarrier.init.shared::cta.b64 [%r1], 1; bar.sync 0;
-    @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], {amount};
-    @%p1 {TILE} [%r2], [%rd7, {{%r2, %r2}}], [%r1];
-    {wait} shl.b32 %r3, %r0, 2; ld.shared.b32 %r4, [%r3];
+    shl.b32 %r3, %r0, 2; setp.eq.b32 %p1, %r0, 0; setp.ge.u32 %p3, %r0, 32; {made} {ask} {wait}
+    ld.shared.b32 %r4, [%r3]; {after.replace("AGAIN", ask)}
     """
     source = torch.ones(32, 32, dtype=torch.float16)
-    text = module(body, 1, 32, ", .param .align 64 .b8 k_param_1[128]")
-    execute(text, (1,), (ints(1), TensorMap(source, (32, 32), (32, 1), (32, 32), 2)), shared_bytes=2056)
+    text = module(body, 1, 64, ", .param .align 64 .b8 k_param_1[128]")
+    values = (ints(1), TensorMap(source, (32, 32), (32, 1), (32, 32), 2))
+    execute(text, (1,), values, shared_bytes=2056, **options)
 
 
 def test_a_tile_arrives_at_its_barrier() -> None:
-    wait = "$w: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r1], PARITY; @!%p2 bra $w;"
+    wait = ARRIVED.replace("[%r1], 0", "[%r1], PARITY")
     tile(wait.replace("PARITY", "0"))
     with pytest.raises(Fault, match="pending: lane 0 reads what an asynchronous copy still writes"):
         tile("")
@@ -222,3 +261,39 @@ def test_a_tile_arrives_at_its_barrier() -> None:
         tile(wait.replace("PARITY", "1").replace("$w: ", "").replace("@!%p2 bra $w;", ""))
     with pytest.raises(Fault, match="deadlock"):  # more bytes are expected than come
         tile(wait.replace("PARITY", "0"), amount=4096)
+
+
+def test_the_copy_engine_knows_of_a_barrier_by_a_fence_alone() -> None:
+    made = "the copy engine arrives at a barrier that a lane made"
+    init, sync = "@%p1 mbarrier.init.shared::cta.b64 [%r1], 1;", "bar.sync 0;"
+    for right in (
+        f"{init} {FENCE} {sync}",
+        f"{init} @%p1 fence.mbarrier_init.release.cluster; {sync}",
+        f"{init} {sync} @%p1 {FENCE}",
+        f"{init} {sync} @%p3 {FENCE} {sync}",
+    ):
+        tile(ARRIVED, made=right)
+    for wrong in (
+        f"{init} {sync}",
+        f"{FENCE} {init} {sync}",
+        f"@%p1 fence.mbarrier_init.release.cluster; {init} {sync}",
+        f"{init} {sync} fence.acq_rel.cta;",
+        # The second warp's fence: before it knows of the barrier; with no order to the first warp after it.
+        f"{init} @%p3 {FENCE} {sync}",
+        f"{init} {sync} @%p3 {FENCE}",
+    ):
+        with pytest.raises(Fault, match=f"proxy: {made}"):
+            tile(ARRIVED, made=wrong)
+        tile(ARRIVED, made=wrong, fenced_barriers=False)
+
+
+@pytest.mark.parametrize("use", ["st.shared.b32 [%r3], %r4;", "", "@%p3 st.shared.b32 [%r3], %r4;"])
+def test_the_copy_engine_writes_where_lanes_have_been_after_a_fence_alone(use: str) -> None:
+    """What lanes loaded, or stored themselves, is written over by the next tile."""
+    tile(ARRIVED, after=f"{use} {FENCE} bar.sync 0; AGAIN {ARRIVED.replace('0;', '1;').replace('$w', '$v')}")
+    for wrong in (
+        f"{use} bar.sync 0; AGAIN",
+        f"{FENCE} {use or 'ld.shared.b32 %r5, [%r3];'} bar.sync 0; AGAIN",
+    ):
+        with pytest.raises(Fault, match=r"proxy: the copy engine writes where lanes (wrote|read)"):
+            tile(ARRIVED, after=wrong)

@@ -131,6 +131,8 @@ FLOATS = torch.tensor(
         ("abs.f32 OUT, IN", torch.abs),
         ("max.f32 OUT, IN, 0f3F800000", lambda x: torch.fmax(x, torch.tensor(1.0))),
         ("min.f32 OUT, IN, 0f3F800000", lambda x: torch.fmin(x, torch.tensor(1.0))),
+        ("max.NaN.f32 OUT, IN, 0f3F800000", lambda x: torch.maximum(x, torch.tensor(1.0))),
+        ("min.NaN.f32 OUT, IN, 0f3F800000", lambda x: torch.minimum(x, torch.tensor(1.0))),
         ("ex2.approx.f32 OUT, IN", lambda x: torch.exp2(x.double()).float()),
         ("rsqrt.approx.f32 OUT, IN", lambda x: (1 / x.double().sqrt()).float()),
         ("div.full.f32 OUT, IN, 0f40400000", lambda x: x / 3),
@@ -140,6 +142,16 @@ FLOATS = torch.tensor(
 def test_floats(instruction: str, expected: Callable[[torch.Tensor], torch.Tensor]) -> None:
     found = unary(instruction, FLOATS, torch.float32)
     torch.testing.assert_close(found, expected(FLOATS), rtol=0, atol=0, equal_nan=True)
+
+
+def test_minima_and_maxima_know_the_sign_of_zero() -> None:
+    for name, zero, other in (("max", 0.0, "0f80000000"), ("min", -0.0, "0f00000000")):
+        found = unary(
+            f"{name}.f32 OUT, IN, {other}", torch.zeros(32).copysign(torch.tensor(zero)), torch.float32
+        )
+        assert torch.equal(found.signbit(), torch.full((32,), math.copysign(1, zero) < 0))
+    found = unary("max.f32 OUT, IN, 0f80000000", -torch.zeros(32), torch.float32)
+    assert torch.all(found.signbit())
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "f16")])
@@ -419,7 +431,7 @@ def test_a_tile_is_copied_swizzled_and_multiplied_by_a_warpgroup(rank: int) -> N
         mov.b64 %rd6, k_param_1; cvta.param.u64 %rd7, %rd6;
         mov.b64 %rd8, k_param_2; cvta.param.u64 %rd9, %rd8;
         mov.b32 %r1, 16384; mov.b32 %r2, 0; mov.b32 %r3, 8192; setp.eq.b32 %p1, %r0, 0;
-        @%p1 mbarrier.init.shared::cta.b64 [%r1], 1; bar.sync 0;
+        @%p1 mbarrier.init.shared::cta.b64 [%r1], 1; fence.proxy.async.shared::cta; bar.sync 0;
         @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 12288;
         mov.b32 %r4, 1;
         @%p1 {tile} [%r2], [%rd7, {{{corner}}}], [%r1];

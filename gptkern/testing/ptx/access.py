@@ -149,7 +149,7 @@ class AccessInstructions(Operands):
                         home.shared.check_atomic(index, warps)
                         home.shared.update(index, values[chosen], warps)
                     else:
-                        home.shared.write(index, values[chosen], warps)
+                        home.shared.write(index, values[chosen], warps, lanes[chosen])
 
         return execute
 
@@ -251,7 +251,7 @@ def _loaded(
         early = block.early(lanes)
         return block.memory.read(addresses, count, block.number, ordered=not unordered, early=early)
     index, warps = home.shared.index(addresses, count), block.warp[lanes]
-    return home.shared.read_atomically(index, warps) if unordered else home.shared.read(index, warps)
+    return home.shared.read_atomically(index, warps) if unordered else home.shared.read(index, warps, lanes)
 
 
 def _released(block: Block, home: Block | None, addresses: Array, lanes: Array) -> None:

@@ -59,12 +59,8 @@ def flush(values: Array) -> Array:
     return np.where(np.abs(values) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), values), values)
 
 
-def fma(a: Array, b: Array, c: Array) -> Array:
-    """``a * b + c`` of float32, rounded once.
-
-    The product is exact in float64. Its sum with ``c`` is rounded to odd there, so that rounding it to
-    float32 is as rounding the exact sum.
-    """
+def _fma_to_odd(a: Array, b: Array, c: Array) -> Array:
+    """``a * b + c`` of float32, rounded to odd in float64: rounding that is as rounding the exact sum."""
     product, addend = a.astype(np.float64) * b, np.asarray(c, dtype=np.float64)
     total = product + addend
     part = total - product
@@ -74,7 +70,21 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     even = np.isfinite(bits.view(np.float64)) & (error != 0) & (bits & 1 == 0)
     toward = np.where((error > 0) == (bits.view(np.float64) > 0), 1, -1)
     odd = np.where(even, bits + toward, bits).view(np.float64)
-    return odd.reshape(np.shape(total)).astype(np.float32)
+    return odd.reshape(np.shape(total))
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """``a * b + c`` of float32, rounded once."""
+    return _fma_to_odd(a, b, c).astype(np.float32)
+
+
+def _narrow_to_odd(values: Array) -> Array:
+    """float64 as float32, rounded to odd: rounding it to bf16 or fp16 is as rounding the first."""
+    near = values.astype(np.float32)
+    bits = np.ascontiguousarray(near).view(np.int32)
+    off = np.isfinite(near) & (near != values) & (bits & 1 == 0)
+    toward = np.where(np.abs(near) < np.abs(values), 1, -1).astype(np.int32)
+    return np.where(off, bits + toward, bits).view(np.float32)
 
 
 def _divided(a: Array, b: Array) -> Array:
@@ -141,11 +151,25 @@ def _field(a: Array, begin: Array, length: Array) -> Array:
 
 
 def _smaller(a: Array, b: Array) -> Array:
-    return np.asarray(np.fmin(a, b) if a.dtype.kind == "f" else np.minimum(a, b))
+    if a.dtype.kind != "f":
+        return np.asarray(np.minimum(a, b))
+    return np.where((a == 0) & (b == 0), -(-a - b), np.fmin(a, b))  # -0 is the smaller zero
 
 
 def _larger(a: Array, b: Array) -> Array:
-    return np.fmax(a, b) if a.dtype.kind == "f" else np.maximum(a, b)
+    if a.dtype.kind != "f":
+        return np.asarray(np.maximum(a, b))
+    return np.where((a == 0) & (b == 0), a + b, np.fmax(a, b))
+
+
+def _with_nan(own: Function) -> Function:
+    """A minimum or maximum that is NaN where either is."""
+    return lambda a, b: np.where(np.isnan(a) | np.isnan(b), np.float32(np.nan), own(a, b))
+
+
+def _not_negative(own: Function) -> Function:
+    """A minimum or maximum that is 0 where it would be negative (``.relu``)."""
+    return lambda a, b: np.maximum(own(a, b), 0)
 
 
 def _prmt(a: Array, b: Array, selector: Array) -> Array:
@@ -229,20 +253,34 @@ def _joined(low: Array, high: Array, kind: str) -> Array:
     return low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))
 
 
-def _ternary(a: Array, b: Array, c: Array) -> Array:
-    return fma(np.asarray(a, np.float32), np.asarray(b, np.float32), np.asarray(c, np.float32))
+def _fma_of_short(a: Array, b: Array, c: Array) -> Array:
+    wide = (np.asarray(x, np.float32) for x in (a, b, c))
+    return _narrow_to_odd(_fma_to_odd(*wide))
 
 
-_FLOAT_OPS: dict[str, Function] = {**PLAIN, "fma": _ternary, **EXACT}
-
-
-def _short(name: str, kind: str, sources: tuple[Array, ...]) -> Array:
-    """Arithmetic of bf16, and of pairs of bf16 or fp16: in float32, rounded once."""
+def _short(function: Function, kind: str, sources: tuple[Array, ...]) -> Array:
+    """Arithmetic of bf16 and fp16, and of pairs of them: in float32, rounded once."""
     if kind == "bf16":
-        return to_bf16(np.asarray(_FLOAT_OPS[name](*map(from_bf16, sources)), np.float32))
+        return to_bf16(np.asarray(function(*map(from_bf16, sources)), np.float32))
+    if kind == "f16":
+        return np.asarray(function(*(source.astype(np.float32) for source in sources))).astype(np.float16)
     pairs = [_halves(source, kind) for source in sources]
-    low, high = (_FLOAT_OPS[name](*(pair[side] for pair in pairs)) for side in (0, 1))
+    low, high = (function(*(pair[side] for pair in pairs)) for side in (0, 1))
     return _joined(low, high, kind)
+
+
+def _float_function(parts: tuple[str, ...], fused: Function) -> Function | None:
+    """The function of an opcode of floats, with its modifiers; ``fused``: for ``fma``."""
+    name = parts[0]
+    functions: dict[str, Function] = {**PLAIN, **EXACT, "fma": fused, "div": np.divide}
+    if name not in functions:
+        return None
+    own = functions[name]
+    if "NaN" in parts:
+        own = _with_nan(own)
+    if "relu" in parts:
+        own = _not_negative(own)
+    return (lambda *sources: flush(own(*map(flush, sources)))) if "ftz" in parts else own
 
 
 def _pairs(name: str, kind: str, sources: tuple[Array, ...]) -> Array:
@@ -261,23 +299,19 @@ def function_of(parts: tuple[str, ...]) -> Function | None:
         return (lambda *sources: _pairs(name, kind, sources)) if served else None
     if name in ("and", "or", "xor", "not"):
         return PLAIN[name] if kind != "pred" or name != "not" else np.logical_not
-    if kind in ("bf16", "bf16x2", "f16x2"):
-        return (lambda *sources: _short(name, kind, sources)) if name in _FLOAT_OPS else None
-    if name in EXACT or (name == "div" and kind.startswith("f")):
-        own = EXACT.get(name, np.divide)
-        return (lambda *sources: flush(own(*map(flush, sources)))) if "ftz" in parts else own
-    if name == "fma":
-        return (lambda *sources: flush(fma(*map(flush, sources)))) if "ftz" in parts else fma
+    if kind in ("bf16", "f16", "bf16x2", "f16x2"):
+        own = _float_function(parts, _fma_of_short)
+        return None if own is None else (lambda *sources: _short(own, kind, sources))
+    if kind.startswith("f"):
+        return _float_function(parts, fma)
     if name in ("min", "max") and "relu" in parts:
-        own = PLAIN[name]
-        return lambda a, b: np.maximum(own(a, b), 0)
-    if name in ("mul", "mad") and kind[0] in "su":
+        return _not_negative(PLAIN[name])
+    if name in ("mul", "mad"):
         products: dict[str, Function] = {"lo": np.multiply, "hi": _high, "wide": _wide}
         product = products[parts[1]]
         return product if name == "mul" else (lambda a, b, c: product(a, b) + c)
     if name in PLAIN:
-        own = PLAIN[name]
-        return (lambda *sources: flush(own(*map(flush, sources)))) if "ftz" in parts else own
+        return PLAIN[name]
     others: dict[str, Function] = {
         "div": _divided,
         "shl": lambda a, b: _shifted(a, b, left=True),

@@ -203,8 +203,8 @@ class Block:
                 ready = done[lanes]
                 if np.any(ready):
                     self.shared.pending[positions[ready]] = False
-                    owners = self.warp[lanes[ready]]
-                    self.shared.write(positions[ready], values[ready], owners, copied=True)
+                    owner = lanes[ready]
+                    self.shared.write(positions[ready], values[ready], self.warp[owner], owner, copied=True)
             group.lanes &= ~done
         self.groups = [group for group in self.groups if np.any(group.lanes)]
 

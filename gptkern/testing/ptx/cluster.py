@@ -43,7 +43,7 @@ class Cluster:
         self._phase = 0
         self._joined = np.zeros((size, threads), np.int64)  # the phase that a thread arrived in last, and one
         self._waited = np.zeros((size, threads), np.int64)
-        nothing = np.zeros(warps * size + 1, np.int32), np.zeros(len(memory.clocks), np.int64)
+        nothing = np.zeros((2, warps * size + 1), np.int32), np.zeros(len(memory.clocks), np.int64)
         self._gathered, self._visible = nothing, nothing
 
     @property

@@ -56,12 +56,14 @@ class Barrier:
     """An mbarrier's state.
 
     Attributes:
+        maker: The warp that made it.
         gathered: What was seen and done by those that arrived in this phase; ``visible``: in those before.
         tiles: Positions and bytes that are under way.
     """
 
     count: int
     order: Order
+    maker: int
     pending: int = 0
     bytes: int = 0
     completed: int = 0
@@ -104,7 +106,13 @@ def swizzled(addresses: Array, span: int) -> Array:
 
 
 class HopperInstructions(AccessInstructions):
-    """Part of ``Machine``."""
+    """Part of ``Machine``.
+
+    Attributes:
+        fenced_barriers: Between the making of a barrier and its use by the copy engine a fence is asked for.
+    """
+
+    fenced_barriers = True
 
     def _lane_value(self, block: Block, fetch: Any, mask: Mask, what: str) -> tuple[int, int]:
         """(value, lane) where one lane alone takes part."""
@@ -129,10 +137,12 @@ class HopperInstructions(AccessInstructions):
         def execute(block: Block, mask: Mask) -> None:
             address, lane = self._lane_value(block, place, mask, instruction.opcode)
             index = block.shared.index(np.array([address], np.uint32), 8)
-            block.shared.write(index, np.zeros((1, 8), np.uint8), block.warp[lane : lane + 1])
+            block.shared.write(
+                index, np.zeros((1, 8), np.uint8), block.warp[lane : lane + 1], np.array([lane])
+            )
             if count is not None:
                 arrivals = int(np.broadcast_to(count(block), block.threads)[lane])
-                block.barriers[address] = Barrier(arrivals, block.cluster.order)
+                block.barriers[address] = Barrier(arrivals, block.cluster.order, int(block.warp[lane]))
             elif block.barriers.pop(address).tiles:
                 raise Fault("pending", "a barrier ends while tiles are under way to it")
 
@@ -226,12 +236,14 @@ class HopperInstructions(AccessInstructions):
         return execute
 
     def _fence(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
-        if "proxy" not in parts:
-            return lambda block, mask: None
-
         def execute(block: Block, mask: Mask) -> None:
             warps = np.unique(block.warp if mask is None else block.warp[mask])
-            block.shared.fence(warps)
+            if "proxy" in parts:
+                block.cluster.order.fence(warps)
+            elif "mbarrier_init" in parts:
+                for address, barrier in block.barriers.items():
+                    if barrier.maker in warps:
+                        block.shared.fence_barrier(address + np.arange(8))
 
         return execute
 
@@ -266,9 +278,17 @@ class HopperInstructions(AccessInstructions):
             positions = swizzled(address + inside, span).reshape(-1, 1)
             if np.any(positions >= len(block.shared.data)):
                 raise Fault("bounds", f"a tile of {rows * width} bytes at shared address {address:#x}")
-            block.shared.await_write(positions, np.full(len(positions), block.warp[lane]))
-            where = int(np.broadcast_to(barrier_place(block), block.threads)[lane])
-            barrier = barrier_at(block, where, block.warp[lane : lane + 1])
+            block.shared.await_tile(positions, np.full(len(positions), block.warp[lane]))
+            where, asker = (
+                int(np.broadcast_to(barrier_place(block), block.threads)[lane]),
+                block.warp[lane : lane + 1],
+            )
+            barrier = barrier_at(block, where, asker)
+            if self.fenced_barriers:
+                made = block.shared.index(np.array([where], np.uint32), 8)
+                block.shared.check_fenced(
+                    made, asker, "the copy engine arrives at a barrier that a lane made"
+                )
             barrier.tiles.append((positions, data.reshape(-1, 1)))
 
         return execute

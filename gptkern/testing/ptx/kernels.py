@@ -48,6 +48,8 @@ def run(
         seed=seed,
         stream=stream,
         dependent=compiled.metadata.launch_pdl,
+        # Who writes Gluon makes barriers and fences; Triton's compiler makes barriers without a fence.
+        fenced_barriers=launch.kernel.is_gluon(),
         counters=counters,
     )
 

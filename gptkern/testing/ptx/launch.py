@@ -69,6 +69,7 @@ def execute(
     resident: int | None = None,
     stream: Stream | None = None,
     dependent: bool = False,
+    fenced_barriers: bool = True,
     counters: Counters | None = None,
 ) -> None:
     """Run a kernel's PTX on CPU tensors, which it changes in place.
@@ -90,6 +91,7 @@ def execute(
         resident: Most blocks at a time; by default all, as in a cooperative launch.
         stream: The launches before, to which this one is added.
         dependent: The launch may begin before the ones before have ended, up to ``griddepcontrol.wait``.
+        fenced_barriers: Ask for a fence between the making of a barrier and its first use by the copy engine.
         counters: Where to count what is executed.
 
     Raises:
@@ -98,7 +100,7 @@ def execute(
         ValueError: The module has no such entry, or a size does not fit it.
     """
     program = parse(ptx, entry)
-    machine = Machine(program)
+    machine = Machine(program, fenced_barriers)
     sizes: tuple[int, int, int] = (*grid, *(1,) * (3 - len(grid)))  # type: ignore[assignment]
     shape = cluster or program.cluster
     count = sizes[0] * sizes[1] * sizes[2]

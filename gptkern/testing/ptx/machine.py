@@ -34,8 +34,9 @@ def _whole_warps(block: Block, mask: Mask, instruction: Instruction) -> Array:
 class Machine(HopperInstructions):
     """The steps of a program."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, fenced_barriers: bool = True) -> None:
         super().__init__(program)
+        self.fenced_barriers = fenced_barriers
         self.steps = [self._step(instruction) for instruction in program.instructions]
         self.order = flow.Order(len(self.steps), dict(self._ways()))
 
@@ -73,8 +74,10 @@ class Machine(HopperInstructions):
 
     def _executed(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
         name = parts[0]
-        if name in _IGNORED or (name == "bar" and "warp" in parts):
+        if name in _IGNORED:
             return lambda block, mask: None
+        if name == "bar":
+            return _meet
         own = getattr(self, f"_{name}", None)
         if own is not None:
             made: Execute = own(parts, instruction)
@@ -313,6 +316,13 @@ class Machine(HopperInstructions):
             block.shared.write(block.shared.index(addresses, 16), data, _owners(block, warps, rows))
 
         return execute
+
+
+def _meet(block: Block, mask: Mask) -> None:
+    """``bar.warp.sync``: the lanes of a warp see each other's work where all of them come."""
+    whole = np.all((block.alive if mask is None else mask | ~block.alive).reshape(-1, 32), axis=1)
+    some = np.any((block.alive if mask is None else mask).reshape(-1, 32), axis=1)
+    block.cluster.order.meet(np.flatnonzero(whole & some) + block.warps.start)
 
 
 def _columns(block: Block, group: list[Fetch]) -> Array:

@@ -2,6 +2,7 @@
 
 Every access to shared memory has a time. A warp sees another's work up to the time at which the other gave
 it on: at a barrier of the block or the cluster, with an arrival at an mbarrier, by a release and an acquire.
+The engines see less: what was seen by a warp that executed ``fence.proxy.async`` and has given that on.
 """
 
 from __future__ import annotations
@@ -21,25 +22,43 @@ class Order:
     Attributes:
         engine: The number of the copy engine among the warps: the last.
         seen: (warps, warps): the time up to which a warp, the row, sees another's work; all of its own.
+        fenced: (warps, warps): the same through a fence, its own work included.
         time: What is accessed now has this time.
+        epoch: (warps): counts the points at which the lanes of a warp see each other's work.
     """
 
     def __init__(self, warps: int) -> None:
         self.engine = warps
-        self.seen = np.zeros((warps + 1, warps + 1), np.int32)
+        self._known = np.zeros((2, warps + 1, warps + 1), np.int32)
+        self.seen, self.fenced = self._known
         np.fill_diagonal(self.seen, _EVER)
         self.time = 1
+        self.epoch = np.ones(warps + 1, np.int64)
 
     def released(self, warps: Array) -> Array:
-        """The work that these warps have seen and done so far, by warp. Whatever they do next is later."""
-        result: Array = self.seen[warps].max(axis=0)
-        result[warps] = self.time
+        """The work that these warps have seen and done so far, by warp: (2, warps), whole and through fences.
+
+        Whatever they do next is later.
+        """
+        result: Array = self._known[:, warps].max(axis=1)
+        result[0, warps] = self.time
         self.time += 1
         return result
 
     def acquire(self, warps: Array, released: Array) -> None:
-        """These warps see what was released."""
-        self.seen[warps] = np.maximum(self.seen[warps], released)
+        """These warps see what was released. What one of their lanes sees counts as seen by all."""
+        self._known[:, warps] = np.maximum(self._known[:, warps], released[:, None])
+        self.meet(warps)
+
+    def meet(self, warps: Array) -> None:
+        """The lanes of each of these warps see each other's work."""
+        self.epoch[warps] += 1
+
+    def fence(self, warps: Array) -> None:
+        """What these warps see and did is visible to the engines, for whoever comes after this fence."""
+        now = np.minimum(self.seen[warps], self.time)
+        self.fenced[warps] = np.maximum(self.fenced[warps], now)
+        self.time += 1
 
     def join(self, warps: Array) -> None:
         """A barrier of these warps: each sees what all did before."""
@@ -98,9 +117,13 @@ class Accesses:
             self._guests = self._times(slice(0, self.order.engine))
         self._guests.note(index, warps, self.order.time)
 
-    def unseen(self, index: Array, warps: Array) -> Array:
-        """(lanes, size): True where another warp accessed the byte and the lane's warp need not know."""
-        found = self._ours.unseen(index, warps, self.order.seen)
+    def unseen(self, index: Array, warps: Array, fenced: bool = False) -> Array:
+        """(lanes, size): True where another warp accessed the byte and the lane's warp need not know.
+
+        ``fenced``: where any warp did, and no fence is known to stand between.
+        """
+        known = self.order.fenced if fenced else self.order.seen
+        found = self._ours.unseen(index, warps, known)
         if self._guests is not None:
-            found |= self._guests.unseen(index, warps, self.order.seen)
+            found |= self._guests.unseen(index, warps, known)
         return found

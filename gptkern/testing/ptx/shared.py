@@ -1,4 +1,9 @@
-"""Shared memory of a block that knows what may be read and written, by whom, and since when."""
+"""Shared memory of a block that knows what may be read and written, by whom, and since when.
+
+Between warps every access counts. Between the lanes of one warp, of each byte the last store and the loads of
+the warp that loaded it last: until the warp meets (``bar.warp.sync``, or whatever orders warps) no other lane
+may store there, or load what was stored.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,9 @@ import numpy as np
 from gptkern.testing.ptx.arithmetic import Array
 from gptkern.testing.ptx.memory import Fault
 from gptkern.testing.ptx.order import Accesses, Order
+
+# In place of a lane's number: the whole warp at once, or several of its lanes.
+_WHOLE, _SEVERAL = 32, 63
 
 
 class Shared:
@@ -29,10 +37,12 @@ class Shared:
         self._written = np.zeros(size, bool)
         self.pending = np.zeros(size, bool)
         self.busy = np.zeros(size, np.int16)  # operands of running products
-        self._unfenced = np.zeros(size, bool)  # written by lanes, not yet visible to the engines
+        self._by_lanes = np.zeros(size, bool)  # of which the engines know after a fence alone
         self._writer, self._write_time = np.zeros(size, np.int32), np.zeros(size, np.int32)
         self._reads = Accesses(order, size, own)
+        self._engine_reads = Accesses(order, size, own)
         self._atomics = Accesses(order, size, own)
+        self._stored, self._loaded = np.zeros(size, np.int64), np.zeros(size, np.int64)  # tags of lanes
         self._released: dict[int, Array] = {}
         self.guests = np.zeros(order.engine, np.int32)
 
@@ -54,26 +64,42 @@ class Shared:
 
     # --- accesses of lanes
 
-    def read(self, index: Array, warps: Array) -> Array:
-        """The bytes at ``index`` (lanes, size), read by these warps."""
+    def read(self, index: Array, warps: Array, lanes: Array | None = None) -> Array:
+        """The bytes at ``index`` (lanes, size), read by these lanes of warps, or by the warps as a whole."""
         self._check_readable(index)
         self._check_seen(index, warps, "reads shared memory that another warp writes")
         self._reads.note(index, warps)
+        tags = self._tags(warps, lanes)
+        self._check_lanes(
+            self._stored[index], tags, "reads shared memory that another lane of its warp writes"
+        )
+        # Where several lanes of a warp load one byte, now or since the warp met, they count as all.
+        several = self._of_other_lanes(self._loaded[index], tags)
+        self._loaded[index] = tags
+        several |= self._loaded[index] != tags
+        if np.any(several):
+            self._loaded[index[several]] = np.broadcast_to(tags | _SEVERAL, index.shape)[several]
         self._visited(warps)
         return self.data[index]
 
-    def write(self, index: Array, values: Array, warps: Array, copied: bool = False) -> None:
-        """Store (lanes, size) bytes.
+    def write(
+        self, index: Array, values: Array, warps: Array, lanes: Array | None = None, copied: bool = False
+    ) -> None:
+        """Store (lanes, size) bytes, from these lanes of warps, or from the warps as a whole.
 
         ``copied``: by ``cp.async``. The ISA asks for a fence between it and a product, as after stores, and
         Triton and CUTLASS have none there: none is asked for.
         """
         self.check_write(index, warps)
+        tags = self._tags(warps, lanes)
+        for before in (self._stored, self._loaded):
+            self._check_lanes(before[index], tags, "writes shared memory that another lane of its warp uses")
+        self._stored[index] = tags
         self.data[index] = values
         self._written[index] = True
         self._writer[index] = np.broadcast_to(warps[:, None], index.shape)
         self._write_time[index] = self._order.time
-        self._unfenced[index] = not copied
+        self._by_lanes[index] = not copied
         self._visited(warps)
         if np.any(self.data[index] != values):
             raise Fault("tie", "two lanes of one instruction write different values to one shared address")
@@ -90,7 +116,6 @@ class Shared:
         self._check_writable(index)
         self.data[index] = values
         self._written[index] = True
-        self._unfenced[index] = True
 
     def read_atomically(self, index: Array, warps: Array) -> Array:
         """The bytes at ``index``; others may use them at the same time, atomically as well."""
@@ -120,6 +145,16 @@ class Shared:
 
     # --- the copy engine and the matrix unit
 
+    def await_tile(self, index: Array, warps: Array) -> None:
+        """These warps have asked for a copy to these bytes by the copy engine."""
+        self.await_write(index, warps)
+        self.check_fenced(index, warps, "the copy engine writes where lanes wrote to shared memory")
+        if np.any(self._reads.unseen(index, warps, fenced=True)):
+            raise Fault(
+                "proxy",
+                "the copy engine writes where lanes read shared memory, no fence.proxy.async between",
+            )
+
     def await_write(self, index: Array, warps: Array) -> None:
         """These warps have asked for a copy to these bytes."""
         self.check_write(index, warps)
@@ -132,7 +167,8 @@ class Shared:
         self.data[index] = values
         self._written[index] = True
         self._writer[index], self._write_time[index] = self._order.engine, self._order.time
-        self._unfenced[index] = False
+        self._by_lanes[index] = False
+        self._stored[index] = 0
 
     def read_by_engine(self, index: Array, warps: Array) -> Array:
         """The bytes at ``index`` as the matrix unit reads them for a product of these warps."""
@@ -140,19 +176,37 @@ class Shared:
         for warp in warps:
             asking = np.full(len(index), warp)
             self._check_seen(index, asking, "of a product reads shared memory that another warp writes")
-            self._reads.note(index, asking)
-        if np.any(self._unfenced[index]):
-            raise Fault(
-                "proxy",
-                "a product reads what lanes wrote to shared memory, and no fence.proxy.async stands between",
-            )
+            self.check_fenced(index, asking, "a product reads what lanes wrote to shared memory")
+            self._engine_reads.note(index, asking)
         return self.data[index]
 
-    def fence(self, warps: Array) -> None:
-        """The bytes that these warps wrote are visible to the engines."""
-        self._unfenced &= ~np.isin(self._writer, warps)
+    def check_fenced(self, index: Array, warps: Array, what: str) -> None:
+        """A fault if lanes stored these bytes, and an engine at work for these warps need not know of it."""
+        late = self._write_time[index] > self._order.fenced[warps[:, None], self._writer[index]]
+        if np.any(late & self._by_lanes[index]):
+            raise Fault("proxy", f"{what}, and no fence.proxy.async stands between")
+
+    def fence_barrier(self, index: Array) -> None:
+        """The making of an mbarrier is visible to the engines (``fence.mbarrier_init``)."""
+        self._by_lanes[index] = False
 
     # --- checks
+
+    def _tags(self, warps: Array, lanes: Array | None) -> Array:
+        """(lanes, 1): who accesses and when: the warp's epoch, the warp, the lane."""
+        epoch = self._order.epoch[warps] * len(self._order.epoch) + warps
+        lane = _WHOLE if lanes is None else lanes % 32
+        return np.asarray(epoch * 64 + lane)[:, None]
+
+    @staticmethod
+    def _of_other_lanes(before: Array, tags: Array) -> Array:
+        """True where other lanes of the same warp accessed a byte, and the warp has not met since."""
+        return np.asarray((before >> 6 == tags >> 6) & ((before != tags) | (tags & 63 == _WHOLE)))
+
+    def _check_lanes(self, before: Array, tags: Array, what: str) -> None:
+        clash = self._of_other_lanes(before, tags)
+        if np.any(clash):
+            raise Fault("race", f"lane {_first(clash)} {what}, no bar.warp.sync between")
 
     def _visited(self, warps: Array) -> None:
         if not self._own.start <= int(warps[0]) < self._own.stop:
@@ -185,7 +239,7 @@ class Shared:
             raise _race(clash, what)
 
     def _check_reads(self, index: Array, warps: Array, what: str) -> None:
-        clash = self._reads.unseen(index, warps)
+        clash = self._reads.unseen(index, warps) | self._engine_reads.unseen(index, warps)
         if np.any(clash):
             raise _race(clash, what)
 
