@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -27,7 +28,6 @@ from gptkern.testing.ptx import kernels as ptx_kernels
 _LINE = re.compile(r"^[^\n]*;", re.MULTILINE)
 # Where a wait stands in the kernel's file, whose number is 1 as the entry is in it.
 _LOCATION = re.compile(r"\.loc\s+1 (\d+) ")
-_SOURCE = inspect.getsource(kernels_hopper).splitlines()
 # Programs of a launch, so few that each has several tiles, and a program the last of which are none.
 PROGRAMS = 3
 
@@ -91,8 +91,13 @@ def worst(case: _cases.Case, dtype: torch.dtype) -> tuple[list[str], float, floa
     return names, error / max(own, 1e-3), (lse.double() - exact[1])[finite].abs().max().item()
 
 
-def faults(text: str) -> Iterator[tuple[str, str]]:
-    """(what was changed, the text with it): waits, arrivals and fences, each by itself."""
+def faults(text: str, module: ModuleType) -> Iterator[tuple[str, str]]:
+    """(what was changed, the text with it): waits, arrivals and fences, each by itself.
+
+    Args:
+        text: Of a kernel in ``module`` that has two warpgroups and a producer.
+    """
+    lines = inspect.getsource(module).splitlines()
     body = text.index("{", text.index(".reqntid"))
     for found in _LINE.finditer(text, body):
         plain = found.group(0).split("//")[0].strip()
@@ -105,7 +110,7 @@ def faults(text: str) -> Iterator[tuple[str, str]]:
 
         if plain == "@!complete bra.uni waitLoop;":
             begin = text.rindex("// begin inline asm", 0, found.start())
-            source = _SOURCE[int(_LOCATION.findall(text, 0, begin)[-1]) - 1].strip()
+            source = lines[int(_LOCATION.findall(text, 0, begin)[-1]) - 1].strip()
             yield f"part {group}: without {source}", with_line("")
         elif re.match(r"wgmma\.wait|wgmma\.commit|fence\.proxy|@%p\d+ mbarrier\.arrive\.shared", plain):
             yield f"without {plain}", with_line("")
@@ -141,7 +146,7 @@ def run_faults(every: int, first: int) -> None:
 
         with ptx_kernels.executed(90, seed=1, done=noted):
             plain = list(case.op(*call.args, **call.kwargs))
-        for what, text in list(faults(texts[0]))[first::every]:
+        for what, text in list(faults(texts[0], kernels_hopper))[first::every]:
             print(json.dumps({"fault": what, "caught": caught(call, text, plain)}), flush=True)
 
 

@@ -12,6 +12,7 @@ import argparse
 import json
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -19,6 +20,7 @@ from gptkern import backend, testing
 from gptkern.ops import _cases, _launch, decode_attention, layer_norm, rms_norm
 from gptkern.ops._types import RmsNorm
 from gptkern.ops.decode_linear import decode_linear, quantize
+from gptkern.ops.linear import linear_act
 from gptkern.testing.ptx.kernels import executed
 
 
@@ -60,6 +62,17 @@ def _few_bits(rows: int, gated: bool, **options: Any) -> _cases.Make:
     return make
 
 
+def _two_multiprocessors(*args: torch.Tensor) -> torch.Tensor:
+    """``linear_act`` on a GPU so small that a few tiles are enough for the kernel of many."""
+    with mock.patch.object(_launch, "multiprocessors", return_value=2):
+        return linear_act(*args)
+
+
+def _tiles(device: torch.device, dtype: torch.dtype) -> _cases.Call:
+    sizes = ((70, 256), (512, 256), (512,))
+    return _cases.Call(tuple(_cases.tensor(*size, device=device, dtype=dtype, scale=0.3) for size in sizes))
+
+
 # fp8 is converted from sm_89 on.
 FORMATS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "int8": ({"format": "int8"}, (80, 90)),
@@ -67,8 +80,10 @@ FORMATS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "int4, groups of 64": ({"format": "int4", "group_size": 64}, (80, 90)),
     "int4, groups of 32, zeros": ({"format": "int4", "group_size": 32, "zero_point": True}, (80, 90)),
 }
-# Calls beside the ops' checks, for what these do not reach: rows in chunks, sequences in splits, few bits.
+# Calls beside the ops' checks, for what these do not reach: many tiles, rows in chunks, sequences in splits,
+# few bits.
 MORE = {
+    "linear": [_cases.Case("many tiles", _two_multiprocessors, _tiles)],
     "layer_norm": [
         _cases.Case("rows in chunks", layer_norm, _wide_rows),
         _cases.Case("70 rows", layer_norm, _many_rows(layer_norm, 40)),
@@ -86,6 +101,7 @@ MORE = {
 # Calls that launch each kernel at least once.
 ONCE = (
     "linear:gelu_tanh, 65",
+    "linear:many tiles",
     "gelu_mlp:gelu_tanh, 33",
     "gated_mlp:silu, 33",
     "flash_attention:causal",

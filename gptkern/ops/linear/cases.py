@@ -69,6 +69,7 @@ CASES = [
     Case("residual, no descriptors", linear_residual, _residual(8192, 3071, 1021)),
     Case("qkv without a bias", linear, _plain(65536, 768, 2304)),
     Case("small layer", linear, _plain(512, 128, 384)),
+    Case("4096 tokens, 128 to 384", linear, _plain(4096, 128, 384)),
 ]
 
 CHECKS = [

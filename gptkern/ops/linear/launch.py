@@ -13,7 +13,7 @@ import torch
 
 from gptkern.ops import _launch
 from gptkern.ops._triton import TensorDescriptor
-from gptkern.ops.linear import kernels
+from gptkern.ops.linear import hopper, kernels
 
 # Weight gradients are split for an H100, whatever the GPU, so that every GPU sums in the same order.
 # Adding up one tile of one part takes about a ninth of the time of one step of k.
@@ -51,13 +51,6 @@ def _power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length() if value > 0 else 0
 
 
-def _aligned(x: torch.Tensor) -> bool:
-    """True if the copy engine and wide loads can read ``x``: contiguous one way, 16-byte steps the other."""
-    inner = 1 if x.stride(1) == 1 else 0
-    step = x.stride(1 - inner) * x.element_size()
-    return x.stride(inner) == 1 and step > 0 and step % 16 == 0 and x.numel() > 0 and x.data_ptr() % 16 == 0
-
-
 def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
     if x.stride(1) != 1:
         x, block = x.t(), block[::-1]
@@ -76,7 +69,7 @@ def operands(
         kernel,
         a.device,
         dtype="fp32" if a.dtype == torch.float32 else "half",
-        operands="aligned" if _aligned(a) and _aligned(b) else "any",
+        operands="aligned" if hopper.aligned(a) and hopper.aligned(b) else "any",
         m=_power_of_two(m),
         tiles=_power_of_two(-(-m // 128) * -(-n // 128)),
         **shape,
@@ -105,6 +98,10 @@ def product(
     (m, k), n = a.shape, b.shape[1]
     out = a.new_empty(m, n, dtype=a.dtype if residual is None else residual.dtype)
     pre = a.new_empty(m, n) if save_pre else None
+    if hopper.serves(a, b, bias, residual):
+        with _launch.on_device(a):
+            hopper.product(a, b, bias, residual, out, pre, activation)
+        return out, pre
     epilogue = "plain" if activation == "none" else "activation"
     matrices, config = operands("linear", a, b, epilogue=epilogue)
     programs = tile_count(m, n, config)

@@ -1,0 +1,266 @@
+"""The product of ``kernels.linear`` for Hopper: a producer warp and two consumer warpgroups.
+
+    linear_hopper     out = activation(A B + bias) + residual, optionally storing A B + bias
+
+Layout. A program stays on its multiprocessor and takes one tile of 128 x 256 of the result after another, in
+the order of ``kernels.linear``. Its producer warp has the copy engine fetch 128 x BLOCK_K of A and BLOCK_K x
+256 of B at a time into a ring of STAGES such pairs. Each of two warpgroups owns 64 rows of every tile: both
+read the same part of B, which so is fetched once for 128 rows.
+
+The second warpgroup follows half a ring behind the first. While the first finishes a tile (bias, activation,
+residual, stores) the tensor core works off what the second has left, and while the second finishes, the first
+is at the next tile, as far as the ring goes.
+
+Barriers in shared memory, and what the end of a phase says:
+
+    full      a pair of tiles has come
+    empty     both warpgroups have read it
+    begun     the first warpgroup has issued enough of a tile's products that the second may begin
+
+k runs upwards inside one accumulator, as in ``kernels.linear``: an element is the same chain of products of
+16 in both kernels and in every tile, so which of them computes a row does not show in its bits.
+"""
+
+from gptkern.ops._device import activate
+from gptkern.ops._gluon import fence_async_shared, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from gptkern.ops.linear.kernels import tile_at
+
+BLOCK_M, BLOCK_N = gl.constexpr(128), gl.constexpr(256)
+ROWS = gl.constexpr(64)  # of a warpgroup
+PART = gl.constexpr(64)  # columns that are finished together
+
+
+@gluon.jit
+def _turns(M, N):
+    """The number of tiles that this program takes."""
+    return gl.cdiv(gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N) - gl.program_id(0), gl.num_programs(0))
+
+
+# --- the producer
+
+
+@gluon.jit
+def _produce(
+    descriptors, rings, barriers, extents,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, B_ROWS: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: all copies."""
+    a_desc, b_desc = descriptors
+    a_ring, b_ring = rings
+    full, empty, _begun = barriers
+    M, N, K = extents
+    step = 0
+    for turn in range(_turns(M, N)):
+        tile = gl.program_id(0) + turn * gl.num_programs(0)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        for k in range(gl.cdiv(K, BLOCK_K)):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), 2 * a_desc.block_type.nbytes + b_desc.block_type.nbytes)
+            for half in gl.static_range(2):
+                where = [tile_m * BLOCK_M + half * ROWS, k * BLOCK_K]
+                to = a_ring.index(2 * stage + half)
+                tma.async_copy_global_to_shared(a_desc, where, full.index(stage), to)
+            if B_ROWS:
+                where = [k * BLOCK_K, tile_n * BLOCK_N]
+            else:
+                where = [tile_n * BLOCK_N, k * BLOCK_K]
+            tma.async_copy_global_to_shared(b_desc, where, full.index(stage), b_ring.index(stage))
+            step += 1
+
+
+# --- the consumers
+
+
+@gluon.jit
+def _products(
+    acc, rings, barriers, step, turn, k_tiles,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, B_ROWS: gl.constexpr,
+):  # fmt: skip
+    """Issue all products of a tile: (accumulator, steps so far); those of the last pair may still run."""
+    a_ring, b_ring = rings
+    full, empty, begun = barriers
+    LEAD: gl.constexpr = STAGES // 2
+    if WARPGROUP == 1:
+        mbarrier.wait(begun, turn & 1)
+    for k in range(k_tiles):
+        stage = step % STAGES
+        b = b_ring.index(stage)
+        if not B_ROWS:
+            b = b.permute((1, 0))
+        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        acc = warpgroup_mma(a_ring.index(2 * stage + WARPGROUP), b, acc, is_async=True)
+        # The pair before has been read when its products are done. Predicates, not branches: a branch between
+        # products makes ptxas wait for them there.
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
+        if WARPGROUP == 0:
+            mbarrier.arrive(begun, count=1, pred=k == LEAD)
+        step += 1
+    return acc, step
+
+
+@gluon.jit
+def _halves(x):
+    """The left and right half of a warpgroup's products; no value moves to another thread."""
+    HALF: gl.constexpr = x.shape[1] // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    left, right = gl.split(gl.permute(gl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
+    return (
+        gl.convert_layout(left, layout, assert_trivial=True),
+        gl.convert_layout(right, layout, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def _inside(row, col, M, N, LAYOUT: gl.constexpr):
+    """(rows, columns, whether they are inside) of a part of the result."""
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
+    columns = gl.arange(0, PART, gl.SliceLayout(0, LAYOUT))[None, :]
+    return rows, columns, (rows < M - row) & (columns < N - col)
+
+
+@gluon.jit
+def _residual(residual_ptr, row, col, M, N, stride_rm, LAYOUT: gl.constexpr):
+    """A part of the residual."""
+    rows, columns, inside = _inside(row, col, M, N, LAYOUT)
+    # int64: rows * stride passes 2^31 at 64k tokens of a 50257-wide layer
+    offs = (row + rows).to(gl.int64) * stride_rm + (col + columns)
+    return gl.load(residual_ptr + offs, inside, other=0.0)
+
+
+@gluon.jit
+def _store(ptr, value, row, col, M, N, LAYOUT: gl.constexpr):
+    """Store a part of a result."""
+    rows, columns, inside = _inside(row, col, M, N, LAYOUT)
+    # int64 for the part's corner alone: within a part offsets stay small, and registers with them
+    gl.store(ptr + (row.to(gl.int64) * N + col) + (rows * N + columns), value, inside)
+
+
+@gluon.jit
+def _finish(
+    acc, residual, pointers, row, col, M, N, stride_rm, ACTIVATION: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """Activation and residual on a warpgroup's products, PART columns at a time to spare shared memory.
+
+    ``residual`` is that of the first columns.
+    """
+    _bias_ptr, residual_ptr, out_ptr, pre_ptr = pointers
+    left, right = _halves(acc)
+    parts = _halves(left) + _halves(right)
+    for i in gl.static_range(4):
+        part, first = parts[i], col + i * PART
+        if pre_ptr is not None:
+            pre = gl.convert_layout(part.to(pre_ptr.dtype.element_ty), LAYOUT)
+            _store(pre_ptr, pre, row, first, M, N, LAYOUT)
+        part = activate(part, ACTIVATION)
+        if residual_ptr is None:
+            out = gl.convert_layout(part.to(out_ptr.dtype.element_ty), LAYOUT)
+        else:
+            before = residual.to(gl.float32)
+            # The next residual comes while this part is finished.
+            if i < 3:
+                residual = _residual(residual_ptr, row, first + PART, M, N, stride_rm, LAYOUT)
+            out = (gl.convert_layout(part, LAYOUT) + before).to(out_ptr.dtype.element_ty)
+        _store(out_ptr, out, row, first, M, N, LAYOUT)
+
+
+@gluon.jit
+def _consume(
+    rings, barriers, extents, pointers, stride_rm,
+    WARPGROUP: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr, B_ROWS: gl.constexpr,
+):  # fmt: skip
+    """A consumer warpgroup: 64 rows of every tile."""
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    # A part of the result as it is stored: 16 bytes a lane, whole lines, the rows that a warp has in SUMS.
+    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [4, 0], [8, 0]],
+        [[0, 8], [0, 16], [0, 32], [1, 0], [2, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [ROWS, PART],
+    )
+    M, N, K = extents
+    bias_ptr, residual_ptr, _out_ptr, _pre_ptr = pointers
+    _full, empty, _begun = barriers
+    step = 0
+    for turn in range(_turns(M, N)):
+        tile = gl.program_id(0) + turn * gl.num_programs(0)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row, col = tile_m * BLOCK_M + WARPGROUP * ROWS, tile_n * BLOCK_N
+        acc = gl.zeros([ROWS, BLOCK_N], gl.float32, SUMS)
+        acc, step = _products(
+            acc, rings, barriers, step, turn, gl.cdiv(K, BLOCK_K), WARPGROUP, STAGES, B_ROWS
+        )
+        # Bias and residual come while the last products run.
+        bias, residual = None, None
+        if bias_ptr is not None:
+            columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SUMS))
+            bias = gl.load(bias_ptr + col + columns, columns < N - col, other=0.0)
+        if residual_ptr is not None:
+            residual = _residual(residual_ptr, row, col, M, N, stride_rm, LAYOUT)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+        if bias_ptr is not None:
+            acc += bias.to(gl.float32)[None, :]
+        _finish(acc, residual, pointers, row, col, M, N, stride_rm, ACTIVATION, LAYOUT)
+
+
+# --- the kernel
+
+
+@gluon.jit
+def _barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    """Barriers in shared memory, each of so many arrivals a phase."""
+    made = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(made.index(i), count=arrivals)
+    return made
+
+
+@gluon.jit
+def linear_hopper(
+    a_desc,  # (M, K); tiles of 64 x BLOCK_K
+    b_desc,  # (K, N), tiles of BLOCK_K x 256; without B_ROWS its transpose, tiles of 256 x BLOCK_K
+    bias_ptr,  # (N,), or None
+    residual_ptr,  # (M, N), contiguous rows; or None
+    out_ptr,  # (M, N), contiguous
+    pre_ptr,  # (M, N), contiguous; or None
+    M,
+    N,
+    K,
+    stride_rm,
+    ACTIVATION: gl.constexpr,
+    B_ROWS: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    """K is at least STAGES x BLOCK_K: the first warpgroup is then never a whole tile ahead of the second."""
+    # Shared memory: the rings and the barriers.
+    dtype: gl.constexpr = a_desc.dtype
+    b_shape: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if B_ROWS else [STAGES, BLOCK_N, BLOCK_K]
+    a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, ROWS, BLOCK_K], a_desc.layout)
+    b_ring = gl.allocate_shared_memory(dtype, b_shape, b_desc.layout)
+    rings = (a_ring, b_ring)
+    barriers = (_barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(1, 1).index(0))
+    # The copy engine sees the barriers.
+    fence_async_shared()
+    extents = (M, N, K)
+    pointers = (bias_ptr, residual_ptr, out_ptr, pre_ptr)
+    # The kernel's own four warps are the first warpgroup.
+    gl.warp_specialize(
+        [
+            (_consume, (rings, barriers, extents, pointers, stride_rm, 0, ACTIVATION,
+                        BLOCK_K, STAGES, GROUP_M, B_ROWS)),
+            (_consume, (rings, barriers, extents, pointers, stride_rm, 1, ACTIVATION,
+                        BLOCK_K, STAGES, GROUP_M, B_ROWS)),
+            (_produce, ((a_desc, b_desc), rings, barriers, extents,
+                        BLOCK_K, STAGES, GROUP_M, B_ROWS)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
