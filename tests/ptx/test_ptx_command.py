@@ -170,3 +170,51 @@ def test_the_interpreter_is_in_the_way(capsys: pytest.CaptureFixture[str]) -> No
         main([str(FILE)])
     assert left.value.code == 2
     assert "TRITON_INTERPRET is set, so that nothing is compiled: unset it" in capsys.readouterr().err
+
+
+TABLE_OF_ADDRESSES = """
+import torch, triton, triton.language as tl
+from gptkern.testing.ptx import reachable
+
+@triton.jit
+def fill(pointers, BLOCK: tl.constexpr):
+    place = tl.load(pointers + tl.program_id(0)).to(tl.pointer_type(tl.float32))
+    tl.store(place + tl.arange(0, BLOCK), 7.0)
+
+@triton.jit
+def say(x_ptr):
+    tl.device_print("x", tl.load(x_ptr))
+
+def launch(tensors):
+    fill[(3,)](torch.tensor([tensor.data_ptr() for tensor in tensors]), BLOCK=32)
+    assert all(torch.all(tensor == 7) for tensor in tensors)
+
+def check_reachable():
+    tensors = [torch.zeros(32) for _ in range(3)]
+    with reachable(*tensors):
+        launch(tensors)
+
+def check_unknown():
+    launch([torch.zeros(32) for _ in range(3)])
+
+def check_on_a_gpu():
+    torch.zeros(3, device="cuda")
+
+def check_printed():
+    say[(1,)](torch.zeros(3))
+"""
+
+
+def test_tensors_that_are_found_by_addresses_are_named_and_messages_say_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "addresses.py"
+    path.write_text(TABLE_OF_ADDRESSES)
+    (output,) = outputs(
+        f"{path} --seeds 1 --arch 90 check_reachable check_unknown check_on_a_gpu check_printed"
+    )
+    assert "check_reachable: passed, 1 launch" in output
+    assert "where no tensor is that was passed, in block" in output
+    assert "by addresses in memory: see gptkern.testing.ptx.reachable" in output
+    assert "check_on_a_gpu: FAILED, AssertionError" in output
+    assert "a check's tensors are on the CPU: triton.runtime.driver.active" in output
+    assert "the executor does not serve the operand" in output
+    assert output.endswith("1 of 4 passed\nstatus 1\n")

@@ -194,6 +194,48 @@ def test_a_grid_barrier_with_a_relaxed_order_is_a_race(arrive: str, leave: str) 
     assert "without an order to block" in refused("race", grid_barrier(arrive, leave), *tensors, blocks=4)
 
 
+# Each warp of two blocks stores, one thread counts the blocks, the last reads what all have stored.
+SPLITS = """
+mov.u32 %r10, %ctaid.x; mad.lo.u32 %r11, %r10, 64, %r0; mul.wide.u32 %rd5, %r11, 4; add.s64 %rd6, %rd5, %rd0;
+st.global.b32 [%rd6], %r11; BARRIER setp.eq.b32 %p1, %r0, 0; mov.b32 %r5, 0;
+@%p1 atom.global.gpu.acq_rel.add.u32 %r5, [%rd1], 1; @%p1 st.shared.b32 [%r12], %r5; bar.sync 0;
+ld.shared.b32 %r5, [%r12]; setp.ne.b32 %p2, %r5, 1; @%p2 ret;
+mul.wide.u32 %rd7, %r0, 4; add.s64 %rd7, %rd7, %rd0; ld.global.b32 %r6, [%rd7];
+ld.global.b32 %r7, [%rd7 + 256]; add.s32 %r6, %r6, %r7;
+mul.wide.u32 %rd8, %r0, 4; add.s64 %rd8, %rd8, %rd2; st.global.b32 [%rd8], %r6;
+"""
+
+
+def test_a_release_gives_on_what_its_own_warp_has_seen() -> None:
+    def splits(barrier: str, seed: int) -> torch.Tensor:
+        tensors = ints(128), torch.zeros(1, dtype=torch.int32), ints(64)
+        body = "mov.b32 %r12, 0;" + SPLITS.replace("BARRIER", barrier)
+        run(body, *tensors, threads=64, shared_bytes=4, blocks=2, seed=seed)
+        return tensors[2]
+
+    for seed in range(4):
+        assert torch.equal(splits("bar.sync 0;", seed), 64 + 2 * ints(64))
+        with pytest.raises(Fault, match=r"race: .* without an order to block"):
+            splits("", seed)
+
+
+# A warp stores, the block's other warp loads: through global memory.
+THROUGH = (
+    f"{ADDRESS} {STORE} BARRIER xor.b32 %r2, %r0, 32; mul.wide.u32 %rd8, %r2, 4; add.s64 %rd8, %rd8, %rd1;"
+)
+
+
+def test_warps_of_a_block_need_a_barrier_on_global_memory() -> None:
+    body = f"mov.b32 %r1, %r0; {THROUGH} ld.global.b32 %r3, [%rd8];"
+    run(body.replace("BARRIER", "bar.sync 0;"), ints(64), ints(64), threads=64)
+    message = refused("race", body.replace("BARRIER", ""), ints(64), ints(64), threads=64)
+    assert "reads parameter 1 where another warp writes, no barrier between" in message
+    # Two stores of different values.
+    twice = f"mov.b32 %r1, VALUE; {THROUGH.replace('BARRIER', '')} st.global.b32 [%rd8], %r1;"
+    refused("race", twice.replace("VALUE", "%r0"), ints(64), ints(64), threads=64)
+    run(twice.replace("VALUE", "7"), ints(64), ints(64), threads=64)
+
+
 def test_two_blocks_that_store_to_one_place_are_a_race() -> None:
     refused("race", f"mov.b32 %r1, 1; {ADDRESS} {STORE}", ints(32), ints(32), blocks=2)
 

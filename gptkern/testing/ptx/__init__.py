@@ -8,7 +8,7 @@ nobody wrote, asynchronous copies read before their wait, shared memory between 
 
 from gptkern.testing.ptx.counters import Counters
 from gptkern.testing.ptx.hopper import TensorMap
-from gptkern.testing.ptx.launch import execute
+from gptkern.testing.ptx.launch import execute, reachable
 from gptkern.testing.ptx.memory import Fault
 
-__all__ = ["Counters", "Fault", "TensorMap", "execute"]
+__all__ = ["Counters", "Fault", "TensorMap", "execute", "reachable"]

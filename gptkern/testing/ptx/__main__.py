@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     parser = _parser()
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_intermixed_args(arguments)
     path: Path = asked.file
     if not path.is_file():
         parser.error(f"{path}: no such file")

@@ -141,7 +141,11 @@ class AccessInstructions(Operands):
                     if home is None:
                         early = block.early(lanes[chosen])
                         block.memory.write(
-                            addresses, values[chosen], block.number, ordered=not unordered, early=early
+                            addresses,
+                            values[chosen],
+                            block.those(lanes[chosen]),
+                            ordered=not unordered,
+                            early=early,
                         )
                         continue
                     warps, index = block.warp[lanes[chosen]], home.shared.index(addresses, size)
@@ -249,7 +253,7 @@ def _loaded(
     block.touched(home, addresses, count, lanes)
     if home is None:
         early = block.early(lanes)
-        return block.memory.read(addresses, count, block.number, ordered=not unordered, early=early)
+        return block.memory.read(addresses, count, block.those(lanes), ordered=not unordered, early=early)
     index, warps = home.shared.index(addresses, count), block.warp[lanes]
     return home.shared.read_atomically(index, warps) if unordered else home.shared.read(index, warps, lanes)
 
@@ -257,7 +261,7 @@ def _loaded(
 def _released(block: Block, home: Block | None, addresses: Array, lanes: Array) -> None:
     for address in np.unique(addresses):
         if home is None:
-            block.memory.release(int(address), block.number)
+            block.memory.release(int(address), block.those(lanes[addresses == address]))
         else:
             home.shared.release(int(address), np.unique(block.warp[lanes[addresses == address]]))
 
@@ -294,7 +298,7 @@ def _updated(
     warps = block.warp[lanes]
     if home is None:
         early = block.early(lanes)
-        data = block.memory.read(addresses, size, block.number, ordered=False, early=early)
+        data = block.memory.read(addresses, size, block.those(lanes), ordered=False, early=early)
     else:
         index = home.shared.index(addresses, size)
         data = home.shared.read_atomically(index, warps)
@@ -303,7 +307,7 @@ def _updated(
         new = np.ascontiguousarray(_atomically(what, old, values), dtype=DTYPES[kind])
     changed = new.view(np.uint8).reshape(len(lanes), size)
     if home is None:
-        block.memory.write(addresses, changed, block.number, ordered=False, early=early)
+        block.memory.write(addresses, changed, block.those(lanes), ordered=False, early=early)
     else:
         home.shared.update(index, changed, warps)
     return old

@@ -14,7 +14,7 @@ from gptkern.testing.ptx.cluster import Cluster
 from gptkern.testing.ptx.counters import Counters
 from gptkern.testing.ptx.flow import Order
 from gptkern.testing.ptx.hopper import WARPGROUP, Barrier, Products, TensorMap, deliver
-from gptkern.testing.ptx.memory import Fault, Global
+from gptkern.testing.ptx.memory import Fault, Global, Threads
 from gptkern.testing.ptx.shared import Shared
 
 if TYPE_CHECKING:
@@ -166,6 +166,10 @@ class Block:
                 self.threads if lanes is None else np.count_nonzero(lanes.reshape(-1, 32).any(axis=1)) * 32
             )
             self.counters.executed(step.instruction, int(count) // 32)
+
+    def those(self, lanes: Array) -> Threads:
+        """These lanes, as global memory knows them."""
+        return Threads(self.number, self.warp[lanes], self.cluster.order)
 
     # --- dependent launches
 

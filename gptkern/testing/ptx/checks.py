@@ -24,9 +24,10 @@ from gptkern.ops import _aot, _launch
 from gptkern.testing.ptx import kernels
 from gptkern.testing.ptx.counters import Counters
 from gptkern.testing.ptx.dependent import Stream
-from gptkern.testing.ptx.memory import Fault
+from gptkern.testing.ptx.memory import NO_TENSOR, Fault
 
 PREFIX = "check_"
+_NO_GPU = "a check's tensors are on the CPU: triton.runtime.driver.active.get_active_torch_device() says so"
 _PLACE = re.compile(r"^\s*(\S+):(\d+), block \((\d+), (\d+), (\d+)\)$", re.MULTILINE)
 
 
@@ -142,7 +143,9 @@ def run_check(
         except Fault as fault:
             return _finding(name, launches, fault.check, _fault_lines(fault, path))
         except AssertionError as error:
-            return _finding(name, launches, "result", _error_lines(error, path))
+            # torch tells that it has no CUDA by an AssertionError as well.
+            what = "AssertionError" if "Torch not compiled with CUDA" in str(error) else "result"
+            return _finding(name, launches, what, _error_lines(error, path))
         except NotImplementedError as error:
             lines = [f"the executor does not serve {error}: this kernel cannot be checked"]
             return _finding(name, launches, "not served", lines)
@@ -168,6 +171,8 @@ def _fault_lines(fault: Fault, path: Path) -> list[str]:
         lines.append(f"{file}:{line}: {source}".rstrip(": "))
     if instruction:
         lines.append(f"by {instruction}")
+    if NO_TENSOR in message:
+        lines.append("tensors that a kernel finds by addresses in memory: see gptkern.testing.ptx.reachable")
     return lines
 
 
@@ -178,4 +183,5 @@ def _error_lines(error: Exception, path: Path) -> list[str]:
         frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.resolve()
     ]
     place = [f"{path.name}:{frames[-1].lineno}: {frames[-1].line}"] if frames else []
-    return [*text.splitlines(), *place]
+    hint = [_NO_GPU] if "Torch not compiled with CUDA" in text or "NVIDIA driver" in text else []
+    return [*text.splitlines(), *hint, *place]

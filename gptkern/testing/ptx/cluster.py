@@ -81,8 +81,7 @@ class Cluster:
         self._arrived[row][lanes] = True
         if releases:
             seen = self.order.released(np.unique(block.warp[lanes]))
-            clock = self.memory.clocks[block.number].copy()
-            self.memory.clocks[block.number, block.number] += 1
+            clock = self.memory.give_on(block.number, seen)
             self._gathered = np.maximum(self._gathered[0], seen), np.maximum(self._gathered[1], clock)
         self.settle()
 

@@ -264,8 +264,7 @@ class HopperInstructions(AccessInstructions):
         # The innermost dimension comes first.
         coordinates = [fetch(name.strip(), "s32") for name in reversed(found.group(2).split(","))]
 
-        def execute(block: Block, mask: Mask) -> None:
-            address, lane = self._lane_value(block, place, mask, instruction.opcode)
+        def copied(block: Block, address: int, lane: int) -> None:
             tensor_map = block.maps[int(np.broadcast_to(which(block), block.threads)[lane])]
             corner = [int(np.broadcast_to(at(block), block.threads)[lane]) for at in coordinates]
             data = _tile(block, tensor_map, lane, corner)
@@ -290,6 +289,14 @@ class HopperInstructions(AccessInstructions):
                     made, asker, "the copy engine arrives at a barrier that a lane made"
                 )
             barrier.tiles.append((positions, data.reshape(-1, 1)))
+
+        def execute(block: Block, mask: Mask) -> None:
+            """A wide tile is several copies, each by a warp of its own."""
+            lanes, addresses = lanes_of(block, mask), np.broadcast_to(place(block), block.threads)
+            if len(np.unique(block.warp[lanes])) != len(lanes):
+                raise Fault("convergence", f"{instruction.opcode} by {len(lanes)} lanes; one a warp is meant")
+            for lane in lanes.tolist():
+                copied(block, int(addresses[lane]), lane)
 
         return execute
 
@@ -432,7 +439,7 @@ def _tile(block: Block, tensor_map: TensorMap, lane: int, corner: list[int]) -> 
         askers = np.full(len(where), lane)
         early = block.early(askers)
         block.touched(None, where, size, askers)
-        out[inside] = block.memory.read(where, size, block.number, early=early)
+        out[inside] = block.memory.read(where, size, block.those(askers), early=early)
     return out.reshape(-1, tensor_map.box[-1] * size)
 
 

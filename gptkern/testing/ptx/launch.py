@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,21 @@ from gptkern.testing.ptx.parse import Program, parse
 
 # Rounds a block in which nobody ends or writes: whoever waits then waits for ever.
 _IDLE_ROUNDS = 200
+_reachable: list[torch.Tensor] = []
+
+
+@contextmanager
+def reachable(*tensors: torch.Tensor) -> Iterator[None]:
+    """Tensors that launches within the block may use although they are no arguments.
+
+    A kernel finds them by addresses in memory: a grouped product, by an argument that holds each matrix's
+    ``data_ptr()``. An access to a tensor that is neither an argument nor named here is out of bounds.
+    """
+    _reachable.extend(tensors)
+    try:
+        yield
+    finally:
+        del _reachable[len(_reachable) - len(tensors) :]
 
 
 def _parameter_bytes(program: Program, values: Sequence[Any]) -> np.ndarray[Any, Any]:
@@ -85,7 +101,7 @@ def execute(
         threads: Threads of a block; by default what the module requires, or the most it allows.
         cluster: Blocks of a cluster along x, y, z; by default what the module requires.
         fresh: Tensors that nobody has written yet: reading a byte before it is written is a fault.
-        also: Tensors that are reached through addresses in memory.
+        also: Tensors that are reached through addresses in memory, as those of ``reachable``.
         seed: Chooses which block goes on wherever one may be held up, and which warps of a block where they
             have parted; with 0 warps that are behind go on.
         resident: Most blocks at a time; by default all, as in a cooperative launch.
@@ -116,7 +132,7 @@ def execute(
     tensors = {
         name: value for name, value in zip(called, bare, strict=True) if isinstance(value, torch.Tensor)
     }
-    tensors |= {f"tensor {i}": tensor for i, tensor in enumerate(also)}
+    tensors |= {f"tensor {i}": tensor for i, tensor in enumerate([*also, *_reachable])}
     unwritten = {name for name, tensor in tensors.items() if any(tensor is other for other in fresh)}
     before = stream.before(dependent) if stream is not None else []
     memory = Global(tensors, unwritten, count, before)

@@ -204,7 +204,7 @@ class Machine(HopperInstructions):
                     with naming(lanes[these]):
                         early = block.early(lanes[these])
                         data[these, :length] = block.memory.read(
-                            sources, int(length), block.number, early=early
+                            sources, int(length), block.those(lanes[these]), early=early
                         )
             block.shared.await_write(positions, block.warp[lanes])
             block.open.copies.append((lanes, positions, data))

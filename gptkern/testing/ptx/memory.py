@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from gptkern.testing.ptx.arithmetic import Array
 from gptkern.testing.ptx.dependent import Meetings, Use
+from gptkern.testing.ptx.order import Order
 
 _NOBODY = -1
+# So many bytes beyond a tensor's end an address is hardly one of that tensor.
+_FAR = 1 << 16
+NO_TENSOR = "where no tensor is that was passed"
 
 
 class Fault(Exception):
@@ -27,15 +31,39 @@ class Fault(Exception):
 
 
 @dataclass
+class Threads:
+    """Lanes of a block: whose access, or whose release, it is.
+
+    Attributes:
+        warps: One a lane, by its number in ``order``, which is that among the warps of the block's cluster.
+    """
+
+    block: int
+    warps: Array
+    order: Order
+
+
+class _Last:
+    """The last access to each byte: its block and the block's clock then, its warp and the order's time."""
+
+    def __init__(self, size: int) -> None:
+        self.block, self.clock = np.full(size, _NOBODY, np.int32), np.zeros(size, np.int64)
+        self.warp, self.time = np.zeros(size, np.int32), np.zeros(size, np.int32)
+
+    def note(self, index: Array, who: Threads, clock: int) -> None:
+        self.block[index], self.clock[index] = who.block, clock
+        self.warp[index] = np.broadcast_to(who.warps[:, None], index.shape)
+        self.time[index] = who.order.time
+
+
+@dataclass
 class _Allocation:
     begin: int
     name: str
     data: Array
     written: Array
-    writer: Array  # the block that wrote a byte last, and its clock then
-    write_clock: Array
-    reader: Array
-    read_clock: Array
+    writes: _Last
+    reads: _Last
     was_read: Array
     was_written: Array
     meetings: Meetings
@@ -85,6 +113,8 @@ class Global:
         # Vector clocks: how far each block has seen each other's work. Released with a store or an atomic.
         self.clocks = np.tile(np.int64(0), (blocks, blocks))
         self.clocks[np.arange(blocks), np.arange(blocks)] = 1
+        # What of its own warps' work a block has given on with each release, by the times of their order.
+        self._given: dict[int, list[Array]] = {}
         self._released: dict[int, Array] = {}
         self.progress = 0  # by which a scheduler sees that something goes on
 
@@ -95,12 +125,10 @@ class Global:
         written = np.zeros(end - begin, bool)
         for first, last, name in union:
             written[first - begin : last - begin] |= name not in fresh
-        nobody = [np.full(end - begin, _NOBODY, np.int32) for _ in range(2)]
-        clocks = [np.zeros(end - begin, np.int64) for _ in range(2)]
         data = _memory(tensors[union[0][2]], begin, end)
         names = ", ".join(name for _, _, name in union)
         return _Allocation(
-            begin, names, data, written, nobody[0], clocks[0], nobody[1], clocks[1],
+            begin, names, data, written, _Last(end - begin), _Last(end - begin),
             np.zeros(end - begin, bool), np.zeros(end - begin, bool),
             Meetings(begin, end - begin, self._before),
         )  # fmt: skip
@@ -134,7 +162,8 @@ class Global:
             for index in np.unique(elsewhere.which):
                 lanes = np.flatnonzero(elsewhere.which == index)
                 if index < 0:
-                    raise Fault("bounds", f"lane {lanes[0]} accesses {int(addresses[lanes[0]]):#x}") from None
+                    place = int(addresses[lanes[0]])
+                    raise Fault("bounds", f"lane {lanes[0]} accesses {place:#x}, {NO_TENSOR}") from None
                 item = self._allocations[index]
                 offsets = addresses[lanes].astype(np.int64) - item.begin
                 bad = offsets + size > len(item.data)
@@ -144,12 +173,14 @@ class Global:
                         int(offsets[np.argmax(bad)]) + size - len(item.data),
                     )
                     message = f"lane {lane} accesses {size} bytes, {beyond} beyond the end of {item.name}"
+                    if beyond > _FAR:
+                        message = f"lane {lane} accesses {int(addresses[lane]):#x}, {NO_TENSOR}"
                     raise Fault("bounds", message) from None
                 parts.append((lanes, item, offsets))
             return parts
 
     def read(
-        self, addresses: Array, size: int, block: int, ordered: bool = True, early: Array | None = None
+        self, addresses: Array, size: int, who: Threads, ordered: bool = True, early: Array | None = None
     ) -> Array:
         """``size`` bytes for each address, as (lanes, size); ``early`` lanes have not waited."""
         out = np.empty((len(addresses), size), np.uint8)
@@ -162,8 +193,10 @@ class Global:
                 self._check_wait(item, index, lanes, early[lanes], writes=False)
             item.was_read[index] = True
             if ordered:
-                self._check_order(item, index, block, item.writer, item.write_clock, "reads", lanes)
-                item.reader[index], item.read_clock[index] = block, self.clocks[block, block]
+                those = replace(who, warps=who.warps[lanes])
+                self._check_warps(item, index, those, "reads", lanes)
+                self._check_blocks(item, index, those, item.writes, "reads", lanes)
+                item.reads.note(index, those, self.clocks[who.block, who.block])
             out[lanes] = item.data[index]
         return out
 
@@ -171,7 +204,7 @@ class Global:
         self,
         addresses: Array,
         values: Array,
-        block: int,
+        who: Threads,
         ordered: bool = True,
         early: Array | None = None,
     ) -> None:
@@ -180,9 +213,11 @@ class Global:
         for lanes, item, offsets in self._parts(addresses, size):
             index = offsets[:, None] + np.arange(size)
             if ordered:
-                self._check_order(item, index, block, item.writer, item.write_clock, "writes", lanes)
-                self._check_order(item, index, block, item.reader, item.read_clock, "overwrites", lanes)
-                item.writer[index], item.write_clock[index] = block, self.clocks[block, block]
+                those = replace(who, warps=who.warps[lanes])
+                self._check_warps(item, index, those, "writes", lanes, values[lanes])
+                self._check_blocks(item, index, those, item.writes, "writes", lanes)
+                self._check_blocks(item, index, those, item.reads, "overwrites", lanes)
+                item.writes.note(index, those, self.clocks[who.block, who.block])
             if early is not None:
                 self._check_wait(item, index, lanes, early[lanes], writes=True)
             item.was_written[index] = True
@@ -203,28 +238,57 @@ class Global:
                 f"which the launch before {use}: {', '.join(item.meetings.names)}",
             )
 
-    def _check_order(
-        self, item: _Allocation, index: Array, block: int, who: Array, when: Array, verb: str, lanes: Array
+    @staticmethod
+    def _check_warps(
+        item: _Allocation, index: Array, who: Threads, verb: str, lanes: Array, values: Array | None = None
     ) -> None:
-        others, clocks = who[index], when[index]
-        foreign = (others != _NOBODY) & (others != block)
+        """A fault if another warp of the block wrote here, and nothing orders its store before this access.
+
+        Of a store after another warp's load nothing is asked: where warps have the same elements, all load
+        them and one stores the result, and the others' copies are used by nobody.
+        """
+        last = item.writes
+        unseen = last.time[index] > who.order.seen[who.warps[:, None], last.warp[index]]
+        unseen &= last.block[index] == who.block
+        if values is not None:  # two warps may store the same: whichever comes last, it stands there
+            unseen &= item.data[index] != values
+        if np.any(unseen):
+            lane = int(lanes[np.argmax(np.any(unseen, axis=1))])
+            message = f"{verb} {item.name} where another warp writes, no barrier between"
+            raise Fault("race", f"lane {lane} {message}")
+
+    def _check_blocks(
+        self, item: _Allocation, index: Array, who: Threads, last: _Last, verb: str, lanes: Array
+    ) -> None:
+        """A fault if other blocks' last accesses here need not be before this one."""
+        others = last.block[index]
+        foreign = (others != _NOBODY) & (others != who.block)
         if not np.any(foreign):
             return
-        unseen = foreign & (clocks > self.clocks[block][np.where(foreign, others, 0)])
+        unseen = foreign & (last.clock[index] > self.clocks[who.block][np.where(foreign, others, 0)])
+        # A store is given on with a release only if the warp that releases has seen it.
+        for other in np.unique(others[foreign & ~unseen]) if last is item.writes else ():
+            given = self._given[int(other)][self.clocks[who.block, other] - 1]
+            unseen |= (others == other) & (last.time[index] > given[last.warp[index]])
         if np.any(unseen):
             lane = int(lanes[np.argmax(np.any(unseen, axis=1))])
             other = int(others[unseen][0])
-            raise Fault(
-                "race",
-                f"block {block}, lane {lane} {verb} {item.name} without an order to block {other}'s access",
-            )
+            message = f"{verb} {item.name} without an order to block {other}'s access"
+            raise Fault("race", f"block {who.block}, lane {lane} {message}")
 
-    def release(self, address: int, block: int) -> None:
-        """The block's work so far is visible to whoever acquires from this address."""
-        seen = self._released.get(address)
-        own = self.clocks[block].copy()
-        self._released[address] = own if seen is None else np.maximum(seen, own)
+    def give_on(self, block: int, released: Array) -> Array:
+        """The block's clocks for a release; ``released``: the work of its warps that ``Order`` gives on."""
+        seen, earlier = released[0], self._given.setdefault(block, [])
+        earlier.append(np.maximum(seen, earlier[-1]) if earlier else seen)
+        clock: Array = self.clocks[block].copy()
         self.clocks[block, block] += 1
+        return clock
+
+    def release(self, address: int, who: Threads) -> None:
+        """Order what these warps have done and seen before whoever acquires from this address."""
+        before = self._released.get(address)
+        own = self.give_on(who.block, who.order.released(np.unique(who.warps)))
+        self._released[address] = own if before is None else np.maximum(before, own)
 
     def acquire(self, address: int, block: int) -> None:
         """All that was released at this address is visible to the block."""

@@ -61,9 +61,12 @@ class Operands:
             return np.frombuffer(struct.pack("<I", int(operand[2:], 16)), np.float32)[0]
         if operand.startswith(("0d", "0D")):
             return np.frombuffer(struct.pack("<Q", int(operand[2:], 16)), np.float64)[0]
+        try:
+            number = int(operand.rstrip("U"), 0)
+        except ValueError:
+            raise NotImplementedError(f"the operand {operand}") from None
         if dtype is np.bool_:
-            return np.bool_(int(operand, 0))
-        number = int(operand.rstrip("U"), 0)
+            return np.bool_(number)
         bits = 8 * np.dtype(dtype).itemsize
         return np.array(number & ((1 << bits) - 1), dtype=f"u{bits // 8}").view(dtype)[()]
 
