@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 
 from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
-from gptkern.ops.linear_cross_entropy import launch, reference, register
+from gptkern.ops.linear_cross_entropy import chunked, launch, reference, register
 from gptkern.ops.linear_cross_entropy.checks import OP, Head, Settings, check
 from gptkern.ops.linear_cross_entropy.launch import Needs
 
@@ -134,8 +134,8 @@ def _result(
     """(loss, z-loss, accuracy) of checked arguments."""
     if not use_kernel(hidden):
         numbers = reference.Settings(settings.ignore_index, *settings[2:5])
-        return reference.linear_cross_entropy(
-            hidden, *head, targets, numbers, settings.reduction, settings.accuracy
+        return chunked.linear_cross_entropy(
+            hidden, head, targets, numbers, settings.reduction, settings.accuracy
         )
     cast = autocast_dtype(hidden) if hidden.dtype != torch.float64 else None
     settings = settings._replace(compute=cast or hidden.dtype)

@@ -44,8 +44,19 @@ def token_losses(
     accuracy: bool,
 ) -> Losses:
     """Losses of ``hidden (tokens, width)``, fp32 (float64 for float64 input); 0 for ignored tokens."""
-    logits = F.linear(hidden, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return product_losses(F.linear(hidden, weight), bias, class_weights, targets, settings, accuracy)
+
+
+def product_losses(
+    products: torch.Tensor,
+    bias: Maybe,
+    class_weights: Maybe,
+    targets: torch.Tensor,
+    settings: Settings,
+    accuracy: bool,
+) -> Losses:
+    """``token_losses`` of ``products (tokens, vocab)``, which are ``hidden @ weight.T``."""
+    logits = products.to(torch.promote_types(products.dtype, torch.float32))
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
     if settings.softcap:
@@ -95,29 +106,51 @@ def linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, its part that is z-loss, token accuracy: 0 unless asked)."""
     rows, target_rows = hidden.flatten(0, -2), targets.flatten()
-    chunk = max(1, CHUNK_LOGITS // weight.shape[0])
+    chunk = chunk_tokens(weight.shape[0])
     head, chosen = (weight, bias, class_weights), (settings, accuracy)
     if len(rows) <= chunk:
-        losses, squares, correct = token_losses(rows, *head, target_rows, *chosen)
+        losses = token_losses(rows, *head, target_rows, *chosen)
     else:
         # The backward pass recomputes a chunk's logits, so that one chunk of them is alive at a time.
         pieces = [
             checkpoint(token_losses, h, *head, t, *chosen, use_reentrant=False, preserve_rng_state=False)
             for h, t in zip(rows.split(chunk), target_rows.split(chunk), strict=True)
         ]
-        losses, squares, correct = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        losses = joined(pieces)
     if reduction == "none":
-        return (
-            (losses + squares).view(targets.shape),
-            squares.view(targets.shape),
-            correct.view(targets.shape),
-        )
-    counted = target_rows != settings.ignore_index
-    hits = correct.sum() / counted.sum()
+        loss, squares, correct = (part.view(targets.shape) for part in losses)
+        return loss + squares, squares, correct
+    return reduced(losses, target_rows, class_weights, settings, reduction)
+
+
+def chunk_tokens(vocab: int) -> int:
+    """The tokens of one chunk."""
+    return max(1, CHUNK_LOGITS // vocab)
+
+
+def joined(pieces: list[Losses]) -> Losses:
+    """The losses of all chunks."""
+    return Losses(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+
+def reduced(
+    losses: Losses, targets: torch.Tensor, class_weights: Maybe, settings: Settings, reduction: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, its part that is z-loss, token accuracy) of the losses of ``targets (tokens,)``."""
+    of_loss, of_square = divisors(targets, class_weights, settings, reduction)
+    square = losses.z_loss.sum() / of_square
+    hits = losses.correct.sum() / (targets != settings.ignore_index).sum()
+    return losses.loss.sum() / of_loss + square, square, hits
+
+
+def divisors(
+    targets: torch.Tensor, class_weights: Maybe, settings: Settings, reduction: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the sum of the losses and that of the z-losses are divided by; both 1 for ``"sum"``."""
+    counted = targets != settings.ignore_index
+    tokens = counted.sum()
     if reduction == "sum":
-        return losses.sum() + squares.sum(), squares.sum(), hits
-    divisor = counted.sum()
-    if class_weights is not None:
-        divisor = class_weights[target_rows.masked_fill(~counted, 0)].masked_fill(~counted, 0.0).sum()
-    mean_square = squares.sum() / counted.sum()
-    return losses.sum() / divisor + mean_square, mean_square, hits
+        return torch.ones_like(tokens), torch.ones_like(tokens)
+    if class_weights is None:
+        return tokens, tokens
+    return class_weights[targets.masked_fill(~counted, 0)].masked_fill(~counted, 0.0).sum(), tokens
