@@ -18,10 +18,15 @@ import torch
 
 from gptkern import backend, testing
 from gptkern.ops import _cases, _launch, decode_attention, layer_norm, rms_norm
-from gptkern.ops._types import RmsNorm
-from gptkern.ops.decode_linear import decode_linear, quantize
+from gptkern.ops._types import FP8, RmsNorm
+from gptkern.ops.decode_attention.cases import _append, _attend
+from gptkern.ops.decode_attention.op import append_kv
+from gptkern.ops.decode_linear import decode_linear, decode_qkv, quantize
+from gptkern.ops.decode_linear.cases import _qkv
 from gptkern.ops.linear import linear_act
-from gptkern.testing.ptx.kernels import executed
+from gptkern.testing.ptx import kernels
+from gptkern.testing.ptx.launch import execute
+from gptkern.testing.ptx.parse import parse
 
 
 def _wide_rows(device: torch.device, dtype: torch.dtype) -> _cases.Call:
@@ -81,7 +86,7 @@ FORMATS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "int4, groups of 32, zeros": ({"format": "int4", "group_size": 32, "zero_point": True}, (80, 90)),
 }
 # Calls beside the ops' checks, for what these do not reach: many tiles, rows in chunks, sequences in splits,
-# few bits.
+# few bits of weights and of caches.
 MORE = {
     "linear": [_cases.Case("many tiles", _two_multiprocessors, _tiles)],
     "layer_norm": [
@@ -89,12 +94,17 @@ MORE = {
         _cases.Case("70 rows", layer_norm, _many_rows(layer_norm, 40)),
     ],
     "rms_norm": [_cases.Case("70 rows", rms_norm, _many_rows(rms_norm, 40))],
-    "decode_attention": [_cases.Case("3 splits", decode_attention, _splits)],
+    "decode_attention": [
+        _cases.Case("3 splits", decode_attention, _splits),
+        _cases.Case("fp8", decode_attention, _attend(3, 4, 2, 24, 2, 16, fp8=True), archs=(90,)),
+        _cases.Case("append, fp8", append_kv, _append(5, 2, 24, fp8=True), archs=(90,)),
+    ],
     "decode_linear": [
         _cases.Case(f"{name}, {call}", decode_linear, _few_bits(*shape, **options), archs=archs)
         for name, (options, archs) in FORMATS.items()
         for call, shape in (("residual, 17 rows", (17, False)), ("gate and up, 3 rows", (3, True)))
-    ],
+    ]
+    + [_cases.Case("qkv, fp8 cache", decode_qkv, _qkv(5, 64, 2, fp8=True), archs=(90,))],
 }
 
 
@@ -124,24 +134,48 @@ def calls(op: str, arch: int | None = None) -> list[_cases.Case]:
     return [case for case in every if arch is None or case.archs is None or arch in case.archs]
 
 
-def failure(case: _cases.Case, dtype: torch.dtype, arch: int, seen: Counter[str]) -> str:
-    """The reason why a call fails; empty if it does not."""
+def _tensors(case: _cases.Case, dtype: torch.dtype, exact: bool = False) -> list[torch.Tensor]:
+    """Results and gradients of a call, then its floating arguments, which it may have written."""
+    torch.manual_seed(0)
+    call = case.make(torch.device("cpu"), dtype)
+    call = testing._double(call) if exact else call
+    found = testing._run(case.op, call)
+    given = _cases.tensors((call.args, call.kwargs))
+    return found + [tensor for tensor in given if tensor.is_floating_point() and not tensor.requires_grad]
+
+
+def _compare(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, what: str) -> None:
+    if found.dtype != FP8:
+        return testing.assert_accurate(found, plain, exact, what)
+    # Numbers that differ in bf16's last bit may be rounded to neighbours of e4m3.
+    torch.testing.assert_close(found.float(), plain.float(), rtol=2**-3, atol=2**-9)
+    assert (found.view(torch.uint8) != plain.view(torch.uint8)).float().mean() < 0.02, what
+
+
+def failure(
+    case: _cases.Case, dtype: torch.dtype, arch: int, seen: Counter[str], forms: set[str] | None = None
+) -> str:
+    """The reason why a call fails; empty if it does not. ``forms`` gets those of its instructions."""
 
     def done(launch: _launch.Launch) -> None:
         seen[launch.name] += 1
 
-    call = case.make(torch.device("cpu"), dtype)
+    def noted(ptx: str, *args: Any, **options: Any) -> None:
+        if forms is not None:
+            forms.update(instruction.opcode for instruction in parse(ptx).instructions)
+        execute(ptx, *args, **options)
+
     with backend("reference"):
-        plain = testing._run(case.op, call)
+        plain = _tensors(case, dtype)
         try:
-            exact = testing._run(case.op, testing._double(call))
+            exact = _tensors(case, dtype, exact=True)
         except (TypeError, ValueError):  # a step with a cache has tables that stay float32
             exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in plain]
     try:
-        with executed(arch, done=done):
-            found = testing._run(case.op, call)
+        with mock.patch.object(kernels, "execute", noted), kernels.executed(arch, done=done):
+            found = _tensors(case, dtype)
         for index, (a, b, c) in enumerate(zip(found, plain, exact, strict=True)):
-            testing.assert_accurate(a, b, c, f"tensor {index} of results and gradients")
+            _compare(a, b, c, f"tensor {index} of results, gradients and arguments")
     except (Exception, AssertionError) as error:  # whatever it is, it is this call's
         return f"{type(error).__name__}: {error}"
     return ""
@@ -157,10 +191,11 @@ def main() -> None:
     for word in asked.ops:
         op, _, begin = word.partition(":")
         for case in [case for case in calls(op, asked.arch) if case.name.startswith(begin)][: asked.most]:
-            torch.manual_seed(0)
             seen: Counter[str] = Counter()
-            why = failure(case, torch.bfloat16, asked.arch, seen)
-            print(json.dumps({"op": op, "case": case.name, "kernels": seen, "failure": why}), flush=True)
+            forms: set[str] = set()
+            why = failure(case, torch.bfloat16, asked.arch, seen, forms)
+            row = {"op": op, "case": case.name, "kernels": seen, "forms": sorted(forms), "failure": why}
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from gptkern.engine.executors.persistent import PersistentExecutor
 from gptkern.ops import _launch
 from gptkern.quantization import Quantization
 from gptkern.quantize import quantize_model
+from gptkern.testing.ptx.parse import parse
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_persistent_step import filled, make_kin, make_model
@@ -72,10 +73,11 @@ def step(name: str, arch: int) -> tuple[ptx_recorded.Recorded, torch.Tensor, tor
     return launch, logits[0], expected
 
 
-def failure(name: str, arch: int) -> str:
-    """The reason why a step fails; empty if it does not."""
+def failure(name: str, arch: int, forms: set[str]) -> str:
+    """The reason why a step fails; empty if it does not. ``forms`` gets those of its instructions."""
     try:
-        _, found, expected = step(name, arch)
+        launch, found, expected = step(name, arch)
+        forms.update(instruction.opcode for instruction in parse(launch.text).instructions)
         # The reference rounds weights of few bits, scaled, to bf16; the kernel scales whole sums. Its logits
         # are those of the interpreted kernel to the bit.
         tolerance = 0.08 if name in ("int8", "int4") else 0.03
@@ -90,7 +92,9 @@ def main() -> None:
     arch, *models = sys.argv[1:]
     for name in models:
         row: dict[str, Any] = {"op": "decode_step", "case": name, "kernels": {"persistent_step_kernel": 1}}
-        print(json.dumps(row | {"failure": failure(name, int(arch))}), flush=True)
+        forms: set[str] = set()
+        why = failure(name, int(arch), forms)
+        print(json.dumps(row | {"forms": sorted(forms), "failure": why}), flush=True)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,23 @@ def test_memory_that_nobody_wrote() -> None:
     assert "register %r9" in refused("uninitialised", "add.s32 %r1, %r9, 1;", out, out)
 
 
+def test_lanes_that_have_not_set_a_register_hold_no_number() -> None:
+    out = torch.zeros(32)
+    place, one = ADDRESS.replace("%rd1", "%rd0"), "mov.b32 %r1, 0f3F800000;"
+    body = f"{place} setp.eq.b32 %p1, %r0, 3; @%p1 {one} st.global.b32 [%rd6], %r1;"
+    run(body, out)
+    assert out[3] == 1 and out.isnan().sum() == 31
+
+
+def test_half_of_a_pair_may_be_unset() -> None:
+    """As the compiler leaves it where it uses the other half alone. Set too late is another thing."""
+    out = torch.zeros(32, 2, dtype=torch.bfloat16)
+    pair = "mov.b32 %r1, 0f3F800000; cvt.rn.bf16x2.f32 %r3, %r2, %r1;"
+    run(f"{ADDRESS.replace('%rd1', '%rd0')} {pair} st.global.b32 [%rd6], %r3;", out)
+    assert torch.all(out[:, 0] == 1) and torch.all(out[:, 1].isnan())
+    refused("uninitialised", f"{pair} mov.b32 %r2, 0;", ints(1), ints(1))
+
+
 SHARED = (
     "shl.b32 %r1, %r0, 2; st.shared.b32 [%r1], %r0; BARRIER xor.b32 %r2, %r1, 252; ld.shared.b32 %r3, [%r2];"
 )

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ptx_forms
 import ptx_mutations
 import ptx_orders
 import ptx_table
@@ -31,7 +32,10 @@ def rows(script: str, *args: object) -> list[dict[str, Any]]:
 
 
 def failures(found: list[dict[str, Any]]) -> list[str]:
-    return [f"{row['op']}, {row['case']}: {row['failure']}" for row in found if row["failure"]]
+    """What failed, and forms of instructions of which no test has an answer."""
+    failed = [f"{row['op']}, {row['case']}: {row['failure']}" for row in found if row["failure"]]
+    unknown = {form for row in found for form in row["forms"]} - ptx_forms.known()
+    return failed + [f"{form} has no answer in ptx_forms.py" for form in sorted(unknown)]
 
 
 @pytest.mark.parametrize("arch", [80, 90])

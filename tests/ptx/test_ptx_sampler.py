@@ -11,6 +11,7 @@ from typing import Any
 
 import cuda_sampler
 import numpy as np
+import ptx_forms
 import pytest
 import torch
 from ptx_support import unary
@@ -20,6 +21,7 @@ from gptkern.ops import SamplerState, SamplingParams
 from gptkern.ops.sample import launch
 from gptkern.ops.sample.launch import Drafts, Outputs
 from gptkern.testing.ptx import Fault, double
+from gptkern.testing.ptx.parse import parse
 
 VOCAB, ROWS = 211, 2
 
@@ -193,6 +195,16 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.ci
 def test_a_cluster_draws_the_cpus_tokens(texts: Callable[[int], str]) -> None:
     draws(texts(90), 2, top_k=7, top_p=0.75)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_form_of_its_instructions_has_an_answer(texts: Callable[[int], str], arch: int) -> None:
+    kernels = ("sample_kernel", "speculate_kernel", "top_k_kernel")
+    programs = [parse(texts(arch), kernel) for kernel in kernels]
+    forms = {instruction.opcode for program in programs for instruction in program.instructions}
+    assert len(forms) > 100 and forms - ptx_forms.known() == set()
 
 
 @needs_nvcc

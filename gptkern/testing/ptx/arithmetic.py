@@ -141,12 +141,17 @@ def _shifted(a: Array, by: Array, left: bool) -> Array:
 def _field(a: Array, begin: Array, length: Array) -> Array:
     """``bfe``: ``length`` bits from ``begin`` on, sign-extended for a signed type."""
     bits = 8 * a.dtype.itemsize
-    first, count = int(np.max(begin)) & 0xFF, min(int(np.max(length)) & 0xFF, bits)
-    mask = (1 << count) - 1
-    value = (a.astype(np.int64) >> first) & mask
-    if a.dtype.kind == "i" and 0 < count < bits:
-        sign = 1 << (count - 1)
-        value = (value ^ sign) - sign
+    if bits != 32:
+        raise NotImplementedError(f"bfe of {bits} bits")
+    first, count = (np.asarray(x).astype(np.int64) & 0xFF for x in (begin, length))
+    wide = a.astype(np.int64)
+    value = (wide >> np.minimum(first, 63)) & ((np.int64(1) << np.minimum(count, 32)) - 1)
+    if a.dtype.kind == "i":
+        # Bits beyond the number are its sign, and so are those above the field's last.
+        sign = wide >> np.minimum(first + count - 1, 31) & 1
+        value = np.where(
+            (sign != 0) & (count > 0) & (count < bits), value - (np.int64(1) << np.minimum(count, 32)), value
+        )
     return np.asarray(value).astype(a.dtype)
 
 
@@ -350,4 +355,20 @@ def convert(parts: tuple[str, ...], value: Array) -> Array:
 
 def convert_pair(parts: tuple[str, ...], high: Array, low: Array) -> Array:
     """``cvt.rn.bf16x2.f32 d, a, b``: ``a`` becomes the upper half."""
+    if parts[-2] in ("e4m3x2", "e5m2x2"):
+        low, high = (_to_fp8(np.asarray(x), parts[-2][:4]).astype(np.uint16) for x in (low, high))
+        return low | (high << np.uint16(8))
     return _joined(low, high, parts[-2])
+
+
+def _to_fp8(values: Array, kind: str) -> Array:
+    """float32 rounded to nearest even as bytes of e4m3 or e5m2; beyond them the largest (``.satfinite``)."""
+    codes = np.arange(0x7F if kind == "e4m3" else 0x7C, dtype=np.uint8)
+    numbers = from_fp8(codes, kind).astype(np.float64)
+    size = np.minimum(np.abs(np.nan_to_num(values.astype(np.float64), nan=0.0)), numbers[-1])
+    above = np.searchsorted(numbers, size)
+    below = np.maximum(above - 1, 0)
+    far, near = numbers[above] - size, size - numbers[below]
+    code = np.where((far < near) | ((far == near) & (above % 2 == 0)), above, below).astype(np.uint8)
+    code = np.where(np.isnan(values), np.uint8(0x7F), code | (np.signbit(values).astype(np.uint8) << 7))
+    return np.asarray(code, np.uint8)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Mask = Array | None  # None: all lanes
 Execute = Callable[["Block", Mask], None]
 _WIDTHS = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+# What a register holds in lanes that have not set it: NaN, or a number far away.
+_UNSET = 0x7FF97FF97FF97FF9
 # Rounds that warps may spin while others could go on.
 _PATIENCE = 64
 # Times that all may ask in vain for barriers in shared memory.
@@ -147,10 +149,13 @@ class Block:
         if mask is None:
             self.registers[name] = array if array.shape else np.full(self.threads, array, dtype)
             return
-        own = self.registers.get(name)
-        if own is None:
-            own = np.zeros(self.threads, dtype)
-        self.registers[name] = np.where(mask, array, own)
+        self.registers[name] = np.where(mask, array, self.bits_or_unset(name))
+
+    def bits_or_unset(self, name: str) -> Array:
+        """The bits of a register that need not have been set."""
+        dtype = _WIDTHS[self._widths(name)]
+        unset = _UNSET & int(np.iinfo(dtype).max) if dtype is not np.bool_ else False
+        return self.registers.get(name, np.full(self.threads, unset, dtype))
 
     # --- counts
 

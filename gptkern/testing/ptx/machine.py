@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,6 +38,8 @@ class Machine(HopperInstructions):
     def __init__(self, program: Program, fenced_barriers: bool = True) -> None:
         super().__init__(program)
         self.fenced_barriers = fenced_barriers
+        first = (instruction.operands[0] for instruction in program.instructions if instruction.operands)
+        self._ever_set = {name for operand in first for name in re.split(r"[\s{},|]+", operand)}
         self.steps = [self._step(instruction) for instruction in program.instructions]
         self.order = flow.Order(len(self.steps), dict(self._ways()))
 
@@ -159,15 +162,28 @@ class Machine(HopperInstructions):
         destination, *sources = instruction.operands
         fetches = [self.value(source, parts[-1]) for source in sources]
         if len(sources) == 2:
-            return lambda block, mask: block.put(
-                destination, arithmetic.convert_pair(parts, *(fetch(block) for fetch in fetches)), mask
-            )
+            return self._converted_pair(parts, instruction, fetches)
         (fetch,) = fetches
         convert = (double if parts[-1] == "f64" else arithmetic).convert
 
         def execute(block: Block, mask: Mask) -> None:
             with np.errstate(all="ignore"):
                 block.put(destination, convert(parts, np.asarray(fetch(block))), mask)
+
+        return execute
+
+    def _converted_pair(
+        self, parts: tuple[str, ...], instruction: Instruction, fetches: list[Fetch]
+    ) -> Execute:
+        """Two numbers become a pair. The compiler leaves a half unset of which it makes no use."""
+        destination, *sources = instruction.operands
+        unset = [source for source in sources if source[0] == "%" and source not in self._ever_set]
+
+        def execute(block: Block, mask: Mask) -> None:
+            for source in unset:
+                block.put(source, block.bits_or_unset(source), None)
+            halves = (fetch(block) for fetch in fetches)
+            block.put(destination, arithmetic.convert_pair(parts, *halves), mask)
 
         return execute
 

@@ -55,7 +55,7 @@ class Order:
         self.epoch[warps] += 1
 
     def fence(self, warps: Array) -> None:
-        """What these warps see and did is visible to the engines, for whoever comes after this fence."""
+        """A fence of these warps: the engines see what they see and did, for whoever comes after it."""
         now = np.minimum(self.seen[warps], self.time)
         self.fenced[warps] = np.maximum(self.fenced[warps], now)
         self.time += 1
