@@ -9,7 +9,7 @@ import torch
 from gptkern.ops import _without_triton
 
 __all__ = [
-    "descriptor", "fence_async_shared", "gl", "gluon", "mbarrier", "tma", "warpgroup_mma",
+    "async_load", "descriptor", "fence_async_shared", "gl", "gluon", "mbarrier", "warpgroup_mma",
     "warpgroup_mma_wait",
 ]  # fmt: skip
 
@@ -24,9 +24,12 @@ try:
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    # Triton 3.6 and 3.7 have it by its older name, which 3.9 refuses.
+    async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 except ImportError:
     gluon, gl = _without_triton.triton, _without_triton.language
-    fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
+    async_load = fence_async_shared = mbarrier = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
 
 
 def descriptor(x: torch.Tensor, block: list[int]) -> Any:

@@ -22,7 +22,15 @@ Source: Shah et al. 2024, FlashAttention-3.
 """
 
 from gptkern.ops._device import LN2, LOG2E, online_softmax
-from gptkern.ops._gluon import fence_async_shared, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from gptkern.ops._gluon import (
+    async_load,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from gptkern.ops.flash_attention.kernels import hide, sequence, span
 
 BLOCK_M = gl.constexpr(128)
@@ -72,7 +80,7 @@ def _tile(
 def _fetch(desc, where, full, ring, stage):
     """Have the copy engine fetch a tile; ``full`` says when it has come."""
     mbarrier.expect(full, desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, where, full, ring.index(stage))
+    async_load(desc, where, full, ring.index(stage))
 
 
 @gluon.jit
@@ -116,7 +124,7 @@ def _produce(
                 mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
                 for half in gl.static_range(2):
                     where = [at, first_q + start_m + half * ROWS, head, 0]
-                    tma.async_copy_global_to_shared(q_desc, where, q_full, q_ring.index(half))
+                    async_load(q_desc, where, q_full, q_ring.index(half))
                 tiles += 1
                 # Keys and values, as their places in the rings come free.
                 for start_n in range(first, end, BLOCK_N):
