@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import os
@@ -107,6 +108,15 @@ def test_a_cut_pack_is_refused(tmp_path: Path, length: int) -> None:
             pack.read(name)
 
 
+def test_a_header_with_other_entries_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pack"
+    for header in (b"[]", b'{"kernels": {}}', b'{"made": {"future": 1}, "kernels": {}}', b"no JSON", b"\xff"):
+        length = len(header).to_bytes(8, "little")
+        path.write_bytes(b"gptkern pack 1\n" + hashlib.sha256(header).digest() + length + header)
+        with pytest.raises(PackError, match=r"a\.pack is no pack of this version: its header has other"):
+            Pack(path)
+
+
 # --- the key
 
 
@@ -197,6 +207,26 @@ def test_a_call_that_fits_no_kernel_is_refused(
         key(*args, **kwargs)
 
 
+def test_a_call_has_its_key_whatever_is_launched_while_its_values_are_read() -> None:
+    """Reading a value may run Python, and another thread's launch of the same kernel."""
+
+    def body(x_ptr, y_ptr, size):  # type: ignore[no-untyped-def]
+        pass
+
+    class Kernel:
+        fn = body
+
+    kernel = signature.empty(Kernel)
+
+    class Interrupting(Pointer):
+        def data_ptr(self) -> int:
+            kernel.key((None, 3.0, True), {})
+            return self.address
+
+    plain, interrupting = (kind(torch.float32, 64) for kind in (Pointer, Interrupting))
+    assert kernel.key((interrupting, plain, 5), {}) == kernel.key((plain, plain, 5), {})
+
+
 def test_a_launch_without_its_tensors_has_the_same_key_here_and_in_another_process() -> None:
     x = torch.zeros(3 * 64 + 1)
     with gptkern.backend("kernel"), _launch.record(90) as launches:
@@ -246,12 +276,15 @@ def test_calls_with_one_key_have_one_machine_code() -> None:
 
 def test_every_file_with_a_kernel_counts_among_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(signature.__file__).parents[1]
-    with_kernels = {path for path in folder.rglob("*.py") if "@triton.jit" in path.read_text()}
+    marks = ("@triton.jit", "@gluon.jit")
+    files = list(folder.rglob("*.py"))
+    with_kernels = {file for file in files if any(mark in file.read_text() for mark in marks)}
     read: set[Path] = set()
     plain = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: (read.add(self), plain(self))[1])
     signature.sources.__wrapped__()
-    assert with_kernels and with_kernels <= read
+    assert {"_device.py", "kernels_hopper.py"} <= {file.name for file in with_kernels}
+    assert with_kernels <= read
 
 
 def test_tables_and_committed_machine_code_name_the_triton_that_is_tested_with() -> None:
@@ -318,6 +351,24 @@ def test_doctor_says_of_each_pack_whether_it_is_in_use(
     assert missing.verdict == "fallback" and "there is no file or folder" in missing.text
 
 
+def test_doctor_says_that_no_pack_is_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write(tmp_path / "foreign.pack", fitting(triton="3.0.0"), BINARIES)
+    with pytest.warns(FallbackWarning, match=r"3\.0\.0"):
+        loaded = found(monkeypatch, tmp_path)
+    monkeypatch.setattr(loading, "loader", lambda: loaded)
+    finding = doctor._launched()
+    assert (finding.verdict, finding.text) == (
+        "fallback",
+        "no pack is in use: Triton compiles every kernel",
+    )
+
+    def refused() -> loading.Loader:
+        raise RuntimeError("it was made by Triton 3.0.0")
+
+    monkeypatch.setattr(loading, "loader", refused)  # under GPTKERN_STRICT=1
+    assert doctor._launched().text.endswith("does not generate: it was made by Triton 3.0.0")
+
+
 def test_doctor_names_the_kernels_that_were_compiled() -> None:
     text = "generation of the package's model: 2 of {} kernels from packs{}"
     assert doctor._sources({"a", "b"}, set()).text == text.format(2, ", none compiled")
@@ -330,8 +381,52 @@ def test_a_place_that_is_not_there_is_an_error_and_an_empty_one_is_none(
 ) -> None:
     with pytest.raises(FileNotFoundError, match="GPTKERN_PACK: there is no file or folder"):
         found(monkeypatch, tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"GPTKERN_PACK: the folder .* holds no file \*\.pack"):
+        found(monkeypatch, tmp_path)
     monkeypatch.setenv(loading.VARIABLE, "")
     assert loading.files() == []
+
+
+def test_a_place_stays_where_it_is_when_the_process_goes_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write(tmp_path / "a.pack", fitting(), BINARIES)
+    monkeypatch.chdir(tmp_path)
+    (pack,) = found(monkeypatch, Path("a.pack")).packs
+    monkeypatch.chdir("/")
+    assert len(pack.read("ops.a:first")) == 2
+
+
+def test_packs_for_other_gpus_alone_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for arch in (90, 80):
+        write(tmp_path / f"sm{arch}.pack", fitting(arch=arch), BINARIES)
+    loader = found(monkeypatch, tmp_path)
+    with pytest.warns(FallbackWarning, match=r"a GPU of sm_120 .*: the packs in use are for sm_80, sm_90"):
+        assert loader.kernel(kernels.decode_embed_kernel, 120) is None
+    loader._miss(kernels.decode_embed_kernel)
+    assert loader.compiled.total() == 1
+    monkeypatch.setenv("GPTKERN_STRICT", "1")
+    with pytest.raises(RuntimeError, match="a GPU of sm_120"):
+        found(monkeypatch, tmp_path).kernel(kernels.decode_embed_kernel, 120)
+
+
+def test_of_two_packs_the_first_is_asked_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And the second has what the first lacks."""
+    name = signature.name_of(kernels.decode_embed_kernel)
+    held = {"first": [b"k0"], "second": [b"k0", b"k1"]}
+    for file, keys in held.items():
+        binaries = [Binary(key, b"ELF", {"entry": f"{file} {key!r}"}) for key in keys]
+        write(tmp_path / f"{file}.pack", fitting(), {name: binaries})
+    loader = found(monkeypatch, *(tmp_path / f"{file}.pack" for file in held))
+    added = {}
+
+    class Kernel:
+        def add(self, key: bytes, image: bytes, facts: dict[str, Any]) -> None:
+            added[key] = facts["entry"]
+
+    monkeypatch.setattr(signature, "empty", lambda kernel: Kernel())
+    loader.kernel(kernels.decode_embed_kernel, 90)
+    assert added == {b"k0": "first b'k0'", b"k1": "second b'k1'"}
 
 
 def test_code_serves_its_own_architecture_and_before_hopper_its_generation() -> None:
@@ -348,7 +443,6 @@ def test_a_call_that_no_pack_holds_is_compiled_and_named_once_a_kernel(
     write(tmp_path / "a.pack", fitting(), BINARIES)
     loader = found(monkeypatch, tmp_path)
     kernel = kernels.decode_embed_kernel
-    assert loader.kernel(kernel, 80) is None
     assert loader.kernel(kernel, 90) is not None
     with pytest.warns(FallbackWarning, match="no pack in use holds it for these types and sizes"):
         loader._miss(kernel)

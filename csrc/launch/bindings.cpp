@@ -71,22 +71,21 @@ public:
     Launcher(py::object resolve, py::object current_stream)
         : resolve_(std::move(resolve)), current_stream_(std::move(current_stream)) {}
 
-    bool launch(py::object kernel, const py::tuple& grid, py::tuple args, py::dict kwargs) {
+    bool launch(py::object kernel, const py::tuple& grid, const py::tuple& args, const py::dict& kwargs) {
         const int device = device_of(args);
         if (device < 0) return false;
         PackedKernel* const found = find(kernel, device);
         if (found == nullptr) return false;
         const auto stream = current_stream_(device).cast<uintptr_t>();
-        return launch_on(*found, grid, std::move(args), std::move(kwargs), device, stream);
+        return launch_on(*found, grid, args, kwargs, device, stream);
     }
 
-    static bool launch_on(PackedKernel& kernel, const py::tuple& grid, py::tuple args, py::dict kwargs, int device,
-                          uintptr_t stream) {
+    static bool launch_on(PackedKernel& kernel, const py::tuple& grid, const py::tuple& args, const py::dict& kwargs,
+                          int device, uintptr_t stream) {
         unsigned sizes[3] = {1, 1, 1};
         if (grid.size() > 3) throw py::value_error("a grid has at most three dimensions");
         for (size_t i = 0; i < grid.size(); ++i) sizes[i] = grid[i].cast<unsigned>();
-        return kernel.launch(sizes, std::move(args), std::move(kwargs), device,
-                             reinterpret_cast<cuda::Stream>(stream));
+        return kernel.launch(sizes, args, kwargs, device, reinterpret_cast<cuda::Stream>(stream));
     }
 
 private:
@@ -113,8 +112,8 @@ void bind_launcher(py::module_& module) {
         .def(py::init([](const std::string& name, const py::list& parameters) {
             return std::make_unique<PackedKernel>(name, parameters_of(parameters));
         }))
-        .def("key", [](PackedKernel& kernel, py::tuple args,
-                       py::dict kwargs) { return py::bytes(kernel.key(std::move(args), std::move(kwargs))); })
+        .def("key", [](const PackedKernel& kernel, const py::tuple& args,
+                       const py::dict& kwargs) { return py::bytes(kernel.key(args, kwargs)); })
         .def("add", [](PackedKernel& kernel, const std::string& key, const py::bytes& image,
                        const py::dict& facts) { kernel.add(key, code_of(image, facts)); })
         .def("launch", &Launcher::launch_on);

@@ -28,40 +28,42 @@ int PackedKernel::slot_of(PyObject* name) const {
     throw py::type_error(name_ + " has no parameter " + text);
 }
 
-// Brings the values of a call into the order of the parameters.
-void PackedKernel::gather(py::tuple args, py::dict kwargs) {
+void PackedKernel::gather(Values& values, const py::tuple& args, const py::dict& kwargs) const {
     const size_t given = args.size();
     if (given > parameters_.size()) throw py::type_error(name_ + ": too many arguments");
-    std::fill(values_, values_ + parameters_.size(), nullptr);
-    for (size_t i = 0; i < given; ++i) values_[i] = PyTuple_GET_ITEM(args.ptr(), i);
+    std::fill(values, values + parameters_.size(), nullptr);
+    for (size_t i = 0; i < given; ++i) values[i] = PyTuple_GET_ITEM(args.ptr(), i);
     PyObject *name = nullptr, *value = nullptr;
     for (Py_ssize_t position = 0; PyDict_Next(kwargs.ptr(), &position, &name, &value);) {
-        PyObject*& place = values_[slot_of(name)];
+        PyObject*& place = values[slot_of(name)];
         if (place != nullptr) throw py::type_error(name_ + ": given twice: " + std::string(py::str(py::handle(name))));
         place = value;
     }
     for (size_t i = 0; i < parameters_.size(); ++i) {
-        if (values_[i] == nullptr) values_[i] = parameters_[i].otherwise.ptr();
-        if (values_[i] == nullptr) throw py::type_error(name_ + ": missing: " + parameters_[i].name);
+        if (values[i] == nullptr) values[i] = parameters_[i].otherwise.ptr();
+        if (values[i] == nullptr) throw py::type_error(name_ + ": missing: " + parameters_[i].name);
     }
 }
 
-void PackedKernel::describe() {
-    key_.clear();
+std::string PackedKernel::describe(const Values& values) const {
+    constexpr size_t kUsual = 512;
+    std::string key;
+    key.reserve(kUsual);
     for (size_t i = 0; i < parameters_.size(); ++i) {
         const Role role = parameters_[i].role;
         if (role == Role::kConstant) {
-            append_constant(key_, values_[i]);
+            append_constant(key, values[i]);
         } else {
-            append_argument(key_, values_[i], role == Role::kSpecialised);
+            append_argument(key, values[i], role == Role::kSpecialised);
         }
     }
+    return key;
 }
 
-const std::string& PackedKernel::key(py::tuple args, py::dict kwargs) {
-    gather(std::move(args), std::move(kwargs));
-    describe();
-    return key_;
+std::string PackedKernel::key(const py::tuple& args, const py::dict& kwargs) const {
+    Values values;
+    gather(values, args, kwargs);
+    return describe(values);
 }
 
 // The kernel's handle, and its attributes on this device.
@@ -87,15 +89,17 @@ void PackedKernel::prepare(Code& code, int device) const {
     code.prepared |= uint64_t{1} << device;
 }
 
-bool PackedKernel::launch(const unsigned (&grid)[3], py::tuple args, py::dict kwargs, int device,
+bool PackedKernel::launch(const unsigned (&grid)[3], const py::tuple& args, const py::dict& kwargs, int device,
                           cuda::Stream stream) {
-    const auto found = codes_.find(key(std::move(args), std::move(kwargs)));
+    Values values;
+    gather(values, args, kwargs);
+    const auto found = codes_.find(describe(values));
     if (found == codes_.end()) return false;
     Code& code = found->second;
     if (device < 0 || device >= 64) throw py::value_error(name_ + ": no GPU has the number " + std::to_string(device));
     if ((code.prepared >> device & 1) == 0) prepare(code, device);
     Arguments arguments;
-    for (const Passed& passed : code.passed) arguments.push(passed, code, values_[passed.slot]);
+    for (const Passed& passed : code.passed) arguments.push(passed, code, values[passed.slot]);
     for (int i = 0; i < code.scratch; ++i) arguments.push_null();
 
     cuda::Attribute attributes[4];

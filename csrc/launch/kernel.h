@@ -58,28 +58,30 @@ public:
     PackedKernel(std::string name, std::vector<Parameter> parameters);
 
     // The bytes that hold everything on which the machine code of this call depends.
-    const std::string& key(pybind11::tuple args, pybind11::dict kwargs);
+    std::string key(const pybind11::tuple& args, const pybind11::dict& kwargs) const;
 
     void add(std::string key, Code code) { codes_.insert_or_assign(std::move(key), std::move(code)); }
 
     // False if no machine code has the call's key.
-    bool launch(const unsigned (&grid)[3], pybind11::tuple args, pybind11::dict kwargs, int device, cuda::Stream stream);
+    bool launch(const unsigned (&grid)[3], const pybind11::tuple& args, const pybind11::dict& kwargs, int device,
+                cuda::Stream stream);
 
 private:
     static constexpr int kMost = 160;  // parameters and options
 
-    void gather(pybind11::tuple args, pybind11::dict kwargs);
+    // The values of a call in the order of the parameters. They are the call's own and not the kernel's: reading
+    // one may run Python, and with it another thread's launch of the same kernel.
+    using Values = PyObject* [kMost];
+
+    void gather(Values& values, const pybind11::tuple& args, const pybind11::dict& kwargs) const;
     int slot_of(PyObject* name) const;
     void prepare(Code& code, int device) const;
-    void describe();
+    std::string describe(const Values& values) const;
 
     std::string name_;
     std::vector<Parameter> parameters_;
     std::unordered_map<PyObject*, int> slots_;  // by interned name
     std::unordered_map<std::string, Code> codes_;
-    // The values of the call at hand, and its key. The caller holds the interpreter's lock.
-    PyObject* values_[kMost];
-    std::string key_;
 };
 
 }  // namespace gptkern

@@ -148,16 +148,18 @@ def _launched() -> Finding:
         names.add(launch.name)
         return True
 
-    compiled = loader.loader().compiled
-    compiled.clear()
     try:
+        loaded = loader.loader()
+        if not loaded.packs:
+            return Finding("kernels launched", "fallback", "no pack is in use: Triton compiles every kernel")
+        loaded.compiled.clear()
         model = GPT.from_pretrained("embedded", device="cuda")
         with _launch.observe(note):
             model.generate(torch.zeros(1, 40, dtype=torch.long), max_new_tokens=4)
     # Whatever a driver, a pack or a compiler raises: that is what the report is for.
     except Exception as error:
         return Finding("kernels launched", "fallback", f"the package's model does not generate: {error}")
-    return _sources(names, {name.rpartition(":")[2] for name in compiled})
+    return _sources(names, {name.rpartition(":")[2] for name in loaded.compiled})
 
 
 def _sources(names: set[str], compiled: set[str]) -> Finding:

@@ -135,10 +135,13 @@ class Pack:
             self._begin = file.tell()
         if hashlib.sha256(header).digest() != digest:
             raise PackError(f"{path} is damaged: its header does not match its checksum")
-        told = json.loads(header)
-        self.made = Made(**told["made"])
-        self._entries: dict[str, dict[str, Any]] = told["kernels"]
-        self.counts = {name: int(entry["count"]) for name, entry in self._entries.items()}
+        try:
+            told = json.loads(header)
+            self.made = Made(**told["made"])
+            self._entries: dict[str, dict[str, Any]] = told["kernels"]
+            self.counts = {name: int(entry["count"]) for name, entry in self._entries.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise PackError(f"{path} is no pack of this version: its header has other entries") from error
 
     def read(self, kernel: str) -> list[Binary]:
         """The binaries of a kernel; none if the pack lacks it.

@@ -32,17 +32,20 @@ def files() -> list[Path]:
     """The packs' files, whatever they hold.
 
     Raises:
-        FileNotFoundError: ``GPTKERN_PACK`` names what is not there.
+        FileNotFoundError: ``GPTKERN_PACK`` names what is not there, or a folder without a pack.
     """
     named = os.environ.get(VARIABLE)
+    if named is None:
+        return sorted(OWN.glob(f"*{SUFFIX}"))
     found: list[Path] = []
-    for place in [OWN] if named is None else [Path(part) for part in named.split(os.pathsep) if part]:
-        if place.is_dir():
-            found += sorted(place.glob(f"*{SUFFIX}"))
-        elif named is not None and not place.exists():
+    # absolute: the process may go to another folder before it unpacks a kernel
+    for place in [Path(part).absolute() for part in named.split(os.pathsep) if part]:
+        if not place.exists():
             raise FileNotFoundError(f"{VARIABLE}: there is no file or folder {place}")
-        elif place.exists():
-            found.append(place)
+        within = sorted(place.glob(f"*{SUFFIX}")) if place.is_dir() else [place]
+        if not within:
+            raise FileNotFoundError(f"{VARIABLE}: the folder {place} holds no file *{SUFFIX}")
+        found += within
     return found
 
 
@@ -90,7 +93,7 @@ class Loader:
             try:
                 pack = Pack(path)
                 reason = reason_against(pack.made)
-            except (PackError, OSError, KeyError, TypeError, ValueError) as error:
+            except (PackError, OSError) as error:
                 fallback(f"the pack {path}", _COMPILED, str(error))
                 continue
             if reason is None:
@@ -99,10 +102,17 @@ class Loader:
                 fallback(f"the pack {path}", _COMPILED, reason)
 
     def kernel(self, kernel: Any, arch: int) -> Any:
-        """The ``gptkern._C.PackedKernel`` of a kernel for ``arch``; None if no pack serves such a GPU."""
+        """The ``gptkern._C.PackedKernel`` of a kernel for ``arch``; None if no pack serves such a GPU.
+
+        Raises:
+            RuntimeError: None does, under ``GPTKERN_STRICT=1``.
+        """
         name = signature.name_of(kernel)
         if (name, arch) not in self._kernels:
             packs = [pack for pack in self.packs if serves(pack.made.arch, arch)]
+            if not packs:
+                archs = ", ".join(sorted({f"sm_{pack.made.arch}" for pack in self.packs}))
+                fallback(f"a GPU of sm_{arch}", _COMPILED, f"the packs in use are for {archs}")
             self._kernels[name, arch] = self._unpacked(kernel, name, packs) if packs else None
         return self._kernels[name, arch]
 
@@ -137,8 +147,8 @@ class Loader:
 
     def _miss(self, kernel: Any) -> None:
         name = signature.name_of(kernel)
+        self.compiled[name] += 1
         if any(name == known and packed is not None for (known, _), packed in self._kernels.items()):
-            self.compiled[name] += 1
             fallback(name, _COMPILED, "no pack in use holds it for these types and sizes")
 
 
