@@ -48,9 +48,18 @@ int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, co
                            const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave,
                            int swizzle, int promotion, int fill) {
     /* What was asked, in the open: a test reads it back from the launch's parameter. */
-    uint64_t words[16] = {(uint64_t)address, (uint64_t)type, rank, shape[0], shape[1], strides[0], box[0], box[1],
-                          steps[0], steps[1], (uint64_t)interleave, (uint64_t)swizzle, (uint64_t)promotion,
-                          (uint64_t)fill};
-    memcpy(map, words, sizeof words);
+    struct __attribute__((packed)) {
+        uint64_t address, shape[5], strides[4];
+        uint32_t box[5];
+        uint8_t steps[5], type, rank, interleave, swizzle, promotion, fill;
+    } told = {.address = (uint64_t)address, .type = type, .rank = rank, .interleave = interleave,
+              .swizzle = swizzle, .promotion = promotion, .fill = fill};
+    for (uint32_t i = 0; i < rank; ++i) {
+        told.shape[i] = shape[i];
+        told.box[i] = box[i];
+        told.steps[i] = steps[i];
+        if (i + 1 < rank) told.strides[i] = strides[i];
+    }
+    memcpy(map, &told, sizeof told);
     return 0;
 }

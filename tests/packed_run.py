@@ -41,6 +41,8 @@ from gptkern.ops.pack.loader import Loader, loader
 
 STREAM, DEVICE = 0x5EAD, 3
 NO_BINARY = 209
+# Of a tensor map's numbers: the address, sizes, strides, sizes of a box, and steps.
+MAP = ((0, 1), (1, 6), (6, 10), (10, 15), (15, 20))
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid"}
 
 
@@ -109,15 +111,30 @@ def faults(launch: Launch, driver: FakeDriver, arch: int) -> Iterator[str]:
     maps = [value for value in launch.args if hasattr(value, "block_shape")]
     found = [seen.parameters[i] for i, told in enumerate(arguments) if told is None]
     for value, told in zip(maps, found, strict=True):
-        words = struct.unpack("<14Q", told[:112])
-        size = value.base.dtype.itemsize
-        address, (rows, columns), (step, _) = value.base.data_ptr(), value.shape, value.strides
-        box_rows, box_columns = value.block_shape
-        if words[0] != address or words[2:6] != (2, columns, rows, step * size):
-            yield f"a tensor map of {words}"
-        # The compiler may cut a tile into boxes of one swizzle's width.
-        if box_rows % words[7] or box_columns % words[6] or words[8:11] != (1, 1, 0):
-            yield f"boxes {words[6:8]} of tiles {value.block_shape}"
+        yield from map_faults(value, told)
+
+
+def map_faults(descriptor: Any, told: bytes) -> Iterator[str]:
+    """What is wrong with a tensor map, as the stand-in writes it: the innermost dimension is first."""
+    numbers = struct.unpack_from("<10Q5I11B", told)
+    address, shape, strides, box, steps = (numbers[slice(*ends)] for ends in MAP)
+    kind, rank, interleave, swizzle, promotion, fill = numbers[20:]
+    size = descriptor.base.dtype.itemsize
+    sizes, distances = descriptor.shape[::-1], [size * step for step in descriptor.strides[-2::-1]]
+    if (*address, rank, *shape[:rank]) != (descriptor.base.data_ptr(), len(sizes), *sizes):
+        yield f"a tensor map of {numbers}"
+    if list(strides[: rank - 1]) != distances or any(strides[rank - 1 :]):
+        yield f"a tensor map with strides {strides}, not {distances}"
+    # The compiler may cut a tile into boxes of one swizzle's width.
+    tile = descriptor.block_shape[::-1]
+    if any(whole % part for whole, part in zip(tile, box, strict=False)) or any(box[rank:]):
+        yield f"boxes {box} of tiles {tile}"
+    # Rows of 32, 64 or 128 bytes are swizzled as the matrix unit reads them: CUDA's 1, 2 and 3.
+    if swizzle and box[0] * size > 16 << swizzle:
+        yield f"boxes of {box[0] * size} bytes in swizzle {swizzle}"
+    types = {2: 9 if "bfloat16" in str(descriptor.base.dtype) else 6, 4: 7}
+    if (kind, steps[:rank], interleave, promotion, fill) != (types[size], (1,) * rank, 0, 2, 0):
+        yield f"a tensor map of type {kind}, steps {steps}, fill {fill}"
 
 
 def refusal(driver: FakeDriver, launch: Launch, arch: int) -> str:

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -528,13 +529,20 @@ def test_what_a_pack_lacks_is_an_error_without_triton(packed: Path, library: Pat
     }
 
 
+def tensor_map(rank: int) -> list[int]:
+    """The sizes of its parameters: the map, its sizes, its strides."""
+    return [128, *[4] * rank, *[8] * rank]
+
+
 def check_machine_code(path: Path, arch: int) -> None:
     """Every cubin of a pack: NVIDIA's tool reads it, parameters are those passed, a block fits the GPU."""
-    sizes = {"pointer": [8], "i8": [1], "i32": [4], "i64": [8], "f32": [4], "map": [128, 4, 4, 8, 8]}
+    sizes = {"pointer": [8], "i8": [1], "i32": [4], "i64": [8], "f32": [4]}
     pack = Pack(path)
     for binary in (binary for name in pack.counts for binary in pack.read(name)):
         facts = binary.facts
-        wanted = [size for _, form in facts["passed"] for size in sizes[form]] + [8] * facts["scratch"]
+        ranks = iter([len(layout["box"]) for layout in facts["maps"]])
+        passed = [sizes.get(form) or tensor_map(next(ranks)) for _, form in facts["passed"]]
+        wanted = [*chain.from_iterable(passed), *[8] * facts["scratch"]]
         assert parameter_sizes(binary.image, facts["entry"]) == wanted
         registers, _ = _aot._resources(binary.image)
         assert _aot.blocks_per_sm(arch, facts["threads"], registers, facts["shared"]) >= 1
