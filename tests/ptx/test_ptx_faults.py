@@ -287,6 +287,9 @@ def test_a_product_needs_a_fence_and_its_wait() -> None:
     refused("proxy", f"{FILL} bar.sync 0; {PRODUCT} {WAIT} {use}", ints(1), ints(1), **size)
     refused("race", f"{FILL} {FENCE} {PRODUCT} {WAIT} {use}", ints(1), ints(1), **size)
     refused("pending", f"{FILL} {FENCE} bar.sync 0; {PRODUCT} {use}", ints(1), ints(1), **size)
+    # A wait is for the groups that were closed.
+    opened = PRODUCT.replace("wgmma.commit_group.sync.aligned;", "")
+    refused("pending", f"{FILL} {FENCE} bar.sync 0; {opened} {WAIT} {use}", ints(1), ints(1), **size)
     over = "bar.sync 0; shl.b32 %r1, %r0, 2; st.shared.b32 [%r1], %r2;"
     refused("pending", f"{FILL} {FENCE} bar.sync 0; {PRODUCT} {over} {WAIT}", ints(1), ints(1), **size)
     run(f"{FILL} {FENCE} bar.sync 0; {PRODUCT} {WAIT} {over}", ints(1), ints(1), **size)  # type: ignore[arg-type]
@@ -308,7 +311,7 @@ def tile(wait: str, amount: int = 2048, made: str = MADE, after: str = "", **opt
     source = torch.ones(32, 32, dtype=torch.float16)
     text = module(body, 1, 64, ", .param .align 64 .b8 k_param_1[128]")
     values = (ints(1), TensorMap(source, (32, 32), (32, 1), (32, 32), 2))
-    execute(text, (1,), values, shared_bytes=2056, **options)
+    execute(text, (1,), values, shared_bytes=6144, **options)
 
 
 def test_a_tile_arrives_at_its_barrier() -> None:
@@ -320,6 +323,18 @@ def test_a_tile_arrives_at_its_barrier() -> None:
         tile(wait.replace("PARITY", "1").replace("$w: ", "").replace("@!%p2 bra $w;", ""))
     with pytest.raises(Fault, match="deadlock"):  # more bytes are expected than come
         tile(wait.replace("PARITY", "0"), amount=4096)
+
+
+def test_who_asks_once_and_goes_on_has_not_waited() -> None:
+    second = f"""mov.b32 %r5, 2056; mov.b32 %r6, 4096; @%p1 mbarrier.init.shared::cta.b64 [%r5], 1; {FENCE}
+    bar.sync 0; @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r5], 2048;
+    @%p1 {TILE} [%r6], [%rd7, {{%r2, %r2}}], [%r5];"""
+    waits = ARRIVED + ARRIVED.replace("$w", "$v").replace("%r1", "%r5")
+    tile(second + waits)
+    once = waits.replace("$w:", "").replace("@!%p2 bra $w;", "")
+    for seed in range(4):
+        with pytest.raises(Fault, match="pending: lane 0 reads what an asynchronous copy still writes"):
+            tile(second + once, seed=seed)
 
 
 def test_the_copy_engine_knows_of_a_barrier_by_a_fence_alone() -> None:

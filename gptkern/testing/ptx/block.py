@@ -125,7 +125,7 @@ class Block:
     def get(self, name: str) -> Array:
         """The bits of a register."""
         if any(
-            products.groups
+            (products.groups or products.names)
             and products.running(name)
             and np.any(self.active[group * WARPGROUP : (group + 1) * WARPGROUP])
             for group, products in enumerate(self.products)
@@ -243,6 +243,7 @@ class Block:
         elif self._rounds > _MOST_ROUNDS and self.cluster.alone:
             raise Fault("deadlock", "a barrier in shared memory whose phase never ends")
         self._stalled[:] = False
+        self._sought.clear()  # who asked once and went on waits for nothing
 
     def run(self) -> Iterator[None]:
         """Execute until all lanes have returned; yields where another block may go on."""
