@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gptkern.ops._launch import Launch, record
+from gptkern.ops.gated_mlp import gated_mlp
 from gptkern.ops.linear import linear_act, linear_residual
 from gptkern.ops.linear.kernels_hopper import linear_hopper
 
@@ -67,6 +68,19 @@ def test_calls_that_it_serves(spec: dict[str, Any]) -> None:
 @pytest.mark.parametrize("spec", NOT_SERVED.values(), ids=NOT_SERVED)
 def test_calls_that_it_leaves_to_the_other_kernel(spec: dict[str, Any]) -> None:
     assert launched(90, **spec).name == OTHER
+
+
+def test_the_gated_product_takes_both_halves_of_the_weight() -> None:
+    x, w_proj = matrix(1408, 768), matrix(768, 1536)
+    for w_fc, tile in ((matrix(3072, 768), [128, 64]), (matrix(768, 3072).t(), [64, 128])):
+        with record(90) as launches:
+            gated_mlp(x, w_fc, None, w_proj, None)
+        first = launches[0]
+        assert (first.name, first.grid, first.args[1].block_shape) == (HOPPER, (132,), tile)
+        assert first.arguments["GATED"] and first.arguments["N"] == 1536
+    with record(90) as launches:
+        gated_mlp(x[:1280], w_fc, None, w_proj, None)
+    assert launches[0].name == "gated_linear"
 
 
 def test_tiles_and_grid() -> None:

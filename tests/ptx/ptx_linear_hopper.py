@@ -19,6 +19,7 @@ import ptx_attention_hopper
 import torch
 
 from gptkern.ops import _aot, _launch
+from gptkern.ops.gated_mlp.launch import product_gated
 from gptkern.ops.linear import hopper, kernels_hopper, launch, reference
 from gptkern.testing import assert_accurate
 from gptkern.testing.ptx import Fault, execute
@@ -30,9 +31,10 @@ PROGRAMS = 2
 
 @dataclass(frozen=True)
 class Product:
-    """A call of ``launch.product``.
+    """A call of ``launch.product``, or of ``product_gated``.
 
     Attributes:
+        gated: Half of the n columns are the gate's, half are up's.
         in_out: The weight lies by columns.
         residual: The residual's dtype, or None.
         room: Elements from one of x's rows, and of the residual's, to the next, beyond its width.
@@ -48,6 +50,7 @@ class Product:
     residual: torch.dtype | None = None
     save: bool = False
     room: int = 0
+    gated: bool = False
 
     def make(self) -> dict[str, Any]:
         """The arguments; a row of x holds NaN."""
@@ -62,7 +65,7 @@ class Product:
         bias = torch.randn(self.n).to(self.dtype) if self.bias else None
         return {
             "a": x, "b": stored, "bias": bias, "residual": residual, "activation": self.activation,
-            "save_pre": self.save,
+            "save_pre": self.save, "gated": self.gated,
         }  # fmt: skip
 
 
@@ -74,6 +77,10 @@ CALLS = {
     "residual in fp32, rows apart": Product(200, 328, 272, residual=torch.float32, room=24),
     "no bias, rows apart": Product(390, 256, 250, bias=False, room=8),
     "odd width": Product(140, 256, 533, "silu", save=True),
+    "gated, saved": Product(200, 328, 2 * 300, "silu", save=True, gated=True),
+    "gated, weight (in, out), odd width": Product(
+        140, 264, 2 * 268, "gelu_tanh", in_out=True, bias=False, gated=True
+    ),
     "one row": Product(1, 264, 520, "relu", residual=torch.bfloat16),
 }
 
@@ -88,7 +95,12 @@ def executed(call: dict[str, Any], programs: int = PROGRAMS, **options: Any) -> 
         mock.patch.object(_launch, "multiprocessors", return_value=programs),
         ptx_kernels.executed(90, **options),
     ):
-        return [result for result in launch.product(**call) if result is not None]
+        if call["gated"]:
+            weight = call["b"].t()
+            results = product_gated(call["a"], weight, call["bias"], call["activation"], call["save_pre"])
+        else:
+            results = launch.product(**{name: call[name] for name in call if name != "gated"})
+        return [result for result in results if result is not None]
 
 
 def plain(call: dict[str, Any], dtype: torch.dtype | None = None) -> Results:
@@ -98,7 +110,9 @@ def plain(call: dict[str, Any], dtype: torch.dtype | None = None) -> Results:
         for value in (call[name] for name in ("a", "b", "bias", "residual"))
     )
     pre = torch.nn.functional.linear(a, b.t(), bias)
-    out = reference.ACTIVATIONS[call["activation"]](pre)
+    gate, up = pre.chunk(2, dim=1) if call["gated"] else (pre, None)
+    out = reference.ACTIVATIONS[call["activation"]](gate)
+    out = out if up is None else out * up
     out = out if residual is None else residual + out
     return [out, pre] if call["save_pre"] else [out]
 

@@ -15,16 +15,13 @@ def check_calls(*numbers: int) -> None:
     found = rows(SCRIPT, "calls", *numbers)
     assert len(found) == len(numbers or CALLS)
     for row in found:
-        assert row["kernels"] == ["linear_hopper", "linear"], row
+        assert row["kernels"] in (["linear_hopper", "linear"], ["linear_hopper", "gated_linear"]), row
         assert row["as_other"] and row["as_few"], row
 
 
 def check_faults(every: int) -> set[str]:
     found = rows(SCRIPT, "faults", every, 0)
-    missed = [row["fault"] for row in found if not row["caught"] and not row["fault"].endswith(ORDER)]
-    # The fence is between the barriers' making and the copy engine: the executor asks for none.
-    assert [fault for fault in missed if "fence.proxy.async" not in fault] == []
-    assert len(missed) <= 1
+    assert [row["fault"] for row in found if not row["caught"] and not row["fault"].endswith(ORDER)] == []
     assert not any(row["caught"] for row in found if row["fault"].endswith(ORDER))
     return {row["caught"] for row in found}
 
@@ -46,4 +43,4 @@ def test_every_call() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_fault() -> None:
-    assert check_faults(1) == {"", "barrier", "deadlock", "pending", "uninitialised"}
+    assert check_faults(1) == {"", "barrier", "deadlock", "pending", "proxy", "uninitialised"}

@@ -7,6 +7,7 @@ import torch
 from gptkern.ops import _launch
 from gptkern.ops.gated_mlp import kernels
 from gptkern.ops.gelu_mlp.launch import Form
+from gptkern.ops.linear import hopper
 from gptkern.ops.linear.launch import column_sum, operands, tile_count
 
 Maybe = torch.Tensor | None
@@ -20,6 +21,10 @@ def product_gated(
     hidden = x.new_empty(m, n)
     pre = x.new_empty(m, 2 * n) if save else None
     weight = w_fc.t()
+    if hopper.serves(x, weight, b_fc, None):
+        with _launch.on_device(x):
+            hopper.product(x, weight, b_fc, None, hidden, pre, activation, gated=True)
+        return hidden, pre
     matrices, config = operands("gated_linear", x, weight)
     with _launch.on_device(x):
         _launch.launch(

@@ -56,20 +56,27 @@ def product(
     out: torch.Tensor,
     pre: torch.Tensor | None,
     activation: str,
+    *,
+    gated: bool = False,
 ) -> None:
-    """Launch the kernel; ``out`` and ``pre`` are contiguous."""
+    """Launch the kernel; ``out`` and ``pre`` are contiguous.
+
+    With ``gated`` b and the bias are the gate's columns and then those of up, as ``pre`` is.
+    """
     row = _row(a.device)
-    (m, k), n = a.shape, b.shape[1]
+    (m, k), columns = a.shape, b.shape[1]
+    copies = 2 if gated else 1
     b_rows = b.stride(1) == 1
-    block_n, block_k = BLOCK_N.value, row["BLOCK_K"]
+    block_n, block_k = BLOCK_N.value // copies, row["BLOCK_K"]
     _launch.launch(
         linear_hopper,
-        (min(_tiles(m, n), _launch.multiprocessors(a.device)),),
+        (min(_tiles(m, columns), _launch.multiprocessors(a.device)),),
         descriptor(a, [ROWS.value, block_k]),
         descriptor(b, [block_k, block_n]) if b_rows else descriptor(b.t(), [block_n, block_k]),
-        *(bias, residual, out, pre, m, n, k),
+        *(bias, residual, out, pre, m, columns // copies, k),
         0 if residual is None else residual.stride(0),
         ACTIVATION=activation,
         B_ROWS=b_rows,
+        GATED=gated,
         **row,
     )

@@ -1,11 +1,13 @@
 """The product of ``kernels.linear`` for Hopper: a producer warp and two consumer warpgroups.
 
     linear_hopper     out = activation(A B + bias) + residual, optionally storing A B + bias
+                      GATED: out = activation(gate) * up; B and bias are the gate's columns, then those of up
 
 Layout. A program stays on its multiprocessor and takes one tile of 128 x 256 of the result after another, in
 the order of ``kernels.linear``. Its producer warp has the copy engine fetch 128 x BLOCK_K of A and BLOCK_K x
 256 of B at a time into a ring of STAGES such pairs. Each of two warpgroups owns 64 rows of every tile: both
-read the same part of B, which so is fetched once for 128 rows.
+read the same part of B, which so is fetched once for 128 rows. With GATED a tile is 128 columns of the gate
+and the same of up, side by side.
 
 The second warpgroup follows half a ring behind the first. While the first finishes a tile (bias, activation,
 residual, stores) the tensor core works off what the second has left, and while the second finishes, the first
@@ -31,9 +33,9 @@ PART = gl.constexpr(64)  # columns that are finished together
 
 
 @gluon.jit
-def _turns(M, N):
+def _turns(M, N, WIDTH: gl.constexpr):
     """The number of tiles that this program takes."""
-    return gl.cdiv(gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N) - gl.program_id(0), gl.num_programs(0))
+    return gl.cdiv(gl.cdiv(M, BLOCK_M) * gl.cdiv(N, WIDTH) - gl.program_id(0), gl.num_programs(0))
 
 
 # --- the producer
@@ -43,29 +45,37 @@ def _turns(M, N):
 def _produce(
     descriptors, rings, barriers, extents,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, B_ROWS: gl.constexpr,
+    GATED: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: all copies."""
     a_desc, b_desc = descriptors
-    a_ring, b_ring = rings
+    COPIES: gl.constexpr = 2 if GATED else 1
+    WIDTH: gl.constexpr = BLOCK_N // COPIES
+    a_ring, b_parts, _b_ring = rings
     full, empty, _begun = barriers
     M, N, K = extents
     step = 0
-    for turn in range(_turns(M, N)):
+    for turn in range(_turns(M, N, WIDTH)):
         tile = gl.program_id(0) + turn * gl.num_programs(0)
-        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, WIDTH, GROUP_M)
         for k in range(gl.cdiv(K, BLOCK_K)):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), 2 * a_desc.block_type.nbytes + b_desc.block_type.nbytes)
+            mbarrier.expect(
+                full.index(stage), 2 * a_desc.block_type.nbytes + COPIES * b_desc.block_type.nbytes
+            )
             for half in gl.static_range(2):
                 where = [tile_m * BLOCK_M + half * ROWS, k * BLOCK_K]
                 to = a_ring.index(2 * stage + half)
                 tma.async_copy_global_to_shared(a_desc, where, full.index(stage), to)
-            if B_ROWS:
-                where = [k * BLOCK_K, tile_n * BLOCK_N]
-            else:
-                where = [tile_n * BLOCK_N, k * BLOCK_K]
-            tma.async_copy_global_to_shared(b_desc, where, full.index(stage), b_ring.index(stage))
+            for part in gl.static_range(COPIES):
+                first = tile_n * WIDTH + part * N
+                if B_ROWS:
+                    where = [k * BLOCK_K, first]
+                else:
+                    where = [first, k * BLOCK_K]
+                to = b_parts.index(COPIES * stage + part)
+                tma.async_copy_global_to_shared(b_desc, where, full.index(stage), to)
             step += 1
 
 
@@ -78,7 +88,7 @@ def _products(
     WARPGROUP: gl.constexpr, STAGES: gl.constexpr, B_ROWS: gl.constexpr,
 ):  # fmt: skip
     """Issue all products of a tile: (accumulator, steps so far); those of the last pair may still run."""
-    a_ring, b_ring = rings
+    a_ring, _b_parts, b_ring = rings
     full, empty, begun = barriers
     LEAD: gl.constexpr = STAGES // 2
     if WARPGROUP == 1:
@@ -130,11 +140,11 @@ def _residual(residual_ptr, row, col, M, N, stride_rm, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _store(ptr, value, row, col, M, N, LAYOUT: gl.constexpr):
-    """Store a part of a result."""
+def _store(ptr, value, row, col, M, N, stride, LAYOUT: gl.constexpr):
+    """Store a part of a result whose rows are ``stride`` apart."""
     rows, columns, inside = _inside(row, col, M, N, LAYOUT)
     # int64 for the part's corner alone: within a part offsets stay small, and registers with them
-    gl.store(ptr + (row.to(gl.int64) * N + col) + (rows * N + columns), value, inside)
+    gl.store(ptr + (row.to(gl.int64) * stride + col) + (rows * stride + columns), value, inside)
 
 
 @gluon.jit
@@ -152,7 +162,7 @@ def _finish(
         part, first = parts[i], col + i * PART
         if pre_ptr is not None:
             pre = gl.convert_layout(part.to(pre_ptr.dtype.element_ty), LAYOUT)
-            _store(pre_ptr, pre, row, first, M, N, LAYOUT)
+            _store(pre_ptr, pre, row, first, M, N, N, LAYOUT)
         part = activate(part, ACTIVATION)
         if residual_ptr is None:
             out = gl.convert_layout(part.to(out_ptr.dtype.element_ty), LAYOUT)
@@ -162,16 +172,49 @@ def _finish(
             if i < 3:
                 residual = _residual(residual_ptr, row, first + PART, M, N, stride_rm, LAYOUT)
             out = (gl.convert_layout(part, LAYOUT) + before).to(out_ptr.dtype.element_ty)
-        _store(out_ptr, out, row, first, M, N, LAYOUT)
+        _store(out_ptr, out, row, first, M, N, N, LAYOUT)
+
+
+@gluon.jit
+def _finish_gated(acc, pointers, row, col, M, N, ACTIVATION: gl.constexpr, LAYOUT: gl.constexpr):
+    """The product of the activated gate and up, PART columns at a time."""
+    _bias_ptr, _residual_ptr, out_ptr, pre_ptr = pointers
+    gate, up = _halves(acc)
+    gates, ups = _halves(gate), _halves(up)
+    dtype: gl.constexpr = out_ptr.dtype.element_ty  # pre's, too
+    for i in gl.static_range(2):
+        first = col + i * PART
+        if pre_ptr is not None:
+            pre = gl.convert_layout(gates[i].to(dtype), LAYOUT)
+            _store(pre_ptr, pre, row, first, M, N, 2 * N, LAYOUT)
+            pre = gl.convert_layout(ups[i].to(dtype), LAYOUT)
+            _store(pre_ptr + N, pre, row, first, M, N, 2 * N, LAYOUT)
+        hidden = activate(gates[i], ACTIVATION) * ups[i]
+        hidden = gl.convert_layout(hidden.to(dtype), LAYOUT)
+        _store(out_ptr, hidden, row, first, M, N, N, LAYOUT)
+
+
+@gluon.jit
+def _bias(bias_ptr, col, N, GATED: gl.constexpr, SUMS: gl.constexpr):
+    """A tile's bias."""
+    columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SUMS))
+    if GATED:
+        within = columns % (BLOCK_N // 2)
+        at = col + gl.where(columns < BLOCK_N // 2, within, N + within)
+    else:
+        within = columns
+        at = col + columns
+    return gl.load(bias_ptr + at, within < N - col, other=0.0)
 
 
 @gluon.jit
 def _consume(
     rings, barriers, extents, pointers, stride_rm,
     WARPGROUP: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr, B_ROWS: gl.constexpr,
+    GROUP_M: gl.constexpr, B_ROWS: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: 64 rows of every tile."""
+    WIDTH: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     # A part of the result as it is stored: 16 bytes a lane, whole lines, the rows that a warp has in SUMS.
     LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
@@ -185,10 +228,10 @@ def _consume(
     bias_ptr, residual_ptr, _out_ptr, _pre_ptr = pointers
     _full, empty, _begun = barriers
     step = 0
-    for turn in range(_turns(M, N)):
+    for turn in range(_turns(M, N, WIDTH)):
         tile = gl.program_id(0) + turn * gl.num_programs(0)
-        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        row, col = tile_m * BLOCK_M + WARPGROUP * ROWS, tile_n * BLOCK_N
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, WIDTH, GROUP_M)
+        row, col = tile_m * BLOCK_M + WARPGROUP * ROWS, tile_n * WIDTH
         acc = gl.zeros([ROWS, BLOCK_N], gl.float32, SUMS)
         acc, step = _products(
             acc, rings, barriers, step, turn, gl.cdiv(K, BLOCK_K), WARPGROUP, STAGES, B_ROWS
@@ -196,15 +239,17 @@ def _consume(
         # Bias and residual come while the last products run.
         bias, residual = None, None
         if bias_ptr is not None:
-            columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SUMS))
-            bias = gl.load(bias_ptr + col + columns, columns < N - col, other=0.0)
+            bias = _bias(bias_ptr, col, N, GATED, SUMS)
         if residual_ptr is not None:
             residual = _residual(residual_ptr, row, col, M, N, stride_rm, LAYOUT)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
         if bias_ptr is not None:
             acc += bias.to(gl.float32)[None, :]
-        _finish(acc, residual, pointers, row, col, M, N, stride_rm, ACTIVATION, LAYOUT)
+        if GATED:
+            _finish_gated(acc, pointers, row, col, M, N, ACTIVATION, LAYOUT)
+        else:
+            _finish(acc, residual, pointers, row, col, M, N, stride_rm, ACTIVATION, LAYOUT)
 
 
 # --- the kernel
@@ -222,17 +267,18 @@ def _barriers(number: gl.constexpr, arrivals: gl.constexpr):
 @gluon.jit
 def linear_hopper(
     a_desc,  # (M, K); tiles of 64 x BLOCK_K
-    b_desc,  # (K, N), tiles of BLOCK_K x 256; without B_ROWS its transpose, tiles of 256 x BLOCK_K
-    bias_ptr,  # (N,), or None
+    b_desc,  # (K, N), tiles of BLOCK_K x 256 (GATED: (K, 2 N), BLOCK_K x 128); without B_ROWS the transpose
+    bias_ptr,  # (N,), or None; GATED: (2 N,)
     residual_ptr,  # (M, N), contiguous rows; or None
     out_ptr,  # (M, N), contiguous
-    pre_ptr,  # (M, N), contiguous; or None
+    pre_ptr,  # (M, N), contiguous; or None; GATED: (M, 2 N), gate and up side by side
     M,
     N,
     K,
     stride_rm,
     ACTIVATION: gl.constexpr,
     B_ROWS: gl.constexpr,
+    GATED: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
@@ -242,10 +288,14 @@ def linear_hopper(
     """K is at least STAGES x BLOCK_K: the first warpgroup is then never a whole tile ahead of the second."""
     # Shared memory: the rings and the barriers.
     dtype: gl.constexpr = a_desc.dtype
-    b_shape: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if B_ROWS else [STAGES, BLOCK_N, BLOCK_K]
+    COPIES: gl.constexpr = 2 if GATED else 1
+    b_ring_shape: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if B_ROWS else [STAGES, BLOCK_N, BLOCK_K]
     a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, ROWS, BLOCK_K], a_desc.layout)
-    b_ring = gl.allocate_shared_memory(dtype, b_shape, b_desc.layout)
-    rings = (a_ring, b_ring)
+    b_shape: gl.constexpr = [BLOCK_K, BLOCK_N // COPIES] if B_ROWS else [BLOCK_N // COPIES, BLOCK_K]
+    b_parts = gl.allocate_shared_memory(dtype, [COPIES * STAGES, b_shape[0], b_shape[1]], b_desc.layout)
+    # Two copies are one tile: rows of 128 bytes, or squares of 64 columns, one behind the other.
+    gl.static_assert(BLOCK_K == 64)
+    rings = (a_ring, b_parts, b_parts._reinterpret(dtype, b_ring_shape, b_desc.layout))
     barriers = (_barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(1, 1).index(0))
     # The copy engine sees the barriers.
     fence_async_shared()
@@ -255,11 +305,11 @@ def linear_hopper(
     gl.warp_specialize(
         [
             (_consume, (rings, barriers, extents, pointers, stride_rm, 0, ACTIVATION,
-                        BLOCK_K, STAGES, GROUP_M, B_ROWS)),
+                        BLOCK_K, STAGES, GROUP_M, B_ROWS, GATED)),
             (_consume, (rings, barriers, extents, pointers, stride_rm, 1, ACTIVATION,
-                        BLOCK_K, STAGES, GROUP_M, B_ROWS)),
+                        BLOCK_K, STAGES, GROUP_M, B_ROWS, GATED)),
             (_produce, ((a_desc, b_desc), rings, barriers, extents,
-                        BLOCK_K, STAGES, GROUP_M, B_ROWS)),
+                        BLOCK_K, STAGES, GROUP_M, B_ROWS, GATED)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
