@@ -56,6 +56,21 @@ class Recorded:
             execute(text or self.text, self.grid, self.values, also=self.also, **self.options, **options)
         return [_whole(tensor).clone() for tensor, _ in self.contents]
 
+    def before(self, **changes: Any) -> Recorded:
+        """The launch with other fields, on memory as it was before the launch."""
+        for tensor, contents in self.contents:
+            _whole(tensor).copy_(contents)
+        return replace(self, **changes)
+
+    def at_edges(self, size: int, values: Sequence[int]) -> Recorded | None:
+        """The launch with these values first in its int64 tensor of so many elements; None if it has none."""
+        for place, value in enumerate(self.values):
+            if isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.numel() == size:
+                changed = value.clone()
+                changed.view(-1)[: len(values)] = torch.tensor(values)
+                return self.before(values=[*self.values[:place], changed, *self.values[place + 1 :]])
+        return None
+
     def within_margins(self) -> Recorded:
         """The launch on copies with memory around them, in which nobody checks its bounds."""
         storages: dict[int, torch.Tensor] = {}

@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import ptx_harmless
 import triton
 
 from gptkern.ops import _cases
@@ -46,22 +47,25 @@ Launches of several blocks under seeded orders of these: every order left the sa
 _MUTATIONS = """
 ## Planted faults
 
-One instruction of a kernel's compiled text is changed. "Numbers alone": a comparison of numbers, which is
-what interpreted tests have, would have shown it too; elsewhere it would not: their source has no such
-instruction, or the numbers stay right.
+One instruction of a kernel's compiled text is changed, in calls of `tests/ptx/ptx_fault_calls.py`. "Numbers
+alone": a comparison of numbers, which is what interpreted tests have, would have shown it too; elsewhere it
+would not: their source has no such instruction, or the numbers stay right.
 
-{count} planted, {caught} caught; interpreted tests would have missed {missed} of these.
-
-| kernel | architecture | kind | changed | line | caught by | numbers alone |
+| call | architecture | planted | caught | missed by numbers alone | a right program | not explained |
 |---|---|---|---|---|---|---|
+{counts}
+Calls that are not listed were not run. The last columns of the next table count faults by architecture.
+
+| kernel | kind | changed | line | caught by | numbers alone | sm_80 | sm_90 |
+|---|---|---|---|---|---|---|---|
 """
 _HARMLESS = """
-Nothing noticed the others: they leave the numbers right and break no rule at these sizes. Those that were
-looked at are masks of a prefetch, lanes that hold no element or the same one as another lane, and a barrier
-before memory is first used or after its last use; not each was looked at.
+Nothing noticed the others. What is known of each was tried, not thought: "{same}" is a second text that fails
+where the changed instruction would do otherwise than the original, and which passes; "{unused}" is a third,
+with noise in place of what it gives; "{double}" is a fourth, without the barrier's neighbour.
 
-| kernel | architecture | kind | changed | line |
-|---|---|---|---|---|
+| kernel | architecture | kind | changed | line | why |
+|---|---|---|---|---|---|
 """
 
 
@@ -91,12 +95,55 @@ def _line(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |\n"
 
 
-def planted_line(row: dict[str, Any]) -> str:
-    """The line of one planted fault."""
-    line = [f"`{row['kernel']}`", f"sm_{row['arch']}", row["kind"], _code(row["mutation"]), row["source"]]
-    if row["caught"] not in ("", "bits"):
-        line += [row["caught"], "yes" if row["numbers_alone"] else "no"]
-    return _line(*line)
+def noticed(row: dict[str, Any]) -> bool:
+    """True if a check caught the fault."""
+    return row["caught"] not in ("", "bits")
+
+
+def _instruction(row: dict[str, Any], registers: bool) -> str:
+    """What was done, and to which instruction: with its registers, or its form alone."""
+    guard, plain = re.fullmatch(r"(@!?%p\d+ )?(.*)", row["instruction"]).groups()  # type: ignore[union-attr]
+    if not registers:
+        guard, plain = guard and "@", plain.split(" ")[0].rstrip(";")
+    return _code(f"{row['what']}: {guard or ''}{plain}")
+
+
+def caught_line(row: dict[str, Any]) -> str:
+    """The line of a fault that was caught, without the counts of such faults at its end."""
+    cells = (f"`{row['kernel']}`", row["kind"], _instruction(row, False), row["source"], row["caught"])
+    return _line(*cells, "yes" if row["numbers_alone"] else "no")
+
+
+def missed_line(row: dict[str, Any]) -> str:
+    """The line of a fault that nothing caught."""
+    cells = (f"`{row['kernel']}`", f"sm_{row['arch']}", row["kind"], _instruction(row, True), row["source"])
+    return _line(*cells, ptx_harmless.why(row) or "not explained")
+
+
+def _planted(every: list[dict[str, Any]]) -> str:
+    """The tables of planted faults."""
+    counts = ""
+    groups = {(row["call"], row["arch"]) for row in every}
+    for call, arch in [*sorted(groups), *(("all", arch) for arch in ARCHS)]:
+        own = [row for row in every if row["arch"] == arch and call in (row["call"], "all")]
+        caught = [row for row in own if noticed(row)]
+        missed = sum(not row["numbers_alone"] for row in caught)
+        right = sum(bool(ptx_harmless.why(row)) for row in own if not noticed(row))
+        counts += _line(
+            call, f"sm_{arch}", len(own), len(caught), missed, right, len(own) - len(caught) - right
+        )
+    text = _MUTATIONS.format(counts=counts)
+    lines: dict[str, Counter[int]] = defaultdict(Counter)
+    for row in every:
+        if noticed(row):
+            lines[caught_line(row)][row["arch"]] += 1
+    for line, found in lines.items():
+        text += line.rstrip("\n") + " " + " | ".join(str(found[arch]) for arch in ARCHS) + " |\n"
+    text += _HARMLESS.format(**ptx_harmless.FACTS)
+    for row in every:
+        if not noticed(row):
+            text += missed_line(row)
+    return text
 
 
 def launched(arch: int) -> set[str]:
@@ -124,12 +171,7 @@ def made(folder: Path) -> str:
     for row in rows(folder, "orders"):
         assert not row["differ"], row
         text += _line(f"`{row['kernel']}`", row["call"], f"sm_{row['arch']}", row["blocks"], row["orders"])
-    planted = rows(folder, "mutations")
-    caught = [row for row in planted if row["caught"] not in ("", "bits")]
-    missed = sum(not row["numbers_alone"] for row in caught)
-    text += _MUTATIONS.format(count=len(planted), caught=len(caught), missed=missed)
-    text += "".join(map(planted_line, caught))
-    return text + _HARMLESS + "".join(planted_line(row) for row in planted if row not in caught)
+    return text + _planted(rows(folder, "mutations"))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ class Global:
         self.clocks = np.tile(np.int64(0), (blocks, blocks))
         self.clocks[np.arange(blocks), np.arange(blocks)] = 1
         # What of its own warps' work a block has given on with each release, by the times of their order.
-        self._given: dict[int, list[Array]] = {}
+        self._releases: dict[int, list[Array]] = {}
         self._released: dict[int, Array] = {}
         self.progress = 0  # by which a scheduler sees that something goes on
 
@@ -268,8 +268,8 @@ class Global:
         unseen = foreign & (last.clock[index] > self.clocks[who.block][np.where(foreign, others, 0)])
         # A store is given on with a release only if the warp that releases has seen it.
         for other in np.unique(others[foreign & ~unseen]) if last is item.writes else ():
-            given = self._given[int(other)][self.clocks[who.block, other] - 1]
-            unseen |= (others == other) & (last.time[index] > given[last.warp[index]])
+            seen = self._releases[int(other)][self.clocks[who.block, other] - 1]
+            unseen |= (others == other) & (last.time[index] > seen[last.warp[index]])
         if np.any(unseen):
             lane = int(lanes[np.argmax(np.any(unseen, axis=1))])
             other = int(others[unseen][0])
@@ -278,7 +278,7 @@ class Global:
 
     def give_on(self, block: int, released: Array) -> Array:
         """The block's clocks for a release; ``released``: the work of its warps that ``Order`` gives on."""
-        seen, earlier = released[0], self._given.setdefault(block, [])
+        seen, earlier = released[0], self._releases.setdefault(block, [])
         earlier.append(np.maximum(seen, earlier[-1]) if earlier else seen)
         clock: Array = self.clocks[block].copy()
         self.clocks[block, block] += 1
