@@ -24,7 +24,15 @@ k runs upwards inside one accumulator, as in ``kernels.linear``: an element is t
 """
 
 from gptkern.ops._device import activate
-from gptkern.ops._gluon import fence_async_shared, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from gptkern.ops._gluon import (
+    async_load,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from gptkern.ops.linear.kernels import tile_at
 
 BLOCK_M, BLOCK_N = gl.constexpr(128), gl.constexpr(256)
@@ -67,7 +75,7 @@ def _produce(
             for half in gl.static_range(2):
                 where = [tile_m * BLOCK_M + half * ROWS, k * BLOCK_K]
                 to = a_ring.index(2 * stage + half)
-                tma.async_copy_global_to_shared(a_desc, where, full.index(stage), to)
+                async_load(a_desc, where, full.index(stage), to)
             for part in gl.static_range(COPIES):
                 first = tile_n * WIDTH + part * N
                 if B_ROWS:
@@ -75,7 +83,7 @@ def _produce(
                 else:
                     where = [first, k * BLOCK_K]
                 to = b_parts.index(COPIES * stage + part)
-                tma.async_copy_global_to_shared(b_desc, where, full.index(stage), to)
+                async_load(b_desc, where, full.index(stage), to)
             step += 1
 
 
