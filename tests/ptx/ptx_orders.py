@@ -22,6 +22,7 @@ from gptkern.ops import _launch
 # tiles; sequences are split where there are many.
 CALLS = {
     "linear": ("linear", "gelu_tanh, 65 tokens", 2),
+    "linear, many tiles": ("linear", "many tiles", 2),
     "gelu": ("gelu_mlp", "gelu_tanh, 33", 2),
     "gated": ("gated_mlp", "ragged tiles", 2),
     "decode": ("decode_linear", "residual, 17 x 100 to 33", 2),

@@ -219,9 +219,20 @@ def test_every_option_draws_the_cpus_tokens(
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-def test_the_order_of_blocks_changes_nothing(texts: Callable[[int], str], seed: int) -> None:
-    draws(texts(90), 4, seed=seed, top_k=20, top_p=0.9)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("blocks", [2, 4, 8])
+def test_fifty_orders_of_a_clusters_blocks(texts: Callable[[int], str], blocks: int) -> None:
+    torch.manual_seed(0)
+    params, logits = SamplingParams.make(ROWS, VOCAB, top_k=20, top_p=0.9), torch.randn(ROWS, VOCAB) * 3
+    expected = launch.sample_outputs(logits, params.max_logprobs)
+    assert launch.sample(logits, params, SamplerState.make(ROWS, VOCAB, seed=5), expected, COMMIT) == -1
+    for seed in range(50):
+        found, state = (
+            launch.sample_outputs(logits, params.max_logprobs),
+            SamplerState.make(ROWS, VOCAB, seed=5),
+        )
+        cuda_sampler.sample(texts(90), logits, params, state, found, blocks=blocks, seed=seed)
+        equal(found, expected)
 
 
 @needs_nvcc
