@@ -115,6 +115,8 @@ public:
     }
 
     void sync() { memory_.barrier.wait(); }
+    // for_each and what goes by tiles share ids out in different ways.
+    void sync_before_tiles() { sync(); }
 
     uint64_t sum(uint64_t value) {
         return reduce(value, [](uint64_t a, uint64_t b) { return a + b; });
@@ -123,8 +125,12 @@ public:
     uint32_t max(uint32_t value) {
         return static_cast<uint32_t>(reduce(value, [](uint64_t a, uint64_t b) { return a > b ? a : b; }));
     }
+    Maxima max(uint32_t first, uint32_t second) { return {max(first), max(second)}; }
 
-    void clear_bins() { memset(weights(rank_), 0, kCoarseBins * sizeof(uint64_t)); }
+    void clear_bins() {
+        memset(weights(rank_), 0, kCoarseBins * sizeof(uint64_t));
+        clear_list();
+    }
 
     CoarseCrossing find_bin(uint64_t target) {
         sync();

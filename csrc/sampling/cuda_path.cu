@@ -10,6 +10,7 @@
 
 #include "sampling/cuda_path.h"
 #include "sampling/cuda_team.cuh"
+#include "sampling/few_tokens.cuh"
 #include "sampling/speculation.h"
 
 namespace gptkern {
@@ -34,8 +35,8 @@ __host__ __device__ RowMemory row_memory(std::uintptr_t workspace, int64_t slot,
 
 // Calls row_work(team, row, buffers) for every row of this cluster.
 template <class RowWork>
-__device__ __forceinline__ void over_rows(int64_t rows, int64_t vocab, std::uintptr_t workspace, RowWork row_work) {
-    __shared__ BlockMemory memory;
+__device__ __forceinline__ void over_rows(BlockMemory& memory, int64_t rows, int64_t vocab, std::uintptr_t workspace,
+                                          RowWork row_work) {
     const int64_t cluster = blockIdx.x / cluster_size();
     const int64_t clusters = gridDim.x / cluster_size();
     const RowMemory slot = row_memory(workspace, cluster, vocab);
@@ -47,17 +48,53 @@ __device__ __forceinline__ void over_rows(int64_t rows, int64_t vocab, std::uint
 }
 
 __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArguments a, std::uintptr_t workspace) {
-    over_rows(a.batch, a.vocab, workspace,
+    __shared__ BlockMemory memory;
+    wait_for_launches_before();
+    over_rows(memory, a.batch, a.vocab, workspace,
               [&](ClusterTeam& team, int64_t row, const Buffers& buffers) { sample_row(team, a, row, buffers); });
 }
 
+// Whether a call draws and no more: no row is edited, counted or scored.
+bool draws_only(const SampleArguments& a) {
+    const bool edits = a.counts || a.bias.ids || a.banned.ids || a.eos.ids || a.bitmask;
+    return !edits && a.logprobs < 0 && a.probs == nullptr && a.accepted == nullptr;
+}
+
+// The kernel of such calls, which lacks the code of all others. Rows that take few tokens come first, so that nothing
+// of theirs lives in registers while the others are drawn.
+__global__ void __launch_bounds__(kThreads) draw_kernel(SampleArguments a, std::uintptr_t workspace) {
+    __shared__ BlockMemory memory;
+    wait_for_launches_before();
+    a.counts = nullptr;
+    a.bias.ids = a.banned.ids = a.eos.ids = a.bitmask = nullptr;
+    a.logprobs = -1;
+    a.probs = nullptr;
+    bool others = false;
+    for (int64_t row = blockIdx.x / cluster_size(); row < a.batch; row += gridDim.x / cluster_size()) {
+        if (wants_few(a, a.params[row])) {
+            FewTokens(memory, a, row).sample();
+        } else {
+            others = true;
+        }
+    }
+    if (!others) return;
+    cluster_sync();
+    over_rows(memory, a.batch, a.vocab, workspace, [&](ClusterTeam& team, int64_t row, const Buffers& buffers) {
+        if (!wants_few(a, a.params[row])) sample_row(team, a, row, buffers);
+    });
+}
+
 __global__ void __launch_bounds__(kThreads) speculate_kernel(SampleArguments a, std::uintptr_t workspace) {
-    over_rows(a.batch, a.vocab, workspace,
+    __shared__ BlockMemory memory;
+    wait_for_launches_before();
+    over_rows(memory, a.batch, a.vocab, workspace,
               [&](ClusterTeam& team, int64_t row, const Buffers& buffers) { speculate_row(team, a, row, buffers); });
 }
 
 __global__ void __launch_bounds__(kThreads) top_k_kernel(TopKArguments a, std::uintptr_t workspace) {
-    over_rows(a.rows, a.vocab, workspace,
+    __shared__ BlockMemory memory;
+    wait_for_launches_before();
+    over_rows(memory, a.rows, a.vocab, workspace,
               [&](ClusterTeam& team, int64_t row, const Buffers& buffers) { top_k_row(team, a, row, buffers); });
 }
 
@@ -70,7 +107,8 @@ void check(cudaError_t error) {
     if (error != cudaSuccess) throw std::runtime_error(std::string("gptkern._C: ") + cudaGetErrorString(error));
 }
 
-// Code compiled for sm_90 and newer uses clusters; code for an older GPU does not, even on a newer one.
+// Code compiled for sm_90 and newer uses clusters and dependent launches; code for an older GPU does not, even on a
+// newer one.
 bool has_clusters(const void* kernel) {
     // Cached by kernel and device: the driver takes a microsecond to answer, a tenth of a draw.
     static std::mutex mutex;
@@ -99,19 +137,22 @@ int cluster_for(int64_t rows) {
 template <class Arguments>
 void launch(void (*kernel)(Arguments, std::uintptr_t), const Arguments& arguments, int64_t rows,
             std::uintptr_t workspace, std::uintptr_t stream) {
-    const int blocks = has_clusters(reinterpret_cast<const void*>(kernel)) ? cluster_for(rows) : 1;
+    const bool is_new = has_clusters(reinterpret_cast<const void*>(kernel));
+    const int blocks = is_new ? cluster_for(rows) : 1;
     const int64_t clusters = rows < kMaxClusters ? rows : kMaxClusters;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
-    attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = 1;
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // see wait_for_launches_before
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = static_cast<unsigned>(blocks);
+    attributes[1].val.clusterDim.y = 1;
+    attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
     config.blockDim = dim3(kThreads);
     config.stream = reinterpret_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = blocks > 1 ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = !is_new ? 0 : blocks > 1 ? 2 : 1;
     check(cudaLaunchKernelEx(&config, kernel, arguments, workspace));
 }
 
@@ -130,7 +171,8 @@ void cuda_sample(const SampleArguments& a, std::uintptr_t workspace, std::uintpt
         check(cudaGetLastError());
         return;
     }
-    launch(a.accepted != nullptr ? speculate_kernel : sample_kernel, a, a.batch, workspace, stream);
+    const auto kernel = draws_only(a) ? draw_kernel : a.accepted != nullptr ? speculate_kernel : sample_kernel;
+    launch(kernel, a, a.batch, workspace, stream);
 }
 
 void cuda_top_k(const TopKArguments& a, std::uintptr_t workspace, std::uintptr_t stream) {

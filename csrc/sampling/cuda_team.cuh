@@ -15,15 +15,28 @@ namespace gptkern {
 inline namespace GPTKERN_ISA {
 
 constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
 constexpr int kMaxCluster = 8;
+constexpr int kFew = 128;  // the most tokens of a row that few_tokens.cuh serves
 
 using Count = unsigned long long;  // the 64-bit type that atomicAdd takes
 using Reduce = cub::BlockReduce<Count, kThreads>;
 using Scan = cub::BlockScan<Count, kThreads>;
 
+// What rows that are drawn from few tokens need of it. Tokens are few_tokens.cuh's entries.
+struct FewMemory {
+    uint64_t runs[kMaxCluster][kFew];  // the first block's: every block's tokens, sorted
+    uint64_t sorted[kFew], weights[kFew];
+    uint64_t found[kFew], best[kWarps];
+    uint32_t inverted_low[kWarps], sums[kWarps];
+    uint32_t lengths[kMaxCluster];
+    uint32_t length;
+    int last;
+};
+
 // One block's shared memory.
 struct BlockMemory {
-    Count bins[kCoarseBins];
+    alignas(16) Count bins[kCoarseBins];
     Count digit_weights[kDigits];
     uint32_t digit_counts[kDigits];
     union {
@@ -36,10 +49,20 @@ struct BlockMemory {
     Selection selection;
     uint32_t published;
     uint32_t list_length;
+    uint32_t* list;
+    FewMemory few;
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+__device__ __forceinline__ void cluster_arrive() { cooperative_groups::this_cluster().barrier_arrive(); }
+__device__ __forceinline__ void cluster_wait() { cooperative_groups::this_cluster().barrier_wait(); }
+// The kernel may begin while those before it in the stream still run, and reads nothing until they have ended. The
+// next one may begin then; whatever it reads it waits for in the same way.
+__device__ __forceinline__ void wait_for_launches_before() {
+    cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion();
+}
 __device__ __forceinline__ uint32_t cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
 __device__ __forceinline__ uint32_t cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
 __device__ __forceinline__ BlockMemory& memory_of(BlockMemory& own, uint32_t rank) {
@@ -47,10 +70,27 @@ __device__ __forceinline__ BlockMemory& memory_of(BlockMemory& own, uint32_t ran
 }
 #else
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() { __syncthreads(); }
+__device__ __forceinline__ void wait_for_launches_before() {}
 __device__ __forceinline__ uint32_t cluster_rank() { return 0; }
 __device__ __forceinline__ uint32_t cluster_size() { return 1; }
 __device__ __forceinline__ BlockMemory& memory_of(BlockMemory& own, uint32_t) { return own; }
 #endif
+
+// Adds to a sum in shared memory by two additions of 32 bits: one of 64 would be a loop of compare and swap.
+__device__ __forceinline__ void add_shared(Count* sum, uint64_t value) {
+    auto* const halves = reinterpret_cast<uint32_t*>(sum);  // the lower one first
+    const uint32_t low = static_cast<uint32_t>(value);
+    const uint32_t carry = low != 0 && atomicAdd(&halves[0], low) > ~low;
+    const uint32_t high = static_cast<uint32_t>(value >> 32) + carry;
+    if (high != 0) atomicAdd(&halves[1], high);
+}
+
+// A count needs the lower half alone.
+__device__ __forceinline__ void add_shared(Count* sum, bool counts) {
+    if (counts) atomicAdd(reinterpret_cast<uint32_t*>(sum), 1u);
+}
 
 // The cluster's first block, which finishes a list.
 class BlockInner {
@@ -59,6 +99,7 @@ public:
 
     template <class F>
     __device__ __forceinline__ void for_each(uint32_t n, F f) {
+#pragma unroll 1
         for (uint32_t i = threadIdx.x; i < n; i += kThreads) f(i);
     }
 
@@ -70,9 +111,10 @@ public:
         __syncthreads();
     }
 
-    __device__ __forceinline__ void add_digit(int digit, uint64_t weight) {
+    template <class Weight>
+    __device__ __forceinline__ void add_digit(int digit, Weight weight) {
         atomicAdd(&memory_.digit_counts[digit], 1u);
-        if (weight != 0) atomicAdd(&memory_.digit_weights[digit], static_cast<Count>(weight));
+        add_shared(&memory_.digit_weights[digit], weight);
     }
 
     __device__ DigitCrossing find_digit(uint64_t target) {
@@ -102,17 +144,20 @@ private:
 class ClusterTeam {
 public:
     static constexpr bool kTiles = false;
-    __device__ ClusterTeam(BlockMemory& memory, uint32_t* list)
-        : memory_(memory), leader_(memory_of(memory, 0)), list_(list), rank_(cluster_rank()), blocks_(cluster_size()) {}
+    __device__ ClusterTeam(BlockMemory& memory, uint32_t* list) : memory_(memory) {
+        if (threadIdx.x == 0) memory.list = list;
+    }
 
-    __device__ __forceinline__ bool leads() const { return rank_ == 0 && threadIdx.x == 0; }
+    __device__ __forceinline__ bool leads() const { return rank() == 0 && threadIdx.x == 0; }
     __device__ __forceinline__ void sync() { cluster_sync(); }
+    // Ids are shared out in one way only.
+    __device__ __forceinline__ void sync_before_tiles() {}
 
     // Every block has a contiguous part of the row, so that it finds most of its own writes in its L1.
     template <class F>
     __device__ __forceinline__ void for_each(uint32_t n, F f) {
-        const uint32_t part = (n + blocks_ - 1) / blocks_;
-        const uint32_t start = rank_ * part;
+        const uint32_t part = (n + blocks() - 1) / blocks();
+        const uint32_t start = rank() * part;
         const uint32_t end = start + part < n ? start + part : n;
         for (uint32_t i = start + threadIdx.x; i < end; i += kThreads) f(i);
     }
@@ -120,8 +165,8 @@ public:
     template <class Bin, class Weight>
     __device__ __forceinline__ void add_to_bins(uint32_t n, Bin bin, Weight weight) {
         for_each(n, [&](uint32_t i) {
-            const uint64_t w = weight(i);
-            if (w != 0) atomicAdd(&memory_.bins[bin(i)], static_cast<Count>(w));
+            const auto w = weight(i);
+            if (w != 0) add_shared(&memory_.bins[bin(i)], w);
         });
     }
 
@@ -142,18 +187,29 @@ public:
         return static_cast<uint32_t>(combine(Reduce(memory_.reduce).Reduce(value, larger), larger));
     }
 
+    // The largest of either.
+    __device__ Maxima max(uint32_t first, uint32_t second) {
+        const auto larger = [](Count a, Count b) {
+            const Count high = a >> 32 > b >> 32 ? a : b, low = static_cast<uint32_t>(a) > static_cast<uint32_t>(b) ? a : b;
+            return (high & ~0xFFFFFFFFull) | (low & 0xFFFFFFFFull);
+        };
+        const Count both = static_cast<Count>(first) << 32 | second;
+        const Count largest = combine(Reduce(memory_.reduce).Reduce(both, larger), larger);
+        return {static_cast<uint32_t>(largest >> 32), static_cast<uint32_t>(largest)};
+    }
+
+    // Clears the list too: whoever has read it has met the others since.
     __device__ void clear_bins() {
+        if (leads()) memory_.list_length = 0;
         for (int i = threadIdx.x; i < kCoarseBins; i += kThreads) memory_.bins[i] = 0;
         __syncthreads();
     }
 
     __device__ CoarseCrossing find_bin(uint64_t target) {
         cluster_sync();
-        combine_bins();
+        if (rank() == 0) find_combined_bin(target);
         cluster_sync();
-        if (rank_ == 0) find_own_bin(target);
-        cluster_sync();
-        return leader_.bin;
+        return leader().bin;
     }
 
     __device__ void clear_list() {
@@ -161,21 +217,21 @@ public:
         cluster_sync();
     }
 
-    __device__ __forceinline__ void push(uint32_t id) { list_[atomicAdd(&leader_.list_length, 1u)] = id; }
+    __device__ __forceinline__ void push(uint32_t id) { memory_.list[atomicAdd(&leader().list_length, 1u)] = id; }
     __device__ void close_list() { cluster_sync(); }
-    __device__ __forceinline__ const uint32_t* list() const { return list_; }
-    __device__ __forceinline__ uint32_t list_length() const { return leader_.list_length; }
+    __device__ __forceinline__ const uint32_t* list() const { return memory_.list; }
+    __device__ __forceinline__ uint32_t list_length() const { return leader().list_length; }
 
+    // The list has been closed, so that all have met since they wrote what f reads.
     template <class F>
     __device__ __forceinline__ Selection inner(F f) {
-        cluster_sync();
-        if (rank_ == 0) {
+        if (rank() == 0) {
             BlockInner inner(memory_);
             const Selection selection = f(inner);
             if (threadIdx.x == 0) memory_.selection = selection;
         }
         cluster_sync();
-        return leader_.selection;
+        return leader().selection;
     }
 
 private:
@@ -186,31 +242,27 @@ private:
         if (threadIdx.x == 0) memory_.partial[turn_] = block_result;
         cluster_sync();
         Count result = memory_of(memory_, 0).partial[turn_];
-        for (uint32_t other = 1; other < blocks_; ++other) {
+        for (uint32_t other = 1; other < blocks(); ++other) {
             result = combine(result, memory_of(memory_, other).partial[turn_]);
         }
         return result;
     }
 
-    // The cluster's sums go to the first block. Every block has a slice of the bins, which no other block reads or
-    // writes meanwhile, so plain loads and stores over distributed shared memory do: no atomics. The loops stay
-    // rolled, as the kernel has no register to spare.
-    __device__ void combine_bins() {
-        const uint32_t slice = kCoarseBins / blocks_;  // a cluster has 1, 2, 4 or 8 blocks
-#pragma unroll 1
-        for (uint32_t i = rank_ * slice + threadIdx.x; i < (rank_ + 1) * slice; i += kThreads) {
-            Count sum = 0;
-#pragma unroll 1
-            for (uint32_t other = blocks_; other-- > 0;) sum += memory_of(memory_, other).bins[i];
-            leader_.bins[i] = sum;
-        }
-    }
-
-    __device__ void find_own_bin(uint64_t target) {
+    // The first block reads the others' bins, 16 bytes at a time.
+    __device__ void find_combined_bin(uint64_t target) {
         constexpr int kEach = kCoarseBins / kThreads;
+        static_assert(kEach == 4, "a thread has two pairs of bins");
         if (threadIdx.x == 0) memory_.bin = {-1, 0};
-        Count weights[kEach], before[kEach];
-        for (int j = 0; j < kEach; ++j) weights[j] = memory_.bins[threadIdx.x * kEach + j];
+        Count weights[kEach] = {}, before[kEach];
+#pragma unroll 1
+        for (uint32_t block = 0; block < blocks(); ++block) {
+            const auto* const pairs = reinterpret_cast<const ulonglong2*>(memory_of(memory_, block).bins);
+            const ulonglong2 first = pairs[2 * threadIdx.x], second = pairs[2 * threadIdx.x + 1];
+            weights[0] += first.x;
+            weights[1] += first.y;
+            weights[2] += second.x;
+            weights[3] += second.y;
+        }
         Scan(memory_.scan).ExclusiveSum(weights, before);
         for (int j = 0; j < kEach; ++j) {
             if (weights[j] != 0 && before[j] <= target && target < before[j] + weights[j]) {
@@ -219,10 +271,12 @@ private:
         }
     }
 
+    // Asked for anew wherever they are needed: a thread has no register to spare for them.
+    static __device__ __forceinline__ uint32_t rank() { return cluster_rank(); }
+    static __device__ __forceinline__ uint32_t blocks() { return cluster_size(); }
+    __device__ __forceinline__ BlockMemory& leader() const { return memory_of(memory_, 0); }
+
     BlockMemory& memory_;
-    BlockMemory& leader_;
-    uint32_t* list_;
-    uint32_t rank_, blocks_;
     int turn_ = 0;
 };
 

@@ -12,6 +12,19 @@
 namespace gptkern {
 inline namespace GPTKERN_ISA {
 
+// The target of a selection by mass p: tokens pass while less than p of the mass lies ahead of them.
+GPTKERN_HD uint64_t mass_target(double p, uint64_t total) {
+    const double mass = p * static_cast<double>(total);
+    const uint64_t floored = static_cast<uint64_t>(mass);
+    const uint64_t target = static_cast<double>(floored) < mass ? floored : floored - (floored > 0);
+    return target < total ? target : total - 1;
+}
+
+GPTKERN_HD uint64_t rounded_up(double weight) {
+    const uint64_t floored = static_cast<uint64_t>(weight);
+    return floored + (static_cast<double>(floored) < weight);
+}
+
 // The stages of filtering after temperature, each over what the one before has left, renormalised. A stage's domain
 // is the whole row, or the team's list once that holds every token that passes.
 template <class Team>
@@ -60,7 +73,7 @@ struct FilterStages {
     // Top-k from a list that the team makes by its tiles; false if it does not pay.
     bool list_top_k() {
         if (!team.list_largest(values, vocab, static_cast<uint32_t>(params.top_k))) return false;
-        const auto one = [&](uint32_t i) { return static_cast<uint64_t>(values[i] > -INFINITY); };
+        const auto one = [&](uint32_t i) { return values[i] > -INFINITY; };
         cut_at(select_by_value(one, static_cast<uint64_t>(params.top_k) - 1).id);
         d.listed = true;
         return true;
@@ -72,7 +85,7 @@ struct FilterStages {
         }
         const DownwardBins bins = downward_bins(d.filter.v_max, bottom, 64.0);
         const auto bin = [&](uint32_t i) { return bins(values[i]); };
-        const auto one = [&](uint32_t i) { return static_cast<uint64_t>(values[i] > -INFINITY); };
+        const auto one = [&](uint32_t i) { return values[i] > -INFINITY; };
         const uint64_t target = static_cast<uint64_t>(params.top_k) - 1;
         const CoarseCrossing crossing = select_bin(team, vocab, bin, one, target, true);
         if (crossing.bin < 0) return;  // fewer than k tokens are allowed at all
@@ -80,17 +93,9 @@ struct FilterStages {
         d.listed = true;
     }
 
-    // The target of a selection by mass p: tokens pass while less than p of the mass lies ahead of them.
-    GPTKERN_HD uint64_t mass_target(double p) const {
-        const double mass = p * static_cast<double>(d.total);
-        const uint64_t floored = static_cast<uint64_t>(mass);
-        const uint64_t target = static_cast<double>(floored) < mass ? floored : floored - (floored > 0);
-        return target < d.total ? target : d.total - 1;
-    }
-
     GPTKERN_HD void top_p() {
         sum();
-        const uint64_t target = mass_target(params.top_p);
+        const uint64_t target = mass_target(params.top_p, d.total);
         const auto weight = [&](uint32_t id) { return passing_weight(id); };
         if (d.listed) {
             cut_at(select_by_value(weight, target).id);
@@ -120,7 +125,7 @@ struct FilterStages {
         const double centre = mean_halvings();
         TokenFilter measured = d.filter;
         measured.centre = centre;
-        const uint64_t target = mass_target(params.typical_p);
+        const uint64_t target = mass_target(params.typical_p, d.total);
         const auto weight = [&](uint32_t id) { return passing_weight(id); };
         const auto key = [&](uint32_t id) { return measured.distance(values[id], measured.weight(values[id])); };
         uint64_t before = 0;
@@ -142,9 +147,8 @@ struct FilterStages {
 
     // Tokens of a smaller weight no longer pass.
     GPTKERN_HD void drop_below(double min_weight) {
-        const uint64_t floored = static_cast<uint64_t>(min_weight);
-        const uint64_t rounded_up = floored + (static_cast<double>(floored) < min_weight);
-        d.filter.min_weight = rounded_up > d.filter.min_weight ? rounded_up : d.filter.min_weight;
+        const uint64_t whole = rounded_up(min_weight);
+        d.filter.min_weight = whole > d.filter.min_weight ? whole : d.filter.min_weight;
     }
 
     // The most likely tokens pass whatever the cut-off.

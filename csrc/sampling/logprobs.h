@@ -48,7 +48,7 @@ GPTKERN_HD void top_logprobs(Team& team, uint32_t vocab, const Extremes& e, cons
     if (n == 0) return;
     // List the bins that hold the n most likely, and find the last of these.
     const DownwardBins bins = downward_bins(logprob.v_max, from_order_key(e.min_key), 64.0);
-    const auto one = [&](uint32_t i) { return static_cast<uint64_t>(raw[i] > -INFINITY); };
+    const auto one = [&](uint32_t i) { return raw[i] > -INFINITY; };
     const auto bin = [&](uint32_t i) { return bins(raw[i]); };
     uint64_t target = n - 1;
     if (select_bin(team, vocab, bin, one, target, true).bin < 0) {  // fewer than n tokens are above -inf

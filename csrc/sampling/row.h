@@ -39,7 +39,7 @@ GPTKERN_HD Status check_params(const RowParams& p, int vocab, int logprobs, bool
 struct Row {
     const float* raw;  // the logits in fp32, before any edit
     uint32_t vocab;
-    RowParams params;
+    const RowParams& params;  // not a copy: a GPU's thread has no registers for so many numbers
     int64_t step;
     const int32_t* counts;
     const int32_t *bias_ids, *banned_ids, *eos_ids;
@@ -57,7 +57,7 @@ template <DType kType, class Team>
 GPTKERN_HD void widen(Team& team, const void* logits, int64_t offset, uint32_t n, float* out) {
     const auto* from = static_cast<const typename Stored<kType>::Type*>(logits) + offset;
     team.for_each(n, [=](uint32_t i) { out[i] = Stored<kType>::widen(from[i]); });
-    team.sync();
+    team.sync_before_tiles();
 }
 
 // The logits from ``offset`` on in fp32: where they are, or widened into the buffer ``out``.
@@ -72,14 +72,12 @@ GPTKERN_HD const float* in_fp32(Team& team, const void* logits, DType dtype, int
     return out;
 }
 
-template <class Team>
-GPTKERN_HD Row row_of(Team& team, const SampleArguments& a, int64_t row, int position, const Buffers& buffers) {
+// ``raw``: the logits in fp32, null for whoever needs none.
+GPTKERN_HD Row row_of(const SampleArguments& a, int64_t row, int position, const float* raw) {
     const auto ids = [row](const IdLists& lists) { return lists.ids ? lists.ids + row * lists.width : nullptr; };
     const auto width = [](const IdLists& lists) { return static_cast<uint32_t>(lists.ids ? lists.width : 0); };
-    const uint32_t vocab = static_cast<uint32_t>(a.vocab);
-    const int64_t offset = row * a.row_stride + position * a.position_stride;
-    return {in_fp32(team, a.logits, a.dtype, offset, vocab, buffers.widened),
-            vocab,
+    return {raw,
+            static_cast<uint32_t>(a.vocab),
             a.params[row],
             a.counters[row].step + position,
             a.counts ? a.counts + row * a.vocab : nullptr,

@@ -38,7 +38,9 @@ GPTKERN_HD void commit_row(const SampleArguments& a, int64_t row) {
 // Samples one row. A row that cannot be sampled gets token 0 and its status.
 template <class Team>
 GPTKERN_HD void sample_row(Team& team, const SampleArguments& a, int64_t row_index, const Buffers& buffers) {
-    const Row row = row_of(team, a, row_index, 0, buffers);
+    const uint32_t vocab = static_cast<uint32_t>(a.vocab);
+    const float* const raw = in_fp32(team, a.logits, a.dtype, row_index * a.row_stride, vocab, buffers.widened);
+    const Row row = row_of(a, row_index, 0, raw);
     const RowCounter counter = a.counters[row_index];
     Status status = check_params(row.params, a.vocab, a.logprobs, a.counts != nullptr);
     Extremes raw_extremes{};

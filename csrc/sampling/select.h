@@ -38,6 +38,11 @@ struct Selection {
     uint64_t before;
 };
 
+// The largest of some numbers, and of others.
+struct Maxima {
+    uint32_t first, second;
+};
+
 // A row's largest value as a key, and the lowest id that has it.
 struct Largest {
     uint32_t key, id;
@@ -47,9 +52,9 @@ GPTKERN_HD uint64_t shift_right(uint64_t x, int n) { return n >= 64 ? 0 : x >> n
 
 // The element of list[0..length), in ascending (key, id), at which the sum passes the target. The sum of all
 // must pass it.
-template <class Inner, class Key, class Weight>
-GPTKERN_HD Selection select_in_list(Inner& inner, const uint32_t* list, uint32_t length, int key_bits, Key key,
-                                Weight weight, uint64_t target) {
+template <class Inner, class List, class Key, class Weight>
+GPTKERN_HD Selection select_in_list(Inner& inner, List list, uint32_t length, int key_bits, Key key, Weight weight,
+                                    uint64_t target) {
     uint64_t key_prefix = 0, before = 0;
     uint32_t id_prefix = 0;
     int key_left = key_bits, id_left = kIdBits;
@@ -93,11 +98,10 @@ GPTKERN_HD Selection select_in_list(Inner& inner, const uint32_t* list, uint32_t
 template <class Team, class Bin, class Weight>
 GPTKERN_HD CoarseCrossing select_bin(Team& team, uint32_t n, Bin bin, Weight weight, uint64_t target,
                                      bool with_better) {
-    team.clear_bins();
+    team.clear_bins();  // and the list
     team.add_to_bins(n, bin, weight);
     const CoarseCrossing crossing = team.find_bin(target);
     if (crossing.bin < 0) return crossing;
-    team.clear_list();
     team.list_bins(n, bin, with_better ? 0 : crossing.bin, crossing.bin);
     team.close_list();
     return crossing;

@@ -83,7 +83,10 @@ GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_
     }
     int emitted = 0;
     for (int position = 0;; ++position) {
-        const Row row = row_of(team, a, row_index, position, buffers);
+        const int64_t offset = row_index * a.row_stride + position * a.position_stride;
+        const uint32_t vocab = static_cast<uint32_t>(a.vocab);
+        const float* const raw = in_fp32(team, a.logits, a.dtype, offset, vocab, buffers.widened);
+        const Row row = row_of(a, row_index, position, raw);
         if (status == kOk && a.draft_probs != nullptr && position < drafted) {
             status = check_draft_probs(team, row.vocab, a.draft_probs + (row_index * (a.positions - 1) + position) * a.vocab);
         }

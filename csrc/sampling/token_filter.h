@@ -71,8 +71,8 @@ GPTKERN_HD Extremes extremes(Team& team, uint32_t n, const float* values) {
         const uint32_t inverted = ~key & (0u - static_cast<uint32_t>(key != kKeyOfMinusInfinity));
         inverted_low = inverted > inverted_low ? inverted : inverted_low;
     });
-    high = team.max(high);
-    return {high, ~team.max(inverted_low)};
+    const Maxima found = team.max(high, inverted_low);
+    return {found.first, ~found.second};
 }
 
 // What a row's largest key says of it.

@@ -15,6 +15,8 @@ from gptkern._native import COMMIT
 from gptkern.ops import SamplerState, SamplingParams
 from gptkern.ops.sample.launch import Drafts, Outputs
 from gptkern.testing.ptx import execute
+from gptkern.testing.ptx.counters import Counters
+from gptkern.testing.ptx.parse import Instruction
 
 CSRC = Path(__file__).parents[2] / "csrc"
 THREADS, WORKSPACE_FLOATS = 512, 3
@@ -57,6 +59,18 @@ def compiled(arch: int, folder: Path, source: Path = CSRC) -> str:
     return out.read_text()
 
 
+class Meetings(Counters):
+    """Barriers of blocks and of clusters, as many warps as executed each."""
+
+    of_cluster = of_block = 0
+
+    def executed(self, instruction: Instruction, warps: int) -> None:
+        if instruction.opcode.startswith("barrier.cluster.arrive"):
+            self.of_cluster += warps
+        elif instruction.opcode.startswith(("bar.sync", "barrier.sync")):
+            self.of_block += warps
+
+
 class _Pointers:
     """Addresses of tensors, which stay alive and are what a kernel may touch."""
 
@@ -76,7 +90,7 @@ def _dtype(logits: torch.Tensor) -> int:
 
 def _launch(
     ptx: str, entry: str, arguments: ctypes.Structure, problem: tuple[int, int],
-    read: _Pointers, written: _Pointers, blocks: int, seed: int,
+    read: _Pointers, written: _Pointers, blocks: int, seed: int, counters: Counters | None = None,
 ) -> None:  # fmt: skip
     """A launch for (rows, vocabulary) with ``blocks`` blocks a row, as ``csrc``'s ``launch`` makes it."""
     rows, vocab = problem
@@ -84,13 +98,13 @@ def _launch(
     execute(
         ptx, (rows * blocks,), (bytes(arguments), workspace), entry=entry, cluster=(blocks, 1, 1),
         threads=THREADS, also=[*read.tensors, *written.tensors], fresh=[workspace, *written.tensors],
-        seed=seed,
+        seed=seed, counters=counters,
     )  # fmt: skip
 
 
 def sample(
     ptx: str, logits: torch.Tensor, params: SamplingParams, state: SamplerState, outputs: Outputs,
-    drafts: Drafts | None = None, blocks: int = 1, seed: int = 0,
+    drafts: Drafts | None = None, blocks: int = 1, seed: int = 0, counters: Counters | None = None,
 ) -> None:  # fmt: skip
     """``cuda_sample``: a draw, or a verification of drafts, which advances the state."""
     read, written = _Pointers(), _Pointers()
@@ -114,8 +128,10 @@ def sample(
         status=written(outputs.status), accepted=written(outputs.accepted),
         draft_tokens=read(tokens), draft_probs=read(probs), draft_lengths=read(lengths),
     )  # fmt: skip
-    entry = "speculate_kernel" if drafts else "sample_kernel"
-    _launch(ptx, entry, arguments, (batch, vocab), read, written, blocks, seed)
+    extras = (state.counts, params.bias_ids, params.banned_ids, params.eos_ids, params.bitmask)
+    draws_only = drafts is None and arguments.logprobs < 0 and all(extra is None for extra in extras)
+    entry = "speculate_kernel" if drafts else "draw_kernel" if draws_only else "sample_kernel"
+    _launch(ptx, entry, arguments, (batch, vocab), read, written, blocks, seed, counters)
 
 
 def top_k(ptx: str, logits: torch.Tensor, k: int, outputs: Outputs, blocks: int = 1, seed: int = 0) -> None:

@@ -60,6 +60,8 @@ def truncated(a: int, b: int) -> int:
         ("shr.u32 OUT, IN, 32", lambda x: 0),
         ("bfe.u32 OUT, IN, 4, 7", lambda x: (x >> 4) & 127),
         ("bfe.s32 OUT, IN, 3, 5", lambda x: signed(x >> 3, 5)),
+        ("bfi.b32 OUT, IN, 0x7A5A5A5A, 6, 11", lambda x: (0x7A5A5A5A & ~(2047 << 6)) | (x & 2047) << 6),
+        ("bfi.b32 OUT, 0x1234, IN, 24, 20", lambda x: (x & 0xFFFFFF) | 0x34 << 24),
         ("min.s32 OUT, IN, 9", lambda x: min(x, 9)),
         ("max.s32 OUT, IN, 9", lambda x: max(x, 9)),
         ("min.u32 OUT, IN, 9", lambda x: min(x & 0xFFFFFFFF, 9)),

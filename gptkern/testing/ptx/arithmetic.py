@@ -155,6 +155,15 @@ def _field(a: Array, begin: Array, length: Array) -> Array:
     return np.asarray(value).astype(a.dtype)
 
 
+def _inserted(a: Array, b: Array, begin: Array, length: Array) -> Array:
+    """``bfi``: ``b`` with the low ``length`` bits of ``a`` from bit ``begin`` on."""
+    bits = 8 * b.dtype.itemsize
+    first, count = int(np.max(begin)) & 0xFF, min(int(np.max(length)) & 0xFF, bits)
+    mask = ((1 << count) - 1 << first) & ((1 << bits) - 1)
+    kept = b & b.dtype.type(~mask & ((1 << bits) - 1))
+    return np.asarray(kept | (_shifted(a, np.uint32(first), left=True) & b.dtype.type(mask)))
+
+
 def _smaller(a: Array, b: Array) -> Array:
     if a.dtype.kind != "f":
         return np.asarray(np.minimum(a, b))
@@ -322,6 +331,7 @@ def function_of(parts: tuple[str, ...]) -> Function | None:
         "shl": lambda a, b: _shifted(a, b, left=True),
         "shr": lambda a, b: _shifted(a, b, left=False),
         "bfe": _field,
+        "bfi": _inserted,
         "prmt": _prmt,
         "lop3": _lop3,
         "popc": lambda a: np.bitwise_count(a).astype(np.uint32),

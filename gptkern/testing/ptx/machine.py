@@ -94,8 +94,9 @@ class Machine(HopperInstructions):
         fetched = [self.value(s, "u32" if shifting and i else kind) for i, s in enumerate(sources)]
         if name in ("mad", "fma") and "wide" in parts:
             fetched[2] = self.value(sources[2], kind[0] + str(2 * int(kind[1:])))
-        if name == "bfe":
-            fetched[1:] = [self.value(source, "u32") for source in sources[1:]]
+        if name in ("bfe", "bfi"):
+            numbers = slice(len(sources) - 2, None)
+            fetched[numbers] = [self.value(source, "u32") for source in sources[numbers]]
 
         def execute(block: Block, mask: Mask) -> None:
             with np.errstate(all="ignore"):
