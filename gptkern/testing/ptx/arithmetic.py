@@ -161,7 +161,7 @@ def _inserted(a: Array, b: Array, begin: Array, length: Array) -> Array:
     first, count = int(np.max(begin)) & 0xFF, min(int(np.max(length)) & 0xFF, bits)
     mask = ((1 << count) - 1 << first) & ((1 << bits) - 1)
     kept = b & b.dtype.type(~mask & ((1 << bits) - 1))
-    return np.asarray(kept | (_shifted(a, np.uint32(first), left=True) & b.dtype.type(mask)))
+    return np.asarray(kept | (_shifted(a, np.asarray(first, np.uint32), left=True) & b.dtype.type(mask)))
 
 
 def _smaller(a: Array, b: Array) -> Array:
