@@ -157,11 +157,10 @@ def _field(a: Array, begin: Array, length: Array) -> Array:
 
 def _inserted(a: Array, b: Array, begin: Array, length: Array) -> Array:
     """``bfi``: ``b`` with the low ``length`` bits of ``a`` from bit ``begin`` on."""
-    bits = 8 * b.dtype.itemsize
-    first, count = int(np.max(begin)) & 0xFF, min(int(np.max(length)) & 0xFF, bits)
-    mask = ((1 << count) - 1 << first) & ((1 << bits) - 1)
-    kept = b & b.dtype.type(~mask & ((1 << bits) - 1))
-    return np.asarray(kept | (_shifted(a, np.asarray(first, np.uint32), left=True) & b.dtype.type(mask)))
+    first, count = (np.asarray(x) & np.uint32(0xFF) for x in (begin, length))
+    ones = ~_shifted(~np.zeros_like(b), count, left=True)
+    mask = _shifted(ones, first, left=True)
+    return np.asarray((b & ~mask) | (_shifted(a, first, left=True) & mask))
 
 
 def _smaller(a: Array, b: Array) -> Array:
