@@ -75,6 +75,7 @@ ROWS = [
 PRODUCTS = [
     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
     "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16",
+    "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16",
     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16",
     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16",
 ]  # fmt: skip
