@@ -157,7 +157,8 @@ def _store(ptr, value, row, col, M, N, stride, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _finish(
-    acc, residual, pointers, row, col, M, N, stride_rm, ACTIVATION: gl.constexpr, LAYOUT: gl.constexpr
+    acc, residual, pointers, row, col, M, N, stride_rm, ACTIVATION: gl.constexpr, LAYOUT: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Activation and residual on a warpgroup's products, PART columns at a time to spare shared memory.
 
@@ -175,9 +176,11 @@ def _finish(
         if residual_ptr is None:
             out = gl.convert_layout(part.to(out_ptr.dtype.element_ty), LAYOUT)
         else:
+            if not AHEAD:
+                residual = _residual(residual_ptr, row, first, M, N, stride_rm, LAYOUT)
             before = residual.to(gl.float32)
             # The next residual comes while this part is finished.
-            if i < 3:
+            if AHEAD and i < 3:
                 residual = _residual(residual_ptr, row, first + PART, M, N, stride_rm, LAYOUT)
             out = (gl.convert_layout(part, LAYOUT) + before).to(out_ptr.dtype.element_ty)
         _store(out_ptr, out, row, first, M, N, N, LAYOUT)
@@ -235,6 +238,8 @@ def _consume(
     M, N, K = extents
     bias_ptr, residual_ptr, _out_ptr, _pre_ptr = pointers
     _full, empty, _begun = barriers
+    # There are registers for a residual in half precision to come early.
+    AHEAD: gl.constexpr = residual_ptr is not None and residual_ptr.dtype.element_ty.primitive_bitwidth == 16
     step = 0
     for turn in range(_turns(M, N, WIDTH)):
         tile = gl.program_id(0) + turn * gl.num_programs(0)
@@ -248,7 +253,7 @@ def _consume(
         bias, residual = None, None
         if bias_ptr is not None:
             bias = _bias(bias_ptr, col, N, GATED, SUMS)
-        if residual_ptr is not None:
+        if AHEAD:
             residual = _residual(residual_ptr, row, col, M, N, stride_rm, LAYOUT)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
@@ -257,7 +262,7 @@ def _consume(
         if GATED:
             _finish_gated(acc, pointers, row, col, M, N, ACTIVATION, LAYOUT)
         else:
-            _finish(acc, residual, pointers, row, col, M, N, stride_rm, ACTIVATION, LAYOUT)
+            _finish(acc, residual, pointers, row, col, M, N, stride_rm, ACTIVATION, LAYOUT, AHEAD)
 
 
 # --- the kernel
