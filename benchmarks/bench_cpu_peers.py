@@ -168,13 +168,12 @@ class Worker:
             self.process.stdout.close()
 
     def time(self, case: Case) -> float | None:
-        """The time that a case is about."""
-        if self.missing is not None:
-            return None
+        """The time that a case is about; None where more tokens took no longer than the first."""
         first = self.seconds[case.rows, case.prompt, 1]
         if case.new == 1:
             return first
-        return (self.seconds[case.rows, case.prompt, case.new] - first) / (case.new - 1)
+        later = self.seconds[case.rows, case.prompt, case.new] - first
+        return later / (case.new - 1) if later > 0.0 else None
 
 
 @dataclass
@@ -255,10 +254,12 @@ def result(
         if worker.missing is not None:
             rows.append(row | {"missing": worker.missing})
             continue
-        found = {}
+        found: dict[str, dict[str, float] | None] = {}
         for case in cases:
             seconds = worker.time(case)
-            assert seconds is not None
+            if seconds is None:
+                found[case.name] = None
+                continue
             reads, products = ceilings.shares(config, worker.format, case, seconds)
             found[case.name] = {"ms": seconds * 1e3, "of_reads": reads, "of_products": products}
         rows.append(row | {"versions": worker.versions, "cases": found})
@@ -289,7 +290,8 @@ def table(found: dict[str, Any]) -> str:
         f"PyTorch reads {found['reads_gb_s']:.1f} GB/s and multiplies, GFLOP/s: {products}.",
         "",
         "Milliseconds (share of those reads, share of those products; bf16's for int8 and int4): a token of",
-        "each row of a batch after 32 tokens, a first token by prompt, a token after 900.",
+        "each row of a batch after 32 tokens, a first token by prompt, a token after 900. A dash: other work",
+        "on the machine swallowed the time.",
     ]
     for form in FORMATS:
         rows = [row for row in found["rows"] if row["format"] == form]
@@ -302,19 +304,26 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _format_table(there: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+def _format_table(there: dict[str, dict[str, dict[str, float] | None]]) -> list[str]:
     names = list(next(iter(there.values())))
     lines = [f"| {' | '.join(['', *names])} |", "|---" * (len(names) + 1) + "|"]
     for peer, cases in there.items():
         cells = [
-            f"{case['ms']:.1f} ({case['of_reads']:.0%}, {case['of_products']:.0%})" for case in cases.values()
+            f"{case['ms']:.1f} ({case['of_reads']:.0%}, {case['of_products']:.0%})" if case else "–"
+            for case in cases.values()
         ]
         lines.append(f"| {' | '.join([peer, *cells])} |")
     others = [cases for peer, cases in there.items() if peer not in ("gptkern", "transformers, accelerated")]
     if "gptkern" in there and others:
-        best = [min(case[name]["ms"] for case in others) / there["gptkern"][name]["ms"] for name in names]
-        lines.append(f"| **the best peer's time / gptkern's** | {' | '.join(f'**{r:.2f}**' for r in best)} |")
+        best = [_ratio(there["gptkern"][name], [cases[name] for cases in others]) for name in names]
+        lines.append(f"| **the best peer's time / gptkern's** | {' | '.join(f'**{r}**' for r in best)} |")
     return lines
+
+
+def _ratio(ours: dict[str, float] | None, theirs: Sequence[dict[str, float] | None]) -> str:
+    if ours is None or None in theirs:
+        return "–"
+    return f"{min(case['ms'] for case in theirs if case) / ours['ms']:.2f}"
 
 
 def run(

@@ -89,3 +89,17 @@ def test_the_table_compares_with_the_best_peer(script: ModuleType) -> None:
     lines = script._format_table(there)
     assert "| a | 5.0 (50%, 25%) |" in lines
     assert lines[-1].endswith("| **1.50** |")
+
+
+def test_a_time_that_noise_swallowed_is_no_time(script: ModuleType) -> None:
+    worker = script.Worker(script.Peer("a", sys.executable, FOLDER), "fp32")
+    case = script.Case(1, 16, 5)
+    worker.seconds = {(1, 16, 1): 2.0, (1, 16, 5): 4.0}
+    assert worker.time(case) == 0.5
+    worker.seconds[1, 16, 5] = 1.9
+    assert worker.time(case) is None
+    there = {"gptkern": {"b1": {"ms": 2.0, "of_reads": 0.5, "of_products": 0.25}}, "a": {"b1": None}}
+    assert script._format_table(there)[-2:] == [
+        "| a | – |",
+        "| **the best peer's time / gptkern's** | **–** |",
+    ]
