@@ -146,7 +146,7 @@ def reduced(
 def divisors(
     targets: torch.Tensor, class_weights: Maybe, settings: Settings, reduction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the sum of the losses and that of the z-losses are divided by; both 1 for ``"sum"``."""
+    """The divisors of the sum of the losses and of the z-losses; both 1 for ``"sum"``."""
     counted = targets != settings.ignore_index
     tokens = counted.sum()
     if reduction == "sum":
