@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gptkern import ops
+from gptkern.compensate import compensated
 from gptkern.model.attend import AttendOptions
 from gptkern.ops._types import FP8_MAX
 from gptkern.ops.decode_linear.formats import QuantizedWeight, quantize
@@ -73,21 +74,72 @@ class QuantizedLinear(nn.Module):
         return f"{inputs}, {outputs}, {self.format}"
 
 
-def quantize_model(model: Any, quantization: Quantization) -> None:
+class _Reading(nn.Module):
+    """A linear layer that quantises itself by the first rows that it reads, and goes on as that."""
+
+    def __init__(self, owner: nn.Module, name: str, layer: nn.Linear, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.layer, self.options, self._name = layer, options, name
+        # A module among a module's attributes would be its child.
+        self._owner = (owner,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = compensated(self.layer.weight, x.flatten(0, -2), **self.options)
+        quantised = QuantizedLinear(weight, self.layer.bias, self.layer.weight.dtype)
+        setattr(self._owner[0], self._name, quantised)
+        out: torch.Tensor = quantised(x)
+        return out
+
+
+def quantize_model(model: Any, quantization: Quantization, ids: torch.Tensor | None = None) -> None:
     """Quantise every linear layer of a ``GPT``, in place, one at a time.
 
+    Args:
+        ids: int8 and int4 only: ``(batch, seq)`` token ids, some thousands, of texts like those that the
+            model will continue. Weights are then rounded so that what the layers make of these texts changes
+            least: one pass over them, and some time for each layer. None rounds each weight by itself.
+
     Raises:
-        ValueError: The model is quantised already.
+        ValueError: The model is quantised already, or ``ids`` are for fp8, none or beyond the context.
     """
     if model.quantization is not None:
         raise ValueError(f"quantize: the model's weights are {model.quantization.format} already")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"format": quantization.format}
     if quantization.format == "int4":
-        options = {"group_size": quantization.group_size, "zero_point": quantization.zero_point}
-    for owner, name, layer in _linear_layers(model, quantization):
-        weight = quantize(layer.weight, quantization.format, **options)
-        setattr(owner, name, QuantizedLinear(weight, layer.bias, layer.weight.dtype))
+        options |= {"group_size": quantization.group_size, "zero_point": quantization.zero_point}
+    layers = list(_linear_layers(model, quantization))
+    if ids is not None:
+        _quantize_reading(model, layers, options, ids)
+    else:
+        for owner, name, layer in layers:
+            weight = quantize(layer.weight, **options)
+            setattr(owner, name, QuantizedLinear(weight, layer.bias, layer.weight.dtype))
     model.quantization = quantization
+
+
+def _quantize_reading(
+    model: Any, layers: list[tuple[nn.Module, str, nn.Linear]], options: dict[str, Any], ids: torch.Tensor
+) -> None:
+    """Quantise the layers in one pass over ``ids``; each reads what the quantised ones before it make."""
+    if options["format"] == "fp8":
+        raise ValueError("quantize: ids are for int8 and int4, the format is fp8")
+    if ids.dim() != 2 or ids.numel() == 0 or ids.shape[1] > model.spec.context:
+        raise ValueError(
+            f"quantize: ids has shape {tuple(ids.shape)}; (batch, seq) with at least one token and seq up to "
+            f"the model's context of {model.spec.context} is needed"
+        )
+    training = model.training
+    try:
+        for owner, name, layer in layers:
+            setattr(owner, name, _Reading(owner, name, layer, options))
+        with torch.no_grad():
+            model.eval()(ids.to(model.device))
+    except BaseException:
+        for owner, name, layer in layers:
+            setattr(owner, name, layer)
+        raise
+    finally:
+        model.train(training)
 
 
 def empty_layers(model: Any, quantization: Quantization) -> None:

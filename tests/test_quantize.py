@@ -11,11 +11,14 @@ import torch
 
 from gptkern import cli, ops
 from gptkern.checkpoint.errors import CheckpointError
+from gptkern.compensate import compensated
 from gptkern.config import GPTConfig
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.graph import GraphExecutor
 from gptkern.gpt import GPT
-from gptkern.quantize import QuantizedLinear
+from gptkern.ops.decode_linear.formats import quantize
+from gptkern.quantization import Quantization
+from gptkern.quantize import QuantizedLinear, quantize_model
 from gptkern.testing import assert_accurate
 
 CONFIG = GPTConfig(
@@ -180,6 +183,71 @@ def test_the_command_writes_and_tells(
     capsys.readouterr()
     assert cli.run(["quantize", str(folder), "--weights", "int8", "--out", str(folder)]) == 1
     assert "the original would be lost" in capsys.readouterr().err
+
+
+_TEXT = """ROMEO:
+But, soft! what light through yonder window breaks?
+It is the east, and Juliet is the sun.
+Arise, fair sun, and kill the envious moon,
+Who is already sick and pale with grief,
+That thou her maid art far more fair than she:
+Be not her maid, since she is envious;
+Her vestal livery is but sick and green
+And none but fools do wear it; cast it off.
+It is my lady, O, it is my love!
+O, that she knew she were!
+"""
+COMPENSATED: list[dict[str, Any]] = [
+    {"format": "int8"},
+    {"format": "int4", "group_size": 64, "zero_point": True},
+    {"format": "int4", "group_size": 32},
+]
+
+
+@pytest.mark.parametrize("options", COMPENSATED, ids=kind_of)
+def test_compensated_rounding_makes_smaller_errors_of_such_inputs(
+    options: dict[str, Any],
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    mix, weight = torch.randn(192, 192, generator=draw), torch.randn(50, 192, generator=draw)
+    x, others = (torch.randn(600, 192, generator=draw) @ mix for _ in range(2))
+    errors = []
+    for made in (quantize(weight, **options), compensated(weight, x, **options)):
+        difference = others @ (made.dequantize(torch.float32) - weight).T
+        errors.append((difference.norm() / (others @ weight.T).norm()).item())
+        assert made.shape == weight.shape
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_text_makes_a_quantised_model_say_more_nearly_the_same() -> None:
+    model = GPT.from_pretrained()
+    assert model.tokenizer is not None
+    ids = torch.tensor([model.tokenizer.encode(_TEXT)])
+    half = ids.shape[1] // 2
+    expected = model(ids[:, half:]).logits.log_softmax(-1)
+    found = []
+    for read in (None, ids[:, :half]):
+        made = GPT.from_pretrained()
+        quantize_model(made, Quantization.make(made.config, "int4"), read)
+        assert sum(isinstance(m, QuantizedLinear) for m in made.modules()) == 4 * made.config.n_layer + 1
+        logits = made(ids[:, half:]).logits.log_softmax(-1)
+        found.append((expected.exp() * (expected - logits)).sum(-1).mean().item())
+    assert found[1] < 0.8 * found[0]
+
+
+def test_texts_that_cannot_be_read_change_nothing(folder: Path) -> None:
+    made = GPT.from_pretrained(folder)
+    before = made.state_dict()
+    ids = torch.zeros(1, 65, dtype=torch.int64)
+    for format, read, message in (
+        ("int8", ids, r"ids has shape \(1, 65\)"),
+        ("int8", ids[0], r"ids has shape \(65,\)"),
+        ("fp8", ids[:, :9], "the format is fp8"),
+        ("int8", ids[:, :9] + 97, "input_ids holds 97"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantize_model(made, Quantization.make(CONFIG, format), read)
+        assert made.quantization is None and made.state_dict().keys() == before.keys()
 
 
 @pytest.mark.slow
