@@ -14,7 +14,7 @@ class FallbackWarning(UserWarning):
 
 
 def strict() -> bool:
-    """True if ``GPTKERN_STRICT=1`` makes an error of every fallback."""
+    """True if ``GPTKERN_STRICT=1`` makes an error of every fallback, and of a kernel that no pack has."""
     return os.environ.get("GPTKERN_STRICT", "0") == "1"
 
 

@@ -21,9 +21,11 @@ import pytest
 import torch
 import triton
 from cubins import parameter_sizes
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 import gptkern
-from gptkern import packing
+from gptkern import _native, packing
 from gptkern.cli import doctor
 from gptkern.config import GPTConfig
 from gptkern.environment import FallbackWarning
@@ -304,6 +306,11 @@ def found(monkeypatch: pytest.MonkeyPatch, *paths: Path) -> loading.Loader:
     return loading.Loader()
 
 
+def compiled(kernel: Any) -> JITFunction[Any]:
+    """A kernel as it is where Triton compiles it: the tests' own process may interpret it."""
+    return JITFunction(kernel.fn)
+
+
 def fitting(**changed: Any) -> Made:
     return dataclasses.replace(Made("0.0", signature.sources(), triton.__version__, "12.9", 90), **changed)
 
@@ -402,13 +409,17 @@ def test_packs_for_other_gpus_alone_are_named(monkeypatch: pytest.MonkeyPatch, t
     for arch in (90, 80):
         write(tmp_path / f"sm{arch}.pack", fitting(arch=arch), BINARIES)
     loader = found(monkeypatch, tmp_path)
-    with pytest.warns(FallbackWarning, match=r"a GPU of sm_120 .*: the packs in use are for sm_80, sm_90"):
-        assert loader.kernel(kernels.decode_embed_kernel, 120) is None
-    loader._miss(kernels.decode_embed_kernel)
+    kernel = compiled(kernels.decode_embed_kernel)
+    assert loader.kernel(kernel, 120) is None
+    reason = "the packs in use are for sm_80, sm_90, not for sm_120"
+    with pytest.warns(FallbackWarning, match=f"a GPU of sm_120 .*: {reason}"):
+        loader._miss(kernel)
     assert loader.compiled.total() == 1
     monkeypatch.setenv("GPTKERN_STRICT", "1")
-    with pytest.raises(RuntimeError, match="a GPU of sm_120"):
-        found(monkeypatch, tmp_path).kernel(kernels.decode_embed_kernel, 120)
+    with pytest.raises(
+        RuntimeError, match=rf"would compile ops\.decode_embed.*:decode_embed_kernel: {reason}"
+    ):
+        loader._miss(kernel)
 
 
 def test_of_two_packs_the_first_is_asked_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -443,7 +454,7 @@ def test_a_call_that_no_pack_holds_is_compiled_and_named_once_a_kernel(
 ) -> None:
     write(tmp_path / "a.pack", fitting(), BINARIES)
     loader = found(monkeypatch, tmp_path)
-    kernel = kernels.decode_embed_kernel
+    kernel = compiled(kernels.decode_embed_kernel)
     assert loader.kernel(kernel, 90) is not None
     with pytest.warns(FallbackWarning, match="no pack in use holds it for these types and sizes"):
         loader._miss(kernel)
@@ -452,6 +463,43 @@ def test_a_call_that_no_pack_holds_is_compiled_and_named_once_a_kernel(
     monkeypatch.setenv("GPTKERN_STRICT", "1")
     with pytest.raises(RuntimeError, match="no pack in use holds it"):
         loader._miss(kernel)
+
+
+def test_strict_mode_refuses_every_launch_that_triton_would_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any pack, too; the interpreter compiles nothing, and is no such launch."""
+    loader = found(monkeypatch)
+    assert loader.packs == []
+    monkeypatch.setattr(_launch, "loader", lambda: loader)
+    launched = []
+
+    class Kernel(JITFunction):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args: launched.append((grid, args))
+
+    kernel = Kernel(kernels.decode_embed_kernel.fn)
+    _launch.launch(kernel, (1,), 7)
+    assert launched == [((1,), (7,))]
+    monkeypatch.setenv("GPTKERN_STRICT", "1")
+    needed = (
+        r"no pack is in use \(GPTKERN_STRICT=1 .*GPTKERN_PACK, which gptkern pack .*unset GPTKERN_STRICT$"
+    )
+    with pytest.raises(RuntimeError, match=rf"ops\.decode_embed\.kernels:decode_embed_kernel: {needed}"):
+        _launch.launch(kernel, (1,), 7)
+    assert len(launched) == 1
+    loader._miss(InterpretedFunction(kernels.decode_embed_kernel.fn))
+    monkeypatch.setattr(_native, "extension", None)
+    with pytest.raises(RuntimeError, match=r"decode_embed_kernel: gptkern\._C, which launches packs"):
+        _launch.launch(kernel, (1,), 7)
+
+
+def test_doctor_calls_it_a_fallback_in_strict_mode_that_a_gpu_has_no_pack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(loading.VARIABLE, "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [finding.verdict for finding in doctor._packs()] == ["note"]
+    monkeypatch.setenv("GPTKERN_STRICT", "1")
+    assert [finding.verdict for finding in doctor._packs()] == ["fallback"]
 
 
 # --- machine code, launched by a stand-in for the driver
@@ -524,8 +572,9 @@ def test_what_a_pack_lacks_is_an_error_without_triton(packed: Path, library: Pat
     told = launched(library, tmp_path / "less.pack", 90)
     assert told["wrong"] == told["kernels"]["decode_embed_kernel"]
     assert set(told["errors"]) == {
-        f"generate: decode_embed_kernel: gptkern: {name} runs on code that Triton compiles: no pack in use "
-        "holds it for these types and sizes (GPTKERN_STRICT=1 makes this an error)"
+        f"generate: decode_embed_kernel: gptkern: Triton would compile {name}: no pack in use holds it for "
+        "these types and sizes (GPTKERN_STRICT=1 makes this an error). Name a pack that holds it in "
+        "GPTKERN_PACK, which gptkern pack makes without a GPU, or unset GPTKERN_STRICT"
     }
 
 

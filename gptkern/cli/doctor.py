@@ -114,7 +114,9 @@ def _packs() -> Iterator[Finding]:
         yield Finding("packs", "fallback", str(error))
         return
     if not paths:
-        yield Finding("packs", "note", "none: kernels are compiled when first used; gptkern pack makes one")
+        refused = o.strict() and torch.cuda.is_available()  # Triton would compile
+        text = "none: kernels are compiled when first used; gptkern pack makes one"
+        yield Finding("packs", "fallback" if refused else "note", text)
     for path in paths:
         try:
             pack = Pack(path)

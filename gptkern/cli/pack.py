@@ -33,7 +33,8 @@ def pack(
 
     Where `GPTKERN_PACK` names that file or its folder, its kernels are launched as they are: nothing is
     compiled at the first token, and Triton need not be installed. What a pack lacks, Triton compiles, with
-    a warning; `GPTKERN_STRICT=1` makes that an error. A pack serves the gptkern and the Triton that made it.
+    a warning; with `GPTKERN_STRICT=1` nothing is compiled, and that is an error. A pack serves the gptkern
+    and the Triton that made it.
     What was compiled before an interruption is in Triton's cache: the same command goes on from there.
 
     Examples:

@@ -9,8 +9,8 @@ import torch
 from gptkern.ops import _without_triton
 
 __all__ = [
-    "async_load", "descriptor", "fence_async_shared", "gl", "gluon", "mbarrier", "warpgroup_mma",
-    "warpgroup_mma_wait",
+    "async_load", "descriptor", "fence_async_shared", "gl", "gluon", "mbarrier", "reinterpret",
+    "warpgroup_mma", "warpgroup_mma_wait",
 ]  # fmt: skip
 
 try:
@@ -27,9 +27,12 @@ try:
 
     # Triton 3.6 and 3.7 have it by its older name, which 3.9 refuses.
     async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    _shared = gl.shared_memory_descriptor
+    reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret  # before Triton 3.9
 except ImportError:
     gluon, gl = _without_triton.triton, _without_triton.language
-    async_load = fence_async_shared = mbarrier = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
+    async_load = fence_async_shared = mbarrier = reinterpret = None
+    warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
 
 
 def descriptor(x: torch.Tensor, block: list[int]) -> Any:

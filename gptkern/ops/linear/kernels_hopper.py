@@ -30,6 +30,7 @@ from gptkern.ops._gluon import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -308,7 +309,7 @@ def linear_hopper(
     b_parts = gl.allocate_shared_memory(dtype, [COPIES * STAGES, b_shape[0], b_shape[1]], b_desc.layout)
     # Two copies are one tile: rows of 128 bytes, or squares of 64 columns, one behind the other.
     gl.static_assert(BLOCK_K == 64)
-    rings = (a_ring, b_parts, b_parts._reinterpret(dtype, b_ring_shape, b_desc.layout))
+    rings = (a_ring, b_parts, reinterpret(b_parts, dtype, b_ring_shape, b_desc.layout))
     barriers = (_barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(1, 1).index(0))
     # The copy engine sees the barriers.
     fence_async_shared()

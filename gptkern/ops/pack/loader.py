@@ -3,7 +3,8 @@
 Files come from ``GPTKERN_PACK`` (files or folders, separated as in ``PATH``; empty: none), otherwise from the
 package's own folder ``gptkern/ops/pack/files``. A pack of other sources, of another Triton than the installed
 one, or a damaged one, is passed over with a warning, as its code might round otherwise than what Triton
-compiles beside it; under ``GPTKERN_STRICT=1`` that is an error, and so is a launch that a pack lacks.
+compiles beside it; under ``GPTKERN_STRICT=1`` that is an error, and so is every launch that Triton would
+compile, with packs and without.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from gptkern import _native
-from gptkern.environment import fallback
+from gptkern.environment import fallback, strict
 from gptkern.ops.pack import signature
 from gptkern.ops.pack.file import SUFFIX, Made, Pack, PackError
 
@@ -102,17 +103,10 @@ class Loader:
                 fallback(f"the pack {path}", _COMPILED, reason)
 
     def kernel(self, kernel: Any, arch: int) -> Any:
-        """The ``gptkern._C.PackedKernel`` of a kernel for ``arch``; None if no pack serves such a GPU.
-
-        Raises:
-            RuntimeError: None does, under ``GPTKERN_STRICT=1``.
-        """
+        """The ``gptkern._C.PackedKernel`` of a kernel for ``arch``; None if no pack serves such a GPU."""
         name = signature.name_of(kernel)
         if (name, arch) not in self._kernels:
             packs = [pack for pack in self.packs if serves(pack.made.arch, arch)]
-            if not packs:
-                archs = ", ".join(sorted({f"sm_{pack.made.arch}" for pack in self.packs}))
-                fallback(f"a GPU of sm_{arch}", _COMPILED, f"the packs in use are for {archs}")
             self._kernels[name, arch] = self._unpacked(kernel, name, packs) if packs else None
         return self._kernels[name, arch]
 
@@ -136,20 +130,45 @@ class Loader:
         """Launch machine code of a pack on the tensors' GPU and its current stream; False if none holds it.
 
         Raises:
-            RuntimeError: The driver refuses, or no pack for this GPU holds it under ``GPTKERN_STRICT=1``.
+            RuntimeError: The driver refuses, or Triton would compile the kernel under ``GPTKERN_STRICT=1``.
         """
-        if self._launcher is None:
-            return False
-        if self._launcher.launch(kernel, grid, args, kwargs):
+        if self._launcher is not None and self._launcher.launch(kernel, grid, args, kwargs):
             return True
-        self._miss(kernel)
+        if self.packs or strict():
+            self._miss(kernel)
         return False
 
     def _miss(self, kernel: Any) -> None:
+        """Note that Triton compiles a kernel: with packs in use a warning, in strict mode an error."""
+        if _interpreted(kernel):
+            return
         name = signature.name_of(kernel)
         self.compiled[name] += 1
-        if any(name == known and packed is not None for (known, _), packed in self._kernels.items()):
-            fallback(name, _COMPILED, "no pack in use holds it for these types and sizes")
+        part, reason = self._lack(name)
+        if strict():
+            raise RuntimeError(
+                f"gptkern: Triton would compile {name}: {reason} (GPTKERN_STRICT=1 makes this an error). "
+                f"Name a pack that holds it in {VARIABLE}, which gptkern pack makes without a GPU, or unset "
+                "GPTKERN_STRICT"
+            )
+        fallback(part, _COMPILED, reason)
+
+    def _lack(self, name: str) -> tuple[str, str]:
+        """The part that has no machine code, and the reason."""
+        if _native.extension is None:
+            return name, "gptkern._C, which launches packs, cannot be loaded"
+        if not self.packs:
+            return name, "no pack is in use"
+        unserved = [arch for (held, arch), packed in self._kernels.items() if held == name and packed is None]
+        if unserved:
+            archs = ", ".join(sorted({f"sm_{pack.made.arch}" for pack in self.packs}))
+            return f"a GPU of sm_{unserved[0]}", f"the packs in use are for {archs}, not for sm_{unserved[0]}"
+        return name, "no pack in use holds it for these types and sizes"
+
+
+def _interpreted(kernel: Any) -> bool:
+    """True for a kernel that Triton's interpreter runs. Triton itself may be missing."""
+    return type(kernel).__module__ == "triton.runtime.interpreter"
 
 
 def _current_stream(device: int) -> int:
