@@ -98,6 +98,28 @@ def norm_forward_kernel(
                 tl.store(stats_ptr + rows + row, mean, mask=row < rows)
 
 
+@triton.jit
+def gradient_rows(
+    first, d_out_ptr, d_sum_ptr, sum_ptr, stats_ptr, x_inner, stride_xo, stride_xi, rows, columns, lanes,
+    WIDTH: tl.constexpr, CENTERED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """(d_out, sum, d_sum, rstd, mean) of ROWS rows as they are stored; zeros for what there is not."""
+    row = first + tl.arange(0, ROWS)
+    present = row < rows
+    mask = present[:, None] & lanes[None, :]
+    at = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    at_x = row_offsets(row, x_inner, stride_xo, stride_xi)[:, None] + columns[None, :]
+    d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0)
+    total = tl.load(sum_ptr + at_x, mask=mask, other=0.0)
+    rstd = tl.load(stats_ptr + row, mask=present, other=0.0)
+    d_sum, mean = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    if d_sum_ptr is not None:
+        d_sum = tl.load(d_sum_ptr + at, mask=mask, other=0.0)
+    if CENTERED:
+        mean = tl.load(stats_ptr + rows + row, mask=present, other=0.0)
+    return d_out, total, d_sum, rstd, mean
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def norm_backward_kernel(
     d_out_ptr,  # (rows, WIDTH)
@@ -125,18 +147,34 @@ def norm_backward_kernel(
     weight = load_weight(weight_ptr, columns, lanes, UNIT_OFFSET)
     d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
     d_bias = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    # The next rows' loads are under way while these are computed, where registers hold both.
+    AHEAD: tl.constexpr = BLOCK <= 2048
+    step = tl.num_programs(0) * ROWS
+    if AHEAD:
+        following = gradient_rows(
+            tl.program_id(0) * ROWS, d_out_ptr, d_sum_ptr, sum_ptr, stats_ptr, x_inner, stride_xo, stride_xi,
+            rows, columns, lanes, WIDTH, CENTERED, ROWS,
+        )  # fmt: skip
+    for first in range(tl.program_id(0) * ROWS, rows, step):
         row = first + tl.arange(0, ROWS)
-        present = row < rows
-        mask = present[:, None] & lanes[None, :]
+        mask = (row < rows)[:, None] & lanes[None, :]
         at = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
-        at_x = row_offsets(row, x_inner, stride_xo, stride_xi)[:, None] + columns[None, :]
+        if AHEAD:
+            d_out, total, d_sum, rstd, mean = following
+            following = gradient_rows(
+                first + step, d_out_ptr, d_sum_ptr, sum_ptr, stats_ptr, x_inner, stride_xo, stride_xi, rows,
+                columns, lanes, WIDTH, CENTERED, ROWS,
+            )  # fmt: skip
+        else:
+            d_out, total, d_sum, rstd, mean = gradient_rows(
+                first, d_out_ptr, d_sum_ptr, sum_ptr, stats_ptr, x_inner, stride_xo, stride_xi, rows,
+                columns, lanes, WIDTH, CENTERED, ROWS,
+            )  # fmt: skip
         # Recompute the normalised rows from the saved sum and statistics.
-        d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        normed = tl.load(sum_ptr + at_x, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(stats_ptr + row, mask=present, other=0.0)
+        d_out = d_out.to(tl.float32)
+        normed = total.to(tl.float32)
         if CENTERED:
-            normed -= tl.load(stats_ptr + rows + row, mask=present, other=0.0)[:, None]
+            normed -= mean[:, None]
         normed = tl.where(mask, normed * rstd[:, None], 0.0)
         # Accumulate weight and bias gradients.
         if d_weight_part_ptr is not None:
@@ -150,7 +188,7 @@ def norm_backward_kernel(
             inner -= (tl.sum(grad, axis=1) / WIDTH)[:, None]
         dx = inner * rstd[:, None]
         if d_sum_ptr is not None:
-            dx += tl.load(d_sum_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            dx += d_sum.to(tl.float32)
         if d_residual_ptr is not None:
             tl.store(d_residual_ptr + at, dx.to(d_residual_ptr.dtype.element_ty), mask=mask)
         if seed_ptr is not None:

@@ -378,7 +378,7 @@ class Evaluator:
     # Loops and branches.
 
     def _scf_for(self, operation: Operation) -> None:
-        header = re.match(r" %([\w-]+) = %([\w#-]+) to %([\w#-]+) step %([\w#-]+)", operation.text)
+        header = re.match(r" %([\w.-]+) = %([\w.#-]+) to %([\w.#-]+) step %([\w.#-]+)", operation.text)
         assert header is not None
         name, *bounds = header.groups()
         first, end, step = (self.values[bound].at(()) for bound in bounds)
@@ -387,7 +387,7 @@ class Evaluator:
         if not isinstance(step, int):
             self.model.turns.append((turn, step))
         self.values[name] = Value(Type((), "i32"), lambda index: place)
-        carried = re.findall(r"%([\w-]+) = %([\w#-]+)", operation.text[header.end() :])
+        carried = re.findall(r"%([\w.-]+) = %([\w.#-]+)", operation.text[header.end() :])
         yielded = next((o.operands for o in reversed(operation.regions[0]) if o.name == "scf.yield"), [])
         for (argument, start), following in zip(carried, yielded, strict=True):
             self._carry(argument, start, following, operation.regions[0], turn)

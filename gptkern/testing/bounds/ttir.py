@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 
 _LOCATION = re.compile(r"\s+loc\((?:[^()]|\([^()]*\))*\)")
-_ARGUMENT = re.compile(r"%([\w-]+): (!tt\.ptr<[^>]*>|[\w.]+)(?: \{([^}]*)\})?")
-_LINE = re.compile(r'(?:%([\w-]+)(?:, %([\w-]+))?(?::\d+)? = )?"?([a-z_]+\.[\w.]+)"?(.*)')
+_ARGUMENT = re.compile(r"%([\w.-]+): (!tt\.ptr<[^>]*>|[\w.]+)(?: \{([^}]*)\})?")
+_LINE = re.compile(r'(?:%([\w.-]+)(?:, %([\w.-]+))?(?::\d+)? = )?"?([a-z_]+\.[\w.]+)"?(.*)')
 _TYPE = re.compile(r"tensor<((?:\d+x)*)(!tt\.ptr<\w+>|\w+)>|(!tt\.ptr<\w+>)|\b([if]\d+|bf16|f8\w+)\b")
 
 
@@ -79,7 +79,7 @@ def _operation(line: str) -> Operation | None:
         return None
     result, second, name, text = match.groups()
     # Behind the last colon at the outside stand types.
-    return Operation(name, result or "", re.findall(r"%([\w#-]+)", text), text, _types(text), second or "")
+    return Operation(name, result or "", re.findall(r"%([\w.#-]+)", text), text, _types(text), second or "")
 
 
 class _Lines:
