@@ -261,6 +261,8 @@ def answer(form: str) -> Answer:
         return Answer((kind,) * 3, kind, _permuted)
     if name == "bfe":
         return Answer((kind, "u32", "u32"), kind, lambda a, at, count: _field(kind, a, at, count))
+    if name == "bfi":
+        return Answer((kind, kind, "u32", "u32"), kind, lambda *values: _with_field(size_of(kind), *values))
     if kind.endswith("x2") or (name == "cvt" and parts[-2].endswith("x2")):
         return _paired(parts)
     if name == "cvt":
@@ -302,6 +304,14 @@ def _field(kind: str, a: int, at: int, count: int) -> int:
     return value
 
 
+def _with_field(size: int, a: int, b: int, at: int, count: int) -> int:
+    """``b`` whose ``count`` bits from bit ``at`` on, as far as there are so many, are the lowest of ``a``."""
+    at, count = at & 0xFF, count & 0xFF
+    for bit in range(at, min(at + count, size)):
+        b = b & ~(1 << bit) | (a >> bit - at & 1) << bit
+    return b
+
+
 # --- operands
 
 _EDGES = [0, 1, 2, 3, 5, 7, -1, -2, -7, 100, -100, 0x55]
@@ -315,8 +325,8 @@ def operands(form: str, kind: str, position: int) -> list[int]:
     draw = random.Random(f"{form} {position}")
     if name in ("shl", "shr") and position:
         return (_SHIFTS * 2)[:LANES]
-    if name == "bfe" and position:
-        return [draw.randrange(33) for _ in range(LANES)]
+    if (name == "bfe" and position) or (name == "bfi" and position > 1):
+        return [draw.randrange(size_of(form.split(".")[-1]) + 1) for _ in range(LANES)]
     if kind.endswith("x2"):
         half = kind.removesuffix("x2")
         low, high = (operands(f"{form} {side}", half, position) for side in ("low", "high"))

@@ -12,8 +12,9 @@ _TILE = "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes
 ARITHMETIC = [
     "abs.f32", "abs.f64", "abs.ftz.f32", "add.bf16", "add.bf16x2", "add.f32", "add.rn.f32", "add.rn.f64",
     "add.s16", "add.s16x2", "add.s32", "add.s64", "add.u64", "and.b16", "and.b32", "and.b64", "and.pred",
-    "bfe.s32", "bfe.u32", "cvt.bf16.f16", "cvt.f32.bf16", "cvt.f64.f32", "cvt.rn.bf16.f32",
-    "cvt.rn.bf16.s16", "cvt.rn.bf16.u16", "cvt.rn.bf16x2.f32", "cvt.rn.f16x2.e4m3x2", "cvt.rn.f32.f64",
+    "bfe.s32", "bfe.u32", "bfi.b32", "bfi.b64", "cvt.bf16.f16", "cvt.f32.bf16", "cvt.f64.f32",
+    "cvt.rn.bf16.f32", "cvt.rn.bf16.s16", "cvt.rn.bf16.u16", "cvt.rn.bf16x2.f32", "cvt.rn.f16x2.e4m3x2",
+    "cvt.rn.f32.f64",
     "cvt.rn.f32.s16", "cvt.rn.f32.s32", "cvt.rn.f32.s8", "cvt.rn.f32.u16", "cvt.rn.f32.u32",
     "cvt.rn.f32.u64", "cvt.rn.f64.s32", "cvt.rn.f64.s64", "cvt.rn.f64.u32", "cvt.rn.f64.u64",
     "cvt.rn.satfinite.e4m3x2.f32", "cvt.rzi.s32.f32", "cvt.rzi.s32.f64", "cvt.rzi.s64.f64",
@@ -31,7 +32,7 @@ ARITHMETIC = [
     "rem.s64", "rem.u32", "rsqrt.approx.ftz.f32", "selp.b16", "selp.b32", "selp.b64", "selp.f32",
     "selp.f64", "selp.u16", "selp.u32", "selp.u64", "setp.eq.b32", "setp.eq.b64", "setp.eq.f32",
     "setp.eq.f64", "setp.eq.s16", "setp.eq.s32", "setp.eq.s64", "setp.eq.u32", "setp.ge.f32",
-    "setp.ge.s32", "setp.ge.s64", "setp.ge.u32", "setp.geu.f32", "setp.geu.f64", "setp.gt.f32",
+    "setp.ge.s32", "setp.ge.s64", "setp.ge.u32", "setp.ge.u64", "setp.geu.f32", "setp.geu.f64", "setp.gt.f32",
     "setp.gt.f64", "setp.gt.s32", "setp.gt.s64", "setp.gt.u16", "setp.gt.u32", "setp.gt.u64",
     "setp.gtu.f32", "setp.gtu.f64", "setp.le.bf16", "setp.le.f32", "setp.le.s32", "setp.le.s64",
     "setp.le.u32", "setp.le.u64", "setp.leu.f32", "setp.leu.f64", "setp.lt.bf16", "setp.lt.f32",
@@ -45,11 +46,12 @@ LOADS = [
     "ld.acquire.gpu.global.s32", "ld.f32", "ld.global.b16", "ld.global.b32", "ld.global.b64",
     "ld.global.b8", "ld.global.cg.b32", "ld.global.cg.v2.b32", "ld.global.cg.v4.b32", "ld.global.f32",
     "ld.global.f64", "ld.global.s32", "ld.global.u16", "ld.global.u32", "ld.global.u64",
-    "ld.global.v2.b32", "ld.global.v4.b32", "ld.param.b32", "ld.param.b64", "ld.param.s32",
+    "ld.global.v2.b32", "ld.global.v4.b32", "ld.global.v4.f32", "ld.global.v4.u32", "ld.param.b32",
+    "ld.param.b64", "ld.param.s32",
     "ld.param.u32", "ld.param.u64", "ld.param.v2.u32", "ld.shared.b16", "ld.shared.b32", "ld.shared.b64",
     "ld.shared.b8", "ld.shared.s32", "ld.shared.u32", "ld.shared.u64", "ld.shared.v2.b16",
-    "ld.shared.v2.b32", "ld.shared.v2.b8", "ld.shared.v2.u64", "ld.shared.v4.b16", "ld.shared.v4.b32",
-    "ld.u32", "ld.u64",
+    "ld.shared.v2.b32", "ld.shared.v2.b8", "ld.shared.v2.u32", "ld.shared.v2.u64", "ld.shared.v4.b16",
+    "ld.shared.v4.b32", "ld.shared.v4.u32", "ld.u32", "ld.u64", "ld.v2.u64",
 ]  # fmt: skip
 STORES = [
     "st.global.b16", "st.global.b32", "st.global.b64", "st.global.b8", "st.global.f32", "st.global.u32",
@@ -57,7 +59,7 @@ STORES = [
     "st.shared.b64", "st.shared.b8", "st.shared.u32", "st.shared.u64", "st.shared.v2.b32",
     "st.shared.v4.b32", "st.shared::cta.b16", "st.shared::cta.b32", "st.shared::cta.b64",
     "st.shared::cta.b8", "st.shared::cta.v2.b16", "st.shared::cta.v2.b32", "st.shared::cta.v4.b16",
-    "st.shared::cta.v4.b32", "st.shared::cta.v4.b8", "st.u64",
+    "st.shared::cta.v4.b32", "st.shared::cta.v4.b8", "st.u32", "st.u64",
 ]  # fmt: skip
 ATOMICS = [
     "atom.add.u32", "atom.global.gpu.acq_rel.add.u32", "atom.global.gpu.release.add.u32",
@@ -92,7 +94,9 @@ WITHOUT_EFFECT = [
 OWN = {
     "setp.lt.bf16x2": "test_pairs_are_compared_by_halves",
     "elect.sync": "test_one_lane_of_each_warp_is_elected",
+    "redux.sync.add.u32": "test_a_warp_reduces",
     "redux.sync.max.s32": "test_a_warp_reduces",
+    "redux.sync.max.u32": "test_a_warp_reduces",
     "cvta.to.global.u64": "test_global_addresses_are_generic_ones",
     "mbarrier.inval.shared::cta.b64": "test_the_place_of_a_barrier_is_memory_again",
     _TILE.replace("2d", "4d"): "test_a_tile_is_copied_swizzled_and_multiplied_by_a_warpgroup",

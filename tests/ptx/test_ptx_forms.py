@@ -155,13 +155,21 @@ def test_matrices_go_by_rows(form: str) -> None:
     assert torch.equal(matrices(held.view(32, count, 2), transposed), backwards)
 
 
-def test_a_warp_reduces() -> None:
+@pytest.mark.parametrize("form", ["redux.sync.add.u32", "redux.sync.max.s32", "redux.sync.max.u32"])
+def test_a_warp_reduces(form: str) -> None:
     values = torch.randint(-100, 100, (64,), dtype=torch.int32)
     out = torch.zeros(64, dtype=torch.int32)
     address = "mul.wide.u32 %rd5, %r0, 4; add.s64 %rd6, %rd5, %rd0; add.s64 %rd7, %rd5, %rd1;"
-    body = f"{address} ld.global.b32 %r1, [%rd6]; redux.sync.max.s32 %r2, %r1, -1; st.global.b32 [%rd7], %r2;"
-    run(body, values, out, threads=64)
-    assert torch.equal(out.view(2, 32), values.view(2, 32).amax(1, keepdim=True).expand(2, 32))
+    run(
+        f"{address} ld.global.b32 %r1, [%rd6]; {form} %r2, %r1, -1; st.global.b32 [%rd7], %r2;",
+        values,
+        out,
+        threads=64,
+    )
+    numbers = values.long() % 2**32 if form.endswith("u32") else values.long()
+    warps = numbers.view(2, 32)
+    expected = warps.sum(1) if ".add." in form else warps.amax(1)
+    assert torch.equal(out.view(2, 32), expected.int().view(2, 1).expand(2, 32))
 
 
 def test_one_lane_of_each_warp_is_elected() -> None:

@@ -206,7 +206,7 @@ def test_a_cluster_draws_the_cpus_tokens(texts: Callable[[int], str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_every_form_of_its_instructions_has_an_answer(texts: Callable[[int], str], arch: int) -> None:
-    kernels = ("sample_kernel", "speculate_kernel", "top_k_kernel")
+    kernels = ("sample_kernel", "draw_kernel", "speculate_kernel", "top_k_kernel", "commit_kernel")
     programs = [parse(texts(arch), kernel) for kernel in kernels]
     forms = {instruction.opcode for program in programs for instruction in program.instructions}
     assert len(forms) > 100 and forms - ptx_forms.known() == set()
