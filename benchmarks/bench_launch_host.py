@@ -5,15 +5,19 @@
 ``pack`` is all of it: arguments are described, the machine code is looked up, parameters are laid out, and a
 stand-in for the driver is called. ``triton`` is what Triton does before it calls its launcher: arguments are
 bound and described, the compiled kernel is looked up. Its launcher's own time comes on top, and needs a GPU.
+On a machine that others use, the minimum of the rounds is what to read.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -24,6 +28,7 @@ from gptkern import packing
 from gptkern.ops import _aot
 from gptkern.ops._launch import Launch
 from gptkern.ops.pack import build, signature
+from gptkern.ops.pack.bare import Pointer
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -31,11 +36,22 @@ if TYPE_CHECKING:
 ARCH, LAUNCHES = 90, 1000
 
 
+def _tensor(value: Any) -> Any:
+    """A tensor for a pointer without one, as a call has it."""
+    if isinstance(value, Pointer):
+        return torch.empty(1024, dtype=torch.uint8)[: 16 * value.dtype.itemsize].view(value.dtype)
+    if hasattr(value, "block_shape"):
+        value = copy.copy(value)
+        value.base = _tensor(value.base)
+    return value
+
+
 def _launches() -> dict[str, Launch]:
     """A launch of each kernel of a small model's generation."""
     found: dict[str, Launch] = {}
     for launch in packing.model_launches(model(), ARCH):
-        found.setdefault(launch.name, launch)
+        if launch.name not in found:
+            found[launch.name] = replace(launch, args=tuple(map(_tensor, launch.args)))
     return found
 
 
@@ -71,4 +87,4 @@ def test_launch_host(
                     packed.launch(launch.grid, launch.args, launch.kwargs, 0, 0)
 
         call()
-        benchmark.pedantic(call, rounds=9, iterations=1)
+        benchmark.pedantic(call, rounds=25, iterations=1)

@@ -47,6 +47,12 @@ BINARIES = {
     "ops.b:second": [Binary(b"k0", b"ELF" * 100, {"entry": "first"})],
 }
 
+FACTS = {"entry": "e", "needs": "", "passed": [], "maps": [], "threads": 32, "shared": 0, "scratch": 0} | {
+    "blocks_per_cluster": 1,
+    "dependent": False,
+    "cooperative": False,
+}
+
 
 def process(script: str, *args: object, **environment: str) -> str:
     """What a script prints, in a process in which kernels are compiled and not interpreted."""
@@ -211,7 +217,7 @@ def test_a_call_that_fits_no_kernel_is_refused(
 
 
 def test_a_call_has_its_key_whatever_is_launched_while_its_values_are_read() -> None:
-    """Reading a value may run Python, and another thread's launch of the same kernel."""
+    """Reading a value may run Python, and another launch of the same kernel, on this thread or another."""
 
     def body(x_ptr, y_ptr, size):  # type: ignore[no-untyped-def]
         pass
@@ -223,11 +229,15 @@ def test_a_call_has_its_key_whatever_is_launched_while_its_values_are_read() -> 
 
     class Interrupting(Pointer):
         def data_ptr(self) -> int:
-            kernel.key((None, 3.0, True), {})
+            assert not kernel.launch((1,), (None, 3.0, True), {}, 0, 0)
             return self.address
 
     plain, interrupting = (kind(torch.float32, 64) for kind in (Pointer, Interrupting))
-    assert kernel.key((interrupting, plain, 5), {}) == kernel.key((plain, plain, 5), {})
+    held = kernel.key((plain, plain, 5), {})
+    assert kernel.key((interrupting, plain, 5), {}) == held
+    kernel.add(held, b"no machine code", FACTS)
+    with pytest.raises(RuntimeError, match=r"libcuda|cuLibraryLoadData"):  # it is found, whatever comes then
+        kernel.launch((1,), (interrupting, plain, 5), {}, 0, 0)
 
 
 def test_a_launch_without_its_tensors_has_the_same_key_here_and_in_another_process() -> None:
@@ -553,10 +563,8 @@ def test_the_driver_that_code_needs(ptxas: str, arch: int, needed: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a driver")
 def test_without_a_driver_a_launch_says_what_is_needed() -> None:
     packed_kernel = signature.empty(kernels.decode_embed_kernel)
-    facts = {"entry": "e", "needs": "", "passed": [], "maps": [], "threads": 32, "shared": 0}
-    facts |= {"blocks_per_cluster": 1, "dependent": False, "cooperative": False, "scratch": 0}
     values = dict.fromkeys(inspect.signature(kernels.decode_embed_kernel.fn).parameters)
-    packed_kernel.add(packed_kernel.key((), values), b"", facts)
+    packed_kernel.add(packed_kernel.key((), values), b"", FACTS)
     with pytest.raises(
         RuntimeError, match=r"libcuda\.so\.1.*need NVIDIA's driver 525 \(CUDA 12\.0\) or newer"
     ):

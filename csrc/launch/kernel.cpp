@@ -9,6 +9,26 @@
 namespace py = pybind11;
 
 namespace gptkern {
+namespace {
+
+// A string with the memory of this thread's launch before: a launch allocates nothing. It is taken, not shared, as
+// reading an argument may run Python, and with it another launch of the same thread, which then has its own.
+struct Borrowed {
+    Borrowed() : text(std::move(spare())) { text.clear(); }
+    ~Borrowed() { spare() = std::move(text); }
+    Borrowed(const Borrowed&) = delete;
+    Borrowed& operator=(const Borrowed&) = delete;
+
+    std::string text;
+
+private:
+    static std::string& spare() {
+        thread_local std::string kept;
+        return kept;
+    }
+};
+
+}  // namespace
 
 PackedKernel::PackedKernel(std::string name, std::vector<Parameter> parameters)
     : name_(std::move(name)), parameters_(std::move(parameters)) {
@@ -45,10 +65,7 @@ void PackedKernel::gather(Values& values, const py::tuple& args, const py::dict&
     }
 }
 
-std::string PackedKernel::describe(const Values& values) const {
-    constexpr size_t kUsual = 512;
-    std::string key;
-    key.reserve(kUsual);
+void PackedKernel::describe(const Values& values, std::string& key) const {
     for (size_t i = 0; i < parameters_.size(); ++i) {
         const Role role = parameters_[i].role;
         if (role == Role::kConstant) {
@@ -57,13 +74,14 @@ std::string PackedKernel::describe(const Values& values) const {
             append_argument(key, values[i], role == Role::kSpecialised);
         }
     }
-    return key;
 }
 
 std::string PackedKernel::key(const py::tuple& args, const py::dict& kwargs) const {
     Values values;
     gather(values, args, kwargs);
-    return describe(values);
+    std::string key;
+    describe(values, key);
+    return key;
 }
 
 // The kernel's handle, and its attributes on this device.
@@ -93,7 +111,9 @@ bool PackedKernel::launch(const unsigned (&grid)[3], const py::tuple& args, cons
                           cuda::Stream stream) {
     Values values;
     gather(values, args, kwargs);
-    const auto found = codes_.find(describe(values));
+    Borrowed key;
+    describe(values, key.text);
+    const auto found = codes_.find(key.text);
     if (found == codes_.end()) return false;
     Code& code = found->second;
     if (device < 0 || device >= 64) throw py::value_error(name_ + ": no GPU has the number " + std::to_string(device));

@@ -76,7 +76,7 @@ private:
     void gather(Values& values, const pybind11::tuple& args, const pybind11::dict& kwargs) const;
     int slot_of(PyObject* name) const;
     void prepare(Code& code, int device) const;
-    std::string describe(const Values& values) const;
+    void describe(const Values& values, std::string& key) const;
 
     std::string name_;
     std::vector<Parameter> parameters_;
