@@ -22,9 +22,18 @@ head, so that its sum of squares needs no other program: BLOCK_N is head_dim's p
 With programmatic dependent launch a program fetches its weights into L2 before it waits for x.
 """
 
-from gptkern.ops._device import activate, rounded_product, row_terms, tanh, to_e4m3
+from gptkern.ops._device import activate, rounded_product, tanh, to_e4m3
 from gptkern.ops._pdl import prefetch, wait
 from gptkern.ops._triton import tl, triton
+
+
+@triton.jit
+def row_columns(x_ptr, rows, row_mask, start, K: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(BLOCK_S columns of whole rows in fp32, which of them there are)."""
+    columns = start + tl.arange(0, BLOCK_S)
+    inside = (columns < K)[None, :]
+    x = tl.load(x_ptr + rows[:, None] + columns[None, :], mask=row_mask[:, None] & inside, other=0.0)
+    return x.to(tl.float32), inside
 
 
 @triton.jit
@@ -32,28 +41,31 @@ def row_moments(
     x_ptr, rows, row_mask, eps, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     CENTERED: tl.constexpr = True,
 ):  # fmt: skip
-    """(mean, 1 / standard deviation) of whole rows, from the moments of BLOCK_S columns at a time.
+    """(mean, 1 / standard deviation) of whole rows.
 
-    They combine as in Chan, Golub and LeVeque (1983), equation 2.1: no cancellation where the mean is large.
+    The mean first, then the squares of what is left without it: no cancellation where the mean is large. Lanes
+    add up every BLOCK_S-th column and meet once a sum. The loads of PARTS blocks, as many as registers hold,
+    are under way at once; those of the second pass are of lines that the first has read.
     Without CENTERED the mean is taken to be 0 (RMS norm).
     """
+    BLOCKS: tl.constexpr = (K + BLOCK_S - 1) // BLOCK_S
+    PARTS: tl.constexpr = min(128 // BLOCK_R, BLOCKS)
     mean = tl.zeros([BLOCK_R], tl.float32)
-    squares = tl.zeros([BLOCK_R], tl.float32)
-    for start in tl.range(0, K, BLOCK_S):
-        columns = start + tl.arange(0, BLOCK_S)
-        mask = row_mask[:, None] & (columns < K)[None, :]
-        x = tl.load(x_ptr + rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        if CENTERED:
-            count = tl.minimum(K - start, BLOCK_S).to(tl.float32)
-            part = tl.sum(x, 1) / count
-            centred = tl.where((columns < K)[None, :], x - part[:, None], 0.0)
-            share = count / (start + count)
-            delta = part - mean
-            mean += delta * share
-            squares += tl.sum(row_terms(centred, centred), 1) + delta * delta * (start * share)
-        else:
-            squares += tl.sum(row_terms(x, x), 1)
-    return mean, tl.rsqrt(squares / K + eps)
+    if CENTERED:
+        sums = tl.zeros([BLOCK_R, BLOCK_S], tl.float32)
+        for start in tl.range(0, K, PARTS * BLOCK_S):
+            for part in tl.static_range(PARTS):
+                x, inside = row_columns(x_ptr, rows, row_mask, start + part * BLOCK_S, K, BLOCK_S)
+                sums += x
+        mean = tl.sum(sums, 1) / K
+    squares = tl.zeros([BLOCK_R, BLOCK_S], tl.float32)
+    for start in tl.range(0, K, PARTS * BLOCK_S):
+        for part in tl.static_range(PARTS):
+            x, inside = row_columns(x_ptr, rows, row_mask, start + part * BLOCK_S, K, BLOCK_S)
+            centred = tl.where(inside, x - mean[:, None], 0.0)
+            # A multiply-add of its own: see ``rounded_product``.
+            squares = tl.fma(centred, centred, squares)
+    return mean, tl.rsqrt(tl.sum(squares, 1) / K + eps)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from gptkern.ops.decode_linear.formats import QuantizedWeight
 # Bounds of BLOCK_R, the rows that a program takes together: 16 is the narrowest tile of the matrix unit, and
 # beyond 64 the accumulators do not fit in registers.
 _MIN_BLOCK_R, _MAX_BLOCK_R = 16, 64
-# BLOCK_S, the columns of a norm's partial moments: as many as registers hold of 64 rows.
+# BLOCK_S, the columns that lanes add up side by side for a norm's moments.
 MOMENT_COLUMNS = 128
 
 
