@@ -149,8 +149,8 @@ CASES = [
         Case(f"{size} proj", decode_linear, _linear(1, 4 * width, width, norm=False), mma_sync=_N),
     )
 ] + [
-    Case("124M head", decode_linear, _linear(1, 768, 50257)),
-    Case("124M head, 64 rows", decode_linear, _linear(64, 768, 50257)),
+    Case("124M head", decode_linear, _linear(1, 768, 50257), mma_sync=_N),
+    Case("124M head, 64 rows", decode_linear, _linear(64, 768, 50257), mma_sync=_N),
     Case("124M qkv, 64 rows, post-norm", decode_qkv, _qkv(64, 768, 12, post_norm=True), mma_sync=_N),
     Case("1.5B proj, 64 rows", decode_linear, _linear(64, 6400, 1600, norm=False), mma_sync=_N),
     Case("124M out, fp32", decode_linear, _linear(1, 768, 768, norm=False), dtypes=_FP32),
@@ -246,7 +246,7 @@ CASES += [
         )
         for rows in (1, 64)
     ),
-    Case("Gemma head, soft cap", decode_linear, _head(1, 1152, 262144)),
+    Case("Gemma head, soft cap", decode_linear, _head(1, 1152, 262144), mma_sync=_N),
     Case(
         "Qwen3 0.6B qkv, fp8 cache",
         decode_qkv,

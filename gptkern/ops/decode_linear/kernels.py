@@ -69,25 +69,35 @@ def row_moments(
 
 
 @triton.jit
+def part_columns(start, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """``(PARTS, WIDTH)``: the first WIDTH columns of each of the PARTS equal parts of a block."""
+    return start + tl.arange(0, PARTS)[:, None] * (BLOCK_K // PARTS) + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
 def load_rows(
     x_ptr, norm, rows, row_mask, columns, moments, store_normed, K: tl.constexpr,
     UNIT_OFFSET: tl.constexpr = False,
 ):  # fmt: skip
-    """``(BLOCK_R, columns)`` of x, or of its norm: ``norm`` is (weight, bias, normed_out) or Nones."""
+    """``(PARTS, columns, BLOCK_R)`` of x, or of its norm: ``norm`` is (weight, bias, normed_out) or Nones.
+
+    The norm's weight and bias come with x's loads, asynchronously: of 256 columns, 4 bytes for each of a
+    block's threads, the fewest that such a copy takes.
+    """
     norm_weight_ptr, norm_bias_ptr, normed_ptr = norm
     inside = columns < K
-    at = rows[:, None] + columns[None, :]
-    mask = row_mask[:, None] & inside[None, :]
+    at = columns[:, :, None] + rows[None, None, :]
+    mask = inside[:, :, None] & row_mask[None, None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0.0)
     if norm_weight_ptr is not None:
         mean, rstd = moments
         scale = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         if UNIT_OFFSET:
             scale += 1.0
-        normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * scale[None, :]
+        normed = (x.to(tl.float32) - mean[None, None, :]) * rstd[None, None, :] * scale[:, :, None]
         if norm_bias_ptr is not None:
             shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-            normed += shift[None, :]
+            normed += shift[:, :, None]
         x = normed.to(x_ptr.dtype.element_ty)
         if normed_ptr is not None:
             tl.store(normed_ptr + at, x, mask=mask & store_normed)
@@ -95,25 +105,45 @@ def load_rows(
 
 
 @triton.jit
+def sum_parts(acc, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr):
+    """``(BLOCK_N, BLOCK_R)``: the sum of ``(PARTS, BLOCK_N, BLOCK_R)``, neighbours first.
+
+    The parts of an element meet in one thread: one exchange through shared memory, and an order that no
+    layout changes.
+    """
+    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4)
+    if PARTS == 4:
+        first, second = tl.split(tl.permute(tl.reshape(acc, (2, 2, BLOCK_N, BLOCK_R)), (2, 3, 0, 1)))
+        first, second = tl.split(first + second)
+        total = first + second
+    elif PARTS == 2:
+        first, second = tl.split(tl.permute(acc, (1, 2, 0)))
+        total = first + second
+    else:
+        total = tl.reshape(acc, (BLOCK_N, BLOCK_R))
+    return total
+
+
+@triton.jit
 def product(
     x_ptr, weight_ptr, norm, rows, row_mask, outputs, k_begin, k_end, moments, stride_weight, store_normed,
     N: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    UNIT_OFFSET: tl.constexpr = False,
+    PARTS: tl.constexpr, UNIT_OFFSET: tl.constexpr = False,
 ):  # fmt: skip
-    """``(BLOCK_N, BLOCK_R)`` fp32: weight norm(x)^T over columns k_begin to k_end.
+    """``(PARTS, BLOCK_N, BLOCK_R)`` fp32: weight norm(x)^T over columns k_begin to k_end, by their parts.
 
     Weights of fewer bits than x's are widened without their scales: the caller scales the sums.
     """
-    acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    acc = tl.zeros([PARTS, BLOCK_N, BLOCK_R], tl.float32)
     # int64: a head of 128k outputs and 16k columns passes 2^31.
-    weight_rows = outputs.to(tl.int64) * stride_weight
+    weight_rows = (outputs.to(tl.int64) * stride_weight)[None, :, None]
     for start in tl.range(k_begin, k_end, BLOCK_K):
         # A tile of weights, the same columns of x, their product.
-        columns = start + tl.arange(0, BLOCK_K)
-        mask = (outputs < N)[:, None] & (columns < K)[None, :]
-        weight = tl.load(weight_ptr + weight_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+        columns = part_columns(start, BLOCK_K, PARTS, BLOCK_K // PARTS)
+        mask = (outputs < N)[None, :, None] & (columns < K)[:, None, :]
+        weight = tl.load(weight_ptr + weight_rows + columns[:, None, :], mask=mask, other=0.0)
         x = load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K, UNIT_OFFSET)
-        acc = tl.dot(weight.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
+        acc = tl.dot(weight.to(x.dtype), x, acc, input_precision="ieee")
     return acc
 
 
@@ -121,39 +151,41 @@ def product(
 def product_int4(
     x_ptr, weight_ptr, packing, norm, rows, row_mask, outputs, k_begin, k_end, moments, store_normed,
     N: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
-    UNIT_OFFSET: tl.constexpr = False,
+    PARTS: tl.constexpr, UNIT_OFFSET: tl.constexpr = False,
 ):  # fmt: skip
-    """``product`` of int4 weights, one group of columns at a time; ``packing`` is (scale, zero) pointers.
+    """``product`` of int4 weights, a group of columns a part; ``packing`` is (scale, zero) pointers.
 
     A byte holds one column of each half of its group.
     """
     scale_ptr, zero_ptr = packing
-    acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    acc = tl.zeros([PARTS, BLOCK_N, BLOCK_R], tl.float32)
     HALF: tl.constexpr = GROUP // 2
-    weight_rows = outputs.to(tl.int64) * (K // 2)
-    scale_rows = outputs.to(tl.int64) * (K // GROUP)
-    for start in tl.range(k_begin, k_end, GROUP):
-        # The group's packed weights, its scale and its zero point (8 where it has none).
-        places = start // 2 + tl.arange(0, HALF)
+    weight_rows = (outputs.to(tl.int64) * (K // 2))[None, :, None]
+    scale_rows = (outputs.to(tl.int64) * (K // GROUP))[None, :]
+    for start in tl.range(k_begin, k_end, PARTS * GROUP):
+        # The groups' packed weights, their scales and their zero points (8 where they have none).
+        groups = start // GROUP + tl.arange(0, PARTS)[:, None]
+        mask = (outputs < N)[None, :] & (groups < K // GROUP)
+        places = part_columns(start // 2, PARTS * HALF, PARTS, HALF)
         packed = tl.load(
-            weight_ptr + weight_rows[:, None] + places[None, :], mask=(outputs < N)[:, None], other=0
-        )
-        scale = tl.load(scale_ptr + scale_rows + start // GROUP, mask=outputs < N, other=0.0)
-        zero = tl.full([BLOCK_N], 8, tl.float32)
+            weight_ptr + weight_rows + places[:, None, :], mask=mask[:, :, None], other=0
+        )  # fmt: skip
+        scale = tl.load(scale_ptr + scale_rows + groups, mask=mask, other=0.0)
+        zero = tl.full([PARTS, BLOCK_N], 8, tl.float32)
         if zero_ptr is not None:
-            zero = tl.load(zero_ptr + scale_rows + start // GROUP, mask=outputs < N, other=0).to(tl.float32)
+            zero = tl.load(zero_ptr + scale_rows + groups, mask=mask, other=0).to(tl.float32)
         # x's columns of the low and of the high halves of the bytes.
-        columns = start + tl.arange(0, HALF)
+        columns = part_columns(start, PARTS * GROUP, PARTS, HALF)
         low = load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K, UNIT_OFFSET)
         high = load_rows(
             x_ptr, norm, rows, row_mask, columns + HALF, moments, store_normed, K, UNIT_OFFSET
         )  # fmt: skip
         # Two products of whole numbers, scaled once.
-        first = ((packed & 15).to(tl.float32) - zero[:, None]).to(low.dtype)
-        second = ((packed >> 4).to(tl.float32) - zero[:, None]).to(low.dtype)
-        part = tl.dot(first, tl.trans(low), input_precision="ieee")
-        part = tl.dot(second, tl.trans(high), part, input_precision="ieee")
-        acc += part * scale[:, None]
+        first = ((packed & 15).to(tl.float32) - zero[:, :, None]).to(low.dtype)
+        second = ((packed >> 4).to(tl.float32) - zero[:, :, None]).to(low.dtype)
+        part = tl.dot(first, low, input_precision="ieee")
+        part = tl.dot(second, high, part, input_precision="ieee")
+        acc += part * scale[:, :, None]
     return acc
 
 
@@ -346,7 +378,7 @@ def linear_tile(
     row_count, eps, stride_weight, tile, tiles, split, row_block,
     N: tl.constexpr, K: tl.constexpr, KV_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPLIT_K: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PARTS: tl.constexpr, SPLIT_K: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     heads=None, CENTERED: tl.constexpr = True, UNIT_OFFSET: tl.constexpr = False,
     GATED: tl.constexpr = False, SCALE: tl.constexpr = 1.0, SOFTCAP: tl.constexpr = 0.0,
     DIM: tl.constexpr = 0, INTERLEAVED: tl.constexpr = False, HEAD_NORM: tl.constexpr = False,
@@ -373,13 +405,14 @@ def linear_tile(
     if GROUP:
         acc = product_int4(
             x_ptr, weight_ptr, packing, norm, numbers * K, row_mask, outputs, k_begin, k_end, moments,
-            tile == 0, N, K, BLOCK_R, BLOCK_N, GROUP, UNIT_OFFSET,
+            tile == 0, N, K, BLOCK_R, BLOCK_N, GROUP, PARTS, UNIT_OFFSET,
         )  # fmt: skip
     else:
         acc = product(
             x_ptr, weight_ptr, norm, numbers * K, row_mask, outputs, k_begin, k_end, moments,
-            stride_weight, tile == 0, N, K, BLOCK_R, BLOCK_N, BLOCK_K, UNIT_OFFSET,
+            stride_weight, tile == 0, N, K, BLOCK_R, BLOCK_N, BLOCK_K, PARTS, UNIT_OFFSET,
         )  # fmt: skip
+    acc = sum_parts(acc, BLOCK_N, BLOCK_R, PARTS)
     # The sum of all splits, in their order.
     place = row_block * tiles + tile
     partial_ptr += place.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_R)
@@ -446,7 +479,8 @@ def decode_linear_kernel(
     stride_weight, stride_kp, stride_ks, stride_vp, stride_vs,
     N: tl.constexpr, K: tl.constexpr, KV_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPLIT_K: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PARTS: tl.constexpr, SPLIT_K: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     CENTERED: tl.constexpr, UNIT_OFFSET: tl.constexpr, GATED: tl.constexpr, SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, DIM: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_NORM: tl.constexpr,
     HEAD_UNIT_OFFSET: tl.constexpr,
@@ -466,7 +500,7 @@ def decode_linear_kernel(
         x_ptr, weight_ptr, bias_ptr, (scale_ptr, zero_ptr), (norm_weight_ptr, norm_bias_ptr, normed_ptr),
         residual_ptr, out_ptr, cache, slots_ptr, (partial_ptr, counter_ptr), row_count, eps, stride_weight,
         tile, tl.num_programs(0), split, row_block,
-        N, K, KV_WIDTH, ACTIVATION, BLOCK_R, BLOCK_N, BLOCK_K, BLOCK_S, SPLIT_K, GROUP, HEAD_DIM,
+        N, K, KV_WIDTH, ACTIVATION, BLOCK_R, BLOCK_N, BLOCK_K, BLOCK_S, PARTS, SPLIT_K, GROUP, HEAD_DIM,
         (cos_ptr, sin_ptr, lens_ptr, context, q_norm_ptr, k_norm_ptr, head_eps),
         CENTERED, UNIT_OFFSET, GATED, SCALE, SOFTCAP, DIM, INTERLEAVED, HEAD_NORM, HEAD_UNIT_OFFSET,
     )  # fmt: skip

@@ -16,6 +16,9 @@ from gptkern.ops.decode_linear.formats import QuantizedWeight
 # Bounds of BLOCK_R, the rows that a program takes together: 16 is the narrowest tile of the matrix unit, and
 # beyond 64 the accumulators do not fit in registers.
 _MIN_BLOCK_R, _MAX_BLOCK_R = 16, 64
+_STAGES_OF_MANY_ROWS = 3
+# BLOCK_K of int4 weights, unless one group has more: of fp32 rows a tile is as large as shared memory allows.
+_MOST_COLUMNS = 256
 # BLOCK_S, the columns that lanes add up side by side for a norm's moments.
 MOMENT_COLUMNS = 128
 
@@ -71,7 +74,9 @@ def tiling(
         config = dict(_launch.config("decode_linear", device, dtype=kind, n=outputs, k=width))
     config["GROUP"] = 0
     if kind == "int4" and isinstance(weight, QuantizedWeight):
-        config["GROUP"] = config["BLOCK_K"] = weight.group_size
+        config["GROUP"] = weight.group_size
+        config["PARTS"] = min(config["PARTS"], max(1, _MOST_COLUMNS // weight.group_size))
+        config["BLOCK_K"] = config["PARTS"] * weight.group_size
     config["SPLIT_K"] = min(config["SPLIT_K"], triton.cdiv(width, config["BLOCK_K"]))
     return config
 
@@ -97,7 +102,11 @@ def linear(
     kv_heads, head_dim = (0, 1) if cache is None else cache.k.shape[2:]
     config = tiling(weight, x.dtype, device, 0 if heads.norm is None else head_dim)
     block_n, split_k = config["BLOCK_N"], config["SPLIT_K"]
-    block_r = min(max(_MIN_BLOCK_R, triton.next_power_of_2(rows)), _most_rows(x.dtype, epilogue, heads))
+    block_r = min(max(_MIN_BLOCK_R, triton.next_power_of_2(rows)), _most_rows(inputs, epilogue, heads))
+    if block_r > _MIN_BLOCK_R:
+        # The tile of x is as large as that of the weights or larger: with fewer, two blocks share a
+        # multiprocessor.
+        config["num_stages"] = min(config["num_stages"], _STAGES_OF_MANY_ROWS)
     tiles = triton.cdiv(outputs, block_n if heads.norm is None else head_dim)
     row_blocks = triton.cdiv(rows, block_r)
     kv_width = kv_heads * head_dim
@@ -140,11 +149,12 @@ def linear(
     return out
 
 
-def _most_rows(dtype: torch.dtype, epilogue: Epilogue, heads: Heads) -> int:
-    """The most rows that a program takes together without spilling registers; no row's bits depend on it."""
-    if heads.norm is not None:
+def _most_rows(inputs: LinearInputs, epilogue: Epilogue, heads: Heads) -> int:
+    """The most rows of a program for which registers and shared memory suffice; no row's bits depend on it."""
+    wide = inputs.x.dtype == torch.float32
+    if heads.norm is not None or (wide and isinstance(inputs.weight, QuantizedWeight)):
         return _MIN_BLOCK_R
-    return 32 if epilogue.gated and dtype == torch.float32 else _MAX_BLOCK_R
+    return 32 if epilogue.gated and wide else _MAX_BLOCK_R
 
 
 def norm_arguments(

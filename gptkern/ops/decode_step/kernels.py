@@ -34,10 +34,10 @@ from gptkern.ops.decode_linear.kernels import linear_tile, prefetch_weights
 # says what they are.
 (
     KIND, READ, WRITE, SAVE, RESIDUAL,
-    OUTPUTS, INPUTS, TILE, TILE_COUNT, BLOCK_K, SPLIT_K, GROUP, WEIGHT, SCALED, ZEROS, BIAS,
+    OUTPUTS, INPUTS, TILE, TILE_COUNT, BLOCK_K, PARTS, SPLIT_K, GROUP, WEIGHT, SCALED, ZEROS, BIAS,
     NORM, NORM_BIAS, CENTERED, UNIT_OFFSET, ACTIVATION, GATED, SCALE, SOFTCAP,
     CACHED, DIM, INTERLEAVED, HEAD_NORM, HEAD_UNIT_OFFSET, FIELDS,
-) = (tl.constexpr(number) for number in range(30))  # fmt: skip
+) = (tl.constexpr(number) for number in range(31))  # fmt: skip
 
 # Kinds of rows.
 EMBED, LINEAR, ATTENTION = (tl.constexpr(number) for number in range(3))
@@ -202,8 +202,8 @@ def linear_phase(
             buffers[ROWS[AT + WRITE]], cache, slots_ptr, scratch, row_count, eps, STRIDE,
             item % TILES, TILES, item // TILES, 0,
             ROWS[AT + OUTPUTS], ROWS[AT + INPUTS], KV_WIDTH, ACT,
-            ROWS_TOGETHER, ROWS[AT + TILE], ROWS[AT + BLOCK_K], BLOCK_S, ROWS[AT + SPLIT_K],
-            ROWS[AT + GROUP], HEAD_DIM if ROWS[AT + CACHED] else 1,
+            ROWS_TOGETHER, ROWS[AT + TILE], ROWS[AT + BLOCK_K], BLOCK_S, ROWS[AT + PARTS],
+            ROWS[AT + SPLIT_K], ROWS[AT + GROUP], HEAD_DIM if ROWS[AT + CACHED] else 1,
             heads, ROWS[AT + CENTERED], ROWS[AT + UNIT_OFFSET], ROWS[AT + GATED], ROWS[AT + SCALE],
             ROWS[AT + SOFTCAP], ROWS[AT + DIM], ROWS[AT + INTERLEAVED], ROWS[AT + HEAD_NORM],
             ROWS[AT + HEAD_UNIT_OFFSET],

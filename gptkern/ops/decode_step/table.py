@@ -39,7 +39,7 @@ class Fields(NamedTuple):
         kind: EMBED, LINEAR or ATTENTION.
         read, write, save, residual: Numbers of buffers; -1: none.
         outputs, inputs: The product's sizes.
-        tile, block_k, split_k, group: BLOCK_N and the others of ``decode_linear``'s launch row.
+        tile, block_k, parts, split_k, group: BLOCK_N and the others of ``decode_linear``'s launch row.
         tile_count: Tiles of the product.
         weight: The dtype of its values, Triton's.
         scaled, zeros, bias: It has weight scales, zero points, a bias.
@@ -60,6 +60,7 @@ class Fields(NamedTuple):
     tile: int = 0
     tile_count: int = 0
     block_k: int = 0
+    parts: int = 0
     split_k: int = 0
     group: int = 0
     weight: Any = None
@@ -174,6 +175,7 @@ def _product(row: StepRow, head_dim: int, dtype: torch.dtype, device: torch.devi
         "tile": config["BLOCK_N"],
         "tile_count": triton.cdiv(outputs, head_tile or config["BLOCK_N"]),
         "block_k": config["BLOCK_K"],
+        "parts": config["PARTS"],
         "split_k": config["SPLIT_K"],
         "group": config["GROUP"],
         "weight": _TYPES[packed_values(weight).dtype],
