@@ -22,9 +22,18 @@ head, so that its sum of squares needs no other program: BLOCK_N is head_dim's p
 With programmatic dependent launch a program fetches its weights into L2 before it waits for x.
 """
 
-from gptkern.ops._device import activate, rounded_product, tanh, to_e4m3
+from gptkern.ops._device import activate, tanh
 from gptkern.ops._pdl import prefetch, wait
 from gptkern.ops._triton import tl, triton
+from gptkern.ops.decode_linear.kernels_heads import (
+    head_weights,
+    norm_heads,
+    pair_angles,
+    pair_rows,
+    store_kv,
+    tile_outputs,
+    turn_heads,
+)
 
 
 @triton.jit
@@ -43,9 +52,9 @@ def row_moments(
 ):  # fmt: skip
     """(mean, 1 / standard deviation) of whole rows.
 
-    The mean first, then the squares of what is left without it: no cancellation where the mean is large. Lanes
-    add up every BLOCK_S-th column and meet once a sum. The loads of PARTS blocks, as many as registers hold,
-    are under way at once; those of the second pass are of lines that the first has read.
+    The mean first, then the squares of what is left without it: no cancellation where the mean is large.
+    Lanes add up every BLOCK_S-th column and meet once a sum. The loads of PARTS blocks, as many as registers
+    hold, are under way at once; those of the second pass are of lines that the first has read.
     Without CENTERED the mean is taken to be 0 (RMS norm).
     """
     BLOCKS: tl.constexpr = (K + BLOCK_S - 1) // BLOCK_S
@@ -220,100 +229,17 @@ def split_columns(split, K: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.con
 
 
 @triton.jit
-def tile_outputs(
-    tile, N: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr, HALVES: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_TILES: tl.constexpr,
-):  # fmt: skip
-    """The outputs of a tile's lanes; N in a lane that has none.
-
-    Lanes 2 i and 2 i + 1 hold values that meet in the epilogue: GATED, those of the gate and of up; with
-    HALVES, the number of elements of each head that are turned, those of a pair of halves. HEAD_TILES: tile h
-    is head h.
-    """
-    lanes = tl.arange(0, BLOCK_N)
-    if HEAD_TILES:
-        places = tl.where(lanes < HEAD_DIM, tile * HEAD_DIM + lanes, N)
-    else:
-        places = tile * BLOCK_N + lanes
-    if GATED:
-        places = tl.where(places < N, places // 2 + (places % 2) * (N // 2), N)
-    if HALVES:
-        element = places % HEAD_DIM
-        paired = element // 2 + (element % 2) * (HALVES // 2)
-        places = tl.where((element < HALVES) & (places < N), places - element + paired, places)
-    return places
-
-
-@triton.jit
-def pair_rows(tile):
-    """The even and the odd rows of a tile."""
-    pairs = tl.reshape(tile, (tile.shape[0] // 2, 2, tile.shape[1]))
-    return tl.split(tl.permute(pairs, (0, 2, 1)))
-
-
-@triton.jit
-def unpair_rows(even, odd):
-    """The inverse of ``pair_rows``."""
-    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 1)), (2 * even.shape[0], even.shape[1]))
-
-
-@triton.jit
-def norm_heads(
-    acc, outputs, q_weight_ptr, k_weight_ptr, eps,
-    N: tl.constexpr, KV_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, UNIT_OFFSET: tl.constexpr,
-):  # fmt: skip
-    """The RMS norm of a tile that is one head, unless it is of the values."""
-    KEYS: tl.constexpr = N - 2 * KV_WIDTH
-    VALUES: tl.constexpr = N - KV_WIDTH
-    element = outputs % HEAD_DIM
-    of_keys = (outputs >= KEYS) & (outputs < VALUES)
-    weight = tl.load(q_weight_ptr + element, mask=outputs < KEYS, other=0.0).to(tl.float32)
-    weight += tl.load(k_weight_ptr + element, mask=of_keys, other=0.0).to(tl.float32)
-    if UNIT_OFFSET:
-        weight += 1.0
-    rstd = tl.rsqrt(tl.sum(rounded_product(acc, acc), 0) / HEAD_DIM + eps)
-    return tl.where((outputs < VALUES)[:, None], acc * rstd[None, :] * weight[:, None], acc)
-
-
-@triton.jit
-def turn_heads(
-    acc, tile, cos_ptr, sin_ptr, lens_ptr, context, numbers, row_mask,
-    N: tl.constexpr, KV_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
-    HEAD_TILES: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Turn the pairs of queries and keys in a tile; a position beyond the tables gives NaN.
-
-    The two elements of a pair are in lanes 2 i and 2 i + 1 (see ``tile_outputs``).
-    """
-    lanes = 2 * tl.arange(0, BLOCK_N // 2)
-    if HEAD_TILES:
-        places = tl.where(lanes < HEAD_DIM, tile * HEAD_DIM + lanes, N)
-    else:
-        places = tile * BLOCK_N + lanes
-    element = places % HEAD_DIM
-    turned = ((element < DIM) & (places < N - KV_WIDTH))[:, None]
-    position = tl.load(lens_ptr + numbers, mask=row_mask, other=1).to(tl.int64)[None, :] - 1
-    known = turned & (position >= 0) & (position < context)
-    at = position * (DIM // 2) + (element // 2)[:, None]
-    # A padding row has no position: it is not turned.
-    cos = tl.load(cos_ptr + at, mask=known, other=1.0)
-    sin = tl.load(sin_ptr + at, mask=known, other=0.0)
-    cos = tl.where(turned & (position >= context), float("nan"), cos)
-    first, second = pair_rows(acc)
-    return unpair_rows(first * cos - second * sin, second * cos + first * sin)
-
-
-@triton.jit
 def prefetch_weights(
     weight_ptr, stride_weight, tile, split,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    GROUP: tl.constexpr, COMPILED: tl.constexpr, GATED: tl.constexpr = False, HALVES: tl.constexpr = 0,
-    HEAD_DIM: tl.constexpr = 1, HEAD_TILES: tl.constexpr = False,
+    GROUP: tl.constexpr, FETCH_K: tl.constexpr, COMPILED: tl.constexpr, GATED: tl.constexpr = False,
+    HALVES: tl.constexpr = 0, HEAD_DIM: tl.constexpr = 1, HEAD_TILES: tl.constexpr = False,
 ):  # fmt: skip
-    """Fetch the weights of a tile's split into L2."""
+    """Fetch the weights of a tile's split into L2, of its first FETCH_K columns."""
     LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
     PACKED: tl.constexpr = 2 if GROUP else 1
     k_begin, k_end = split_columns(split, K, BLOCK_K, SPLIT_K)
+    k_end = tl.minimum(k_end, k_begin + FETCH_K)
     outputs = tile_outputs(tile, N, BLOCK_N, GATED, HALVES, HEAD_DIM, HEAD_TILES)
     for start in range(k_begin // PACKED, k_end // PACKED, 16 * LINE):
         lines = start + tl.arange(0, 16) * LINE
@@ -322,54 +248,105 @@ def prefetch_weights(
 
 
 @triton.jit
-def store_kv(
-    result, cache, slots, column, mask, KV_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr
-):  # fmt: skip
-    """Write the keys and values in ``result`` (outputs, rows) to the rows' slots; column 0 is key 0.
+def prefetch_vectors(
+    norm, bias_ptr, tile, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, COMPILED: tl.constexpr
+):
+    """Fetch a tile's biases into L2, and of the norm's weight and bias a line; all tiles read all of them."""
+    if bias_ptr is not None:
+        outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        prefetch(bias_ptr + outputs, outputs < N, COMPILED)
+    if norm[0] is not None:
+        LINE: tl.constexpr = 1024 // norm[0].dtype.element_ty.primitive_bitwidth
+        column = tile % ((K + LINE - 1) // LINE) * LINE
+        prefetch(norm[0] + column, column < K, COMPILED)
+        if norm[1] is not None:
+            prefetch(norm[1] + column, column < K, COMPILED)
 
-    ``cache`` is (k, v, k_scale, v_scale) pointers, page size and count, and strides of page and slot of k and
-    of v. A slot that the cache does not have is not written.
-    """
-    (
-        k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, page_size, page_count,
-        stride_kp, stride_ks, stride_vp, stride_vs,
-    ) = cache  # fmt: skip
-    pages, offsets = slots // page_size, slots % page_size
-    mask = mask & ((slots >= 0) & (pages < page_count))[None, :] & (column >= 0)
-    # Keys.
-    k_at = (pages * stride_kp + offsets * stride_ks)[None, :] + column
-    k_mask, k = mask & (column < KV_WIDTH), result
-    if k_scale_ptr is not None:
-        head = tl.minimum(tl.maximum(column, 0), KV_WIDTH - 1) // HEAD_DIM
-        k = to_e4m3(result, tl.load(k_scale_ptr + head))
-    tl.store(k_cache_ptr + k_at, k, mask=k_mask)
-    # Values.
-    column -= KV_WIDTH
-    v_at = (pages * stride_vp + offsets * stride_vs)[None, :] + column
-    v_mask, v = mask & (column >= 0), result
-    if k_scale_ptr is not None:
-        head = tl.minimum(tl.maximum(column, 0), KV_WIDTH - 1) // HEAD_DIM
-        v = to_e4m3(result, tl.load(v_scale_ptr + head))
-    tl.store(v_cache_ptr + v_at, v, mask=v_mask)
+
+@triton.jit
+def stored_outputs(tile, outputs, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The places of a tile's results: its outputs, GATED one for each pair of them."""
+    if GATED:
+        outputs = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    return outputs
 
 
 @triton.jit
 def activate_tile(
-    acc, tile, outputs, GATED: tl.constexpr, ACTIVATION: tl.constexpr, SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, GATED: tl.constexpr, ACTIVATION: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr
 ):  # fmt: skip
-    """(values, their outputs) after activation, gate, scale and soft cap."""
+    """A tile after activation, gate, scale and soft cap."""
     if GATED:
         gate, up = pair_rows(acc)
         acc = activate(gate, ACTIVATION) * up
-        outputs = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     else:
         acc = activate(acc, ACTIVATION)
     if SCALE != 1.0:
         acc *= SCALE
     if SOFTCAP != 0.0:
         acc = SOFTCAP * tanh(acc / SOFTCAP)
-    return acc, outputs
+    return acc
+
+
+@triton.jit
+def end_operands(
+    tile, outputs, places, numbers, row_mask, mask, scale_ptr, bias_ptr, residual_ptr, slots_ptr, heads,
+    N: tl.constexpr, OUT: tl.constexpr, KV_WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr, HEAD_NORM: tl.constexpr, HEAD_UNIT_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """What the end of a tile takes besides its sums: 0 for what there is not.
+
+    It is under way before the product: after it the loads would come one after another.
+    """
+    weight_scale, bias, head_weight, cos, sin, residual, slots = 0, 0, 0, 0, 0, 0, 0
+    if scale_ptr is not None:
+        weight_scale = tl.load(scale_ptr + outputs, mask=outputs < N, other=0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)
+    if HEAD_NORM:
+        head_weight = head_weights(outputs, heads[4], heads[5], N, KV_WIDTH, HEAD_DIM, HEAD_UNIT_OFFSET)
+    if DIM:
+        cos, sin = pair_angles(
+            tile, heads[0], heads[1], heads[2], heads[3], numbers, row_mask,
+            N, KV_WIDTH, HEAD_DIM, DIM, HEAD_NORM, BLOCK_N,
+        )  # fmt: skip
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + numbers[None, :] * OUT + places[:, None], mask=mask, other=0.0)
+    if KV_WIDTH:
+        slots = tl.load(slots_ptr + numbers, mask=row_mask, other=-1)
+    return weight_scale, bias, head_weight, cos, sin, residual, slots
+
+
+@triton.jit
+def finish_tile(
+    acc, ends, outputs, places, numbers, mask, out_ptr, cache, heads,
+    N: tl.constexpr, OUT: tl.constexpr, KV_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
+    HEAD_NORM: tl.constexpr,
+):  # fmt: skip
+    """Store a tile's outputs; ``ends`` is of ``end_operands``."""
+    # Weight scale, bias, heads, activation, residual.
+    if SCALED:
+        acc *= ends[0][:, None]
+    if BIAS:
+        acc += ends[1][:, None]
+    if HEAD_NORM:
+        acc = norm_heads(acc, outputs, ends[2], heads[6], N, KV_WIDTH, HEAD_DIM)
+    if DIM:
+        acc = turn_heads(acc, ends[3], ends[4])
+    # A new name: what it holds has another shape.
+    values = activate_tile(acc, GATED, ACTIVATION, SCALE, SOFTCAP)
+    if RESIDUAL:
+        values += ends[5].to(tl.float32)
+    # Keys and values go to the cache.
+    result = values.to(out_ptr.dtype.element_ty)
+    WIDTH: tl.constexpr = OUT - 2 * KV_WIDTH
+    # int64: rows times a vocabulary passes 2^31 beyond 16k rows.
+    at = numbers.to(tl.int64)[None, :] * WIDTH + places[:, None]
+    tl.store(out_ptr + at, result, mask=mask & (places < WIDTH)[:, None])
+    if KV_WIDTH:
+        store_kv(result, cache, ends[6], (places - WIDTH)[:, None], mask, KV_WIDTH, HEAD_DIM)
 
 
 @triton.jit
@@ -396,6 +373,13 @@ def linear_tile(
     outputs = tile_outputs(tile, N, BLOCK_N, GATED, HALVES, HEAD_DIM, HEAD_NORM)
     numbers = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     row_mask = numbers < row_count
+    OUT: tl.constexpr = N // 2 if GATED else N
+    places = stored_outputs(tile, outputs, GATED, BLOCK_N)
+    mask = (places < OUT)[:, None] & row_mask[None, :]
+    ends = end_operands(
+        tile, outputs, places, numbers, row_mask, mask, None if GROUP else packing[0], bias_ptr, residual_ptr,
+        slots_ptr, heads, N, OUT, KV_WIDTH, BLOCK_N, HEAD_DIM, DIM, HEAD_NORM, HEAD_UNIT_OFFSET,
+    )  # fmt: skip
     # The norm's statistics of each row, over all its columns.
     if norm[0] is not None:
         moments = row_moments(x_ptr, numbers * K, row_mask, eps, K, BLOCK_R, BLOCK_S, CENTERED)
@@ -418,37 +402,11 @@ def linear_tile(
     partial_ptr += place.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_R)
     acc, last = sum_splits(acc, partial_ptr, counter_ptr + place, split, BLOCK_N, BLOCK_R, SPLIT_K)
     if last:
-        # Weight scale, bias.
-        if packing[0] is not None and not GROUP:
-            acc *= tl.load(packing[0] + outputs, mask=outputs < N, other=0.0)[:, None]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[:, None]
-        if HEAD_NORM:
-            acc = norm_heads(
-                acc, outputs, heads[4], heads[5], heads[6], N, KV_WIDTH, HEAD_DIM, HEAD_UNIT_OFFSET
-            )  # fmt: skip
-        if DIM:
-            acc = turn_heads(
-                acc, tile, heads[0], heads[1], heads[2], heads[3], numbers, row_mask,
-                N, KV_WIDTH, HEAD_DIM, DIM, HEAD_NORM, BLOCK_N,
-            )  # fmt: skip
-        OUT: tl.constexpr = N // 2 if GATED else N
-        # New names: what they hold has another shape.
-        values, places = activate_tile(acc, tile, outputs, GATED, ACTIVATION, SCALE, SOFTCAP, BLOCK_N)
-        # Residual.
-        mask = (places < OUT)[:, None] & row_mask[None, :]
-        if residual_ptr is not None:
-            at = numbers[None, :] * OUT + places[:, None]
-            values += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        # Store the outputs; keys and values go to the cache.
-        result = values.to(out_ptr.dtype.element_ty)
-        WIDTH: tl.constexpr = OUT - 2 * KV_WIDTH
-        # int64: rows times a vocabulary passes 2^31 beyond 16k rows.
-        at = numbers.to(tl.int64)[None, :] * WIDTH + places[:, None]
-        tl.store(out_ptr + at, result, mask=mask & (places < WIDTH)[:, None])
-        if cache[0] is not None:
-            slots = tl.load(slots_ptr + numbers, mask=row_mask, other=-1)
-            store_kv(result, cache, slots, (places - WIDTH)[:, None], mask, KV_WIDTH, HEAD_DIM)
+        finish_tile(
+            acc, ends, outputs, places, numbers, mask, out_ptr, cache, heads,
+            N, OUT, KV_WIDTH, ACTIVATION, HEAD_DIM, packing[0] is not None and not GROUP,
+            bias_ptr is not None, residual_ptr is not None, GATED, SCALE, SOFTCAP, DIM, HEAD_NORM,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["row_count", "page_count", "context"])
@@ -480,7 +438,7 @@ def decode_linear_kernel(
     N: tl.constexpr, K: tl.constexpr, KV_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     PARTS: tl.constexpr, SPLIT_K: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    FETCH_K: tl.constexpr, HEAD_DIM: tl.constexpr,
     CENTERED: tl.constexpr, UNIT_OFFSET: tl.constexpr, GATED: tl.constexpr, SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, DIM: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_NORM: tl.constexpr,
     HEAD_UNIT_OFFSET: tl.constexpr,
@@ -488,9 +446,10 @@ def decode_linear_kernel(
     tile, split, row_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         prefetch_weights(
-            weight_ptr, stride_weight, tile, split, N, K, BLOCK_N, BLOCK_K, SPLIT_K, GROUP, PDL,
+            weight_ptr, stride_weight, tile, split, N, K, BLOCK_N, BLOCK_K, SPLIT_K, GROUP, FETCH_K, PDL,
             GATED, 0 if INTERLEAVED else DIM, HEAD_DIM, HEAD_NORM,
         )  # fmt: skip
+        prefetch_vectors((norm_weight_ptr, norm_bias_ptr), bias_ptr, tile, N, K, BLOCK_N, PDL)
     wait(PDL)
     cache = (
         k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, page_size, page_count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from gptkern.ops.decode_linear.formats import QuantizedWeight
 # beyond 64 the accumulators do not fit in registers.
 _MIN_BLOCK_R, _MAX_BLOCK_R = 16, 64
 _STAGES_OF_MANY_ROWS = 3
+# Programs of a multiprocessor at once, by shared memory.
+_RESIDENT = 4
 # BLOCK_K of int4 weights, unless one group has more: of fp32 rows a tile is as large as shared memory allows.
 _MOST_COLUMNS = 256
 # BLOCK_S, the columns that lanes add up side by side for a norm's moments.
@@ -141,6 +144,7 @@ def linear(
             BLOCK_R=block_r,
             BLOCK_S=MOMENT_COLUMNS,
             HEAD_DIM=head_dim,
+            FETCH_K=_fetched_columns(tiles * split_k, values, config, device),
             **norm_flags,
             **head_flags,
             **_pdl.options(device),
@@ -150,11 +154,33 @@ def linear(
 
 
 def _most_rows(inputs: LinearInputs, epilogue: Epilogue, heads: Heads) -> int:
-    """The most rows of a program for which registers and shared memory suffice; no row's bits depend on it."""
+    """The most rows for which registers and shared memory suffice; no row's bits depend on it."""
     wide = inputs.x.dtype == torch.float32
     if heads.norm is not None or (wide and isinstance(inputs.weight, QuantizedWeight)):
         return _MIN_BLOCK_R
     return 32 if epilogue.gated and wide else _MAX_BLOCK_R
+
+
+@functools.cache
+def _l2_bytes(device: torch.device) -> int:
+    """The size of the L2 cache; 50 MiB (an H100's) where there is no GPU to ask."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return 50 << 20
+
+
+def _fetched_columns(
+    programs: int, values: torch.Tensor, config: dict[str, int], device: torch.device
+) -> int:
+    """Columns whose weights a program fetches into L2 before it waits, whole blocks of them.
+
+    What the programs that run at once fetch is at most half of the cache, as either half of it may hold a
+    line; more would drive out what is still to be read.
+    """
+    resident = min(programs, _RESIDENT * _launch.multiprocessors(device))
+    share = _l2_bytes(device) // 2 // (resident * config["BLOCK_N"])
+    columns = 8 * share // (4 if config["GROUP"] else 8 * values.element_size())
+    return max(1, columns // config["BLOCK_K"]) * config["BLOCK_K"]
 
 
 def norm_arguments(

@@ -105,8 +105,9 @@ def fetch_weights(row_ptr, program, ROWS: tl.constexpr, AT: tl.constexpr, HEAD_D
         prefetch_weights(
             address(row_ptr, VALUES_AT, ROWS[AT + WEIGHT]), STRIDE, program % TILES, program // TILES,
             ROWS[AT + OUTPUTS], ROWS[AT + INPUTS], ROWS[AT + TILE], ROWS[AT + BLOCK_K], ROWS[AT + SPLIT_K],
-            ROWS[AT + GROUP], True, ROWS[AT + GATED], 0 if ROWS[AT + INTERLEAVED] else ROWS[AT + DIM],
-            HEAD_DIM if ROWS[AT + CACHED] else 1, ROWS[AT + HEAD_NORM],
+            ROWS[AT + GROUP], ROWS[AT + INPUTS], True, ROWS[AT + GATED],
+            0 if ROWS[AT + INTERLEAVED] else ROWS[AT + DIM], HEAD_DIM if ROWS[AT + CACHED] else 1,
+            ROWS[AT + HEAD_NORM],
         )  # fmt: skip
 
 
