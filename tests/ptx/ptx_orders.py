@@ -25,7 +25,7 @@ CALLS = {
     "linear, many tiles": ("linear", "many tiles", 2),
     "gelu": ("gelu_mlp", "gelu_tanh, 33", 2),
     "gated": ("gated_mlp", "ragged tiles", 2),
-    "decode": ("decode_linear", "residual, 17 x 100 to 33", 2),
+    "decode": ("decode_linear", "qkv, head norm, 3 x 140", 2),
     "qkv": ("decode_linear", "qkv, 5 x 40", 2),
     "few bits": ("decode_linear", "int4, groups of 32, zeros, residual", 2),
     "decode_attention": ("decode_attention", "3 splits", 132),

@@ -290,7 +290,7 @@ CASES += [
 ]
 CHECKS = [
     Case("qkv, rotary, 5 x 40", decode_qkv, _modern_qkv(5, 40, 4, 2, 20)),
-    Case("qkv, head norm, 3 x 24", decode_qkv, _modern_qkv(3, 24, 3, 1, 12, dim=4, norm=True)),
+    Case("qkv, head norm, 3 x 140", decode_qkv, _modern_qkv(3, 140, 3, 1, 12, dim=4, norm=True)),
     Case("gate and up, 3 x 40 to 17", decode_linear, _gated(3, 40, 17)),
     Case("head, soft cap", decode_linear, _head(2, 40, 33)),
     Case("norm, 3 x 40 to 20", decode_linear, _linear(3, 40, 20)),
