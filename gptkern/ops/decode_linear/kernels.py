@@ -79,8 +79,24 @@ def row_moments(
 
 @triton.jit
 def part_columns(start, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """``(PARTS, WIDTH)``: the first WIDTH columns of each of the PARTS equal parts of a block."""
-    return start + tl.arange(0, PARTS)[:, None] * (BLOCK_K // PARTS) + tl.arange(0, WIDTH)[None, :]
+    """``(PARTS, WIDTH)``: the first WIDTH columns of each of the PARTS equal parts of a block.
+
+    Of one part ``(WIDTH,)``: a product with an axis for it would be the same one in every warp.
+    """
+    columns = start + tl.arange(0, WIDTH)
+    if PARTS > 1:
+        columns = columns[None, :] + tl.arange(0, PARTS)[:, None] * (BLOCK_K // PARTS)
+    return columns
+
+
+@triton.jit
+def empty_sums(BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr):
+    """Zeros, ``(PARTS, BLOCK_N, BLOCK_R)``, of one part ``(BLOCK_N, BLOCK_R)``."""
+    if PARTS > 1:
+        acc = tl.zeros([PARTS, BLOCK_N, BLOCK_R], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    return acc
 
 
 @triton.jit
@@ -95,18 +111,18 @@ def load_rows(
     """
     norm_weight_ptr, norm_bias_ptr, normed_ptr = norm
     inside = columns < K
-    at = columns[:, :, None] + rows[None, None, :]
-    mask = inside[:, :, None] & row_mask[None, None, :]
+    at = tl.expand_dims(columns, -1) + rows
+    mask = tl.expand_dims(inside, -1) & row_mask
     x = tl.load(x_ptr + at, mask=mask, other=0.0)
     if norm_weight_ptr is not None:
         mean, rstd = moments
         scale = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         if UNIT_OFFSET:
             scale += 1.0
-        normed = (x.to(tl.float32) - mean[None, None, :]) * rstd[None, None, :] * scale[:, :, None]
+        normed = (x.to(tl.float32) - mean) * rstd * tl.expand_dims(scale, -1)
         if norm_bias_ptr is not None:
             shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-            normed += shift[:, :, None]
+            normed += tl.expand_dims(shift, -1)
         x = normed.to(x_ptr.dtype.element_ty)
         if normed_ptr is not None:
             tl.store(normed_ptr + at, x, mask=mask & store_normed)
@@ -129,7 +145,7 @@ def sum_parts(acc, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.const
         first, second = tl.split(tl.permute(acc, (1, 2, 0)))
         total = first + second
     else:
-        total = tl.reshape(acc, (BLOCK_N, BLOCK_R))
+        total = acc
     return total
 
 
@@ -143,14 +159,14 @@ def product(
 
     Weights of fewer bits than x's are widened without their scales: the caller scales the sums.
     """
-    acc = tl.zeros([PARTS, BLOCK_N, BLOCK_R], tl.float32)
+    acc = empty_sums(BLOCK_N, BLOCK_R, PARTS)
     # int64: a head of 128k outputs and 16k columns passes 2^31.
-    weight_rows = (outputs.to(tl.int64) * stride_weight)[None, :, None]
+    weight_rows = (outputs.to(tl.int64) * stride_weight)[:, None]
     for start in tl.range(k_begin, k_end, BLOCK_K):
         # A tile of weights, the same columns of x, their product.
         columns = part_columns(start, BLOCK_K, PARTS, BLOCK_K // PARTS)
-        mask = (outputs < N)[None, :, None] & (columns < K)[:, None, :]
-        weight = tl.load(weight_ptr + weight_rows + columns[:, None, :], mask=mask, other=0.0)
+        mask = (outputs < N)[:, None] & tl.expand_dims(columns < K, -2)
+        weight = tl.load(weight_ptr + weight_rows + tl.expand_dims(columns, -2), mask=mask, other=0.0)
         x = load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K, UNIT_OFFSET)
         acc = tl.dot(weight.to(x.dtype), x, acc, input_precision="ieee")
     return acc
@@ -167,20 +183,21 @@ def product_int4(
     A byte holds one column of each half of its group.
     """
     scale_ptr, zero_ptr = packing
-    acc = tl.zeros([PARTS, BLOCK_N, BLOCK_R], tl.float32)
+    acc = empty_sums(BLOCK_N, BLOCK_R, PARTS)
     HALF: tl.constexpr = GROUP // 2
-    weight_rows = (outputs.to(tl.int64) * (K // 2))[None, :, None]
-    scale_rows = (outputs.to(tl.int64) * (K // GROUP))[None, :]
+    weight_rows = (outputs.to(tl.int64) * (K // 2))[:, None]
+    scale_rows = outputs.to(tl.int64) * (K // GROUP)
     for start in tl.range(k_begin, k_end, PARTS * GROUP):
         # The groups' packed weights, their scales and their zero points (8 where they have none).
-        groups = start // GROUP + tl.arange(0, PARTS)[:, None]
-        mask = (outputs < N)[None, :] & (groups < K // GROUP)
+        groups = start // GROUP
+        if PARTS > 1:
+            groups += tl.arange(0, PARTS)[:, None]
+        mask = (outputs < N) & (groups < K // GROUP)
         places = part_columns(start // 2, PARTS * HALF, PARTS, HALF)
-        packed = tl.load(
-            weight_ptr + weight_rows + places[:, None, :], mask=mask[:, :, None], other=0
-        )  # fmt: skip
+        packed_at = weight_rows + tl.expand_dims(places, -2)
+        packed = tl.load(weight_ptr + packed_at, mask=tl.expand_dims(mask, -1), other=0)
         scale = tl.load(scale_ptr + scale_rows + groups, mask=mask, other=0.0)
-        zero = tl.full([PARTS, BLOCK_N], 8, tl.float32)
+        zero = tl.full(scale.shape, 8, tl.float32)
         if zero_ptr is not None:
             zero = tl.load(zero_ptr + scale_rows + groups, mask=mask, other=0).to(tl.float32)
         # x's columns of the low and of the high halves of the bytes.
@@ -190,11 +207,12 @@ def product_int4(
             x_ptr, norm, rows, row_mask, columns + HALF, moments, store_normed, K, UNIT_OFFSET
         )  # fmt: skip
         # Two products of whole numbers, scaled once.
-        first = ((packed & 15).to(tl.float32) - zero[:, :, None]).to(low.dtype)
-        second = ((packed >> 4).to(tl.float32) - zero[:, :, None]).to(low.dtype)
+        zero = tl.expand_dims(zero, -1)
+        first = ((packed & 15).to(tl.float32) - zero).to(low.dtype)
+        second = ((packed >> 4).to(tl.float32) - zero).to(low.dtype)
         part = tl.dot(first, low, input_precision="ieee")
         part = tl.dot(second, high, part, input_precision="ieee")
-        acc += part * scale[:, :, None]
+        acc += part * tl.expand_dims(scale, -1)
     return acc
 
 
