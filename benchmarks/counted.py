@@ -100,9 +100,9 @@ def turns(body: list[tuple[int, str, str]], options: dict[str, Any]) -> int:
     """How often a loop is passed in one program, 0 for one that only fetches into L2."""
     names = [name for _, _, name in body]
     if any(name.startswith(("HMMA", "HGMMA")) for name in names):
-        return -(-options["K"] // options["SPLIT_K"] // options["BLOCK_K"])
+        return int(-(-options["K"] // options["SPLIT_K"] // options["BLOCK_K"]))
     if any(name.startswith("SHFL") for name in names) and "K" in options:
-        return -(-options["K"] // options["BLOCK_S"])
+        return int(-(-options["K"] // options["BLOCK_S"]))
     return 1 if any(name.startswith("LDG.") for name in names) else 0
 
 
@@ -151,18 +151,18 @@ def sectors() -> dict[str, list[int]]:
 
     with executed(ARCH, counters=found), torch.no_grad():
         decode_linear(value(1, 768), value(64, 768), value(64), norm=(value(768), value(768), 1e-5))
-    tensors = [value(33, 768), value(768), value(768)]
+    x, weight, bias = (tensor.requires_grad_() for tensor in (value(33, 768), value(768), value(768)))
     with executed(ARCH, counters=found):
-        layer_norm(*(tensor.requires_grad_() for tensor in tensors)).sum().backward()
+        layer_norm(x, weight, bias).sum().backward()
     return {name: list(counters.total("global")[1:]) for name, counters in found.items()}
 
 
 def microseconds(found: dict[str, Any]) -> float:
     """From the wait for the kernel before to the last store, by the chain of what one program waits for."""
-    cycles = LOAD * (found["rounds"] + found["copied"]) + BARRIER * found["barriers"]
+    cycles: float = LOAD * (found["rounds"] + found["copied"]) + BARRIER * found["barriers"]
     cycles += PRODUCT * found["products"] + RENDEZVOUS * found["rendezvous"]
     # Exchanges of one step go side by side: half of them wait for another.
-    return (cycles + EXCHANGE * found["exchanges"] / 2) / CLOCK / 1000
+    return float((cycles + EXCHANGE * found["exchanges"] / 2) / CLOCK / 1000)
 
 
 def count() -> dict[str, Any]:
