@@ -312,7 +312,7 @@ def end_operands(
     N: tl.constexpr, OUT: tl.constexpr, KV_WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr, HEAD_NORM: tl.constexpr, HEAD_UNIT_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """What the end of a tile takes besides its sums: 0 for what there is not.
+    """Operands of the end of a tile besides its sums: 0 for what there is not.
 
     It is under way before the product: after it the loads would come one after another.
     """
