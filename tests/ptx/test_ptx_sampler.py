@@ -178,6 +178,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"epsilon_cutoff": 0.01, "dtype": torch.float16},
     {"eta_cutoff": 0.05},
     {"n_logprobs": 5, "few": 3},
+    {"n_logprobs": 200, "few": 150},
     {"top_k": 50, "spread": 0.0},
     {"top_k": 20, "min_p": 0.1, "dtype": torch.bfloat16},
     {"top_k": 20, "few": 3},
@@ -418,5 +419,5 @@ def test_faults_planted_in_the_sampler_are_found(fault: str, tmp_path: Path) -> 
             draws(ptx, 2, temperature=0.0)
             draws(ptx, 1, top_k=50, spread=0.0)
         draws(ptx, 2, top_k=7, top_p=0.75, n_logprobs=5)
-        draws(ptx, 2, n_logprobs=5, few=3)
+        draws(ptx, 2, n_logprobs=200, few=150)  # fewer than are asked for, in every block
         draws(ptx, 2, top_k=50, spread=0.0, history=True)
