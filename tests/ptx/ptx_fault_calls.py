@@ -34,15 +34,16 @@ class Calls:
     Attributes:
         kernels: Those into which faults are planted.
         programs: The multiprocessors that launches of as many programs as fit believe in.
-        edges: (size, values): further evidence is each launch with an int64 tensor of so many elements whose
-            first have these values, which the ops refuse on a CPU and the kernels have masks for.
+        edges: (dtype, size, values): further evidence is each launch with a tensor of this dtype and of so
+            many elements whose first have these values, which the ops refuse on a CPU and the kernels have
+            masks for.
     """
 
     op: _cases.Op
     makes: tuple[_cases.Make, ...]
     kernels: tuple[str, ...]
     programs: int = 2
-    edges: tuple[int, tuple[int, ...]] = (0, ())
+    edges: tuple[tuple[torch.dtype, int, tuple[int, ...]], ...] = ()
 
 
 def _splits(device: torch.device, dtype: torch.dtype) -> _cases.Call:
@@ -50,6 +51,21 @@ def _splits(device: torch.device, dtype: torch.dtype) -> _cases.Call:
     q, k, v = (torch.randn(shape, device=device).to(dtype) for shape in ((2, 2, 20), *[(40, 16, 1, 20)] * 2))
     table = torch.arange(40, dtype=torch.int32, device=device).view(2, 20)
     return _cases.Call((q, k, v, table, torch.tensor([300, 130], dtype=torch.int32, device=device)))
+
+
+def _sequences(device: torch.device, dtype: torch.dtype) -> _cases.Call:
+    """As ``_splits``, with a sequence that fills one split and one that has no token."""
+    q = torch.randn((4, 2, 20), device=device).to(dtype)
+    table = torch.arange(80, dtype=torch.int32, device=device).view(4, 20) % 40
+    lengths = torch.tensor([300, 100, 0, 128], dtype=torch.int32, device=device)
+    return _cases.Call((q, *_splits(device, dtype).args[1:3], table, lengths))
+
+
+def _rows(device: torch.device, dtype: torch.dtype) -> _cases.Call:
+    """Rows of which the last is padding."""
+    made = embed_cases._embed(9, 11, 20)(device, dtype)
+    made.args[1].fill_(8)
+    return made
 
 
 def _positions(device: torch.device, dtype: torch.dtype) -> _cases.Call:
@@ -63,21 +79,39 @@ def _wide_rows(device: torch.device, dtype: torch.dtype) -> _cases.Call:
 
 # Kernels that serve all tiles with any number of programs.
 ANY_GRID = ("linear",)
+# Kernels whose second axis of programs shares out a sum: one of them alone has the most steps.
+ANY_SHARES = ("linear_dw",)
 CALLS = {
     "linear": Calls(
         linear_cases.linear_act,
-        (linear_cases._act(330, 200, 72, "gelu_tanh"),),
+        tuple(
+            linear_cases._act(*sizes, "gelu_tanh")
+            for sizes in ((330, 200, 72), (325, 456, 136), (323, 72, 120), (65, 72, 88), (5, 72, 104))
+        ),
         ("linear", "linear_dw", "column_sum"),
     ),
-    "gelu": Calls(gelu_mlp, (mlp_cases.inputs(70, 328, 72),), ("linear_dact",)),
+    "gelu": Calls(
+        gelu_mlp,
+        tuple(
+            mlp_cases.inputs(*sizes)
+            for sizes in ((70, 328, 72), (133, 24, 200), (5, 24, 88), (5, 24, 104), (5, 24, 120))
+        ),
+        ("linear_dact",),
+    ),
     "gated": Calls(
         gated_mlp,
-        (mlp_cases.inputs(70, 328, 72, gate=2, bias=True),),
+        tuple(
+            mlp_cases.inputs(*sizes, gate=2, bias=True)
+            for sizes in ((70, 328, 72), (129, 72, 136), (133, 24, 200))
+        ),
         ("gated_linear", "gated_linear_dact"),
     ),
     "attention": Calls(
         flash_attention,
-        (flash_cases._dense(1, 200, 200, 2, 1, 16), flash_cases._dense(1, 200, 136, 2, 1, 16)),
+        tuple(
+            flash_cases._dense(1, queries, keys, 2, 1, 16)
+            for queries, keys in ((200, 200), (200, 136), (296, 141), (136, 205))
+        ),
         ("flash_attention_forward", "flash_attention_dq", "flash_attention_dkdv"),
     ),
     "decode": Calls(
@@ -92,15 +126,26 @@ CALLS = {
     ),
     "decode_attention": Calls(
         decode_attention,
-        (_splits,),
+        (_splits, _sequences),
         ("decode_attention_kernel",),
         132,
+        ((torch.int32, 4, (-1, 300, 321, 0)),),
     ),
     "append": Calls(
-        attend_cases.append_kv, (attend_cases._append(7, 3, 20),), ("append_kv_kernel",), edges=(7, (-1, 112))
+        attend_cases.append_kv,
+        (attend_cases._append(7, 3, 20),),
+        ("append_kv_kernel",),
+        edges=((torch.int64, 7, (-1, 112)),),
     ),
     "embed": Calls(
-        decode_embed, (embed_cases._embed(3, 11, 20),), ("decode_embed_kernel",), edges=(3, (-1, 11))
+        decode_embed,
+        (embed_cases._embed(3, 11, 20), _rows),
+        ("decode_embed_kernel",),
+        edges=(
+            (torch.int64, 9, (-1, 11)),
+            (torch.int32, 9, (-1, 63, 64, 15, 16)),
+            (torch.int32, 36, (-1,) * 36),
+        ),
     ),
     "norm": Calls(
         norm_cases.add_layer_norm,
@@ -116,12 +161,16 @@ CALLS = {
         _rotary,
         (_positions,),
         ("rotary_kernel", "rotary_norm_backward_kernel"),
-        edges=(9, (-1, 9)),
+        edges=((torch.int64, 9, (-1, 9)),),
     ),
     "loss": Calls(
         _loss,
-        (loss_cases._inputs(65, 200, 150),),
+        (
+            loss_cases._inputs(65, 200, 150),
+            loss_cases._inputs(65, 24, 141),
+            loss_cases._inputs(127, 200, 250),
+        ),
         ("logits_kernel", "loss_kernel", "dhidden_kernel", "dweight_kernel"),
-        edges=(65, (-1, 150)),
+        edges=((torch.int64, 65, (-1, 150) * 32),),
     ),
 }

@@ -42,6 +42,30 @@ REASONS = (
         "^flash", "one more", r"setp\.lt\.s32 %p1, %r4,", "same",
         "a dense call has no block of queries beyond its sequence",
     ),
+    Reason(
+        "^flash_attention_dkdv", "one more", r"setp\.lt\.s32 %p3, %r2,", "same",
+        "a dense call has no block of keys beyond its sequence",
+    ),
+    Reason(
+        "^flash_attention_dkdv", "one more", r"setp\.gt\.s32 %p(4, %r77|2, %r65), 0;", "same",
+        "keys have at least one head of queries",
+    ),
+    Reason(
+        "^flash_attention_dkdv", "one more", r"setp\.lt\.s32 %p35, %r28,", "",
+        "queries beyond the end have no weight without the mask, too",
+    ),
+    Reason(
+        "^dweight", "one more", r"setp\.lt\.s32 %p5, %r790,", "same",
+        "numbers of tokens that 16 divides have a text of their own",
+    ),
+    Reason(
+        "^column_sum", "one more", r"setp\.lt\.s32 %p50,", "",
+        "one more turn has no row left, and its mask lets nothing through",
+    ),
+    Reason(
+        "^decode_embed", "one more", r"setp\.lt\.s32 %p2,", "",
+        "it guards two loads alone, whose results a padding row does not use",
+    ),
     Reason(".", "one more", r", 2139095040;", "same", "a sum of exponentials below their maximum is not inf"),
     Reason(
         "linear", "one more", r"setp\.gt\.s32 .*, (63|127|191);", "same",
@@ -52,6 +76,7 @@ REASONS = (
         "sizes that 16 divides have a text of their own",
     ),
     Reason(".", "one more", r"setp\.lt\.s32 .*, 1;", "same", "there is at least one turn"),
+    Reason("linear", "one more", r"setp\.gt\.s32 .*, 31;", "same", "there is at least one turn"),
     Reason("^d(hidden|weight)", "one more", r"setp\.gt\.s32 .*, 0;", "same", "there is at least one turn"),
     Reason("^norm", "unguarded", r"ld\.global\.b32", "same", "the first of a program's rows is there"),
     Reason("^rotary", "its own value", "shfl", "same", "both lanes hold the same sum"),

@@ -281,7 +281,10 @@ def launches(calls: Calls, arch: int) -> dict[str, list[ptx_recorded.Recorded]]:
         if kernel in ptx_fault_calls.ANY_GRID:
             own = [launch.before(grid=(calls.programs,)) for launch in own]
         alike = [launch for launch in own if launch.text == own[0].text]
-        found[kernel] = alike + [edge for launch in alike if (edge := launch.at_edges(*calls.edges))]
+        if kernel in ptx_fault_calls.ANY_SHARES:
+            alike += [launch.before(grid=launch.grid[:1]) for launch in alike]
+        edges = [launch.at_edges(*edge) for edge in calls.edges for launch in alike]
+        found[kernel] = alike + [edge for edge in edges if edge]
     return found
 
 

@@ -62,10 +62,10 @@ class Recorded:
             _whole(tensor).copy_(contents)
         return replace(self, **changes)
 
-    def at_edges(self, size: int, values: Sequence[int]) -> Recorded | None:
-        """The launch with these values first in its int64 tensor of so many elements; None if it has none."""
+    def at_edges(self, dtype: torch.dtype, size: int, values: Sequence[int]) -> Recorded | None:
+        """The launch with these values first in its tensor of so many elements; None if it has none."""
         for place, value in enumerate(self.values):
-            if isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.numel() == size:
+            if isinstance(value, torch.Tensor) and value.dtype == dtype and value.numel() == size:
                 changed = value.clone()
                 changed.view(-1)[: len(values)] = torch.tensor(values)
                 return self.before(values=[*self.values[:place], changed, *self.values[place + 1 :]])
