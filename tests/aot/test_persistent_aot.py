@@ -56,7 +56,7 @@ _BARRIERS = """
 import sys
 sys.path.insert(0, "benchmarks")
 import torch
-import bench_launch_costs as costs
+import launch_cost_kernels as costs
 from gptkern.ops import _aot, _launch
 
 for arch in _launch.ARCHS:
