@@ -177,7 +177,7 @@ def _fetched_columns(
     What the programs that run at once fetch is at most half of the cache, as either half of it may hold a
     line; more would drive out what is still to be read.
     """
-    resident = min(programs, _RESIDENT * _launch.multiprocessors(device))
+    resident = max(1, min(programs, _RESIDENT * _launch.multiprocessors(device)))
     share = _l2_bytes(device) // 2 // (resident * config["BLOCK_N"])
     columns = 8 * share // (4 if config["GROUP"] else 8 * values.element_size())
     return max(1, columns // config["BLOCK_K"]) * config["BLOCK_K"]
