@@ -106,7 +106,8 @@ def test_an_archive_is_at_home_wherever_it_is_unpacked(tmp_path: Path) -> None:
     assert (package / "gptkern" / extension.name).read_bytes() == b"machine code"
 
 
-# Compiles real launches, meta tensors and an unaligned one among them, as any process with PyTorch does.
+# Compiles real launches as any process with PyTorch does: of meta tensors, an unaligned one, and both kinds
+# of tensor maps.
 _COMPILING = """
 import sys, torch
 sys.path[:0] = [{folder!r}, {benchmarks!r}]
@@ -115,7 +116,7 @@ from launches import line
 from gptkern.ops import _aot, _cases, _launch
 
 wanted = [_launch.Launch(kernels.empty_kernel, (1,), (torch.zeros(5)[1:],), dict(PDL=True, launch_pdl=True))]
-for op, name in (("layer_norm", 0), ("decode_linear", 0), ("linear", 0)):
+for op, name in (("layer_norm", 0), ("decode_linear", 0), ("linear", 0), ("gated_mlp", 4)):
     case = _cases.cases(op)[name]
     wanted += _cases.record_case(case, torch.bfloat16, 90)[:1]
 for launch in wanted:
@@ -142,7 +143,7 @@ def test_a_process_without_pytorch_finds_what_real_launches_compiled(tmp_path: P
     lines = tmp_path / "launches.jsonl"
     lines.write_text(run("-c", script))
     count = len(lines.read_text().splitlines())
-    assert count == 4
+    assert count == 5
     precompile = str(FOLDER / "precompile.py")
     used = tmp_path / "used"
     found = json.loads(run(precompile, str(lines), "--used", str(used)))

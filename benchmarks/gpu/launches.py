@@ -51,7 +51,10 @@ def _kind(value: Any) -> Any:
     if isinstance(value, float):
         return {"float": 0.5}
     if hasattr(value, "block_shape"):
-        return {"descriptor": _dtype(value.base), "block": list(value.block_shape)}
+        made = {"descriptor": _dtype(value.base), "block": list(value.block_shape)}
+        if hasattr(value, "layout"):  # Gluon's: the layout of its tiles in shared memory
+            made["layout"] = [value.layout.swizzle_byte_width, value.layout.element_bitwidth]
+        return made
     return {"tensor": _dtype(value), "aligned": value.data_ptr() % 16 == 0}
 
 
@@ -116,15 +119,22 @@ def _back(value: Any) -> Any:
     if "tensor" in value:
         return StandIn(value["tensor"], aligned=value["aligned"])
     if "descriptor" in value:
-        return _descriptor(value["descriptor"], value["block"])
+        return _descriptor(value["descriptor"], value["block"], value.get("layout"))
     (number,) = value.values()
     return number
 
 
-def _descriptor(dtype: str, block: list[int]) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
+def _descriptor(dtype: str, block: list[int], layout: list[int] | None) -> Any:
+    if layout is None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+    else:
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     found = TensorDescriptor.__new__(TensorDescriptor)  # its own checks ask for a real tensor
+    if layout is not None:
+        from triton.experimental.gluon.language import NVMMASharedLayout
+
+        found.layout = NVMMASharedLayout(*layout, rank=len(block))
     found.base, found.block_shape, found.padding = StandIn(dtype), block, "zero"
     found.shape, found.strides = [4096] * len(block), [*[4096] * (len(block) - 1), 1]
     found.round_f32_to_tf32 = False
