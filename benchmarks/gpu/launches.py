@@ -125,15 +125,16 @@ def _back(value: Any) -> Any:
 
 
 def _descriptor(dtype: str, block: list[int], layout: list[int] | None) -> Any:
+    # By __new__: their own checks ask for a real tensor.
     if layout is None:
         from triton.tools.tensor_descriptor import TensorDescriptor
+
+        found: Any = TensorDescriptor.__new__(TensorDescriptor)
     else:
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    found = TensorDescriptor.__new__(TensorDescriptor)  # its own checks ask for a real tensor
-    if layout is not None:
         from triton.experimental.gluon.language import NVMMASharedLayout
+        from triton.experimental.gluon.nvidia import hopper
 
+        found = hopper.TensorDescriptor.__new__(hopper.TensorDescriptor)
         found.layout = NVMMASharedLayout(*layout, rank=len(block))
     found.base, found.block_shape, found.padding = StandIn(dtype), block, "zero"
     found.shape, found.strides = [4096] * len(block), [*[4096] * (len(block) - 1), 1]

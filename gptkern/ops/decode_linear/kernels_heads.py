@@ -8,6 +8,18 @@ from gptkern.ops._triton import tl, triton
 
 
 @triton.jit
+def lane_places(
+    lanes, tile, N: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_TILES: tl.constexpr
+):  # fmt: skip
+    """The outputs of a tile's lanes as if neighbours were side by side; see ``tile_outputs``."""
+    if HEAD_TILES:
+        places = tl.where(lanes < HEAD_DIM, tile * HEAD_DIM + lanes, N)
+    else:
+        places = tile * BLOCK_N + lanes
+    return places
+
+
+@triton.jit
 def tile_outputs(
     tile, N: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr, HALVES: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_TILES: tl.constexpr,
@@ -18,11 +30,7 @@ def tile_outputs(
     HALVES, the number of elements of each head that are turned, those of a pair of halves. HEAD_TILES: tile h
     is head h.
     """
-    lanes = tl.arange(0, BLOCK_N)
-    if HEAD_TILES:
-        places = tl.where(lanes < HEAD_DIM, tile * HEAD_DIM + lanes, N)
-    else:
-        places = tile * BLOCK_N + lanes
+    places = lane_places(tl.arange(0, BLOCK_N), tile, N, BLOCK_N, HEAD_DIM, HEAD_TILES)
     if GATED:
         places = tl.where(places < N, places // 2 + (places % 2) * (N // 2), N)
     if HALVES:
@@ -81,11 +89,7 @@ def pair_angles(
 
     The two elements of a pair are in lanes 2 i and 2 i + 1 (see ``tile_outputs``).
     """
-    lanes = 2 * tl.arange(0, BLOCK_N // 2)
-    if HEAD_TILES:
-        places = tl.where(lanes < HEAD_DIM, tile * HEAD_DIM + lanes, N)
-    else:
-        places = tile * BLOCK_N + lanes
+    places = lane_places(2 * tl.arange(0, BLOCK_N // 2), tile, N, BLOCK_N, HEAD_DIM, HEAD_TILES)
     element = places % HEAD_DIM
     turned = ((element < DIM) & (places < N - KV_WIDTH))[:, None]
     position = tl.load(lens_ptr + numbers, mask=row_mask, other=1).to(tl.int64)[None, :] - 1

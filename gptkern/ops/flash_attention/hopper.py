@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptkern.ops import _launch
-from gptkern.ops._dispatch import INTERPRETED
 from gptkern.ops._gluon import descriptor
+from gptkern.ops._hopper import runs_gluon
 from gptkern.ops.flash_attention.kernels_hopper import BLOCK_M, ROWS, flash_attention_forward_hopper
 
 if TYPE_CHECKING:
@@ -30,13 +30,9 @@ def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, o:
 
     Lengths are not asked for: a sequence has the same bits alone and among others.
     """
-    if INTERPRETED and q.device.type == "cpu":  # the interpreter does not know Gluon
-        return False
-    half = q.dtype in (torch.float16, torch.bfloat16)
     plain = o.softcap == 0.0 and o.dropout_p == 0.0 and all(extra is None for extra in extras)
     return (
-        90 <= _launch.arch(q.device) < 100
-        and half
+        runs_gluon(q)
         and plain
         and q.shape[-1] == v.shape[-1]
         and q.shape[-1] in (64, 128)

@@ -22,6 +22,7 @@ Source: Shah et al. 2024, FlashAttention-3.
 """
 
 from gptkern.ops._device import LN2, LOG2E, online_softmax
+from gptkern.ops._device_hopper import new_barriers
 from gptkern.ops._gluon import (
     async_load,
     fence_async_shared,
@@ -317,15 +318,6 @@ def _consume(
 # --- the kernel
 
 
-@gluon.jit
-def _barriers(number: gl.constexpr, arrivals: gl.constexpr):
-    """Barriers in shared memory, each of so many arrivals a phase."""
-    made = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(made.index(i), count=arrivals)
-    return made
-
-
 @gluon.jit(do_not_specialize=["section", "blocks", "total", "programs"])
 def flash_attention_forward_hopper(
     q_desc,  # (batch, seq_q, heads, HEAD_DIM), or (1, tokens, heads, HEAD_DIM); tiles of 64 queries of a head
@@ -365,9 +357,9 @@ def flash_attention_forward_hopper(
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, HEAD_DIM], v_desc.layout)
     rings = (q_ring, k_ring, v_ring)
     barriers = (
-        _barriers(1, 1).index(0), _barriers(1, 2).index(0),
-        _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(STAGES, 1), _barriers(STAGES, 2),
-        _barriers(1, 1).index(0), _barriers(2, 1),
+        new_barriers(1, 1).index(0), new_barriers(1, 2).index(0),
+        new_barriers(STAGES, 1), new_barriers(STAGES, 2), new_barriers(STAGES, 1), new_barriers(STAGES, 2),
+        new_barriers(1, 1).index(0), new_barriers(2, 1),
     )  # fmt: skip
     # The copy engine sees the barriers.
     fence_async_shared()

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from gptkern.ops import _launch
-from gptkern.ops._dispatch import INTERPRETED
 from gptkern.ops._gluon import descriptor
+from gptkern.ops._hopper import runs_gluon
 from gptkern.ops.linear.kernels_hopper import BLOCK_M, BLOCK_N, ROWS, linear_hopper
 
 
@@ -35,10 +35,7 @@ def serves(
     Fewer tiles are left to the other kernel, whose smaller ones fill the GPU better. A row's bits are the
     same: both kernels add up the same chain of products.
     """
-    if INTERPRETED and a.device.type == "cpu":  # the interpreter does not know Gluon
-        return False
-    half = a.dtype in (torch.float16, torch.bfloat16)
-    if not (90 <= _launch.arch(a.device) < 100 and half and aligned(a) and aligned(b)):
+    if not (runs_gluon(a) and aligned(a) and aligned(b)):
         return False
     wide = bias is None or bias.stride(0) == 1, residual is None or residual.stride(1) == 1
     if a.stride(1) != 1 or not all(wide):

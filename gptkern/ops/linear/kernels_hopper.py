@@ -24,6 +24,7 @@ k runs upwards inside one accumulator, as in ``kernels.linear``: an element is t
 """
 
 from gptkern.ops._device import activate
+from gptkern.ops._device_hopper import new_barriers
 from gptkern.ops._gluon import (
     async_load,
     fence_async_shared,
@@ -270,15 +271,6 @@ def _consume(
 
 
 @gluon.jit
-def _barriers(number: gl.constexpr, arrivals: gl.constexpr):
-    """Barriers in shared memory, each of so many arrivals a phase."""
-    made = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(made.index(i), count=arrivals)
-    return made
-
-
-@gluon.jit
 def linear_hopper(
     a_desc,  # (M, K); tiles of 64 x BLOCK_K
     b_desc,  # (K, N), tiles of BLOCK_K x 256 (GATED: (K, 2 N), BLOCK_K x 128); without B_ROWS the transpose
@@ -310,7 +302,7 @@ def linear_hopper(
     # Two copies are one tile: rows of 128 bytes, or squares of 64 columns, one behind the other.
     gl.static_assert(BLOCK_K == 64)
     rings = (a_ring, b_parts, reinterpret(b_parts, dtype, b_ring_shape, b_desc.layout))
-    barriers = (_barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(1, 1).index(0))
+    barriers = (new_barriers(STAGES, 1), new_barriers(STAGES, 2), new_barriers(1, 1).index(0))
     # The copy engine sees the barriers.
     fence_async_shared()
     extents = (M, N, K)

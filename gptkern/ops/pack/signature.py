@@ -46,7 +46,7 @@ def empty(kernel: Any) -> Any:
 def sources() -> str:
     """Digest of the files from which kernels are compiled: a pack of other sources is of no use."""
     folder = Path(__file__).parents[1]
-    files = [folder / "_device.py", folder / "_pdl.py", *folder.glob("*/kernels*.py")]
+    files = [*folder.glob("_device*.py"), folder / "_pdl.py", *folder.glob("*/kernels*.py")]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
