@@ -23,25 +23,35 @@ GPTKERN_HD Ints load_ints(const char* from) { return reinterpret_cast<Ints>(_mm5
 GPTKERN_HD Vec widened(Ints sums) { return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(sums)); }
 GPTKERN_HD Vec lane_scales(const char* panel) { return load(reinterpret_cast<const float*>(panel)); }
 
-// kOuts outputs, whose panel's products are added to ``total``: kOuts vectors of each row.
+// A panel of the weights of kOuts outputs and of some rows.
 struct ByteTile {
     const int* out;
     int input, inputs;  // the panel
     int64_t ahead;      // bytes from a weight to the one to be fetched meanwhile
     const char* x;
     int64_t x_stride;
-    float* total;
-    bool first;
+};
 
-    // total += sums, times the scales of the row's lanes.
-    GPTKERN_HD void add(int r, int j, Vec sums) const {
-        float* const to = total + (r * kOuts + j) * kLanes;
-        store(to, fma(sums, lane_scales(x + r * x_stride), first ? zeros() : load(to)));
+// The sums of R rows over the panels so far.
+template <int R>
+struct ByteSums {
+    Vec at[kOuts][R];
+
+    ByteSums() {
+#pragma GCC unroll 4
+        for (int j = 0; j < kOuts; ++j) {
+#pragma GCC unroll 6
+            for (int r = 0; r < R; ++r) at[j][r] = zeros();
+        }
+    }
+    // Adds a panel's sums, times the scales of the row's lanes.
+    GPTKERN_HD void add(const ByteTile& tile, int r, int j, Vec sums) {
+        at[j][r] = fma(sums, lane_scales(tile.x + r * tile.x_stride), at[j][r]);
     }
 };
 
 struct Int8Bytes {
-    static constexpr int kRows = 6;  // that are summed at once: the registers hold so many sums
+    static constexpr int kRows = 4;  // that are summed at once: the registers hold so many sums of two kinds
     const uint8_t* at;
     int64_t stride;
     int in;
@@ -49,7 +59,7 @@ struct Int8Bytes {
     static int64_t panel_bytes(int inputs) { return 2 * kLaneBytes + (inputs + kVector - 1) / kVector * kVector; }
 
     template <int R>
-    GPTKERN_HD void add_panel(const ByteTile& tile) const {
+    GPTKERN_HD void add_panel(const ByteTile& tile, ByteSums<R>& total) const {
         const uint8_t* from[kOuts];
         for (int j = 0; j < kOuts; ++j) from[j] = at + tile.out[j] * stride + tile.input;
         const char* values = tile.x + kLaneBytes;
@@ -82,7 +92,7 @@ struct Int8Bytes {
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-            for (int j = 0; j < kOuts; ++j) tile.add(r, j, widened(sums[j][r]));
+            for (int j = 0; j < kOuts; ++j) total.add(tile, r, j, widened(sums[j][r]));
         }
     }
 };
@@ -103,7 +113,7 @@ struct Int4Codes {
     }
 
     template <int R>
-    GPTKERN_HD void add_panel(const ByteTile& tile) const {
+    GPTKERN_HD void add_panel(const ByteTile& tile, ByteSums<R>& total) const {
         const uint8_t *from[kOuts], *own_zeros[kOuts];
         const float* own_scales[kOuts];
         for (int j = 0; j < kOuts; ++j) {
@@ -153,7 +163,7 @@ struct Int4Codes {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-            for (int j = 0; j < kOuts; ++j) tile.add(r, j, sums[j][r]);
+            for (int j = 0; j < kOuts; ++j) total.add(tile, r, j, sums[j][r]);
         }
     }
 
@@ -194,34 +204,33 @@ private:
 
 // sums[r * stride + out] for R rows from ``row`` on and the outputs out[0] to out[kOuts - 1], less ``first``.
 template <int R, class Source>
-void byte_tile(const Source& w, const Bytes& x, int row, const int* out, int first, int64_t ahead, float* sums,
+void byte_tile(const Source& w, const Bytes& x, int row, const int (&out)[kOuts], int first, int64_t ahead, float* sums,
                int64_t stride) {
-    alignas(64) float total[R * kOuts * kLanes];
+    ByteSums<R> total;
     const char* at = x.row(row);
     for (int input = 0; input < w.in; input += kBytePanel) {
         const int inputs = w.in - input < kBytePanel ? w.in - input : kBytePanel;
-        w.template add_panel<R>({out, input, inputs, ahead, at, x.stride, total, input == 0});
+        w.template add_panel<R>({out, input, inputs, ahead, at, x.stride}, total);
         at += Source::panel_bytes(inputs);
     }
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-        const float* const own = total + r * kOuts * kLanes;
-        float four[kOuts];
-        _mm_storeu_ps(four, sums_of_four(load(own), load(own + kLanes), load(own + 2 * kLanes), load(own + 3 * kLanes)));
-        for (int j = 0; j < kOuts; ++j) sums[(row + r) * stride + out[j] - first] = four[j];
+        const auto& own = total.at;
+        store_sums(sums + (row + r) * stride - first, out, sums_of_four(own[0][r], own[1][r], own[2][r], own[3][r]));
     }
 }
 
 // sums[r * stride + j] = dot(x[r], weights of output first + j) for the outputs up to ``last``.
 template <class Source>
 void byte_product(const Source& w, const Bytes& x, int first, int last, float* sums, int64_t stride) {
-    // kOuts long runs side by side, as a core's prefetchers follow them.
-    const int run = (last - first + kOuts - 1) / kOuts, block = x.count > kManyRows ? kManyOuts : 1;
-    for (int start = 0; start < run; start += block) {
+    const OutTurns turns(last - first, x.count);
+    const int block = turns.block();
+    for (int start = 0; start < turns.turns; start += block) {
         row_groups<Source::kRows>(x.count, [&](int row, auto rows) {
-            const int64_t ahead = row == 0 ? block * w.stride : 0;
-            for (int n = start; n < start + block && n < run; ++n) {
-                int out[kOuts];  // past the last output it stands there again
-                for (int j = 0; j < kOuts; ++j) out[j] = first + n + j * run < last ? first + n + j * run : last - 1;
+            const int64_t ahead = row == 0 ? block * turns.step() * w.stride : 0;
+            for (int n = start; n < start + block && n < turns.turns; ++n) {
+                int out[kOuts];
+                for (int j = 0; j < kOuts; ++j) out[j] = first + turns.out(n, j);
                 byte_tile<decltype(rows)::value>(w, x, row, out, first, ahead, sums, stride);
             }
         });

@@ -15,7 +15,7 @@
 namespace gptkern {
 inline namespace GPTKERN_ISA {
 
-constexpr int kBytePanel = 512;
+constexpr int kBytePanel = 256;
 constexpr int kVector = 64;             // inputs of a vector
 constexpr int kPairedVectors = 128;     // and of two: a vector of int4 codes
 constexpr int kLaneBytes = 64;          // 16 numbers of 32 bits

@@ -162,10 +162,9 @@ private:
         const auto* const packed = static_cast<const uint8_t*>(layer.weight);
 #ifdef __AVX512BF16__
         if (x.packing() == Packing::kPairs) {
-            Weights<Bf16> pairs{static_cast<const uint16_t*>(layer.weight), layer.stride, layer.in};
-            if (layer.transposed) return transposed_product(pairs, x.pairs(), first, last - first, sums, stride);
-            pairs.at += first * layer.stride;
-            return gptkern::product(pairs, x.pairs(), last - first, p_.own + p_.layout.partial, sums, stride);
+            if (!layer.transposed) return dot_product<Bf16>(layer, x.pairs(), first, last, sums, stride);
+            const Weights<Bf16> pairs{static_cast<const uint16_t*>(layer.weight), layer.stride, layer.in};
+            return transposed_product(pairs, x.pairs(), first, last - first, sums, stride);
         }
 #endif
 #ifdef __AVX512VNNI__
@@ -181,15 +180,25 @@ private:
         }
         if (layer.format == Format::kInt4) {
             const Int4 codes{packed, layer.scales, layer.zeros, layer.stride, layer.in, layer.group};
-            if (layer.zeros == nullptr) return gptkern::product<false>(codes, x.natural(), x.count(), first, last, emit);
-            return gptkern::product<true>(codes, x.natural(), x.count(), first, last, emit);
+            if (layer.zeros == nullptr) return gptkern::product<false>(codes, x.natural(), first, last, emit);
+            return gptkern::product<true>(codes, x.natural(), first, last, emit);
         }
+        if (x.packing() == Packing::kNatural) return dot_product<Fp32>(layer, x.natural(), first, last, sums, stride);
         const Weights<Kind> weights{static_cast<const Storage*>(layer.weight), layer.stride, layer.in};
         if (layer.transposed) {
             transposed_product(weights, x.placed(), first, last, p_.own + p_.layout.scratch, emit);
         } else {
             gptkern::product(weights, x.placed(), first, last, emit);
         }
+    }
+
+    // As ``product``, of weights in the rows' own dtype.
+    template <class Same>
+    void dot_product(const CpuLinear& layer, const RowsOf<typename Same::Storage>& x, int first, int last, float* sums,
+                     int64_t stride) const {
+        const auto* const at = static_cast<const typename Same::Storage*>(layer.weight) + first * layer.stride;
+        const Weights<Same> weights{at, layer.stride, layer.in};
+        gptkern::dot_product<Same>(weights, x, last - first, p_.own + p_.layout.partial, sums, stride);
     }
 
     // use(row, out, outputs left, values) for this thread's outputs of a layer.

@@ -1,6 +1,8 @@
 // The rows that a product reads, in the form that its instructions take.
 #pragma once
 
+#include <type_traits>
+
 #include "decode/byte_rows.h"
 
 namespace gptkern {
@@ -8,19 +10,11 @@ inline namespace GPTKERN_ISA {
 
 enum class Packing {
     kPlaced,   // fp32, as Rows
-    kNatural,  // fp32, (rows, in)
+    kNatural,  // fp32, as RowsOf<float>
     kPairs,    // bf16, as Pairs
     kBytes,    // int8, as Bytes
 };
 
-// Rows of bf16, 0 beyond their inputs up to a multiple of kStep.
-struct Pairs {
-    uint16_t* at;
-    int count;
-    int64_t stride;
-
-    GPTKERN_HD uint16_t* row(int r) const { return at + r * stride; }
-};
 
 // How a layer's product takes its rows, where the model's dtype is Kind's.
 template <class Kind>
@@ -31,13 +25,17 @@ GPTKERN_HD Packing packing_of(const CpuLinear& layer) {
 #ifdef __AVX512VNNI__
     if (Kind::kEvenFirst && takes_bytes(layer)) return Packing::kBytes;
 #endif
-    return layer.format == Format::kInt4 ? Packing::kNatural : Packing::kPlaced;
+    const bool as_it_is = std::is_same_v<Kind, Fp32> && layer.format == Format::kModel && !layer.transposed;
+    return as_it_is || layer.format == Format::kInt4 ? Packing::kNatural : Packing::kPlaced;
 }
+
+// A line more to each row: else rows of a power of two would share their places in the cache.
+GPTKERN_HD int64_t row_stride(int in) { return padded(in) + kStep; }
 
 // Floats that a row takes, of any packing.
 GPTKERN_HD int64_t operand_floats(int in) {
     const int64_t bytes = byte_row(in) / static_cast<int64_t>(sizeof(float));
-    return padded(in) > bytes ? padded(in) : bytes;
+    return row_stride(in) > bytes ? row_stride(in) : bytes;
 }
 
 // The rows of a layer's input in memory that all threads see. A row takes no more than ``operand_floats(in)``.
@@ -48,9 +46,8 @@ public:
         : at_(at), count_(count), in_(layer.in), layer_(layer), packing_(packing_of<Kind>(layer)) {}
 
     Rows placed() const { return {at_, count_}; }
-    const float* natural() const { return at_; }
-    // A line more to each row: else rows of a power of two would share their places in the cache.
-    Pairs pairs() const { return {reinterpret_cast<uint16_t*>(at_), count_, padded(in_) + kStep}; }
+    RowsOf<float> natural() const { return {at_, count_, row_stride(in_)}; }
+    Pairs pairs() const { return {reinterpret_cast<uint16_t*>(at_), count_, row_stride(in_)}; }
     Bytes bytes() const { return {reinterpret_cast<char*>(at_), count_, byte_row(in_)}; }
     int count() const { return count_; }
     Packing packing() const { return packing_; }
@@ -58,10 +55,9 @@ public:
     // Takes a row, (in,) fp32.
     void take(int row, const float* x) const {
         if (packing_ == Packing::kNatural) {
-            std::memcpy(at_ + static_cast<int64_t>(row) * in_, x, static_cast<size_t>(in_) * sizeof(float));
+            take(natural().row(row), x);
         } else if (packing_ == Packing::kPairs) {
-            uint16_t* const to = pairs().row(row);
-            for (int64_t i = 0; i < padded(in_); i += kLanes) store(to + i, load_some(x + i, i < in_ ? in_ - i : 0));
+            take(pairs().row(row), x);
         } else if (packing_ == Packing::kPlaced) {
             place(row, x);
         } else {
@@ -72,6 +68,11 @@ public:
     }
 
 private:
+    template <class Storage>
+    void take(Storage* to, const float* x) const {
+        for (int64_t i = 0; i < padded(in_); i += kLanes) store(to + i, load_some(x + i, i < in_ ? in_ - i : 0));
+    }
+
     void place(int row, const float* x) const {
         const Rows rows = placed();
         const int whole = in_ / kStep * kStep;

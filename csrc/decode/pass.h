@@ -5,9 +5,9 @@
 
 #include "common/spin_barrier.h"
 #include "decode/byte_product.h"
+#include "decode/dot_product.h"
 #include "decode/model.h"
 #include "decode/operand.h"
-#include "decode/pair_product.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -41,20 +41,12 @@ struct Layout {
         const int64_t share = padded(most_transposed(m) / threads + 2 * kStep), widest = share > kBand ? share : kBand;
         sums = take(rows * widest);
         ups = take(m.gated ? rows * widest : 0);
-        partial = take(partial_floats(rows));
+        partial = take(dot_partial(rows));
         scratch = take(2 * rows * share + rows * kTransposedRows);
         const int64_t queries = m.heads > kGroup ? m.heads : kGroup, head = padded(m.head_dim);
         scores = take(queries * (padded(longest) + 2 * head) + kLanes * head);
         turned = take(head);
         per_thread = end;
-    }
-
-    static int64_t partial_floats([[maybe_unused]] int rows) {
-#ifdef __AVX512BF16__
-        return pair_partial(rows);
-#else
-        return 0;
-#endif
     }
 
     static int most_inputs(const CpuModel& m) {

@@ -23,6 +23,17 @@ struct Rows {
     GPTKERN_HD float& value(int row, int i) const { return at[step(i) + row * kStep + i % kStep]; }
 };
 
+// Rows in natural order, 0 beyond their inputs up to a multiple of kStep.
+template <class Storage>
+struct RowsOf {
+    Storage* at;
+    int count;
+    int64_t stride;
+
+    GPTKERN_HD Storage* row(int r) const { return at + r * stride; }
+};
+using Pairs = RowsOf<uint16_t>;  // of bf16
+
 template <class Kind>
 struct Weights {
     const typename Kind::Storage* at;
@@ -117,9 +128,9 @@ struct ZeroTable {
 };
 constexpr ZeroTable kZeros;
 
-// emit(r, j, value) for R rows of ``x``, (rows, in) in natural order, from ``row`` on, and the outputs ``places``.
+// emit(r, j, value) for R rows from ``row`` on, and the outputs ``places``.
 template <int R, bool Zeros, class Emit>
-GPTKERN_HD void dots(const Int4& w, const int* places, const float* x, int row, const Emit& emit) {
+GPTKERN_HD void dots(const Int4& w, const int* places, const RowsOf<float>& x, int row, const Emit& emit) {
     Vec total[kOuts][R];
     for (int j = 0; j < kOuts; ++j) {
         for (int r = 0; r < R; ++r) total[j][r] = zeros();
@@ -134,7 +145,7 @@ GPTKERN_HD void dots(const Int4& w, const int* places, const float* x, int row, 
         scales[j] = w.scales + of_group;
         zeros_of[j] = Zeros ? w.zeros + of_group : nullptr;
     }
-    const float* values = x + static_cast<int64_t>(row) * w.in;
+    const float* values = x.row(row);
     for (int g = 0; g < groups; ++g, values += w.group) {
 #pragma GCC unroll 4
         for (int j = 0; j < kOuts; ++j) {
@@ -147,7 +158,7 @@ GPTKERN_HD void dots(const Int4& w, const int* places, const float* x, int row, 
                 codes.halves(bytes + i, low, high);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
-                    const float* const a = values + static_cast<int64_t>(r) * w.in + i;
+                    const float* const a = values + r * x.stride + i;
                     total[j][r] = fma(high, load(a + half), fma(low, load(a), total[j][r]));
                 }
             }
@@ -158,10 +169,10 @@ GPTKERN_HD void dots(const Int4& w, const int* places, const float* x, int row, 
     }
 }
 
-// As ``product`` above, over ``count`` rows in natural order.
+// As ``product`` above.
 template <bool Zeros, class Emit>
-void product(const Int4& w, const float* x, int count, int first, int last, const Emit& emit) {
-    tiles(count, first, last, [&](const int* places, int row, auto rows) {
+void product(const Int4& w, const RowsOf<float>& x, int first, int last, const Emit& emit) {
+    tiles(x.count, first, last, [&](const int* places, int row, auto rows) {
         int read[kOuts];
         for (int j = 0; j < kOuts; ++j) read[j] = places[j] < 0 ? last - 1 : places[j];
         dots<decltype(rows)::value, Zeros>(w, read, x, row, [&](int r, int j, float value) {

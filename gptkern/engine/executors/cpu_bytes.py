@@ -12,7 +12,7 @@ import torch
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 
 # A panel's vectors, 64 inputs each, have 16 lanes of 4; a lane's inputs of all vectors share a scale.
-PANEL, VECTOR, LANES = 512, 64, 16
+PANEL, VECTOR, LANES = 256, 64, 16
 # Smaller magnitudes become 0.
 LEAST_MAGNITUDE = 1e-36
 
