@@ -32,15 +32,15 @@ struct ByteTile {
     int64_t x_stride;
 };
 
-// The sums of R rows over the panels so far.
+// The sums of R rows over the panels so far, in registers, and where those are needed for other things in memory.
 template <int R>
-struct ByteSums {
+struct RegisterSums {
     Vec at[kOuts][R];
 
-    ByteSums() {
+    RegisterSums() {
 #pragma GCC unroll 4
         for (int j = 0; j < kOuts; ++j) {
-#pragma GCC unroll 6
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) at[j][r] = zeros();
         }
     }
@@ -48,10 +48,25 @@ struct ByteSums {
     GPTKERN_HD void add(const ByteTile& tile, int r, int j, Vec sums) {
         at[j][r] = fma(sums, lane_scales(tile.x + r * tile.x_stride), at[j][r]);
     }
+    GPTKERN_HD Vec sum(int r, int j) const { return at[j][r]; }
+};
+
+template <int R>
+struct MemorySums {
+    alignas(64) float at[R * kOuts * kLanes];
+
+    GPTKERN_HD void add(const ByteTile& tile, int r, int j, Vec sums) {
+        float* const to = at + (r * kOuts + j) * kLanes;
+        store(to, fma(sums, lane_scales(tile.x + r * tile.x_stride), tile.input == 0 ? zeros() : load(to)));
+    }
+    GPTKERN_HD Vec sum(int r, int j) const { return load(at + (r * kOuts + j) * kLanes); }
 };
 
 struct Int8Bytes {
     static constexpr int kRows = 4;  // that are summed at once: the registers hold so many sums of two kinds
+    static constexpr int kPanel = kInt8Panel;
+    template <int R>
+    using Sums = RegisterSums<R>;
     const uint8_t* at;
     int64_t stride;
     int in;
@@ -59,7 +74,7 @@ struct Int8Bytes {
     static int64_t panel_bytes(int inputs) { return 2 * kLaneBytes + (inputs + kVector - 1) / kVector * kVector; }
 
     template <int R>
-    GPTKERN_HD void add_panel(const ByteTile& tile, ByteSums<R>& total) const {
+    GPTKERN_HD void add_panel(const ByteTile& tile, Sums<R>& total) const {
         const uint8_t* from[kOuts];
         for (int j = 0; j < kOuts; ++j) from[j] = at + tile.out[j] * stride + tile.input;
         const char* values = tile.x + kLaneBytes;
@@ -101,6 +116,9 @@ struct Int8Bytes {
 template <int Group, bool Zeros>
 struct Int4Codes {
     static constexpr int kRows = 4;
+    static constexpr int kPanel = kInt4Panel;
+    template <int R>
+    using Sums = MemorySums<R>;
     static constexpr int kGroups = kPairedVectors / Group;  // of one vector of codes
     const uint8_t* at;
     const float* scales;
@@ -113,7 +131,7 @@ struct Int4Codes {
     }
 
     template <int R>
-    GPTKERN_HD void add_panel(const ByteTile& tile, ByteSums<R>& total) const {
+    GPTKERN_HD void add_panel(const ByteTile& tile, Sums<R>& total) const {
         const uint8_t *from[kOuts], *own_zeros[kOuts];
         const float* own_scales[kOuts];
         for (int j = 0; j < kOuts; ++j) {
@@ -206,17 +224,17 @@ private:
 template <int R, class Source>
 void byte_tile(const Source& w, const Bytes& x, int row, const int (&out)[kOuts], int first, int64_t ahead, float* sums,
                int64_t stride) {
-    ByteSums<R> total;
+    typename Source::template Sums<R> total;
     const char* at = x.row(row);
-    for (int input = 0; input < w.in; input += kBytePanel) {
-        const int inputs = w.in - input < kBytePanel ? w.in - input : kBytePanel;
+    for (int input = 0; input < w.in; input += Source::kPanel) {
+        const int inputs = w.in - input < Source::kPanel ? w.in - input : Source::kPanel;
         w.template add_panel<R>({out, input, inputs, ahead, at, x.stride}, total);
         at += Source::panel_bytes(inputs);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-        const auto& own = total.at;
-        store_sums(sums + (row + r) * stride - first, out, sums_of_four(own[0][r], own[1][r], own[2][r], own[3][r]));
+        const __m128 four = sums_of_four(total.sum(r, 0), total.sum(r, 1), total.sum(r, 2), total.sum(r, 3));
+        store_sums(sums + (row + r) * stride - first, out, four);
     }
 }
 

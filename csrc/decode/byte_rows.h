@@ -1,8 +1,8 @@
 // Activations as int8, for products with int8 and int4 weights by VNNI.
 //
-// A row is cut into panels of kBytePanel inputs. A panel's vectors have 64 inputs each, and lane l of a vector is its inputs
-// 4 l to 4 l + 3. One lane's inputs of all the panel's vectors share a scale, the largest magnitude over 127: no more than
-// kBytePanel / 16 inputs do, and sums of whole numbers run to the end of a panel. gptkern/engine/executors/cpu_bytes.py has
+// A row is cut into panels. A panel's vectors have 64 inputs each, and lane l of a vector is its inputs 4 l to 4 l + 3. One
+// lane's inputs of all the panel's vectors share a scale, the largest magnitude over 127: a sixteenth of a panel's inputs
+// do. Sums of whole numbers run to the end of a panel with int8 weights, to the end of a group with int4 ones. gptkern/engine/executors/cpu_bytes.py has
 // this in PyTorch.
 //
 // The instruction multiplies bytes without a sign by bytes with one. So weights get an offset that makes them positive,
@@ -15,7 +15,8 @@
 namespace gptkern {
 inline namespace GPTKERN_ISA {
 
-constexpr int kBytePanel = 256;
+constexpr int kInt8Panel = 256;  // half the error of 512, as fast
+constexpr int kInt4Panel = 512;  // shorter ones are slower, and an error far below that of 4 bits
 constexpr int kVector = 64;             // inputs of a vector
 constexpr int kPairedVectors = 128;     // and of two: a vector of int4 codes
 constexpr int kLaneBytes = 64;          // 16 numbers of 32 bits
@@ -33,7 +34,7 @@ struct Bytes {
 
 // Bytes of a row, of either kind of weights.
 GPTKERN_HD int64_t byte_row(int in) {
-    const int64_t panels = (in + kBytePanel - 1) / kBytePanel, pairs = (in + kPairedVectors - 1) / kPairedVectors;
+    const int64_t panels = (in + kInt8Panel - 1) / kInt8Panel, pairs = (in + kPairedVectors - 1) / kPairedVectors;
     return panels * kLaneBytes + pairs * (kPairedVectors + kLaneBytes);
 }
 
@@ -58,8 +59,9 @@ public:
           offset_(_mm512_set1_epi8(static_cast<char>(byte_offset(layer)))) {}
 
     void store(char* to) const {
-        for (int first = 0; first < in_; first += kBytePanel) {
-            const int inputs = in_ - first < kBytePanel ? in_ - first : kBytePanel;
+        const int panel = half_ > 0 ? kInt4Panel : kInt8Panel;
+        for (int first = 0; first < in_; first += panel) {
+            const int inputs = in_ - first < panel ? in_ - first : panel;
             Vec factors[4];
             take_scales(first, vectors(inputs), reinterpret_cast<float*>(to), factors);
             to = half_ > 0 ? store_pairs(first, inputs, factors, to + kLaneBytes)

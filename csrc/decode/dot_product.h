@@ -12,9 +12,8 @@ namespace gptkern {
 inline namespace GPTKERN_ISA {
 
 constexpr int kDotRows = kLanes == 16 ? 6 : 2;  // rows that meet kOuts outputs at once: the registers hold so many sums
-constexpr int kFewRows = 2;      // beyond, a long row does not stay in the first cache:
-constexpr int kDepthBytes = 3072;  // so many bytes of it are summed for
-constexpr int kPartOuts = 64;    // so many outputs before those that follow
+constexpr int kFewRows = 2;    // beyond, a long row does not stay in the first cache:
+constexpr int kPartOuts = 64;  // kDepth of its inputs are summed for so many outputs before those that follow
 
 // What meets in one instruction, of each dtype.
 template <class Kind>
@@ -23,7 +22,7 @@ struct Dot;
 template <>
 struct Dot<Fp32> {
     using Vector = Vec;
-    static constexpr int kInputs = kLanes;
+    static constexpr int kInputs = kLanes, kDepth = 768;
     GPTKERN_HD static Vec load(const float* from) { return gptkern::load(from); }
     GPTKERN_HD static Vec load(const float* from, int count) { return load_some(from, count); }
     GPTKERN_HD static Vec add(Vec sum, Vec w, Vec x) { return fma(w, x, sum); }
@@ -40,7 +39,7 @@ GPTKERN_HD __m512bh load_pairs(const uint16_t* from, int count) {
 template <>
 struct Dot<Bf16> {
     using Vector = __m512bh;
-    static constexpr int kInputs = 2 * kLanes;
+    static constexpr int kInputs = 2 * kLanes, kDepth = 1024;
     GPTKERN_HD static Vector load(const uint16_t* from) { return load_pairs(from); }
     GPTKERN_HD static Vector load(const uint16_t* from, int count) { return load_pairs(from, count); }
     GPTKERN_HD static Vec add(Vec sum, Vector w, Vector x) { return _mm512_dpbf16_ps(sum, w, x); }
@@ -164,7 +163,7 @@ GPTKERN_HD int64_t dot_partial(int rows) { return static_cast<int64_t>(rows) * k
 template <class Kind>
 void dot_product(const Weights<Kind>& w, const RowsOf<typename Kind::Storage>& x, int outs, float* partial, float* sums,
                  int64_t stride) {
-    constexpr int kDepth = kDepthBytes / static_cast<int>(sizeof(typename Kind::Storage));
+    constexpr int kDepth = Dot<Kind>::kDepth;
     const bool whole = x.count <= kFewRows || w.in <= kDepth;
     const int part = whole ? outs : kPartOuts, depth = whole ? w.in : kDepth;
     for (int out = 0; out < outs; out += part) {

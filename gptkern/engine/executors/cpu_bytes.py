@@ -11,8 +11,10 @@ import torch
 
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 
+# Inputs of a panel, by the weights' format.
+PANEL = {"int8": 256, "int4": 512}
 # A panel's vectors, 64 inputs each, have 16 lanes of 4; a lane's inputs of all vectors share a scale.
-PANEL, VECTOR, LANES = 256, 64, 16
+VECTOR, LANES = 64, 16
 # Smaller magnitudes become 0.
 LEAST_MAGNITUDE = 1e-36
 
@@ -48,7 +50,7 @@ def rounded(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 
 def _largest(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """The largest magnitude of the inputs that share a scale, in ``x``'s shape."""
-    lanes = _in_order_of_bytes(x, weight).unflatten(-1, (-1, PANEL // VECTOR, LANES, 4))
+    lanes = _in_order_of_bytes(x, weight).unflatten(-1, (-1, PANEL[weight.format] // VECTOR, LANES, 4))
     largest = lanes.abs().amax((-3, -1), keepdim=True).expand_as(lanes).flatten(-4)
     if weight.format == "int4":
         half = weight.group_size // 2
@@ -63,7 +65,7 @@ def _in_order_of_bytes(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor
     A vector of int4 codes has several groups. The first vector of inputs is those of its codes' low halves,
     the next one those of the high halves.
     """
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % PANEL))
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % PANEL[weight.format]))
     if weight.format != "int4":
         return padded
     half = weight.group_size // 2
