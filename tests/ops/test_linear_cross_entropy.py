@@ -194,6 +194,20 @@ def test_strided_rows(device: torch.device) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_strided_targets(reduction: str, device: torch.device) -> None:
+    """One column of a table: a vector whose elements lie apart."""
+    hidden, weight, targets = inputs(9, 24, 50, torch.float32, device)
+    apart = torch.stack([targets, targets.flip(0)], 1)[:, 0]
+    assert apart.stride() == (2,)
+    for a, b in zip(
+        value_and_grads(linear_cross_entropy, hidden, weight, apart, reduction=reduction),
+        value_and_grads(linear_cross_entropy, hidden, weight, targets, reduction=reduction),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
 def test_gradient_of_one_input_alone(device: torch.device) -> None:
     hidden, weight, targets = inputs(9, 24, 50, torch.float32, device)
     both = value_and_grads(linear_cross_entropy, hidden, weight, targets, reduction="sum")

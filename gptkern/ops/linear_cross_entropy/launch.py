@@ -236,7 +236,7 @@ def forward(
 ) -> Result:
     """The result of a call: no gradients if the loss is no scalar."""
     rows = hidden.view(-1, hidden.shape[-1]).to(settings.compute)
-    target_rows = targets.reshape(-1)
+    target_rows = _target_rows(targets)
     scale, z_factor = torch.ones((), device=hidden.device), None
     tokens = (target_rows != settings.ignore_index).sum()
     if settings.reduction == "mean":
@@ -259,6 +259,11 @@ def forward(
     if settings.reduction == "mean":
         loss, z_loss = loss / divisor, z_loss / tokens
     return Result(loss, z_loss, accuracy, *_gradients(result, hidden, head, computed))
+
+
+def _target_rows(targets: torch.Tensor) -> torch.Tensor:
+    """The targets side by side, as the kernels read them: copied, eight bytes each, where they lie apart."""
+    return targets.reshape(-1).contiguous()
 
 
 def _class_weights(ce_weight: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
@@ -285,7 +290,7 @@ def backward_per_token(
     needs: Needs,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dhidden, dweight, dbias) for ``reduction="none"``; ``grad`` has one number for each token."""
-    rows, target_rows = hidden.view(-1, hidden.shape[-1]).to(settings.compute), targets.reshape(-1)
+    rows, target_rows = hidden.view(-1, hidden.shape[-1]).to(settings.compute), _target_rows(targets)
     # An ignored token has no gradient, whatever the upstream one: 0 times NaN is NaN.
     upstream = grad.reshape(-1).masked_fill(target_rows == settings.ignore_index, 0.0)
     loss = _loss(head, settings._replace(accuracy=False), None)
