@@ -11,6 +11,7 @@ static Launch on_launch;
 static Load on_load;
 static Attribute on_attribute;
 static int version = 13000;
+static int encoded;
 
 void fake_set(Launch launch, Load load, Attribute attribute) {
     on_launch = launch;
@@ -18,6 +19,7 @@ void fake_set(Launch launch, Load load, Attribute attribute) {
     on_attribute = attribute;
 }
 void fake_version(int number) { version = number; }
+int fake_encoded(void) { return encoded; }
 
 int cuDriverGetVersion(int* number) {
     *number = version;
@@ -61,5 +63,6 @@ int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, co
         if (i + 1 < rank) told.strides[i] = strides[i];
     }
     memcpy(map, &told, sizeof told);
+    ++encoded;
     return 0;
 }

@@ -68,6 +68,11 @@ class FakeDriver:
         """What ``cuDriverGetVersion`` says."""
         self._library.fake_version(number)
 
+    @property
+    def encoded(self) -> int:
+        """Tensor maps that were made."""
+        return int(self._library.fake_encoded())
+
     def silence(self) -> None:
         """Keep nothing from now on, at no cost."""
         self._library.fake_set(None, None, None)

@@ -9,12 +9,14 @@ errors.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import struct
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from packed_model import launches, model
 
 from gptkern import packing
 from gptkern.ops._launch import Launch
+from gptkern.ops.pack.bare import Pointer
 from gptkern.ops.pack.loader import Loader, loader
 
 STREAM, DEVICE = 0x5EAD, 3
@@ -137,6 +140,32 @@ def map_faults(descriptor: Any, told: bytes) -> Iterator[str]:
         yield f"a tensor map of type {kind}, steps {steps}, fill {fill}"
 
 
+def maps_again(driver: FakeDriver, launch: Launch, arch: int) -> Iterator[str]:
+    """What is wrong with tensor maps of launches that differ in a matrix's place, sizes or steps alone."""
+
+    def moved(base: Pointer, bytes_on: int) -> Pointer:
+        return Pointer(base.dtype, base.address + bytes_on)
+
+    def changed(**changes: Any) -> Launch:
+        first = copy.copy(launch.args[0])
+        vars(first).update(changes)
+        return replace(launch, args=(first, *launch.args[1:]))
+
+    first = launch.args[0]
+    (rows, *sizes), (step, *steps) = first.shape, first.strides
+    others = [changed(base=moved(first.base, 4096)), changed(shape=[rows + 1, *sizes])]
+    others.append(changed(strides=[step + 64, *steps]))
+    yield from faults(launch, driver, arch)
+    for made, wanted in [(launch, 0), *((other, 1) for other in others), (launch, 0), (others[0], 0)]:
+        before = driver.encoded
+        yield from faults(made, driver, arch)
+        if driver.encoded != before + wanted:
+            yield f"{driver.encoded - before} tensor maps were made, not {wanted}"
+    for place in range(1, 2000):  # more than are kept
+        yield from faults(changed(base=moved(first.base, 16 * place)), driver, arch)
+    yield from faults(launch, driver, arch)
+
+
 def refusal(driver: FakeDriver, launch: Launch, arch: int) -> str:
     """What is said where an older driver does not take the machine code of a loader that starts anew."""
     driver.result = NO_BINARY
@@ -159,7 +188,18 @@ def main() -> None:
     for where, launch in launches(int(arch), parts):
         kernels[launch.name] += 1
         errors.extend(f"{where}: {launch.name}: {fault}" for fault in faults(launch, driver, int(arch)))
-    told = {"kernels": kernels, "loaded": len(driver.loaded), "wrong": len(errors), "errors": errors[:20]}
+    mapped = next(
+        (launch for _, launch in launches(int(arch), parts) if hasattr(launch.args[0], "block_shape")), None
+    )
+    if mapped is not None:
+        errors.extend(f"again: {fault}" for fault in maps_again(driver, mapped, int(arch)))
+    told = {
+        "mapped": mapped is not None,
+        "kernels": kernels,
+        "loaded": len(driver.loaded),
+        "wrong": len(errors),
+        "errors": errors[:20],
+    }
     told["refused"] = refusal(driver, next(packing.model_launches(model(), int(arch))), int(arch))
     print(json.dumps(told))
 

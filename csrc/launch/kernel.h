@@ -4,7 +4,10 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <functional>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
@@ -34,6 +37,23 @@ struct MapLayout {
     std::vector<uint32_t> box;
 };
 
+// All that a tensor map is encoded from but its layout: where the matrix lies, its sizes, its steps in elements.
+struct MapSource {
+    static constexpr int kMostDims = 5;
+
+    void* address;
+    int64_t map, rank;  // the layout's position
+    int64_t shape[kMostDims], steps[kMostDims];  // the innermost dimension is first, as in CUDA
+
+    bool operator==(const MapSource& other) const { return bytes() == other.bytes(); }
+    std::string_view bytes() const { return {reinterpret_cast<const char*>(this), sizeof *this}; }
+};
+static_assert(std::has_unique_object_representations_v<MapSource>);
+
+struct MapSourceHash {
+    size_t operator()(const MapSource& source) const { return std::hash<std::string_view>{}(source.bytes()); }
+};
+
 struct Passed {
     int slot;  // the parameter's position
     Form form;
@@ -51,6 +71,8 @@ struct Code {
 
     cuda::Kernel kernel = nullptr;
     uint64_t prepared = 0;  // a bit for each device
+    // Maps of the matrices of launches before. They are found by all that is in them, so that none is ever stale.
+    std::unordered_map<MapSource, cuda::TensorMap, MapSourceHash> encoded;
 };
 
 class PackedKernel {

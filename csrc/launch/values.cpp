@@ -11,7 +11,9 @@ namespace py = pybind11;
 namespace gptkern {
 namespace {
 
-constexpr int kMostDims = 5;
+constexpr int kMostDims = MapSource::kMostDims;
+// Maps that one machine code's launches leave: those of a model's weights and of activations where they lie in turn.
+constexpr size_t kMostMaps = 1024;
 
 template <class Number>
 void append_bytes(std::string& key, Number number) {
@@ -108,11 +110,31 @@ int64_t integer(PyObject* value) {
 
 // The integers of a short list, in reverse: CUDA has the innermost dimension first.
 int reversed(const py::object& list, int64_t (&numbers)[kMostDims]) {
-    const py::tuple items(list);
-    const int count = static_cast<int>(items.size());
+    const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(list.ptr(), "a list of sizes is needed"));
+    if (!items) throw py::error_already_set();
+    const int count = static_cast<int>(PySequence_Fast_GET_SIZE(items.ptr()));
     if (count == 0 || count > kMostDims) throw py::value_error("a descriptor has one to five dimensions");
-    for (int i = 0; i < count; ++i) numbers[count - 1 - i] = integer(items[i].ptr());
+    for (int i = 0; i < count; ++i) numbers[count - 1 - i] = integer(PySequence_Fast_GET_ITEM(items.ptr(), i));
     return count;
+}
+
+cuda::TensorMap encode(const MapLayout& layout, const MapSource& source) {
+    uint64_t sizes[kMostDims], strides[kMostDims] = {};
+    uint32_t box[kMostDims], unit[kMostDims];
+    for (int i = 0; i < source.rank; ++i) {
+        sizes[i] = static_cast<uint64_t>(source.shape[i]);
+        if (i > 0) strides[i - 1] = static_cast<uint64_t>(source.steps[i]) * layout.element_bytes;
+        box[i] = layout.box[source.rank - 1 - i];
+        unit[i] = 1;
+    }
+    constexpr int kNotInterleaved = 0, kPromote128 = 2, kFillZeros = 0;
+    const cuda::Driver& driver = cuda::driver();
+    cuda::TensorMap map;
+    const cuda::Result result =
+        driver.encode(&map, layout.element_type, static_cast<uint32_t>(source.rank), source.address, sizes, strides,
+                      box, unit, kNotInterleaved, layout.swizzle, kPromote128, kFillZeros);
+    if (result != 0) driver.check(result, "cuTensorMapEncodeTiled");  // a launch makes no text that nobody reads
+    return map;
 }
 
 }  // namespace
@@ -183,7 +205,7 @@ void* Arguments::reserve(size_t bytes, size_t alignment) {
     return starts_[count_++] = bytes_ + start;
 }
 
-void Arguments::push(const Passed& passed, const Code& code, PyObject* value) {
+void Arguments::push(const Passed& passed, Code& code, PyObject* value) {
     switch (passed.form) {
         case Form::kPointer:
             return copy(reinterpret_cast<uint64_t>(look_at(value).data));
@@ -196,34 +218,27 @@ void Arguments::push(const Passed& passed, const Code& code, PyObject* value) {
         case Form::kFloat32:
             return copy(static_cast<float>(PyFloat_AsDouble(value)));
         case Form::kTensorMap:
-            return push_map(code.maps[passed.map], value);
+            return push_map(code, passed.map, value);
     }
 }
 
-void Arguments::push_map(const MapLayout& layout, PyObject* descriptor) {
-    int64_t shape[kMostDims], steps[kMostDims];
-    const int rank = reversed(attribute(descriptor, names().shape), shape);
-    if (reversed(attribute(descriptor, names().strides), steps) != rank || rank != static_cast<int>(layout.box.size())) {
+void Arguments::push_map(Code& code, int map, PyObject* descriptor) {
+    MapSource source{};
+    source.map = map;
+    source.rank = reversed(attribute(descriptor, names().shape), source.shape);
+    const int steps = reversed(attribute(descriptor, names().strides), source.steps);
+    if (steps != source.rank || source.rank != static_cast<int64_t>(code.maps[map].box.size())) {
         throw py::value_error("a descriptor's shape, strides and block have different numbers of dimensions");
     }
-    uint64_t sizes[kMostDims], strides[kMostDims] = {};
-    uint32_t box[kMostDims], unit[kMostDims];
-    for (int i = 0; i < rank; ++i) {
-        sizes[i] = static_cast<uint64_t>(shape[i]);
-        if (i > 0) strides[i - 1] = static_cast<uint64_t>(steps[i]) * layout.element_bytes;
-        box[i] = layout.box[rank - 1 - i];
-        unit[i] = 1;
+    source.address = look_at(attribute(descriptor, names().base).ptr()).data;
+    auto found = code.encoded.find(source);
+    if (found == code.encoded.end()) {
+        if (code.encoded.size() >= kMostMaps) code.encoded.clear();
+        found = code.encoded.emplace(source, encode(code.maps[map], source)).first;
     }
-    void* const address = look_at(attribute(descriptor, names().base).ptr()).data;
-    auto* const map = static_cast<cuda::TensorMap*>(reserve(sizeof(cuda::TensorMap), alignof(cuda::TensorMap)));
-    constexpr int kNotInterleaved = 0, kPromote128 = 2, kFillZeros = 0;
-    const cuda::Driver& driver = cuda::driver();
-    const cuda::Result result =
-        driver.encode(map, layout.element_type, static_cast<uint32_t>(rank), address, sizes, strides, box, unit,
-                      kNotInterleaved, layout.swizzle, kPromote128, kFillZeros);
-    if (result != 0) driver.check(result, "cuTensorMapEncodeTiled");  // a launch makes no text that nobody reads
-    for (int i = rank - 1; i >= 0; --i) copy(static_cast<int32_t>(shape[i]));
-    for (int i = rank - 1; i >= 0; --i) copy(steps[i]);
+    *static_cast<cuda::TensorMap*>(reserve(sizeof(cuda::TensorMap), alignof(cuda::TensorMap))) = found->second;
+    for (int64_t i = source.rank - 1; i >= 0; --i) copy(static_cast<int32_t>(source.shape[i]));
+    for (int64_t i = source.rank - 1; i >= 0; --i) copy(source.steps[i]);
 }
 
 int device_of(py::tuple args) {

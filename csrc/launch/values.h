@@ -17,7 +17,7 @@ void append_argument(std::string& key, PyObject* value, bool specialise);
 // The bytes of arguments, and where each begins: what cuLaunchKernelEx takes.
 class Arguments {
 public:
-    void push(const Passed& passed, const Code& code, PyObject* value);
+    void push(const Passed& passed, Code& code, PyObject* value);
     void push_null() { copy<uint64_t>(0); }
     void** starts() { return starts_; }
 
@@ -29,7 +29,7 @@ private:
         *static_cast<Value*>(reserve(sizeof(Value), alignof(Value))) = value;
     }
     void* reserve(size_t bytes, size_t alignment);
-    void push_map(const MapLayout& layout, PyObject* descriptor);
+    void push_map(Code& code, int map, PyObject* descriptor);
 
     alignas(64) char bytes_[kMostBytes];
     void* starts_[kMost];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,6 +26,15 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    class _Tiles(TensorDescriptor):
+        """A map whose conditions the ops have asked for already, and which checks none again."""
+
+        round_f32_to_tf32 = False  # Triton 3.6 has no such field
+
+        def __post_init__(self) -> None: ...
+
+    Tiles: Any = _Tiles
+
     # Triton 3.6 and 3.7 have it by its older name, which 3.9 refuses.
     async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
     _shared = gl.shared_memory_descriptor
@@ -32,7 +42,13 @@ try:
 except ImportError:
     gluon, gl = _without_triton.triton, _without_triton.language
     async_load = fence_async_shared = mbarrier = reinterpret = None
-    warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
+    warpgroup_mma = warpgroup_mma_wait = Tiles = None
+
+
+@functools.cache
+def _layout(bits: int, rank: int) -> Any:
+    """Tiles in shared memory as the matrix unit reads them, in 128-byte swizzle."""
+    return gl.NVMMASharedLayout(128, bits, rank=rank)
 
 
 def descriptor(x: torch.Tensor, block: list[int]) -> Any:
@@ -45,7 +61,6 @@ def descriptor(x: torch.Tensor, block: list[int]) -> Any:
     for axis in range(x.dim() - 2, -1, -1):
         if x.shape[axis] == 1:
             strides[axis] = strides[axis + 1] * x.shape[axis + 1]
-    if TensorDescriptor is None:
+    if Tiles is None:
         return _without_triton.TensorDescriptor(x, list(x.shape), strides, block)
-    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=len(block))
-    return TensorDescriptor(x, list(x.shape), strides, block, layout)
+    return Tiles(x, list(x.shape), strides, block, _layout(8 * x.element_size(), len(block)))

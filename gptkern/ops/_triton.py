@@ -14,11 +14,16 @@ try:
     import triton
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    from triton.tools.tensor_descriptor import TensorDescriptor as _Checked
 
-    if not hasattr(TensorDescriptor, "round_f32_to_tf32"):  # Triton 3.6, where none does
-        TensorDescriptor.round_f32_to_tf32 = False
+    class TensorDescriptor(_Checked):
+        """A map whose conditions the ops have asked for already, and which checks none again."""
+
+        round_f32_to_tf32 = False  # Triton 3.6 has no such field
+
+        def __post_init__(self) -> None: ...
+
 except ImportError:
     triton, tl = _without_triton.triton, _without_triton.language
     gdc_launch_dependents = gdc_wait = None
-    TensorDescriptor = _without_triton.TensorDescriptor
+    TensorDescriptor = _without_triton.TensorDescriptor  # type: ignore[assignment,misc]
