@@ -5,6 +5,7 @@
 #include "constants.h"
 #include "decode/bindings.h"
 #include "launch/bindings.h"
+#include "launch/description.h"
 #include "sampling/bindings.h"
 
 PYBIND11_MODULE(_C, module) {
@@ -13,4 +14,5 @@ PYBIND11_MODULE(_C, module) {
     gptkern::bind_sampler(module);
     gptkern::bind_decoder(module);
     gptkern::bind_launcher(module);
+    gptkern::bind_description(module);
 }

@@ -39,13 +39,14 @@ constexpr int kKindCount = static_cast<int>(Kind::kOther);
 
 // The Python objects that every call needs, made once and never freed: the interpreter may end first.
 struct Torch {
-    py::object tensor_type;
+    py::object tensor_type, parameter_type;
     const Exchange* exchange;
     py::str dtype{"dtype"}, untyped_storage{"untyped_storage"}, nbytes{"nbytes"}, storage_offset{"storage_offset"},
         detach{"detach"};
 
     Torch() {
         tensor_type = py::module_::import("torch").attr("Tensor");
+        parameter_type = py::module_::import("torch.nn").attr("Parameter");
         exchange = tensor_type.attr("__dlpack_c_exchange_api__").cast<py::capsule>().get_pointer<const Exchange>();
         if (exchange->major != 1 || exchange->view == nullptr) {
             throw std::runtime_error("gptkern._C: this PyTorch has another DLPack exchange than version 1");
@@ -111,6 +112,24 @@ bool glance(py::handle object, Glance& seen) {
     }
     seen = {view.data + view.byte_offset, view.code, view.bits, view.device_type == kOnCuda ? view.device : -1};
     return true;
+}
+
+char* describe_tensor(PyObject* object, char* out, size_t room) {
+    const Torch& t = torch();
+    const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    if (type != t.tensor_type.ptr() && type != t.parameter_type.ptr()) return nullptr;
+    View view;
+    if (t.exchange->view(object, &view) != 0) {
+        PyErr_Clear();
+        return nullptr;
+    }
+    const auto address = reinterpret_cast<uintptr_t>(view.data + view.byte_offset);
+    const int32_t head[] = {view.code << 8 | view.bits, view.device_type, view.device, view.dims, address % 16 == 0};
+    const size_t size = sizeof(int64_t) * view.dims;
+    if (room < sizeof head + 2 * size) return nullptr;
+    out = std::copy_n(reinterpret_cast<const char*>(head), sizeof head, out);
+    out = std::copy_n(reinterpret_cast<const char*>(view.shape), size, out);
+    return std::copy_n(reinterpret_cast<const char*>(view.stride), size, out);
 }
 
 Glance glance_of_dtype(const std::string& dtype) {

@@ -70,6 +70,10 @@ struct Glance {
 // False if the object is no tensor that has memory.
 bool glance(pybind11::handle object, Glance& seen);
 
+// Writes a plain tensor's or parameter's dtype, device, alignment to 16 bytes, sizes and strides to ``out``; returns the
+// end of what it wrote. Null for any other object, for a tensor without memory, and if ``room`` bytes do not suffice.
+char* describe_tensor(PyObject* object, char* out, size_t room);
+
 // The code and width of a dtype by PyTorch's name, "torch.float32" or "float32". Raises TypeError for any other.
 Glance glance_of_dtype(const std::string& dtype);
 

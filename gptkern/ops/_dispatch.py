@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from gptkern import _native
 from gptkern.ops import _launch
 
 Backend = Literal["auto", "reference", "kernel"]
@@ -100,6 +101,29 @@ def traced(tensor: torch.Tensor) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return tensor.device.type == "meta" and not _launch.recording()
+
+
+_describe = None if _native.extension is None else _native.extension.describe
+
+
+def call_key(tensors: tuple[torch.Tensor | None, ...], *settings: object) -> object:
+    """A key of calls that are checked, routed and launched alike, for ``_launch.Plans``.
+
+    It holds each tensor's dtype, device, alignment, sizes and strides, and the arguments that are no tensors:
+    a call whose key was seen needs no second check. None, which is the key of no call: there is more that
+    decides, as autocast or a trace, or an argument is no plain tensor with memory.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _describe is None
+        or _answers is not None
+        or _launch._observer is not None  # each launch that is looked at is worked out anew
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return None
+    described = _describe(*tensors)
+    return None if described is None else (described, _backend, _launch._recorded_arch, settings)
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

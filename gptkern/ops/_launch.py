@@ -12,12 +12,12 @@ from __future__ import annotations
 import functools
 import inspect
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -115,7 +115,7 @@ def recording() -> bool:
 
 def on_device(tensor: torch.Tensor) -> Any:
     """Context that makes ``tensor``'s GPU current, as Triton launches on the current one."""
-    if tensor.device.type == "cuda":
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return _NO_CONTEXT
 
@@ -188,8 +188,97 @@ def planned(function: Function) -> Function:
     return cached  # type: ignore[return-value]
 
 
+_MOST_PLANS = 4096
+Plan = TypeVar("Plan")
+
+
+class Plans(Generic[Plan]):
+    """Calls of an op that were checked and laid out for their launch, by ``_dispatch.call_key``.
+
+    They are cleared when a row of the launch table changes, and when there are very many.
+    """
+
+    def __init__(self) -> None:
+        self._plans: dict[Any, Plan] = {}
+        self.get = self._plans.get
+        self.cache_clear = self._plans.clear
+        _caches.append(self)
+
+    def keep(self, key: object, plan: Plan) -> Plan:
+        """``plan``, which calls of this key have from now on; a key of None is that of no call."""
+        if key is not None:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+
+class Again:
+    """A launch that was made once, to be made of other tensors of the same shapes.
+
+    Args:
+        made: The launch.
+        tensors: The tensors of the call and its results, None among them, each with its own address.
+    """
+
+    def __init__(self, made: Launch, tensors: Sequence[torch.Tensor | None]) -> None:
+        self._kernel, self._grid, self._options = made.kernel, made.grid, made.kwargs
+        self._args = list(made.args)
+        # position among the arguments, position among the tensors, the tensor map without its tensor or None
+        self._places: list[tuple[int, int, Any]] = []
+        addresses = {tensor.data_ptr(): i for i, tensor in enumerate(tensors) if tensor is not None}
+        for position, value in enumerate(made.args):
+            base = getattr(value, "base", value) if hasattr(value, "block_shape") else value
+            if isinstance(base, torch.Tensor):
+                mapped = None if base is value else {**value.__dict__, "base": None}
+                self._args[position] = type(value)
+                self._places.append((position, addresses[base.data_ptr()], mapped))
+
+    def launch(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        """Make the launch of these tensors."""
+        args = self._args.copy()
+        for position, source, mapped in self._places:
+            tensor = tensors[source]
+            if mapped is None:
+                args[position] = tensor
+            else:
+                made = object.__new__(args[position])
+                made.__dict__.update(mapped, base=tensor)
+                args[position] = made
+        launch(self._kernel, self._grid, *args, **self._options)
+
+
+def repeated(
+    plans: Plans[Again], key: object, tensors: Sequence[torch.Tensor | None], make: Callable[[], None]
+) -> None:
+    """Make the launch that ``make`` makes, or made in a call of the same key, of ``tensors``.
+
+    Args:
+        key: From ``_dispatch.call_key``, of all that decides on the launch.
+        tensors: All tensors that the launch is given, in an order of the op's own; None for none.
+    """
+    again = plans.get(key)
+    if again is not None:
+        again.launch(tensors)
+        return
+    given = [tensor.data_ptr() for tensor in tensors if tensor is not None]
+    if key is None or len(set(given)) < len(given):  # which is which would not be seen
+        make()
+        return
+    made: list[Launch] = []
+
+    def keep(item: Launch) -> bool:
+        made.append(item)
+        return True
+
+    with observe(keep):
+        make()
+    if len(made) == 1:  # none, where there is nothing to compute
+        plans.keep(key, Again(made[0], tensors))
+
+
 def forget() -> None:
-    """Clear the caches of ``planned`` functions and ``row_lookups``."""
+    """Clear ``Plans``, the caches of ``planned`` functions and ``row_lookups``."""
     row_lookups.clear()
     for cached in _caches:
         cached.cache_clear()

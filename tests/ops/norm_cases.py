@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptkern.ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from gptkern.ops import _launch, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from gptkern.ops.layer_norm import launch
 from gptkern.testing import DTYPES, Call
 
@@ -52,7 +52,9 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plan = launch.plan
     with monkeypatch.context() as patch:
         patch.setattr(launch, "plan", lambda *arguments: (2, plan(*arguments)[1]))
+        _launch.forget()
         yield
+    _launch.forget()
 
 
 __all__ = [

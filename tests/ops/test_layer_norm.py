@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from norm_cases import add_layer_norm, call, few_programs, grid, layer_norm, leaf
 
 import gptkern
-from gptkern.ops import _cases
+from gptkern.ops import _cases, _launch
 from gptkern.ops.layer_norm import launch
 from gptkern.testing import DTYPES, Call, assert_accurate, check, check_values, norm_terms
 
@@ -274,6 +274,7 @@ def test_any_shape_and_layout(
 @needs_kernels
 def test_rows_past_2_to_the_31(axis: int, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's offset in elements passes 2^31, no stride does; only six rows of memory are touched."""
+    _launch.forget()
     if wide:  # the kernels for wide rows, on narrow ones
         monkeypatch.setattr(launch, "_FORWARD_WIDTH", 0)
         monkeypatch.setattr(launch, "_BACKWARD_WIDTH", 0)

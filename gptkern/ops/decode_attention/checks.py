@@ -43,6 +43,11 @@ def check_slots(op: str, cache: PagedCache, slots: torch.Tensor, count: int) -> 
     _checks.dtype(op, "slots", slots, (torch.int64,))
     _checks.shape(op, "slots", slots, (count,), "one per token")
     _checks.same_device(op, k_cache=cache.k, slots=slots)
+    check_slot_values(op, cache, slots)
+
+
+def check_slot_values(op: str, cache: PagedCache, slots: torch.Tensor) -> None:
+    """Raise for a slot beyond the cache; on a CPU alone."""
     if slots.device.type != "cpu" or not slots.numel() or traced(slots):
         return
     capacity = cache.k.shape[0] * cache.k.shape[1]

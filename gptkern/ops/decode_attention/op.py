@@ -6,9 +6,12 @@ import math
 
 import torch
 
-from gptkern.ops._dispatch import needs_grad, traced, use_kernel
+from gptkern.ops._dispatch import call_key, needs_grad, traced, use_kernel
+from gptkern.ops._launch import Again, Plans, on_device, repeated
 from gptkern.ops._types import CachedSequences, KvScales, PagedCache
 from gptkern.ops.decode_attention import checks, launch, reference, register  # noqa: F401  (torch.ops)
+
+_appends: Plans[Again] = Plans()
 
 
 def decode_attention(
@@ -82,11 +85,17 @@ def append_kv(
         TypeError, ValueError: an argument is not as described here.
     """
     cache = PagedCache(k_cache, v_cache, scales)
-    checks.check_append("append_kv", k, v, cache, slots)
+    tensors = (k, v, k_cache, v_cache, slots, *(scales or ()))
+    key = call_key(tensors)
+    if _appends.get(key) is None:
+        checks.check_append("append_kv", k, v, cache, slots)
+    else:
+        checks.check_slot_values("append_kv", cache, slots)
     if traced(k):
         torch.ops.gptkern.append_kv(k, v, k_cache, v_cache, slots)
     elif use_kernel(k):
-        launch.append(k.detach(), v.detach(), cache, slots)
+        with on_device(k):
+            repeated(_appends, key, tensors, lambda: launch.append(k.detach(), v.detach(), cache, slots))
     else:
         reference.append_kv(k.detach(), v.detach(), k_cache, v_cache, slots, scales)
 

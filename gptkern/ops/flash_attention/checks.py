@@ -19,7 +19,8 @@ def check(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Pa
     """Raise for q, k and v, dense or packed, that attention does not accept."""
     _check_qkv(op, q, k, v, 4 if packed is None else 3)
     if packed is not None:
-        _check_packed(op, q, k, packed)
+        _check_packed(op, q, packed)
+        check_offsets(op, q, k, packed)
 
 
 def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dim: int) -> None:
@@ -51,9 +52,8 @@ def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dim: 
     _checks.shape(op, "v", v, (*k.shape[:-1], v.shape[-1]), "the shape of k, but for the head dimension")
 
 
-def _check_packed(op: str, q: torch.Tensor, k: torch.Tensor, packed: Packed) -> None:
-    offsets = (("cu_seqlens_q", packed.cu_q, q.shape[0]), ("cu_seqlens_k", packed.cu_k, k.shape[0]))
-    for name, cu_seqlens, _ in offsets:
+def _check_packed(op: str, q: torch.Tensor, packed: Packed) -> None:
+    for name, cu_seqlens in (("cu_seqlens_q", packed.cu_q), ("cu_seqlens_k", packed.cu_k)):
         _checks.tensor(op, name, cu_seqlens, dim=1)
         _checks.dtype(op, name, cu_seqlens, (torch.int32,))
         if cu_seqlens.shape[0] < 1 or not cu_seqlens.is_contiguous():
@@ -74,9 +74,18 @@ def _check_packed(op: str, q: torch.Tensor, k: torch.Tensor, packed: Packed) -> 
     for name, value in limits.items():
         if isinstance(value, torch.Tensor) or value < 0:
             raise ValueError(f"{op}: {name} is {value!r}; an int of at least 0 is needed")
-    # On a GPU, where a check would stall, kernels keep to the tokens that there are.
+
+
+def check_offsets(op: str, q: torch.Tensor, k: torch.Tensor, packed: Packed) -> None:
+    """Raise for offsets beyond the tokens; on a CPU alone.
+
+    On a GPU, where a check would stall, kernels keep to the tokens that there are.
+    """
     if q.device.type == "cpu" and not traced(q):
-        for name, cu_seqlens, tokens in offsets:
+        for name, cu_seqlens, tokens in (
+            ("cu_seqlens_q", packed.cu_q, q.shape[0]),
+            ("cu_seqlens_k", packed.cu_k, k.shape[0]),
+        ):
             _check_offsets(op, name, cu_seqlens.tolist(), tokens)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gptkern.ops import _launch
+from gptkern.ops._dispatch import call_key
 from gptkern.ops.flash_attention import hopper
 from gptkern.ops.flash_attention.kernels import flash_attention_forward
 from gptkern.ops.flash_attention.kernels_backward import flash_attention_dkdv, flash_attention_dq
@@ -15,6 +16,8 @@ from gptkern.ops.flash_attention.kernels_backward import flash_attention_dkdv, f
 UNLIMITED = -1
 
 Maybe = torch.Tensor | None
+
+_forwards: _launch.Plans[_launch.Again] = _launch.Plans()
 
 
 class Options(NamedTuple):
@@ -159,26 +162,48 @@ def forward(
     o: Options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward kernel: (out in q's dtype, lse in fp32)."""
-    shape = Shape(q, k, v, packed, extras)
-    out = shape.new(out_shape(q, v), q.dtype, q.device)
-    lse = shape.new(lse_shape(q, shape.packed), torch.float32, q.device)
-    if hopper.serves(q, k, v, extras, o):
-        with _launch.on_device(q):
-            hopper.forward(q, k, v, out, lse, shape, o)
-        return out, lse
-    constants = shape.constants(o)
-    config = _config("flash_attention_forward", q, constants, extras)
+    # Packed, no program writes tokens that belong to no sequence.
+    new = torch.empty if packed is None else torch.zeros
+    out = new(out_shape(q, v), dtype=q.dtype, device=q.device)
+    lse = new(lse_shape(q, packed is not None), dtype=torch.float32, device=q.device)
+    cu_q, cu_k, *longest = packed or (None, None)
+    offsets = (cu_q, None if cu_k is cu_q else cu_k)
+    key = call_key((q, k, v, *offsets, *extras), *longest, o, _launch.multiprocessors(q.device))
     with _launch.on_device(q):
-        _launch.launch(
-            flash_attention_forward,
-            shape.grid(config["BLOCK_M"]),
-            *(q, k, v, out, lse, *shape.offsets, *extras),
-            *(shape.heads, shape.heads // shape.heads_k, *shape.extents, *o),
-            *(*shape.strides(q, k, v, out), *shape.lse_strides(lse), *shape.extra_strides()),
-            **constants,
-            **config,
+        _launch.repeated(
+            _forwards,
+            key,
+            (q, k, v, *offsets, *extras, out, lse),
+            lambda: _forward(q, k, v, packed, extras, o, out, lse),
         )
     return out, lse
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packed: Packed | None,
+    extras: Extras,
+    o: Options,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    shape = Shape(q, k, v, packed, extras)
+    if hopper.serves(q, k, v, extras, o):
+        hopper.forward(q, k, v, out, lse, shape, o)
+        return
+    constants = shape.constants(o)
+    config = _config("flash_attention_forward", q, constants, extras)
+    _launch.launch(
+        flash_attention_forward,
+        shape.grid(config["BLOCK_M"]),
+        *(q, k, v, out, lse, *shape.offsets, *extras),
+        *(shape.heads, shape.heads // shape.heads_k, *shape.extents, *o),
+        *(*shape.strides(q, k, v, out), *shape.lse_strides(lse), *shape.extra_strides()),
+        **constants,
+        **config,
+    )
 
 
 def backward(

@@ -7,11 +7,14 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
-from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
+from gptkern.ops._dispatch import autocast_dtype, call_key, needs_grad, traced, use_kernel
+from gptkern.ops._launch import Plans
 from gptkern.ops.flash_attention import checks, launch, register
 from gptkern.ops.flash_attention.launch import NO_EXTRAS, UNLIMITED, Extras, Options, Packed
 
 Result = tuple[torch.Tensor, torch.Tensor]
+
+_checked: Plans[Options] = Plans()
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -93,11 +96,15 @@ def flash_attention(
         TypeError, ValueError: an argument is not as described here.
     """
     name = "flash_attention"
-    q, k, v = cast(q, k, v)
-    checks.check(name, q, k, v, None)
-    checks.check_slopes(name, q, None, alibi_slopes)
-    checks.check_bias(name, q, k, attn_bias)
-    options = make_options(name, q, _span(name, causal, window), scale, softcap, dropout_p)
+    key = call_key((q, k, v, alibi_slopes, attn_bias), causal, window, scale, softcap, dropout_p)
+    options = _checked.get(key)
+    if options is None:
+        q, k, v = cast(q, k, v)
+        checks.check(name, q, k, v, None)
+        checks.check_slopes(name, q, None, alibi_slopes)
+        checks.check_bias(name, q, k, attn_bias)
+        options = make_options(name, q, _span(name, causal, window), scale, softcap, dropout_p)
+        _checked.keep(key, options)
     bias = attn_bias
     if bias is not None:
         bias = bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
@@ -170,11 +177,18 @@ def flash_attention_varlen(
         TypeError, ValueError: an argument is not as described here.
     """
     name = "flash_attention_varlen"
-    q, k, v = cast(q, k, v)
     packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    checks.check(name, q, k, v, packed)
-    checks.check_slopes(name, q, packed, alibi_slopes)
-    options = make_options(name, q, _span(name, causal, window), scale, softcap, dropout_p)
+    tensors, longest = (q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes), (max_seqlen_q, max_seqlen_k)
+    key = call_key(tensors, *longest, causal, window, scale, softcap, dropout_p)
+    options = _checked.get(key)
+    if options is None:
+        q, k, v = cast(q, k, v)
+        checks.check(name, q, k, v, packed)
+        checks.check_slopes(name, q, packed, alibi_slopes)
+        options = make_options(name, q, _span(name, causal, window), scale, softcap, dropout_p)
+        _checked.keep(key, options)
+    else:
+        checks.check_offsets(name, q, k, packed)
     return attend(q, k, v, packed, options, return_lse, Extras(None, alibi_slopes))
 
 

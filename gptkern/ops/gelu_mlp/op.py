@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
+from gptkern.ops._dispatch import autocast_dtype, call_key, needs_grad, traced, use_kernel
+from gptkern.ops._launch import Plans
 from gptkern.ops.gelu_mlp import launch, reference
 from gptkern.ops.gelu_mlp.launch import PLAIN, Form, Layers
 from gptkern.ops.gelu_mlp.register import MLP, check_layers
 from gptkern.ops.linear import checks
 from gptkern.ops.linear.op import cast
+
+_checked: Plans[bool] = Plans()
 
 
 def gelu_mlp(
@@ -70,25 +73,28 @@ def mlp(
 ) -> torch.Tensor:
     """A perceptron of any form; ``plain`` is its reference."""
     op = form.op
-    checks.activation(op, activation)
-    checks.tensors(op, x=x, **layers._asdict(), residual=residual)
-    dtype = autocast_dtype(x)
-    w_fc, b_fc, w_proj, b_proj = layers
-    layers = Layers(cast(w_fc, dtype), cast(b_fc, dtype), cast(w_proj, dtype), cast(b_proj, dtype))
-    x = cast(x, dtype)
-    check_layers(op, form.gate, x, layers, activation)
-    if residual is not None:
-        checks.residual(op, x, residual, layers.w_proj.shape[0])
-    if not use_kernel(x):
-        return plain(x, *layers, activation, residual)
-    checks.kernel_inputs(op, max(layers.w_fc.shape[0], layers.w_proj.shape[0]), x=x, residual=residual)
-    grad = needs_grad(x, *layers, residual)
-    save = grad and not recompute
-    if traced(x):
-        registered = getattr(torch.ops.gptkern, op)
-        out: torch.Tensor = registered(x, *layers, residual, activation, save)[0]
-        return out
-    if grad:
-        out = MLP.apply(form, x, *layers, residual, activation, save)
+    key = call_key((x, *layers, residual), op, activation)
+    if not _checked.get(key):
+        checks.activation(op, activation)
+        checks.tensors(op, x=x, **layers._asdict(), residual=residual)
+        dtype = autocast_dtype(x)
+        w_fc, b_fc, w_proj, b_proj = layers
+        layers = Layers(cast(w_fc, dtype), cast(b_fc, dtype), cast(w_proj, dtype), cast(b_proj, dtype))
+        x = cast(x, dtype)
+        check_layers(op, form.gate, x, layers, activation)
+        if residual is not None:
+            checks.residual(op, x, residual, layers.w_proj.shape[0])
+        if not use_kernel(x):
+            return plain(x, *layers, activation, residual)
+        outputs = max(layers.w_fc.shape[0], layers.w_proj.shape[0])
+        checks.kernel_inputs(op, outputs, x=x, residual=residual)
+        if traced(x):
+            save = needs_grad(x, *layers, residual) and not recompute
+            registered = getattr(torch.ops.gptkern, op)
+            out: torch.Tensor = registered(x, *layers, residual, activation, save)[0]
+            return out
+        _checked.keep(key, True)
+    if needs_grad(x, *layers, residual):
+        out = MLP.apply(form, x, *layers, residual, activation, not recompute)
         return out
     return launch.forward(form, x, layers, residual, activation, False)[0]

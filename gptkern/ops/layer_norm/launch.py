@@ -100,27 +100,36 @@ def plan(kernel: str, width: int, device: torch.device) -> tuple[int, dict[str, 
     return _plan(kernel, width, device, _launch.arch(device))
 
 
-def forward(
-    x: torch.Tensor,
-    residual: Maybe,
-    weight: Maybe,
-    bias: Maybe,
-    seed: Maybe,
-    settings: Settings,
-    save_stats: bool,
-) -> tuple[torch.Tensor, Any, Any]:
-    """(normed, new_residual, stats): None without a residual, None without ``save_stats``."""
-    op, centered, eps, dropout_p, dtype, unit_offset = settings
-    width, shape, device = x.shape[-1], x.shape, x.device
+class Forward(NamedTuple):
+    """A forward pass as it is launched, whatever numbers its tensors hold.
+
+    Attributes:
+        settings: The arguments that are no tensors.
+        kernel, grid: The kernel and its programs.
+        numbers, options: The arguments after the tensors, by position and by name.
+        shape, total_dtype, stats_shape: Of the results; the dtype is None without a residual.
+    """
+
+    settings: Settings
+    kernel: Any
+    grid: tuple[int, ...]
+    numbers: tuple[float, ...]
+    options: dict[str, Any]
+    shape: torch.Size
+    total_dtype: torch.dtype | None
+    stats_shape: tuple[int, int]
+
+
+def forward_plan(x: torch.Tensor, residual: Maybe, settings: Settings) -> Forward:
+    """The launch of a forward pass over tensors of these shapes, strides and dtypes."""
+    op, centered, eps, dropout_p, _, unit_offset = settings
+    width, device = x.shape[-1], x.device
     rows = x.numel() // width
     x_layout = residual_layout = layout(op, "x", x)
-    out = torch.empty(shape, dtype=dtype, device=device)
-    total = stats = None
+    total_dtype = None
     if residual is not None:
         residual_layout = layout(op, "residual", residual)
-        total = torch.empty(shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=device)
-    if save_stats:
-        stats = torch.empty((1 + centered, rows), dtype=torch.float32, device=device)
+        total_dtype = torch.promote_types(x.dtype, residual.dtype)
     if width <= _FORWARD_WIDTH:
         kernel = kernels.norm_forward_kernel
         programs, config = plan("norm_forward", width, device)
@@ -128,11 +137,33 @@ def forward(
     else:
         kernel = kernels.norm_wide_forward_kernel
         grid, config = rows, plan("norm_wide_forward", width, device)[1]
+    numbers = (*x_layout, *residual_layout, rows, float(eps), *_dropout(dropout_p))
+    options = {"WIDTH": width, "CENTERED": centered, "UNIT_OFFSET": unit_offset, **config}
+    stats_shape = (1 + centered, rows)
+    return Forward(settings, kernel, (grid,), numbers, options, x.shape, total_dtype, stats_shape)
+
+
+def forward(
+    plan: Forward,
+    x: torch.Tensor,
+    residual: Maybe,
+    weight: Maybe,
+    bias: Maybe,
+    seed: Maybe,
+    save_stats: bool,
+) -> tuple[torch.Tensor, Any, Any]:
+    """(normed, new_residual, stats): None without a residual, None without ``save_stats``."""
+    settings, kernel, grid, numbers, options, shape, total_dtype, stats_shape = plan
+    device = x.device
+    out = torch.empty(shape, dtype=settings.dtype, device=device)
+    total = stats = None
+    if total_dtype is not None:
+        total = torch.empty(shape, dtype=total_dtype, device=device)
+    if save_stats:
+        stats = torch.empty(stats_shape, dtype=torch.float32, device=device)
     with _launch.on_device(x):
         _launch.launch(
-            kernel, (grid,), x, residual, weight, bias, out, total, stats, seed, *x_layout, *residual_layout,
-            rows, eps, *_dropout(dropout_p), WIDTH=width, CENTERED=centered, UNIT_OFFSET=unit_offset,
-            **config,
+            kernel, grid, x, residual, weight, bias, out, total, stats, seed, *numbers, **options
         )  # fmt: skip
     return out, total, stats
 

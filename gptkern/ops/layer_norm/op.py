@@ -8,13 +8,16 @@ from typing import Any
 import torch
 
 from gptkern.ops import _checks
-from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
+from gptkern.ops._dispatch import autocast_dtype, call_key, needs_grad, traced, use_kernel
+from gptkern.ops._launch import Plans
 from gptkern.ops.layer_norm import launch, reference
 from gptkern.ops.layer_norm.checks import check, check_kernel
-from gptkern.ops.layer_norm.launch import Settings
+from gptkern.ops.layer_norm.launch import Forward, Settings, forward_plan
 from gptkern.ops.layer_norm.register import Norm
 
 Maybe = torch.Tensor | None
+
+_plans: Plans[Forward] = Plans()
 
 
 def layer_norm(
@@ -50,6 +53,10 @@ def layer_norm(
         shape = x.shape if isinstance(x, torch.Tensor) else ()
         x, weight, bias = merge_dims("layer_norm", dims, x=x, weight=weight, bias=bias)
         return layer_norm(x, weight, bias, eps).view(shape)
+    key = call_key((x, weight, bias), eps)
+    plan = _plans.get(key)
+    if plan is not None:
+        return norm(plan, x, weight, bias)
     check("layer_norm", x, None, weight, bias, eps)
     dtype = out_dtype(x, None)
     if not use_kernel(x):
@@ -58,7 +65,8 @@ def layer_norm(
     if traced(x):
         out: torch.Tensor = torch.ops.gptkern.layer_norm(x, weight, bias, eps, dtype)[0]
         return out
-    return norm(x, weight, bias, Settings("layer_norm", True, eps, 0.0, dtype))
+    settings = Settings("layer_norm", True, eps, 0.0, dtype)
+    return norm(_plans.keep(key, forward_plan(x, None, settings)), x, weight, bias)
 
 
 def add_layer_norm(
@@ -86,19 +94,23 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: as ``layer_norm``.
     """
+    key = call_key((x, residual, weight, bias), eps, dropout_p)
+    plan = _plans.get(key)
+    if plan is not None:
+        return add_norm(plan, x, residual, weight, bias)
     check("add_layer_norm", x, residual, weight, bias, eps, dropout_p)
     dtype = out_dtype(x, residual)
     if not use_kernel(x):
         normed, total = reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p)
         return normed.to(dtype), total
     check_kernel("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)
-    seed = new_seed(x, dropout_p)
     if traced(x):
         op = torch.ops.gptkern.add_layer_norm
+        seed = new_seed(x, dropout_p)
         normed, total, _ = op(x, residual, weight, bias, eps, dropout_p, seed, dtype)
         return normed, total
     settings = Settings("add_layer_norm", True, eps, dropout_p, dtype)
-    return add_norm(x, residual, weight, bias, seed, settings)
+    return add_norm(_plans.keep(key, forward_plan(x, residual, settings)), x, residual, weight, bias)
 
 
 # Shared with RMS norm.
@@ -139,25 +151,21 @@ def new_seed(x: torch.Tensor, dropout_p: float) -> Maybe:
     return torch.randint(2**62, (1,), device=x.device) if dropout_p > 0.0 else None
 
 
-def norm(x: torch.Tensor, weight: Maybe, bias: Maybe, settings: Settings) -> torch.Tensor:
+def norm(plan: Forward, x: torch.Tensor, weight: Maybe, bias: Maybe) -> torch.Tensor:
     """The norm by the kernels, eagerly."""
     if needs_grad(x, weight, bias):
-        out: torch.Tensor = Norm.apply(x, None, weight, bias, None, settings)
+        out: torch.Tensor = Norm.apply(x, None, weight, bias, None, plan)
         return out
-    return launch.forward(x, None, weight, bias, None, settings, False)[0]
+    return launch.forward(plan, x, None, weight, bias, None, False)[0]
 
 
 def add_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: Maybe,
-    bias: Maybe,
-    seed: Maybe,
-    settings: Settings,
+    plan: Forward, x: torch.Tensor, residual: torch.Tensor, weight: Maybe, bias: Maybe
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The addition and the norm by the kernels, eagerly."""
+    seed = new_seed(x, plan.settings.dropout_p)
     if needs_grad(x, residual, weight, bias):
-        normed, total = Norm.apply(x, residual, weight, bias, seed, settings)
+        normed, total = Norm.apply(x, residual, weight, bias, seed, plan)
         return normed, total
-    normed, total, _ = launch.forward(x, residual, weight, bias, seed, settings, False)
+    normed, total, _ = launch.forward(plan, x, residual, weight, bias, seed, False)
     return normed, total

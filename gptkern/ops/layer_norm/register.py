@@ -11,7 +11,7 @@ from gptkern.ops._dispatch import INTERPRETED
 from gptkern.ops._register import register, tensor_or_empty
 from gptkern.ops.layer_norm import launch
 from gptkern.ops.layer_norm.checks import check, check_kernel
-from gptkern.ops.layer_norm.launch import Saved, Settings
+from gptkern.ops.layer_norm.launch import Forward, Saved, Settings, forward_plan
 
 Maybe = torch.Tensor | None
 # The references take CPU tensors and are differentiable themselves: only kernels are registered.
@@ -29,10 +29,10 @@ class Norm(torch.autograd.Function):
         weight: Maybe,
         bias: Maybe,
         seed: Maybe,
-        settings: Settings,
+        plan: Forward,
     ) -> Any:
-        out, total, stats = launch.forward(x, residual, weight, bias, seed, settings, True)
-        _save(ctx, x, residual, weight, bias, total, stats, seed, settings)
+        out, total, stats = launch.forward(plan, x, residual, weight, bias, seed, True)
+        _save(ctx, x, residual, weight, bias, total, stats, seed, plan.settings)
         return out if total is None else (out, total)
 
     @staticmethod
@@ -150,8 +150,8 @@ def register_norm(name: str, *, centered: bool) -> None:
         x, weight, bias, eps, dtype, unit_offset = split(args)
         check(name, x, None, weight, bias, eps)
         check_kernel(name, x=x, weight=weight, bias=bias)
-        settings = Settings(name, centered, eps, 0.0, dtype, unit_offset)
-        out, _, stats = launch.forward(x, None, weight, bias, None, settings, True)
+        plan = forward_plan(x, None, Settings(name, centered, eps, 0.0, dtype, unit_offset))
+        out, _, stats = launch.forward(plan, x, None, weight, bias, None, True)
         return out, stats
 
     def fake(*args: Any) -> Any:
@@ -192,8 +192,8 @@ def register_add_norm(name: str, *, centered: bool) -> None:
         check(name, x, residual, weight, bias, eps, dropout_p)
         check_kernel(name, x=x, residual=residual, weight=weight, bias=bias)
         _check_seed(name, x, dropout_p, seed)
-        settings = Settings(name, centered, eps, dropout_p, dtype, unit_offset)
-        return launch.forward(x, residual, weight, bias, seed, settings, True)
+        plan = forward_plan(x, residual, Settings(name, centered, eps, dropout_p, dtype, unit_offset))
+        return launch.forward(plan, x, residual, weight, bias, seed, True)
 
     def fake(*args: Any) -> Any:
         x, residual, *_, dtype, _ = split(args)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gptkern.ops import _launch
+from gptkern.ops._dispatch import call_key
 from gptkern.ops._triton import TensorDescriptor
 from gptkern.ops.linear import hopper, kernels
 
@@ -21,6 +22,8 @@ _DW_PROGRAMS = 132
 _DW_MOST_SPLITS = 8
 _DW_COMBINE = 0.11
 _SUM_PARTS = 512
+
+_products: _launch.Plans[_launch.Again] = _launch.Plans()
 
 
 class Saved(NamedTuple):
@@ -95,13 +98,33 @@ def product(
     save_pre: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(``activation(a @ b + bias) + residual`` in the residual's dtype, ``a @ b + bias`` or None)."""
-    (m, k), n = a.shape, b.shape[1]
+    m, n = a.shape[0], b.shape[1]
     out = a.new_empty(m, n, dtype=a.dtype if residual is None else residual.dtype)
     pre = a.new_empty(m, n) if save_pre else None
+    key = call_key((a, b, bias, residual), activation, save_pre, _launch.multiprocessors(a.device))
+    with _launch.on_device(a):
+        _launch.repeated(
+            _products,
+            key,
+            (a, b, bias, residual, out, pre),
+            lambda: _product(a, b, bias, residual, out, pre, activation),
+        )
+    return out, pre
+
+
+def _product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    pre: torch.Tensor | None,
+    activation: str,
+) -> None:
     if hopper.serves(a, b, bias, residual):
-        with _launch.on_device(a):
-            hopper.product(a, b, bias, residual, out, pre, activation)
-        return out, pre
+        hopper.product(a, b, bias, residual, out, pre, activation)
+        return
+    (m, k), n = a.shape, b.shape[1]
     epilogue = "plain" if activation == "none" else "activation"
     matrices, config = operands("linear", a, b, epilogue=epilogue)
     programs = tile_count(m, n, config)
@@ -109,12 +132,10 @@ def product(
         programs = min(programs, _launch.multiprocessors(a.device))
     stride_bias = 0 if bias is None else bias.stride(0)
     stride_rm, stride_rn = (0, 0) if residual is None else residual.stride()
-    with _launch.on_device(a):
-        _launch.launch(
-            kernels.linear, (programs,), *matrices, bias, residual, out, pre, m, n, k,
-            *a.stride(), *b.stride(), stride_bias, stride_rm, stride_rn, ACTIVATION=activation, **config,
-        )  # fmt: skip
-    return out, pre
+    _launch.launch(
+        kernels.linear, (programs,), *matrices, bias, residual, out, pre, m, n, k,
+        *a.stride(), *b.stride(), stride_bias, stride_rm, stride_rn, ACTIVATION=activation, **config,
+    )  # fmt: skip
 
 
 def product_dact(

@@ -7,9 +7,12 @@ from typing import TypeVar
 import torch
 
 from gptkern.ops import _checks
-from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
+from gptkern.ops._dispatch import autocast_dtype, call_key, needs_grad, traced, use_kernel
+from gptkern.ops._launch import Plans
 from gptkern.ops.linear import checks, launch, reference
 from gptkern.ops.linear.register import Linear
+
+_checked: Plans[bool] = Plans()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -82,23 +85,25 @@ def _linear(
     residual: torch.Tensor | None,
     activation: str,
 ) -> torch.Tensor:
-    checks.tensors(op, x=x, weight=weight, bias=bias, residual=residual)
-    dtype = autocast_dtype(x)
-    x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
-    checks.layer(op, x, x.shape[-1], ("weight", "bias"), weight, bias)
-    if residual is not None:
-        checks.residual(op, x, residual, weight.shape[0])
-    if not use_kernel(x):
+    key = call_key((x, weight, bias, residual))
+    if not _checked.get(key):
+        checks.tensors(op, x=x, weight=weight, bias=bias, residual=residual)
+        dtype = autocast_dtype(x)
+        x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
+        checks.layer(op, x, x.shape[-1], ("weight", "bias"), weight, bias)
         if residual is not None:
-            return reference.linear_residual(x, weight, bias, residual)
-        return reference.linear_act(x, weight, bias, activation)
-    checks.kernel_inputs(op, weight.shape[0], x=x, residual=residual)
-    grad = needs_grad(x, weight, bias, residual)
-    if traced(x):
-        save_pre = grad and activation != "none"
-        out: torch.Tensor = torch.ops.gptkern.linear(x, weight, bias, residual, activation, save_pre)[0]
-        return out
-    if grad:
+            checks.residual(op, x, residual, weight.shape[0])
+        if not use_kernel(x):
+            if residual is not None:
+                return reference.linear_residual(x, weight, bias, residual)
+            return reference.linear_act(x, weight, bias, activation)
+        checks.kernel_inputs(op, weight.shape[0], x=x, residual=residual)
+        if traced(x):
+            save_pre = needs_grad(x, weight, bias, residual) and activation != "none"
+            out: torch.Tensor = torch.ops.gptkern.linear(x, weight, bias, residual, activation, save_pre)[0]
+            return out
+        _checked.keep(key, True)
+    if needs_grad(x, weight, bias, residual):
         out = Linear.apply(x, weight, bias, residual, activation)
         return out
     return launch.forward(x, weight, bias, residual, activation, False)[0]

@@ -1,5 +1,5 @@
 """Launches of RMS norm: those of layer norm, whose ``Settings`` say that no mean is subtracted."""
 
-from gptkern.ops.layer_norm.launch import Saved, Settings, backward, forward
+from gptkern.ops.layer_norm.launch import Forward, Saved, Settings, backward, forward, forward_plan
 
-__all__ = ["Saved", "Settings", "backward", "forward"]
+__all__ = ["Forward", "Saved", "Settings", "backward", "forward", "forward_plan"]

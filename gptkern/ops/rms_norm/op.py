@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from gptkern.ops._dispatch import traced, use_kernel
+from gptkern.ops._dispatch import call_key, traced, use_kernel
+from gptkern.ops._launch import Plans
 from gptkern.ops.layer_norm.checks import check, check_kernel
-from gptkern.ops.layer_norm.launch import Settings
+from gptkern.ops.layer_norm.launch import Forward, Settings, forward_plan
 from gptkern.ops.layer_norm.op import add_norm, new_seed, norm, out_dtype
 from gptkern.ops.rms_norm import reference, register  # noqa: F401  (register: torch.ops.gptkern.rms_norm)
+
+_plans: Plans[Forward] = Plans()
 
 
 def rms_norm(
@@ -34,6 +37,10 @@ def rms_norm(
         TypeError: a dtype that is not accepted.
         ValueError: a shape, layout or device that is not accepted.
     """
+    key = call_key((x, weight), eps, unit_offset)
+    plan = _plans.get(key)
+    if plan is not None:
+        return norm(plan, x, weight, None)
     check("rms_norm", x, None, weight, None, eps)
     dtype = out_dtype(x, None)
     if not use_kernel(x):
@@ -42,7 +49,8 @@ def rms_norm(
     if traced(x):
         out: torch.Tensor = torch.ops.gptkern.rms_norm(x, weight, eps, dtype, unit_offset)[0]
         return out
-    return norm(x, weight, None, Settings("rms_norm", False, eps, 0.0, dtype, unit_offset))
+    settings = Settings("rms_norm", False, eps, 0.0, dtype, unit_offset)
+    return norm(_plans.keep(key, forward_plan(x, None, settings)), x, weight, None)
 
 
 def add_rms_norm(
@@ -70,16 +78,20 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError: as ``rms_norm``.
     """
+    key = call_key((x, residual, weight), eps, dropout_p, unit_offset)
+    plan = _plans.get(key)
+    if plan is not None:
+        return add_norm(plan, x, residual, weight, None)
     check("add_rms_norm", x, residual, weight, None, eps, dropout_p)
     dtype = out_dtype(x, residual)
     if not use_kernel(x):
         normed, total = reference.add_rms_norm(x, residual, weight, eps, dropout_p, unit_offset)
         return normed.to(dtype), total
     check_kernel("add_rms_norm", x=x, residual=residual, weight=weight)
-    seed = new_seed(x, dropout_p)
     if traced(x):
+        seed = new_seed(x, dropout_p)
         op = torch.ops.gptkern.add_rms_norm
         normed, total, _ = op(x, residual, weight, eps, dropout_p, seed, dtype, unit_offset)
         return normed, total
     settings = Settings("add_rms_norm", False, eps, dropout_p, dtype, unit_offset)
-    return add_norm(x, residual, weight, None, seed, settings)
+    return add_norm(_plans.keep(key, forward_plan(x, residual, settings)), x, residual, weight, None)

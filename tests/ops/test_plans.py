@@ -1,0 +1,225 @@
+"""Calls that are checked and laid out once: what they have in common, and what makes another call of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import gptkern
+from gptkern import _native
+from gptkern.ops import (
+    _launch,
+    _without_triton,
+    add_layer_norm,
+    append_kv,
+    flash_attention,
+    flash_attention_varlen,
+    gelu_mlp,
+    layer_norm,
+    linear_residual,
+    rms_norm,
+)
+from gptkern.ops._dispatch import call_key
+from gptkern.ops._launch import Again, Launch, Plans, launch, observe
+from gptkern.ops.layer_norm import op as norm_op
+
+pytestmark = pytest.mark.skipif(_native.extension is None, reason="gptkern._C is not built")
+needs_kernels = pytest.mark.usefixtures("on_device")
+X, W = torch.randn(4, 64), torch.randn(64)
+
+
+def test_what_decides_on_a_launch_is_in_the_key() -> None:
+    storage = torch.zeros(4 * 64 + 1)
+    others = [
+        (X.half(), W),
+        (X.bfloat16(), W),
+        (X[:3], W),
+        (X[:, ::2], W),
+        (X.t(), W),
+        (X.as_strided((4, 64), (0, 1)), W),
+        (storage[1:].view(4, 64), W),  # at no multiple of 16 bytes
+        (X, None),
+        (X, W[:32]),
+        (W, X),
+    ]
+    keys = [call_key((X, W)), *map(call_key, others), call_key((X, W), 1), call_key((X, W), 2)]
+    with gptkern.backend("reference"):
+        keys.append(call_key((X, W)))
+    assert None not in keys and len(set(keys)) == len(keys)
+    assert call_key((torch.zeros(4, 64), torch.nn.Parameter(W))) == keys[0]
+    one_row = [torch.zeros(8).as_strided((1, 8), (step, 1)) for step in (8, 3)]
+    assert call_key((one_row[0],)) != call_key((one_row[1],))
+
+
+class OfItsOwn(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "value", [3, "x", X.to("meta"), X.to_sparse(), X.as_subclass(OfItsOwn)], ids=lambda value: type(value)
+)
+def test_what_is_no_plain_tensor_with_memory_has_no_key(value: Any) -> None:
+    assert call_key((X, value)) is None
+
+
+def test_calls_that_more_decides_on_have_no_key() -> None:
+    keys: list[object] = []
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        keys.append(call_key((x, W)))
+        keys.append(call_key((X, W)))
+        return x.sum()
+
+    torch.vmap(ask)(X)
+    torch.func.grad(ask)(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        ask(X)
+    with observe(lambda launch: True):
+        ask(X)
+    assert keys == [None] * 8
+    ask(X)
+    assert None not in keys[8:]
+
+
+def test_plans_are_bounded_and_go_with_the_launch_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launch, "_MOST_PLANS", 3)
+    plans: Plans[int] = Plans()
+    assert plans.keep(None, 5) == 5 and plans.get(None) is None
+    for number in range(10):
+        plans.keep(number, number)
+        assert plans.get(number) == number and len(plans._plans) <= 3
+    _launch.forget()
+    assert plans.get(9) is None
+
+
+@needs_kernels
+def test_a_call_like_one_before_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+    check = norm_op.check
+
+    def counted(*args: Any) -> None:
+        checked.append(args)
+        check(*args)
+
+    monkeypatch.setattr(norm_op, "check", counted)
+    _launch.forget()
+    x = X.clone().requires_grad_()
+    for given in (x, X, X * 2):
+        assert torch.allclose(
+            layer_norm(given, W), torch.nn.functional.layer_norm(given, (64,), W), atol=1e-5
+        )
+    assert len(checked) == 1
+    layer_norm(X, W, eps=1e-6)
+    layer_norm(X[:2], W)
+    layer_norm(X, W, W)
+    assert len(checked) == 4
+    for _ in range(2):
+        with pytest.raises(ValueError, match="weight has shape"):
+            layer_norm(X, W[:8])
+        with pytest.raises(ValueError, match="eps is -1"):
+            layer_norm(X, W, eps=-1.0)
+
+
+def tensors(*shapes: tuple[int, ...], seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def _append(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    k_cache, v_cache = cache.clone(), cache.clone()
+    append_kv(k, v, k_cache, v_cache, torch.tensor([3, 0]))
+    return torch.stack((k_cache, v_cache))
+
+
+def _packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, same: bool) -> torch.Tensor:
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+    return flash_attention_varlen(q, k, v, cu, cu if same else cu.clone(), 3, 3)
+
+
+# The op, the shapes of its tensors.
+CALLS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
+    "layer_norm": (layer_norm, [(3, 64), (64,), (64,)]),
+    "add_layer_norm": (lambda *t: torch.stack(add_layer_norm(*t)), [(3, 64), (3, 64), (64,), (64,)]),
+    "rms_norm": (rms_norm, [(3, 64), (64,)]),
+    "linear_residual": (linear_residual, [(3, 64), (32, 64), (32,), (3, 32)]),
+    "linear_residual by columns": (
+        lambda x, w, b, r: linear_residual(x, w.t(), b, r),
+        [(3, 64), (64, 32), (32,), (3, 32)],
+    ),
+    "gelu_mlp": (gelu_mlp, [(3, 64), (32, 64), (32,), (64, 32), (64,)]),
+    "flash_attention": (flash_attention, [(1, 5, 2, 16)] * 3),
+    "flash_attention, packed": (lambda *t: _packed(*t, same=True), [(5, 2, 16)] * 3),
+    "flash_attention, lengths twice": (lambda *t: _packed(*t, same=False), [(5, 2, 16)] * 3),
+    "append_kv": (_append, [(2, 2, 16), (2, 2, 16), (1, 4, 2, 16)]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@needs_kernels
+def test_other_tensors_of_the_same_shapes_give_their_own_results(name: str) -> None:
+    op, shapes = CALLS[name]
+    first, second = (tensors(*shapes, seed=seed) for seed in (0, 1))
+    _launch.forget()
+    before = op(*first)
+    again = op(*second)
+    assert torch.equal(op(*first), before)
+    _launch.forget()
+    assert torch.equal(op(*second), again)
+    assert not torch.equal(before, again)
+
+
+@needs_kernels
+def test_one_tensor_in_two_places_says_nothing_of_two_tensors() -> None:
+    x, weight, bias, residual = tensors((3, 64), (64, 64), (64,), (3, 64), seed=0)
+    _launch.forget()
+    assert torch.equal(linear_residual(x, weight, bias, x), linear_residual(x, weight, bias, x.clone()))
+    wanted = linear_residual(x, weight, bias, residual)
+    _launch.forget()
+    assert torch.equal(linear_residual(x, weight, bias, residual), wanted)
+    assert torch.equal(
+        linear_residual(x, weight, bias, x), linear_residual(x.clone(), weight, bias, x.clone())
+    )
+
+
+@needs_kernels
+def test_values_of_a_call_on_a_cpu_are_checked_each_time(device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("a GPU is not asked for values")
+    q, k, v, cache = tensors(*[(5, 2, 16)] * 3, (1, 4, 2, 16), seed=0)
+    cu, slots = torch.tensor([0, 2, 5], dtype=torch.int32), torch.arange(4)
+    flash_attention_varlen(q, k, v, cu, cu, 3, 3)
+    append_kv(k[:4], v[:4], cache, cache.clone(), slots)
+    cu[1], slots[0] = 6, 4
+    with pytest.raises(ValueError, match="cu_seqlens_q is"):
+        flash_attention_varlen(q, k, v, cu, cu, 3, 3)
+    with pytest.raises(ValueError, match="slots holds 4"):
+        append_kv(k[:4], v[:4], cache, cache.clone(), slots)
+
+
+def test_a_launch_again_has_the_other_tensors_and_maps_of_them() -> None:
+    x, weight, out = tensors((3, 64), (64, 32), (3, 32), seed=0)
+    mapped = _without_triton.TensorDescriptor(weight.t(), [64, 32], [32, 1], [16, 16])
+    kernel = _without_triton.NamedKernel(linear_residual)
+    made = Launch(kernel, (2,), (x, mapped, None, out, 7), {"num_warps": 4})
+    again, others = Again(made, (x, None, weight, out)), [t.clone() for t in (x, weight, out)]
+    seen: list[Launch] = []
+    with observe(lambda item: bool(seen.append(item))):
+        again.launch((others[0], None, others[1], others[2]))
+        again.launch((x, None, weight, out))
+        launch(kernel, (2,), *made.args, num_warps=4)
+    for item, (a, b, c) in zip(seen, (others, (x, weight, out), (x, weight, out)), strict=True):
+        assert (item.kernel, item.grid, item.kwargs) == (kernel, (2,), {"num_warps": 4})
+        first, tiles, *rest = item.args
+        assert (
+            first is a and tiles.base.data_ptr() == b.data_ptr() and rest[1] is c and rest[::2] == [None, 7]
+        )
+        assert type(tiles) is type(mapped)
+        assert (tiles.shape, tiles.strides, tiles.block_shape, tiles.padding) == (
+            [64, 32],
+            [32, 1],
+            [16, 16],
+            "zero",
+        )
