@@ -1,6 +1,10 @@
 // Attention over the paged cache, and what is written to it. A row's result depends on no other row.
+//
+// Blocks of a sequence's tokens are taken in order. Each gives the queries that see some of it weights relative to the
+// largest score so far; where that grew, the sums of before are scaled.
 #pragma once
 
+#include "decode/attention_block.h"
 #include "decode/pass.h"
 
 namespace gptkern {
@@ -12,13 +16,20 @@ class Attention {
 
 public:
     explicit Attention(const Pass& pass)
-        : p_(pass), m_(pass.m), cache_(pass.call.cache), width_(padded(pass.m.head_dim)) {}
+        : p_(pass),
+          m_(pass.m),
+          cache_(pass.call.cache),
+          group_(m_.heads / m_.kv_heads),
+          width_(padded(m_.head_dim)),
+          scores_{p_.own + p_.layout.scores, kTokens},
+          keys_{p_.own + p_.layout.keys, width_},
+          values_{p_.own + p_.layout.values, kTokens} {}
 
     // Writes a row's keys and values of some heads to the cache.
     void store_kv(int at, int row, int head, int heads) const {
         const CpuLayer& layer = m_.layer[at];
         const int dim = m_.head_dim, position = length(row);
-        const int64_t newest = slot(row, position);
+        const int64_t newest = tokens(row, position, position + 1).at[0];
         const float *const keys = p_.row(Buffer::kQ, row) + m_.q_width(), *const values = keys + m_.kv_width();
         const float rstd = whole_rstd(layer.k_norm, keys, m_.kv_width());
         float* const turned = p_.own + p_.layout.turned;
@@ -26,55 +37,29 @@ public:
             Storage* const key = cached(cache_.k, at, h) + newest;
             Storage* const value = cached(cache_.v, at, h) + newest;
             turn(layer, layer.k_norm, rstd, h, position, keys + h * dim, turned);
-            for (int i = 0; i < dim; ++i) {
-                key[i] = Kind::store(turned[i]);
-                value[i] = Kind::store(values[h * dim + i]);
+            for (int i = 0; i < dim; i += kLanes) {
+                store_some(key + i, dim - i, load_some(turned + i, dim - i));
+                store_some(value + i, dim - i, load_some(values + h * dim + i, dim - i));
             }
         }
     }
 
     // The attention of some heads of ``rows`` rows, which are consecutive tokens of one sequence: a row's is the same in
-    // any company. ``rows * heads`` is at most ``most_queries``.
+    // any company. Heads of several rows read the same keys, and their queries are at most kQueries.
     void attend(int at, int row, int rows, int head, int heads) const {
-        const CpuLayer& layer = m_.layer[at];
-        const int end = length(row + rows - 1) + 1, start = seen_from(layer, row), queries = rows * heads;
-        const int64_t room = padded(end - start);
-        float *const scores = p_.own + p_.layout.scores, *const turned = scores + queries * room;
-        float *const sums = turned + queries * width_, *const block = sums + queries * width_;
-        for (int r = 0; r < rows; ++r) turn_queries(layer, row + r, head, heads, turned + r * width_, rows * width_);
-        for (int64_t i = 0; i < queries * width_; ++i) sums[i] = 0.0f;
-        // Scores, weights, weighted sum of the values.
-        for_blocks(row + rows - 1, start, end, [&](int t, int count, const int64_t* slots) {
-            for_heads(head, heads, [&](int h, int64_t offset) {
-                const Keys keys(*this, cached(cache_.k, at, 0) + offset, slots, count, rows, block);
-                for (int r = 0; r < rows; ++r) {
-                    if (t > length(row + r)) continue;
-                    float* const to = scores + (h * rows + r) * room + t - start;
-                    store(to, capped(keys.dots(turned + (h * rows + r) * width_), m_.attention_softcap));
-                }
-            });
-        });
-        for (int i = 0; i < queries; ++i) {
-            const int r = row + i % rows, first = seen_from(layer, r);
-            softmax(scores + i * room + first - start, length(r) + 1 - first);
-        }
-        for_blocks(row + rows - 1, start, end, [&](int t, int count, const int64_t* slots) {
-            for_heads(head, heads, [&](int h, int64_t offset) {
-                const Values values(*this, cached(cache_.v, at, 0) + offset, slots, count, rows, block);
-                for (int r = 0; r < rows; ++r) {
-                    const int first = larger(seen_from(layer, row + r) - t, 0);
-                    const int last = smaller(length(row + r) + 1 - t, count), i = h * rows + r;
-                    values.add(first, last, scores + i * room + t - start, sums + i * width_);
-                }
-            });
-        });
-        for (int r = 0; r < rows; ++r) {
-            float* const attended = p_.row(Buffer::kAttended, row + r) + head * m_.head_dim;
-            for (int h = 0; h < heads; ++h) {
-                const float* const from = sums + (h * rows + r) * width_;
-                for (int i = 0; i < m_.head_dim; ++i) attended[h * m_.head_dim + i] = from[Kind::place(i, m_.head_dim)];
+        const Run run{m_.layer[at], at, row, rows, head, heads};
+        begin(run);
+        const int end = length(row + rows - 1) + 1;
+        int t = seen_from(run.layer, row) / kTokens * kTokens;
+        for (Tokens now = tokens(row + rows - 1, t, end), next; t < end; t += kTokens, now = next) {
+            next = tokens(row + rows - 1, t + kTokens, end);
+            if (rows > 1) {
+                take_block(run, t, now, next);
+            } else {
+                take_pieces(run, seen(run.layer, row, t), now, next);
             }
         }
+        finish(run);
     }
 
     // How many rows from ``row`` on are consecutive tokens of one sequence, ``most`` or fewer.
@@ -88,7 +73,37 @@ private:
     const Pass& p_;
     const CpuModel& m_;
     const CpuCache& cache_;
+    const int group_;      // heads that read the same keys and values
     const int64_t width_;  // of a head's row in memory
+    const Lines scores_;
+    const Strips keys_, values_;
+
+    // Some heads of some rows: a query each, row by row.
+    struct Run {
+        const CpuLayer& layer;
+        int at, row, rows, head, heads;
+
+        int queries() const { return rows * heads; }
+    };
+
+    // Queries, and what blocks gave them so far.
+    struct Queries {
+        Lines vectors, sums, totals;  // totals: sums of weights, over lanes
+        float* tops;                  // largest scores
+    };
+
+    // Where some tokens lie in the cache.
+    struct Tokens {
+        int count;
+        int64_t at[kTokens];
+    };
+
+    // Keys or values of ``count`` tokens or fewer, from one of them on.
+    struct Piece {
+        void* cache;
+        const Tokens& tokens;
+        int first, count;
+    };
 
     // Tokens in the cache before a row's own.
     int length(int row) const { return cache_.lengths[p_.place(row)]; }
@@ -109,20 +124,169 @@ private:
         return layer.window > 0 && layer.window <= length(row) ? length(row) + 1 - layer.window : 0;
     }
 
-    static int larger(int a, int b) { return a > b ? a : b; }
-    static int smaller(int a, int b) { return a < b ? a : b; }
+    // Those that it attends to of a block that begins with the token ``t``.
+    Seen seen(const CpuLayer& layer, int row, int t) const {
+        return Seen{seen_from(layer, row) - t, length(row) + 1 - t}.within(0, kTokens);
+    }
 
-    // A row's queries of some heads, ``stride`` floats apart, scaled, as ``Keys`` takes them.
-    void turn_queries(const CpuLayer& layer, int row, int head, int heads, float* to, int64_t stride) const {
+    Queries queries(int first) const {
+        const Layout& layout = p_.layout;
+        const auto lines = [&](int64_t at, int64_t stride) { return Lines{p_.own + at, stride}.from(first); };
+        return {lines(layout.queries, width_), lines(layout.means, width_), lines(layout.totals, kLanes),
+                p_.own + layout.tops + first};
+    }
+
+    // use(query, row, head) for each query of a run.
+    template <class Use>
+    void for_queries(const Run& run, const Use& use) const {
+        for (int q = 0; q < run.queries(); ++q) use(q, run.row + q / run.heads, run.head + q % run.heads);
+    }
+
+    // The queries of a run, before their first block.
+    void begin(const Run& run) const {
+        const CpuLayer& layer = run.layer;
         const int dim = m_.head_dim;
-        const float* const q = p_.row(Buffer::kQ, row);
-        const float rstd = whole_rstd(layer.q_norm, q, m_.q_width());
         float* const turned = p_.own + p_.layout.turned;
-        for (int h = 0; h < heads; ++h) {
-            turn(layer, layer.q_norm, rstd, head + h, length(row), q + (head + h) * dim, turned);
-            for (int i = 0; i < dim; ++i) turned[i] *= layer.scale;
-            Keys::take(turned, dim, to + h * stride);
+        float rstd = 0.0f;
+        for_queries(run, [&](int q, int row, int head) {
+            const float* const from = p_.row(Buffer::kQ, row);
+            if (head == run.head) rstd = whole_rstd(layer.q_norm, from, m_.q_width());
+            turn(layer, layer.q_norm, rstd, head, length(row), from + head * dim, turned);
+            const Queries own = queries(q);
+            for (int i = 0; i < dim; i += kLanes) {
+                Units<Kind>::store(own.vectors.at, i, mul(load_some(turned + i, dim - i), all(layer.scale)));
+                store(own.sums.at + i, zeros());
+            }
+            store(own.totals.at, zeros());
+            *own.tops = -FLT_MAX;
+        });
+    }
+
+    // Takes a block, which begins with the token ``t``, for the queries of several rows.
+    void take_block(const Run& run, int t, const Tokens& now, const Tokens& next) const {
+        const int dim = m_.head_dim, kv_head = run.head / group_;
+        take_keys<Kind>(cached(cache_.k, run.at, kv_head), now.at, now.count, dim, keys_);
+        take_values<Kind>(cached(cache_.v, run.at, kv_head), now.at, now.count, dim, values_);
+        for_tiles(run.queries(), [&](int q, auto size) {
+            constexpr int R = decltype(size)::value;
+            fetch(run, {cache_.k, next, 0, kTokens}, q, R);
+            fetch(run, {cache_.v, next, 0, kTokens}, q, R);
+            Seen own[R];
+            int columns = 0;
+            for (int i = 0; i < R; ++i) {
+                own[i] = seen(run.layer, run.row + (q + i) / run.heads, t);
+                columns = larger(columns, own[i].last);
+            }
+            if (columns == 0) return;
+            score<Kind, R>(queries(q).vectors, keys_, dim, columns, scores_);
+            weigh_tile<R>(scores_, own, queries(q));
+            add_values<Kind, R>(scores_, values_, own, dim, queries(q).sums);
+        });
+    }
+
+    // The same for one row, which sees ``seen`` of the block. A token's keys of all heads lie together, and so do its
+    // values: the heads take turns with a piece of the block after the other.
+    void take_pieces(const Run& run, Seen seen, const Tokens& now, const Tokens& next) const {
+        const int dim = m_.head_dim, first = seen.first / kPiece * kPiece;
+        const auto row_of = [&](int q, int piece) { return Lines{scores_.row(q) + piece, kTokens}; };
+        for_pieces(run, {cache_.k, now, first, seen.last}, {cache_.v, now, first, kPiece}, [&](const Part& part) {
+            take_keys<Kind>(part.from, part.at, part.count, dim, keys_);
+            for_tiles(part.queries, [&](int i, auto size) {
+                const int q = part.query + i;
+                score<Kind, decltype(size)::value>(queries(q).vectors, keys_, dim, part.count, row_of(q, part.first));
+            });
+        });
+        for_tiles(run.heads, [&](int q, auto size) {
+            const SeenAlike<decltype(size)::value> own(seen);
+            weigh_tile<decltype(size)::value>(scores_.from(q), own.at, queries(q));
+        });
+        for_pieces(run, {cache_.v, now, first, seen.last}, {cache_.k, next, 0, kPiece}, [&](const Part& part) {
+            take_values<Kind>(part.from, part.at, part.count, dim, values_);
+            for_tiles(part.queries, [&](int i, auto size) {
+                const int q = part.query + i;
+                const SeenAlike<decltype(size)::value> own(seen.within(part.first, part.count));
+                const Lines weights = row_of(q, part.first / Units<Kind>::kNumbers);
+                add_values<Kind, decltype(size)::value>(weights, values_, own.at, dim, queries(q).sums);
+            });
+        });
+    }
+
+    // A kv head's keys or values of a piece, and the queries that meet them.
+    struct Part {
+        const Storage* from;
+        const int64_t* at;  // tokens' offsets
+        int first, count;   // of tokens
+        int query, queries;
+    };
+
+    // use(part) for the kv heads of each piece of kPiece tokens in ``all``, while the next piece comes from memory:
+    // ``after`` after the last.
+    template <class Use>
+    void for_pieces(const Run& run, const Piece& all, const Piece& after, const Use& use) const {
+        for (int first = all.first; first < all.count; first += kPiece) {
+            const int count = smaller(all.tokens.count - first, kPiece);
+            const bool last = first + kPiece >= all.count;
+            const Piece next = last ? after : Piece{all.cache, all.tokens, first + kPiece, kPiece};
+            for (int q = 0; q < run.heads;) {
+                const int head = run.head + q, some = smaller(group_ - head % group_, run.heads - q);
+                fetch(run, next, q, some);
+                use({cached(all.cache, run.at, head / group_), all.tokens.at + first, first, count, q, some});
+                q += some;
+            }
         }
+    }
+
+    // Asks memory for a piece that a run will read, while ``count`` of its queries from ``q`` on are computed: for as
+    // large a share of it, in the order in which it lies there. Always inline: GCC drops calls of what only prefetches.
+    GPTKERN_HD void fetch(const Run& run, const Piece& piece, int q, int count) const {
+        constexpr int kLine = 64 / sizeof(Storage);
+        const int first = run.head / group_, heads = (run.head + run.heads - 1) / group_ + 1 - first;
+        const int end = piece.first + piece.count * (q + count) / run.queries();
+        for (int t = piece.first + piece.count * q / run.queries(); t < end && t < piece.tokens.count; ++t) {
+            const Storage* const at = cached(piece.cache, run.at, first) + piece.tokens.at[t];
+            for (int i = 0; i < heads * m_.head_dim; i += kLine) {
+                _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T0);
+            }
+        }
+    }
+
+    // The weights of R queries, in place of their scores.
+    template <int R>
+    void weigh_tile(const Lines& scores, const Seen* seen, const Queries& to) const {
+        float top[kLanes], less[kLanes];
+        const Vec before = load(to.tops);
+        store(top, before);
+        for (int r = 0; r < R; ++r) {
+            if (m_.attention_softcap > 0.0f) cap(scores.row(r), seen[r].last);
+            top[r] = top_score(scores.row(r), seen[r], top[r]);
+        }
+        store(less, exponential(sub(before, load(top))));
+        for (int r = 0; r < R; ++r) {
+            float *const total = to.totals.row(r), *const sums = to.sums.row(r);
+            to.tops[r] = top[r];
+            if (less[r] != 1.0f) {
+                store(total, mul(load(total), all(less[r])));
+                for (int i = 0; i < m_.head_dim; i += kLanes) store(sums + i, mul(load(sums + i), all(less[r])));
+            }
+            store(total, add(load(total), weigh<Kind>(scores.row(r), seen[r], top[r])));
+        }
+    }
+
+    void cap(float* scores, int count) const {
+        for (int i = 0; i < count; i += kLanes) store(scores + i, capped(load(scores + i), m_.attention_softcap));
+    }
+
+    // The weighted means of a run.
+    void finish(const Run& run) const {
+        const int dim = m_.head_dim;
+        for_queries(run, [&](int q, int row, int head) {
+            const Queries own = queries(q);
+            float* const attended = p_.row(Buffer::kAttended, row) + head * dim;
+            const Vec inverse = all(1.0f / sum(load(own.totals.at)));
+            for (int i = 0; i < dim; i += kLanes) {
+                store_some(attended + i, dim - i, mul(load(own.sums.at + i), inverse));
+            }
+        });
     }
 
     // The reciprocal root mean square of all heads of queries or keys, where their norm is of all together; else 0.
@@ -155,183 +319,22 @@ private:
         }
     }
 
-    // The offset of a token's keys and values in the cache, by the page table.
-    int64_t slot(int row, int token) const {
-        return pages(row)[token / cache_.page_size] * cache_.page_stride + token % cache_.page_size * cache_.slot_stride;
-    }
-
-    // use(token, count, their slots) for a row's tokens from ``first`` to ``last``, kLanes at a time.
-    template <class Use>
-    void for_blocks(int row, int first, int last, const Use& use) const {
-        for (int t = first; t < last; t += kLanes) {
-            const int count = last - t < kLanes ? last - t : kLanes;
-            int64_t slots[kLanes];
-            for (int i = 0; i < count; ++i) slots[i] = slot(row, t + i);
-            use(t, count, slots);
+    // Up to kTokens tokens of a row's sequence, from ``first`` on and before ``end``, by the page table.
+    Tokens tokens(int row, int first, int end) const {
+        Tokens found;
+        found.count = larger(smaller(end - first, kTokens), 0);
+        const int32_t* page = pages(row) + first / cache_.page_size;
+        for (int i = 0, place = first % cache_.page_size; i < found.count; ++i) {
+            found.at[i] = *page * cache_.page_stride + place * cache_.slot_stride;
+            if (++place < cache_.page_size) continue;
+            place = 0;
+            ++page;
         }
+        return found;
     }
 
     Storage* cached(void* cache, int layer, int kv_head) const {
         return static_cast<Storage*>(cache) + layer * cache_.layer_stride + kv_head * m_.head_dim;
-    }
-
-    // use(h, offset of the keys and values that query head ``head`` + h reads).
-    template <class Use>
-    void for_heads(int head, int heads, const Use& use) const {
-        const int group = m_.heads / m_.kv_heads;
-        int64_t offset = static_cast<int64_t>(head / group) * m_.head_dim;
-        int of_group = head % group;
-        for (int h = 0; h < heads; ++h) {
-            use(h, offset);
-            if (++of_group < group) continue;
-            of_group = 0;
-            offset += m_.head_dim;
-        }
-    }
-
-    // A head's stored vectors of up to kLanes tokens. Where several rows read them, they are widened once.
-    struct Block {
-        const Storage* at[kLanes];
-        const float* wide;  // null: not widened
-        int dim, count;
-        int64_t width;
-
-        Block(const Attention& owner, const Storage* from, const int64_t* slots, int tokens, bool widen, float* memory)
-            : wide(widen ? memory : nullptr), dim(owner.m_.head_dim), count(tokens), width(owner.width_) {
-            for (int t = 0; t < kLanes; ++t) at[t] = from + slots[t < count ? t : count - 1];
-            if (!widen) return;
-            for (int t = 0; t < kLanes; ++t) {
-                const int whole = dim / kStep * kStep;
-                float* const to = memory + t * width;
-                for (int i = 0; i < whole; i += kStep) {
-                    Vec a, b;
-                    Kind::pair(at[t] + i, a, b);
-                    store(to + i, a);
-                    store(to + i + kLanes, b);
-                }
-                for (int i = whole; i < dim; ++i) to[i] = Kind::load(at[t][i]);
-            }
-        }
-
-        // kStep elements of a token from ``i`` on, in ``Kind::place`` order.
-        void pair(int t, int i, Vec& a, Vec& b) const {
-            if (wide == nullptr) return Kind::pair(at[t] + i, a, b);
-            a = load(wide + t * width + i);
-            b = load(wide + t * width + i + kLanes);
-        }
-    };
-
-    struct Keys : Block {
-        Keys(const Attention& owner, const Storage* from, const int64_t* slots, int tokens, int rows, float* memory)
-            : Block(owner, from, slots, tokens, rows > 1 && !kPairs, memory) {}
-
-#ifdef __AVX512BF16__
-        static constexpr bool kPairs = Kind::kEvenFirst;
-#else
-        static constexpr bool kPairs = false;
-#endif
-
-        // A query, as ``dots`` takes it.
-        static void take(const float* query, int dim, float* to) {
-            if (kPairs) {
-                auto* const pairs = reinterpret_cast<uint16_t*>(to);
-                for (int i = 0; i < padded(dim); i += kLanes) store(pairs + i, load_some(query + i, larger(dim - i, 0)));
-            } else {
-                for (int i = 0; i < dim; ++i) to[Kind::place(i, dim)] = query[i];
-            }
-        }
-
-        // Products of kLanes keys with a query; those past the last are of no meaning.
-        Vec dots(const float* query) const {
-            Vec total[kLanes];
-#ifdef __AVX512BF16__
-            if constexpr (kPairs) {
-                const auto* const pairs = reinterpret_cast<const uint16_t*>(query);
-                const int whole = this->dim / kStep * kStep, rest = this->dim - whole;
-#pragma GCC unroll 16
-                for (int t = 0; t < kLanes; ++t) {
-                    total[t] = zeros();
-                    for (int i = 0; i < whole; i += kStep) {
-                        total[t] = _mm512_dpbf16_ps(total[t], load_pairs(this->at[t] + i), load_pairs(pairs + i));
-                    }
-                    if (rest == 0) continue;
-                    total[t] = _mm512_dpbf16_ps(total[t], load_pairs(this->at[t] + whole, rest), load_pairs(pairs + whole));
-                }
-                return sums_of(total);
-            }
-#endif
-            const int whole = this->dim / kStep * kStep;
-#pragma GCC unroll 16
-            for (int t = 0; t < kLanes; ++t) {
-                total[t] = zeros();
-                for (int i = 0; i < whole; i += kStep) {
-                    Vec a, b;
-                    this->pair(t, i, a, b);
-                    total[t] = fma(b, load(query + i + kLanes), fma(a, load(query + i), total[t]));
-                }
-            }
-            const Vec value = sums_of(total);
-            return whole == this->dim ? value : with_rest(query, whole, value);
-        }
-
-        Vec with_rest(const float* query, int whole, Vec value) const {
-            float sums[kLanes];
-            store(sums, value);
-            for (int t = 0; t < kLanes; ++t) {
-                for (int i = whole; i < this->dim; ++i) {
-                    sums[t] = __builtin_fmaf(Kind::load(this->at[t][i]), query[i], sums[t]);
-                }
-            }
-            return load(sums);
-        }
-    };
-
-    struct Values : Block {
-        Values(const Attention& owner, const Storage* from, const int64_t* slots, int tokens, int rows, float* memory)
-            : Block(owner, from, slots, tokens, rows > 1, memory) {}
-
-        // sums += the values of the tokens [first, last), each by its weight, in the tokens' order.
-        void add(int first, int last, const float* weights, float* sums) const {
-            const int whole = this->dim / kStep * kStep;
-            for (int i = 0; i < whole; i += kStep) {
-                Vec low = load(sums + i), high = load(sums + i + kLanes);
-                for (int t = first; t < last; ++t) {
-                    Vec a, b;
-                    this->pair(t, i, a, b);
-                    const Vec weight = all(weights[t]);
-                    low = fma(a, weight, low);
-                    high = fma(b, weight, high);
-                }
-                store(sums + i, low);
-                store(sums + i + kLanes, high);
-            }
-            for (int i = whole; i < this->dim; ++i) {
-                for (int t = first; t < last; ++t) {
-                    sums[i] = __builtin_fmaf(Kind::load(this->at[t][i]), weights[t], sums[i]);
-                }
-            }
-        }
-    };
-
-    // Softmax in place.
-    static void softmax(float* scores, int n) {
-        float largest = scores[0];
-        for (int i = 1; i < n; ++i) largest = scores[i] > largest ? scores[i] : largest;
-        const int whole = n / kLanes * kLanes;
-        double total = 0.0;
-        for (int i = 0; i < whole; i += kLanes) {
-            const Vec weights = exponential(sub(load(scores + i), all(largest)));
-            store(scores + i, weights);
-            total += sum(weights);
-        }
-        if (whole < n) {
-            float rest[kLanes] = {};
-            for (int i = whole; i < n; ++i) rest[i - whole] = scores[i] - largest;
-            store(rest, exponential(load(rest)));
-            for (int i = whole; i < n; ++i) total += scores[i] = rest[i - whole];
-        }
-        const float inverse = static_cast<float>(1.0 / total);
-        for (int i = 0; i < n; ++i) scores[i] *= inverse;
     }
 };
 

@@ -12,6 +12,7 @@ namespace gptkern {
 inline namespace GPTKERN_ISA {
 namespace {
 
+constexpr int kFewQueries = 16;  // fewer do not pay for the keys and values that they take
 constexpr float kRootTwoOverPi = 0.7978845608028654f, kRootHalf = 0.7071067811865476f;
 
 Vec activated(Vec x, Activation activation) {
@@ -277,12 +278,9 @@ private:
     void attend(int layer) const {
         int unit = 0;
         for (int row = 0; row < p_.count;) {
-            int rows = attention_.consecutive(row, kGroup);
+            int rows = attention_.consecutive(row, p_.count);
             if (rows > 1) {
-                // Later rows see more: every thread has some heads of all groups.
-                for (int head = 0; head < m_.heads; ++head) {
-                    if (unit++ % p_.threads == p_.rank) attention_.attend(layer, row, rows, head, 1);
-                }
+                attend_together(layer, row, rows, unit);
             } else {
                 while (row + rows < p_.count && attention_.consecutive(row + rows, 2) == 1) ++rows;
                 p_.for_units(row, rows, m_.heads, [&](int alone, int head, int heads) {
@@ -290,6 +288,23 @@ private:
                 });
             }
             row += rows;
+        }
+    }
+
+    // Rows of one sequence: some of them and the heads of a group at a time, or a head where groups are too few. Later
+    // rows see more, so every thread has some of all parts of the rows.
+    void attend_together(int layer, int row, int rows, int& unit) const {
+        const int group = m_.heads / m_.kv_heads;
+        int most = larger(kQueries / group, 1);
+        const auto parts = [&] { return (rows + most - 1) / most; };
+        while (most > kFewQueries && parts() * m_.kv_heads < 4 * p_.threads) most = (most + 1) / 2;
+        const int heads = parts() * m_.kv_heads < p_.threads ? 1 : group;
+        for (int part = 0, first = 0; part < parts(); ++part) {
+            const int last = rows * (part + 1) / parts();
+            for (int head = 0; head < m_.heads; head += heads) {
+                if (unit++ % p_.threads == p_.rank) attention_.attend(layer, row + first, last - first, head, heads);
+            }
+            first = last;
         }
     }
 };
@@ -306,12 +321,12 @@ void work(void* context, int rank) noexcept {
     Member<Kind>(*team.call, *team.layout, team.barrier, rank).run();
 }
 
-size_t floats(const CpuModel& model, int rows, int longest, int threads) {
-    return Layout(model, rows, longest, threads).floats(threads);
+size_t floats(const CpuModel& model, int rows, int threads) {
+    return Layout(model, rows, threads).floats(threads);
 }
 
 void run(const CpuDecode& call, int threads) {
-    const Layout layout(*call.model, call.rows, call.longest, threads);
+    const Layout layout(*call.model, call.rows, threads);
     Team team{&call, &layout, {}};
     team.barrier.threads = threads;
     run_together(threads, call.model->dtype == DType::kFloat32 ? work<Fp32> : work<Bf16>, &team);

@@ -1,7 +1,6 @@
 #include "decode/decoder.h"
 
 #include <algorithm>
-#include <limits>
 #include <new>
 #include <stdexcept>
 #include <utility>
@@ -219,15 +218,11 @@ void Decoder::step(const CpuCache& cache, const int64_t* tokens, int rows, const
     }
     if (wanted_rows > rows) refuse(std::to_string(wanted_rows) + " rows are wanted of " + std::to_string(rows));
     const CpuCache own = copied(cache, tokens, rows);
-    const int longest = *std::max_element(lengths_.begin(), lengths_.end()) + 1;
-    if (static_cast<int64_t>(model_.heads) * longest > std::numeric_limits<int>::max()) {
-        refuse("a sequence has too many tokens for " + std::to_string(model_.heads) + " heads");
-    }
     const CpuDecodePath& path = *cpu_decode_path();
     const int members = std::min(std::max(threads, 1), kMostThreads);
-    const size_t needed = path.floats(model_, rows, longest, members);
+    const size_t needed = path.floats(model_, rows, members);
     if (floats_ < needed) {
-        // Room for longer sequences too. Aligned, so that no vector crosses a cache line.
+        // Room for more rows too. Aligned, so that no vector crosses a cache line.
         const size_t wanted = (needed + needed / 4 + 15) / 16 * 16;
         memory_.reset();
         floats_ = 0;
@@ -235,7 +230,7 @@ void Decoder::step(const CpuCache& cache, const int64_t* tokens, int rows, const
         if (memory_ == nullptr) throw std::bad_alloc();
         floats_ = wanted;
     }
-    path.run({&model_, own, tokens_.data(), rows, longest, wanted_.data(), wanted_rows, logits, memory_.get()}, members);
+    path.run({&model_, own, tokens_.data(), rows, wanted_.data(), wanted_rows, logits, memory_.get()}, members);
 }
 
 }  // namespace gptkern

@@ -105,7 +105,7 @@ struct CpuDecode {
     const CpuModel* model;
     CpuCache cache;
     const int64_t* tokens;  // (rows,)
-    int rows, longest;      // longest: the tokens of the longest sequence, this pass's included
+    int rows;
     const int32_t* wanted;  // (wanted_rows,): the rows whose logits are wanted
     int wanted_rows;
     void* logits;           // (wanted_rows, vocab)
@@ -114,7 +114,7 @@ struct CpuDecode {
 
 struct CpuDecodePath {
     const char* name;
-    size_t (*floats)(const CpuModel&, int rows, int longest, int threads);
+    size_t (*floats)(const CpuModel&, int rows, int threads);
     void (*run)(const CpuDecode&, int threads);  // the caller must hold a PoolLock
 };
 

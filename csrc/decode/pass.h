@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/spin_barrier.h"
+#include "decode/attention_block.h"
 #include "decode/byte_product.h"
 #include "decode/dot_product.h"
 #include "decode/model.h"
@@ -12,16 +13,18 @@
 namespace gptkern {
 inline namespace GPTKERN_ISA {
 
-constexpr int kGroup = 16;  // rows of one sequence that attend together, a head at a time
+constexpr int kQueries = 64;  // queries of one sequence that attend together, by the heads that share keys and values
 constexpr int kBand = 256;  // outputs that are computed before what follows the product is done with them
 
 // The layout of a pass's memory: offsets in floats. Buffers that one thread alone writes exist once a thread.
 struct Layout {
     int64_t x, middle, branch, normed, qkv, attended, inner, operand;  // shared: a row of each token
-    int64_t sums, ups, partial, scratch, scores, turned;              // per thread, from the end of the shared part
-    int64_t shared, per_thread;                                       // sizes of the two parts
+    // Per thread, from the end of the shared part: of products, then of attention.
+    int64_t sums, ups, partial, scratch;
+    int64_t turned, queries, means, totals, tops, keys, values, scores;
+    int64_t shared, per_thread;  // sizes of the two parts
 
-    Layout(const CpuModel& m, int rows, int longest, int threads) {
+    Layout(const CpuModel& m, int rows, int threads) {
         int64_t end = 0;
         const auto take = [&end](int64_t floats) {
             const int64_t at = end;
@@ -43,9 +46,15 @@ struct Layout {
         ups = take(m.gated ? rows * widest : 0);
         partial = take(dot_partial(rows));
         scratch = take(2 * rows * share + rows * kTransposedRows);
-        const int64_t queries = m.heads > kGroup ? m.heads : kGroup, head = padded(m.head_dim);
-        scores = take(queries * (padded(longest) + 2 * head) + kLanes * head);
+        const int64_t most = larger(m.heads, kQueries), head = padded(m.head_dim);
         turned = take(head);
+        queries = take(most * head);
+        means = take(most * head);
+        totals = take(most * kLanes);
+        tops = take(most + kLanes);
+        keys = take(kTokens * head);
+        values = take(kTokens * (head + kStrip));
+        scores = take(most * kTokens);
         per_thread = end;
     }
 

@@ -54,7 +54,8 @@ struct Shape {
     DType dtype = between(0, 1) ? DType::kBFloat16 : DType::kFloat32;
     int kv_heads = between(1, 3), heads = kv_heads * between(1, 3), head_dim = between(1, 70), width = odd_or_not();
     int inner = inner_or_more(), vocab = between(1, 300);
-    int layers = between(1, 2), rows = between(0, 5) ? between(1, 9) : between(10, 40), page_size = between(1, 9), pages = between(1, 4);
+    int layers = between(1, 2), rows = between(0, 5) ? between(1, 9) : between(10, 80);
+    int page_size = between(1, 9), pages = between(0, 4) ? between(1, 4) : between(8, 25);
     int capacity = page_size * pages;
 };
 

@@ -1,0 +1,367 @@
+// The two products of attention, by tiles of a few queries and a block of tokens: scores with its keys, and sums of its
+// values by their weights. Both add products of one number after another (of one pair after another, in bf16) to every
+// sum, so that a sum depends neither on the tile that holds it nor on its neighbours.
+#pragma once
+
+#include <cfloat>
+
+#include "decode/row_product.h"
+
+namespace gptkern {
+inline namespace GPTKERN_ISA {
+
+constexpr int kTokens = 64;  // of a block; blocks of a sequence begin at the multiples of it
+constexpr int kPiece = 16;   // of them that are read at once where all heads of a token are read
+constexpr int kDown = 6;     // queries of a tile,
+constexpr int kAcross = kLanes == 16 ? 4 : 2;  // and vectors: the registers hold so many sums
+constexpr int kStrip = kAcross * kLanes;
+
+GPTKERN_HD constexpr int larger(int a, int b) { return a > b ? a : b; }
+GPTKERN_HD constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+// The lanes [first, last) of one vector, and the others of another.
+GPTKERN_HD Vec among(int first, int last, Vec inside, Vec outside) {
+#ifdef __AVX512F__
+    const auto below = [](int lanes) { return (1u << larger(smaller(lanes, kLanes), 0)) - 1; };
+    return _mm512_mask_mov_ps(outside, static_cast<__mmask16>(below(last) & ~below(first)), inside);
+#else
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(last), lanes);
+    const __m256i mask = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(first), lanes), below);
+    return _mm256_blendv_ps(outside, inside, _mm256_castsi256_ps(mask));
+#endif
+}
+
+GPTKERN_HD float largest_of(Vec a) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps(a);
+#else
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+#endif
+}
+
+// Lane i of vector j goes to lane j of vector i.
+#ifdef __AVX512F__
+GPTKERN_HD void transpose(Vec (&a)[16]) {
+    Vec b[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    const auto doubles = [](Vec x, Vec y, Vec& low, Vec& high) {
+        const __m512d c = _mm512_castps_pd(x), d = _mm512_castps_pd(y);
+        low = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+        high = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+    };
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        doubles(b[i], b[i + 2], a[i], a[i + 1]);
+        doubles(b[i + 1], b[i + 3], a[i + 2], a[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        a[i] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88);
+        a[i + 8] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd);
+        a[i + 4] = _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88);
+        a[i + 12] = _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd);
+    }
+}
+#else
+GPTKERN_HD void transpose(Vec (&a)[8]) {
+    Vec b[8];
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        const Vec low = _mm256_unpacklo_ps(a[i], a[i + 1]), high = _mm256_unpackhi_ps(a[i], a[i + 1]);
+        const Vec more_low = _mm256_unpacklo_ps(a[i + 2], a[i + 3]), more_high = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
+        b[i] = _mm256_shuffle_ps(low, more_low, 0x44);
+        b[i + 1] = _mm256_shuffle_ps(low, more_low, 0xee);
+        b[i + 2] = _mm256_shuffle_ps(high, more_high, 0x44);
+        b[i + 3] = _mm256_shuffle_ps(high, more_high, 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        a[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        a[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
+#endif
+
+// What one multiplication takes of a query, a key, a weight or a value is a unit of 32 bits. Here it is one number.
+template <class Kind>
+struct Units {
+    using Storage = typename Kind::Storage;
+    static constexpr int kNumbers = 1;
+
+    GPTKERN_HD static Vec add(Vec sum, Vec one, Vec across) { return fma(one, across, sum); }
+    // kLanes units of stored numbers; or of the first of them, then 0.
+    GPTKERN_HD static Vec load(const Storage* from) { return gptkern::load(from); }
+    GPTKERN_HD static Vec load_some(const Storage* from, int count) { return gptkern::load_some(from, count); }
+    // kLanes numbers as units, from the one at ``i`` on, a multiple of kLanes; as they are then.
+    GPTKERN_HD static Vec store(float* to, int i, Vec numbers) {
+        gptkern::store(to + i, numbers);
+        return numbers;
+    }
+    // The units of kNumbers tokens for each element: of the first alone.
+    GPTKERN_HD static void zip(Vec first, Vec, float* to) { gptkern::store(to, first); }
+    // A unit without the numbers outside [first, last).
+    GPTKERN_HD static Vec some(Vec units, int, int) { return units; }
+};
+
+#ifdef __AVX512BF16__
+// Pairs of bf16.
+template <>
+struct Units<Bf16> {
+    using Storage = uint16_t;
+    static constexpr int kNumbers = 2;
+
+    GPTKERN_HD static Vec add(Vec sum, Vec one, Vec across) {
+        return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(across), reinterpret_cast<__m512bh>(one));
+    }
+    GPTKERN_HD static Vec load(const Storage* from) { return _mm512_loadu_ps(from); }
+    GPTKERN_HD static Vec load_some(const Storage* from, int count) {
+        return count < kStep ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16((1u << count) - 1, from)) : load(from);
+    }
+    GPTKERN_HD static Vec store(float* to, int i, Vec numbers) {
+        const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(numbers));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<uint16_t*>(to) + i), rounded);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+    }
+    GPTKERN_HD static void zip(Vec first, Vec second, float* to) {
+        const __m512i low = _mm512_castps_si512(first), high = _mm512_castps_si512(second);
+        const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
+                                               39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+        const __m512i later = _mm512_add_epi16(order, _mm512_set1_epi16(16));
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(low, order, high));
+        _mm512_storeu_si512(to + kLanes, _mm512_permutex2var_epi16(low, later, high));
+    }
+    GPTKERN_HD static Vec some(Vec units, int first, int last) {
+        const __mmask32 mask = (first > 0 ? 0 : 0x55555555) | (last < 2 ? 0 : 0xaaaaaaaa);
+        return _mm512_castsi512_ps(_mm512_maskz_mov_epi16(mask, _mm512_castps_si512(units)));
+    }
+};
+#endif
+
+// Units of a block in columns, of a token for keys and of an element for values: strips of kStrip columns.
+struct Strips {
+    float* at;
+    int64_t units;  // of a column
+
+    GPTKERN_HD float* place(int unit, int column) const {
+        return at + (column / kStrip * units + unit) * kStrip + column % kStrip;
+    }
+};
+
+// Rows of numbers: ``stride`` floats from one to the next.
+struct Lines {
+    float* at;
+    int64_t stride;
+
+    GPTKERN_HD float* row(int64_t r) const { return at + r * stride; }
+    GPTKERN_HD Lines from(int64_t r) const { return {row(r), stride}; }
+};
+
+// use(first, size as a constant) for tiles of nearly the same size, kDown at most, that ``count`` queries make.
+template <class Use>
+GPTKERN_HD void for_tiles(int count, const Use& use) {
+    const int tiles = (count + kDown - 1) / kDown;
+    for (int tile = 0, first = 0, size; tile < tiles; ++tile, first += size) {
+        size = (count - first + tiles - tile - 1) / (tiles - tile);
+        switch (size) {
+            case 1: use(first, Count<1>{}); break;
+            case 2: use(first, Count<2>{}); break;
+            case 3: use(first, Count<3>{}); break;
+            case 4: use(first, Count<4>{}); break;
+            case 5: use(first, Count<5>{}); break;
+            default: use(first, Count<kDown>{});
+        }
+    }
+}
+
+// A head's keys of some tokens, 1 to kTokens, each of ``dim`` numbers. What fills the last vectors is of no meaning.
+template <class Kind>
+void take_keys(const typename Kind::Storage* from, const int64_t* slots, int tokens, int dim, const Strips& to) {
+    using U = Units<Kind>;
+    constexpr int kNumbers = kLanes * U::kNumbers;
+    for (int t = 0; t < tokens; t += kLanes) {
+        const typename Kind::Storage* at[kLanes];
+        for (int j = 0; j < kLanes; ++j) at[j] = from + slots[smaller(t + j, tokens - 1)];
+        for (int i = 0; i < dim; i += kNumbers) {
+            Vec units[kLanes];
+            if (i + kNumbers <= dim) {
+#pragma GCC unroll 16
+                for (int j = 0; j < kLanes; ++j) units[j] = U::load(at[j] + i);
+            } else {
+                for (int j = 0; j < kLanes; ++j) units[j] = U::load_some(at[j] + i, dim - i);
+            }
+            transpose(units);
+            float* const place = to.place(i / U::kNumbers, t);
+#pragma GCC unroll 16
+            for (int j = 0; j < kLanes; ++j) store(place + j * kStrip, units[j]);
+        }
+    }
+}
+
+// And its values.
+template <class Kind>
+void take_values(const typename Kind::Storage* from, const int64_t* slots, int tokens, int dim, const Strips& to) {
+    using U = Units<Kind>;
+    constexpr int kNumbers = kLanes * U::kNumbers;
+    for (int t = 0; t < tokens; t += U::kNumbers) {
+        const typename Kind::Storage* const first = from + slots[t];
+        const typename Kind::Storage* const last = from + slots[smaller(t + 1, tokens - 1)];
+        for (int i = 0; i < dim; i += kNumbers) {
+            float* const place = to.place(t / U::kNumbers, i);
+            if (i + kNumbers <= dim) {
+                U::zip(U::load(first + i), U::load(last + i), place);
+            } else {
+                U::zip(U::load_some(first + i, dim - i), U::load_some(last + i, dim - i), place);
+            }
+        }
+    }
+}
+
+// sums += products of R rows' units [first, last) with C vectors of a strip; ``fresh`` sums are 0 before.
+template <class Kind, int R, int C>
+void add_strip(const Lines& rows, const float* strip, int first, int last, const Lines& sums, bool fresh) {
+    Vec total[R][C];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) total[r][c] = fresh ? zeros() : load(sums.row(r) + c * kLanes);
+    }
+    for (int u = first; u < last; ++u) {
+        Vec across[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) across[c] = load(strip + u * kStrip + c * kLanes);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+            const Vec one = all(rows.row(r)[u]);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) total[r][c] = Units<Kind>::add(total[r][c], one, across[c]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) store(sums.row(r) + c * kLanes, total[r][c]);
+    }
+}
+
+// The same with the columns [0, columns) of all strips, and what fills their last vector.
+template <class Kind, int R>
+void add_products(const Lines& rows, const Strips& block, int first, int last, int columns, const Lines& sums,
+                  bool fresh) {
+    for (int column = 0; column < columns; column += kStrip) {
+        const float* const strip = block.place(0, column);
+        const Lines to{sums.at + column, sums.stride};
+        switch ((columns - column + kLanes - 1) / kLanes) {
+            case 1: add_strip<Kind, R, 1>(rows, strip, first, last, to, fresh); break;
+            case 2: add_strip<Kind, R, 2>(rows, strip, first, last, to, fresh); break;
+            case 3: add_strip<Kind, R, smaller(3, kAcross)>(rows, strip, first, last, to, fresh); break;
+            default: add_strip<Kind, R, kAcross>(rows, strip, first, last, to, fresh);
+        }
+    }
+}
+
+// The scores of R queries with the keys of ``tokens`` tokens.
+template <class Kind, int R>
+void score(const Lines& queries, const Strips& keys, int dim, int tokens, const Lines& scores) {
+    constexpr int kNumbers = Units<Kind>::kNumbers;
+    add_products<Kind, R>(queries, keys, 0, (dim + kNumbers - 1) / kNumbers, tokens, scores, true);
+}
+
+// The tokens [first, last) of a block, or of a part of it, that a query sees; none: both are 0.
+struct Seen {
+    int first, last;
+
+    GPTKERN_HD Seen within(int from, int count) const {
+        const Seen part{larger(first - from, 0), smaller(last - from, count)};
+        return part.first < part.last ? part : Seen{0, 0};
+    }
+    // Numbers of the tokens from ``i`` on where they are seen, and the rest of another vector.
+    GPTKERN_HD Vec of(int i, Vec numbers, Vec rest) const {
+        return first <= i && i + kLanes <= last ? numbers : among(first - i, last - i, numbers, rest);
+    }
+};
+
+// What R queries see that see the same.
+template <int R>
+struct SeenAlike {
+    Seen at[R];
+
+    explicit SeenAlike(Seen seen) {
+        for (Seen& each : at) each = seen;
+    }
+};
+
+// A query's sums += its weights times the values of tokens that it sees, which need not be whole units.
+template <class Kind>
+void add_values(const Lines& weights, const Strips& values, Seen seen, int dim, const Lines& sums) {
+    constexpr int kNumbers = Units<Kind>::kNumbers;
+    const auto part = [&](int unit, int from, int to) {
+        for (int i = 0; i < dim; i += kLanes) {
+            const Vec across = Units<Kind>::some(load(values.place(unit, i)), from, to);
+            store(sums.at + i, Units<Kind>::add(load(sums.at + i), all(weights.at[unit]), across));
+        }
+    };
+    if (seen.first >= seen.last) return;
+    int unit = seen.first / kNumbers;
+    const int last = seen.last / kNumbers;
+    if (seen.first % kNumbers != 0) part(unit++, seen.first % kNumbers, kNumbers);
+    if (unit < last) add_products<Kind, 1>(weights, values, unit, last, dim, sums, false);
+    if (seen.last % kNumbers != 0) part(last, 0, seen.last % kNumbers);
+}
+
+// The same of R queries: what all of them see, at once. No query takes a value that it does not see, not even by a
+// weight of 0, which a value that is not finite would make a NaN of.
+template <class Kind, int R>
+void add_values(const Lines& weights, const Strips& values, const Seen* seen, int dim, const Lines& sums) {
+    constexpr int kNumbers = Units<Kind>::kNumbers;
+    int first = 0, last = kTokens;
+    for (int r = 0; r < R; ++r) {
+        first = larger(first, seen[r].first);
+        last = smaller(last, seen[r].last);
+    }
+    const int from = (first + kNumbers - 1) / kNumbers, to = last / kNumbers;
+    for (int r = 0; r < R; ++r) {
+        const int end = from < to ? from * kNumbers : seen[r].last;
+        add_values<Kind>(weights.from(r), values, {seen[r].first, end}, dim, sums.from(r));
+    }
+    if (from >= to) return;
+    add_products<Kind, R>(weights, values, from, to, dim, sums, false);
+    for (int r = 0; r < R; ++r) {
+        add_values<Kind>(weights.from(r), values, {to * kNumbers, seen[r].last}, dim, sums.from(r));
+    }
+}
+
+// The largest score that a query sees, or ``least`` if none is larger.
+GPTKERN_HD float top_score(const float* scores, Seen seen, float least) {
+    Vec top = all(least);
+    for (int i = 0; i < seen.last; i += kLanes) top = larger(top, seen.of(i, load(scores + i), all(least)));
+    return largest_of(top);
+}
+
+// The weights of a query, in place of its scores: powers of e relative to ``top``, 0 where it sees nothing. Returned is
+// their sum over lanes, as they are rounded.
+template <class Kind>
+GPTKERN_HD Vec weigh(float* scores, Seen seen, float top) {
+    Vec total = zeros();
+    for (int i = 0; i < seen.last; i += kLanes) {
+        const Vec weights = seen.of(i, exponential(sub(load(scores + i), all(top))), zeros());
+        total = add(total, Units<Kind>::store(scores, i, weights));
+    }
+    return total;
+}
+
+}  // namespace GPTKERN_ISA
+}  // namespace gptkern
