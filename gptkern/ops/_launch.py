@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -59,6 +60,8 @@ class Launch:
 row_lookups: set[tuple[int, str, int]] = set()
 
 _observer: Observer | None = None
+# The launches of threads that are in ``repeated``: an observer has those of all threads.
+_collected: dict[int, list[Launch]] = {}
 _recorded_arch: int | None = None
 
 
@@ -69,6 +72,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     """
     if 0 in grid:
         return
+    if _collected and (made := _collected.get(get_ident())) is not None:
+        made.append(Launch(kernel, grid, args, kwargs))
     if _observer is not None and not _observer(Launch(kernel, grid, args, kwargs)):
         return
     if not loader().launch(kernel, grid, args, kwargs):
@@ -265,14 +270,12 @@ def repeated(
     if key is None or len(set(given)) < len(given):  # which is which would not be seen
         make()
         return
-    made: list[Launch] = []
-
-    def keep(item: Launch) -> bool:
-        made.append(item)
-        return True
-
-    with observe(keep):
+    thread = get_ident()
+    made = _collected[thread] = []
+    try:
         make()
+    finally:
+        del _collected[thread]
     if len(made) == 1:  # none, where there is nothing to compute
         plans.keep(key, Again(made[0], tensors))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from gptkern.ops import (
     rms_norm,
 )
 from gptkern.ops._dispatch import call_key
-from gptkern.ops._launch import Again, Launch, Plans, launch, observe
+from gptkern.ops._launch import Again, Launch, Plans, launch, observe, repeated
 from gptkern.ops.layer_norm import op as norm_op
 
 pytestmark = pytest.mark.skipif(_native.extension is None, reason="gptkern._C is not built")
@@ -197,6 +198,28 @@ def test_values_of_a_call_on_a_cpu_are_checked_each_time(device: torch.device) -
         flash_attention_varlen(q, k, v, cu, cu, 3, 3)
     with pytest.raises(ValueError, match="slots holds 4"):
         append_kv(k[:4], v[:4], cache, cache.clone(), slots)
+
+
+def test_a_call_is_made_again_by_its_own_launch_and_not_by_another_threads() -> None:
+    kernel = _without_triton.NamedKernel(linear_residual)
+    x, y = tensors((3, 64), (3, 64), seed=0)
+    plans: Plans[Again] = Plans()
+
+    def other() -> None:
+        launch(kernel, (1,), y)
+
+    def make() -> None:
+        thread = Thread(target=other)
+        thread.start()
+        thread.join()
+        launch(kernel, (2,), x)
+
+    seen: list[tuple[int, ...]] = []
+    with observe(lambda item: bool(seen.append((*item.grid, item.args[0].data_ptr())))):
+        repeated(plans, "a call", (x,), make)
+        repeated(plans, "a call", (y,), lambda: None)
+    assert seen == [(1, y.data_ptr()), (2, x.data_ptr()), (2, y.data_ptr())]
+    assert _launch._collected == {}
 
 
 def test_a_launch_again_has_the_other_tensors_and_maps_of_them() -> None:
