@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from gptkern.ops.decode_linear.formats import QuantizedWeight, pack, quantize
+from gptkern.ops.decode_linear.formats import LAST, MIDDLE, QuantizedWeight, pack, quantize
 
 # A share of H's mean diagonal is added to its diagonal: few inputs do not determine H.
 _DAMPING = 0.01
@@ -44,26 +44,26 @@ def compensated(
             if whole is None and i % size == 0:
                 part = rest[:, i : i + size].contiguous()
                 groups.append(quantize(part, "int4", group_size=size, zero_point=zero_point))
-            scale, zero, low, high = _range(whole or groups[-1])
-            codes = ((rest[:, i] / scale).round() + zero).clamp(low, high)
+            scale, least, low, high = _range(whole or groups[-1])
+            codes = ((rest[:, i] - least) / torch.where(scale == 0, 1.0, scale)).round().clamp(low, high)
             values[:, i] = codes.to(values.dtype)
-            errors[:, i - begin] = (rest[:, i] - (codes - zero) * scale) / factor[i, i]
+            errors[:, i - begin] = (rest[:, i] - (codes * scale + least)) / factor[i, i]
             rest[:, i + 1 : end] -= errors[:, i - begin, None] * factor[i, i + 1 : end]
         rest[:, end:] -= errors @ factor[begin:end, end:]
     if whole is not None:
         return QuantizedWeight("int8", values, whole.scales)
-    zeros = [group.zeros for group in groups if group.zeros is not None]
+    minimums = [group.minimums for group in groups if group.minimums is not None]
     scales = torch.cat([group.scales for group in groups], 1)
-    return QuantizedWeight("int4", pack(values, size), scales, torch.cat(zeros, 1) if zeros else None)
+    return QuantizedWeight("int4", pack(values, size), scales, torch.cat(minimums, 1) if minimums else None)
 
 
 def _range(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """(scale, zero, lowest code, highest code) of one group or of whole int8 rows."""
+    """(scale, the number that code 0 stands for, lowest code, highest code) of a group or of int8 rows."""
     if weight.format == "int8":
         return weight.scales, torch.zeros_like(weight.scales), -127, 127
-    scale = weight.scales[:, 0]
-    zero = torch.full_like(scale, 8) if weight.zeros is None else weight.zeros[:, 0].float()
-    return scale, zero, 0, 15
+    scale = weight.scales[:, 0].float()
+    least = -MIDDLE * scale if weight.minimums is None else weight.minimums[:, 0].float()
+    return scale, least, 0, LAST
 
 
 def _factor(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,8 @@ import torch
 from gptkern import generate as fronts
 from gptkern.checkpoint.contents import Contents
 from gptkern.checkpoint.generation import of_config
+from gptkern.checkpoint.gguf_file import is_gguf
+from gptkern.checkpoint.gguf_tensors import GROUP
 from gptkern.checkpoint.hf import CONFIG
 from gptkern.checkpoint.load import check_quantization, load, open_checkpoint
 from gptkern.checkpoint.locate import EMBEDDED, locate
@@ -23,7 +25,7 @@ from gptkern.generate import Completion, GenerateOutput, Score, TextStream
 from gptkern.generate.engines import Engines
 from gptkern.model.decoder import Decoder
 from gptkern.quantization import Quantization
-from gptkern.quantize import quantize_model
+from gptkern.quantize import quantize_floats, quantize_model
 from gptkern.routes import Explanation
 from gptkern.tokenizer import Tokenizer
 from gptkern.tokenizer.beside import tokenizer_for
@@ -87,7 +89,9 @@ class GPT(Decoder):
                 beside the checkpoint: for nanoGPT's files also ``meta.pkl``, for files with GPT-2's
                 vocabulary also GPT-2's tokenizer in the hub's cache, with a warning.
             weights: ``"int8"``, ``"fp8"`` or ``"int4"`` quantises the linear layers; None leaves them as the
-                checkpoint has them. A checkpoint that ``gptkern quantize`` wrote is quantised already.
+                checkpoint has them. A checkpoint that ``gptkern quantize`` wrote is quantised already. With
+                ``"int4"`` a GGUF file's matrices in Q4_0 and Q4_1 stay exactly what they are; where it has
+                such ones, the others become int8.
             group_size, zero_point: For int4, the number of inputs that share a scale (128, 64 or 32; None is
                 the largest that divides the widths), and whether they share a zero point (unless False).
 
@@ -101,23 +105,28 @@ class GPT(Decoder):
         refuse_options(unknown, cls.from_pretrained.__kwdefaults__ or ())
         dtype, device = checked_dtype(dtype), checked_device(device)
         path = locate(path_or_hub_id, revision=revision, local_files_only=local_files_only)
+        # A GGUF file's own blocks of 4 bits; groups of another size are made anew.
+        as_blocks = weights == "int4" and group_size in (None, GROUP) and zero_point is not False
+        as_blocks = as_blocks and path.is_file() and is_gguf(path)
 
         def opened(files: Files) -> tuple[Contents, Tokenizer | None]:
             # Every save replaces this file: reading it first makes weights and tokenizer come from one save.
             _ = files / CONFIG
-            contents = open_checkpoint(path)
+            contents = open_checkpoint(path, int4=as_blocks)
             return contents, tokenizer_for(contents, tokenizer, local_files_only=local_files_only)
 
         contents, own_tokenizer = read(path, opened) if path.is_dir() else opened(Files(path.parent, {}))
-        target = None
-        if weights is not None:
+        target, as_blocks = None, as_blocks and contents.quantization is not None
+        if weights is not None and not as_blocks:
             target = Quantization.make(contents.config, weights, group_size, zero_point)
-        elif group_size is not None or zero_point is not None:
+        elif weights is None and (group_size is not None or zero_point is not None):
             raise ValueError("GPT: group_size and zero_point need weights='int4'")
         check_quantization(contents, target, device)
         model = load(cls, contents, dtype=dtype, device=device, check_finite=check_finite)
         if target is not None:
             quantize_model(model, target)
+        elif as_blocks:
+            quantize_floats(model)
         if contents.kv_scales is not None:
             k_scale, v_scale = (scale.to(model.device) for scale in contents.kv_scales)
             model.kv_scales = (k_scale, v_scale)

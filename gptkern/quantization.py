@@ -13,6 +13,8 @@ METHOD = "gptkern"
 FORMATS = ("int8", "fp8", "int4")
 # The sizes of an int4 group: inputs that share a scale.
 GROUP_SIZES = (128, 64, 32)
+# Fields that name layers of another format.
+_LISTS = ("floats", "int8")
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,16 @@ class Quantization:
     Attributes:
         format: ``int8``, ``fp8`` or ``int4``.
         group_size: int4 only: inputs that share a scale.
-        zero_point: int4 only: whether each group has a zero point beside its scale.
+        zero_point: int4 only: whether each group has a zero point, a real number, beside its scale.
         floats: Names of the layers that stay floats, as ``transformer.h.0.mlp.c_proj``; mostly none.
+        int8: int4 only: names of the layers that are in int8; a head in 4 bits can cost more than all others.
     """
 
     format: str
     group_size: int
     zero_point: bool
     floats: tuple[str, ...] = ()
+    int8: tuple[str, ...] = ()
 
     @classmethod
     def make(
@@ -60,9 +64,7 @@ class Quantization:
         fields: dict[str, Any] = {"quant_method": METHOD, "format": self.format}
         if self.format == "int4":
             fields |= {"group_size": self.group_size, "zero_point": self.zero_point}
-        if self.floats:
-            fields["floats"] = list(self.floats)
-        return fields
+        return fields | {name: list(getattr(self, name)) for name in _LISTS if getattr(self, name)}
 
     @classmethod
     def from_dict(cls, data: Any, config: Config) -> Self:
@@ -75,13 +77,27 @@ class Quantization:
             method = data.get("quant_method") if isinstance(data, dict) else data
             raise ValueError(f"quantization_config: quant_method is {method!r}; {METHOD!r} is supported")
         found = cls.make(config, str(data.get("format")), data.get("group_size"), data.get("zero_point"))
-        floats, names = data.get("floats", []), set(linear_names(len(config.spec.layers)))
-        if not isinstance(floats, list) or not all(isinstance(n, str) and n in names for n in floats):
-            raise ValueError(
-                f"quantization_config: floats is {floats!r:.99}; a list of layers' names, as lm_head and "
-                "transformer.h.0.mlp.c_proj, is needed"
-            )
-        return replace(found, floats=tuple(floats))
+        floats, int8 = (_names(field, data.get(field, []), config) for field in _LISTS)
+        return replace(found, floats=floats, int8=int8)
+
+    def format_of(self, name: str) -> str:
+        """The format of a layer that is not among ``floats``."""
+        return "int8" if name in self.int8 else self.format
+
+
+def _names(field: str, names: Any, config: Config) -> tuple[str, ...]:
+    """A list of layers' names.
+
+    Raises:
+        ValueError: It is anything else.
+    """
+    known = set(linear_names(len(config.spec.layers)))
+    if not isinstance(names, list) or not all(isinstance(n, str) and n in known for n in names):
+        raise ValueError(
+            f"quantization_config: {field} is {names!r:.99}; a list of layers' names, as lm_head and "
+            "transformer.h.0.mlp.c_proj, is needed"
+        )
+    return tuple(names)
 
 
 def linear_names(layers: int) -> Iterator[str]:

@@ -7,7 +7,8 @@ matrices that are dequantised a layer at a time; the kernels that decode read th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Self, Unpack
+from dataclasses import replace
+from typing import Any, NamedTuple, Self, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,13 @@ from gptkern.quantization import Quantization, linear_names
 class QuantizedLinear(nn.Module):
     """A linear layer whose weights have 8 or 4 bits.
 
-    Buffers ``values``, ``scales`` and ``zeros`` are those of ``QuantizedWeight``; moving the model to another
-    dtype leaves them alone and changes the dtype that ``weight`` dequantises to.
+    Buffers ``values``, ``scales`` and ``minimums`` are those of ``QuantizedWeight``; moving the model to
+    another dtype leaves them alone and changes the dtype that ``weight`` dequantises to.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
-    zeros: torch.Tensor | None
+    minimums: torch.Tensor | None
     _like: torch.Tensor
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
@@ -38,7 +39,7 @@ class QuantizedLinear(nn.Module):
         self.format = weight.format
         self.register_buffer("values", weight.values)
         self.register_buffer("scales", weight.scales)
-        self.register_buffer("zeros", weight.zeros)
+        self.register_buffer("minimums", weight.minimums)
         self.register_buffer(
             "_like", torch.empty(0, dtype=dtype, device=weight.scales.device), persistent=False
         )
@@ -51,7 +52,7 @@ class QuantizedLinear(nn.Module):
     @property
     def quantized(self) -> QuantizedWeight:
         """The matrix as the kernels that decode take it."""
-        return QuantizedWeight(self.format, self.values, self.scales, self.zeros)
+        return QuantizedWeight(self.format, self.values, self.scales, self.minimums)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -62,11 +63,12 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        scales = self.scales
+        before = {name: getattr(self, name) for name in ("scales", "minimums")}
         super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            # A cast to half precision concerns what is computed; the scales stay fp32.
-            self.scales = scales.to(self.scales.device)
+        for name, tensor in before.items():
+            if tensor is not None and getattr(self, name).dtype != tensor.dtype:
+                # A cast concerns what is computed; what the format is made of stays.
+                setattr(self, name, tensor.to(self.values.device))
         return self
 
     def extra_repr(self) -> str:
@@ -74,19 +76,37 @@ class QuantizedLinear(nn.Module):
         return f"{inputs}, {outputs}, {self.format}"
 
 
+class _Place(NamedTuple):
+    """A linear layer: its path in the model, the module that has it, and under which name."""
+
+    path: str
+    owner: nn.Module
+    name: str
+    layer: nn.Linear
+
+    def options(self, quantization: Quantization) -> dict[str, Any]:
+        """The options of ``quantize`` for it."""
+        format = quantization.format_of(self.path)
+        if format != "int4":
+            return {"format": format}
+        return {
+            "format": format,
+            "group_size": quantization.group_size,
+            "zero_point": quantization.zero_point,
+        }
+
+
 class _Reading(nn.Module):
     """A linear layer that quantises itself by the first rows that it reads, and goes on as that."""
 
-    def __init__(self, owner: nn.Module, name: str, layer: nn.Linear, options: dict[str, Any]) -> None:
+    def __init__(self, place: _Place, options: dict[str, Any]) -> None:
         super().__init__()
-        self.layer, self.options, self._name = layer, options, name
-        # A module among a module's attributes would be its child.
-        self._owner = (owner,)
+        self.layer, self.options, self._place = place.layer, options, place
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = compensated(self.layer.weight, x.flatten(0, -2), **self.options)
         quantised = QuantizedLinear(weight, self.layer.bias, self.layer.weight.dtype)
-        setattr(self._owner[0], self._name, quantised)
+        setattr(self._place.owner, self._place.name, quantised)
         out: torch.Tensor = quantised(x)
         return out
 
@@ -104,24 +124,36 @@ def quantize_model(model: Any, quantization: Quantization, ids: torch.Tensor | N
     """
     if model.quantization is not None:
         raise ValueError(f"quantize: the model's weights are {model.quantization.format} already")
-    options: dict[str, Any] = {"format": quantization.format}
-    if quantization.format == "int4":
-        options |= {"group_size": quantization.group_size, "zero_point": quantization.zero_point}
     layers = list(_linear_layers(model, quantization))
     if ids is not None:
-        _quantize_reading(model, layers, options, ids)
+        _quantize_reading(model, layers, quantization, ids)
     else:
-        for owner, name, layer in layers:
-            weight = quantize(layer.weight, **options)
-            setattr(owner, name, QuantizedLinear(weight, layer.bias, layer.weight.dtype))
+        for place in layers:
+            _quantize_layer(place, quantization)
     model.quantization = quantization
 
 
+def quantize_floats(model: Any) -> None:
+    """Quantise, in int8, the linear layers that ``model.quantization`` has among its ``floats``."""
+    quantization: Quantization = model.quantization
+    found = replace(quantization, floats=(), int8=(*quantization.int8, *quantization.floats))
+    for place in _linear_layers(model, found):
+        if place.path in quantization.floats:
+            _quantize_layer(place, found)
+    model.quantization = found
+
+
+def _quantize_layer(place: _Place, quantization: Quantization) -> None:
+    layer = place.layer
+    weight = quantize(layer.weight, **place.options(quantization))
+    setattr(place.owner, place.name, QuantizedLinear(weight, layer.bias, layer.weight.dtype))
+
+
 def _quantize_reading(
-    model: Any, layers: list[tuple[nn.Module, str, nn.Linear]], options: dict[str, Any], ids: torch.Tensor
+    model: Any, layers: list[_Place], quantization: Quantization, ids: torch.Tensor
 ) -> None:
     """Quantise the layers in one pass over ``ids``; each reads what the quantised ones before it make."""
-    if options["format"] == "fp8":
+    if quantization.format == "fp8":
         raise ValueError("quantize: ids are for int8 and int4, the format is fp8")
     if ids.dim() != 2 or ids.numel() == 0 or ids.shape[1] > model.spec.context:
         raise ValueError(
@@ -130,13 +162,13 @@ def _quantize_reading(
         )
     training = model.training
     try:
-        for owner, name, layer in layers:
-            setattr(owner, name, _Reading(owner, name, layer, options))
+        for place in layers:
+            setattr(place.owner, place.name, _Reading(place, place.options(quantization)))
         with torch.no_grad():
             model.eval()(ids.to(model.device))
     except BaseException:
-        for owner, name, layer in layers:
-            setattr(owner, name, layer)
+        for place in layers:
+            setattr(place.owner, place.name, place.layer)
         raise
     finally:
         model.train(training)
@@ -144,29 +176,33 @@ def _quantize_reading(
 
 def empty_layers(model: Any, quantization: Quantization) -> None:
     """Replace the linear layers of a model on the meta device by quantised ones, for a checkpoint to fill."""
-    for owner, name, layer in _linear_layers(model, quantization):
-        outputs, inputs = layer.weight.shape
-        packed = quantization.format == "int4"
+    for place in _linear_layers(model, quantization):
+        outputs, inputs = place.layer.weight.shape
+        format, dtype = quantization.format_of(place.path), place.layer.weight.dtype
+        groups = inputs // quantization.group_size if format == "int4" else 0
         values = torch.empty(
             outputs,
-            inputs // 2 if packed else inputs,
-            dtype=torch.int8 if quantization.format == "int8" else torch.uint8,
+            inputs // 2 if groups else inputs,
+            dtype=torch.int8 if format == "int8" else torch.uint8,
             device="meta",
         )
-        groups = (inputs // quantization.group_size,) if packed else ()
-        scales = torch.empty(outputs, *groups, device="meta")
-        zeros = torch.empty_like(scales, dtype=torch.uint8) if quantization.zero_point else None
-        weight = QuantizedWeight(quantization.format, values, scales, zeros)
-        setattr(owner, name, QuantizedLinear(weight, layer.bias, layer.weight.dtype))
+        scales = torch.empty(
+            (outputs, groups) if groups else outputs,
+            dtype=torch.float16 if groups else torch.float32,
+            device="meta",
+        )
+        minimums = torch.empty_like(scales) if groups and quantization.zero_point else None
+        weight = QuantizedWeight(format, values, scales, minimums)
+        setattr(place.owner, place.name, QuantizedLinear(weight, place.layer.bias, dtype))
     model.quantization = quantization
 
 
-def _linear_layers(model: Any, quantization: Quantization) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """(owner, name, layer) of every linear layer that is to be quantised."""
+def _linear_layers(model: Any, quantization: Quantization) -> Iterator[_Place]:
+    """Every linear layer that is to be quantised."""
     for path in linear_names(len(model.transformer.h)):
         if path not in quantization.floats:
             owner, _, name = path.rpartition(".")
-            yield model.get_submodule(owner), name, model.get_submodule(path)
+            yield _Place(path, model.get_submodule(owner), name, model.get_submodule(path))
 
 
 class _LargestKV:

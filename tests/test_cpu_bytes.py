@@ -69,7 +69,7 @@ def _stage(kind: str, write: str, read: str = "none", linear: CpuLinear | None =
 def _product(x: torch.Tensor, weight: QuantizedWeight, threads: int = 1) -> torch.Tensor:
     """x @ weight.T in bf16 by the extension: a decoder of embeddings and a head."""
     rows, (outs, _) = len(x), weight.shape
-    linear = CpuLinear(weight.values, None, weight.scales, weight.zeros)
+    linear = CpuLinear(weight.values, None, weight.scales, weight.minimums)
     tokens = torch.zeros(outs, x.shape[1], dtype=torch.bfloat16)
     tokens[:rows] = x
     model = CpuModel(
@@ -175,13 +175,16 @@ def test_without_vnni_activations_are_taken_as_they_are(name: str, other: str) -
     assert ((_product(x, weight).double() - exact).abs() <= within).all()
 
 
-def test_zeros_beyond_the_codes_are_read_as_they_are() -> None:
+def test_minimums_far_from_the_codes_are_read_as_they_are() -> None:
     x, weight = _made("int4, groups of 32, zeros", 320)
-    assert weight.zeros is not None
-    weight.zeros[5, 3] = 200
-    matrix = weight.dequantize(torch.float64)
-    exact = x.double() @ matrix.T
-    assert ((_product(x, weight).double() - exact).abs() <= _slack(exact, x.double(), matrix)).all()
+    assert weight.minimums is not None
+    weight.minimums[5, 3], weight.minimums[6], weight.scales[7, 2] = 200, -3, 0
+    matrix, taken = weight.dequantize(torch.float64), rounded(x.float(), weight)
+    for path in PATHS:
+        _C.use_decode_path(path)
+        read = taken if "vnni" in path or "bf16" in path else x.double()
+        exact = read @ matrix.T
+        assert ((_product(x, weight).double() - exact).abs() <= _slack(exact, read, matrix)).all(), path
 
 
 @pytest.mark.slow

@@ -42,23 +42,18 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def quantized(format: str, outputs: int, width: int) -> tuple[QuantizedWeight, np.ndarray]:
-    """A quantised weight and its matrix, (value - zero) * scale."""
+    """A quantised weight and its matrix: value * scale, of int4 plus the minimum."""
     generator = np.random.default_rng(5)
     if format == "int8":
         values, scales = generator.integers(-127, 128, (outputs, width)), exact.numbers(outputs, seed=6)
         whole = np.vectorize(Number, otypes=[object])(values) * read(scales)[:, None]
         return QuantizedWeight(format, torch.from_numpy(values.astype(np.int8)), scales), whole
     groups = width // 32
-    values, zeros = (
-        generator.integers(0, 16, (outputs, groups, 32)),
-        generator.integers(0, 16, (outputs, groups)),
-    )
-    scales = exact.numbers(outputs, groups, seed=6)
-    whole = np.vectorize(Number, otypes=[object])(values - zeros[..., None]) * read(scales)[..., None]
-    packed = (values[..., :16] | values[..., 16:] << 4).reshape(outputs, -1).astype(np.uint8)
-    weight = QuantizedWeight(
-        format, torch.from_numpy(packed), scales, torch.from_numpy(zeros.astype(np.uint8))
-    )
+    codes = generator.integers(0, 16, (outputs, groups, 32))
+    scales, minimums = exact.numbers(outputs, groups, seed=6), exact.numbers(outputs, groups, seed=7)
+    whole = np.vectorize(Number, otypes=[object])(codes) * read(scales)[..., None] + read(minimums)[..., None]
+    packed = (codes[..., :16] | codes[..., 16:] << 4).reshape(outputs, -1).astype(np.uint8)
+    weight = QuantizedWeight(format, torch.from_numpy(packed), scales, minimums)
     return weight, whole.reshape(outputs, width)
 
 

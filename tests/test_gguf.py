@@ -32,6 +32,7 @@ from gptkern.checkpoint import CheckpointError
 from gptkern.checkpoint.gguf import formats, open_file
 from gptkern.checkpoint.gguf_file import FORMATS, read_header
 from gptkern.gpt import GPT
+from gptkern.quantization import Quantization
 from gptkern.quantize import QuantizedLinear
 from gptkern.tokenizer import Tokenizer
 
@@ -136,7 +137,7 @@ def test_q4_0_stays_packed(tmp_path: Path, quiet: Any) -> None:
     for found, name in ((layer, "blk.1.ffn_down.weight"), (model.lm_head, "token_embd.weight")):
         expected = gguf.dequantize(blocks("Q4_0", tensors[name]), gguf.GGMLQuantizationType.Q4_0)
         assert torch.equal(found.weight, torch.from_numpy(expected))
-        assert found.quantized.values.dtype == torch.uint8 and found.quantized.zeros is None
+        assert found.quantized.values.dtype == torch.uint8 and found.quantized.minimums is None
     # and is a model like another: saved, opened, the same
     model.save_pretrained(tmp_path / "saved")
     ids = torch.tensor([[5, 6, 7]])
@@ -145,11 +146,44 @@ def test_q4_0_stays_packed(tmp_path: Path, quiet: Any) -> None:
         GPT.from_pretrained(path, weights="int8")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int4_leaves_blocks_of_4_bits_as_they_are(dtype: str, tmp_path: Path, quiet: Any) -> None:
+    path = tmp_path / "model.gguf"
+    names = [name for name in gpt2_tensors() if name.endswith("weight")]
+    kinds = dict.fromkeys(names, "Q4_1") | {"blk.0.ffn_up.weight": "Q4_0", "token_embd.weight": "Q8_0"}
+    tensors = write_gpt2(path, kinds)
+    model = GPT.from_pretrained(path, weights="int4", dtype=dtype)
+    assert model.quantization == Quantization("int4", 32, True, int8=("lm_head",))
+    for name, tensor in tensors.items():
+        kind = kinds.get(name, "")
+        if tensor.ndim < 2 or not kind.startswith("Q4") or name.startswith("position"):
+            continue
+        owner, _, _ = our_name(name).rpartition(".")
+        found = model.get_submodule(owner)
+        expected = gguf.dequantize(blocks(kind, tensor), gguf.GGMLQuantizationType[kind])
+        assert torch.equal(found.quantized.dequantize(torch.float32), torch.from_numpy(expected)), name
+        halves = blocks(kind, tensor).reshape(tensor.shape[0], -1, {"Q4_0": 18, "Q4_1": 20}[kind])[..., :4]
+        least = torch.from_numpy(halves.copy()).view(torch.float16)
+        assert torch.equal(found.scales, least[..., 0])
+        assert torch.equal(found.minimums, least[..., 1] if kind == "Q4_1" else -8 * least[..., 0])
+    assert model.lm_head.format == "int8" and model.transformer.wte.weight.dtype == model.dtype
+    model.save_pretrained(tmp_path / "saved")
+    again = GPT.from_pretrained(tmp_path / "saved")
+    ids = torch.tensor([[5, 6, 7]])
+    assert again.quantization == model.quantization
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    # without zero points they are made anew
+    write_gpt2(path, "Q4_1")
+    with pytest.warns(UserWarning, match="weights='int4' leaves those in Q4_1 as they are"):
+        other = GPT.from_pretrained(path, weights="int4", zero_point=False)
+    assert other.quantization is not None and not other.quantization.int8
+
+
 def test_matrices_of_another_format_become_floats(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     names = [name for name in gpt2_tensors() if name.endswith("weight")]
     write_gpt2(path, dict.fromkeys(names, "Q4_0") | {"token_embd.weight": "Q8_0"})
-    message = r"blocks in Q8_0 \(1 tensors\) become floats: .* 8 of 9 matrices, in Q4_0, stay packed as int4"
+    message = r"blocks in Q8_0 \(1 tensors\) become floats: 8 of 9 matrices stay packed as int4"
     with pytest.warns(UserWarning, match=message):
         model = GPT.from_pretrained(path, dtype="bfloat16")
     assert model.quantization is not None and model.quantization.floats == ("lm_head",)

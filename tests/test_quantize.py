@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gptkern import cli, ops
 from gptkern.checkpoint.errors import CheckpointError
@@ -16,8 +17,8 @@ from gptkern.config import GPTConfig
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.graph import GraphExecutor
 from gptkern.gpt import GPT
-from gptkern.ops.decode_linear.formats import quantize
-from gptkern.quantization import Quantization
+from gptkern.ops.decode_linear.formats import quantize, unpack
+from gptkern.quantization import Quantization, linear_names
 from gptkern.quantize import QuantizedLinear, quantize_model
 from gptkern.testing import assert_accurate
 
@@ -77,6 +78,33 @@ def test_what_is_saved_is_what_is_loaded(model_type: str, options: dict[str, Any
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "gptkern"
     assert config["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_whole_zeros_of_earlier_checkpoints_are_read(zero_point: bool, folder: Path, tmp_path: Path) -> None:
+    """Scales were fp32 then, and a group's zero a whole number."""
+    options: dict[str, Any] = {"weights": "int4", "group_size": 32, "zero_point": zero_point}
+    made, saved = GPT.from_pretrained(folder, **options), tmp_path / "saved"
+    made.save_pretrained(saved)
+    tensors, expected = load_file(saved / "model.safetensors"), {}
+    for layer in linear_names(CONFIG.n_layer):
+        scales = tensors[f"{layer}.scales"] = 0.1 + torch.rand(tensors[f"{layer}.scales"].shape)
+        zeros = torch.full(scales.shape, 8, dtype=torch.uint8)
+        if zero_point:
+            zeros = tensors[f"{layer}.zeros"] = torch.randint(16, scales.shape, dtype=torch.uint8)
+            del tensors[f"{layer}.minimums"]
+        codes = unpack(tensors[f"{layer}.values"], 32).unflatten(1, (-1, 32)).float()
+        expected[layer] = (codes - zeros[..., None]) * scales[..., None]
+    save_file(tensors, saved / "model.safetensors")
+    again = GPT.from_pretrained(saved)
+    for layer, matrix in expected.items():
+        found = again.get_submodule(layer).weight.unflatten(1, (-1, 32))
+        steps = tensors[f"{layer}.scales"][..., None]
+        assert ((found - matrix).abs() <= steps / 60).all()
+    tensors["lm_head.scales"][3, 1] = 7e4
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.(scales|zeros): a number beyond fp16"):
+        GPT.from_pretrained(saved)
 
 
 @pytest.mark.parametrize("options", KINDS, ids=kind_of)
@@ -153,6 +181,7 @@ def test_bad_input_changes_nothing(folder: Path, tmp_path: Path) -> None:
         3,
         ours | {"floats": ["transformer.h.9.mlp.c_fc"]},
         ours | {"floats": "lm_head"},
+        ours | {"int8": ["lm_head", 3]},
     ):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": changed}))
         with pytest.raises(CheckpointError, match=r"config\.json: "):

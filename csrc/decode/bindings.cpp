@@ -53,15 +53,15 @@ public:
 
     CpuLinear linear(py::handle object, int64_t outs, int64_t in) {
         const Group linear(check, "a linear layer", object);
-        const py::handle scales = linear.get("scales"), zeros = linear.get("zeros");
+        const py::handle scales = linear.get("scales"), minimums = linear.get("minimums");
         const Tensor w = check.tensor("a weight", linear.get("weight"), 2);
         CpuLinear layer{};
         layer.outs = static_cast<int>(outs);
         layer.in = static_cast<int>(in);
         if (!scales.is_none()) {
-            pack(layer, w, scales, zeros);
+            pack(layer, w, scales, minimums);
         } else {
-            if (!zeros.is_none()) check.refuse("a weight has zeros, and no scales");
+            if (!minimums.is_none()) check.refuse("a weight has minimums, and no scales");
             shape(layer, w, in, true);
             hold_floats("a weight", w);
         }
@@ -90,14 +90,14 @@ private:
     }
 
     // A packed weight: int8, or of bytes with a scale for each output (fp8) or for each group of inputs (int4).
-    void pack(CpuLinear& layer, const Tensor& w, py::handle scales, py::handle zeros) {
+    void pack(CpuLinear& layer, const Tensor& w, py::handle scales, py::handle minimums) {
         if (w.kind != Kind::kInt8 && w.kind != Kind::kUInt8) {
             check.refuse("a weight", w, "int8 or uint8, as it has scales,");
         }
         const bool by_group = w.kind == Kind::kUInt8 && py::hasattr(scales, "ndim") &&
                               check.as<int>("the scales of a weight", scales.attr("ndim")) == 2;
         if (!by_group) {
-            if (!zeros.is_none()) check.refuse("a weight has zeros, and is not int4");
+            if (!minimums.is_none()) check.refuse("a weight has minimums, and is not int4");
             layer.format = w.kind == Kind::kInt8 ? Format::kInt8 : Format::kFp8;
             shape(layer, w, layer.in, false);
             layer.scales = check.dense<float>("the scales of a weight", scales, {layer.outs});
@@ -110,14 +110,16 @@ private:
             layer.format = Format::kInt4;
             layer.group = static_cast<int>(layer.in / groups);
             shape(layer, w, layer.in / 2, false);
-            layer.scales = check.dense<float>("the scales of a weight", scales, {layer.outs, groups});
-            layer.zeros = check.dense_or_none<uint8_t>("the zeros of a weight", zeros, {layer.outs, groups});
-            const int64_t count = layer.zeros == nullptr ? 0 : layer.outs * groups;
-            layer.wide_zeros = std::any_of(layer.zeros, layer.zeros + count, [](uint8_t zero) { return zero > 15; });
+            const auto halves = [&](const char* name, py::handle object) {
+                return reinterpret_cast<const uint16_t*>(
+                    check.dense(name, object, Kind::kFloat16, {layer.outs, groups}).data);
+            };
+            layer.group_scales = halves("the scales of an int4 weight", scales);
+            if (!minimums.is_none()) layer.minimums = halves("the minimums of a weight", minimums);
         }
         hold(w);
         held.emplace_back(scales);
-        if (!zeros.is_none()) held.emplace_back(zeros);
+        if (!minimums.is_none()) held.emplace_back(minimums);
     }
 
     void hold(const Tensor& tensor) { held.emplace_back(tensor.object); }

@@ -54,15 +54,20 @@ struct RegisterSums {
 template <int R>
 struct MemorySums {
     alignas(64) float at[R * kOuts * kLanes];
+    bool begun = false;
 
+    // Begins an output's sum of a row, before any panel.
+    GPTKERN_HD void begin(int r, int j, Vec sums) { store(at + (r * kOuts + j) * kLanes, sums); }
     GPTKERN_HD void add(const ByteTile& tile, int r, int j, Vec sums) {
         float* const to = at + (r * kOuts + j) * kLanes;
-        store(to, fma(sums, lane_scales(tile.x + r * tile.x_stride), tile.input == 0 ? zeros() : load(to)));
+        const bool first = tile.input == 0 && !begun;
+        store(to, fma(sums, lane_scales(tile.x + r * tile.x_stride), first ? zeros() : load(to)));
     }
     GPTKERN_HD Vec sum(int r, int j) const { return load(at + (r * kOuts + j) * kLanes); }
 };
 
 struct Int8Bytes {
+    static constexpr bool kGrouped = false;
     static constexpr int kRows = 4;  // that are summed at once: the registers hold so many sums of two kinds
     static constexpr int kPanel = kInt8Panel;
     template <int R>
@@ -112,17 +117,19 @@ struct Int8Bytes {
     }
 };
 
-// Groups of Group inputs.
-template <int Group, bool Zeros>
+// Groups of Group inputs. Codes are multiplied less 8, and a group's minimum is that of such codes, times the sum of the
+// group's activations.
+template <int Group>
 struct Int4Codes {
+    static constexpr bool kGrouped = true;
     static constexpr int kRows = 4;
     static constexpr int kPanel = kInt4Panel;
     template <int R>
     using Sums = MemorySums<R>;
     static constexpr int kGroups = kPairedVectors / Group;  // of one vector of codes
+    static constexpr int kAhead = 256;                      // scales and minimums from those used to those fetched
     const uint8_t* at;
-    const float* scales;
-    const uint8_t* zeros;
+    const uint16_t *scales, *minimums;
     int64_t stride;
     int in;
 
@@ -132,19 +139,17 @@ struct Int4Codes {
 
     template <int R>
     GPTKERN_HD void add_panel(const ByteTile& tile, Sums<R>& total) const {
-        const uint8_t *from[kOuts], *own_zeros[kOuts];
-        const float* own_scales[kOuts];
+        const uint8_t* from[kOuts];
+        const uint16_t* own_scales[kOuts];
         for (int j = 0; j < kOuts; ++j) {
-            const int64_t group = static_cast<int64_t>(tile.out[j]) * (in / Group) + tile.input / Group;
             from[j] = at + tile.out[j] * stride + tile.input / 2;
-            own_scales[j] = scales + group;
-            own_zeros[j] = Zeros ? zeros + group : nullptr;
+            own_scales[j] = scales + static_cast<int64_t>(tile.out[j]) * (in / Group) + tile.input / Group;
         }
         Vec sums[kOuts][R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-            for (int j = 0; j < kOuts; ++j) sums[j][r] = gptkern::zeros();
+            for (int j = 0; j < kOuts; ++j) sums[j][r] = zeros();
         }
         const char* values = tile.x + kLaneBytes;
         const auto add = [&](int n, __mmask16 some) __attribute__((always_inline)) {
@@ -155,11 +160,6 @@ struct Int4Codes {
                 const uint8_t* const codes = from[j] + n * kVector;
                 _mm_prefetch(reinterpret_cast<const char*>(codes + tile.ahead), _MM_HINT_T0);
                 split(_mm512_maskz_loadu_epi32(some, codes), low[j], high[j]);
-                if (Zeros) {
-                    const __m512i offsets = lane_offsets(own_zeros[j] + n * kGroups, some);
-                    low[j] = _mm512_add_epi8(low[j], offsets);
-                    high[j] = _mm512_add_epi8(high[j], offsets);
-                }
                 factors[j] = lane_factors(own_scales[j] + n * kGroups, some);
             }
 #pragma GCC unroll 4
@@ -185,14 +185,53 @@ struct Int4Codes {
         }
     }
 
+    // Begins ``total`` with what the minimums make of R rows' sums of groups, which begin at ``x``.
+    template <int R>
+    GPTKERN_HD void begin(const int (&out)[kOuts], const char* x, int64_t x_stride, Sums<R>& total) const {
+        if (minimums == nullptr) return;
+        const int groups = in / Group;
+        Vec sums[kOuts][R];
+#pragma GCC unroll 4
+        for (int j = 0; j < kOuts; ++j) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) sums[j][r] = zeros();
+        }
+        for (int g = 0; g < groups; g += kLanes, x += kLaneBytes) {
+            const auto some = static_cast<__mmask16>(groups - g < kLanes ? (1u << (groups - g)) - 1 : 0xffff);
+#pragma GCC unroll 4
+            for (int j = 0; j < kOuts; ++j) {
+                const int64_t place = static_cast<int64_t>(out[j]) * groups + g;
+                // Lines of later outputs: with the codes these are more streams than a core's prefetchers follow.
+                _mm_prefetch(reinterpret_cast<const char*>(scales + place + kAhead), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(minimums + place + kAhead), _MM_HINT_T0);
+                const Vec middle = fma(halves(scales + place, some), all(8.0f), halves(minimums + place, some));
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) {
+                    sums[j][r] = fma(load(reinterpret_cast<const float*>(x + r * x_stride)), middle, sums[j][r]);
+                }
+            }
+        }
+        total.begun = true;
+#pragma GCC unroll 4
+        for (int j = 0; j < kOuts; ++j) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) total.begin(r, j, sums[j][r]);
+        }
+    }
+
 private:
     GPTKERN_HD static void split(__m512i codes, __m512i& low, __m512i& high) {
         low = _mm512_and_si512(codes, _mm512_set1_epi8(15));
         high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi8(15));
     }
 
+    // Up to 16 numbers in fp16.
+    GPTKERN_HD static Vec halves(const uint16_t* from, __mmask16 some) {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, from));
+    }
+
     // The groups of a vector of codes, of whose lanes ``some`` are used.
-    GPTKERN_HD static __mmask8 groups(__mmask16 some) {
+    GPTKERN_HD static __mmask8 groups_of(__mmask16 some) {
         constexpr int kLanesOfGroup = kLanes / kGroups;
         __mmask8 used = 0;
         for (int g = 0; g < kGroups; ++g) used |= static_cast<__mmask8>((some >> g * kLanesOfGroup & 1) << g);
@@ -200,23 +239,12 @@ private:
     }
 
     // The scale of each lane's group.
-    GPTKERN_HD static Vec lane_factors(const float* from, __mmask16 some) {
-        if (kGroups == 1) return all(from[0]);
-        const __m128 own = _mm_maskz_loadu_ps(groups(some), from);
+    GPTKERN_HD static Vec lane_factors(const uint16_t* from, __mmask16 some) {
+        if (kGroups == 1) return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(from[0])));
+        const __m128 own = _mm_maskz_cvtph_ps(15, _mm_maskz_loadu_epi16(groups_of(some), from));
         const __m512i place = kGroups == 2 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
                                            : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
         return _mm512_permutexvar_ps(place, _mm512_castps128_ps512(own));
-    }
-
-    // What each code's zero leaves of the offset.
-    GPTKERN_HD static __m512i lane_offsets(const uint8_t* from, __mmask16 some) {
-        const __m512i offset = _mm512_set1_epi8(16);
-        if (kGroups == 1) return _mm512_sub_epi8(offset, _mm512_set1_epi8(static_cast<char>(from[0])));
-        const __m512i own = _mm512_broadcastd_epi32(_mm_maskz_loadu_epi8(groups(some), from));
-        const __m512i one = _mm512_set1_epi32(0x01010101);
-        const __m512i place = kGroups == 2 ? _mm512_maskz_mov_epi32(0xff00, one)
-                                           : _mm512_mullo_epi32(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), one);
-        return _mm512_sub_epi8(offset, _mm512_shuffle_epi8(own, place));
     }
 };
 
@@ -226,6 +254,7 @@ void byte_tile(const Source& w, const Bytes& x, int row, const int (&out)[kOuts]
                int64_t stride) {
     typename Source::template Sums<R> total;
     const char* at = x.row(row);
+    if constexpr (Source::kGrouped) w.template begin<R>(out, at + byte_panels(w.in), x.stride, total);
     for (int input = 0; input < w.in; input += Source::kPanel) {
         const int inputs = w.in - input < Source::kPanel ? w.in - input : Source::kPanel;
         w.template add_panel<R>({out, input, inputs, ahead, at, x.stride}, total);
@@ -258,12 +287,10 @@ void byte_product(const Source& w, const Bytes& x, int first, int last, float* s
 inline void byte_product(const CpuLinear& w, const Bytes& x, int first, int last, float* sums, int64_t stride) {
     const auto* const at = static_cast<const uint8_t*>(w.weight);
     const auto with = [&](const auto& source) { byte_product(source, x, first, last, sums, stride); };
-    const auto grouped = [&](auto group) {
-        constexpr int kGroup = decltype(group)::value;
-        if (w.zeros == nullptr) return with(Int4Codes<kGroup, false>{at, w.scales, nullptr, w.stride, w.in});
-        with(Int4Codes<kGroup, true>{at, w.scales, w.zeros, w.stride, w.in});
-    };
     if (w.format == Format::kInt8) return with(Int8Bytes{at, w.stride, w.in});
+    const auto grouped = [&](auto group) {
+        with(Int4Codes<decltype(group)::value>{at, w.group_scales, w.minimums, w.stride, w.in});
+    };
     if (w.group == 32) return grouped(Count<32>{});
     if (w.group == 64) return grouped(Count<64>{});
     grouped(Count<128>{});

@@ -23,7 +23,8 @@ constexpr int kLaneBytes = 64;          // 16 numbers of 32 bits
 constexpr float kLeastMagnitude = 1e-36f;  // smaller numbers become 0: 127 / x would not be finite
 
 // Rows of int8. A panel is 16 scales (fp32), then of int8 weights: where the sums start (16 int32), the vectors. Of int4
-// weights, for each 128 inputs: those of the codes' low halves, those of the high ones, where the sums start.
+// weights, for each 128 inputs: those of the codes' low halves, those of the high ones, where the sums start. After all
+// panels stand, of int4 weights, the sums of each group's rounded activations (fp32), 0 up to whole vectors.
 struct Bytes {
     char* at;
     int count;
@@ -32,23 +33,26 @@ struct Bytes {
     GPTKERN_HD char* row(int r) const { return at + r * stride; }
 };
 
-// Bytes of a row, of either kind of weights.
-GPTKERN_HD int64_t byte_row(int in) {
+// Bytes of a row's panels, of either kind of weights.
+GPTKERN_HD int64_t byte_panels(int in) {
     const int64_t panels = (in + kInt8Panel - 1) / kInt8Panel, pairs = (in + kPairedVectors - 1) / kPairedVectors;
     return panels * kLaneBytes + pairs * (kPairedVectors + kLaneBytes);
 }
 
-// The offset that makes a layer's weights positive.
-GPTKERN_HD int byte_offset(const CpuLinear& layer) {
-    return layer.format == Format::kInt8 ? 128 : layer.zeros == nullptr ? 8 : 16;
+// Bytes of a row: the smallest groups have four sums for each 128 inputs.
+GPTKERN_HD int64_t byte_row(int in) {
+    const int64_t sums = static_cast<int64_t>(in + kPairedVectors - 1) / kPairedVectors * (kPairedVectors / kLeastGroup);
+    return byte_panels(in) + (sums + kLanes - 1) / kLanes * kLaneBytes;
 }
+
+// What makes a layer's weights positive: added to int8, and what int4's codes have more than is multiplied.
+GPTKERN_HD int byte_offset(const CpuLinear& layer) { return layer.format == Format::kInt8 ? 128 : 8; }
 
 #ifdef __AVX512VNNI__
 
 GPTKERN_HD bool takes_bytes(const CpuLinear& layer) {
     if (layer.format == Format::kInt8) return true;
-    return layer.format == Format::kInt4 && !layer.wide_zeros &&
-           (layer.group == 32 || layer.group == 64 || layer.group == 128);
+    return layer.format == Format::kInt4 && (layer.group == 32 || layer.group == 64 || layer.group == 128);
 }
 
 // One row on its way to bytes.
@@ -60,13 +64,16 @@ public:
 
     void store(char* to) const {
         const int panel = half_ > 0 ? kInt4Panel : kInt8Panel;
+        auto* sums = reinterpret_cast<float*>(to + byte_panels(in_));
+        float* const end = reinterpret_cast<float*>(to + byte_row(in_));
         for (int first = 0; first < in_; first += panel) {
             const int inputs = in_ - first < panel ? in_ - first : panel;
             Vec factors[4];
             take_scales(first, vectors(inputs), reinterpret_cast<float*>(to), factors);
-            to = half_ > 0 ? store_pairs(first, inputs, factors, to + kLaneBytes)
+            to = half_ > 0 ? store_pairs(first, inputs, factors, to, sums)
                            : store_vectors(first, inputs, factors, to + kLaneBytes);
         }
+        while (sums < end) *sums++ = 0.0f;
     }
 
 private:
@@ -127,14 +134,30 @@ private:
         return to;
     }
 
-    char* store_pairs(int first, int inputs, const Vec (&factors)[4], char* to) const {
+    // The panel that begins at ``to`` with its scales, and the sums of its groups.
+    char* store_pairs(int first, int inputs, const Vec (&factors)[4], char* to, float*& sums) const {
+        const Vec scales = load(reinterpret_cast<const float*>(to));
+        to += kLaneBytes;
         for (int v = 0; v < vectors(inputs); v += 2, to += kPairedVectors + kLaneBytes) {
             __m512i starts = _mm512_setzero_si512();
             starts = store_vector(first, v, factors, starts, to);
             starts = store_vector(first, v + 1, factors, starts, to + kVector);
             _mm512_storeu_si512(to + kPairedVectors, starts);
+            // The starts are -8 times the sums of lanes.
+            sums = store_sums(mul(_mm512_cvtepi32_ps(starts), mul(scales, all(-0.125f))), sums);
         }
         return to;
+    }
+
+    // The sums of groups' lanes, half_ / 4 of them each: 4, 2 or 1 numbers. What is stored behind them is 0.
+    float* store_sums(Vec lanes, float* to) const {
+        lanes = add(lanes, _mm512_permute_ps(lanes, 0xb1));
+        lanes = add(lanes, _mm512_permute_ps(lanes, 0x4e));
+        if (half_ > 16) lanes = add(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0xb1));
+        if (half_ > 32) lanes = add(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0x4e));
+        const auto firsts = static_cast<__mmask16>(half_ == 16 ? 0x1111 : half_ == 32 ? 0x0101 : 1);
+        _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_maskz_compress_ps(firsts, lanes)));
+        return to + kVector / half_;
     }
 };
 

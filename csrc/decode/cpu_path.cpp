@@ -180,8 +180,8 @@ private:
             return gptkern::product(bytes, x.placed(), first, last, emit);
         }
         if (layer.format == Format::kInt4) {
-            const Int4 codes{packed, layer.scales, layer.zeros, layer.stride, layer.in, layer.group};
-            if (layer.zeros == nullptr) return gptkern::product<false>(codes, x.natural(), first, last, emit);
+            const Int4 codes{packed, layer.group_scales, layer.minimums, layer.stride, layer.in, layer.group};
+            if (layer.minimums == nullptr) return gptkern::product<false>(codes, x.natural(), first, last, emit);
             return gptkern::product<true>(codes, x.natural(), first, last, emit);
         }
         if (x.packing() == Packing::kNatural) return dot_product<Fp32>(layer, x.natural(), first, last, sums, stride);

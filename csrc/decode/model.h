@@ -22,7 +22,7 @@ enum class Format : int { kModel = 0, kInt8, kFp8, kInt4 };
 
 // A linear layer. The weight is (outs, in), or (in, outs) if it is transposed, its rows ``stride`` elements apart.
 // Packed weights are not transposed. int8 and fp8 (e4m3) have a scale for each output. int4 is two to a byte, byte j of
-// a group holding its inputs j and j + group / 2, the first in the low half; scales and zeros are (outs, in / group).
+// a group holding its inputs j and j + group / 2, the first in the low half; scales and minimums are (outs, in / group).
 struct CpuLinear {
     const void* weight;
     const void* bias;  // null: none
@@ -30,10 +30,10 @@ struct CpuLinear {
     int64_t stride;
     bool transposed;
     Format format;
-    const float* scales;   // null: the weight has the model's dtype
-    const uint8_t* zeros;  // of int4; null: all are 8
-    int group;             // inputs that share an int4 scale: a multiple of kLeastGroup
-    bool wide_zeros;       // some zero is beyond 15, which no int4 code is
+    const float* scales;           // of int8 and fp8; null: none
+    const uint16_t* group_scales;  // of int4, in fp16
+    const uint16_t* minimums;      // of int4, in fp16: what code 0 stands for; null: -8 scales
+    int group;                     // inputs that share an int4 scale: a multiple of kLeastGroup
 };
 constexpr int kLeastGroup = 32;
 

@@ -113,23 +113,13 @@ void product(const Weights<Kind>& w, const Rows& x, int first, int last, const E
 // int4 weights: see CpuLinear.
 struct Int4 {
     const uint8_t* at;
-    const float* scales;
-    const uint8_t* zeros;
+    const uint16_t *scales, *minimums;
     int64_t stride;  // bytes between outputs
     int in, group;
 };
 
-// The zero of an int4 group as fp32: a load is sooner done than a conversion.
-struct ZeroTable {
-    float number[256];
-    constexpr ZeroTable() : number() {
-        for (int i = 0; i < 256; ++i) number[i] = static_cast<float>(i);
-    }
-};
-constexpr ZeroTable kZeros;
-
 // emit(r, j, value) for R rows from ``row`` on, and the outputs ``places``.
-template <int R, bool Zeros, class Emit>
+template <int R, bool Minimums, class Emit>
 GPTKERN_HD void dots(const Int4& w, const int* places, const RowsOf<float>& x, int row, const Emit& emit) {
     Vec total[kOuts][R];
     for (int j = 0; j < kOuts; ++j) {
@@ -137,19 +127,19 @@ GPTKERN_HD void dots(const Int4& w, const int* places, const RowsOf<float>& x, i
     }
     const int groups = w.in / w.group, half = w.group / 2;
     const uint8_t* from[kOuts];
-    const float* scales[kOuts];
-    const uint8_t* zeros_of[kOuts];
+    const uint16_t *scales[kOuts], *minimums[kOuts];
     for (int j = 0; j < kOuts; ++j) {
         const int64_t of_group = static_cast<int64_t>(places[j]) * groups;
         from[j] = w.at + places[j] * w.stride;
         scales[j] = w.scales + of_group;
-        zeros_of[j] = Zeros ? w.zeros + of_group : nullptr;
+        minimums[j] = Minimums ? w.minimums + of_group : nullptr;
     }
     const float* values = x.row(row);
     for (int g = 0; g < groups; ++g, values += w.group) {
 #pragma GCC unroll 4
         for (int j = 0; j < kOuts; ++j) {
-            const Codes codes(scales[j][g], Zeros ? kZeros.number[zeros_of[j][g]] : 8.0f);
+            const float scale = half_to_float(scales[j][g]);
+            const Codes codes(scale, Minimums ? half_to_float(minimums[j][g]) : -8.0f * scale);
             const uint8_t* const bytes = from[j] + g * half;
             // The next output's weights, ahead of their use. Past the end a prefetch does nothing.
             _mm_prefetch(reinterpret_cast<const char*>(bytes + w.stride), _MM_HINT_T1);
@@ -170,12 +160,12 @@ GPTKERN_HD void dots(const Int4& w, const int* places, const RowsOf<float>& x, i
 }
 
 // As ``product`` above.
-template <bool Zeros, class Emit>
+template <bool Minimums, class Emit>
 void product(const Int4& w, const RowsOf<float>& x, int first, int last, const Emit& emit) {
     tiles(x.count, first, last, [&](const int* places, int row, auto rows) {
         int read[kOuts];
         for (int j = 0; j < kOuts; ++j) read[j] = places[j] < 0 ? last - 1 : places[j];
-        dots<decltype(rows)::value, Zeros>(w, read, x, row, [&](int r, int j, float value) {
+        dots<decltype(rows)::value, Minimums>(w, read, x, row, [&](int r, int j, float value) {
             if (places[j] >= 0) emit(r, places[j], value);
         });
     });

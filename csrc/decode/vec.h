@@ -82,12 +82,14 @@ GPTKERN_HD void widen_e4m3_pairs(const uint8_t* from, Vec& even, Vec& odd) {
     even = from_e4m3(pairs);
     odd = from_e4m3(_mm256_srli_epi16(pairs, 8));
 }
-// The 16 numbers that an int4 group's codes stand for, looked up.
+GPTKERN_HD float half_to_float(uint16_t bits) {
+    return _mm_cvtss_f32(_mm_maskz_cvtph_ps(1, _mm_cvtsi32_si128(bits)));
+}
+// The 16 numbers that an int4 group's codes stand for, code 0 for ``least``; they are looked up.
 struct Codes {
     Vec numbers;
-    GPTKERN_HD Codes(float scale, float zero)
-        : numbers(mul(sub(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), all(zero)),
-                      all(scale))) {}
+    GPTKERN_HD Codes(float scale, float least)
+        : numbers(fma(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), all(scale), all(least))) {}
     // Those of kLanes bytes: of their low halves, and of their high ones.
     GPTKERN_HD void halves(const uint8_t* from, Vec& low, Vec& high) const {
         const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -193,10 +195,11 @@ GPTKERN_HD void widen_e4m3_pairs(const uint8_t* from, Vec& even, Vec& odd) {
     even = from_e4m3(pairs);
     odd = from_e4m3(_mm_srli_epi16(pairs, 8));
 }
-// The numbers that an int4 group's codes stand for.
+GPTKERN_HD float half_to_float(uint16_t bits) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits))); }
+// The numbers that an int4 group's codes stand for, code 0 for ``least``.
 struct Codes {
-    Vec scales, zeros;
-    GPTKERN_HD Codes(float scale, float zero) : scales(all(scale)), zeros(all(zero)) {}
+    Vec scales, least;
+    GPTKERN_HD Codes(float scale, float least) : scales(all(scale)), least(all(least)) {}
     // Those of kLanes bytes: of their low halves, and of their high ones.
     GPTKERN_HD void halves(const uint8_t* from, Vec& low, Vec& high) const {
         const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
@@ -205,7 +208,7 @@ struct Codes {
     }
 
 private:
-    GPTKERN_HD Vec number(__m256i codes) const { return mul(sub(_mm256_cvtepi32_ps(codes), zeros), scales); }
+    GPTKERN_HD Vec number(__m256i codes) const { return fma(_mm256_cvtepi32_ps(codes), scales, least); }
 };
 GPTKERN_HD float sum(Vec a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -25,8 +25,11 @@ _HEAD, _EMBEDDING = "lm_head", "transformer.wte.weight"
 _FLOATS = ("F32", "F16", "BF16")
 
 
-def open_file(path: Path) -> Contents:
+def open_file(path: Path, *, int4: bool = False) -> Contents:
     """Open a ``.gguf``. Matrices in Q4_0 stay packed, other blocks are dequantised, with a warning.
+
+    Args:
+        int4: Matrices in Q4_1 stay packed, too; whoever asks quantises the others.
 
     Raises:
         CheckpointError: Damaged, truncated, of an architecture or in a block format that is not served.
@@ -41,22 +44,29 @@ def open_file(path: Path) -> Contents:
     tensors: dict[str, GGUFTensor] = _parameters(file, config)
     stored: dict[str, StoredTensor] = dict(tensors)
     names = list(linear_names(len(config.spec.layers)))
-    packable = [name for name in names if _is_packed(_matrix(tensors, name))]
-    for name in packable:
-        matrix = _matrix(tensors, name)
-        assert matrix is not None
+    kinds = PACKED if int4 else PACKED[:1]
+    matrices = {name: _matrix(tensors, name) for name in names}
+    packable = {
+        name: matrix
+        for name, matrix in matrices.items()
+        if matrix is not None and all(part.entry.format in kinds for part in matrix.parts)
+    }
+    minimums = any(part.entry.format == PACKED[1] for matrix in packable.values() for part in matrix.parts)
+    for name, matrix in packable.items():
         stored.pop(f"{name}.weight", None)
-        stored[f"{name}.values"], stored[f"{name}.scales"] = packed(matrix)
+        stored |= {f"{name}.{view}": tensor for view, tensor in packed(matrix, minimums).items()}
     floats = tuple(name for name in names if name not in packable)
     if _HEAD in packable and config.tie_word_embeddings:
         del tensors[_EMBEDDING]  # the head holds its blocks: nothing of them is lost, and nothing is told
-    _warn_of_blocks(path, [t for name, t in tensors.items() if name in stored], len(packable), len(names))
+    unpacked = [tensor for name, tensor in tensors.items() if name in stored]
+    if not (int4 and packable):
+        _warn_of_blocks(path, unpacked, len(packable), len(names))
     return Contents(
         path,
         config,
         stored,
         transposed=False,
-        quantization=Quantization("int4", GROUP, False, floats) if packable else None,
+        quantization=Quantization("int4", GROUP, minimums, floats) if packable else None,
         generation_config=special_ids(file),
     )
 
@@ -78,10 +88,6 @@ def _matrix(tensors: dict[str, GGUFTensor], name: str) -> GGUFTensor | None:
     return own if own is not None or name != _HEAD else tensors.get(_EMBEDDING)
 
 
-def _is_packed(matrix: GGUFTensor | None) -> bool:
-    return matrix is not None and all(part.entry.format == PACKED for part in matrix.parts)
-
-
 def _warn_of_blocks(path: Path, unpacked: list[GGUFTensor], packed: int, matrices: int) -> None:
     """Say which blocks became floats, and how many matrices stayed packed beside them."""
     formats = (part.entry.format for tensor in unpacked for part in tensor.parts)
@@ -91,8 +97,10 @@ def _warn_of_blocks(path: Path, unpacked: list[GGUFTensor], packed: int, matrice
     blocks = ", ".join(f"{format} ({count} tensors)" for format, count in counts.most_common())
     hint = "weights='int8' or 'int4' quantises them anew"
     if packed:
-        hint = f"{packed} of {matrices} matrices, in {PACKED}, stay packed as int4"
-    warn(f"{path}: blocks in {blocks} become floats: int8 and int4 do not hold them exactly. {hint}")
+        hint = f"{packed} of {matrices} matrices stay packed as int4"
+    if PACKED[1] in counts:
+        hint += f"; weights='int4' leaves those in {PACKED[1]} as they are"
+    warn(f"{path}: blocks in {blocks} become floats: {hint}")
 
 
 def _parameters(file: GGUFFile, config: Config) -> dict[str, GGUFTensor]:

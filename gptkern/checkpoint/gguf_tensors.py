@@ -1,10 +1,9 @@
 """Tensors of a GGUF file as a model's parameters: dequantised when read, or packed as our int4 is.
 
-Q4_0 is our int4 in groups of 32 without a zero point, byte for byte: half a byte less 8, times the block's
-scale, input j of a block in the low half of byte j and input j + 16 in its high half. The scales are fp16
-there and fp32 here, which holds them exactly. Of the others Q4_1 adds a minimum that is no multiple of its
-scale, Q8_0 has a scale for 32 inputs where our int8 has one for a row, Q4_K and Q6_K have scales of scales:
-none of our formats holds them exactly.
+Q4_1 is our int4 in groups of 32, byte for byte: a half byte times the block's scale plus its minimum, both in
+fp16, input j of a block in the low half of byte j and input j + 16 in its high half. Q4_0 is the same without
+minimums: half a byte less 8, times the scale. Of the others Q8_0 has a scale for 32 inputs where our int8 has
+one for a row, Q4_K and Q6_K have scales of scales: none of our formats holds them exactly.
 """
 
 from __future__ import annotations
@@ -19,11 +18,13 @@ import torch
 from gptkern.checkpoint.gguf_file import Entry, GGUFFile, library
 from gptkern.checkpoint.storage import StoredTensor, release_bytes
 
-PACKED = "Q4_0"
+PACKED = ("Q4_0", "Q4_1")
 GROUP = 32
-_BLOCK_BYTES = 18
+# bytes of a block, and of those the numbers before the codes: a scale, and a minimum
+_BLOCKS = {"Q4_0": (18, 2), "Q4_1": (20, 4)}
+_MIDDLE = 8
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-View = Literal["numbers", "values", "scales"]
+View = Literal["numbers", "values", "scales", "minimums"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class GGUFTensor(StoredTensor):
 
     Attributes:
         parts: At least one; all have rows of one length.
-        view: ``numbers``, or of a matrix in Q4_0 its packed ``values`` or its ``scales``.
+        view: ``numbers``, or of a matrix in Q4_0 or Q4_1 its packed ``values``, ``scales`` or ``minimums``.
     """
 
     parts: tuple[Part, ...] = ()
@@ -83,10 +84,7 @@ class GGUFTensor(StoredTensor):
     def _read(self, entry: Entry) -> torch.Tensor:
         span = self.raw[entry.start : entry.end]
         if self.view != "numbers":
-            blocks = span.view(entry.shape[0], -1, _BLOCK_BYTES)
-            if self.view == "values":
-                return blocks[..., 2:].flatten(1)
-            return blocks[..., :2].contiguous().view(torch.float16).squeeze(-1).float()
+            return self._of_blocks(span, entry)
         if entry.format in _PLAIN:
             dtype = _PLAIN[entry.format]
             aligned = span if entry.start % dtype.itemsize == 0 else span.clone()
@@ -94,6 +92,17 @@ class GGUFTensor(StoredTensor):
         gguf = library()
         rows = span.view(*entry.shape[:-1], -1).numpy()
         return torch.from_numpy(gguf.dequantize(rows, gguf.GGMLQuantizationType[entry.format]))
+
+    def _of_blocks(self, span: torch.Tensor, entry: Entry) -> torch.Tensor:
+        """The codes, or fp16 numbers, of a matrix in Q4_0 or Q4_1."""
+        size, before = _BLOCKS[entry.format]
+        blocks = span.view(entry.shape[0], -1, size)
+        if self.view == "values":
+            return blocks[..., before:].flatten(1)
+        numbers = blocks[..., :before].contiguous().view(torch.float16)
+        if self.view == "scales":
+            return numbers[..., 0]
+        return numbers[..., 1] if before == 4 else numbers[..., 0] * -_MIDDLE
 
 
 def parameter(file: GGUFFile, parts: Sequence[Part]) -> GGUFTensor:
@@ -107,10 +116,12 @@ def parameter(file: GGUFFile, parts: Sequence[Part]) -> GGUFTensor:
     return GGUFTensor(file.path, name, dtype, shape, file.raw, first.start, parts=tuple(parts))
 
 
-def packed(tensor: GGUFTensor) -> tuple[GGUFTensor, GGUFTensor]:
-    """(values, scales) of a matrix in Q4_0, as ``QuantizedWeight`` has them."""
+def packed(tensor: GGUFTensor, minimums: bool) -> dict[str, GGUFTensor]:
+    """The tensors of ``QuantizedWeight`` for blocks of 4 bits; with ``minimums`` Q4_0 has them, too."""
     rows, width = tensor.shape
-    return (
-        replace(tensor, dtype=torch.uint8, shape=(rows, width // 2), view="values"),
-        replace(tensor, dtype=torch.float32, shape=(rows, width // GROUP), view="scales"),
-    )
+    halves = replace(tensor, dtype=torch.float16, shape=(rows, width // GROUP))
+    views = {
+        "values": replace(tensor, dtype=torch.uint8, shape=(rows, width // 2), view="values"),
+        "scales": replace(halves, view="scales"),
+    }
+    return views | ({"minimums": replace(halves, view="minimums")} if minimums else {})

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from gptkern._warn import warn
 from gptkern.checkpoint import gguf, hf, llmc, nanogpt
 from gptkern.checkpoint.contents import Contents
+from gptkern.checkpoint.earlier import renewed
 from gptkern.checkpoint.errors import CheckpointError, some
 from gptkern.checkpoint.files import open_regular
 from gptkern.checkpoint.gguf_file import MAGIC
@@ -46,24 +47,27 @@ class _NoInitialValues(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def open_checkpoint(path: Path) -> Contents:
+def open_checkpoint(path: Path, *, int4: bool = False) -> Contents:
     """Open a checkpoint of any known format; none of its weights is read yet.
+
+    Args:
+        int4: Of a GGUF file also matrices in Q4_1 stay packed.
 
     Raises:
         CheckpointError: It is not one, or is damaged.
     """
-    contents = read(path, _open_folder) if path.is_dir() else _open_file(path)
+    contents = read(path, _open_folder) if path.is_dir() else _open_file(path, int4)
     _check_sizes(contents)
     return contents
 
 
-def _open_file(path: Path) -> Contents:
+def _open_file(path: Path, int4: bool) -> Contents:
     if path.suffix == ".safetensors" or path.name.startswith(("pytorch_model", "config.json")):
         raise CheckpointError(f"{path}: a part of a checkpoint: give its folder, {path.parent}")
     with open_regular(path) as file:
         start = file.read(4)
     if start == MAGIC:
-        return gguf.open_file(path)
+        return gguf.open_file(path, int4=int4)
     if int.from_bytes(start, "little") == llmc.MAGIC:
         return llmc.open_file(path)
     if path.suffix == ".bin":
@@ -200,7 +204,7 @@ def _check_sizes(contents: Contents) -> None:
 
 def _without_redundant(contents: Contents, expected: dict[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
     """The tensors with a tied head once, as the embedding, and less zero biases of a model without any."""
-    tensors = dict(contents.tensors)
+    tensors = dict(contents.tensors) if contents.quantization is None else renewed(contents.tensors)
     config = contents.config
     if config.tie_word_embeddings and _HEAD in tensors:
         head = tensors.pop(_HEAD)

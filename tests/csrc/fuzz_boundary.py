@@ -366,8 +366,8 @@ class Fuzzer:
             return self._cpu.CpuLinear(values, bias, torch.rand(outs))
         if how == 3 and ins % 32 == 0:
             codes = torch.randint(256, (outs, ins // 2), dtype=torch.uint8)
-            zeros = torch.randint(16, (outs, ins // 32), dtype=torch.uint8) if self._flag() else None
-            return self._cpu.CpuLinear(codes, bias, torch.rand(outs, ins // 32), zeros)
+            scales, minimums = torch.randn(2, outs, ins // 32).half()
+            return self._cpu.CpuLinear(codes, bias, scales, minimums if self._flag() else None)
         if how >= 3:
             values = torch.randint(256, (outs, ins), dtype=torch.uint8)
             return self._cpu.CpuLinear(values, bias, torch.rand(outs))
@@ -483,13 +483,13 @@ class Fuzzer:
         return type(pair)(*(self.wrong.tensor(v) if i == which else v for i, v in enumerate(pair)))
 
     def _spoiled_linear(self, layer: Any) -> Any:
-        weight, bias, scales, zeros = layer
+        weight, bias, scales, minimums = layer
         if bias is not None and self._between(0, 1):
             return layer._replace(bias=self.wrong.tensor(bias))
         if scales is not None and self._between(0, 1):
             return layer._replace(scales=self.wrong.tensor(scales))
-        if zeros is not None and self._between(0, 1):
-            return layer._replace(zeros=self.wrong.tensor(zeros))
+        if minimums is not None and self._between(0, 1):
+            return layer._replace(minimums=self.wrong.tensor(minimums))
         if scales is None:
             return layer._replace(weight=self.wrong.tensor(weight, any_stride=(0, 1)))
         return layer._replace(weight=weight.float())

@@ -80,11 +80,11 @@ public:
         if (packed) {
             layer.weight = bytes(count);
             if (layer.format == Format::kFp8) drop_nans(bytes_.back().get(), count);
-            layer.scales = scales(halved ? outs * groups : outs);
-            if (halved && between(0, 1)) {
-                layer.wide_zeros = between(0, 1);
-                const int low = layer.wide_zeros ? -127 : 0, high = layer.wide_zeros ? 127 : 15;
-                layer.zeros = static_cast<const uint8_t*>(bytes(outs * groups, low, high));
+            if (halved) {
+                layer.group_scales = halves(outs * groups);
+                if (between(0, 1)) layer.minimums = halves(outs * groups);
+            } else {
+                layer.scales = scales(outs);
             }
         } else {
             layer.weight = numbers(count);
@@ -137,6 +137,15 @@ private:
         return scales_.back().get();
     }
 
+    // Small numbers in fp16, of either sign.
+    const uint16_t* halves(int count) {
+        halves_.emplace_back(new uint16_t[count]);
+        for (int i = 0; i < count; ++i) {
+            halves_.back()[i] = static_cast<uint16_t>(between(0, 0x2000) | between(0, 1) << 15);
+        }
+        return halves_.back().get();
+    }
+
     const float* scales(int outs) {
         scales_.emplace_back(new float[outs]);
         for (int i = 0; i < outs; ++i) scales_.back()[i] = 0.001f * static_cast<float>(between(1, 9));
@@ -147,6 +156,7 @@ private:
     std::vector<std::unique_ptr<Numbers>> kept_;
     std::vector<std::unique_ptr<int8_t[]>> bytes_;
     std::vector<std::unique_ptr<float[]>> scales_;
+    std::vector<std::unique_ptr<uint16_t[]>> halves_;
 };
 
 CpuStage stage(StageKind kind, int layer, Buffer read, Buffer write, CpuLinear linear = {}, CpuNorm norm = {},

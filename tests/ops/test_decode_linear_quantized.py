@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from gptkern import ops
 from gptkern.ops.decode_linear import QuantizedWeight, decode_linear, decode_qkv, quantize
 from gptkern.ops.decode_linear.formats import pack, unpack
-from gptkern.quantization import FORMATS, GROUP_SIZES
+from gptkern.quantization import GROUP_SIZES
 from gptkern.testing import assert_accurate
 
 KINDS: list[dict[str, Any]] = [
@@ -70,10 +70,64 @@ def test_zero_rows_and_outliers_stay_finite() -> None:
     weight = torch.zeros(3, 64)
     weight[1, 5] = 1e30
     weight[2] = 1e-30
-    for name in FORMATS:
-        found = quantize(weight, name, group_size=32).dequantize(torch.float32)
+    for name in ("int8", "fp8"):
+        found = quantize(weight, name).dequantize(torch.float32)
         assert found.isfinite().all() and not found[0].any()
         assert found[1, 5] == pytest.approx(1e30, rel=0.3)
+
+
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_numbers_at_the_ends_of_a_group(zero_point: bool) -> None:
+    weight = torch.zeros(6, 64)
+    weight[1, 5] = 6e4
+    weight[2] = 1e-30
+    weight[3] = 0.7
+    weight[4] = 1000 + torch.arange(64) / 100
+    weight[5, ::2] = -6e4
+    made = quantize(weight, "int4", group_size=32, zero_point=zero_point)
+    found = made.dequantize(torch.float32)
+    assert found.isfinite().all() and not found[0].any() and not found[2].any()
+    torch.testing.assert_close(found[[1, 3, 5]], weight[[1, 3, 5]], rtol=2**-11, atol=0)
+    # Far from 0 the minimum itself has steps of a half.
+    assert (found[4] - weight[4]).abs().max() < (0.6 if zero_point else 70)
+    weight[3, 3] = torch.nan
+    assert (
+        quantize(weight, "int4", group_size=32, zero_point=zero_point)
+        .dequantize(torch.float32)[3]
+        .isnan()
+        .any()
+    )
+    for beyond in (1e5, torch.inf):
+        weight[3, 3] = beyond
+        with pytest.raises(ValueError, match=r"a weight is (100000|inf); int4 holds up to 65504"):
+            quantize(weight, "int4", group_size=32, zero_point=zero_point)
+
+
+@pytest.mark.parametrize("options", KINDS[2:], ids=kind_of)
+def test_a_matrix_on_the_format_s_own_grid_is_held_exactly(options: dict[str, Any]) -> None:
+    codes = torch.randint(16, (9, 256 // options["group_size"], options["group_size"]))
+    codes[..., 0], codes[..., 1] = 0, 15
+    scales = (torch.rand(codes.shape[:2]) + 0.1).half()
+    minimums = (-8 * torch.rand(codes.shape[:2])).half() if options["zero_point"] else None
+    packed = pack(codes.to(torch.uint8).flatten(1), options["group_size"])
+    weight = QuantizedWeight("int4", packed, scales, minimums).dequantize(torch.float32)
+    assert torch.equal(quantize(weight, **options).dequantize(torch.float32), weight)
+
+
+def test_a_minimum_is_worth_its_bytes() -> None:
+    weight = drawn(64, 256) + 2 * drawn(64, 1)
+    errors = {
+        zero_point: (
+            quantize(weight, "int4", group_size=32, zero_point=zero_point).dequantize(weight.dtype) - weight
+        )
+        .square()
+        .mean()
+        .item()
+        for zero_point in (False, True)
+    }
+    steps = (weight.unflatten(1, (-1, 32)).amax(2) - weight.unflatten(1, (-1, 32)).amin(2)) / 15
+    # Rounding to even steps between the ends would leave a twelfth of a step's square.
+    assert errors[True] < 0.85 * (steps.square() / 12).mean() and errors[True] < 0.4 * errors[False]
 
 
 @pytest.mark.usefixtures("on_device")

@@ -12,7 +12,7 @@ _TILE = "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes
 ARITHMETIC = [
     "abs.f32", "abs.f64", "abs.ftz.f32", "add.bf16", "add.bf16x2", "add.f32", "add.rn.f32", "add.rn.f64",
     "add.s16", "add.s16x2", "add.s32", "add.s64", "add.u64", "and.b16", "and.b32", "and.b64", "and.pred",
-    "bfe.s32", "bfe.u32", "bfi.b32", "bfi.b64", "cvt.bf16.f16", "cvt.f32.bf16", "cvt.f64.f32",
+    "bfe.s32", "bfe.u32", "bfi.b32", "bfi.b64", "cvt.bf16.f16", "cvt.f32.bf16", "cvt.f32.f16", "cvt.f64.f32",
     "cvt.rn.bf16.f32", "cvt.rn.bf16.s16", "cvt.rn.bf16.u16", "cvt.rn.bf16x2.f32", "cvt.rn.f16x2.e4m3x2",
     "cvt.rn.f32.f64",
     "cvt.rn.f32.s16", "cvt.rn.f32.s32", "cvt.rn.f32.s8", "cvt.rn.f32.u16", "cvt.rn.f32.u32",

@@ -24,14 +24,14 @@ class CpuNorm(NamedTuple):
 class CpuLinear(NamedTuple):
     """A linear layer: ``weight (out, in)``, ``bias (out,)`` or None.
 
-    ``scales`` and ``zeros`` are those of a quantised weight, as ``QuantizedWeight`` has them, else None. A
+    ``scales`` and ``minimums`` are those of a quantised weight, as ``QuantizedWeight`` has them, else None. A
     weight with scales is int8, or of bytes: fp8 with a scale for each output, int4 with one for each group.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     scales: torch.Tensor | None
-    zeros: torch.Tensor | None = None
+    minimums: torch.Tensor | None = None
 
 
 class CpuStage(NamedTuple):
@@ -177,5 +177,5 @@ def _stage(stage: Stage, weights: DecoderWeights) -> CpuStage:
 
 def _linear(layer: Linear) -> CpuLinear:
     if isinstance(layer.weight, QuantizedWeight):
-        return CpuLinear(layer.weight.values, layer.bias, layer.weight.scales, layer.weight.zeros)
+        return CpuLinear(layer.weight.values, layer.bias, layer.weight.scales, layer.weight.minimums)
     return CpuLinear(layer.weight, layer.bias, None)

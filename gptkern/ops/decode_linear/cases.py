@@ -50,9 +50,14 @@ def packed_matrix(
     groups, packed = (width // group_size, 2) if format == "int4" else (1, 1)
     dtype = torch.int8 if format == "int8" else torch.uint8
     values = torch.zeros(outputs, width // packed, dtype=dtype, device=device)
-    scales = torch.ones((outputs, groups) if format == "int4" else (outputs,), device=device)
-    zeros = torch.full_like(scales, 8, dtype=torch.uint8) if zero_point else None
-    return QuantizedWeight(format, values, scales, zeros)
+    of_groups = format == "int4"
+    scales = torch.ones(
+        (outputs, groups) if of_groups else (outputs,),
+        dtype=torch.float16 if of_groups else torch.float32,
+        device=device,
+    )
+    minimums = torch.full_like(scales, -8) if zero_point else None
+    return QuantizedWeight(format, values, scales, minimums)
 
 
 def _qkv(rows: int, width: int, heads: int, *, post_norm: bool = False, fp8: bool = False) -> Make:

@@ -25,7 +25,7 @@ def check_inputs(op: str, inputs: LinearInputs) -> None:
     width = x.shape[1]
     tensors: dict[str, torch.Tensor | None] = {"bias": bias}
     if isinstance(weight, QuantizedWeight):
-        _checks.same_device(op, x=x, weight=weight.values, scales=weight.scales, zeros=weight.zeros)
+        _checks.same_device(op, x=x, weight=weight.values, scales=weight.scales, minimums=weight.minimums)
         if weight.format == "fp8":
             _checks.fp8_device(op, "weight", x.device)
     else:

@@ -178,17 +178,19 @@ def product_int4(
     N: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr, UNIT_OFFSET: tl.constexpr = False,
 ):  # fmt: skip
-    """``product`` of int4 weights, a group of columns a part; ``packing`` is (scale, zero) pointers.
+    """``product`` of int4 weights, a group of columns a part; ``packing`` is (scale, minimum) pointers.
 
-    A byte holds one column of each half of its group.
+    A byte holds one column of each half of its group. Without minimums codes less 8 are exact in every dtype,
+    and the sums are scaled. With them weights are rounded to x's dtype, as the reference rounds them: sums of
+    x by group, for minimums apart from the codes, would take as many products again.
     """
-    scale_ptr, zero_ptr = packing
+    scale_ptr, minimum_ptr = packing
     acc = empty_sums(BLOCK_N, BLOCK_R, PARTS)
     HALF: tl.constexpr = GROUP // 2
     weight_rows = (outputs.to(tl.int64) * (K // 2))[:, None]
     scale_rows = outputs.to(tl.int64) * (K // GROUP)
     for start in tl.range(k_begin, k_end, PARTS * GROUP):
-        # The groups' packed weights, their scales and their zero points (8 where they have none).
+        # The groups' packed weights, their scales and their minimums.
         groups = start // GROUP
         if PARTS > 1:
             groups += tl.arange(0, PARTS)[:, None]
@@ -196,23 +198,24 @@ def product_int4(
         places = part_columns(start // 2, PARTS * HALF, PARTS, HALF)
         packed_at = weight_rows + tl.expand_dims(places, -2)
         packed = tl.load(weight_ptr + packed_at, mask=tl.expand_dims(mask, -1), other=0)
-        scale = tl.load(scale_ptr + scale_rows + groups, mask=mask, other=0.0)
-        zero = tl.full(scale.shape, 8, tl.float32)
-        if zero_ptr is not None:
-            zero = tl.load(zero_ptr + scale_rows + groups, mask=mask, other=0).to(tl.float32)
+        scale = tl.load(scale_ptr + scale_rows + groups, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.expand_dims(scale, -1)
         # x's columns of the low and of the high halves of the bytes.
         columns = part_columns(start, PARTS * GROUP, PARTS, HALF)
         low = load_rows(x_ptr, norm, rows, row_mask, columns, moments, store_normed, K, UNIT_OFFSET)
         high = load_rows(
             x_ptr, norm, rows, row_mask, columns + HALF, moments, store_normed, K, UNIT_OFFSET
         )  # fmt: skip
-        # Two products of whole numbers, scaled once.
-        zero = tl.expand_dims(zero, -1)
-        first = ((packed & 15).to(tl.float32) - zero).to(low.dtype)
-        second = ((packed >> 4).to(tl.float32) - zero).to(low.dtype)
-        part = tl.dot(first, low, input_precision="ieee")
-        part = tl.dot(second, high, part, input_precision="ieee")
-        acc += part * tl.expand_dims(scale, -1)
+        first, second = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
+        if minimum_ptr is None:
+            part = tl.dot((first - 8.0).to(low.dtype), low, input_precision="ieee")
+            part = tl.dot((second - 8.0).to(low.dtype), high, part, input_precision="ieee")
+            acc += part * scale
+        else:
+            least = tl.load(minimum_ptr + scale_rows + groups, mask=mask, other=0.0).to(tl.float32)
+            least = tl.expand_dims(least, -1)
+            acc = tl.dot(tl.fma(first, scale, least).to(low.dtype), low, acc, input_precision="ieee")
+            acc = tl.dot(tl.fma(second, scale, least).to(low.dtype), high, acc, input_precision="ieee")
     return acc
 
 
@@ -381,8 +384,8 @@ def linear_tile(
 ):  # fmt: skip
     """One split of one tile of a layer; the last to come of a tile's splits stores its outputs.
 
-    ``packing`` is (scale, zero) pointers of a quantised weight, ``norm`` as in ``load_rows``, ``cache`` as in
-    ``store_kv``, ``scratch`` (partial sums, counters). With DIM elements of each head turned or with
+    ``packing`` is (scale, minimum) pointers of a quantised weight, ``norm`` as in ``load_rows``, ``cache`` as
+    in ``store_kv``, ``scratch`` (partial sums, counters). With DIM elements of each head turned or with
     HEAD_NORM, ``heads`` is (cos, sin, lengths, context, q weight, k weight, eps). SOFTCAP 0 means none.
     """
     HALVES: tl.constexpr = 0 if INTERLEAVED else DIM
@@ -442,8 +445,8 @@ def decode_linear_kernel(
     slots_ptr,  # (rows,) int64, or None
     partial_ptr,  # (row blocks, tiles, SPLIT_K, BLOCK_N, BLOCK_R) fp32, scratch
     counter_ptr,  # (row blocks * tiles,) int32, zero before and after
-    scale_ptr,  # (N,), with GROUP (N, K / GROUP), fp32: of weights in fewer bits; or None
-    zero_ptr,  # (N, K / GROUP) uint8, or None
+    scale_ptr,  # (N,) fp32, with GROUP (N, K / GROUP) fp16: of weights in fewer bits; or None
+    minimum_ptr,  # (N, K / GROUP) fp16, or None
     k_scale_ptr,  # (KV_WIDTH / HEAD_DIM,) fp32: of an fp8 cache; or None
     v_scale_ptr,
     cos_ptr,  # (context, DIM / 2) fp32, or None: nothing is turned
@@ -474,7 +477,7 @@ def decode_linear_kernel(
         stride_kp, stride_ks, stride_vp, stride_vs,
     )  # fmt: skip
     linear_tile(
-        x_ptr, weight_ptr, bias_ptr, (scale_ptr, zero_ptr), (norm_weight_ptr, norm_bias_ptr, normed_ptr),
+        x_ptr, weight_ptr, bias_ptr, (scale_ptr, minimum_ptr), (norm_weight_ptr, norm_bias_ptr, normed_ptr),
         residual_ptr, out_ptr, cache, slots_ptr, (partial_ptr, counter_ptr), row_count, eps, stride_weight,
         tile, tl.num_programs(0), split, row_block,
         N, K, KV_WIDTH, ACTIVATION, BLOCK_R, BLOCK_N, BLOCK_K, BLOCK_S, PARTS, SPLIT_K, GROUP, HEAD_DIM,

@@ -123,16 +123,16 @@ def linear(
     norm_weight, norm_bias, eps, norm_flags = norm_arguments(norm)
     head_tensors, head_numbers, head_flags = _head_arguments(heads)
     caches, kv_scales, pages, strides = _cache_arguments(cache)
-    scales = zeros = None
+    scales = minimums = None
     if isinstance(weight, QuantizedWeight):
-        scales, zeros = weight.scales, weight.zeros
+        scales, minimums = weight.scales, weight.minimums
     values = packed_values(weight)
     with _launch.on_device(x):
         _launch.launch(
             kernels.decode_linear_kernel,
             (tiles, split_k, row_blocks),
             *(x, values, bias, norm_weight, norm_bias, epilogue.residual, out, normed_out),
-            *(*caches, slots, partial, counter, scales, zeros, *kv_scales),
+            *(*caches, slots, partial, counter, scales, minimums, *kv_scales),
             *(*head_tensors, *head_numbers, rows, eps, *pages, values.stride(0), *strides),
             N=outputs,
             K=width,

@@ -128,14 +128,14 @@ def _factors(row: StepRow) -> tuple[float, ...]:
 
 
 def _row(tensors: Sequence[torch.Tensor | None], numbers: Sequence[int], factors: Sequence[float]) -> StepRow:
-    norm_weight, norm_bias, values, bias, scales, zeros, cos, sin, q_norm, k_norm = tensors
+    norm_weight, norm_bias, values, bias, scales, minimums, cos, sin, q_norm, k_norm = tensors
     kind, layer, read, write, save, residual, activation, gated, norm, head_norm, pairs, window, format = (
         numbers
     )
     eps, head_eps, scale, softcap, attention_scale = factors
     linear, rotary, heads = None, None, None
     if _KINDS[kind] in ("qkv", "linear"):
-        linear = Linear(_weight(_FORMATS[format], values, scales, zeros), bias)
+        linear = Linear(_weight(_FORMATS[format], values, scales, minimums), bias)
     pair = _PAIRS[pairs]
     if pair is not None:
         rotary = Positions(_needed(cos), _needed(sin), pair)
@@ -175,11 +175,11 @@ def _weight(
     format: str | None,
     values: torch.Tensor | None,
     scales: torch.Tensor | None,
-    zeros: torch.Tensor | None,
+    minimums: torch.Tensor | None,
 ) -> torch.Tensor | QuantizedWeight:
     if format is None:
         return _needed(values)
-    return QuantizedWeight(format, _needed(values), _needed(scales), zeros)
+    return QuantizedWeight(format, _needed(values), _needed(scales), minimums)
 
 
 def _needed(tensor: torch.Tensor | None) -> torch.Tensor:

@@ -26,7 +26,7 @@ from gptkern.ops.decode_linear.kernels import linear_tile, prefetch_weights
 # addresses, 0 where there is nothing.
 (
     ROW, LAYER, WINDOW, CONTEXT, FETCH,
-    NORM_WEIGHT_AT, NORM_BIAS_AT, VALUES_AT, BIAS_AT, SCALES_AT, ZEROS_AT, COS_AT, SIN_AT, Q_NORM_AT,
+    NORM_WEIGHT_AT, NORM_BIAS_AT, VALUES_AT, BIAS_AT, SCALES_AT, MINIMUMS_AT, COS_AT, SIN_AT, Q_NORM_AT,
     K_NORM_AT, COLUMNS,
 ) = (tl.constexpr(number) for number in range(16))  # fmt: skip
 
@@ -34,7 +34,7 @@ from gptkern.ops.decode_linear.kernels import linear_tile, prefetch_weights
 # says what they are.
 (
     KIND, READ, WRITE, SAVE, RESIDUAL,
-    OUTPUTS, INPUTS, TILE, TILE_COUNT, BLOCK_K, PARTS, SPLIT_K, GROUP, WEIGHT, SCALED, ZEROS, BIAS,
+    OUTPUTS, INPUTS, TILE, TILE_COUNT, BLOCK_K, PARTS, SPLIT_K, GROUP, WEIGHT, SCALED, MINIMUMS, BIAS,
     NORM, NORM_BIAS, CENTERED, UNIT_OFFSET, ACTIVATION, GATED, SCALE, SOFTCAP,
     CACHED, DIM, INTERLEAVED, HEAD_NORM, HEAD_UNIT_OFFSET, FIELDS,
 ) = (tl.constexpr(number) for number in range(31))  # fmt: skip
@@ -172,10 +172,11 @@ def linear_phase(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     weight_ptr = address(row_ptr, VALUES_AT, ROWS[AT + WEIGHT])
     bias_ptr = address(row_ptr, BIAS_AT, DTYPE) if ROWS[AT + BIAS] else None
+    SCALES: tl.constexpr = tl.float16 if ROWS[AT + GROUP] else tl.float32
     # In a tuple None must be written in place: Triton refuses a variable that is None.
     packing = (
-        address(row_ptr, SCALES_AT, tl.float32) if ROWS[AT + SCALED] else None,
-        address(row_ptr, ZEROS_AT, tl.uint8) if ROWS[AT + ZEROS] else None,
+        address(row_ptr, SCALES_AT, SCALES) if ROWS[AT + SCALED] else None,
+        address(row_ptr, MINIMUMS_AT, tl.float16) if ROWS[AT + MINIMUMS] else None,
     )
     norm = (
         address(row_ptr, NORM_WEIGHT_AT, DTYPE) if ROWS[AT + NORM] else None,

@@ -173,7 +173,10 @@ def widest_normed_head(dtype: torch.dtype) -> int:
 
 
 # The tensors of a row, in the columns of the persistent kernel's table.
-TENSORS = ("norm weight", "norm bias", "values", "bias", "scales", "zeros", "cos", "sin", "q norm", "k norm")
+TENSORS = (
+    *("norm weight", "norm bias", "values", "bias", "scales", "minimums"),
+    *("cos", "sin", "q norm", "k norm"),
+)
 
 
 def row_tensors(row: StepRow) -> tuple[torch.Tensor | None, ...]:
@@ -187,7 +190,7 @@ def row_tensors(row: StepRow) -> tuple[torch.Tensor | None, ...]:
     if row.linear is not None:
         weight, bias = row.linear.weight, row.linear.bias
         if isinstance(weight, QuantizedWeight):
-            packed = (weight.values, bias, weight.scales, weight.zeros)
+            packed = (weight.values, bias, weight.scales, weight.minimums)
         else:
             packed = (weight, bias, None, None)
     rotary = (None, None) if row.rotary is None else row.rotary[:2]

@@ -42,7 +42,7 @@ class Fields(NamedTuple):
         tile, block_k, parts, split_k, group: BLOCK_N and the others of ``decode_linear``'s launch row.
         tile_count: Tiles of the product.
         weight: The dtype of its values, Triton's.
-        scaled, zeros, bias: It has weight scales, zero points, a bias.
+        scaled, minimums, bias: It has weight scales, minimums, a bias.
         norm, norm_bias, centered, unit_offset: It has a norm before it; the norm's bias and kind.
         activation, gated, scale, softcap: As in ``StepRow``; a soft cap of 0 means none.
         cached: Keys and values go to the cache.
@@ -65,7 +65,7 @@ class Fields(NamedTuple):
     group: int = 0
     weight: Any = None
     scaled: bool = False
-    zeros: bool = False
+    minimums: bool = False
     bias: bool = False
     norm: bool = False
     norm_bias: bool = False
@@ -180,7 +180,7 @@ def _product(row: StepRow, head_dim: int, dtype: torch.dtype, device: torch.devi
         "group": config["GROUP"],
         "weight": _TYPES[packed_values(weight).dtype],
         "scaled": packed is not None,
-        "zeros": packed is not None and packed.zeros is not None,
+        "minimums": packed is not None and packed.minimums is not None,
         "bias": row.product.bias is not None,
     }
 
