@@ -325,6 +325,32 @@ def test_a_tile_arrives_at_its_barrier() -> None:
         tile(wait.replace("PARITY", "0"), amount=4096)
 
 
+def halves(who: str) -> None:
+    """Two halves of 32 rows of a wide tile, in one instruction: each asked for by one of two warps."""
+    body = f"""
+    mov.b64 %rd6, k_param_1; cvta.param.u64 %rd7, %rd6; mov.b32 %r1, 4096; mov.b32 %r2, 0;
+    shl.b32 %r3, %r0, 2; setp.eq.b32 %p1, %r0, 0; shr.u32 %r5, %r0, 5; shl.b32 %r6, %r5, 5;
+    shl.b32 %r7, %r5, 11; {MADE} @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 4096;
+    {who} @%p4 {TILE} [%r7], [%rd7, {{%r2, %r6}}], [%r1]; {ARRIVED}
+    mad.lo.s32 %r3, %r5, 1920, %r3; ld.shared.b32 %r4, [%r3];
+    mul.wide.u32 %rd8, %r0, 4; add.s64 %rd8, %rd8, %rd0; st.global.b32 [%rd8], %r4;
+    """
+    source = torch.arange(64, dtype=torch.float16)[:, None].expand(64, 32).contiguous()
+    text = module(body, 1, 64, ", .param .align 64 .b8 k_param_1[128]")
+    out = torch.zeros(64, dtype=torch.int32)
+    execute(text, (1,), (out, TensorMap(source, (64, 32), (32, 1), (32, 32), 2)), shared_bytes=8192)
+    found = out.view(torch.float16).view(2, 2, 32)
+    # A lane's word is of the first two rows of its warp's half.
+    assert torch.equal(found[:, :, 0], torch.tensor([[0, 1], [32, 33]], dtype=torch.float16))
+
+
+def test_a_wide_tile_is_copied_by_a_lane_of_each_warp() -> None:
+    halves("elect.sync %r8|%p4, 0xffffffff;")
+    halves("and.b32 %r8, %r0, 31; setp.eq.b32 %p4, %r8, 0;")
+    with pytest.raises(Fault, match=r"convergence: .* by 4 lanes; one a warp is meant"):
+        halves("and.b32 %r8, %r0, 31; setp.lt.u32 %p4, %r8, 2;")
+
+
 def test_who_asks_once_and_goes_on_has_not_waited() -> None:
     second = f"""mov.b32 %r5, 2056; mov.b32 %r6, 4096; @%p1 mbarrier.init.shared::cta.b64 [%r5], 1; {FENCE}
     bar.sync 0; @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r5], 2048;
