@@ -2,6 +2,7 @@
 
     python benchmarks/counted.py count > FILE              # the kernels of this tree, for sm_90
     python benchmarks/counted.py table BEFORE AFTER > benchmarks/counted.md
+    python benchmarks/counted.py products                  # the part on Hopper's backward products alone
 
 Registers, barriers, matrix products and rounds of loads are read from machine code; sectors come from the
 executor (``gptkern.testing.ptx``), on a few tiles of the same layer. Run it without TRITON_INTERPRET.
@@ -16,12 +17,14 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from gptkern.ops import _aot, _cases, _launch
 from gptkern.ops.decode_linear import decode_linear
 from gptkern.ops.layer_norm import layer_norm
+from gptkern.ops.linear import hopper
 from gptkern.testing.ptx.counters import Counters
 from gptkern.testing.ptx.kernels import executed
 
@@ -213,6 +216,19 @@ bytes fill.
 | kernel | | sectors | fewest |
 |---|---|---|---|
 """
+_PRODUCTS = """
+## Backward products on Hopper
+
+The kernel that stood ("before", now that of other GPUs and of smaller calls) and the one in Gluon ("after").
+"Barriers" are those in one step of the loop over K: of all warps before, of one warpgroup after. "Copied" is
+what the copy engine brings into shared memory in the whole launch, mostly from L2. "Instructions" are those
+that one scheduler issues for 128 x 256 of the result, loops once, and "cycles" what the matrix unit needs for
+these: where instructions are more, the activation's gradient bounds the kernel. By Triton 3.6.0 and 3.8.0
+nothing spills, and no product waits for the one before.
+
+| kernel | | grid | warps | registers | blocks | stages | barriers | copied, GB | instructions | cycles |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
 _WRONG = """
 ## What would show that this is wrong
 
@@ -223,8 +239,66 @@ _WRONG = """
   cache, and half of it is the wrong bound.
 - A layer norm slower than with four warps a row: then it is bound by what it has in flight, and
   `programs_per_sm` of the launch row is too small.
+- A backward product on Hopper that takes as long as the kernel before it: then neither the barriers in its
+  loop nor the bytes copied were its bound, and two blocks a multiprocessor had hidden them; or one that takes
+  longer: then `serves_dact` or `serves_weight_grad` should leave the call to the other.
+- Gradients through an activation that take more than the larger of instructions and cycles by half: then the
+  two warpgroups do not overlap, or their text, 60 to 280 KB, does not come fast enough.
 - Kernels whose sum in a pass is more than a quarter away from the sum of the estimates and the bytes' time.
 """
+
+
+# (op, case, whether the kernel adds up over tokens)
+BACKWARD = [
+    ("gelu_mlp", "gelu_tanh, 16384 tokens x 768", False),
+    ("gated_mlp", "SmolLM2 135M, silu", False),
+    ("gelu_mlp", "gelu_tanh, 16384 tokens x 768", True),
+]
+
+
+def product_cells(launch: _launch.Launch) -> list[Any]:
+    """The cells of a backward product in the page's table."""
+    compiled, named = _aot.compile_launch(launch, ARCH), launch.arguments
+    registers, _ = _aot._resources(compiled.asm["cubin"])
+    code = machine_code(compiled.asm["cubin"])
+    in_gluon = launch.kernel.is_gluon()
+    tile_m, tile_n = (128, 256) if in_gluon else (named["BLOCK_M"], named["BLOCK_N"])
+    m, n, k = (named[name] for name in "MNK")
+    steps = -(-k // named["BLOCK_K"])
+    products = [code[a : b + 1] for a, b in loops(code)]
+    products = [body for body in products if any(name.startswith("HGMMA") for _, _, name in body)]
+    inner = min(products, key=len)
+    tiles = -(-m // tile_m) * -(-n // tile_n)
+    threads = _aot._threads(compiled.asm["ptx"], compiled.metadata.num_warps)
+    # Two warpgroups in Gluon have a text each; else all warps have one, two of them on a scheduler.
+    issued = len(code) if in_gluon else len(code) * (threads // 128) * (128 * 256 // (tile_m * tile_n))
+    cycles = -(-steps // named.get("splits", launch.grid[-1] if "dw" in launch.name else 1)) * 8 * 128
+    return [
+        " x ".join(map(str, launch.grid)), threads // 32, registers,
+        _aot.blocks_per_sm(ARCH, threads, registers, compiled.metadata.shared),
+        named.get("STAGES", compiled.metadata.num_stages),
+        sum(name.startswith("BAR") for _, _, name in inner),
+        f"{tiles * steps * named['BLOCK_K'] * (tile_m + tile_n) * 2 / 1e9:.2f}", issued, cycles,
+    ]  # fmt: skip
+
+
+def products() -> str:
+    """The part of the page on Hopper's backward products."""
+    text = _PRODUCTS
+    for op, name, over_tokens in BACKWARD:
+        case = next(case for case in _cases.cases(op) if case.name == name)
+        with (
+            mock.patch.object(hopper, "serves_dact", return_value=False),
+            mock.patch.object(hopper, "serves_weight_grad", return_value=False),
+        ):
+            before = _cases.record_case(case, torch.bfloat16, ARCH)
+        for label, launches in (
+            ("before", before),
+            ("after", _cases.record_case(case, torch.bfloat16, ARCH)),
+        ):
+            launch = next(item for item in launches if ("_dw" if over_tokens else "_dact") in item.name)
+            text += f"| {' | '.join(map(str, [f'`{launch.name}`', label, *product_cells(launch)]))} |\n"
+    return text
 
 
 def table(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -247,11 +321,13 @@ def table(before: dict[str, Any], after: dict[str, Any]) -> str:
     for kernel in after["sectors"]:
         for label, side in (("before", before), ("after", after)):
             text += f"| `{kernel}` | {label} | {' | '.join(map(str, side['sectors'][kernel]))} |\n"
-    return text + _WRONG
+    return text + products() + _WRONG
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "count":
         print(json.dumps(count(), indent=1))
+    elif sys.argv[1] == "products":
+        sys.stdout.write(products())
     else:
         sys.stdout.write(table(*(json.loads(Path(file).read_text()) for file in sys.argv[2:4])))

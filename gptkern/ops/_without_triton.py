@@ -46,6 +46,12 @@ class _Language:
 
     constexpr = constexpr
 
+    @staticmethod
+    def NVMMADistributedLayout(*_: Any) -> None:
+        """A layout over lanes, as which a kernel's file names it."""
+
+    DistributedLinearLayout = NVMMADistributedLayout
+
 
 class _Triton:
     @staticmethod

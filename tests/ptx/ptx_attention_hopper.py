@@ -9,25 +9,24 @@ of the faults each EVERYth, from the FIRST on.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
 from gptkern.ops import _aot, _cases, _launch
-from gptkern.ops.flash_attention import cases, kernels_hopper
+from gptkern.ops.flash_attention import cases
 from gptkern.testing.ptx import Fault, execute
 from gptkern.testing.ptx import kernels as ptx_kernels
 
 _LINE = re.compile(r"^[^\n]*;", re.MULTILINE)
-# Where a wait stands in the kernel's file, whose number is 1 as the entry is in it.
-_LOCATION = re.compile(r"\.loc\s+1 (\d+) ")
+# Where a wait stands: the number of the file, and the line.
+_FILE, _LOCATION = re.compile(r'\.file\s+(\d+) "([^"]*)"'), re.compile(r"\.loc\s+(\d+) (\d+) ")
 # Programs of a launch, so few that each has several tiles, and a program the last of which are none.
 PROGRAMS = 3
 
@@ -91,13 +90,13 @@ def worst(case: _cases.Case, dtype: torch.dtype) -> tuple[list[str], float, floa
     return names, error / max(own, 1e-3), (lse.double() - exact[1])[finite].abs().max().item()
 
 
-def faults(text: str, module: ModuleType) -> Iterator[tuple[str, str]]:
+def faults(text: str) -> Iterator[tuple[str, str]]:
     """(what was changed, the text with it): waits, arrivals and fences, each by itself.
 
     Args:
-        text: Of a kernel in ``module`` that has two warpgroups and a producer.
+        text: Of a kernel that has two warpgroups and a producer.
     """
-    lines = inspect.getsource(module).splitlines()
+    lines = {number: Path(name).read_text().splitlines() for number, name in _FILE.findall(text)}
     body = text.index("{", text.index(".reqntid"))
     for found in _LINE.finditer(text, body):
         plain = found.group(0).split("//")[0].strip()
@@ -110,7 +109,8 @@ def faults(text: str, module: ModuleType) -> Iterator[tuple[str, str]]:
 
         if plain == "@!complete bra.uni waitLoop;":
             begin = text.rindex("// begin inline asm", 0, found.start())
-            source = lines[int(_LOCATION.findall(text, 0, begin)[-1]) - 1].strip()
+            file, line = _LOCATION.findall(text, 0, begin)[-1]
+            source = lines[file][int(line) - 1].strip()
             yield f"part {group}: without {source}", with_line("")
         elif re.match(r"wgmma\.wait|wgmma\.commit|fence\.proxy|@%p\d+ mbarrier\.arrive\.shared", plain):
             yield f"without {plain}", with_line("")
@@ -146,7 +146,7 @@ def run_faults(every: int, first: int) -> None:
 
         with ptx_kernels.executed(90, seed=1, done=noted):
             plain = list(case.op(*call.args, **call.kwargs))
-        for what, text in list(faults(texts[0], kernels_hopper))[first::every]:
+        for what, text in list(faults(texts[0]))[first::every]:
             print(json.dumps({"fault": what, "caught": caught(call, text, plain)}), flush=True)
 
 

@@ -17,12 +17,13 @@ from unittest import mock
 import torch
 
 from gptkern import backend, testing
-from gptkern.ops import _cases, _launch, decode_attention, layer_norm, rms_norm
+from gptkern.ops import _cases, _launch, decode_attention, gated_mlp, gelu_mlp, layer_norm, rms_norm
 from gptkern.ops._types import FP8, RmsNorm
 from gptkern.ops.decode_attention.cases import _append, _attend
 from gptkern.ops.decode_attention.op import append_kv
 from gptkern.ops.decode_linear import decode_linear, decode_qkv, quantize
 from gptkern.ops.decode_linear.cases import _qkv
+from gptkern.ops.gelu_mlp.cases import inputs as mlp_inputs
 from gptkern.ops.linear import linear_act
 from gptkern.testing.ptx import kernels
 from gptkern.testing.ptx.launch import execute
@@ -67,16 +68,13 @@ def _few_bits(rows: int, gated: bool, **options: Any) -> _cases.Make:
     return make
 
 
-def _two_multiprocessors(*args: torch.Tensor) -> torch.Tensor:
-    """``linear_act`` on a GPU so small that a few tiles are enough for the kernel of many."""
-    with mock.patch.object(_launch, "multiprocessors", return_value=2):
-        return linear_act(*args)
-
-
 def _tiles(device: torch.device, dtype: torch.dtype) -> _cases.Call:
     sizes = ((70, 256), (512, 256), (512,))
     return _cases.Call(tuple(_cases.tensor(*size, device=device, dtype=dtype, scale=0.3) for size in sizes))
 
+
+# Calls on a GPU of two multiprocessors: a few tiles are enough for the kernels of many.
+MANY_TILES = "many tiles"
 
 # fp8 is converted from sm_89 on.
 FORMATS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -88,7 +86,9 @@ FORMATS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 # Calls beside the ops' checks, for what these do not reach: many tiles, rows in chunks, sequences in splits,
 # few bits of weights and of caches.
 MORE = {
-    "linear": [_cases.Case("many tiles", _two_multiprocessors, _tiles)],
+    "linear": [_cases.Case(MANY_TILES, linear_act, _tiles)],
+    "gelu_mlp": [_cases.Case(MANY_TILES, gelu_mlp, mlp_inputs(265, 264, 528), archs=(90,))],
+    "gated_mlp": [_cases.Case(MANY_TILES, gated_mlp, mlp_inputs(130, 264, 272, gate=2), archs=(90,))],
     "layer_norm": [
         _cases.Case("rows in chunks", layer_norm, _wide_rows),
         _cases.Case("70 rows", layer_norm, _many_rows(layer_norm, 40)),
@@ -113,6 +113,7 @@ ONCE = (
     "linear:gelu_tanh, 65",
     "linear:many tiles",
     "gelu_mlp:gelu_tanh, 33",
+    "gelu_mlp:many tiles",
     "gated_mlp:silu, 33",
     "flash_attention:causal",
     "decode_linear:residual",
@@ -165,6 +166,7 @@ def failure(
             forms.update(instruction.opcode for instruction in parse(ptx).instructions)
         execute(ptx, *args, **options)
 
+    processors = 2 if case.name == MANY_TILES else 132
     with backend("reference"):
         plain = _tensors(case, dtype)
         try:
@@ -172,7 +174,11 @@ def failure(
         except (TypeError, ValueError):  # a step with a cache has tables that stay float32
             exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in plain]
     try:
-        with mock.patch.object(kernels, "execute", noted), kernels.executed(arch, done=done):
+        with (
+            mock.patch.object(kernels, "execute", noted),
+            mock.patch.object(_launch, "multiprocessors", return_value=processors),
+            kernels.executed(arch, done=done),
+        ):
             found = _tensors(case, dtype)
         for index, (a, b, c) in enumerate(zip(found, plain, exact, strict=True)):
             _compare(a, b, c, f"tensor {index} of results, gradients and arguments")

@@ -20,7 +20,7 @@ import torch
 
 from gptkern.ops import _aot, _launch
 from gptkern.ops.gated_mlp.launch import product_gated
-from gptkern.ops.linear import hopper, kernels_hopper, launch, reference
+from gptkern.ops.linear import hopper, launch, reference
 from gptkern.testing import assert_accurate
 from gptkern.testing.ptx import Fault, execute
 from gptkern.testing.ptx import kernels as ptx_kernels
@@ -166,7 +166,7 @@ def run_faults(every: int, first: int) -> None:
         texts.append(_aot.compile_launch(item, 90).asm["ptx"])
 
     right = executed(call, 1, seed=1, done=noted)
-    planted = ptx_attention_hopper.faults(texts[0], kernels_hopper)
+    planted = ptx_attention_hopper.faults(texts[0])
     for what, text in list(planted)[first::every]:
         print(json.dumps({"fault": what, "caught": caught(call, text, right)}), flush=True)
 

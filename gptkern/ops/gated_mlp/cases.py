@@ -21,6 +21,7 @@ CASES = [
         for name in ("silu", "gelu_tanh", "gelu", "relu")
     ),
     Case("SmolLM2 135M, 512 tokens", gated_mlp, _inputs(512, 576, 1536)),
+    Case("SmolLM2 135M, 1024 tokens", gated_mlp, _inputs(1024, 576, 1536)),
     Case("Llama 1B, 8192 tokens", gated_mlp, _inputs(8192, 2048, 8192)),
     Case("Qwen3 0.6B, 64 tokens", gated_mlp, _inputs(64, 1024, 3072)),
     Case("recomputed", gated_mlp, _inputs(16384, 576, 1536, recompute=True)),

@@ -21,6 +21,8 @@ Barriers in shared memory, and what the end of a phase says:
 
 k runs upwards inside one accumulator, as in ``kernels.linear``: an element is the same chain of products of
 16 in both kernels and in every tile, so which of them computes a row does not show in its bits.
+
+``kernels_hopper_backward`` has the backward pass's products on the same pipeline.
 """
 
 from gptkern.ops._device import activate
@@ -40,12 +42,73 @@ from gptkern.ops.linear.kernels import tile_at
 BLOCK_M, BLOCK_N = gl.constexpr(128), gl.constexpr(256)
 ROWS = gl.constexpr(64)  # of a warpgroup
 PART = gl.constexpr(64)  # columns that are finished together
+# The products of a warpgroup, and a part of them as it is stored: 16 bytes of half precision a lane, whole
+# lines, the rows that a warp has in SUMS.
+SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N.value, 16]))
+STORED = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [4, 0], [8, 0]],
+        [[0, 8], [0, 16], [0, 32], [1, 0], [2, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [ROWS.value, PART.value],
+    )
+)
 
 
 @gluon.jit
-def _turns(M, N, WIDTH: gl.constexpr):
+def _turns(extents, splits, WIDTH: gl.constexpr):
     """The number of tiles that this program takes."""
-    return gl.cdiv(gl.cdiv(M, BLOCK_M) * gl.cdiv(N, WIDTH) - gl.program_id(0), gl.num_programs(0))
+    M, N, _K = extents
+    tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, WIDTH)
+    if splits is not None:
+        tiles *= splits
+    return gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))
+
+
+@gluon.jit
+def _work(turn, extents, splits, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr):
+    """A turn's tile: (row, column, its first step of k, its steps of k, the number of its split).
+
+    With ``splits`` a tile is computed so many times, each over a share of the steps of k.
+    """
+    M, N, K = extents
+    number = gl.program_id(0) + turn * gl.num_programs(0)
+    k_tiles = gl.cdiv(K, BLOCK_K)
+    first, split = 0, 0
+    if splits is not None:
+        tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, WIDTH)
+        split = number // tiles
+        number %= tiles
+        share = gl.cdiv(k_tiles, splits)
+        first = split * share
+        k_tiles = gl.minimum(share, k_tiles - first)
+    tile_m, tile_n = tile_at(number, M, N, BLOCK_M, WIDTH, GROUP_M)
+    return tile_m * BLOCK_M, tile_n * WIDTH, first, k_tiles, split
+
+
+# --- shared memory
+
+
+@gluon.jit
+def _pipeline(
+    a_desc, b_desc, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, B_ROWS: gl.constexpr, GATED: gl.constexpr
+):
+    """(rings, barriers): shared memory of the producer and the consumers, ready for the copy engine."""
+    dtype: gl.constexpr = a_desc.dtype
+    COPIES: gl.constexpr = 2 if GATED else 1
+    b_ring_shape: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if B_ROWS else [STAGES, BLOCK_N, BLOCK_K]
+    # By columns, a copy of A is as large: BLOCK_K is ROWS.
+    a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, ROWS, BLOCK_K], a_desc.layout)
+    b_shape: gl.constexpr = [BLOCK_K, BLOCK_N // COPIES] if B_ROWS else [BLOCK_N // COPIES, BLOCK_K]
+    b_parts = gl.allocate_shared_memory(dtype, [COPIES * STAGES, b_shape[0], b_shape[1]], b_desc.layout)
+    # Two copies are one tile: rows of 128 bytes, or squares of 64 columns, one behind the other.
+    gl.static_assert(BLOCK_K == 64)
+    rings = (a_ring, b_parts, reinterpret(b_parts, dtype, b_ring_shape, b_desc.layout))
+    barriers = (new_barriers(STAGES, 1), new_barriers(STAGES, 2), new_barriers(1, 1).index(0))
+    # The copy engine sees the barriers.
+    fence_async_shared()
+    return rings, barriers
 
 
 # --- the producer
@@ -55,7 +118,7 @@ def _turns(M, N, WIDTH: gl.constexpr):
 def _produce(
     descriptors, rings, barriers, extents,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, B_ROWS: gl.constexpr,
-    GATED: gl.constexpr,
+    GATED: gl.constexpr, A_ROWS: gl.constexpr = True, splits=None,
 ):  # fmt: skip
     """The producer warp: all copies."""
     a_desc, b_desc = descriptors
@@ -63,27 +126,31 @@ def _produce(
     WIDTH: gl.constexpr = BLOCK_N // COPIES
     a_ring, b_parts, _b_ring = rings
     full, empty, _begun = barriers
-    M, N, K = extents
+    _M, N, _K = extents
     step = 0
-    for turn in range(_turns(M, N, WIDTH)):
-        tile = gl.program_id(0) + turn * gl.num_programs(0)
-        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, WIDTH, GROUP_M)
-        for k in range(gl.cdiv(K, BLOCK_K)):
+    for turn in range(_turns(extents, splits, WIDTH)):
+        row, col, first, k_tiles, _split = _work(turn, extents, splits, WIDTH, BLOCK_K, GROUP_M)
+        for k in range(k_tiles):
             stage = step % STAGES
+            at = (first + k) * BLOCK_K
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(
                 full.index(stage), 2 * a_desc.block_type.nbytes + COPIES * b_desc.block_type.nbytes
             )
             for half in gl.static_range(2):
-                where = [tile_m * BLOCK_M + half * ROWS, k * BLOCK_K]
+                rows = row + half * ROWS
                 to = a_ring.index(2 * stage + half)
+                if A_ROWS:
+                    where = [rows, at]
+                else:
+                    where = [at, rows]
                 async_load(a_desc, where, full.index(stage), to)
             for part in gl.static_range(COPIES):
-                first = tile_n * WIDTH + part * N
+                columns = col + part * N
                 if B_ROWS:
-                    where = [k * BLOCK_K, first]
+                    where = [at, columns]
                 else:
-                    where = [first, k * BLOCK_K]
+                    where = [columns, at]
                 to = b_parts.index(COPIES * stage + part)
                 async_load(b_desc, where, full.index(stage), to)
             step += 1
@@ -95,7 +162,7 @@ def _produce(
 @gluon.jit
 def _products(
     acc, rings, barriers, step, turn, k_tiles,
-    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, B_ROWS: gl.constexpr,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, B_ROWS: gl.constexpr, A_ROWS: gl.constexpr = True,
 ):  # fmt: skip
     """Issue all products of a tile: (accumulator, steps so far); those of the last pair may still run."""
     a_ring, _b_parts, b_ring = rings
@@ -105,11 +172,13 @@ def _products(
         mbarrier.wait(begun, turn & 1)
     for k in range(k_tiles):
         stage = step % STAGES
-        b = b_ring.index(stage)
+        a, b = a_ring.index(2 * stage + WARPGROUP), b_ring.index(stage)
+        if not A_ROWS:
+            a = a.permute((1, 0))
         if not B_ROWS:
             b = b.permute((1, 0))
         mbarrier.wait(full.index(stage), step // STAGES & 1)
-        acc = warpgroup_mma(a_ring.index(2 * stage + WARPGROUP), b, acc, is_async=True)
+        acc = warpgroup_mma(a, b, acc, is_async=True)
         # The pair before has been read when its products are done. Predicates, not branches: a branch between
         # products makes ptxas wait for them there.
         acc = warpgroup_mma_wait(1, deps=[acc])
@@ -133,10 +202,10 @@ def _halves(x):
 
 
 @gluon.jit
-def _inside(row, col, M, N, LAYOUT: gl.constexpr):
+def _inside(row, col, M, N, LAYOUT: gl.constexpr, WIDTH: gl.constexpr = PART):
     """(rows, columns, whether they are inside) of a part of the result."""
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
-    columns = gl.arange(0, PART, gl.SliceLayout(0, LAYOUT))[None, :]
+    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
     return rows, columns, (rows < M - row) & (columns < N - col)
 
 
@@ -152,7 +221,7 @@ def _residual(residual_ptr, row, col, M, N, stride_rm, LAYOUT: gl.constexpr):
 @gluon.jit
 def _store(ptr, value, row, col, M, N, stride, LAYOUT: gl.constexpr):
     """Store a part of a result whose rows are ``stride`` apart."""
-    rows, columns, inside = _inside(row, col, M, N, LAYOUT)
+    rows, columns, inside = _inside(row, col, M, N, LAYOUT, value.shape[1])
     # int64 for the part's corner alone: within a part offsets stay small, and registers with them
     gl.store(ptr + (row.to(gl.int64) * stride + col) + (rows * stride + columns), value, inside)
 
@@ -228,43 +297,31 @@ def _consume(
 ):  # fmt: skip
     """A consumer warpgroup: 64 rows of every tile."""
     WIDTH: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    # A part of the result as it is stored: 16 bytes a lane, whole lines, the rows that a warp has in SUMS.
-    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [4, 0], [8, 0]],
-        [[0, 8], [0, 16], [0, 32], [1, 0], [2, 0]],
-        [[16, 0], [32, 0]],
-        [],
-        [ROWS, PART],
-    )
-    M, N, K = extents
+    M, N, _K = extents
     bias_ptr, residual_ptr, _out_ptr, _pre_ptr = pointers
     _full, empty, _begun = barriers
     # There are registers for a residual in half precision to come early.
     AHEAD: gl.constexpr = residual_ptr is not None and residual_ptr.dtype.element_ty.primitive_bitwidth == 16
     step = 0
-    for turn in range(_turns(M, N, WIDTH)):
-        tile = gl.program_id(0) + turn * gl.num_programs(0)
-        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, WIDTH, GROUP_M)
-        row, col = tile_m * BLOCK_M + WARPGROUP * ROWS, tile_n * WIDTH
+    for turn in range(_turns(extents, None, WIDTH)):
+        row, col, _first, k_tiles, _split = _work(turn, extents, None, WIDTH, BLOCK_K, GROUP_M)
+        row += WARPGROUP * ROWS
         acc = gl.zeros([ROWS, BLOCK_N], gl.float32, SUMS)
-        acc, step = _products(
-            acc, rings, barriers, step, turn, gl.cdiv(K, BLOCK_K), WARPGROUP, STAGES, B_ROWS
-        )
+        acc, step = _products(acc, rings, barriers, step, turn, k_tiles, WARPGROUP, STAGES, B_ROWS)
         # Bias and residual come while the last products run.
         bias, residual = None, None
         if bias_ptr is not None:
             bias = _bias(bias_ptr, col, N, GATED, SUMS)
         if AHEAD:
-            residual = _residual(residual_ptr, row, col, M, N, stride_rm, LAYOUT)
+            residual = _residual(residual_ptr, row, col, M, N, stride_rm, STORED)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
         if bias_ptr is not None:
             acc += bias.to(gl.float32)[None, :]
         if GATED:
-            _finish_gated(acc, pointers, row, col, M, N, ACTIVATION, LAYOUT)
+            _finish_gated(acc, pointers, row, col, M, N, ACTIVATION, STORED)
         else:
-            _finish(acc, residual, pointers, row, col, M, N, stride_rm, ACTIVATION, LAYOUT, AHEAD)
+            _finish(acc, residual, pointers, row, col, M, N, stride_rm, ACTIVATION, STORED, AHEAD)
 
 
 # --- the kernel
@@ -292,19 +349,7 @@ def linear_hopper(
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     """K is at least STAGES x BLOCK_K: the first warpgroup is then never a whole tile ahead of the second."""
-    # Shared memory: the rings and the barriers.
-    dtype: gl.constexpr = a_desc.dtype
-    COPIES: gl.constexpr = 2 if GATED else 1
-    b_ring_shape: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if B_ROWS else [STAGES, BLOCK_N, BLOCK_K]
-    a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, ROWS, BLOCK_K], a_desc.layout)
-    b_shape: gl.constexpr = [BLOCK_K, BLOCK_N // COPIES] if B_ROWS else [BLOCK_N // COPIES, BLOCK_K]
-    b_parts = gl.allocate_shared_memory(dtype, [COPIES * STAGES, b_shape[0], b_shape[1]], b_desc.layout)
-    # Two copies are one tile: rows of 128 bytes, or squares of 64 columns, one behind the other.
-    gl.static_assert(BLOCK_K == 64)
-    rings = (a_ring, b_parts, reinterpret(b_parts, dtype, b_ring_shape, b_desc.layout))
-    barriers = (new_barriers(STAGES, 1), new_barriers(STAGES, 2), new_barriers(1, 1).index(0))
-    # The copy engine sees the barriers.
-    fence_async_shared()
+    rings, barriers = _pipeline(a_desc, b_desc, BLOCK_K, STAGES, B_ROWS, GATED)
     extents = (M, N, K)
     pointers = (bias_ptr, residual_ptr, out_ptr, pre_ptr)
     # The kernel's own four warps are the first warpgroup.

@@ -60,15 +60,13 @@ def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
-def operands(
-    kernel: str, a: torch.Tensor, b: torch.Tensor, **shape: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The leading arguments of a kernel for ``a @ b``, and its launch row with the operands' flags.
+def _row(kernel: str, a: torch.Tensor, b: torch.Tensor, **shape: Any) -> dict[str, Any]:
+    """The launch row of a kernel for ``a @ b``.
 
     Sizes are rounded up to powers of two before they select a row, because rows are cached by them.
     """
     m, n = a.shape[0], b.shape[1]
-    config = _launch.config(
+    return _launch.config(
         kernel,
         a.device,
         dtype="fp32" if a.dtype == torch.float32 else "half",
@@ -77,11 +75,24 @@ def operands(
         tiles=_power_of_two(-(-m // 128) * -(-n // 128)),
         **shape,
     )
-    flags = {**config, "A_ROWS": a.stride(1) == 1, "B_ROWS": b.stride(1) == 1}
-    if not config["TMA"]:
+
+
+def _matrices(
+    a: torch.Tensor, b: torch.Tensor, row: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The leading arguments of a kernel for ``a @ b``, and its launch row with the operands' flags."""
+    flags = {**row, "A_ROWS": a.stride(1) == 1, "B_ROWS": b.stride(1) == 1}
+    if not row["TMA"]:
         return (a, b), flags
-    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    block_m, block_n, block_k = row["BLOCK_M"], row["BLOCK_N"], row["BLOCK_K"]
     return (_descriptor(a, [block_m, block_k]), _descriptor(b, [block_k, block_n])), flags
+
+
+def operands(
+    kernel: str, a: torch.Tensor, b: torch.Tensor, **shape: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The leading arguments of a kernel for ``a @ b``, and its launch row with the operands' flags."""
+    return _matrices(a, b, _row(kernel, a, b, **shape))
 
 
 def tile_count(m: int, n: int, config: dict[str, Any]) -> int:
@@ -138,10 +149,21 @@ def _product(
     )  # fmt: skip
 
 
+def summed(
+    dpre: torch.Tensor, partial: torch.Tensor | None, sums: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(``dpre``, its column sums in the dtype ``sums`` from those of its parts, or None)."""
+    return dpre, None if partial is None or sums is None else column_sum(partial, sums)
+
+
 def product_dact(
     a: torch.Tensor, b: torch.Tensor, pre: torch.Tensor, activation: str, sums: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``dpre = (a @ b) * activation'(pre)``, and its column sums in the dtype ``sums``."""
+    if hopper.serves_dact(a, b):
+        with _launch.on_device(a):
+            made = hopper.product_dact(a, b, pre, activation, sums=sums is not None)
+        return summed(*made, sums)
     (m, k), n = a.shape, b.shape[1]
     dpre = torch.empty_like(pre)
     matrices, config = operands("linear_dact", a, b)
@@ -151,7 +173,7 @@ def product_dact(
             kernels.linear_dact, (tile_count(m, n, config),), *matrices, pre, dpre, partial, m, n, k,
             *a.stride(), *b.stride(), ACTIVATION=activation, **config,
         )  # fmt: skip
-    return dpre, None if partial is None or sums is None else column_sum(partial, sums)
+    return summed(dpre, partial, sums)
 
 
 def _dw_splits(tiles: int, k_tiles: int) -> int:
@@ -169,15 +191,19 @@ def weight_grad(dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> to
     (tokens, m), n = dout.shape, x.shape[1]
     dw = torch.empty_like(weight)
     dout_t = dout.t()
-    matrices, config = operands("linear_dw", dout_t, x)
+    config = _row("linear_dw", dout_t, x)
     tiles = tile_count(m, n, config)
     splits = _dw_splits(tiles, -(-tokens // config["BLOCK_K"]))
     parts = dw if splits == 1 else dw.new_empty(splits, m * n, dtype=torch.float32)
     with _launch.on_device(x):
-        _launch.launch(
-            kernels.linear_dw, (tiles, splits), *matrices, parts, m, n, tokens,
-            *dout_t.stride(), *x.stride(), *dw.stride(), **config,
-        )  # fmt: skip
+        if hopper.serves_weight_grad(dout, x, config, splits):
+            hopper.weight_grad(dout, x, parts, dw.stride(), splits)
+        else:
+            matrices, flags = _matrices(dout_t, x, config)
+            _launch.launch(
+                kernels.linear_dw, (tiles, splits), *matrices, parts, m, n, tokens,
+                *dout_t.stride(), *x.stride(), *dw.stride(), **flags,
+            )  # fmt: skip
         if splits > 1:
             _sum_launch(parts, splits, dw)
     return dw

@@ -300,6 +300,8 @@ BEYOND = {
     "flash_attention_forward": "programs beyond a sequence return before the end: several blocks",
     "flash_attention_forward_hopper": "Gluon is another text, and warps have parts of their own",
     "linear_hopper": "as flash_attention_forward_hopper",
+    "linear_dact_hopper": "as flash_attention_forward_hopper",
+    "linear_dw_hopper": "as flash_attention_forward_hopper",
     "flash_attention_dq": "programs beyond a sequence return before the end: several blocks",
     "flash_attention_dkdv": "programs beyond a sequence return before the end: several blocks",
 }
