@@ -65,6 +65,12 @@ class Storage:
         """Tokens that a page holds."""
         return self.k.shape[2]
 
+    @cached_property
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each layer's keys and values."""
+        with torch.inference_mode(False):  # passes outside of it take them, too
+            return [(self.k[layer], self.v[layer]) for layer in range(self.k.shape[0])]
+
     def layer_kv_scales(self, layer: int) -> KvScales | None:
         """A layer's (k_scale, v_scale) of an fp8 cache, ``(n_kv_head,)`` each; None of any other."""
         return None if self.kv_scales is None else (self.kv_scales[0][layer], self.kv_scales[1][layer])
@@ -159,7 +165,7 @@ class ForwardPass:
             ``(tokens, heads, head_dim)``, in q's dtype.
         """
         storage = self._storage
-        k_cache, v_cache = storage.k[layer], storage.v[layer]
+        k_cache, v_cache = storage.layers[layer]
         kernels = use_kernel(k_cache)
         append = ops.append_kv if kernels else reference.append_kv
         kv_scales = storage.layer_kv_scales(layer)

@@ -330,6 +330,8 @@ class Decoder(nn.Module):
         if seq == 1:
             return GPTOutput(self.logits(hidden)[:, None])
         count = logits_to_keep or max(lengths)
+        if batch == 1 and count <= lengths[0]:
+            return GPTOutput(self.logits(hidden[-count:])[None])
         ends = attend.cu_seqlens_q[1:].long()
         rows = ends[:, None] + torch.arange(-count, 0, device=ends.device)
         present = rows >= attend.cu_seqlens_q[:-1, None]

@@ -56,12 +56,10 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = None
 
     def forward(self, x: torch.Tensor, attend: Attend, places: Places) -> torch.Tensor:
-        q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        q, k, v = self.c_attn(x).split((q_width, kv_width, kv_width), dim=-1)
+        heads = self.c_attn(x).unflatten(-1, (self.n_head + 2 * self.n_kv_head, self.head_dim))
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=-2)
         if self.whole_norm and self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = q.unflatten(-1, (self.n_head, self.head_dim))
-        k, v = (t.unflatten(-1, (self.n_kv_head, self.head_dim)) for t in (k, v))
+            q, k = (norm(t.flatten(-2)).view_as(t) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         q, k = self._rotated(q, k, places)
         options: AttendOptions = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
         out = attend.attention(self.layer, q, k, v, **options)
