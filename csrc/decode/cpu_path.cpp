@@ -170,6 +170,10 @@ private:
 #endif
 #ifdef __AVX512VNNI__
         if (x.packing() == Packing::kBytes) return byte_product(layer, x.bytes(), first, last, sums, stride);
+        if (x.packing() == Packing::kCodes) {
+            auto& panel = *reinterpret_cast<CodePanel*>(p_.own + p_.layout.codes);
+            return code_product(layer, x.codes(), first, last, sums, stride, panel);
+        }
 #endif
         if (layer.format == Format::kInt8) {
             const Weights<Int8<Kind>> bytes{static_cast<const int8_t*>(layer.weight), layer.stride, layer.in};

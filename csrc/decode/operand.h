@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "decode/byte_rows.h"
+#include "decode/code_rows.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -13,6 +13,7 @@ enum class Packing {
     kNatural,  // fp32, as RowsOf<float>
     kPairs,    // bf16, as Pairs
     kBytes,    // int8, as Bytes
+    kCodes,    // int8, as CodeRows
 };
 
 
@@ -23,7 +24,8 @@ GPTKERN_HD Packing packing_of(const CpuLinear& layer) {
     if (Kind::kEvenFirst && layer.format == Format::kModel) return Packing::kPairs;
 #endif
 #ifdef __AVX512VNNI__
-    if (Kind::kEvenFirst && takes_bytes(layer)) return Packing::kBytes;
+    if (Kind::kEvenFirst && layer.format == Format::kInt8) return Packing::kBytes;
+    if (Kind::kEvenFirst && takes_codes(layer)) return Packing::kCodes;
 #endif
     const bool as_it_is = std::is_same_v<Kind, Fp32> && layer.format == Format::kModel && !layer.transposed;
     return as_it_is || layer.format == Format::kInt4 ? Packing::kNatural : Packing::kPlaced;
@@ -34,8 +36,9 @@ GPTKERN_HD int64_t row_stride(int in) { return padded(in) + kStep; }
 
 // Floats that a row takes, of any packing.
 GPTKERN_HD int64_t operand_floats(int in) {
-    const int64_t bytes = byte_row(in) / static_cast<int64_t>(sizeof(float));
-    return row_stride(in) > bytes ? row_stride(in) : bytes;
+    const int64_t bytes = byte_row(in) > code_row(in) ? byte_row(in) : code_row(in);
+    const int64_t floats = bytes / static_cast<int64_t>(sizeof(float));
+    return row_stride(in) > floats ? row_stride(in) : floats;
 }
 
 // The rows of a layer's input in memory that all threads see. A row takes no more than ``operand_floats(in)``.
@@ -49,6 +52,7 @@ public:
     RowsOf<float> natural() const { return {at_, count_, row_stride(in_)}; }
     Pairs pairs() const { return {reinterpret_cast<uint16_t*>(at_), count_, row_stride(in_)}; }
     Bytes bytes() const { return {reinterpret_cast<char*>(at_), count_, byte_row(in_)}; }
+    CodeRows codes() const { return {reinterpret_cast<char*>(at_), count_, code_row(in_), in_}; }
     int count() const { return count_; }
     Packing packing() const { return packing_; }
 
@@ -62,7 +66,8 @@ public:
             place(row, x);
         } else {
 #ifdef __AVX512VNNI__
-            ByteRow(x, layer_).store(bytes().row(row));
+            if (packing_ == Packing::kBytes) return ByteRow(x, in_).store(bytes().row(row));
+            take_code_row(codes(), row, x, layer_.minimums != nullptr);
 #endif
         }
     }

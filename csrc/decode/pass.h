@@ -5,7 +5,7 @@
 
 #include "common/spin_barrier.h"
 #include "decode/attention_block.h"
-#include "decode/byte_product.h"
+#include "decode/code_product.h"
 #include "decode/dot_product.h"
 #include "decode/model.h"
 #include "decode/operand.h"
@@ -20,7 +20,7 @@ constexpr int kBand = 256;  // outputs that are computed before what follows the
 struct Layout {
     int64_t x, middle, branch, normed, qkv, attended, inner, operand;  // shared: a row of each token
     // Per thread, from the end of the shared part: of products, then of attention.
-    int64_t sums, ups, partial, scratch;
+    int64_t sums, ups, partial, scratch, codes;
     int64_t turned, queries, means, totals, tops, keys, values, scores;
     int64_t shared, per_thread;  // sizes of the two parts
 
@@ -46,6 +46,9 @@ struct Layout {
         ups = take(m.gated ? rows * widest : 0);
         partial = take(dot_partial(rows));
         scratch = take(2 * rows * share + rows * kTransposedRows);
+#ifdef __AVX512VNNI__
+        codes = take(sizeof(CodePanel) / sizeof(float));
+#endif
         const int64_t most = larger(m.heads, kQueries), head = padded(m.head_dim);
         turned = take(head);
         queries = take(most * head);

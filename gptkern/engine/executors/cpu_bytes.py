@@ -1,8 +1,9 @@
 """Activations as the CPU executor's products with int8 and int4 weights take them, in PyTorch.
 
 Where a processor has AVX-512 VNNI, a bf16 model's activations are rounded to int8 before such a product
-(``csrc/decode/byte_rows.h``). Products and sums of whole numbers are exact, and what they are scaled to is
-summed in fp32: a product is ``rounded(x, weight) @ weight.T``, in whose sums nothing but fp32 rounds.
+(``csrc/decode/byte_rows.h`` and ``code_rows.h``). Products and sums of whole numbers are exact, and what they
+are scaled to is summed in fp32: a product is ``rounded(x, weight) @ weight.T``, in whose sums nothing but
+fp32 rounds.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import torch
 
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 
-# Inputs of a panel, by the weights' format.
-PANEL = {"int8": 256, "int4": 512}
-# A panel's vectors, 64 inputs each, have 16 lanes of 4; a lane's inputs of all vectors share a scale.
-VECTOR, LANES = 64, 16
+# With int8 weights, a panel's vectors, 64 inputs each, have 16 lanes of 4; a lane's inputs of all vectors
+# share a scale.
+PANEL, VECTOR, LANES = 256, 64, 16
+# With int4 weights, neighbours share one.
+BLOCK = 32
 # Smaller magnitudes become 0.
 LEAST_MAGNITUDE = 1e-36
 
@@ -50,24 +52,12 @@ def rounded(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 
 def _largest(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """The largest magnitude of the inputs that share a scale, in ``x``'s shape."""
-    lanes = _in_order_of_bytes(x, weight).unflatten(-1, (-1, PANEL[weight.format] // VECTOR, LANES, 4))
-    largest = lanes.abs().amax((-3, -1), keepdim=True).expand_as(lanes).flatten(-4)
+    others: tuple[int, ...] = (-1,)
     if weight.format == "int4":
-        half = weight.group_size // 2
-        largest = largest.unflatten(-1, (-1, 2, VECTOR // half, half)).transpose(-3, -2).flatten(-4)
+        sharing = x.unflatten(-1, (-1, BLOCK))
+    else:
+        padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % PANEL))
+        sharing, others = padded.unflatten(-1, (-1, PANEL // VECTOR, LANES, 4)), (-3, -1)
+    largest = sharing.abs().amax(others, keepdim=True).expand_as(sharing).flatten(x.dim() - 1)
     some: torch.Tensor = largest[..., : x.shape[-1]]
     return some
-
-
-def _in_order_of_bytes(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    """Inputs as the weights' bytes lie, 0 past the last one up to whole panels.
-
-    A vector of int4 codes has several groups. The first vector of inputs is those of its codes' low halves,
-    the next one those of the high halves.
-    """
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % PANEL[weight.format]))
-    if weight.format != "int4":
-        return padded
-    half = weight.group_size // 2
-    ordered: torch.Tensor = padded.unflatten(-1, (-1, VECTOR // half, 2, half)).transpose(-3, -2).flatten(-4)
-    return ordered

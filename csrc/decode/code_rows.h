@@ -1,0 +1,84 @@
+// Activations as int8, for products with int4 weights by VNNI.
+//
+// kBlock inputs of a row share a scale, the largest magnitude over 127. gptkern/engine/executors/cpu_bytes.py has this in
+// PyTorch.
+#pragma once
+
+#include "decode/byte_rows.h"
+#include "decode/model.h"
+
+namespace gptkern {
+inline namespace GPTKERN_ISA {
+
+constexpr int kBlock = kLeastGroup;
+
+// Rows of int8. A row is, for each block, its scale (fp32), then for each what its sums start at, then the inputs. Symmetric
+// codes are multiplied as they stand, 0 to 15, and stand for what is 8 less: a block's sum starts at -8 times that of its
+// inputs (int32). Where groups have minimums, this is instead the sum of the inputs times their scale (fp32).
+struct CodeRows {
+    char* at;
+    int count;
+    int64_t stride;
+    int in;
+
+    GPTKERN_HD int64_t blocks() const { return in / kBlock; }
+    GPTKERN_HD char* scales(int r) const { return at + r * stride; }
+    GPTKERN_HD char* starts(int r) const { return scales(r) + blocks() * kNumber; }
+    GPTKERN_HD char* inputs(int r) const { return starts(r) + blocks() * kNumber; }
+
+    GPTKERN_HD float scale(int r, int block) const { return bit_cast<float>(number(scales(r), block)); }
+    GPTKERN_HD int start(int r, int block) const { return number(starts(r), block); }
+    // Four inputs from ``input`` on.
+    GPTKERN_HD int four(int r, int input) const { return number(inputs(r), input / 4); }
+
+    static constexpr int64_t kNumber = 4;  // bytes
+
+private:
+    GPTKERN_HD static int number(const char* from, int i) {
+        int found;
+        std::memcpy(&found, from + i * kNumber, kNumber);
+        return found;
+    }
+};
+
+// Bytes of a row. A line more: else rows of a power of two would share their places in the cache.
+GPTKERN_HD int64_t code_row(int in) {
+    const int64_t bytes = in + in / kBlock * 2 * CodeRows::kNumber;
+    return (bytes + 63) / 64 * 64 + 64;
+}
+
+#ifdef __AVX512VNNI__
+
+GPTKERN_HD bool takes_codes(const CpuLinear& layer) {
+    return layer.format == Format::kInt4 && (layer.group == 32 || layer.group == 64 || layer.group == 128);
+}
+
+// Takes row r, (in,) fp32.
+inline void take_code_row(const CodeRows& rows, int r, const float* x, bool minimums) {
+    char *const scales = rows.scales(r), *const starts = rows.starts(r), *const inputs = rows.inputs(r);
+    for (int b = 0; b < rows.blocks(); ++b, x += kBlock) {
+        const Vec low = load(x), high = load(x + kLanes);
+        // A NaN makes the scale NaN: as whole numbers, NaNs are larger than all others.
+        const __m512i most =
+            _mm512_max_epi32(_mm512_castps_si512(magnitude(low)), _mm512_castps_si512(magnitude(high)));
+        const float largest = bit_cast<float>(_mm512_reduce_max_epi32(most));
+        const Vec factor = all(largest >= kLeastMagnitude ? 127.0f / largest : 0.0f);
+        const float scale = largest / 127.0f;
+        int sum = 0;
+        const auto take = [&](Vec part, char* to) {
+            const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(mul(part, factor)));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+            sum += _mm512_reduce_add_epi32(_mm512_cvtepi8_epi32(bytes));
+        };
+        take(low, inputs + b * kBlock);
+        take(high, inputs + b * kBlock + kLanes);
+        const int start = minimums ? bit_cast<int>(scale * static_cast<float>(sum)) : -8 * sum;
+        std::memcpy(scales + b * CodeRows::kNumber, &scale, CodeRows::kNumber);
+        std::memcpy(starts + b * CodeRows::kNumber, &start, CodeRows::kNumber);
+    }
+}
+
+#endif  // __AVX512VNNI__
+
+}  // namespace GPTKERN_ISA
+}  // namespace gptkern
