@@ -51,9 +51,11 @@ def test_a_version_compiles(version: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     except subprocess.CalledProcessError as error:
         pytest.skip(f"triton {version} cannot be fetched: {error}")
     monkeypatch.setattr(versions, "saved", lambda *asked: tmp_path / "saved.json")
-    ops = ["decode_embed", "rms_norm", "flash_attention", "linear", "gated_mlp"]
+    ops = ["decode_embed", "rms_norm", "flash_attention", "linear", "gated_mlp", "linear_cross_entropy"]
     found = {(report.op, report.kernel) for report in versions.reports(version, [90], ops, "kernel")}
     assert {("decode_embed", "decode_embed_kernel"), ("rms_norm", "norm_forward_kernel")} <= found
     assert {("linear", "linear_hopper"), ("gated_mlp", "linear_hopper")} <= found
     assert ("flash_attention", "flash_attention_forward_hopper") in found
+    for kernel in ("logits_hopper", "dhidden_hopper", "dweight_hopper"):
+        assert ("linear_cross_entropy", kernel) in found
     assert sys.modules["triton"].__version__ != version

@@ -47,10 +47,10 @@ class _Language:
     constexpr = constexpr
 
     @staticmethod
-    def NVMMADistributedLayout(*_: Any) -> None:
+    def NVMMADistributedLayout(*_: Any, **__: Any) -> None:
         """A layout over lanes, as which a kernel's file names it."""
 
-    DistributedLinearLayout = NVMMADistributedLayout
+    DistributedLinearLayout = DotOperandLayout = NVMMADistributedLayout
 
 
 class _Triton:

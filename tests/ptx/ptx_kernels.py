@@ -25,6 +25,8 @@ from gptkern.ops.decode_linear import decode_linear, decode_qkv, quantize
 from gptkern.ops.decode_linear.cases import _qkv
 from gptkern.ops.gelu_mlp.cases import inputs as mlp_inputs
 from gptkern.ops.linear import linear_act
+from gptkern.ops.linear_cross_entropy import linear_cross_entropy
+from gptkern.ops.linear_cross_entropy.cases import _inputs as loss_inputs
 from gptkern.testing.ptx import kernels
 from gptkern.testing.ptx.launch import execute
 from gptkern.testing.ptx.parse import parse
@@ -89,6 +91,9 @@ MORE = {
     "linear": [_cases.Case(MANY_TILES, linear_act, _tiles)],
     "gelu_mlp": [_cases.Case(MANY_TILES, gelu_mlp, mlp_inputs(265, 264, 528), archs=(90,))],
     "gated_mlp": [_cases.Case(MANY_TILES, gated_mlp, mlp_inputs(130, 264, 272, gate=2), archs=(90,))],
+    "linear_cross_entropy": [
+        _cases.Case(MANY_TILES, linear_cross_entropy, loss_inputs(260, 256, 300), archs=(90,))
+    ],
     "layer_norm": [
         _cases.Case("rows in chunks", layer_norm, _wide_rows),
         _cases.Case("70 rows", layer_norm, _many_rows(layer_norm, 40)),
@@ -126,6 +131,7 @@ ONCE = (
     "rms_norm:rms_norm (3",
     "rotary:halves, partial, norm",
     "linear_cross_entropy:5 tokens",
+    "linear_cross_entropy:many tiles",
 )
 
 

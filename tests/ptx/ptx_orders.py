@@ -36,6 +36,7 @@ CALLS = {
     "rms_norm": ("rms_norm", "70 rows", 2),
     "rotary": ("rotary", "halves, partial, norm", 2),
     "loss": ("linear_cross_entropy", "133 tokens", 2),
+    "loss, many tiles": ("linear_cross_entropy", "many tiles", 2),
 }
 # Models of ``ptx_steps``.
 STEPS = ("gpt2", "wide", "llama", "int8")

@@ -28,6 +28,9 @@ Layout:
 from gptkern.ops._device import rounded_product, tanh
 from gptkern.ops._triton import tl, triton
 
+# In place of a target that does not count.
+IGNORED = tl.constexpr(-1)
+
 
 @triton.jit
 def logits_kernel(
@@ -141,6 +144,8 @@ def loss_kernel(
     correct_ptr,  # (tokens,) fp32: 1 if the target has the highest logit, 0 if not or ignored; or None
     row_max_ptr,  # (tokens,) fp32; with log_sum, lse without the rounding of a large maximum
     log_sum_ptr,  # (tokens,) fp32: log(sum(exp(z - row maximum)))
+    factor_ptr,  # (n_tiles, tokens) fp32: what a tile's exponentials are multiplied by in dy; or None
+    word_ptr,  # (tokens,) int32: the target, IGNORED, or vocab where it is outside; or None
     tokens,
     vocab,
     n_tiles,
@@ -195,6 +200,18 @@ def loss_kernel(
         tl.store(correct_ptr + rows, ((best == target) & ~ignored).to(tl.float32), mask=row_ok)
     tl.store(row_max_ptr + rows, highest, mask=row_ok)
     tl.store(log_sum_ptr + rows, log_sum, mask=row_ok)
+    if factor_ptr is not None:
+        word = tl.where(ignored, IGNORED, tl.where(inside, target, vocab)).to(tl.int32)
+        tl.store(word_ptr + rows, word, mask=row_ok)
+        whole = 1.0 + 2.0 * z_loss * lse
+        for start in range(0, n_tiles, BLOCK_N):
+            tiles = start + tl.arange(0, BLOCK_N)
+            ok = row_ok[:, None] & (tiles < n_tiles)[None, :]
+            stat = rows.to(tl.int64)[:, None] * n_tiles + tiles[None, :]
+            maxima = tl.load(tile_max_ptr + stat, mask=ok, other=0.0)
+            factor = tl.exp(maxima - highest[:, None] - log_sum[:, None]) * whole[:, None]
+            at = tiles.to(tl.int64)[None, :] * tokens + rows[:, None]
+            tl.store(factor_ptr + at, tl.where(ignored[:, None], 0.0, factor), mask=ok)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch
 
 from gptkern.ops import _launch
 from gptkern.ops._triton import triton
-from gptkern.ops.linear_cross_entropy import kernels
+from gptkern.ops.linear_cross_entropy import hopper, kernels
 from gptkern.ops.linear_cross_entropy.checks import OP, Head, Settings
 
 # Bytes of one chunk's exponentials: enough rows to fill a GPU with tiles, and at GPT-2's vocabulary at most
@@ -45,6 +45,24 @@ class Result(NamedTuple):
     dbias: torch.Tensor
 
 
+class Statistics(NamedTuple):
+    """The results of a chunk's logits, as ``logits_kernel`` describes them."""
+
+    exp: torch.Tensor
+    tile_max: torch.Tensor
+    tile_sum: torch.Tensor
+    tile_total: torch.Tensor
+    tile_best: torch.Tensor | None
+    target_logit: torch.Tensor
+
+
+class Factors(NamedTuple):
+    """A chunk's numbers for the gradients' kernels on Hopper, as ``loss_kernel`` describes them."""
+
+    factor: torch.Tensor
+    word: torch.Tensor
+
+
 @dataclass
 class _Chunk:
     """One chunk of tokens: its rows, and the results of the forward kernels that gradients need."""
@@ -55,6 +73,7 @@ class _Chunk:
     tile_max: torch.Tensor
     row_max: torch.Tensor
     log_sum: torch.Tensor
+    factors: Factors | None
 
 
 @dataclass
@@ -63,7 +82,7 @@ class _Loss:
 
     Attributes:
         class_stats: fp32: the mean of the class weights, and the factor of the z-loss beside the loss.
-        tile: The number of logits in a vocabulary tile.
+        on_hopper: Whether the logits are those of the kernel for Hopper.
     """
 
     weight: torch.Tensor
@@ -71,7 +90,11 @@ class _Loss:
     ce_weight: torch.Tensor | None
     class_stats: torch.Tensor | None
     settings: Settings
-    tile: int = 0
+    on_hopper: bool
+
+    @property
+    def tile(self) -> int:
+        return hopper.TILE if self.on_hopper else int(self.launch_row("logits")["BLOCK_N"])
 
     @property
     def n_tiles(self) -> int:
@@ -103,6 +126,25 @@ def chunk_tokens(tokens: int, padded_vocab: int, itemsize: int) -> int:
     return max(128, min(rows, -(-tokens // 128) * 128))
 
 
+def _chunk_logits(
+    loss: _Loss, hidden: torch.Tensor, targets: torch.Tensor, stats: Statistics, save_exp: bool
+) -> None:
+    """Writes the statistics of the chunk's logits and, if asked, their exponentials."""
+    if loss.on_hopper:
+        hopper.logits(loss, hidden, targets, stats, save_exp)
+        return
+    (tokens, width), vocab, n_tiles = hidden.shape, loss.weight.shape[0], loss.n_tiles
+    row = loss.launch_row("logits")
+    _launch.launch(
+        kernels.logits_kernel,
+        (triton.cdiv(tokens, row["BLOCK_M"]) * n_tiles,),
+        hidden, loss.weight, loss.bias, loss.ce_weight, targets, *stats,
+        tokens, vocab, width, n_tiles, loss.settings.softcap,
+        hidden.stride(0), loss.weight.stride(0), n_tiles * loss.tile,
+        KEEP_EXP=save_exp, EVEN_K=width % row["BLOCK_K"] == 0, **loss.flags, **row,
+    )  # fmt: skip
+
+
 def _chunk_forward(
     loss: _Loss,
     hidden: torch.Tensor,
@@ -112,7 +154,7 @@ def _chunk_forward(
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> _Chunk:
     """The chunk's state for its gradients; its losses, z-losses and, if asked, hits go into ``outputs``."""
-    (tokens, width), vocab, n_tiles = hidden.shape, loss.weight.shape[0], loss.n_tiles
+    tokens, vocab, n_tiles = hidden.shape[0], loss.weight.shape[0], loss.n_tiles
     per_tile = hidden.new_empty((3, tokens, n_tiles), dtype=torch.float32)
     per_token = hidden.new_empty((3, tokens), dtype=torch.float32)
     tile_max, tile_sum, tile_total = per_tile.unbind(0)
@@ -120,29 +162,30 @@ def _chunk_forward(
     (losses, squares, correct), best = outputs, None
     if loss.settings.accuracy:
         best = hidden.new_empty((tokens, n_tiles), dtype=torch.int32)
-    row = loss.launch_row("logits")
-    _launch.launch(
-        kernels.logits_kernel,
-        (triton.cdiv(tokens, row["BLOCK_M"]) * n_tiles,),
-        hidden, loss.weight, loss.bias, loss.ce_weight, targets, exp, tile_max, tile_sum, tile_total, best,
-        target_logit, tokens, vocab, width, n_tiles, loss.settings.softcap,
-        hidden.stride(0), loss.weight.stride(0), n_tiles * loss.tile,
-        KEEP_EXP=save_exp, EVEN_K=width % row["BLOCK_K"] == 0, **loss.flags, **row,
-    )  # fmt: skip
+    stats = Statistics(exp, tile_max, tile_sum, tile_total, best, target_logit)
+    _chunk_logits(loss, hidden, targets, stats, save_exp)
+    factors = None
+    if save_exp and loss.on_hopper:
+        factor = hidden.new_empty((n_tiles, tokens), dtype=torch.float32)
+        factors = Factors(factor, hidden.new_empty(tokens, dtype=torch.int32))
     row = loss.launch_row("loss")
     _launch.launch(
         kernels.loss_kernel,
         (triton.cdiv(tokens, row["BLOCK_M"]),),
         tile_max, tile_sum, tile_total, best, target_logit, targets, loss.ce_weight, loss.class_stats,
         losses, squares, correct if loss.settings.accuracy else None, row_max, log_sum,
+        *(factors or (None, None)),
         tokens, vocab, n_tiles, loss.settings.ignore_index, *loss.numbers[:2],
         SMOOTHING=loss.flags["SMOOTHING"], **row,
     )  # fmt: skip
-    return _Chunk(hidden, targets, exp, tile_max, row_max, log_sum)
+    return _Chunk(hidden, targets, exp, tile_max, row_max, log_sum, factors)
 
 
 def _chunk_dhidden(loss: _Loss, chunk: _Chunk, scale: torch.Tensor, dhidden: torch.Tensor) -> None:
     """Writes the gradient of the chunk's hidden states."""
+    if chunk.factors is not None:
+        hopper.dhidden(loss, chunk.exp, chunk.factors, scale, dhidden)
+        return
     (tokens, width), vocab, n_tiles = chunk.hidden.shape, loss.weight.shape[0], loss.n_tiles
     row = loss.launch_row("dhidden")
     _launch.launch(
@@ -165,6 +208,9 @@ def _chunk_dweight(
     first: bool,
 ) -> None:
     """Adds the chunk's part of the gradients of weight and bias; the first chunk stores it."""
+    if chunk.factors is not None and hopper.serves_dweight(chunk.hidden, scale):
+        hopper.dweight(loss, chunk.hidden, chunk.exp, chunk.factors, scale, dweight, dbias, first=first)
+        return
     (tokens, width), vocab, n_tiles = chunk.hidden.shape, loss.weight.shape[0], loss.n_tiles
     row = loss.launch_row("dweight")
     _launch.launch(
@@ -190,7 +236,6 @@ def _run(
     ``scale`` is the upstream gradient: one number, or one for each token.
     """
     (hidden_grad, weight_grad, bias_grad), weight = needs, loss.weight
-    loss.tile = loss.launch_row("logits")["BLOCK_N"]
     tokens, width = hidden.shape
     # The bias's gradient comes out of the weight's product.
     head_grad = weight_grad or bias_grad
@@ -221,14 +266,16 @@ def _run(
     return Result(losses, squares, correct, dhidden, dweight, dbias)
 
 
-def _loss(head: Head, settings: Settings, z_factor: torch.Tensor | None) -> _Loss:
+def _loss(hidden: torch.Tensor, head: Head, settings: Settings, z_factor: torch.Tensor | None) -> _Loss:
     weight, bias, ce_weight = head
     stats = None
     if ce_weight is not None:
         # On the device: nothing waits for it.
         factor = ce_weight.new_ones((), dtype=torch.float32) if z_factor is None else z_factor
         stats = torch.stack([ce_weight.float().mean(), factor])
-    return _Loss(weight.to(settings.compute), bias, ce_weight, stats, settings)
+    weight = weight.to(settings.compute)
+    on_hopper = hopper.serves(hidden, head._replace(weight=weight), settings)
+    return _Loss(weight, bias, ce_weight, stats, settings, on_hopper)
 
 
 def forward(
@@ -248,7 +295,7 @@ def forward(
         scale = torch.where(divisor == 0, 0.0, 1.0 / divisor)
     per_token = settings.reduction == "none"
     computed = Needs(False, False, False) if per_token else needs
-    result = _run(rows, _loss(head, settings, z_factor), target_rows, scale, computed)
+    result = _run(rows, _loss(rows, head, settings, z_factor), target_rows, scale, computed)
     loss, z_loss, accuracy = result[:3]
     if per_token:
         loss, z_loss = loss.view(targets.shape), z_loss.view(targets.shape)
@@ -293,5 +340,5 @@ def backward_per_token(
     rows, target_rows = hidden.view(-1, hidden.shape[-1]).to(settings.compute), _target_rows(targets)
     # An ignored token has no gradient, whatever the upstream one: 0 times NaN is NaN.
     upstream = grad.reshape(-1).masked_fill(target_rows == settings.ignore_index, 0.0)
-    loss = _loss(head, settings._replace(accuracy=False), None)
+    loss = _loss(rows, head, settings._replace(accuracy=False), None)
     return _gradients(_run(rows, loss, target_rows, upstream, needs), hidden, head, needs)

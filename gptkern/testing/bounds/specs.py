@@ -201,6 +201,8 @@ SPECS: dict[str, Spec] = {
             correct_ptr="tokens",
             row_max_ptr="tokens",
             log_sum_ptr="tokens",
+            factor_ptr="n_tiles * tokens",
+            word_ptr="tokens",
         ),
         grid={0: _size("cdiv(tokens, BLOCK_M)")},
     ),
@@ -302,6 +304,9 @@ BEYOND = {
     "linear_hopper": "as flash_attention_forward_hopper",
     "linear_dact_hopper": "as flash_attention_forward_hopper",
     "linear_dw_hopper": "as flash_attention_forward_hopper",
+    "logits_hopper": "as flash_attention_forward_hopper",
+    "dhidden_hopper": "as flash_attention_forward_hopper",
+    "dweight_hopper": "as flash_attention_forward_hopper",
     "flash_attention_dq": "programs beyond a sequence return before the end: several blocks",
     "flash_attention_dkdv": "programs beyond a sequence return before the end: several blocks",
 }
