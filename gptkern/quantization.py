@@ -37,7 +37,12 @@ class Quantization:
 
     @classmethod
     def make(
-        cls, config: Config, format: str, group_size: int | None = None, zero_point: bool | None = None
+        cls,
+        config: Config,
+        format: str,
+        group_size: int | None = None,
+        zero_point: bool | None = None,
+        int8: tuple[str, ...] = (),
     ) -> Self:
         """The description for a model of ``config``'s shape.
 
@@ -46,18 +51,26 @@ class Quantization:
             format: One of ``FORMATS``.
             group_size: int4 only; None takes the largest size that divides the model's widths.
             zero_point: int4 only; None means True.
+            int8: int4 only; names of layers that are in int8.
 
         Raises:
-            ValueError: The format is unknown, or the groups do not divide a width of the model.
+            ValueError: The format is unknown, the groups do not divide a width of the model, or it has no
+                layer of such a name.
         """
         spec = config.spec
         widths = [spec.width, spec.q_width, spec.inner]
         if format != "int4" and (group_size is not None or zero_point is not None):
             raise ValueError(f"quantize: group_size and zero_point are of int4 alone, weights is {format!r}")
+        unknown = sorted(set(int8) - set(linear_names(len(spec.layers))))
+        if unknown or (int8 and format != "int4"):
+            raise ValueError(
+                f"quantize: int8 is {', '.join(unknown or int8)!r}; layers' names beside weights='int4' are "
+                "accepted, as lm_head and transformer.h.0.mlp.c_proj"
+            )
         dividing = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
         size = group_size or (dividing or GROUP_SIZES)[0]
         check_format("quantize", format, size, widths)
-        return cls(format, size, format == "int4" and zero_point is not False)
+        return cls(format, size, format == "int4" and zero_point is not False, int8=tuple(int8))
 
     def to_dict(self) -> dict[str, Any]:
         """The ``quantization_config`` of ``config.json``."""

@@ -214,6 +214,28 @@ def test_the_command_writes_and_tells(
     assert "the original would be lost" in capsys.readouterr().err
 
 
+def test_the_command_reads_texts_and_leaves_layers_in_8_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "small"
+    text.write_text(_TEXT * 4)
+    command = ["quantize", "embedded", "--weights", "int4", "--out"]
+    more = ["--texts", str(text), "--int8-layer", "lm_head", "--json"]
+    assert cli.run([*command, str(out), *more]) == 0
+    assert cli.run([*command, str(tmp_path / "alone"), *more[2:]]) == 0
+    by_text, plain = (GPT.from_pretrained(tmp_path / name) for name in ("small", "alone"))
+    assert by_text.quantization is not None and by_text.quantization.int8 == ("lm_head",)
+    assert by_text.quantization == plain.quantization and by_text.lm_head.format == "int8"
+    assert not torch.equal(by_text.lm_head.values, plain.lm_head.values)
+    capsys.readouterr()
+    for wrong, message in (
+        (["--int8-layer", "wte"], "int8 is 'wte'; layers' names beside weights='int4'"),
+        (["--texts", str(tmp_path / "none.txt")], "none.txt"),
+    ):
+        assert cli.run([*command, str(tmp_path / "other"), *wrong]) == 1
+        assert message in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 _TEXT = """ROMEO:
 But, soft! what light through yonder window breaks?
 It is the east, and Juliet is the sun.

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Of the text: two passes over so many take GPT-2 124M about a minute on two CPU cores.
 DEFAULT_TEXT_TOKENS = 20_000
+# Of the texts by which weights are rounded, and of one row of them.
+READ_TOKENS, ROW_TOKENS = 8_192, 512
 _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt")
 
 
@@ -37,6 +39,20 @@ def quantize(
         bool | None,
         typer.Option(help="Whether inputs of a group share a zero point, too, in int4; they do by default."),
     ] = None,
+    int8: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--int8-layer",
+            help="A layer that gets int8 where the others get int4, as lm_head; several may be named.",
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Round int8 and int4 weights so that what the layers make of this text file changes least. "
+            f"Its first {READ_TOKENS:,} tokens are read."
+        ),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Measure the perplexity of this text file before and after.")
     ] = None,
@@ -53,9 +69,9 @@ def quantize(
 ) -> None:
     """Write a model whose linear layers take fewer bits: there is less to read for every token.
 
-    int8 and fp8 halve bf16 and hardly change what the model says; int4 quarters it at some cost, which
-    --text measures. The embeddings keep their dtype. What is written loads as any other checkpoint of
-    gptkern's; other programs do not read it.
+    int8 and fp8 halve bf16 and hardly change what the model says; int4 quarters it at some cost. --text
+    measures it; --texts, --int8-layer lm_head and smaller groups lessen it. The embeddings keep their dtype.
+    What is written loads as any other checkpoint of gptkern's; other programs do not read it.
 
     Examples:
 
@@ -68,12 +84,13 @@ def quantize(
     from gptkern.quantize import quantize_model
 
     _check_out(out, model, overwrite)
-    body = None if text is None else terminal.read_text(text)
+    body, read = (None if path is None else terminal.read_text(path) for path in (text, texts))
     gpt = o.load(model, device, dtype, tokenizer=tokenizer)
-    quantization = Quantization.make(gpt.config, weights.value, group_size, zero_point)
-    ids = [] if body is None else _ids(gpt, text, body, text_tokens)
+    quantization = Quantization.make(gpt.config, weights.value, group_size, zero_point, tuple(int8 or ()))
+    ids = [] if body is None else _ids(gpt, "--text", text, body, text_tokens)
+    rows = None if read is None else _rows(gpt, _ids(gpt, "--texts", texts, read, READ_TOKENS))
     before = _bytes(gpt)
-    quantize_model(gpt, quantization)
+    quantize_model(gpt, quantization, rows)
     after = _bytes(gpt)
     # The work is saved before anything is measured: measuring can take long, and be stopped.
     gpt.save_pretrained(out)
@@ -111,12 +128,20 @@ def _check_out(out: Path, model: str, overwrite: bool) -> None:
         raise ValueError(f"quantize: {out} holds a model already; --overwrite replaces it")
 
 
-def _ids(gpt: GPT, path: Path | None, body: str, most: int) -> list[int]:
+def _ids(gpt: GPT, option: str, path: Path | None, body: str, most: int) -> list[int]:
     """The text's tokens, of which there must be two: the first is not scored."""
     ids = o.tokenizer_of(gpt).encode(body)
     if len(ids) < 2:
-        raise ValueError(f"quantize: --text {path} has {len(ids)} tokens; at least 2 are needed")
+        raise ValueError(f"quantize: {option} {path} has {len(ids)} tokens; at least 2 are needed")
     return ids[:most] if most else ids
+
+
+def _rows(gpt: GPT, ids: Sequence[int]) -> Any:
+    """Whole rows of ``ids``, ``(rows, ROW_TOKENS)``; what does not fill one is left out."""
+    import torch
+
+    width = min(ROW_TOKENS, gpt.spec.context, len(ids))
+    return torch.tensor(ids[: len(ids) // width * width]).view(-1, width)
 
 
 def _grown(before: int, after: int) -> str:
