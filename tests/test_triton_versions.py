@@ -55,6 +55,7 @@ def test_a_version_compiles(version: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     found = {(report.op, report.kernel) for report in versions.reports(version, [90], ops, "kernel")}
     assert {("decode_embed", "decode_embed_kernel"), ("rms_norm", "norm_forward_kernel")} <= found
     assert {("linear", "linear_hopper"), ("gated_mlp", "linear_hopper")} <= found
+    assert {("linear", "linear_dw_hopper"), ("gated_mlp", "linear_dact_hopper")} <= found
     assert ("flash_attention", "flash_attention_forward_hopper") in found
     for kernel in ("logits_hopper", "dhidden_hopper", "dweight_hopper"):
         assert ("linear_cross_entropy", kernel) in found
