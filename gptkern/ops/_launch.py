@@ -13,7 +13,7 @@ import functools
 import inspect
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -224,6 +224,9 @@ class Again:
     Args:
         made: The launch.
         tensors: The tensors of the call and its results, None among them, each with its own address.
+
+    Raises:
+        LookupError: The launch has a tensor that is none of them.
     """
 
     def __init__(self, made: Launch, tensors: Sequence[torch.Tensor | None]) -> None:
@@ -231,13 +234,13 @@ class Again:
         self._args = list(made.args)
         # position among the arguments, position among the tensors, the tensor map without its tensor or None
         self._places: list[tuple[int, int, Any]] = []
-        addresses = {tensor.data_ptr(): i for i, tensor in enumerate(tensors) if tensor is not None}
+        given = {(t.data_ptr(), t.dtype): i for i, t in enumerate(tensors) if t is not None}
         for position, value in enumerate(made.args):
             base = getattr(value, "base", value) if hasattr(value, "block_shape") else value
             if isinstance(base, torch.Tensor):
                 mapped = None if base is value else {**value.__dict__, "base": None}
                 self._args[position] = type(value)
-                self._places.append((position, addresses[base.data_ptr()], mapped))
+                self._places.append((position, given[base.data_ptr(), base.dtype], mapped))
 
     def launch(self, tensors: Sequence[torch.Tensor | None]) -> None:
         """Make the launch of these tensors."""
@@ -277,7 +280,8 @@ def repeated(
     finally:
         del _collected[thread]
     if len(made) == 1:  # none, where there is nothing to compute
-        plans.keep(key, Again(made[0], tensors))
+        with suppress(LookupError):
+            plans.keep(key, Again(made[0], tensors))
 
 
 def forget() -> None:

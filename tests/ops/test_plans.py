@@ -222,6 +222,30 @@ def test_a_call_is_made_again_by_its_own_launch_and_not_by_another_threads() -> 
     assert _launch._collected == {}
 
 
+def test_a_launch_of_a_tensor_that_is_not_the_calls_is_worked_out_each_time() -> None:
+    kernel = _without_triton.NamedKernel(linear_residual)
+    x, inner = tensors((3, 64), (3, 64), seed=0)
+    plans: Plans[Again] = Plans()
+    with observe(lambda item: False):
+        for value in (inner, x.view(torch.int32)):
+            repeated(plans, "a call", (x,), lambda value=value: launch(kernel, (1,), x, value))
+            assert plans.get("a call") is None
+        repeated(plans, "a call", (x,), lambda: launch(kernel, (1,), x, x[:2]))
+    assert plans.get("a call") is not None
+
+
+@needs_kernels
+def test_a_bias_that_needs_a_gradient_is_refused_after_one_that_does_not() -> None:
+    q, k, v = tensors(*[(1, 5, 2, 16)] * 3, seed=0)
+    bias, slopes = torch.zeros(5, 5), torch.ones(2)
+    for _ in range(2):
+        for options in ({"attn_bias": bias}, {"alibi_slopes": slopes}):
+            flash_attention(q, k, v, **options)
+            (name, value), *_ = options.items()
+            with pytest.raises(ValueError, match=f"{name} requires a gradient"):
+                flash_attention(q, k, v, **{name: value.clone().requires_grad_()})
+
+
 def test_a_launch_again_has_the_other_tensors_and_maps_of_them() -> None:
     x, weight, out = tensors((3, 64), (64, 32), (3, 32), seed=0)
     mapped = _without_triton.TensorDescriptor(weight.t(), [64, 32], [32, 1], [16, 16])

@@ -97,6 +97,7 @@ def flash_attention(
     """
     name = "flash_attention"
     key = call_key((q, k, v, alibi_slopes, attn_bias), causal, window, scale, softcap, dropout_p)
+    key = key and (key, needs_grad(alibi_slopes, attn_bias))
     options = _checked.get(key)
     if options is None:
         q, k, v = cast(q, k, v)
@@ -180,6 +181,7 @@ def flash_attention_varlen(
     packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     tensors, longest = (q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes), (max_seqlen_q, max_seqlen_k)
     key = call_key(tensors, *longest, causal, window, scale, softcap, dropout_p)
+    key = key and (key, needs_grad(alibi_slopes))
     options = _checked.get(key)
     if options is None:
         q, k, v = cast(q, k, v)
