@@ -59,4 +59,5 @@ def test_a_version_compiles(version: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert ("flash_attention", "flash_attention_forward_hopper") in found
     for kernel in ("logits_hopper", "dhidden_hopper", "dweight_hopper"):
         assert ("linear_cross_entropy", kernel) in found
+    assert ("flash_attention", "flash_attention_backward_hopper") in found
     assert sys.modules["triton"].__version__ != version

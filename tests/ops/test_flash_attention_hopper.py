@@ -1,4 +1,4 @@
-"""Attention's kernel for Hopper as it is launched; tests/ptx/test_ptx_attention_hopper.py executes it."""
+"""Attention's kernels for Hopper as they are launched; tests/ptx/ptx_attention_hopper*.py execute them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from gptkern.ops._launch import Launch, record
 from gptkern.ops.flash_attention import flash_attention, flash_attention_varlen
 
 HOPPER, OTHER = "flash_attention_forward_hopper", "flash_attention_forward"
+BACKWARD = ["flash_attention_delta", "flash_attention_backward_hopper"]
+OTHER_BACKWARD = ["flash_attention_dq", "flash_attention_dkdv"]
 
 
 def heads(*shape: int, dtype: torch.dtype = torch.bfloat16, room: int | None = None) -> torch.Tensor:
@@ -100,3 +102,60 @@ def test_packed_sequences_are_one_batch_of_tokens() -> None:
     assert (launch.name, q.shape, k.shape) == (HOPPER, [1, 500, 4, 64], [1, 600, 2, 64])
     assert (q.block_shape, k.block_shape) == ([1, 64, 1, 64], [1, 128, 1, 64])
     assert launch.grid == (3 * 4 * 2,)
+
+
+# --- backward
+
+
+def differentiated(arch: int, do: torch.Tensor, *qkv: torch.Tensor, **options: Any) -> list[Launch]:
+    """The launches of backward."""
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    with record(arch) as launches:
+        out = flash_attention(*leaves, **options)
+        del launches[:]
+        torch.autograd.grad(out, leaves, do)
+    return launches
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_backward_has_kernels_for_hopper(arch: int, dim: int) -> None:
+    found = differentiated(arch, *(heads(2, 40, 4, dim) for _ in range(4)))
+    assert [launch.name for launch in found] == (BACKWARD if arch == 90 else OTHER_BACKWARD)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"dropout_p": 0.1}], ids=str)
+def test_backward_of_other_calls_has_the_other_kernels(options: dict[str, Any]) -> None:
+    found = differentiated(90, *(heads(2, 40, 4, 64) for _ in range(4)), **options)
+    assert [launch.name for launch in found] == OTHER_BACKWARD
+
+
+def test_backward_waits_between_programs_in_a_cooperative_launch() -> None:
+    delta, main = differentiated(90, *(heads(40, 300, 2, 64) for _ in range(4)))
+    assert main.kwargs["launch_cooperative_grid"] and "launch_cooperative_grid" not in delta.kwargs
+    # 128 queries a program before, a program for each multiprocessor of an H100.
+    assert (delta.grid, main.grid) == ((3 * 2 * 40,), (132,))
+    section, blocks, total, programs, padded = main.args[-5:]
+    assert (blocks, total, programs, padded) == (3, 240, 132, 384)
+    # Keys, values, queries and their gradients in two bytes, sums of dq in four.
+    assert section == (16 << 20) // (300 * 64 * (4 * 2 + 4))
+
+
+def test_an_expanded_gradient_is_copied_for_the_copy_engine() -> None:
+    qkv = [heads(2, 40, 4, 64) for _ in range(3)]
+    do = torch.empty((), device="meta", dtype=torch.bfloat16).expand(2, 40, 4, 64)
+    _delta, main = differentiated(90, do, *qkv)
+    assert main.args[3].base.is_contiguous()
+
+
+def test_rows_of_packed_queries_have_room_for_every_sequence() -> None:
+    starts = torch.empty(4, dtype=torch.int32, device="meta")
+    leaves = [heads(rows, n, 128).requires_grad_() for rows, n in ((500, 4), (600, 2), (600, 2))]
+    with record(90) as launches:
+        out = flash_attention_varlen(*leaves, starts, starts, 200, 300)
+        torch.autograd.grad(out, leaves, heads(500, 4, 128))
+    _forward, delta, main = launches
+    # 64 queries each at a head dimension of 128: of 500 tokens 8, and one a sequence.
+    stats, turns, sums = main.args[7:10]
+    assert (stats.numel(), turns.numel(), sums.shape) == (4 * 11 * 128, 4 * 11, (4 * 11 * 64, 128))
+    assert delta.grid == (4 * 4 * 3,) and main.grid == (3 * 2 * 3,)

@@ -46,7 +46,7 @@ def _gradient(
 
 
 @triton.jit
-def _lse_log2(lse):
+def in_base_2(lse):
     """The log-sum-exp in base 2."""
     # A row that saw nothing has lse = -inf; +inf makes all its weights 0 where -inf makes NaN.
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
@@ -147,7 +147,7 @@ def flash_attention_dq(
 
     # The queries, and the keys that they see.
     q = load_rows(q_ptr, start_m, seq_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D)
-    lse_log2 = _lse_log2(tl.load(lse_ptr + lse_offset + rows, mask=inside, other=float("inf")))
+    lse_log2 = in_base_2(tl.load(lse_ptr + lse_offset + rows, mask=inside, other=float("inf")))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     scale_log2 = LOG2E if SOFTCAP or slopes_ptr is not None or bias_ptr is not None else scale * LOG2E
     first, full_first, full_end, end = span(
@@ -309,7 +309,7 @@ def flash_attention_dkdv(
                     HAS_LEFT, HAS_RIGHT,
                 )  # fmt: skip
             # The weights, from the forward pass's log-sum-exp.
-            weights = tl.exp2(scores * scale_log2 - _lse_log2(lse)[None, :])
+            weights = tl.exp2(scores * scale_log2 - in_base_2(lse)[None, :])
             alive = True
             if DROPOUT:
                 alive = tl.trans(dropout_mask(seed, stream, start_m, start_n, dropout_p, BLOCK_M, BLOCK_N))

@@ -42,7 +42,7 @@ ROWS = gl.constexpr(64)  # of a warpgroup
 
 
 @gluon.jit
-def _index(turn, programs):
+def index_of(turn, programs):
     """The number of this program's tile: there and back."""
     program = gl.program_id(0)
     return gl.where(turn % 2 == 0, turn * programs + program, (turn + 1) * programs - 1 - program)
@@ -85,7 +85,7 @@ def _fetch(desc, where, full, ring, stage):
 
 
 @gluon.jit
-def _cut(values, length, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr):
+def cut(values, length, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr):
     """Zero a tile's rows from ``length`` on: a weight of 0 does not undo the next sequence's NaN."""
     PIECE: gl.constexpr = 8
     # One warp, 16 bytes a lane.
@@ -112,7 +112,7 @@ def _produce(
     # Tiles so far of queries, of keys, and of values that were cut: their parities are the barriers' phases.
     tiles, step, cuts = 0, 0, 0
     for turn in range(gl.cdiv(total, programs)):
-        index = _index(turn, programs)
+        index = index_of(turn, programs)
         if index < total:
             place, extents, keys = _tile(index, plan, VARLEN, HAS_LEFT, HAS_RIGHT, BLOCK_N)
             start_m, head, batch = place
@@ -140,7 +140,7 @@ def _produce(
                         mbarrier.wait(v_landed, cuts & 1)
                         cuts += 1
                         values = v_ring.index(stage).reshape([BLOCK_N, HEAD_DIM])
-                        _cut(values, seq_k - start_n, BLOCK_N, HEAD_DIM)
+                        cut(values, seq_k - start_n, BLOCK_N, HEAD_DIM)
                         # The tensor core sees the zeros.
                         fence_async_shared()
                         mbarrier.arrive(v_full.index(stage), count=1)
@@ -285,7 +285,7 @@ def _consume(
     heads, tokens_q, total, programs = plan[3], plan[6], plan[12], plan[13]
     tiles, step = 0, 0
     for turn in range(gl.cdiv(total, programs)):
-        index = _index(turn, programs)
+        index = index_of(turn, programs)
         if index < total:
             place, extents, keys = _tile(index, plan, VARLEN, HAS_LEFT, HAS_RIGHT, BLOCK_N)
             start_m, head, batch = place

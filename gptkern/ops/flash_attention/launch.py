@@ -218,13 +218,17 @@ def backward(
     extras: Extras,
     o: Options,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch both backward kernels, the dq kernel first: (dq, dk, dv)."""
+    """Launch the backward kernels: (dq, dk, dv)."""
     shape = Shape(q, k, v, packed, extras)
     # Gradients come as autograd made them, e.g. expanded from a sum; out and lse are the forward's own.
     do = do if do.stride(-1) == 1 else do.contiguous()
     out, lse = out.contiguous(), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = (shape.new(t.shape, t.dtype, t.device) for t in (q, k, v))
+    if hopper.serves(q, k, v, extras, o):
+        with _launch.on_device(q):
+            hopper.backward(do, dlse, q, k, v, out, lse, (dq, dk, dv), shape, o)
+        return dq, dk, dv
     delta = torch.empty_like(lse)
     constants = shape.constants(o)
     group = shape.heads // shape.heads_k

@@ -301,6 +301,8 @@ BEYOND = {
     "persistent_step_kernel": "its programs meet at barriers, and addresses are read from a table",
     "flash_attention_forward": "programs beyond a sequence return before the end: several blocks",
     "flash_attention_forward_hopper": "Gluon is another text, and warps have parts of their own",
+    "flash_attention_delta": "programs beyond a sequence return before the end: several blocks",
+    "flash_attention_backward_hopper": "as flash_attention_forward_hopper",
     "linear_hopper": "as flash_attention_forward_hopper",
     "linear_dact_hopper": "as flash_attention_forward_hopper",
     "linear_dw_hopper": "as flash_attention_forward_hopper",
