@@ -33,9 +33,9 @@ CASES = [
     Case("a loss a token", linear_cross_entropy, _inputs(8192, 768, 50257, reduction="none")),
     Case("GPT-J's head, with a bias", linear_cross_entropy, _inputs(8192, 4096, 50400, bias=True)),
     Case(
-        "smoothed, with z-loss",
+        "smoothed, with z-loss and a bias",
         linear_cross_entropy,
-        _inputs(8192, 1280, 50257, z_loss=1e-4, label_smoothing=0.1),
+        _inputs(8192, 1280, 50257, bias=True, z_loss=1e-4, label_smoothing=0.1),
     ),
     Case(
         "soft cap, class weights, accuracy",

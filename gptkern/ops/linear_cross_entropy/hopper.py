@@ -40,13 +40,13 @@ def _grid(m: int, n: int, device: torch.device) -> tuple[int]:
 def serves(hidden: torch.Tensor, head: Head, settings: Settings) -> bool:
     """True if the logits of ``hidden`` are the kernel's: half precision, long sums, a tile of words.
 
-    Soft caps and class weights are the other kernel's: here there are no registers for them.
+    Soft caps, class weights and accuracy are the other kernel's: here there are no registers for them.
 
     The number of tokens is not asked for: statistics are of tiles, whose width shows in a loss's last bits,
     and a token's loss is the same among others and alone.
     """
     weight = head.weight
-    if settings.softcap or head.ce_weight is not None:
+    if settings.softcap or settings.accuracy or head.ce_weight is not None:
         return False
     if not (runs_gluon(hidden) and aligned(weight) and _mapped(hidden)):
         return False
@@ -73,7 +73,7 @@ def logits(loss: _Loss, hidden: torch.Tensor, targets: torch.Tensor, stats: Stat
         _grid(tokens, vocab, hidden.device),
         descriptor(hidden, [ROWS.value, row["BLOCK_K"]]),
         descriptor(loss.weight, [TILE, row["BLOCK_K"]]),
-        *(loss.bias, targets, *stats),
+        *(loss.bias, targets, *stats[:4], stats.target_logit),
         *(tokens, vocab, width),
         KEEP_EXP=save,
         SMOOTHING=loss.flags["SMOOTHING"],

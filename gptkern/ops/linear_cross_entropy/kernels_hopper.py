@@ -1,6 +1,6 @@
 """The kernels of ``kernels`` for Hopper: a producer warp and two consumer warpgroups.
 
-    logits_hopper     logits_kernel in half precision, tiles of 256 words; no soft cap, no class weights
+    logits_hopper     logits_kernel in half precision, tiles of 256 words; no cap, class weights, accuracy
 
 The maths and the results are those of ``kernels``; the skeleton, its barriers and the order of its products
 are those of ``linear.kernels_hopper``. A warpgroup owns 64 tokens of a tile of 128 tokens and 256 words. The
@@ -24,8 +24,6 @@ from gptkern.ops.linear.kernels_hopper import (
     _turns,
     _work,
 )
-
-NO_WORD = gl.constexpr(2147483647)
 
 
 @gluon.jit
@@ -58,7 +56,7 @@ def _finish_logits(
     tokens, vocab, _width = extents
     (
         _bias_ptr, _targets_ptr, exp_ptr, tile_max_ptr, tile_sum_ptr, tile_total_ptr,
-        tile_best_ptr, target_logit_ptr,
+        target_logit_ptr,
     ) = pointers  # fmt: skip
     columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SUMS))
     inside = columns < vocab - col
@@ -68,16 +66,13 @@ def _finish_logits(
     at = gl.where(own, target - col, -1).to(gl.int32)
     hit = gl.sum(gl.where(columns[None, :] == at[:, None], z, 0.0), 1)
     _note(target_logit_ptr, hit, row, 0, tokens, 1, own)
-    # Statistics of the tile: the sum of logits for smoothing, maximum, its word, sum of exponentials.
+    # Statistics of the tile: the sum of logits for smoothing, maximum, sum of exponentials.
     if SMOOTHING:
         total = gl.sum(gl.where(inside[None, :], z, 0.0), 1)
         _note(tile_total_ptr, total, row, tile, tokens, n_tiles, True)
     z = gl.where(inside[None, :], z, float("-inf"))
     highest = gl.max(z, 1)
     _note(tile_max_ptr, highest, row, tile, tokens, n_tiles, True)
-    if tile_best_ptr is not None:
-        best = gl.min(gl.where(z == highest[:, None], col + columns[None, :], NO_WORD), 1)
-        _note(tile_best_ptr, best, row, tile, tokens, n_tiles, True)
     # If a row is all -inf: (-inf) - (-inf) would be NaN.
     z -= gl.where(highest == float("-inf"), 0.0, highest)[:, None]
     e = gl.exp(z)
@@ -126,7 +121,6 @@ def logits_hopper(
     tile_max_ptr,  # (tokens, n_tiles)
     tile_sum_ptr,  # (tokens, n_tiles): sum of exp(z - tile maximum)
     tile_total_ptr,  # (tokens, n_tiles): sum of z
-    tile_best_ptr,  # (tokens, n_tiles) int32: the word of the tile's maximum, or None
     target_logit_ptr,  # (tokens,)
     tokens,
     vocab,
@@ -144,7 +138,7 @@ def logits_hopper(
     extents = (tokens, vocab, width)
     pointers = (
         bias_ptr, targets_ptr, exp_ptr, tile_max_ptr, tile_sum_ptr, tile_total_ptr,
-        tile_best_ptr, target_logit_ptr,
+        target_logit_ptr,
     )  # fmt: skip
     # The kernel's own four warps are the first warpgroup.
     gl.warp_specialize(
