@@ -24,6 +24,13 @@
 #define GPTKERN_HD inline __attribute__((always_inline))
 #endif
 
+// Before a loop that a GPU's compiler shall not write out several times.
+#ifdef __CUDACC__
+#define GPTKERN_ROLLED _Pragma("unroll 1")
+#else
+#define GPTKERN_ROLLED
+#endif
+
 namespace gptkern {
 inline namespace GPTKERN_ISA {
 

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "common/spin_barrier.h"
+#include "sampling/edits.h"
 #include "sampling/select.h"
 
 namespace gptkern {
@@ -69,6 +70,7 @@ private:
 class CpuTeam {
 public:
     static constexpr bool kTiles = true;  // the largest of every tile finds a row's largest sooner than histograms do
+    static constexpr bool kRewriteSees = false;  // what a row's extremes are is another loop, which vectorises
     CpuTeam(TeamMemory& memory, int rank) : memory_(memory), rank_(rank), threads_(memory.barrier.threads) {}
 
     GPTKERN_HD bool leads() const { return rank_ == 0; }
@@ -79,9 +81,49 @@ public:
         for (uint32_t i = part(n, rank_); i < end; ++i) f(i);
     }
 
-    // Adds every weight(i) to bin(i). The loop goes tile by tile, so that all but the additions vectorises.
+    // f(i, values[i]) for this thread's part.
+    template <class F>
+    GPTKERN_HD void over_values(const float* values, uint32_t n, F f) {
+        for_each(n, [&](uint32_t i) { f(i, values[i]); });
+    }
+
+    // Every thread reads lists of ids whole.
+    template <class F>
+    GPTKERN_HD void for_each_here(uint32_t n, F f) {
+        for (uint32_t i = 0; i < n; ++i) f(i);
+    }
+    bool owns(uint32_t id, uint32_t n) const { return part(n, rank_) <= id && id < part(n, rank_ + 1); }
+    void sync_here() {}
+    bool any_here(bool value) const { return value; }
+
+    void begin_row(const Logits&, uint32_t) {}
+    float* placed(float* buffer, const Logits&) const { return buffer; }
+
+    // Writes this thread's part of a row in fp32 to ``raw`` and, edited, to ``values``; null: not asked for.
+    KeyRange rewrite(const Logits& logits, uint32_t n, const DenseEdits& edits, float* raw, float* values) {
+        float* const first = raw != nullptr ? raw : values;
+        if (logits.dtype == DType::kFloat32) {
+            copy(static_cast<const float*>(logits.at), n, first);
+        } else if (logits.dtype == DType::kFloat16) {
+            widen<DType::kFloat16>(logits, n, first);
+        } else {
+            widen<DType::kBFloat16>(logits, n, first);
+        }
+        if (values == nullptr) return {};
+        if (values != first) copy(first, n, values);
+        if (edits.counts != nullptr) {
+            for_each(n, [&](uint32_t i) { values[i] = edits.penalise(values[i], edits.counts[i]); });
+        }
+        if (edits.bitmask != nullptr) {
+            for_each(n, [&](uint32_t i) { values[i] = edits.allows(i) ? values[i] : -INFINITY; });
+        }
+        return {};
+    }
+
+    // Adds every weight(i, values[i]) to bin(i, values[i]). The loop goes tile by tile, so that all but the additions
+    // vectorises.
     template <class Bin, class Weight>
-    GPTKERN_HD void add_to_bins(uint32_t n, Bin bin, Weight weight) {
+    GPTKERN_HD void add_to_bins(const float* values, uint32_t n, Bin bin, Weight weight) {
         constexpr uint32_t kLong = 4 * kTile;
         uint64_t tile[kLong];
         int bins[kLong];
@@ -89,22 +131,22 @@ public:
         const uint32_t end = part(n, rank_ + 1);
         for (uint32_t start = part(n, rank_); start < end; start += kLong) {
             const uint32_t length = end - start < kLong ? end - start : kLong;
-            for (uint32_t j = 0; j < length; ++j) tile[j] = weight(start + j);
-            for (uint32_t j = 0; j < length; ++j) bins[j] = bin(start + j);
+            for (uint32_t j = 0; j < length; ++j) tile[j] = weight(start + j, values[start + j]);
+            for (uint32_t j = 0; j < length; ++j) bins[j] = bin(start + j, values[start + j]);
             for (uint32_t j = 0; j < length; ++j) sums[bins[j]] += tile[j];
         }
     }
 
     // Lists every i whose bin is between low and high; most tiles have none.
     template <class Bin>
-    GPTKERN_HD void list_bins(uint32_t n, Bin bin, int low, int high) {
+    GPTKERN_HD void list_bins(const float* values, uint32_t n, Bin bin, int low, int high) {
         int bins[kTile];
         const uint32_t end = part(n, rank_ + 1);
         for (uint32_t start = part(n, rank_); start < end; start += kTile) {
             const uint32_t length = end - start < kTile ? end - start : kTile;
             int any = 0;
             for (uint32_t j = 0; j < length; ++j) {
-                bins[j] = bin(start + j);
+                bins[j] = bin(start + j, values[start + j]);
                 any |= (bins[j] >= low) & (bins[j] <= high);
             }
             if (any == 0) continue;
@@ -116,7 +158,7 @@ public:
 
     void sync() { memory_.barrier.wait(); }
     // for_each and what goes by tiles share ids out in different ways.
-    void sync_before_tiles() { sync(); }
+    void sync_after_rewrite() { sync(); }
 
     uint64_t sum(uint64_t value) {
         return reduce(value, [](uint64_t a, uint64_t b) { return a + b; });
@@ -125,7 +167,11 @@ public:
     uint32_t max(uint32_t value) {
         return static_cast<uint32_t>(reduce(value, [](uint64_t a, uint64_t b) { return a > b ? a : b; }));
     }
-    Maxima max(uint32_t first, uint32_t second) { return {max(first), max(second)}; }
+    Extremes combined(const KeyRange& seen) { return {max(seen.high), ~max(seen.inverted_low), 0}; }
+
+    Measured combined(const Measured& own, bool has_mean, bool spares) {
+        return {sum(own.total), has_mean ? sum(own.moment) : 0, spares ? max(own.best) : 0};
+    }
 
     void clear_bins() {
         memset(weights(rank_), 0, kCoarseBins * sizeof(uint64_t));
@@ -214,6 +260,16 @@ public:
     }
 
 private:
+    template <DType kType>
+    void widen(const Logits& logits, uint32_t n, float* out) {
+        const auto* const from = static_cast<const typename Stored<kType>::Type*>(logits.at);
+        for_each(n, [=](uint32_t i) { out[i] = Stored<kType>::widen(from[i]); });
+    }
+
+    void copy(const float* from, uint32_t n, float* out) {
+        for_each(n, [=](uint32_t i) { out[i] = from[i]; });
+    }
+
     uint32_t part(uint32_t n, int rank) const {
         return static_cast<uint32_t>(static_cast<uint64_t>(n) * static_cast<uint64_t>(rank) / threads_);
     }

@@ -28,9 +28,13 @@ struct RowMemory {
     uint32_t* list;
 };
 
-__host__ __device__ RowMemory row_memory(std::uintptr_t workspace, int64_t slot, int64_t vocab) {
-    float* const values = reinterpret_cast<float*>(workspace) + slot * 3 * vocab;
-    return {values, values + vocab, reinterpret_cast<uint32_t*>(values + 2 * vocab)};
+// A row of the vocabulary in the workspace: it begins at a multiple of 16 bytes, or up to three floats after one.
+__host__ __device__ int64_t row_floats(int64_t vocab) { return (vocab + 3) / 4 * 4 + 4; }
+
+__device__ RowMemory row_memory(std::uintptr_t workspace, int64_t slot, int64_t vocab) {
+    const int64_t row = row_floats(vocab);
+    float* const values = reinterpret_cast<float*>(workspace) + slot * 3 * row;
+    return {values, values + row, reinterpret_cast<uint32_t*>(values + 2 * row)};
 }
 
 // Calls row_work(team, row, buffers) for every row of this cluster.
@@ -47,32 +51,38 @@ __device__ __forceinline__ void over_rows(BlockMemory& memory, int64_t rows, int
     }
 }
 
-__global__ void __launch_bounds__(kThreads) sample_kernel(SampleArguments a, std::uintptr_t workspace) {
-    __shared__ BlockMemory memory;
-    wait_for_launches_before();
-    over_rows(memory, a.batch, a.vocab, workspace,
-              [&](ClusterTeam& team, int64_t row, const Buffers& buffers) { sample_row(team, a, row, buffers); });
+// Calls f(field, empty) for every field that asks for more than a draw: a row that is edited, counted, scored or written.
+template <class F>
+GPTKERN_HD void for_each_extra(SampleArguments& a, F f) {
+    f(a.counts, nullptr);
+    f(a.bias.ids, nullptr);
+    f(a.banned.ids, nullptr);
+    f(a.eos.ids, nullptr);
+    f(a.bitmask, nullptr);
+    f(a.logprobs, -1);
+    f(a.probs, nullptr);
+    f(a.accepted, nullptr);
 }
 
-// Whether a call draws and no more: no row is edited, counted or scored.
-bool draws_only(const SampleArguments& a) {
-    const bool edits = a.counts || a.bias.ids || a.banned.ids || a.eos.ids || a.bitmask;
-    return !edits && a.logprobs < 0 && a.probs == nullptr && a.accepted == nullptr;
+GPTKERN_HD bool draws_only(SampleArguments a) {
+    bool only = true;
+    for_each_extra(a, [&](const auto& field, auto empty) { only &= field == empty; });
+    return only;
 }
 
-// The kernel of such calls, which lacks the code of all others. Rows that take few tokens come first, so that nothing
-// of theirs lives in registers while the others are drawn.
-__global__ void __launch_bounds__(kThreads) draw_kernel(SampleArguments a, std::uintptr_t workspace) {
-    __shared__ BlockMemory memory;
-    wait_for_launches_before();
-    a.counts = nullptr;
-    a.bias.ids = a.banned.ids = a.eos.ids = a.bitmask = nullptr;
-    a.logprobs = -1;
-    a.probs = nullptr;
+GPTKERN_HD void leave_out_extras(SampleArguments& a) {
+    for_each_extra(a, [](auto& field, auto empty) { field = empty; });
+}
+
+// Samples all rows. Those that take few tokens come first, so that nothing of theirs lives in registers while the others
+// are sampled.
+template <bool kEdits>
+__device__ __forceinline__ void sample_rows(BlockMemory& memory, const SampleArguments& a, std::uintptr_t workspace) {
     bool others = false;
-    for (int64_t row = blockIdx.x / cluster_size(); row < a.batch; row += gridDim.x / cluster_size()) {
+    const int64_t cluster = blockIdx.x / cluster_size();
+    for (int64_t row = cluster; row < a.batch; row += gridDim.x / cluster_size()) {
         if (wants_few(a, a.params[row])) {
-            FewTokens(memory, a, row).sample();
+            FewTokens<kEdits>(memory, a, row, row_memory(workspace, cluster, a.vocab).values).sample();
         } else {
             others = true;
         }
@@ -84,14 +94,28 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(SampleArguments a, std::
     });
 }
 
-__global__ void __launch_bounds__(kThreads) speculate_kernel(SampleArguments a, std::uintptr_t workspace) {
+__global__ void __launch_bounds__(kThreads, 1) sample_kernel(SampleArguments a, std::uintptr_t workspace) {
+    __shared__ BlockMemory memory;
+    wait_for_launches_before();
+    sample_rows<true>(memory, a, workspace);
+}
+
+// The kernel of calls that draw and no more, which lacks the code of all others.
+__global__ void __launch_bounds__(kThreads, 1) draw_kernel(SampleArguments a, std::uintptr_t workspace) {
+    __shared__ BlockMemory memory;
+    wait_for_launches_before();
+    leave_out_extras(a);
+    sample_rows<false>(memory, a, workspace);
+}
+
+__global__ void __launch_bounds__(kThreads, 1) speculate_kernel(SampleArguments a, std::uintptr_t workspace) {
     __shared__ BlockMemory memory;
     wait_for_launches_before();
     over_rows(memory, a.batch, a.vocab, workspace,
               [&](ClusterTeam& team, int64_t row, const Buffers& buffers) { speculate_row(team, a, row, buffers); });
 }
 
-__global__ void __launch_bounds__(kThreads) top_k_kernel(TopKArguments a, std::uintptr_t workspace) {
+__global__ void __launch_bounds__(kThreads, 1) top_k_kernel(TopKArguments a, std::uintptr_t workspace) {
     __shared__ BlockMemory memory;
     wait_for_launches_before();
     over_rows(memory, a.rows, a.vocab, workspace,
@@ -160,7 +184,7 @@ void launch(void (*kernel)(Arguments, std::uintptr_t), const Arguments& argument
 
 size_t cuda_workspace_bytes(int64_t rows, int64_t vocab) {
     const int64_t clusters = rows < kMaxClusters ? rows : kMaxClusters;
-    return static_cast<size_t>(clusters * 3 * vocab) * sizeof(float);
+    return static_cast<size_t>(clusters * 3 * row_floats(vocab)) * sizeof(float);
 }
 
 void cuda_sample(const SampleArguments& a, std::uintptr_t workspace, std::uintptr_t stream) {

@@ -1,8 +1,8 @@
 // Rows that are drawn from few tokens (top-k up to kFew, maybe top-p and min-p after it, or the most likely one): two
 // meetings of the cluster, the first of which nobody waits for.
 //
-// Every block finds its part's most likely tokens by itself, sorts them, and writes them into the first block's
-// shared memory. That block merges the runs, and one warp of it does the rest. Tokens are those of sample_row: both
+// Every block edits its part and finds its most likely tokens by itself, sorts them, and writes them into the first
+// block's shared memory. That block merges the runs, and one warp of it does the rest. Tokens are those of sample_row: both
 // select exactly, by descending value, then ascending id.
 #pragma once
 
@@ -12,8 +12,9 @@
 namespace gptkern {
 inline namespace GPTKERN_ISA {
 
-// Whether a row that is not edited is one of these. All else, bad parameters too, is sample_row's.
+// Whether a row is one of these. All else, bad parameters too, is sample_row's.
 __device__ __forceinline__ bool wants_few(const SampleArguments& a, const RowParams& p) {
+    if (a.logprobs >= 0 || a.probs != nullptr) return false;
     if (check_params(p, a.vocab, a.logprobs, a.counts != nullptr) != kOk) return false;
     if (p.temperature == 0) return true;
     const bool cut = p.top_k > 0 && p.top_k <= kFew && p.top_k < a.vocab;
@@ -27,85 +28,6 @@ __device__ __forceinline__ uint64_t entry_of(uint32_t id, float v) {
 __device__ __forceinline__ uint32_t key_of(uint64_t entry) { return static_cast<uint32_t>(entry >> 32); }
 __device__ __forceinline__ uint32_t id_of(uint64_t entry) { return ~static_cast<uint32_t>(entry); }
 
-// A block's part of a row, whose borders between blocks lie at multiples of 16 bytes.
-struct RowPart {
-    const void* logits;  // the row's
-    DType dtype;
-    uint32_t begin, end;
-    uint32_t aligned;  // the first id, from begin on, at a multiple of 16 bytes, or end
-
-    __device__ RowPart(const SampleArguments& a, int64_t row, uint32_t rank, uint32_t blocks) : dtype(a.dtype) {
-        const uint32_t size = dtype == DType::kFloat32 ? 4 : 2, each = 16 / size;
-        const uint32_t n = static_cast<uint32_t>(a.vocab);
-        logits = static_cast<const char*>(a.logits) + row * a.row_stride * size;
-        uint32_t head = (0u - static_cast<uint32_t>(reinterpret_cast<std::uintptr_t>(logits))) % 16 / size;
-        head = head < n ? head : n;
-        const uint32_t vectors = (n - head) / each, part = (vectors + blocks - 1) / blocks;
-        const auto border = [&](uint32_t i) { return head + (i * part < vectors ? i * part : vectors) * each; };
-        aligned = border(rank);
-        begin = rank == 0 ? 0 : aligned;
-        end = rank == blocks - 1 ? n : border(rank + 1);
-    }
-
-    // One value, for whoever reads few.
-    __device__ __forceinline__ float operator[](uint32_t id) const {
-        if (dtype == DType::kFloat32) return static_cast<const float*>(logits)[id];
-        const uint16_t bits = static_cast<const uint16_t*>(logits)[id];
-        return dtype == DType::kFloat16 ? widen_fp16(bits) : widen_bf16(bits);
-    }
-
-    // f(id, values) for all of the part, over the block's threads: neighbours from id on, as an array of floats. A
-    // thread asks for kBytes before it looks at any.
-    template <int kBytes, class F>
-    __device__ __forceinline__ void for_each(F f) const {
-        if (dtype == DType::kFloat32) {
-            walk<4, kBytes / 16>([](const uint4& q, int i) { return bit_cast<float>(word(q, i)); }, f);
-        } else if (dtype == DType::kFloat16) {
-            walk<8, kBytes / 16>([](const uint4& q, int i) { return widen_fp16(half(q, i)); }, f);
-        } else {
-            walk<8, kBytes / 16>([](const uint4& q, int i) { return widen_bf16(half(q, i)); }, f);
-        }
-    }
-
-private:
-    static __device__ __forceinline__ uint32_t word(const uint4& q, int i) {
-        return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w;
-    }
-    static __device__ __forceinline__ uint16_t half(const uint4& q, int i) {
-        return static_cast<uint16_t>(word(q, i / 2) >> 16 * (i % 2));
-    }
-
-    // kEach values are 16 bytes.
-    template <int kEach, int kAsked, class Widen, class F>
-    __device__ __forceinline__ void walk(Widen widen, F f) const {
-        const uint32_t vectors = (end - aligned) / kEach;
-        const auto* const from = reinterpret_cast<const uint4*>(static_cast<const char*>(logits) +
-                                                                 static_cast<size_t>(aligned) * (16 / kEach));
-#pragma unroll 1
-        for (uint32_t at = threadIdx.x; at < vectors; at += kAsked * kThreads) {
-            uint4 asked[kAsked];
-#pragma unroll
-            for (int j = 0; j < kAsked; ++j) {
-                if (at + j * kThreads < vectors) asked[j] = from[at + j * kThreads];
-            }
-#pragma unroll
-            for (int j = 0; j < kAsked; ++j) {
-                if (at + j * kThreads >= vectors) break;
-                float values[kEach];
-#pragma unroll
-                for (int i = 0; i < kEach; ++i) values[i] = widen(asked[j], i);
-                f(aligned + (at + j * kThreads) * kEach, values);
-            }
-        }
-        // The values before the first 16 bytes and after the last: fewer than 16.
-        const uint32_t head = aligned - begin, tail = aligned + vectors * kEach;
-        if (threadIdx.x >= head + (end - tail)) return;
-        const uint32_t id = threadIdx.x < head ? begin + threadIdx.x : tail + (threadIdx.x - head);
-        const float value[1] = {(*this)[id]};
-        f(id, value);
-    }
-};
-
 // One warp: the largest of its lanes' numbers.
 __device__ __forceinline__ uint64_t warp_max(uint64_t value) {
     const uint32_t high = __reduce_max_sync(~0u, static_cast<uint32_t>(value >> 32));
@@ -113,22 +35,14 @@ __device__ __forceinline__ uint64_t warp_max(uint64_t value) {
     return static_cast<uint64_t>(high) << 32 | __reduce_max_sync(~0u, low);
 }
 
-// One warp: the sum of the lanes up to and with this one.
-template <class T>
-__device__ __forceinline__ T warp_sums(T value) {
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const T other = __shfl_up_sync(~0u, value, distance);
-        if (static_cast<int>(threadIdx.x % 32) >= distance) value += other;
-    }
-    return value;
-}
-
+// kEdits: the row may be edited, in the buffer ``values``.
+template <bool kEdits>
 class FewTokens {
 public:
-    __device__ FewTokens(BlockMemory& memory, const SampleArguments& a, int64_t row)
+    __device__ FewTokens(BlockMemory& memory, const SampleArguments& a, int64_t row, float* values)
         : memory_(memory), few_(memory.few), a_(a), row_(row),
-          part_(a, row, cluster_rank(), cluster_size()),
+          logits_(logits_at(a.logits, a.dtype, row * a.row_stride)), values_(placed(values, logits_)),
+          part_(logits_, static_cast<uint32_t>(a.vocab), cluster_rank(), cluster_size()),
           temperature_(a.params[row].temperature), top_p_(a.params[row].top_p), min_p_(a.params[row].min_p),
           wanted_(temperature_ == 0 ? 1 : static_cast<uint32_t>(a.params[row].top_k)) {}
 
@@ -155,7 +69,7 @@ private:
         if (threadIdx.x == 0) few_.length = 0;
         uint64_t best = 0;
         uint32_t inverted_low = 0;
-        part_.for_each<64>([&](uint32_t id, const auto& values) {
+        see_all([&](uint32_t id, const auto& values) {
             for (const float v : values) {
                 const uint64_t entry = entry_of(id++, v);
                 best = entry > best ? entry : best;
@@ -181,14 +95,14 @@ private:
             return 1;
         }
         const DownwardBins bin = downward_bins(from_order_key(key_of(best)), from_order_key(bottom), 64.0);
-        part_.for_each<16>([&](uint32_t, const auto& values) {
+        see_again([&](uint32_t, const auto& values) {
             for (const float v : values) {
                 if (v > -INFINITY) atomicAdd(&bins[bin(v)], 1u);
             }
         });
         const int last = last_bin(bins);
         const auto is_wanted = [&](float v) { return v > -INFINITY && bin(v) <= last; };
-        part_.for_each<16>([&](uint32_t id, const auto& values) {
+        see_again([&](uint32_t id, const auto& values) {
             float most = values[0];
             for (const float v : values) most = v > most ? v : most;
             if (!is_wanted(most)) return;
@@ -196,11 +110,47 @@ private:
             const uint32_t end = id + sizeof(values) / sizeof(float);
 #pragma unroll 1
             for (; id < end; ++id) {
-                if (is_wanted(part_[id])) list(entry_of(id, part_[id]));
+                if (is_wanted(value(id))) list(entry_of(id, value(id)));
             }
         });
         __syncthreads();
         return few_.length <= kFew ? few_.length : find_exactly();
+    }
+
+    // f(first, values) for all of the part, as it is drawn from.
+    template <class F>
+    __device__ __forceinline__ void see_all(F f) {
+        if constexpr (!kEdits) {
+            walk<4>(logits_, part_, f);
+        } else {
+            const Row row = row_of(a_, row_, 0);
+            const DenseEdits dense = dense_edits(row);
+            const bool listed = is_listed(row);
+            rewrite_part(logits_, part_, dense, nullptr, values_, [&](uint32_t first, const auto& edited) {
+                if (!listed) f(first, edited);
+            });
+            if (threadIdx.x == 0) memory_.part = part_;
+            __syncthreads();
+            if (!listed) return;
+            Block block(memory_);
+            knows_ids_ = edit_listed(block, row, dense, values_) == kOk;
+            see_again(f);
+        }
+    }
+
+    // The same once it is edited, with fewer loads at once.
+    template <class F>
+    __device__ __forceinline__ void see_again(F f) const {
+        if constexpr (kEdits) {
+            walk<DType::kFloat32, 1>(values_, part_, f);
+        } else {
+            walk<1>(logits_, part_, f);
+        }
+    }
+
+    __device__ __forceinline__ float value(uint32_t id) const {
+        if constexpr (kEdits) return values_[id];
+        return logits_[id];
     }
 
     // The bin with this part's last token that is wanted; the last bin if all are.
@@ -235,17 +185,16 @@ private:
     // Too many are alike: the last one that is wanted is found by its exact value and id.
     __device__ uint32_t find_exactly() {
         BlockInner inner(memory_);
-        const RowPart part = part_;
-        const Ids ids{part.begin};
-        const auto key = [&](uint32_t id) { return static_cast<uint64_t>(~order_key(part[id])); };
-        const auto one = [&](uint32_t id) { return static_cast<uint64_t>(part[id] > -INFINITY); };
-        const uint32_t last = select_in_list(inner, ids, part.end - part.begin, 32, key, one, wanted_ - 1).id;
-        const uint64_t least = entry_of(last, part[last]);
+        const Ids ids{part_.begin};
+        const auto key = [&](uint32_t id) { return static_cast<uint64_t>(~order_key(value(id))); };
+        const auto one = [&](uint32_t id) { return static_cast<uint64_t>(value(id) > -INFINITY); };
+        const uint32_t last = select_in_list(inner, ids, part_.length(), 32, key, one, wanted_ - 1).id;
+        const uint64_t least = entry_of(last, value(last));
         if (threadIdx.x == 0) few_.length = 0;
         __syncthreads();
 #pragma unroll 1
-        for (uint32_t id = part.begin + threadIdx.x; id < part.end; id += kThreads) {
-            const uint64_t entry = entry_of(id, part[id]);
+        for (uint32_t id = part_.begin + threadIdx.x; id < part_.end; id += kThreads) {
+            const uint64_t entry = entry_of(id, value(id));
             if (entry >= least) list(entry);
         }
         __syncthreads();
@@ -307,7 +256,7 @@ private:
     __device__ __forceinline__ void finish(uint32_t count, uint64_t uniform) {
         const uint32_t lane = threadIdx.x;
         const uint32_t top = count > 0 ? key_of(few_.sorted[0]) : kKeyOfMinusInfinity;
-        const Status status = check_largest(top);
+        const Status status = knows_ids_ ? check_largest(top) : kBadTokenId;
         uint32_t token = 0;
         if (status == kOk) token = temperature_ == 0 ? id_of(few_.sorted[0]) : draw(count, top, uniform);
         if (lane != 0) return;
@@ -376,7 +325,10 @@ private:
     FewMemory& few_;
     const SampleArguments& a_;
     const int64_t row_;
+    const Logits logits_;
+    float* const values_;
     const RowPart part_;
+    bool knows_ids_ = true;
     const double temperature_, top_p_, min_p_;  // read once: a meeting empties the L1 cache
     const uint32_t wanted_;
 };

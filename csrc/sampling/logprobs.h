@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "sampling/edits.h"
 #include "sampling/select.h"
 #include "sampling/token_filter.h"
 
@@ -25,8 +26,8 @@ GPTKERN_HD LogSoftmax log_softmax(Team& team, uint32_t vocab, const Extremes& e,
     const float v_max = from_order_key(e.max_key);
     // Summed in two halves: with more than kMaxVocab tokens the sum of whole weights would overflow.
     uint64_t high = 0, low = 0;
-    team.for_each(vocab, [&](uint32_t i) {
-        const uint64_t weight = weight_of(halvings(v_max, raw[i], kLog2E));
+    team.over_values(raw, vocab, [&](uint32_t, float v) {
+        const uint64_t weight = weight_of(halvings(v_max, v, kLog2E));
         high += weight >> 32;
         low += weight & 0xFFFFFFFFu;
     });
@@ -49,13 +50,13 @@ GPTKERN_HD void top_logprobs(Team& team, uint32_t vocab, const Extremes& e, cons
     // List the bins that hold the n most likely, and find the last of these.
     const DownwardBins bins = downward_bins(logprob.v_max, from_order_key(e.min_key), 64.0);
     const auto one = [&](uint32_t i) { return raw[i] > -INFINITY; };
-    const auto bin = [&](uint32_t i) { return bins(raw[i]); };
+    const auto one_of_value = [&](uint32_t, float v) { return v > -INFINITY; };
+    const auto bin = [&](uint32_t, float v) { return bins(v); };
     uint64_t target = n - 1;
-    if (select_bin(team, vocab, bin, one, target, true).bin < 0) {  // fewer than n tokens are above -inf
-        target = 0;
+    if (select_bin(team, raw, vocab, bin, one_of_value, target, true).bin < 0) {  // fewer than n are above -inf
         team.clear_list();
-        team.for_each(vocab, [&](uint32_t i) {
-            if (one(i) != 0) team.push(i);
+        team.over_values(raw, vocab, [&](uint32_t i, float v) {
+            if (v > -INFINITY) team.push(i);
         });
         team.close_list();
         target = team.list_length() - 1;
@@ -83,7 +84,8 @@ GPTKERN_HD void top_logprobs(Team& team, uint32_t vocab, const Extremes& e, cons
 template <class Team>
 GPTKERN_HD void top_k_row(Team& team, const TopKArguments& a, int64_t row, const Buffers& buffers) {
     const uint32_t vocab = static_cast<uint32_t>(a.vocab);
-    const float* raw = in_fp32(team, a.logits, a.dtype, row * a.row_stride, vocab, buffers.widened);
+    const Logits logits = logits_at(a.logits, a.dtype, row * a.row_stride);
+    const float* const raw = in_fp32(team, logits, vocab, buffers.widened);
     const Extremes e = extremes(team, vocab, raw);
     const Status status = check_extremes(e);
     LogSoftmax logprob{0, INFINITY};

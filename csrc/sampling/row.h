@@ -1,4 +1,4 @@
-// One row of the batch: its parameters, checked, its logits in fp32, and its lists of token ids.
+// One row of the batch: its parameters, checked, its stored logits, and its lists of token ids.
 #pragma once
 
 #include <cmath>
@@ -37,7 +37,7 @@ GPTKERN_HD Status check_params(const RowParams& p, int vocab, int logprobs, bool
 }
 
 struct Row {
-    const float* raw;  // the logits in fp32, before any edit
+    Logits logits;
     uint32_t vocab;
     const RowParams& params;  // not a copy: a GPU's thread has no registers for so many numbers
     int64_t step;
@@ -48,35 +48,10 @@ struct Row {
     const int32_t* bitmask;
 };
 
-// A team's buffers, of vocab floats each: the edited row, and the logits in fp32.
-struct Buffers {
-    float *values, *widened;
-};
-
-template <DType kType, class Team>
-GPTKERN_HD void widen(Team& team, const void* logits, int64_t offset, uint32_t n, float* out) {
-    const auto* from = static_cast<const typename Stored<kType>::Type*>(logits) + offset;
-    team.for_each(n, [=](uint32_t i) { out[i] = Stored<kType>::widen(from[i]); });
-    team.sync_before_tiles();
-}
-
-// The logits from ``offset`` on in fp32: where they are, or widened into the buffer ``out``.
-template <class Team>
-GPTKERN_HD const float* in_fp32(Team& team, const void* logits, DType dtype, int64_t offset, uint32_t n, float* out) {
-    if (dtype == DType::kFloat32) return static_cast<const float*>(logits) + offset;
-    if (dtype == DType::kFloat16) {
-        widen<DType::kFloat16>(team, logits, offset, n, out);
-    } else {
-        widen<DType::kBFloat16>(team, logits, offset, n, out);
-    }
-    return out;
-}
-
-// ``raw``: the logits in fp32, null for whoever needs none.
-GPTKERN_HD Row row_of(const SampleArguments& a, int64_t row, int position, const float* raw) {
+GPTKERN_HD Row row_of(const SampleArguments& a, int64_t row, int position) {
     const auto ids = [row](const IdLists& lists) { return lists.ids ? lists.ids + row * lists.width : nullptr; };
     const auto width = [](const IdLists& lists) { return static_cast<uint32_t>(lists.ids ? lists.width : 0); };
-    return {raw,
+    return {logits_at(a.logits, a.dtype, row * a.row_stride + position * a.position_stride),
             static_cast<uint32_t>(a.vocab),
             a.params[row],
             a.counters[row].step + position,

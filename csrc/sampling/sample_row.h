@@ -1,22 +1,20 @@
 // One row's way from logits to a token and its log-probabilities. The CPU and the CUDA path both instantiate it.
 #pragma once
 
-#include "sampling/draw.h"
+#include "sampling/distribution.h"
 #include "sampling/logprobs.h"
-#include "sampling/philox.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
 
 // Writes the distribution; a row that cannot be sampled is all 0.
 template <class Team>
-GPTKERN_HD void write_probs(Team& team, uint32_t vocab, const Distribution& d, const float* values, float* probs) {
+GPTKERN_HD void write_probs(Team& team, uint32_t vocab, const Distribution& d, float* probs) {
+    if (d.status != kOk) return team.for_each(vocab, [&](uint32_t i) { probs[i] = 0.0f; });
     const TokenFilter filter = d.filter;
-    const double scale = d.status == kOk ? 1.0 / static_cast<double>(d.total) : 0.0;
-    team.for_each(vocab, [&](uint32_t i) {
-        const uint64_t w = filter.weight(values[i]);
-        const bool passes = scale > 0 && filter.passes(i, values[i], w);
-        probs[i] = passes ? static_cast<float>(static_cast<double>(w) * scale) : 0.0f;
+    const double scale = 1.0 / static_cast<double>(d.total);
+    team.over_values(d.values, vocab, [&](uint32_t i, float v) {
+        probs[i] = static_cast<float>(static_cast<double>(filter.weight_if_passing(i, v)) * scale);
     });
 }
 
@@ -35,40 +33,43 @@ GPTKERN_HD void commit_row(const SampleArguments& a, int64_t row) {
     a.counters[row].step += drawn;
 }
 
+// Writes a token's log-probability under the raw row, and the row's most likely tokens.
+template <class Team>
+GPTKERN_HD void score(Team& team, const SampleArguments& a, int64_t row_index, const Row& row, const float* raw,
+                      const Extremes& extremes, const Distribution& d) {
+    LogSoftmax logprob{0, INFINITY};
+    if (d.status == kOk) logprob = log_softmax(team, row.vocab, extremes, raw);
+    if (team.leads()) a.token_logprobs[row_index] = d.status == kOk ? logprob(raw[d.token]) : -INFINITY;
+    const uint32_t n = d.status == kOk ? static_cast<uint32_t>(row.params.n_logprobs) : 0u;
+    top_logprobs(team, row.vocab, extremes, raw, logprob, n, static_cast<uint32_t>(a.logprobs),
+                 a.top_tokens + row_index * a.logprobs, a.top_logprobs + row_index * a.logprobs);
+}
+
 // Samples one row. A row that cannot be sampled gets token 0 and its status.
 template <class Team>
 GPTKERN_HD void sample_row(Team& team, const SampleArguments& a, int64_t row_index, const Buffers& buffers) {
-    const uint32_t vocab = static_cast<uint32_t>(a.vocab);
-    const float* const raw = in_fp32(team, a.logits, a.dtype, row_index * a.row_stride, vocab, buffers.widened);
-    const Row row = row_of(a, row_index, 0, raw);
-    const RowCounter counter = a.counters[row_index];
+    const Row row = row_of(a, row_index, 0);
     Status status = check_params(row.params, a.vocab, a.logprobs, a.counts != nullptr);
+    Loaded loaded{};
     Extremes raw_extremes{};
-    if (status == kOk && a.logprobs >= 0) {
-        raw_extremes = extremes(team, row.vocab, row.raw);
-        status = check_extremes(raw_extremes);
+    if (status == kOk) {
+        loaded = load_row(team, row, buffers, a.logprobs >= 0);
+        if (a.logprobs >= 0) {
+            raw_extremes = extremes(team, row.vocab, loaded.raw);
+            status = check_extremes(raw_extremes);
+        }
+        if (status == kOk) status = loaded.status;
     }
-    const Distribution d = distribution(team, row, buffers.values, status);
+    const RowCounter* const counter = a.probs == nullptr ? a.counters + row_index : nullptr;
+    const Distribution d = distribution(team, row, loaded, status, counter);
     if (a.probs != nullptr) {
-        write_probs(team, row.vocab, d, d.values, a.probs + row_index * a.vocab);
+        write_probs(team, row.vocab, d, a.probs + row_index * a.vocab);
         if (team.leads()) a.status[row_index] = d.status;
         return;
     }
-    uint32_t token = 0;
-    if (d.status == kOk) {
-        const uint64_t uniform = uniforms(counter.seed, counter.request, counter.step).token;
-        token = draw(team, row.vocab, d, d.values, uniform);
-    }
-    if (a.logprobs >= 0) {
-        LogSoftmax logprob{0, INFINITY};
-        if (d.status == kOk) logprob = log_softmax(team, row.vocab, raw_extremes, row.raw);
-        if (team.leads()) a.token_logprobs[row_index] = d.status == kOk ? logprob(row.raw[token]) : -INFINITY;
-        const uint32_t n = d.status == kOk ? static_cast<uint32_t>(row.params.n_logprobs) : 0u;
-        top_logprobs(team, row.vocab, raw_extremes, row.raw, logprob, n, static_cast<uint32_t>(a.logprobs),
-                     a.top_tokens + row_index * a.logprobs, a.top_logprobs + row_index * a.logprobs);
-    }
+    if (a.logprobs >= 0) score(team, a, row_index, row, loaded.raw, raw_extremes, d);
     if (team.leads()) {
-        a.tokens[row_index] = token;
+        a.tokens[row_index] = d.token;
         a.status[row_index] = d.status;
         if (a.commit == Commit::kYes && d.status == kOk) commit_row(a, row_index);
     }

@@ -38,11 +38,6 @@ struct Selection {
     uint64_t before;
 };
 
-// The largest of some numbers, and of others.
-struct Maxima {
-    uint32_t first, second;
-};
-
 // A row's largest value as a key, and the lowest id that has it.
 struct Largest {
     uint32_t key, id;
@@ -94,15 +89,15 @@ GPTKERN_HD Selection select_in_list(Inner& inner, List list, uint32_t length, in
 }
 
 // The coarse half: fills the team's list with the elements of the crossing bin and, with_better, of all bins
-// ahead of it. bin(i) must never decrease along the order of the selection.
+// ahead of it. bin(i, values[i]) must never decrease along the order of the selection.
 template <class Team, class Bin, class Weight>
-GPTKERN_HD CoarseCrossing select_bin(Team& team, uint32_t n, Bin bin, Weight weight, uint64_t target,
-                                     bool with_better) {
+GPTKERN_HD CoarseCrossing select_bin(Team& team, const float* values, uint32_t n, Bin bin, Weight weight,
+                                     uint64_t target, bool with_better) {
     team.clear_bins();  // and the list
-    team.add_to_bins(n, bin, weight);
+    team.add_to_bins(values, n, bin, weight);
     const CoarseCrossing crossing = team.find_bin(target);
     if (crossing.bin < 0) return crossing;
-    team.list_bins(n, bin, with_better ? 0 : crossing.bin, crossing.bin);
+    team.list_bins(values, n, bin, with_better ? 0 : crossing.bin, crossing.bin);
     team.close_list();
     return crossing;
 }

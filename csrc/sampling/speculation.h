@@ -30,24 +30,42 @@ GPTKERN_HD bool accepts(double p, double q, uint64_t uniform) {
     return u * q < p;
 }
 
-// A token of the residual distribution, max(p - q, 0) normalised.
+// A token of the distribution, or of its residual against the draft: max(p - q, 0) normalised. ``uniform`` are 64
+// random bits.
 template <class Team>
-GPTKERN_HD uint32_t draw_residual(Team& team, uint32_t vocab, const Distribution& d, const float* values,
-                                  const Draft& draft, uint64_t uniform) {
+GPTKERN_HD uint32_t draw(Team& team, uint32_t vocab, const Distribution& d, const Draft& draft, bool residual,
+                         uint64_t uniform) {
     const TokenFilter filter = d.filter;
     const double scale = 1.0 / static_cast<double>(d.total);
-    const auto residual = [&](uint32_t id) {
-        const uint64_t w = filter.weight(values[id]);
-        const uint64_t p = filter.passes(id, values[id], w) ? fixed_probability(static_cast<double>(w) * scale) : 0;
+    const auto weight = [&](uint32_t id, float v) {
+        const uint64_t w = filter.weight_if_passing(id, v);
+        if (!residual) return w;
+        const uint64_t p = fixed_probability(static_cast<double>(w) * scale);
         const uint64_t q = fixed_probability(draft.probability(id));
         return p > q ? p - q : 0;
     };
-    uint64_t total = 0;
-    team.for_each(vocab, [&](uint32_t i) { total += residual(i); });
-    total = team.sum(total);
-    // A rejection with an empty residual can only come from rounding: p and q are then the same.
-    if (total == 0) return draw(team, vocab, d, values, uniform);
-    return select_by_id(team, vocab, false, residual, multiply_high(uniform, total));
+    uint64_t total = d.total;
+    if (residual) {
+        uint64_t rest = 0;
+        team.over_values(d.values, vocab, [&](uint32_t id, float v) { rest += weight(id, v); });
+        rest = team.sum(rest);
+        // A rejection with an empty residual can only come from rounding: p and q are then the same.
+        residual = rest != 0;
+        total = residual ? rest : total;
+    }
+    if (!residual && d.greedy) return d.token;
+    uint64_t target = multiply_high(uniform, total);
+    if (!d.listed || residual) {
+        const int shift = id_shift(vocab);
+        const auto bin = [&](uint32_t id, float) { return static_cast<int>(id >> shift); };
+        target -= select_bin(team, d.values, vocab, bin, weight, target, false).before;
+    }
+    const Selection chosen = team.inner([&](auto& inner) {
+        const auto no_key = [](uint32_t) { return uint64_t{0}; };
+        const auto weight_of_id = [&](uint32_t id) { return weight(id, d.values[id]); };
+        return select_in_list(inner, team.list(), team.list_length(), 0, no_key, weight_of_id, target);
+    });
+    return chosen.id;
 }
 
 GPTKERN_HD Status check_draft(const SampleArguments& a, int64_t row, int64_t drafted) {
@@ -72,7 +90,7 @@ GPTKERN_HD Status check_draft_probs(Team& team, uint32_t vocab, const float* pro
 // A row that cannot be sampled accepts nothing and gets token 0 and its status.
 template <class Team>
 GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_index, const Buffers& buffers) {
-    const RowCounter counter = a.counters[row_index];
+    const RowCounter& counter = a.counters[row_index];  // not a copy, as a row's parameters are none
     const int64_t length = a.draft_lengths != nullptr ? a.draft_lengths[row_index] : a.positions - 1;
     const int drafted = static_cast<int>(length);
     int64_t* tokens = a.tokens + row_index * a.positions;
@@ -83,32 +101,34 @@ GPTKERN_HD void speculate_row(Team& team, const SampleArguments& a, int64_t row_
     }
     int emitted = 0;
     for (int position = 0;; ++position) {
-        const int64_t offset = row_index * a.row_stride + position * a.position_stride;
-        const uint32_t vocab = static_cast<uint32_t>(a.vocab);
-        const float* const raw = in_fp32(team, a.logits, a.dtype, offset, vocab, buffers.widened);
-        const Row row = row_of(a, row_index, position, raw);
+        const Row row = row_of(a, row_index, position);
         if (status == kOk && a.draft_probs != nullptr && position < drafted) {
             status = check_draft_probs(team, row.vocab, a.draft_probs + (row_index * (a.positions - 1) + position) * a.vocab);
         }
-        const Distribution d = distribution(team, row, buffers.values, status);
+        Loaded loaded{};
+        if (status == kOk) {
+            loaded = load_row(team, row, buffers, false);
+            status = loaded.status;
+        }
+        const Distribution d = distribution(team, row, loaded, status, nullptr);
         const float* const values = d.values;
         status = d.status;
         if (status != kOk) break;
         const Uniforms u = uniforms(counter.seed, counter.request, counter.step + position);
-        uint32_t token;
+        uint32_t token = 0;
         bool accepted = false;
-        if (position == drafted) {
-            token = draw(team, row.vocab, d, values, u.token);
-        } else {
+        const bool has_draft = position < drafted;
+        Draft draft{};
+        if (has_draft) {
             const int64_t at = row_index * (a.positions - 1) + position;
-            const Draft draft{a.draft_tokens[at], a.draft_probs ? a.draft_probs + at * a.vocab : nullptr};
+            draft = {a.draft_tokens[at], a.draft_probs ? a.draft_probs + at * a.vocab : nullptr};
             token = static_cast<uint32_t>(draft.token);
             const uint64_t w = d.filter.weight(values[token]);
             const bool passes = d.filter.passes(token, values[token], w);
             const double p = passes ? static_cast<double>(w) / static_cast<double>(d.total) : 0.0;
             accepted = accepts(p, draft.probability(token), u.accept);
-            if (!accepted) token = draw_residual(team, row.vocab, d, values, draft, u.token);
         }
+        if (!accepted) token = draw(team, row.vocab, d, draft, has_draft, u.token);
         if (team.leads()) {
             tokens[position] = token;
             count(a, row_index, token, 1);

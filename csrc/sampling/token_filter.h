@@ -2,6 +2,7 @@
 #pragma once
 
 #include "sampling/row.h"
+#include "sampling/select.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -51,29 +52,55 @@ struct Distribution {
     Status status;
     bool greedy;
     bool listed;          // the team's list holds every token that passes, and maybe others
-    uint32_t best;        // greedy: the token
+    uint32_t token;       // greedy, or drawn
     uint64_t total;       // the sum of the weights of all tokens that pass
     TokenFilter filter;
     const float* values;  // the row with its biases, penalties and bans
 };
 
-// The keys of a row's largest value, and of its smallest above -inf.
+// The keys of a row's largest value, and of its smallest above -inf; the lowest id that has the largest one, which a
+// CPU's team does not say.
 struct Extremes {
-    uint32_t max_key, min_key;
+    uint32_t max_key, min_key, id;
+};
+
+// What one thread has seen of them.
+struct KeyRange {
+    uint32_t high, inverted_low, id;
+
+    GPTKERN_HD void add(uint32_t i, float v) {
+        const uint32_t key = order_key(v);
+        id = key > high || (key == high && i < id) ? i : id;
+        add(v);
+    }
+
+    // Without the id, so that a CPU's loop vectorises.
+    GPTKERN_HD void add(float v) {
+        const uint32_t key = order_key(v);
+        high = key > high ? key : high;
+        const uint32_t inverted = ~key & (0u - static_cast<uint32_t>(key != kKeyOfMinusInfinity));
+        inverted_low = inverted > inverted_low ? inverted : inverted_low;
+    }
 };
 
 template <class Team>
 GPTKERN_HD Extremes extremes(Team& team, uint32_t n, const float* values) {
-    uint32_t high = 0, inverted_low = 0;
-    team.for_each(n, [&](uint32_t i) {
-        const uint32_t key = order_key(values[i]);
-        high = key > high ? key : high;
-        const uint32_t inverted = ~key & (0u - static_cast<uint32_t>(key != kKeyOfMinusInfinity));
-        inverted_low = inverted > inverted_low ? inverted : inverted_low;
+    KeyRange seen{};
+    team.over_values(values, n, [&](uint32_t i, float v) {
+        if constexpr (Team::kTiles) {
+            seen.add(v);
+        } else {
+            seen.add(i, v);
+        }
     });
-    const Maxima found = team.max(high, inverted_low);
-    return {found.first, ~found.second};
+    return team.combined(seen);
 }
+
+// The sum of the weights that pass a filter, of weights times halvings, and the largest key that passes.
+struct Measured {
+    uint64_t total, moment;
+    uint32_t best;
+};
 
 // What a row's largest key says of it.
 GPTKERN_HD Status check_largest(uint32_t key) {
@@ -83,17 +110,6 @@ GPTKERN_HD Status check_largest(uint32_t key) {
     return kOk;
 }
 GPTKERN_HD Status check_extremes(const Extremes& e) { return check_largest(e.max_key); }
-
-// The lowest id whose value has this key.
-template <class Team>
-GPTKERN_HD uint32_t first_with_key(Team& team, uint32_t n, const float* values, uint32_t key) {
-    uint32_t inverted = 0;
-    team.for_each(n, [&](uint32_t i) {
-        const uint32_t candidate = order_key(values[i]) == key ? ~i : 0u;
-        inverted = candidate > inverted ? candidate : inverted;
-    });
-    return ~team.max(inverted);
-}
 
 }  // namespace GPTKERN_ISA
 }  // namespace gptkern

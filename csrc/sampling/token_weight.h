@@ -32,6 +32,23 @@ struct Stored<DType::kFloat16> {
     static GPTKERN_HD float widen(uint16_t bits) { return widen_fp16(bits); }
 };
 
+// A row of stored logits.
+struct Logits {
+    const void* at;
+    DType dtype;
+
+    // One value, for whoever reads few.
+    GPTKERN_HD float operator[](uint32_t id) const {
+        if (dtype == DType::kFloat32) return static_cast<const float*>(at)[id];
+        const uint16_t bits = static_cast<const uint16_t*>(at)[id];
+        return dtype == DType::kFloat16 ? widen_fp16(bits) : widen_bf16(bits);
+    }
+};
+
+GPTKERN_HD Logits logits_at(const void* logits, DType dtype, int64_t offset) {
+    return {static_cast<const char*>(logits) + offset * (dtype == DType::kFloat32 ? 4 : 2), dtype};
+}
+
 // An unsigned key in the order of the floats: -0 equals +0, and a NaN is above all.
 GPTKERN_HD uint32_t order_key(float v) {
     const uint32_t bits = bit_cast<uint32_t>(v + 0.0f);

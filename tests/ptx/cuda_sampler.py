@@ -19,7 +19,7 @@ from gptkern.testing.ptx.counters import Counters
 from gptkern.testing.ptx.parse import Instruction
 
 CSRC = Path(__file__).parents[2] / "csrc"
-THREADS, WORKSPACE_FLOATS = 512, 3
+THREADS = 512
 P, I32, I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
@@ -94,7 +94,8 @@ def _launch(
 ) -> None:  # fmt: skip
     """A launch for (rows, vocabulary) with ``blocks`` blocks a row, as ``csrc``'s ``launch`` makes it."""
     rows, vocab = problem
-    workspace = torch.zeros(rows * WORKSPACE_FLOATS * vocab)
+    # Three rows of the vocabulary each, which need not begin at multiples of 16 bytes: cuda_workspace_bytes.
+    workspace = torch.zeros(rows * 3 * ((vocab + 3) // 4 * 4 + 4))
     execute(
         ptx, (rows * blocks,), (bytes(arguments), workspace), entry=entry, cluster=(blocks, 1, 1),
         threads=THREADS, also=[*read.tensors, *written.tensors], fresh=[workspace, *written.tensors],

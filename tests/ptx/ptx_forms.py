@@ -40,7 +40,7 @@ ARITHMETIC = [
     "setp.ltu.f64", "setp.ne.b32", "setp.ne.b64", "setp.ne.s16", "setp.ne.s32", "setp.ne.s64",
     "setp.neu.f64", "shl.b16", "shl.b32", "shl.b64", "shr.s16", "shr.s32", "shr.s64", "shr.u16",
     "shr.u32", "shr.u64", "sqrt.rn.f64", "sub.bf16", "sub.bf16x2", "sub.f32", "sub.rn.f32", "sub.rn.f64",
-    "sub.s16", "sub.s32", "sub.s64", "xor.b32", "xor.b64", "xor.pred",
+    "sub.s16", "sub.s32", "sub.s64", "xor.b16", "xor.b32", "xor.b64", "xor.pred",
 ]  # fmt: skip
 LOADS = [
     "ld.acquire.gpu.global.s32", "ld.f32", "ld.global.b16", "ld.global.b32", "ld.global.b64",
@@ -51,12 +51,13 @@ LOADS = [
     "ld.param.u32", "ld.param.u64", "ld.param.v2.u32", "ld.shared.b16", "ld.shared.b32", "ld.shared.b64",
     "ld.shared.b8", "ld.shared.s32", "ld.shared.u32", "ld.shared.u64", "ld.shared.v2.b16",
     "ld.shared.v2.b32", "ld.shared.v2.b8", "ld.shared.v2.u32", "ld.shared.v2.u64", "ld.shared.v4.b16",
-    "ld.shared.v4.b32", "ld.shared.v4.u32", "ld.u32", "ld.u64", "ld.v2.u64",
+    "ld.shared.v4.b32", "ld.shared.v4.u32", "ld.u32", "ld.u64", "ld.v2.u64", "ld.v4.u32",
 ]  # fmt: skip
 STORES = [
     "st.global.b16", "st.global.b32", "st.global.b64", "st.global.b8", "st.global.f32", "st.global.u32",
-    "st.global.u64", "st.global.v2.b32", "st.global.v4.b32", "st.shared.b16", "st.shared.b32",
-    "st.shared.b64", "st.shared.b8", "st.shared.u32", "st.shared.u64", "st.shared.v2.b32",
+    "st.global.u64", "st.global.v2.b32", "st.global.v4.b32", "st.global.v4.f32", "st.global.v4.u32",
+    "st.shared.b16", "st.shared.b32",
+    "st.shared.b64", "st.shared.b8", "st.shared.u32", "st.shared.u64", "st.shared.v2.b32", "st.shared.v2.u32",
     "st.shared.v4.b32", "st.shared::cta.b16", "st.shared::cta.b32", "st.shared::cta.b64",
     "st.shared::cta.b8", "st.shared::cta.v2.b16", "st.shared::cta.v2.b32", "st.shared::cta.v4.b16",
     "st.shared::cta.v4.b32", "st.shared::cta.v4.b8", "st.u32", "st.u64",

@@ -146,18 +146,23 @@ def draws(
     blocks: int,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    few: int = VOCAB,
+    few: int | None = None,
     spread: float = 3.0,
     history: bool = False,
+    masked: bool = False,
+    vocab: int = VOCAB,
     **options: Any,
 ) -> None:
     """Two draws, on the CPU and by the machine code, among the first ``few`` tokens: results are equal."""
     torch.manual_seed(seed)
-    params = SamplingParams.make(ROWS, VOCAB, **options)
-    ours, theirs = (SamplerState.make(ROWS, VOCAB, seed=5, history=history) for _ in range(2))
+    if masked:
+        options["bitmask"] = torch.randint(-(2**31), 2**31, (ROWS, -(-vocab // 32)), dtype=torch.int32)
+    params = SamplingParams.make(ROWS, vocab, **options)
+    ours, theirs = (SamplerState.make(ROWS, vocab, seed=5, history=history) for _ in range(2))
     for step in range(2):
-        logits = (torch.randn(ROWS, VOCAB) * spread).to(dtype)
-        logits[:, few:] = -torch.inf
+        logits = (torch.randn(ROWS, vocab) * spread).to(dtype)
+        if few is not None:
+            logits[:, few:] = -torch.inf
         expected, found = (launch.sample_outputs(logits, params.max_logprobs) for _ in range(2))
         assert launch.sample(logits, params, theirs, expected, COMMIT) == -1
         cuda_sampler.sample(ptx, logits, params, ours, found, blocks=blocks, seed=step)
@@ -169,6 +174,13 @@ def draws(
 
 # One block a row before sm_90; there 1, 2, 4 or 8 share it.
 TEAMS = [(80, 1), (90, 1), (90, 2), (90, 8)]
+LISTED: dict[str, Any] = {
+    "logit_bias": [{3: 4.0, 60: 1.0}, {5: -1.0, 210: 9.0}],
+    "banned": [[1, 2, *range(20, 61)], [3]],  # more than a warp's, the last one biased as well
+    "eos_token_id": 4,
+    "min_new_tokens": 2,
+}
+PENALISED = {"history": True, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2}
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.0},
@@ -185,14 +197,13 @@ OPTIONS: list[dict[str, Any]] = [
     {"top_k": 150, "top_p": 0.9},
     {"top_k": 7, "top_p": 0.75, "history": True},
     {"temperature": 0.0, "history": True},
-    {"history": True, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
-    {
-        "logit_bias": [{3: 4.0}, {5: -1.0}],
-        "banned": [[1, 2], [3]],
-        "eos_token_id": 4,
-        "min_new_tokens": 2,
-        "n_logprobs": 5,
-    },
+    PENALISED,
+    {**LISTED, "n_logprobs": 5},
+    {**LISTED, **PENALISED, "masked": True, "top_p": 0.9},
+    {**LISTED, **PENALISED, "masked": True, "top_p": 0.9, "top_k": 7},
+    {**LISTED, "temperature": 0.0, "dtype": torch.float16},
+    {**PENALISED, "masked": True, "top_k": 7, "dtype": torch.bfloat16},
+    {**PENALISED, "n_logprobs": 5, "dtype": torch.bfloat16},
 ]
 
 
@@ -244,6 +255,30 @@ def test_rows_that_cannot_be_drawn_have_the_cpus_status(
 
 @needs_nvcc
 @pytest.mark.slow
+@pytest.mark.parametrize(("arch", "blocks"), [(80, 1), (90, 2)])
+@pytest.mark.parametrize("options", [{"top_k": 5}, {}], ids=str)
+def test_an_id_outside_the_vocabulary_is_the_cpus_status(
+    texts: Callable[[int], str], arch: int, blocks: int, options: dict[str, Any]
+) -> None:
+    refuses_an_id(texts(arch), blocks, **options)
+
+
+def refuses_an_id(ptx: str, blocks: int, **options: Any) -> None:
+    """Two rows, the first with an id outside the vocabulary: the CPU's status, and a draw of the second."""
+    logits = torch.randn(2, VOCAB)
+    params = SamplingParams.make(2, VOCAB, banned=list(range(40)), **options)
+    assert params.banned_ids is not None
+    params.banned_ids[0, 39] = VOCAB  # another warp's than the first id
+    expected, found = (launch.sample_outputs(logits, None) for _ in range(2))
+    assert launch.sample(logits, params, SamplerState.make(2, VOCAB, seed=5), expected, COMMIT) == 0
+    state = SamplerState.make(2, VOCAB, seed=5)
+    cuda_sampler.sample(ptx, logits, params, state, found, blocks=blocks)
+    equal(found, expected)
+    assert state.counters[:, 2].tolist() == [0, 1]
+
+
+@needs_nvcc
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocks", "dtype", "options"),
     [
@@ -272,14 +307,29 @@ def test_gpt2s_vocabulary(
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ("options", "meetings"),
-    [({"top_k": 50, "top_p": 0.9}, 2), ({"temperature": 0.0}, 2), ({"top_p": 0.9}, 13), ({"top_k": 150}, 9)],
-    ids=str,
+    [
+        ({"top_k": 50, "top_p": 0.9}, 2),
+        ({"temperature": 0.0}, 2),
+        ({"top_p": 0.9}, 13),
+        ({"top_k": 150}, 9),
+        ({"top_k": 50, "top_p": 0.9, **PENALISED, **LISTED}, 2),
+        ({"top_k": 150, **PENALISED}, 9),
+        ({"typical_p": 0.9}, 13),
+        ({"eta_cutoff": 0.1}, 9),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value),
 )
 def test_a_cluster_meets_seldom(texts: Callable[[int], str], options: dict[str, Any], meetings: int) -> None:
     """Barriers of the cluster that a row takes. Blocks that have no row more do not meet again."""
     blocks, met = 2, cuda_sampler.Meetings()
     logits = torch.randn(1, VOCAB)
-    params, state = SamplingParams.make(1, VOCAB, **options), SamplerState.make(1, VOCAB, seed=5)
+    history = "history" in options
+    options = {
+        name: value[:1] if name in ("logit_bias", "banned") else value for name, value in options.items()
+    }
+    options.pop("history", None)
+    params = SamplingParams.make(1, VOCAB, **options)
+    state = SamplerState.make(1, VOCAB, seed=5, history=history)
     outputs = launch.sample_outputs(logits, None)
     cuda_sampler.sample(texts(90), logits, params, state, outputs, blocks=blocks, counters=met)
     assert met.of_cluster / (blocks * cuda_sampler.THREADS // 32) == meetings
@@ -338,15 +388,36 @@ def test_the_most_likely_tokens_are_the_cpus(texts: Callable[[int], str], arch: 
 
 # --- faults planted in its source
 
-TEAM, FEW = "cuda_team.cuh", "few_tokens.cuh"
+TEAM, FEW, EDITS = "cuda_team.cuh", "few_tokens.cuh", "edits.h"
 # What is wrong: a file, a line, and the barrier behind it that is taken away.
 BARRIERS = {
     "no meeting at the end of a row": (TEAM, "void sync() {", "cluster_sync();"),
     "a sum is read before all have written it": (
         TEAM,
-        "memory_.partial[turn_] = block_result;",
+        "((memory_.partial[turn_][i++] = numbers.value), ...);",
         "cluster_sync();",
     ),
+    "warps' sums are combined too early": (
+        TEAM,
+        "((memory_.of_warps[i++][warp] = numbers.value), ...);",
+        "__syncthreads();",
+    ),
+    "sums before a thread are added up too early": (
+        TEAM,
+        "memory.of_warps[0][warp] = through;",
+        "__syncthreads();",
+    ),
+    "a part is read before it is known": (
+        TEAM,
+        "memory_.part = RowPart(logits, n, rank(), blocks());",
+        "__syncthreads();",
+    ),
+    "a row is read before it is rewritten": (TEAM, "void sync_after_rewrite() {", "__syncthreads();"),
+    "an id outside is counted too early": (TEAM, "memory_.outside = 0;", "__syncthreads();"),
+    "ids outside are added up too early": (TEAM, "atomicAdd(&memory_.outside, 1u);", "__syncthreads();"),
+    "listed ids are edited before the row": (EDITS, "if (is_listed(row)) {", "team.sync_here();"),
+    "ids are banned before they are biased": (EDITS, "id);\n        });", "team.sync_here();"),
+    "an edited part is sought too early": (FEW, "memory_.part = part_;", "__syncthreads();"),
     "bins are added up before all have counted": (TEAM, "find_bin(uint64_t target) {", "cluster_sync();"),
     "a crossing is read before it is written": (TEAM, "find_combined_bin(target);", "cluster_sync();"),
     "bins are counted before they are cleared": (TEAM, "memory_.bins[i] = 0;", "__syncthreads();"),
@@ -380,7 +451,7 @@ BARRIERS = {
     "the last bin is read too early": (FEW, "few_.last = kCoarseBins - 1;", "__syncthreads();"),
     "a list is sorted before it is whole": (
         FEW,
-        "list(entry_of(id, part_[id]));\n            }\n        });",
+        "list(entry_of(id, value(id)));\n            }\n        });",
         "__syncthreads();",
     ),
     "an exact list begins before the other has ended": (FEW, "few_.length = 0;", "__syncthreads();"),
@@ -421,3 +492,7 @@ def test_faults_planted_in_the_sampler_are_found(fault: str, tmp_path: Path) -> 
         draws(ptx, 2, top_k=7, top_p=0.75, n_logprobs=5)
         draws(ptx, 2, n_logprobs=200, few=150)  # fewer than are asked for, in every block
         draws(ptx, 2, top_k=50, spread=0.0, history=True)
+        draws(ptx, 2, top_k=7, **PENALISED, **LISTED)
+        draws(ptx, 1, **PENALISED, **LISTED)
+        refuses_an_id(ptx, 2)
+        draws(ptx, 1, dtype=torch.bfloat16, vocab=900, n_logprobs=5)
