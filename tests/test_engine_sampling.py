@@ -11,9 +11,11 @@ import torch
 
 import gptkern
 from gptkern.config import GPTConfig
+from gptkern.engine import sampling
 from gptkern.engine.rules import RowRules, Rules
 from gptkern.engine.sampling import RowDraw, RowParams, Sampler, SamplerRow, row_keys
 from gptkern.engine.settings import Settings, merged, settle
+from gptkern.ops.sample import Sampled, SamplingParams
 
 VOCAB = 67
 CPU = torch.device("cpu")
@@ -215,6 +217,25 @@ def test_bans_of_every_token_fail_by_name() -> None:
     row.push(0)
     failure = sampler.draw([row], torch.zeros(1, VOCAB)).read()[0].failure
     assert "bar every token there is" in str(failure)
+
+
+@pytest.mark.parametrize(("least", "lists"), [(0, False), (2, True)])
+def test_end_of_text_is_a_list_only_while_it_is_banned(
+    least: int, lists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call without lists takes the CUDA kernel that only draws."""
+    seen: list[bool] = []
+
+    def watched(logits: torch.Tensor, params: SamplingParams, **_: Any) -> Sampled:
+        seen.append(params.eos_ids is not None)
+        zeros = torch.zeros(len(logits), dtype=torch.int64)
+        return Sampled(zeros, None, None, zeros.int())
+
+    monkeypatch.setattr(sampling, "serves", lambda _: False)
+    monkeypatch.setattr(sampling, "sample", watched)
+    params = RowParams(settings(do_sample=True, min_new_tokens=least, eos_token_id=[4, 60]), VOCAB)
+    Sampler(VOCAB, CPU).draw([SamplerRow(params, [1], seed=0, request=0)], torch.zeros(1, VOCAB))
+    assert seen == [lists]
 
 
 def test_keys_of_rows() -> None:

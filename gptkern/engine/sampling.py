@@ -44,6 +44,7 @@ class RowParams:
         vocab_size: Tokens there are.
         values: A number for each of the sampler's columns.
         eos: End-of-text tokens of the vocabulary.
+        has_least_length: Whether these are banned from the first new tokens.
         verdict: Bans and biases that do not depend on a row's tokens.
         rules: Bans and biases, with those that depend on a row's tokens.
         penalised: Whether the sampler has to count a row's tokens.
@@ -59,6 +60,7 @@ class RowParams:
         self.vocab_size, self.top_logprobs = vocab_size, top_logprobs
         self.values = _values(settings, vocab_size, top_logprobs or 0)
         self.eos = sorted({token for token in settings.eos if token < vocab_size})
+        self.has_least_length = settings.min_new > 0
         self.verdict = Verdict(self.rules.banned, self.rules.biases)
         penalties = (settings.presence_penalty, settings.frequency_penalty)
         self.penalised = settings.repetition_penalty != 1.0 or any(penalties)
@@ -301,7 +303,8 @@ class Sampler:
             bias_ids=padded([list(b) for b in biases], -1, torch.int32, self._device),
             bias_values=padded([list(b.values()) for b in biases], 0.0, torch.float32, self._device),
             banned_ids=padded([sorted(p.verdict.banned) for p in own], -1, torch.int32, self._device),
-            eos_ids=padded([p.eos for p in own], -1, torch.int32, self._device),
+            # Only where they are banned for a time: a call without lists takes the kernel that only draws.
+            eos_ids=padded([p.eos if p.has_least_length else [] for p in own], -1, torch.int32, self._device),
             max_logprobs=max(asked) if asked else None,
         )
         before = {id(row): place for place, row in enumerate(self._rows)}
