@@ -21,6 +21,7 @@ from gptkern.gpt import GPT
 from gptkern.ops import _launch
 from gptkern.ops._cases import tensors
 from gptkern.ops._types import FP8
+from gptkern.ops.decode_linear.formats import quantize
 from gptkern.ops.decode_step import Linear, StepProgram, kernels, persistent_step
 from gptkern.ops.decode_step.flat import flat
 from gptkern.ops.decode_step.rows import TENSORS
@@ -387,6 +388,8 @@ def test_rows_that_do_not_fit(device: torch.device) -> None:
     wide = torch.randn(64, 33, device=device)
     narrow = Linear(torch.randn(30, 32, device=device))
     norm = torch.ones(32, device=device)
+    int4 = quantize(torch.randn(37, 32, device=device), "int4", group_size=32)
+    old = replace(int4, scales=int4.scales.float())
     with pytest.raises(ValueError, match="the last of its rows must write 'logits'"):
         replace(program, rows=program.rows[:-1])
     with pytest.raises(ValueError, match="row 0 reads 'inner', which nothing has written"):
@@ -401,6 +404,7 @@ def test_rows_that_do_not_fit(device: torch.device) -> None:
         (3, {"norm": (norm.half(), None, 1e-5)}, "norm weight of row 3 is torch.float16, the embeddings"),
         (1, {"kind": "add_norm"}, "row 1 is of kind 'add_norm', which is not among"),
         (-1, {"linear": Linear(wide[:, 1:])}, "contiguous and a multiple of 16"),
+        (-1, {"linear": Linear(old)}, "scales of row 10, int4, are torch.float32; torch.float16 is needed"),
         (-1, {"linear": Linear(wide.view(-1)[1:2049].view(64, 32))}, "a multiple of 16"),
         (-1, {"linear": Linear(head, norm)}, r"the bias of row 10 has shape \(32,\); \(37,\) is needed"),
     ]

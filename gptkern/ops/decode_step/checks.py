@@ -7,6 +7,7 @@ import torch
 from gptkern.ops import _checks
 from gptkern.ops._dispatch import traced
 from gptkern.ops._types import FP8
+from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_step.launch import StepArguments
 from gptkern.ops.decode_step.rows import TENSORS, StepProgram, StepRow, row_tensors, widest_normed_head
 
@@ -80,6 +81,15 @@ def check_rows(op: str, program: StepProgram, kv_heads: int, head_dim: int) -> N
             same = name in ("norm weight", "norm bias", "bias", "q norm", "k norm")
             if tensor is not None and same and tensor.dtype != dtype:
                 raise TypeError(f"{op}: {name} of row {number} is {tensor.dtype}, the embeddings {dtype}")
+        weight = None if row.linear is None else row.linear.weight
+        if isinstance(weight, QuantizedWeight):
+            # The kernel reads them by their addresses.
+            needed = torch.float16 if weight.format == "int4" else torch.float32
+            if weight.scales.dtype != needed:
+                raise TypeError(
+                    f"{op}: scales of row {number}, {weight.format}, are {weight.scales.dtype}; {needed} is "
+                    "needed"
+                )
     widths = program.widths(kv_heads * head_dim)
     for number, row in enumerate(program.rows):
         _check_widths(op, number, row, widths, (kv_heads, head_dim))
