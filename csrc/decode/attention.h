@@ -44,8 +44,8 @@ public:
         }
     }
 
-    // The attention of some heads of ``rows`` rows, which are consecutive tokens of one sequence: a row's is the same in
-    // any company. Heads of several rows read the same keys, and their queries are at most kQueries.
+    // The attention of some heads of ``rows`` rows, which are consecutive tokens of one sequence: a row's is the same
+    // in any company. Heads of several rows read the same keys, and their queries are at most kQueries.
     void attend(int at, int row, int rows, int head, int heads) const {
         const Run run{m_.layer[at], at, row, rows, head, heads};
         begin(run);
@@ -190,6 +190,10 @@ private:
         const int dim = m_.head_dim, first = seen.first / kPiece * kPiece;
         const auto row_of = [&](int q, int piece) { return Lines{scores_.row(q) + piece, kTokens}; };
         for_pieces(run, {cache_.k, now, first, seen.last}, {cache_.v, now, first, kPiece}, [&](const Part& part) {
+            if (part.queries == 1) {
+                const Lines to = row_of(part.query, part.first);
+                return score_alone<Kind>(queries(part.query).vectors.at, part.from, part.at, part.count, dim, to.at);
+            }
             take_keys<Kind>(part.from, part.at, part.count, dim, keys_);
             for_tiles(part.queries, [&](int i, auto size) {
                 const int q = part.query + i;
@@ -201,12 +205,17 @@ private:
             weigh_tile<decltype(size)::value>(scores_.from(q), own.at, queries(q));
         });
         for_pieces(run, {cache_.v, now, first, seen.last}, {cache_.k, next, 0, kPiece}, [&](const Part& part) {
+            const Seen here = seen.within(part.first, part.count);
+            const Lines weights = row_of(part.query, part.first / Units<Kind>::kNumbers);
+            if (part.queries == 1) {
+                float* const sums = queries(part.query).sums.at;
+                return add_values_alone<Kind>(weights.at, part.from, part.at, part.count, here, dim, sums);
+            }
             take_values<Kind>(part.from, part.at, part.count, dim, values_);
             for_tiles(part.queries, [&](int i, auto size) {
-                const int q = part.query + i;
-                const SeenAlike<decltype(size)::value> own(seen.within(part.first, part.count));
-                const Lines weights = row_of(q, part.first / Units<Kind>::kNumbers);
-                add_values<Kind, decltype(size)::value>(weights, values_, own.at, dim, queries(q).sums);
+                const SeenAlike<decltype(size)::value> own(here);
+                const Lines sums = queries(part.query + i).sums;
+                add_values<Kind, decltype(size)::value>(weights.from(i), values_, own.at, dim, sums);
             });
         });
     }

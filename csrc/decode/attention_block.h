@@ -112,7 +112,7 @@ struct Units {
         return numbers;
     }
     // The units of kNumbers tokens for each element: of the first alone.
-    GPTKERN_HD static void zip(Vec first, Vec, float* to) { gptkern::store(to, first); }
+    GPTKERN_HD static void zip(Vec first, Vec, Vec (&zipped)[kNumbers]) { zipped[0] = first; }
     // A unit without the numbers outside [first, last).
     GPTKERN_HD static Vec some(Vec units, int, int) { return units; }
 };
@@ -136,13 +136,13 @@ struct Units<Bf16> {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<uint16_t*>(to) + i), rounded);
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
     }
-    GPTKERN_HD static void zip(Vec first, Vec second, float* to) {
+    GPTKERN_HD static void zip(Vec first, Vec second, Vec (&zipped)[kNumbers]) {
         const __m512i low = _mm512_castps_si512(first), high = _mm512_castps_si512(second);
         const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
                                                39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
         const __m512i later = _mm512_add_epi16(order, _mm512_set1_epi16(16));
-        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(low, order, high));
-        _mm512_storeu_si512(to + kLanes, _mm512_permutex2var_epi16(low, later, high));
+        zipped[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(low, order, high));
+        zipped[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(low, later, high));
     }
     GPTKERN_HD static Vec some(Vec units, int first, int last) {
         const __mmask32 mask = (first > 0 ? 0 : 0x55555555) | (last < 2 ? 0 : 0xaaaaaaaa);
@@ -211,21 +211,29 @@ void take_keys(const typename Kind::Storage* from, const int64_t* slots, int tok
     }
 }
 
-// And its values.
+// Units of the values of kNumbers tokens, from the element ``i`` on: as many as kLanes units of a token have numbers.
+template <class Kind, int N>
+GPTKERN_HD void values_of(const typename Kind::Storage* first, const typename Kind::Storage* last, int i, int dim,
+                          Vec (&zipped)[N]) {
+    using U = Units<Kind>;
+    if (i + kLanes * N <= dim) {
+        U::zip(U::load(first + i), U::load(last + i), zipped);
+    } else {
+        U::zip(U::load_some(first + i, dim - i), U::load_some(last + i, dim - i), zipped);
+    }
+}
+
+// A head's values of some tokens.
 template <class Kind>
 void take_values(const typename Kind::Storage* from, const int64_t* slots, int tokens, int dim, const Strips& to) {
-    using U = Units<Kind>;
-    constexpr int kNumbers = kLanes * U::kNumbers;
-    for (int t = 0; t < tokens; t += U::kNumbers) {
+    constexpr int N = Units<Kind>::kNumbers;
+    for (int t = 0; t < tokens; t += N) {
         const typename Kind::Storage* const first = from + slots[t];
-        const typename Kind::Storage* const last = from + slots[smaller(t + 1, tokens - 1)];
-        for (int i = 0; i < dim; i += kNumbers) {
-            float* const place = to.place(t / U::kNumbers, i);
-            if (i + kNumbers <= dim) {
-                U::zip(U::load(first + i), U::load(last + i), place);
-            } else {
-                U::zip(U::load_some(first + i, dim - i), U::load_some(last + i, dim - i), place);
-            }
+        const typename Kind::Storage* const last = from + slots[smaller(t + N, tokens) - 1];
+        for (int i = 0; i < dim; i += kLanes * N) {
+            Vec zipped[N];
+            values_of<Kind>(first, last, i, dim, zipped);
+            for (int c = 0; c < N; ++c) store(to.place(t / N, i + c * kLanes), zipped[c]);
         }
     }
 }
@@ -341,6 +349,59 @@ void add_values(const Lines& weights, const Strips& values, const Seen* seen, in
     add_products<Kind, R>(weights, values, from, to, dim, sums, false);
     for (int r = 0; r < R; ++r) {
         add_values<Kind>(weights.from(r), values, {to * kNumbers, seen[r].last}, dim, sums.from(r));
+    }
+}
+
+// One query's sums += its weights times the values that it sees: what ``take_values`` and ``add_values`` give, without a
+// strip between the two.
+template <class Kind>
+void add_values_alone(const float* weights, const typename Kind::Storage* from, const int64_t* slots, int tokens,
+                      Seen seen, int dim, float* sums) {
+    using U = Units<Kind>;
+    constexpr int N = U::kNumbers;
+    for (int i = 0; i < dim; i += kLanes * N) {
+        Vec total[N];
+        for (int c = 0; c < N; ++c) total[c] = load(sums + i + c * kLanes);
+        for (int t = seen.first / N * N; t < seen.last; t += N) {
+            Vec zipped[N];
+            values_of<Kind>(from + slots[t], from + slots[smaller(t + N, tokens) - 1], i, dim, zipped);
+            const Seen part = seen.within(t, N);
+            for (int c = 0; c < N; ++c) {
+                if (part.last - part.first < N) zipped[c] = U::some(zipped[c], part.first, part.last);
+                total[c] = U::add(total[c], all(weights[t / N]), zipped[c]);
+            }
+        }
+        for (int c = 0; c < N; ++c) store(sums + i + c * kLanes, total[c]);
+    }
+}
+
+// The scores of one query with a head's keys of some tokens: those that ``take_keys`` and ``score`` give, without a
+// strip between the two.
+template <class Kind>
+void score_alone(const float* query, const typename Kind::Storage* from, const int64_t* slots, int tokens, int dim,
+                 float* scores) {
+    using U = Units<Kind>;
+    constexpr int kNumbers = kLanes * U::kNumbers;
+    for (int t = 0; t < tokens; t += kLanes) {
+        const typename Kind::Storage* at[kLanes];
+        for (int j = 0; j < kLanes; ++j) at[j] = from + slots[smaller(t + j, tokens - 1)];
+        Vec total = zeros(), units[kLanes];
+        int i = 0;
+        for (; i + kNumbers <= dim; i += kNumbers) {
+#pragma GCC unroll 16
+            for (int j = 0; j < kLanes; ++j) units[j] = U::load(at[j] + i);
+            transpose(units);
+#pragma GCC unroll 16
+            for (int j = 0; j < kLanes; ++j) total = U::add(total, all(query[i / U::kNumbers + j]), units[j]);
+        }
+        if (i < dim) {
+            for (int j = 0; j < kLanes; ++j) units[j] = U::load_some(at[j] + i, dim - i);
+            transpose(units);
+            for (int j = 0; j * U::kNumbers < dim - i; ++j) {
+                total = U::add(total, all(query[i / U::kNumbers + j]), units[j]);
+            }
+        }
+        store(scores + t, total);
     }
 }
 
