@@ -38,6 +38,11 @@ CASES = [
         _inputs(8192, 1280, 50257, bias=True, z_loss=1e-4, label_smoothing=0.1),
     ),
     Case(
+        "class weights, accuracy",
+        linear_cross_entropy,
+        _inputs(8192, 1280, 50257, classes=True, return_token_accuracy=True),
+    ),
+    Case(
         "soft cap, class weights, accuracy",
         linear_cross_entropy,
         _inputs(8192, 2304, 256000, classes=True, softcap=30.0, return_token_accuracy=True),
