@@ -26,17 +26,17 @@ struct CodeRows {
     GPTKERN_HD char* starts(int r) const { return scales(r) + blocks() * kNumber; }
     GPTKERN_HD char* inputs(int r) const { return starts(r) + blocks() * kNumber; }
 
-    GPTKERN_HD float scale(int r, int block) const { return bit_cast<float>(number(scales(r), block)); }
-    GPTKERN_HD int start(int r, int block) const { return number(starts(r), block); }
+    GPTKERN_HD float scale(int r, int block) const { return bit_cast<float>(number(scales(r) + block * kNumber)); }
+    GPTKERN_HD int start(int r, int block) const { return number(starts(r) + block * kNumber); }
     // Four inputs from ``input`` on.
-    GPTKERN_HD int four(int r, int input) const { return number(inputs(r), input / 4); }
+    GPTKERN_HD int four(int r, int input) const { return number(inputs(r) + input); }
 
     static constexpr int64_t kNumber = 4;  // bytes
 
 private:
-    GPTKERN_HD static int number(const char* from, int i) {
+    GPTKERN_HD static int number(const char* from) {
         int found;
-        std::memcpy(&found, from + i * kNumber, kNumber);
+        std::memcpy(&found, from, kNumber);
         return found;
     }
 };
