@@ -104,14 +104,17 @@ def traced(tensor: torch.Tensor) -> bool:
 
 
 _describe = None if _native.extension is None else _native.extension.describe
+# Settings of other types, as a tensor of one element, may change their value, or have no hash.
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 def call_key(tensors: tuple[torch.Tensor | None, ...], *settings: object) -> object:
     """A key of calls that are checked, routed and launched alike, for ``_launch.Plans``.
 
-    It holds each tensor's dtype, device, alignment, sizes and strides, and the arguments that are no tensors:
-    a call whose key was seen needs no second check. None, which is the key of no call: there is more that
-    decides, as autocast or a trace, or an argument is no plain tensor with memory.
+    It holds each tensor's dtype, device, alignment, sizes and strides, and the arguments that are no tensors
+    with their types, as a kernel takes 2 and 2.0 apart: a call whose key was seen needs no second check.
+    None, which is the key of no call: there is more that decides, as autocast or a trace, an argument is no
+    plain tensor with memory, or a setting is no plain value.
     """
     if (
         torch.compiler.is_compiling()
@@ -122,8 +125,10 @@ def call_key(tensors: tuple[torch.Tensor | None, ...], *settings: object) -> obj
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return None
-    described = _describe(*tensors)
-    return None if described is None else (described, _backend, _launch._recorded_arch, settings)
+    described, types = _describe(*tensors), tuple(map(type, settings))
+    if described is None or not _PLAIN.issuperset(types):
+        return None
+    return described, _backend, _launch._recorded_arch, settings, types
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

@@ -46,7 +46,8 @@ def test_what_decides_on_a_launch_is_in_the_key() -> None:
         (X, W[:32]),
         (W, X),
     ]
-    keys = [call_key((X, W)), *map(call_key, others), call_key((X, W), 1), call_key((X, W), 2)]
+    settings = (1, 2, 1.0, True, None)  # a kernel takes 1 and 1.0 apart, and a check may
+    keys = [call_key((X, W)), *map(call_key, others), *(call_key((X, W), value) for value in settings)]
     with gptkern.backend("reference"):
         keys.append(call_key((X, W)))
     assert None not in keys and len(set(keys)) == len(keys)
@@ -270,3 +271,30 @@ def test_a_launch_again_has_the_other_tensors_and_maps_of_them() -> None:
             [16, 16],
             "zero",
         )
+
+
+@needs_kernels
+def test_a_setting_that_may_change_its_value_is_read_each_time() -> None:
+    x, *qkv = tensors((3, 64), *[(1, 5, 2, 16)] * 3, seed=0)
+    eps, scale, causal = (torch.tensor(value, device="cpu") for value in (1e-5, 0.25, True))
+
+    def calls(eps: Any, scale: Any, causal: Any) -> torch.Tensor:
+        return torch.cat(
+            [layer_norm(x, eps=eps).flatten(), flash_attention(*qkv, scale=scale, causal=causal).flatten()]
+        )
+
+    _launch.forget()
+    assert torch.equal(calls(eps, scale, causal), calls(1e-5, 0.25, True))
+    for setting, value in ((eps, 4.0), (scale, 2.0), (causal, False)):
+        setting.fill_(value)
+        assert torch.equal(calls(eps, scale, causal), calls(float(eps), float(scale), bool(causal)))
+    assert call_key((X,), eps) is None and call_key((X,), [1]) is None
+
+
+@needs_kernels
+def test_no_scales_at_all_are_not_taken_for_none() -> None:
+    k, v, cache = tensors((2, 2, 16), (2, 2, 16), (1, 4, 2, 16), seed=0)
+    _launch.forget()
+    append_kv(k, v, cache, cache.clone(), torch.tensor([3, 0]))
+    with pytest.raises(TypeError, match="k_cache is float32"):
+        append_kv(k, v, cache, cache.clone(), torch.tensor([3, 0]), scales=())  # type: ignore[arg-type]

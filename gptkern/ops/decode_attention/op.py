@@ -86,7 +86,7 @@ def append_kv(
     """
     cache = PagedCache(k_cache, v_cache, scales)
     tensors = (k, v, k_cache, v_cache, slots, *(scales or ()))
-    key = call_key(tensors)
+    key = call_key(tensors, scales is None)
     if _appends.get(key) is None:
         checks.check_append("append_kv", k, v, cache, slots)
     else:

@@ -168,7 +168,7 @@ def forward(
     lse = new(lse_shape(q, packed is not None), dtype=torch.float32, device=q.device)
     cu_q, cu_k, *longest = packed or (None, None)
     offsets = (cu_q, None if cu_k is cu_q else cu_k)
-    key = call_key((q, k, v, *offsets, *extras), *longest, o, _launch.multiprocessors(q.device))
+    key = call_key((q, k, v, *offsets, *extras), *longest, *o, _launch.multiprocessors(q.device))
     with _launch.on_device(q):
         _launch.repeated(
             _forwards,
