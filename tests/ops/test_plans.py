@@ -108,21 +108,21 @@ def test_a_call_like_one_before_is_not_checked_again(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(norm_op, "check", counted)
     _launch.forget()
-    x = X.clone().requires_grad_()
-    for given in (x, X, X * 2):
+    x, weight = tensors((4, 64), (64,), seed=0)
+    for given in (x.clone().requires_grad_(), x, x * 2):
         assert torch.allclose(
-            layer_norm(given, W), torch.nn.functional.layer_norm(given, (64,), W), atol=1e-5
+            layer_norm(given, weight), torch.nn.functional.layer_norm(given, (64,), weight), atol=1e-5
         )
     assert len(checked) == 1
-    layer_norm(X, W, eps=1e-6)
-    layer_norm(X[:2], W)
-    layer_norm(X, W, W)
+    layer_norm(x, weight, eps=1e-6)
+    layer_norm(x[:2], weight)
+    layer_norm(x, weight, weight)
     assert len(checked) == 4
     for _ in range(2):
         with pytest.raises(ValueError, match="weight has shape"):
-            layer_norm(X, W[:8])
+            layer_norm(x, weight[:8])
         with pytest.raises(ValueError, match="eps is -1"):
-            layer_norm(X, W, eps=-1.0)
+            layer_norm(x, weight, eps=-1.0)
 
 
 def tensors(*shapes: tuple[int, ...], seed: int) -> list[torch.Tensor]:
