@@ -167,7 +167,7 @@ private:
         const int dim = m_.head_dim, kv_head = run.head / group_;
         take_keys<Kind>(cached(cache_.k, run.at, kv_head), now.at, now.count, dim, keys_);
         take_values<Kind>(cached(cache_.v, run.at, kv_head), now.at, now.count, dim, values_);
-        for_tiles(run.queries(), [&](int q, auto size) {
+        row_groups<kDown>(run.queries(), [&](int q, auto size) {
             constexpr int R = decltype(size)::value;
             fetch(run, {cache_.k, next, 0, kTokens}, q, R);
             fetch(run, {cache_.v, next, 0, kTokens}, q, R);
@@ -195,12 +195,12 @@ private:
                 return score_alone<Kind>(queries(part.query).vectors.at, part.from, part.at, part.count, dim, to.at);
             }
             take_keys<Kind>(part.from, part.at, part.count, dim, keys_);
-            for_tiles(part.queries, [&](int i, auto size) {
+            row_groups<kDown>(part.queries, [&](int i, auto size) {
                 const int q = part.query + i;
                 score<Kind, decltype(size)::value>(queries(q).vectors, keys_, dim, part.count, row_of(q, part.first));
             });
         });
-        for_tiles(run.heads, [&](int q, auto size) {
+        row_groups<kDown>(run.heads, [&](int q, auto size) {
             const SeenAlike<decltype(size)::value> own(seen);
             weigh_tile<decltype(size)::value>(scores_.from(q), own.at, queries(q));
         });
@@ -212,7 +212,7 @@ private:
                 return add_values_alone<Kind>(weights.at, part.from, part.at, part.count, here, dim, sums);
             }
             take_values<Kind>(part.from, part.at, part.count, dim, values_);
-            for_tiles(part.queries, [&](int i, auto size) {
+            row_groups<kDown>(part.queries, [&](int i, auto size) {
                 const SeenAlike<decltype(size)::value> own(here);
                 const Lines sums = queries(part.query + i).sums;
                 add_values<Kind, decltype(size)::value>(weights.from(i), values_, own.at, dim, sums);

@@ -21,33 +21,14 @@ constexpr int kFewCodeRows = 4;                    // up to these meet the codes
 constexpr int kVectorInputs = 128;                 // inputs whose codes one vector has where they lie
 constexpr int kTableGroups = 2 * kLanes;           // groups whose scales are brought into the order of outputs at once
 
-// Rows for columns.
+// Numbers of 32 bits: lane i of vector j goes to lane j of vector i.
 GPTKERN_HD void transpose(__m512i (&a)[16]) {
-    __m512i b[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    // Part l of a[4 q + c], of 128 bits, is now column 4 l + c of the rows 4 q to 4 q + 3.
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-        const __m512i x = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), y = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
-        const __m512i z = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee), w = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
-        b[c] = _mm512_shuffle_i32x4(x, y, 0x88);
-        b[4 + c] = _mm512_shuffle_i32x4(x, y, 0xdd);
-        b[8 + c] = _mm512_shuffle_i32x4(z, w, 0x88);
-        b[12 + c] = _mm512_shuffle_i32x4(z, w, 0xdd);
-    }
+    Vec numbers[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) a[i] = b[i];
+    for (int i = 0; i < 16; ++i) numbers[i] = _mm512_castsi512_ps(a[i]);
+    transpose(numbers);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_castps_si512(numbers[i]);
 }
 
 // The codes of 16 outputs; past the last output it stands there again.

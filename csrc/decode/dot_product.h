@@ -29,19 +29,14 @@ struct Dot<Fp32> {
 };
 
 #ifdef __AVX512BF16__
-GPTKERN_HD __m512bh load_pairs(const uint16_t* from) {
-    return reinterpret_cast<__m512bh>(_mm512_loadu_si512(from));
-}
-GPTKERN_HD __m512bh load_pairs(const uint16_t* from, int count) {
-    return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << count) - 1, from));
-}
-
 template <>
 struct Dot<Bf16> {
     using Vector = __m512bh;
     static constexpr int kInputs = 2 * kLanes, kDepth = 1024;
-    GPTKERN_HD static Vector load(const uint16_t* from) { return load_pairs(from); }
-    GPTKERN_HD static Vector load(const uint16_t* from, int count) { return load_pairs(from, count); }
+    GPTKERN_HD static Vector load(const uint16_t* from) { return reinterpret_cast<Vector>(_mm512_loadu_si512(from)); }
+    GPTKERN_HD static Vector load(const uint16_t* from, int count) {
+        return reinterpret_cast<Vector>(_mm512_maskz_loadu_epi16((1u << count) - 1, from));
+    }
     GPTKERN_HD static Vec add(Vec sum, Vector w, Vector x) { return _mm512_dpbf16_ps(sum, w, x); }
 };
 #endif

@@ -16,7 +16,6 @@ enum class Packing {
     kCodes,    // int8, as CodeRows
 };
 
-
 // How a layer's product takes its rows, where the model's dtype is Kind's.
 template <class Kind>
 GPTKERN_HD Packing packing_of(const CpuLinear& layer) {

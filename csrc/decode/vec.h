@@ -232,6 +232,60 @@ GPTKERN_HD Vec sums_of(const Vec (&a)[8]) {
 }
 #endif
 
+// Lane i of vector j goes to lane j of vector i.
+#ifdef __AVX512F__
+GPTKERN_HD void transpose(Vec (&a)[16]) {
+    Vec b[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    const auto doubles = [](Vec x, Vec y, Vec& low, Vec& high) {
+        const __m512d c = _mm512_castps_pd(x), d = _mm512_castps_pd(y);
+        low = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+        high = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+    };
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        doubles(b[i], b[i + 2], a[i], a[i + 1]);
+        doubles(b[i + 1], b[i + 3], a[i + 2], a[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        a[i] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88);
+        a[i + 8] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd);
+        a[i + 4] = _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88);
+        a[i + 12] = _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd);
+    }
+}
+#else
+GPTKERN_HD void transpose(Vec (&a)[8]) {
+    Vec b[8];
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        const Vec low = _mm256_unpacklo_ps(a[i], a[i + 1]), high = _mm256_unpackhi_ps(a[i], a[i + 1]);
+        const Vec more_low = _mm256_unpacklo_ps(a[i + 2], a[i + 3]), more_high = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
+        b[i] = _mm256_shuffle_ps(low, more_low, 0x44);
+        b[i + 1] = _mm256_shuffle_ps(low, more_low, 0xee);
+        b[i + 2] = _mm256_shuffle_ps(high, more_high, 0x44);
+        b[i + 3] = _mm256_shuffle_ps(high, more_high, 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        a[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        a[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
+#endif
+
 // The values that one turn of a loop over weights takes: two vectors.
 constexpr int kStep = 2 * kLanes;
 GPTKERN_HD int64_t padded(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
