@@ -18,7 +18,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton
 
+import gptkern
 from gptkern.ops import _aot, _cases, _launch
 from gptkern.ops.flash_attention import cases
 from gptkern.testing.ptx import Fault, execute
@@ -90,13 +92,27 @@ def worst(case: _cases.Case, dtype: torch.dtype) -> tuple[list[str], float, floa
     return names, error / max(own, 1e-3), (lse.double() - exact[1])[finite].abs().max().item()
 
 
+def installed(name: str) -> Path:
+    """A file named by compiled text, as it is installed here.
+
+    Triton's cache gives the same text to equal sources wherever they lie, so that the text may name a
+    checkout or an environment that is gone.
+    """
+    for package in (gptkern, triton):
+        # An environment may lie in a checkout: the last folder of that name is the package.
+        tail = name.rpartition(f"/{package.__name__}/")[2]
+        if (found := Path(package.__file__).parent / tail).is_file():
+            return found
+    raise ValueError(f"compiled text names {name!r}, which is neither gptkern's nor Triton's")
+
+
 def faults(text: str) -> Iterator[tuple[str, str]]:
     """(what was changed, the text with it): waits, arrivals and fences, each by itself.
 
     Args:
         text: Of a kernel that has two warpgroups and a producer.
     """
-    lines = {number: Path(name).read_text().splitlines() for number, name in _FILE.findall(text)}
+    lines = {number: installed(name).read_text().splitlines() for number, name in _FILE.findall(text)}
     body = text.index("{", text.index(".reqntid"))
     for found in _LINE.finditer(text, body):
         plain = found.group(0).split("//")[0].strip()

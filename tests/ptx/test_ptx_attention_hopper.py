@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from ptx_attention_hopper import CALLS
+from ptx_attention_hopper import CALLS, installed
 from test_ptx_kernels import rows
 
 SCRIPT = "ptx_attention_hopper.py"
@@ -56,3 +57,9 @@ def test_every_fault() -> None:
     found = check_faults(1)
     assert len(found) >= 90
     assert {row["caught"] for row in found} >= {"deadlock", "pending", "race", "proxy"}
+
+
+@pytest.mark.parametrize("name", ["gptkern/gptkern/ops/linear/op.py", "gptkern/env/triton/language/core.py"])
+def test_a_source_of_a_checkout_that_is_gone_is_read_here(name: str) -> None:
+    found = installed(f"/gone/{name}")
+    assert found.is_file() and found.parts[-3:] == Path(name).parts[-3:]
