@@ -2,6 +2,7 @@
 // reads or writes outside of one.
 #include <pybind11/pybind11.h>
 
+#include "common/entries.h"
 #include "constants.h"
 #include "decode/bindings.h"
 #include "launch/bindings.h"
@@ -15,4 +16,5 @@ PYBIND11_MODULE(_C, module) {
     gptkern::bind_decoder(module);
     gptkern::bind_launcher(module);
     gptkern::bind_description(module);
+    gptkern::bind_entries(module);
 }

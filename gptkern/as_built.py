@@ -21,6 +21,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
+from gptkern import _native
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS: list[dict[int, Any]] = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
 _PLAIN = (int, float, bool, str, tuple, type(None), types.FunctionType, types.BuiltinFunctionType)
@@ -210,33 +212,43 @@ class Watch:
 
     It notices forward hooks, modules that replace others and any new attribute of an instance, such as a
     ``forward``.
+
+    Attributes:
+        hooked: True if some module had a forward hook when this object was made.
     """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         hooks = [*_GLOBAL_HOOKS, *(vars(m)[name] for m in modules for name in _HOOKS[:2])]
-        self._empty, self._hooks = [h for h in hooks if not h], [h for h in hooks if h]
+        self.hooked = any(hooks)
         # The model's own dictionary may lead back to whoever holds this object.
         self._root = weakref.ref(model)
-        self._insides = [vars(module) for module in modules if module is not model]
-        self._children = [module._modules.values() for module in modules if module._modules]
-        self._before = self._now()
+        self._dicts = [*hooks, *(vars(module) for module in modules if module is not model)]
+        self._owners: list[dict[str, Any]] = [module._modules for module in modules if module._modules]
+        self._look()
 
     def stirred(self) -> bool:
         """True if something has changed since the last call, or since this object was made."""
-        if self._before == self._now() and not any(self._empty):
+        if len(vars(self._root())) == self._root_size and _same_entries(
+            self._dicts, self._sizes, self._owners, self._children
+        ):
             return False
-        self._before = self._now()
+        self._look()
         return True
 
-    @property
-    def hooked(self) -> bool:
-        """True if some module had a forward hook when this object was made."""
-        return bool(self._hooks)
+    def _look(self) -> None:
+        self._root_size, self._sizes = len(vars(self._root())), list(map(len, self._dicts))
+        self._children = _values(self._owners)
 
-    def _now(self) -> tuple[list[int], list[int], list[Any]]:
-        return (
-            list(map(len, self._hooks)),
-            [len(vars(self._root())), *map(len, self._insides)],
-            list(chain.from_iterable(self._children)),
-        )
+
+def _values(owners: list[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(owner.values() for owner in owners))
+
+
+def _same_entries_in_python(
+    dicts: list[dict[Any, Any]], sizes: list[int], owners: list[dict[str, Any]], values: list[Any]
+) -> bool:
+    return list(map(len, dicts)) == sizes and _values(owners) == values
+
+
+_same_entries: Callable[..., bool] = getattr(_native.extension, "same_entries", _same_entries_in_python)

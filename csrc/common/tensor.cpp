@@ -285,10 +285,18 @@ HeldTensor::HeldTensor(py::handle tensor)
     : tensor_(py::reinterpret_borrow<py::object>(tensor)), alias_(call(tensor, torch().detach)), dims_(0) {
     const View view = view_of(tensor);
     data_ = view.data;
+    record_ = reinterpret_cast<const char*>(view.shape);
+    storage_ = reinterpret_cast<const char*>(integer(call(tensor, torch().untyped_storage).attr("_cdata")));
     code_ = view.code;
     dims_ = std::min(view.dims, static_cast<int32_t>(kMostDims));
     std::copy(view.shape, view.shape + dims_, shape_);
     std::copy(view.stride, view.stride + dims_, stride_);
+}
+
+void HeldTensor::prefetch() const {
+    __builtin_prefetch(tensor_.ptr());
+    for (const int line : {-64, 0, 64, 128}) __builtin_prefetch(record_ + line);
+    for (const int line : {0, 64}) __builtin_prefetch(storage_ + line);
 }
 
 bool HeldTensor::moved() const {
@@ -297,13 +305,23 @@ bool HeldTensor::moved() const {
            !std::equal(shape_, shape_ + dims_, view.shape) || !std::equal(stride_, stride_ + dims_, view.stride);
 }
 
-HeldEntry::HeldEntry(py::dict dictionary, py::str key)
-    : dictionary_(std::move(dictionary)), key_(std::move(key)), value_(dictionary_[key_]) {}
+HeldDict::HeldDict(py::dict dictionary) : dictionary_(std::move(dictionary)) {
+    for (const auto& [key, value] : dictionary_) values_.push_back(py::reinterpret_borrow<py::object>(value));
+}
 
-bool HeldEntry::replaced() const {
-    PyObject* const value = PyDict_GetItemWithError(dictionary_.ptr(), key_.ptr());
-    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    return value != value_.ptr();
+void HeldDict::prefetch() const {
+    const auto* const entries = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dictionary_.ptr())->ma_keys);
+    for (const int line : {0, 64, 128}) __builtin_prefetch(entries + line);
+}
+
+bool HeldDict::changed() const {
+    if (PyDict_GET_SIZE(dictionary_.ptr()) != static_cast<Py_ssize_t>(values_.size())) return true;
+    Py_ssize_t next = 0;
+    PyObject* value = nullptr;
+    for (const py::object& before : values_) {
+        if (!PyDict_Next(dictionary_.ptr(), &next, nullptr, &value) || value != before.ptr()) return true;
+    }
+    return false;
 }
 
 }  // namespace gptkern

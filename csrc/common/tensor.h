@@ -163,28 +163,32 @@ class HeldTensor {
 public:
     explicit HeldTensor(pybind11::handle tensor);
 
+    // Asks for the memory that ``moved`` reads, so that many can be waited for at once.
+    void prefetch() const;
     bool moved() const;
 
 private:
     static constexpr int kMostDims = 2;
     pybind11::object tensor_, alias_;
     const void* data_;
+    const char *record_, *storage_;  // where PyTorch keeps the sizes, next to them the rest, and the storage's address
     uint8_t code_;
     int32_t dims_;
     int64_t shape_[kMostDims], stride_[kMostDims];
 };
 
-// An entry of a module's dictionary of parameters, buffers or modules, to see whether it was replaced.
-class HeldEntry {
+// A module's dictionary of parameters, buffers or modules, to see whether entries were replaced.
+class HeldDict {
 public:
-    HeldEntry(pybind11::dict dictionary, pybind11::str key);
+    explicit HeldDict(pybind11::dict dictionary);
 
-    bool replaced() const;
+    // As ``HeldTensor::prefetch``.
+    void prefetch() const;
+    bool changed() const;
 
 private:
     pybind11::dict dictionary_;
-    pybind11::str key_;
-    pybind11::object value_;
+    std::vector<pybind11::object> values_;
 };
 
 }  // namespace gptkern

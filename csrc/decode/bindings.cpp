@@ -136,25 +136,27 @@ private:
     }
 };
 
-// A Decoder, the tensors whose memory it reads, and the entries of modules that they came from.
+// A Decoder, the tensors whose memory it reads, and the modules' dictionaries that they came from.
 class HoldingDecoder {
 public:
     HoldingDecoder(const py::object& model, const py::object& owners) {
         Weights weights;
         build(weights, Group(weights.check, "model", model));
         held_ = std::move(weights.held);
-        using Owners = std::vector<std::pair<py::dict, py::str>>;
-        for (const auto& [dictionary, key] : weights.check.as<Owners>("owners", owners)) {
-            entries_.emplace_back(dictionary, key);
+        for (const py::dict& owner : weights.check.as<std::vector<py::dict>>("owners", owners)) {
+            owners_.emplace_back(owner);
         }
     }
 
-    // One token of every row, logits of the wanted ones. False, with nothing done, if weights have moved or been
-    // replaced.
+    // One token of every row, logits of the wanted ones; ``advance``: the rows' lengths then grow by 1. False, with
+    // nothing done, if weights have moved or been replaced.
     bool step(const py::object& k, const py::object& v, const py::object& page_table, const py::object& lengths,
-              const py::object& tokens, const py::object& wanted, const py::object& logits, const py::object& threads) {
-        for (const HeldEntry& entry : entries_) {
-            if (entry.replaced()) return false;
+              const py::object& tokens, const py::object& wanted, const py::object& logits, const py::object& threads,
+              bool advance) {
+        for (const HeldDict& owner : owners_) owner.prefetch();
+        for (const HeldTensor& tensor : held_) tensor.prefetch();
+        for (const HeldDict& owner : owners_) {
+            if (owner.changed()) return false;
         }
         for (const HeldTensor& tensor : held_) {
             if (tensor.moved()) return false;
@@ -188,6 +190,9 @@ public:
         const int members = check.number("threads", threads, 1, kMostThreads);
         const py::gil_scoped_release others_run;
         decoder_->step(cache, ids, count, places, out_rows, out, members);
+        if (advance) {
+            for (int row = 0; row < count; ++row) ++reinterpret_cast<int32_t*>(held.data)[row];
+        }
         return true;
     }
 
@@ -302,7 +307,7 @@ private:
         return stage;
     }
 
-    std::vector<HeldEntry> entries_;
+    std::vector<HeldDict> owners_;
     std::vector<HeldTensor> held_;
     std::unique_ptr<Decoder> decoder_;
 };
@@ -314,7 +319,7 @@ void bind_decoder(py::module_& module) {
     py::class_<HoldingDecoder>(module, "Decoder", "A model for the CPU's decode step: csrc/decode/decoder.h.")
         .def(py::init<const py::object&, const py::object&>(), py::arg("model"), py::arg("owners") = py::tuple())
         .def("step", &HoldingDecoder::step, py::arg("k"), py::arg("v"), py::arg("page_table"), py::arg("lengths"),
-             py::arg("tokens"), py::arg("wanted"), py::arg("logits"), py::arg("threads"),
+             py::arg("tokens"), py::arg("wanted"), py::arg("logits"), py::arg("threads"), py::arg("advance") = false,
              "One token of every row, logits of the wanted ones; False, with nothing done, if weights have moved.");
     module.def("decode_path", [] { return cpu_decode_path()->name; });
     module.def("use_decode_path", &use_cpu_decode_path, "Chooses the path by name, for tests that compare them.");

@@ -19,6 +19,7 @@ from gptkern.engine.executors.graph import MOST_ROWS
 from gptkern.engine.launch import Launch, Launcher
 from gptkern.engine.live import Inbox, LiveRequests, live_request
 from gptkern.engine.options import KVCacheDType
+from gptkern.engine.repeat import Repeat
 from gptkern.engine.request import Request, TokenEvent
 from gptkern.engine.sampling import Sampler, row_keys
 from gptkern.engine.scheduler import Row, Scheduler
@@ -141,6 +142,7 @@ class Engine:
         self._kv_cache_dtype = kv_cache_dtype
         self._live = LiveRequests(self._scheduler)
         self._launched: Launch | None = None
+        self._repeat: Repeat | None = None
         self._ids = itertools.count()
         self._inbox = Inbox()
         self._stepping = threading.Lock()
@@ -288,8 +290,7 @@ class Engine:
         try:
             if self._closed:
                 raise RuntimeError("Engine.step: the engine is closed")
-            with torch.inference_mode():
-                self._step()
+            self._step()
             # Those of a step that fails are given out by the next.
             events, self._live.events = self._live.events, []
         except BaseException:
@@ -305,7 +306,7 @@ class Engine:
         """End every request, without an event, and give back what they hold. Prefixes stay."""
         self._inbox.take()
         self._live.clear()
-        self._launched = None
+        self._launched = self._repeat = None
 
     def close(self) -> None:
         """End every request, and take no more; from any thread. A step under way does it when done."""
@@ -318,12 +319,37 @@ class Engine:
 
     def _start_over(self) -> None:
         """Compute every row again: nobody knows how far a step came that failed."""
-        self._launched = None
+        self._launched = self._repeat = None
         self._sampler.forget()
         self._scheduler.start_over(self._live.rows)
 
     def _step(self) -> None:
         self._follow_inbox()
+        if not self._run_again():
+            self._repeat = None
+            with torch.inference_mode():
+                self._run_next()
+
+    def _run_again(self) -> bool:
+        """Run the last pass again; False, with nothing done, where another is to be chosen."""
+        repeat = self._repeat
+        if repeat is None:
+            return False
+        self._refuse_changed()
+        if self._decode is not repeat.decode or time.monotonic() >= repeat.deadline:
+            return False
+        drawn = repeat.run()
+        if drawn is None:
+            return False
+        model, goes_on = self.model, repeat.passes > 0
+        for copy, draw in zip(repeat.copies, drawn.read(), strict=True):
+            goes_on &= self._live.take(copy, draw, 0, model)
+        if not goes_on:
+            self._repeat = None
+        return True
+
+    def _run_next(self) -> None:
+        """Choose a pass and run it, or take one that is under way."""
         launch, self._launched = self._launched or self._launch(None), None
         self._live.ended(launch.expired, "deadline")
         launch = launch.where(lambda row: row.state != "finished")
@@ -347,11 +373,15 @@ class Engine:
                 if len(row.generated) + 1 == row.max_new:
                     self._scheduler.finish(row)
             self._launched = self._launch((launch.rows, drawn.tokens))
+        all_go_on = True
         for copy, draw, part in zip(copies, drawn.read(), launch.parts, strict=True):
             copy.row.ahead = 0
             if part is not None:
                 self._scheduler.computed(part, len(draw.tokens))
-            self._live.take(copy, draw, 0 if part is None else part.count - 1, self.model)
+            drafted = 0 if part is None else part.count - 1
+            all_go_on &= self._live.take(copy, draw, drafted, self.model)
+        if all_go_on and launch.one_each:
+            self._repeat = Repeat.after(launch.rows, copies, self._decode, self._sampler, self._scheduler)
 
     def _launch(self, ahead: tuple[Sequence[Row], torch.Tensor] | None) -> Launch:
         self._refuse_changed()
@@ -359,6 +389,8 @@ class Engine:
 
     def _follow_inbox(self) -> None:
         added, cancelled = self._inbox.take()
+        if added or cancelled:
+            self._repeat = None
         for request in added:
             self._live.add(request)
         for number in cancelled:

@@ -26,6 +26,7 @@ class Launch:
         parts: Of rows with a draft the part that verifies it: how much of it is computed is known once the
             draws are. None for any other.
         expired: Rows that ended because their deadline had passed.
+        one_each: The pass was of one token of each of ``rows`` and of nothing else.
     """
 
     rows: list[Row]
@@ -33,6 +34,7 @@ class Launch:
     drafts: list[list[int]]
     parts: list[Part | None]
     expired: list[Row] = field(default_factory=list)
+    one_each: bool = False
 
     def where(self, wanted: Callable[[Row], bool]) -> Launch:
         """This launch with those rows alone that are wanted."""
@@ -104,7 +106,8 @@ class Launcher:
         joined = logits[0] if len(logits) == 1 else torch.cat(list(logits))
         if positions != list(range(end)):
             joined = joined[positions]
-        return Launch(rows, joined, drafts, unsettled, expired)
+        one_each = len(rows) == len(parts) and all(p.count == 1 and not p.prefill for p in parts)
+        return Launch(rows, joined, drafts, unsettled, expired, one_each)
 
     def _rows(self, parts: Sequence[Part], ahead: Ahead | None) -> Rows:
         sequences = [part.row.sequence for part in parts if part.row.sequence is not None]

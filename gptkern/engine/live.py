@@ -191,12 +191,14 @@ class LiveRequests:
             self.events.append(copy.ended(reason, error))
             self._forget(copy.row)
 
-    def take(self, copy: Copy, draw: RowDraw, drafted: int, model: Decoder) -> None:
-        """Give a copy what was drawn for it."""
+    def take(self, copy: Copy, draw: RowDraw, drafted: int, model: Decoder) -> bool:
+        """Give a copy what was drawn for it; True if it goes on."""
         self.events += copy.take(draw, drafted, model)
-        if self.events[-1].finish_reason is not None:
-            self._scheduler.finish(copy.row)
-            self._forget(copy.row)
+        if self.events[-1].finish_reason is None:
+            return True
+        self._scheduler.finish(copy.row)
+        self._forget(copy.row)
+        return False
 
     def search(self, launch: Launch, model: Decoder) -> None:
         """Take searches one token on, by the logits after each of their beams."""

@@ -78,6 +78,10 @@ class RowTable:
     def forget(self) -> None:
         """Take what is on the device for unknown."""
         self._pages: list[list[int]] = []
+        self.forget_lengths()
+
+    def forget_lengths(self) -> None:
+        """Take the lengths on the device for unknown."""
         self._lengths: list[int] = []
 
     def lay(self, rows: Sequence[tuple[list[int], int]]) -> None:

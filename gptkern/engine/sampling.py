@@ -6,7 +6,7 @@ rows stand beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ from gptkern.engine.processors import LogitsProcessor, processed, with_raw_logpr
 from gptkern.engine.rules import RowRules, Rules, Verdict
 from gptkern.engine.settings import Settings
 from gptkern.ops.sample import Sampled, SamplerState, SamplingParams, sample
-from gptkern.ops.sample.launch import Outputs, sample_outputs, serves
-from gptkern.ops.sample.op import sample_into
+from gptkern.ops.sample.launch import Outputs, prepared, sample_outputs, serves
+from gptkern.ops.sample.op import as_sampled, sample_into
 from gptkern.sampler_columns import NEUTRAL
 
 _REASONS = {
@@ -167,14 +167,19 @@ class Drawn:
         drafts: Sequence[Sequence[int]],
         sampled: Sampled,
         failures: dict[int, Exception],
+        all_good: bool = False,
     ) -> None:
         self._sampler, self._rows, self._drafts, self._sampled = sampler, rows, drafts, sampled
         self._drafted, self._failures = any(drafts), failures
         self.tokens = sampled.tokens
+        # Known already, and nothing but tokens was asked for.
+        self._tokens_alone = all_good and sampled.logprobs is None
 
     def read(self) -> list[RowDraw]:
         """Wait for the device, and let drafts that held count as drawn. To be called once."""
         sampled = self._sampled
+        if self._tokens_alone:
+            return [RowDraw([token], None, None, None) for token in sampled.tokens.tolist()]
         if sampled.tokens.device.type == "cpu":
             tokens, statuses = sampled.tokens.tolist(), sampled.status.tolist()
         else:
@@ -281,11 +286,39 @@ class Sampler:
         else:
             sampled = _sample_by_pytorch(logits, params, state)
         if not drafted and logits.device.type != "cuda" and any(sampled.status.tolist()):
-            # On a CPU one bad row keeps every row from being counted.
-            rest = zip(sampled.tokens.tolist(), sampled.status.tolist(), strict=True)
-            self._advance([[] if status else [token] for token, status in rest])
+            self._advance_good(sampled)
         sampled = with_raw_logprobs(sampled, raw, places)
         return Drawn(self, self._rows, drafts, sampled, failures)
+
+    def tokens_of(self, rows: int) -> torch.Tensor | None:
+        """The last draw's tokens, ``(rows,)`` int64, which ``repeated`` replaces; None: it has none."""
+        tokens = None if self._outputs is None else self._outputs.tokens
+        return tokens if tokens is not None and len(tokens) == len(self._rows) == rows else None
+
+    def repeated(self, logits: torch.Tensor) -> Callable[[], Drawn] | None:
+        """A draw of the last draw's rows from these logits, whose numbers are others in each call.
+
+        None where something has to be worked out for every token: rules, processors, a constraint.
+        """
+        outputs = self._outputs
+        if outputs is None or self._ruled or self._processed or self._constrained or not serves(logits):
+            return None
+        draw, width = prepared(logits, self._params, self._state, outputs), self._params.max_logprobs
+        sampled, drafts = as_sampled(width, outputs), [()] * len(self._rows)
+
+        def drawn() -> Drawn:
+            bad = draw()
+            if bad >= 0:
+                with torch.inference_mode():
+                    self._advance_good(sampled)
+            return Drawn(self, self._rows, drafts, sampled, {}, all_good=bad < 0)
+
+        return drawn
+
+    def _advance_good(self, sampled: Sampled) -> None:
+        """Count the tokens of rows that could be drawn: on a CPU one bad row keeps every row from it."""
+        rest = zip(sampled.tokens.tolist(), sampled.status.tolist(), strict=True)
+        self._advance([[] if status else [token] for token, status in rest])
 
     def forget(self) -> None:
         """Take the device's state for unknown: draws were made that nobody read."""

@@ -270,6 +270,25 @@ class Scheduler:
             bisect.insort(self._running, follower, key=_order)
         return [row, *followers]
 
+    def repeatable(self, rows: Sequence[Row]) -> int:
+        """The number of passes that are of ``rows`` again, a token each, with nothing to decide or reserve.
+
+        The rows have just run, a token each; they are in the order of that pass.
+        """
+        full = self._cache.num_sequences >= self._cache.max_seqs
+        if rows != self._running or (self._waiting and not full):
+            return 0
+        # The page that a row has begun is its own; the pass that fills it lets it be found.
+        size = self._cache.page_size
+        filled = [row.computed % size for row in rows]
+        return size - 1 - max(filled) if filled and min(filled) else 0
+
+    def repeated(self, rows: Sequence[Row], sequences: Sequence[int]) -> None:
+        """Count a pass of ``repeatable`` rows as computed; ``sequences`` are theirs."""
+        for row in rows:
+            row.computed += 1
+        self._cache.advance_by_one(sequences)
+
     def branch(self, beams: Sequence[Row], parents: Sequence[int], tokens: Sequence[list[int]]) -> None:
         """Let a search's first rows go on as ``parents`` of them; the others hold nothing meanwhile.
 

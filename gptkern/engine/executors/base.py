@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Literal
 
@@ -75,6 +75,19 @@ class Executor(ABC):
             ValueError: Tokens that do not fit ``rows``, outside the vocabulary, past the context, or without
                 room that was reserved.
         """
+
+    def repeated(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor | None]] | None:
+        """The last pass again, of one token of each of its rows; None where there is no such short way.
+
+        Args:
+            tokens: ``(rows,)`` int64: read in each call.
+
+        Returns:
+            The logits, and the call that computes them into this very tensor and returns it: None, with
+            nothing done, if the weights have moved. It writes keys and values to the pages that the rows
+            have; the cache's lengths are the caller's to advance.
+        """
+        return None
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Append one token to every sequence of the cache: logits ``(sequences, vocab_size)``.

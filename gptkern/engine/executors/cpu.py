@@ -12,7 +12,7 @@ VNNI those with int8 and int4 weights of activations rounded to int8 (``cpu_byte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -108,12 +108,25 @@ class CpuExecutor(TableExecutor):
     def _logits_of(
         self, wanted: list[int], tokens: torch.Tensor, places: Sequence[tuple[list[int], int]]
     ) -> torch.Tensor:
-        table, rows = self._table, len(places)
+        table = self._table
         table.lay(places)
-        logits = self.logits(tokens, table.storage.page_table, table.lengths, wanted)
-        table.lengths[:rows].add_(1)
-        table.advanced(rows)
+        logits = self.logits(tokens, table.storage.page_table, table.lengths, wanted, advance=True)
+        table.advanced(len(places))
         return logits
+
+    def repeated(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor | None]] | None:
+        """See ``Executor``."""
+        cache, table, rows = self._cache, self._table, len(tokens)
+        if rows > self.max_rows:
+            return None
+        places = torch.arange(rows, dtype=torch.int32, device="cpu")
+        logits = torch.empty(rows, self._model.spec.vocab_size, dtype=cache.dtype, device="cpu")
+        where = cache.k, cache.v, table.storage.page_table, table.lengths
+        arguments = (*where, tokens, places, logits, cpu_threads(), True)
+        step = self._decoder.step
+        # They grow where the table does not see it.
+        table.forget_lengths()
+        return logits, lambda: logits if step(*arguments) else None
 
     def logits(
         self,
@@ -121,8 +134,9 @@ class CpuExecutor(TableExecutor):
         page_table: torch.Tensor,
         lengths: torch.Tensor,
         wanted: Sequence[int] | None = None,
+        advance: bool = False,
     ) -> torch.Tensor:
-        """Logits after ``tokens``, whose keys and values are written; the cache's lengths stay.
+        """Logits after ``tokens``, whose keys and values are written; the cache's own lengths stay.
 
         Rows may be consecutive tokens of one sequence: each attends to those before it. What follows the
         keys and values of the last layer is computed of the wanted rows alone.
@@ -132,6 +146,7 @@ class CpuExecutor(TableExecutor):
             page_table: ``(rows or more, pages)`` int32, rows contiguous.
             lengths: ``(rows or more,)`` int32: what each row's sequence holds before its token.
             wanted: The rows whose logits are returned, in that order; None: all.
+            advance: The rows' ``lengths`` grow by 1 when all is done.
 
         Raises:
             ValueError: A token outside the vocabulary, a sequence at the end of the context, or a wanted row
@@ -142,7 +157,7 @@ class CpuExecutor(TableExecutor):
         rows = range(len(tokens)) if wanted is None else wanted
         places = torch.tensor(rows, dtype=torch.int32, device="cpu")
         logits = torch.empty(len(places), self._model.spec.vocab_size, dtype=cache.dtype, device="cpu")
-        arguments = (cache.k, cache.v, page_table, lengths, tokens, places, logits, cpu_threads())
+        arguments = (cache.k, cache.v, page_table, lengths, tokens, places, logits, cpu_threads(), advance)
         while not self._decoder.step(*arguments):
             reason = unserved(self._model, cache.dtype)
             if reason is not None:
@@ -153,11 +168,11 @@ class CpuExecutor(TableExecutor):
 
 def _decoder(model: Decoder) -> Any:
     """The extension's view of the model's weights where they lie now."""
-    # A module's dictionaries, to notice when an entry is replaced.
+    # Modules' dictionaries, to notice when an entry is replaced.
     owners = [
-        (entries, name)
+        entries
         for module in model.modules()
         for entries in (module._modules, module._parameters, module._buffers)
-        for name in entries
+        if entries
     ]
     return _native.extension.Decoder(cpu_model(model), owners)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -173,6 +175,14 @@ def sample(
             logits, params, state, outputs, drafts=drafts, commit=commit, machine=_machine(logits, state)
         )
     return bad
+
+
+def prepared(
+    logits: torch.Tensor, params: SamplingParams, state: SamplerState, outputs: Outputs
+) -> Callable[[], int]:
+    """``sample`` with a commit, on a CPU, of these very tensors in each call: their numbers are others."""
+    machine = Machine(cpu_threads())
+    return partial(_native.extension.sample, logits, params, state, outputs, commit=COMMIT, machine=machine)
 
 
 def sample_and_commit(

@@ -99,15 +99,15 @@ def sample(
         raise ValueError(f"sample: rng is {rng!r}; accepted are 'philox' and 'torch'")
     width = params.max_logprobs
     if rng == "torch" or not launch.serves(logits):
-        return _sampled(width, fallback.sample(logits, params, state, rng))
+        return as_sampled(width, fallback.sample(logits, params, state, rng))
     if launch.traced(logits):
         columns = -1 if width is None else width
         tensors = torch.ops.gptkern.sample(logits, *_tensors(params), state.counters, state.counts, columns)
         tokens, logprobs, top_tokens, top_logprobs, status = tensors
-        return _sampled(width, Outputs(status, tokens, logprobs, top_tokens, top_logprobs))
+        return as_sampled(width, Outputs(status, tokens, logprobs, top_tokens, top_logprobs))
     outputs = launch.sample_outputs(logits, width)
     launch.sample_and_commit("sample", logits, params, state, outputs, validate)
-    return _sampled(width, outputs)
+    return as_sampled(width, outputs)
 
 
 def sample_into(
@@ -122,7 +122,7 @@ def sample_into(
         logits: Logits that ``launch.serves``.
     """
     launch.sample(logits, params, state, outputs, COMMIT)
-    return _sampled(params.max_logprobs, outputs)
+    return as_sampled(params.max_logprobs, outputs)
 
 
 def sampling_probs(logits: torch.Tensor, params: SamplingParams, *, state: SamplerState) -> torch.Tensor:
@@ -151,7 +151,8 @@ def _tensors(params: SamplingParams) -> tuple[torch.Tensor | None, ...]:
     return p.values, p.bias_ids, p.bias_values, p.banned_ids, p.eos_ids, p.bitmask
 
 
-def _sampled(width: int | None, outputs: Outputs) -> Sampled:
+def as_sampled(width: int | None, outputs: Outputs) -> Sampled:
+    """The result of a draw, as it lies in ``outputs``; ``width`` is ``max_logprobs``."""
     tokens, logprobs = outputs.tokens, outputs.logprobs
     top_tokens, top_logprobs = outputs.top_tokens, outputs.top_logprobs
     assert tokens is not None and top_tokens is not None and top_logprobs is not None
