@@ -42,7 +42,7 @@ struct Torch {
     py::object tensor_type, parameter_type;
     const Exchange* exchange;
     py::str dtype{"dtype"}, untyped_storage{"untyped_storage"}, nbytes{"nbytes"}, storage_offset{"storage_offset"},
-        detach{"detach"};
+        detach{"detach"}, is_neg{"is_neg"};
 
     Torch() {
         tensor_type = py::module_::import("torch").attr("Tensor");
@@ -51,7 +51,7 @@ struct Torch {
         if (exchange->major != 1 || exchange->view == nullptr) {
             throw std::runtime_error("gptkern._C: this PyTorch has another DLPack exchange than version 1");
         }
-        for (py::str* name : {&dtype, &untyped_storage, &nbytes, &storage_offset, &detach}) {
+        for (py::str* name : {&dtype, &untyped_storage, &nbytes, &storage_offset, &detach, &is_neg}) {
             PyUnicode_InternInPlace(&name->ptr());
         }
     }
@@ -78,6 +78,10 @@ py::object call(py::handle object, const py::str& name) {
     if (value == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(value);
 }
+
+// True of a view with the negative bit, as z.conj().imag: its memory has the elements' opposites, and DLPack does not
+// tell.
+bool negated(py::handle tensor) { return call(tensor, torch().is_neg).ptr() == Py_True; }
 
 int64_t integer(py::handle number) {
     const long long value = PyLong_AsLongLong(number.ptr());
@@ -110,6 +114,11 @@ bool glance(py::handle object, Glance& seen) {
         PyErr_Clear();
         return false;
     }
+    if (negated(object)) {
+        throw py::value_error(
+            "a kernel is given a tensor with the negative bit, whose memory has the opposites of its elements: call its "
+            "resolve_neg()");
+    }
     seen = {view.data + view.byte_offset, view.code, view.bits, view.device_type == kOnCuda ? view.device : -1};
     return true;
 }
@@ -123,6 +132,7 @@ char* describe_tensor(PyObject* object, char* out, size_t room) {
         PyErr_Clear();
         return nullptr;
     }
+    if (negated(object)) return nullptr;
     const auto address = reinterpret_cast<uintptr_t>(view.data + view.byte_offset);
     const int32_t head[] = {view.code << 8 | view.bits, view.device_type, view.device, view.dims, address % 16 == 0};
     const size_t size = sizeof(int64_t) * view.dims;
@@ -179,8 +189,10 @@ Tensor Checker::read(const char* name, py::handle object) const {
     }
     Tensor tensor{};
     tensor.object = object;
+    bool opposite = false;
     try {
         const View view = view_of(object);
+        opposite = negated(object);
         if (view.dims > Tensor::kMostDims) {
             refuse(std::string(name) + " has " + std::to_string(view.dims) + " dimensions");
         }
@@ -200,6 +212,10 @@ Tensor Checker::read(const char* name, py::handle object) const {
     } catch (const py::error_already_set& error) {
         // A sparse tensor, or one that a function transform has wrapped.
         throw py::type_error(std::string(call_) + ": " + name + " has no memory of its own to read: " + error.what());
+    }
+    if (opposite) {
+        refuse(std::string(name) + " has the negative bit, so that its memory has the opposites of its elements: call " +
+               name + ".resolve_neg()");
     }
     return tensor;
 }

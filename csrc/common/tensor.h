@@ -67,11 +67,12 @@ struct Glance {
     int device;  // the GPU's number, or -1
 };
 
-// False if the object is no tensor that has memory.
+// False if the object is no tensor that has memory. Raises ValueError for one with the negative bit.
 bool glance(pybind11::handle object, Glance& seen);
 
 // Writes a plain tensor's or parameter's dtype, device, alignment to 16 bytes, sizes and strides to ``out``; returns the
-// end of what it wrote. Null for any other object, for a tensor without memory, and if ``room`` bytes do not suffice.
+// end of what it wrote. Null for any other object, for a tensor without memory or with the negative bit, and if ``room``
+// bytes do not suffice.
 char* describe_tensor(PyObject* object, char* out, size_t room);
 
 // The code and width of a dtype by PyTorch's name, "torch.float32" or "float32". Raises TypeError for any other.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gptkern.ops import _launch
+from gptkern.ops import _dispatch, _launch
 from gptkern.ops._types import KvScales
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -24,6 +24,21 @@ def tensor(op: str, name: str, value: object, *, dim: int | None = None) -> None
         raise TypeError(f"{op}: {name} is {type(value).__name__}; a torch.Tensor is needed")
     if dim is not None and value.dim() != dim:
         raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; {dim} dimensions are needed")
+    sign(op, name, value)
+
+
+def opposite(value: torch.Tensor) -> bool:
+    """True of a view with the negative bit, as ``z.conj().imag``, in a call that reads memory itself."""
+    return not torch.compiler.is_compiling() and value.is_neg() and _dispatch.reads_memory(value)
+
+
+def sign(op: str, name: str, value: torch.Tensor) -> None:
+    """``value``'s memory has its elements, and not their opposites, where a kernel reads it."""
+    if opposite(value):
+        raise ValueError(
+            f"{op}: {name} has the negative bit, as z.conj().imag has: its memory has the opposites of its "
+            f"elements; call {name}.resolve_neg()"
+        )
 
 
 def dtype(op: str, name: str, value: torch.Tensor, accepted: Sequence[torch.dtype] = FLOATS) -> None:
@@ -33,10 +48,13 @@ def dtype(op: str, name: str, value: torch.Tensor, accepted: Sequence[torch.dtyp
 
 
 def same_device(op: str, **values: torch.Tensor | None) -> None:
-    """All tensors are on one device; None is skipped."""
+    """All tensors are on one device, and have their elements in memory; None is skipped."""
     devices = {name: value.device for name, value in values.items() if value is not None}
     if len(set(devices.values())) > 1:
         raise ValueError(f"{op}: tensors are on different devices: {devices}")
+    for name, value in values.items():
+        if value is not None:
+            sign(op, name, value)
 
 
 def shape(op: str, name: str, value: torch.Tensor, expected: Sequence[int], why: str = "") -> None:

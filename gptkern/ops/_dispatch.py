@@ -89,6 +89,11 @@ def _uses_kernel(tensor: torch.Tensor) -> bool:
     raise ValueError(f"tensors are on device {device!r}; gptkern's ops run on 'cuda' and 'cpu'")
 
 
+def reads_memory(tensor: torch.Tensor) -> bool:
+    """True if a call on ``tensor`` launches a kernel here, past PyTorch's dispatcher."""
+    return tensor.device.type in ("cpu", "cuda") and _uses_kernel(tensor) and not traced(tensor)
+
+
 def traced(tensor: torch.Tensor) -> bool:
     """True if the registered op takes a call on ``tensor``, as its arguments hold no memory to launch on.
 

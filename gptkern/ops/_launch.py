@@ -77,6 +77,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     if _observer is not None and not _observer(Launch(kernel, grid, args, kwargs)):
         return
     if not loader().launch(kernel, grid, args, kwargs):
+        for value in args:
+            if isinstance(value, torch.Tensor) and value.is_neg():
+                raise ValueError(
+                    "a kernel is given a tensor with the negative bit, whose memory has the opposites of its "
+                    "elements: call its resolve_neg()"
+                )
         kernel[grid](*args, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,3 +41,18 @@ def register(
 def tensor_or_empty(value: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """A registered op returns tensors, never None: an empty one stands for it."""
     return like.new_empty(0) if value is None else value
+
+
+def kernel_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The ``backward`` of an ``autograd.Function`` that launches kernels, differentiable once.
+
+    Gradients come as autograd made them: one with the negative bit, as behind a conjugate, is copied first,
+    as its memory has the opposites of its elements.
+    """
+
+    @functools.wraps(backward)
+    def resolved(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        return backward(ctx, *(None if grad is None else grad.resolve_neg() for grad in grads))
+
+    once: Callable[..., Any] = torch.autograd.function.once_differentiable(resolved)
+    return once

@@ -97,7 +97,8 @@ def test_packed_sequences_are_one_batch_of_tokens() -> None:
         flash_attention_varlen(
             heads(500, 4, 64), *(heads(600, 2, 64) for _ in range(2)), starts, starts, 200, 300
         )
-    (launch,) = launches
+    launch, outside = launches
+    assert (outside.name, outside.grid) == ("flash_attention_outside", (8,))  # 64 tokens each
     q, k = launch.args[:2]
     assert (launch.name, q.shape, k.shape) == (HOPPER, [1, 500, 4, 64], [1, 600, 2, 64])
     assert (q.block_shape, k.block_shape) == ([1, 64, 1, 64], [1, 128, 1, 64])
@@ -154,7 +155,7 @@ def test_rows_of_packed_queries_have_room_for_every_sequence() -> None:
     with record(90) as launches:
         out = flash_attention_varlen(*leaves, starts, starts, 200, 300)
         torch.autograd.grad(out, leaves, heads(500, 4, 128))
-    _forward, delta, main = launches
+    _forward, _outside, delta, main, *_outside_of_gradients = launches
     # 64 queries each at a head dimension of 128: of 500 tokens 8, and one a sequence.
     stats, turns, sums = main.args[7:10]
     assert (stats.numel(), turns.numel(), sums.shape) == (4 * 11 * 128, 4 * 11, (4 * 11 * 64, 128))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -111,9 +112,67 @@ def test_packed_offsets_are_cut_off_at_what_there_is() -> None:
         return [out, lse, *flash.backward(do, None, q, k, v, out, lse, packed, NO_EXTRAS, options)]
 
     # 4 tokens, fewer than none, and more than there are.
-    got, expected = run(ints(0, 4, 2, FAR), ints(-5, 3, 3, FAR)), run(ints(0, 4, 4), ints(0, 3, 3))
+    got, expected = run(ints(0, 4, 2, 17), ints(-5, 3, 3, 18)), run(ints(0, 4, 4), ints(0, 3, 3))
     assert not any(t.isnan().any() for t in got)
     assert torch.equal(got[0][:2], expected[0][:2])
+
+
+def results_of_packed(
+    cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int, window: int, softcap: float
+) -> list[torch.Tensor]:
+    """out, lse, dq, dk and dv of 60 tokens of queries and 75 of keys, beside memory of NaN."""
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(n, 2, 16) for n in (60, 75, 75, 60))
+    packed, options = Packed(cu_q, cu_k, max_q, max_k), Options(window, 0, 0.25, softcap, 0.0)
+    out, lse = flash.forward(q, k, v, packed, NO_EXTRAS, options)
+    return [out, lse, *flash.backward(do, None, q, k, v, out, lse, packed, NO_EXTRAS, options)]
+
+
+@pytest.fixture
+def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds a number that no result has."""
+    for name in ("empty", "empty_like"):
+        made = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, made=made, **k: made(*a, **k).fill_(12345.0))
+
+
+@pytest.mark.usefixtures("unwritten")
+@pytest.mark.parametrize(("max_q", "max_k"), [(3, 40), (25, 40), (30, 5), (30, 39), (0, 0)])
+@pytest.mark.parametrize("window", [-1, 12])
+def test_a_sequence_longer_than_promised_is_nan_and_no_other(max_q: int, max_k: int, window: int) -> None:
+    """Sequence 1 is longer than promised; rows of no sequence are 0, and nothing else is read or left."""
+    cu_q, cu_k = ints(0, 3, 33, 34, 50), ints(0, 5, 45, 45, 50)
+    lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True)
+    longer = [a > max_q or b > max_k for a, b in lengths]
+    got = results_of_packed(cu_q, cu_k, max_q, max_k, window, 5.0)
+    sound = results_of_packed(cu_q, cu_k, 30, 40, window, 5.0)
+    for name, value, expected in zip(("out", "lse", "dq", "dk", "dv"), got, sound, strict=True):
+        cu = cu_k if name in ("dk", "dv") else cu_q
+        value, expected = (t.t() if name == "lse" else t for t in (value, expected))
+        assert not expected.isnan().any() and not (expected == 12345.0).any()
+        for i, broken in enumerate(longer):
+            rows = slice(int(cu[i]), int(cu[i + 1]))
+            assert value[rows].isnan().all() if broken else torch.equal(value[rows], expected[rows]), name
+        assert torch.equal(value[50:], torch.zeros_like(value[50:])), name
+
+
+@pytest.mark.usefixtures("unwritten")
+def test_every_row_of_packed_results_is_written() -> None:
+    """Offsets that begin later, decrease, and leave most rows to no sequence; more sequences than a block."""
+    for cu_q, cu_k in (
+        (ints(9, 4, 12), ints(70, 3, 10)),
+        (ints(20), ints(20)),
+        (ints(*[7] * 40, *range(7, 57)), ints(*[9] * 50, *range(9, 49))),
+    ):
+        got = results_of_packed(cu_q, cu_k, 75, 75, -1, 0.0)
+        for name, value in zip(("out", "lse", "dq", "dk", "dv"), got, strict=True):
+            cu = (cu_k if name in ("dk", "dv") else cu_q).tolist()
+            value = value.t() if name == "lse" else value
+            inside = [any(a <= row < b for a, b in pairwise(cu)) for row in range(len(value))]
+            outside = ~torch.tensor(inside)
+            assert torch.equal(value[outside], torch.zeros_like(value[outside])), name
+            assert value.isfinite().all() or (name == "lse" and not value.isnan().any()), name
+            assert not (value == 12345.0).any(), name
 
 
 def paged(**changes: Any) -> tuple[Any, ...]:
@@ -152,6 +211,16 @@ REFUSED: dict[str, Refused] = {
     "offsets begin later": (
         lambda *a: ops.flash_attention_varlen(*a, 6, 6), registered.flash_attention,
         packed(ints(1, 5), ints(0, 6)), PACK, r"cu_seqlens_q is \[1, 5\]",
+    ),
+    "more queries than promised": (
+        lambda *a: ops.flash_attention_varlen(*a, 4, 6), registered.flash_attention,
+        packed(ints(0, 5, 6), ints(0, 3, 6)), (*PACK[:3], 4, *PACK[4:]),
+        "max_seqlen_q is 4; cu_seqlens_q has a sequence of 5",
+    ),
+    "more keys than promised": (
+        lambda *a: ops.flash_attn_varlen_func(*a, 6, 2), registered.flash_attention,
+        packed(ints(0, 5, 6), ints(0, 3, 6)), (*PACK[:4], 2, *PACK[5:]),
+        "max_seqlen_k is 2; cu_seqlens_k has a sequence of 3",
     ),
     "lengths that q and k have not": (
         None, registered.flash_attention, tuple(torch.zeros(1, 6, 2, 16) for _ in range(3)), DENSE,
@@ -249,6 +318,64 @@ def one_of_each() -> list[Any]:
         row = next(r for r in rows if all(t.numel() for t in tensors((r.call.args, r.call.kwargs))))
         found.append(pytest.param(name, row, id=name))
     return found
+
+
+@pytest.mark.parametrize(("name", "row"), one_of_each())
+def test_tensors_with_the_negative_bit_are_refused_by_name(name: str, row: Any, device: torch.device) -> None:
+    """Their memory has the opposites of their elements. A call before that is sound makes no difference."""
+    row = row.on(device)
+    op = FUNCTIONS.get(name, getattr(ops, name))
+    op(*row.call.args, **row.call.kwargs)
+    leaves, spec = pytree.tree_flatten((row.call.args, row.call.kwargs))
+    tried = 0
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            continue
+        changed = [*leaves[:i], torch._neg_view(-leaf.detach()), *leaves[i + 1 :]]
+        args, kwargs = pytree.tree_unflatten(changed, spec)
+        if name in ("append_kv", "decode_qkv") and leaf.dim() == 4:
+            continue  # the table's own calls copy the caches
+        with pytest.raises(ValueError, match=r"^\w+: [\w.]+ has the negative bit.*\.resolve_neg\(\)"):
+            op(*args, **kwargs)
+        tried += 1
+    assert tried
+
+
+def test_caches_with_the_negative_bit_are_not_written() -> None:
+    cache, keys = torch.zeros(3, 4, 2, 8), torch.ones(1, 2, 8)
+    opposite = torch._neg_view(cache)
+    for given in ((opposite, cache), (cache, opposite)):
+        with pytest.raises(ValueError, match=r"^append_kv: [kv]_cache has the negative bit"):
+            ops.append_kv(keys, keys, *given, longs(3))
+    assert torch.equal(cache, torch.zeros_like(cache))
+
+
+def test_a_launch_refuses_what_its_op_did_not() -> None:
+    with pytest.raises(ValueError, match="a kernel is given a tensor with the negative bit"):
+        flash.forward(
+            *[torch._neg_view(torch.ones(1, 4, 1, 16))] * 3, None, NO_EXTRAS, Options(-1, 0, 1, 0, 0)
+        )
+
+
+def test_the_reference_takes_tensors_with_the_negative_bit() -> None:
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    with gptkern.backend("reference"):
+        assert torch.equal(ops.linear(torch._neg_view(x), weight), ops.linear(-x, weight))
+
+
+@pytest.mark.parametrize(("name", "row"), one_of_each())
+def test_gradients_with_the_negative_bit(name: str, row: Any, device: torch.device) -> None:
+    row = row.on(device)
+    op = FUNCTIONS.get(name, getattr(ops, name))
+    out = next(iter(tensors(op(*row.call.args, **row.call.kwargs))))
+    wanted = [t for t in tensors((row.call.args, row.call.kwargs)) if t.requires_grad]
+    if not out.requires_grad:
+        pytest.skip("the op has no gradient")
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(out, wanted, grad, retain_graph=True, allow_unused=True)
+    got = torch.autograd.grad(out, wanted, torch._neg_view(-grad), allow_unused=True)
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("where", ["meta", "fake"])

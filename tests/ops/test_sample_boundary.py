@@ -150,6 +150,24 @@ def test_what_does_not_fit_is_refused_by_name(way: Any, name: str, change: dict[
         assert asked[1].steps.tolist() == [0] * BATCH
 
 
+@pytest.mark.parametrize("way", ["sample", "sampling_probs", "speculative_accept", "_C"])
+def test_opposites_in_memory_are_refused_by_name(way: str) -> None:
+    """Registered operators are given the elements by PyTorch's dispatcher."""
+    params = SamplingParams.make(BATCH, VOCAB)
+    asked = _asked({"values": torch._neg_view(params.values)})
+    with pytest.raises(ValueError, match="values has the negative bit"):
+        WAYS[way](asked)
+
+
+def test_logits_of_opposites_in_memory_are_refused() -> None:
+    logits, asked = torch._neg_view(torch.zeros(BATCH, VOCAB)), _asked({})
+    for op in (sample, sampling_probs):
+        with pytest.raises(ValueError, match="logits has the negative bit"):
+            op(logits, asked[0], state=asked[1])
+    with pytest.raises(ValueError, match="logits has the negative bit"):
+        top_k_logprobs(logits[:, None], 3)
+
+
 @pytest.mark.parametrize(("name", "change"), BAD, ids=_name)
 @pytest.mark.parametrize("way", ["sample", "sampling_probs", "speculative_accept"])
 def test_the_reference_refuses_the_same(way: str, name: str, change: dict[str, Any]) -> None:

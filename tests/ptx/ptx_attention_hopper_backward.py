@@ -2,6 +2,7 @@
 
     python tests/ptx/ptx_attention_hopper_backward.py calls [NUMBER...]
     python tests/ptx/ptx_attention_hopper_backward.py orders NUMBER SEEDS
+    python tests/ptx/ptx_attention_hopper_backward.py promised
     python tests/ptx/ptx_attention_hopper_backward.py turns
     python tests/ptx/ptx_attention_hopper_backward.py faults EVERY FIRST
 
@@ -34,6 +35,7 @@ from gptkern.testing.ptx import Fault, execute
 from gptkern.testing.ptx import kernels as ptx_kernels
 
 KERNELS = ("flash_attention_delta", "flash_attention_backward_hopper")
+OUTSIDE = ("flash_attention_outside",) * 2  # after them, of packed sequences: rows of queries and of keys
 # Programs of a launch, so few that each has several tiles, and a program the last of which are none.
 PROGRAMS = 3
 Tensors = tuple[torch.Tensor, ...]
@@ -162,6 +164,19 @@ def run_orders(number: int, seeds: int) -> None:
         print(json.dumps({"seed": seed, "programs": programs, "same": same}), flush=True)
 
 
+def run_promised() -> None:
+    """More queries than promised, a sequence of NaN, one as promised, one of NaN, more keys than promised."""
+    call = made(Sizes([150, 5, 70, 5, 10], [80, 5, 70, 5, 150], (1, 1), batch=None), torch.bfloat16)
+    *others, packed, extras, options = call.arguments
+    sound = run(call)
+    short = Call((*others, packed._replace(max_q=100, max_k=100), extras, options), (), ())
+    for name, got, expected in zip(("dq", "dk", "dv"), run(short), sound, strict=True):
+        first, end = (packed.cu_q if name == "dq" else packed.cu_k)[2:4].tolist()
+        same = torch.equal(got[first:end], expected[first:end])
+        rest = torch.cat([got[:first], got[end:]])
+        print(json.dumps({"gradient": name, "same": same, "nan": bool(rest.isnan().all())}), flush=True)
+
+
 def turn_faults(text: str) -> Iterator[tuple[str, str]]:
     """(what was changed, the text with it): what orders the sums of dq."""
     for pattern, new in (
@@ -200,9 +215,10 @@ def run_faults(every: int = 0, first: int = 0) -> None:
         texts.append(_aot.compile_launch(launch, 90).asm["ptx"])
 
     plain = run(call, 1, 2, noted)
-    planted = list(faults(texts[-1]))[first::every] if every else turn_faults(texts[-1])
-    for what, text in planted:
-        print(json.dumps({"fault": what, "caught": caught(call, text, plain)}), flush=True)
+    text = texts[KERNELS.index("flash_attention_backward_hopper")]
+    planted = list(faults(text))[first::every] if every else turn_faults(text)
+    for what, changed in planted:
+        print(json.dumps({"fault": what, "caught": caught(call, changed, plain)}), flush=True)
 
 
 if __name__ == "__main__":
@@ -211,5 +227,7 @@ if __name__ == "__main__":
         run_calls(numbers)
     elif sys.argv[1] == "orders":
         run_orders(*numbers)
+    elif sys.argv[1] == "promised":
+        run_promised()
     else:
         run_faults(*numbers)

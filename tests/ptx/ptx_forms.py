@@ -37,10 +37,10 @@ ARITHMETIC = [
     "setp.gtu.f32", "setp.gtu.f64", "setp.le.bf16", "setp.le.f32", "setp.le.s32", "setp.le.s64",
     "setp.le.u32", "setp.le.u64", "setp.leu.f32", "setp.leu.f64", "setp.lt.bf16", "setp.lt.f32",
     "setp.lt.f64", "setp.lt.s32", "setp.lt.s64", "setp.lt.u32", "setp.lt.u64", "setp.ltu.f32",
-    "setp.ltu.f64", "setp.ne.b32", "setp.ne.b64", "setp.ne.s16", "setp.ne.s32", "setp.ne.s64",
-    "setp.neu.f64", "shl.b16", "shl.b32", "shl.b64", "shr.s16", "shr.s32", "shr.s64", "shr.u16",
-    "shr.u32", "shr.u64", "sqrt.rn.f64", "sub.bf16", "sub.bf16x2", "sub.f32", "sub.rn.f32", "sub.rn.f64",
-    "sub.s16", "sub.s32", "sub.s64", "xor.b16", "xor.b32", "xor.b64", "xor.pred",
+    "setp.ltu.f64", "setp.ne.b16", "setp.ne.b32", "setp.ne.b64", "setp.ne.s16", "setp.ne.s32",
+    "setp.ne.s64", "setp.neu.f64", "shl.b16", "shl.b32", "shl.b64", "shr.s16", "shr.s32", "shr.s64",
+    "shr.u16", "shr.u32", "shr.u64", "sqrt.rn.f64", "sub.bf16", "sub.bf16x2", "sub.f32", "sub.rn.f32",
+    "sub.rn.f64", "sub.s16", "sub.s32", "sub.s64", "xor.b16", "xor.b32", "xor.b64", "xor.pred",
 ]  # fmt: skip
 LOADS = [
     "ld.acquire.gpu.global.s32", "ld.f32", "ld.global.b16", "ld.global.b32", "ld.global.b64",

@@ -62,6 +62,10 @@ def _unserved(model: Decoder) -> str | None:
             f"{model.spec.head_dim}"
         )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_neg():
+            return (
+                f"the persistent step reads memory as it stands; {name} has the negative bit: its opposites"
+            )
         if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
             return (
                 f"the persistent step reads contiguous weights at multiples of {ALIGNMENT} bytes; {name} has "

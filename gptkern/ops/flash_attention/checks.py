@@ -77,16 +77,24 @@ def _check_packed(op: str, q: torch.Tensor, packed: Packed) -> None:
 
 
 def check_offsets(op: str, q: torch.Tensor, k: torch.Tensor, packed: Packed) -> None:
-    """Raise for offsets beyond the tokens; on a CPU alone.
+    """Raise for offsets beyond the tokens and sequences longer than promised; on a CPU alone.
 
-    On a GPU, where a check would stall, kernels keep to the tokens that there are.
+    On a GPU, where a check would stall, kernels keep to the tokens that there are, and results of a sequence
+    longer than promised are NaN.
     """
     if q.device.type == "cpu" and not traced(q):
-        for name, cu_seqlens, tokens in (
-            ("cu_seqlens_q", packed.cu_q, q.shape[0]),
-            ("cu_seqlens_k", packed.cu_k, k.shape[0]),
+        for side, cu_seqlens, longest, tokens in (
+            ("q", packed.cu_q, packed.max_q, q.shape[0]),
+            ("k", packed.cu_k, packed.max_k, k.shape[0]),
         ):
-            _check_offsets(op, name, cu_seqlens.tolist(), tokens)
+            offsets = cu_seqlens.tolist()
+            _check_offsets(op, f"cu_seqlens_{side}", offsets, tokens)
+            length = max((end - begin for begin, end in pairwise(offsets)), default=0)
+            if length > longest:
+                raise ValueError(
+                    f"{op}: max_seqlen_{side} is {longest}; cu_seqlens_{side} has a sequence of {length}: "
+                    "at least the longest length is needed"
+                )
 
 
 def _check_offsets(op: str, name: str, offsets: list[int], tokens: int) -> None:

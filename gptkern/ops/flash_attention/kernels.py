@@ -13,7 +13,8 @@ mask. One loop and not one a kind of tile: the software pipeline then never drai
 fewer registers, and LLVM cannot unroll a tail loop of at most one turn, after which ptxas serialises
 every wgmma (its warning C7515).
 
-Packed sequences (VARLEN) differ in where a sequence starts and how long it is, and in nothing else.
+Packed sequences (VARLEN) differ in where a sequence starts and how long it is, and in nothing else: rows of
+no sequence are left to ``kernels_outside``.
 """
 
 from gptkern.ops._device import LN2, LOG2E, dropout_mask, online_softmax, tanh
@@ -22,11 +23,15 @@ from gptkern.ops._triton import tl, triton
 
 @triton.jit
 def sequence(cu_seqlens_ptr, batch, max_seq, tokens, VARLEN: tl.constexpr):
-    """First row and length of a sequence; of packed tokens none but those that there are."""
+    """First row and length of a sequence; of packed tokens none but those that there are.
+
+    A packed sequence has at most ``max_seq`` rows here: that is what the grid and other kernels' results have
+    room for. Results of a longer one are NaN, by ``flash_attention_outside``.
+    """
     if VARLEN:
         first = tl.maximum(tl.load(cu_seqlens_ptr + batch), 0)
         end = tl.minimum(tl.load(cu_seqlens_ptr + batch + 1), tokens)
-        return first, tl.maximum(end - first, 0)
+        return first, tl.minimum(tl.maximum(end - first, 0), max_seq)
     else:
         return batch * 0, max_seq
 

@@ -11,13 +11,18 @@ from gptkern.ops._dispatch import call_key
 from gptkern.ops.flash_attention import hopper
 from gptkern.ops.flash_attention.kernels import flash_attention_forward
 from gptkern.ops.flash_attention.kernels_backward import flash_attention_dkdv, flash_attention_dq
+from gptkern.ops.flash_attention.kernels_outside import flash_attention_outside
 
 # The window that means none.
 UNLIMITED = -1
 
+# Rows that one program looks at.
+OUTSIDE_ROWS = 64
+
 Maybe = torch.Tensor | None
 
 _forwards: _launch.Plans[_launch.Again] = _launch.Plans()
+_outsides: _launch.Plans[_launch.Again] = _launch.Plans()
 
 
 class Options(NamedTuple):
@@ -123,10 +128,6 @@ class Shape:
             return of_slopes, 0, 0, 0
         return of_slopes, bias.stride(0), bias.stride(1), bias.stride(2)
 
-    def new(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory for a result: zeros if packed, as no program writes tokens that belong to no sequence."""
-        return (torch.zeros if self.packed else torch.empty)(shape, dtype=dtype, device=device)
-
     def constants(self, o: Options) -> dict[str, Any]:
         """The kernels' flags and sizes that follow from the call."""
         return {
@@ -162,10 +163,8 @@ def forward(
     o: Options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward kernel: (out in q's dtype, lse in fp32)."""
-    # Packed, no program writes tokens that belong to no sequence.
-    new = torch.empty if packed is None else torch.zeros
-    out = new(out_shape(q, v), dtype=q.dtype, device=q.device)
-    lse = new(lse_shape(q, packed is not None), dtype=torch.float32, device=q.device)
+    out = torch.empty(out_shape(q, v), dtype=q.dtype, device=q.device)
+    lse = torch.empty(lse_shape(q, packed is not None), dtype=torch.float32, device=q.device)
     cu_q, cu_k, *longest = packed or (None, None)
     offsets = (cu_q, None if cu_k is cu_q else cu_k)
     key = call_key((q, k, v, *offsets, *extras), *longest, *o, _launch.multiprocessors(q.device))
@@ -176,7 +175,36 @@ def forward(
             (q, k, v, *offsets, *extras, out, lse),
             lambda: _forward(q, k, v, packed, extras, o, out, lse),
         )
+        if packed is not None:
+            _launch.repeated(
+                _outsides, key, (*offsets, out, lse), lambda: _fill_outside(packed, False, out, lse=lse)
+            )
     return out, lse
+
+
+def _fill_outside(
+    packed: Packed,
+    of_keys: bool,
+    first: torch.Tensor,
+    second: Maybe = None,
+    lse: Maybe = None,
+) -> None:
+    """Write what the kernels before left of packed results, ``(tokens, heads, head_dim)`` and contiguous."""
+    own, other, longest, longest_other = packed
+    if of_keys:
+        own, other, longest, longest_other = other, own, longest_other, longest
+    tokens = first.shape[0]
+    _launch.launch(
+        flash_attention_outside,
+        (-(-tokens // OUTSIDE_ROWS),),
+        *(first, second, lse, own, other, own.shape[0] - 1, tokens, longest, longest_other),
+        *(first[0].numel() if tokens else 0, 0 if second is None or not tokens else second[0].numel()),
+        first.shape[1],
+        BLOCK_ROWS=OUTSIDE_ROWS,
+        BLOCK_SEQUENCES=32,
+        BLOCK_COLUMNS=64,
+        num_warps=4,
+    )
 
 
 def _forward(
@@ -224,33 +252,52 @@ def backward(
     do = do if do.stride(-1) == 1 else do.contiguous()
     out, lse = out.contiguous(), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv = (shape.new(t.shape, t.dtype, t.device) for t in (q, k, v))
-    if hopper.serves(q, k, v, extras, o):
-        with _launch.on_device(q):
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    with _launch.on_device(q):
+        if hopper.serves(q, k, v, extras, o):
             hopper.backward(do, dlse, q, k, v, out, lse, (dq, dk, dv), shape, o)
-        return dq, dk, dv
+        else:
+            _backward(do, dlse, q, k, v, out, lse, (dq, dk, dv), shape, o)
+        if packed is not None:
+            _fill_outside(packed, False, dq)
+            _fill_outside(packed, True, dk, dv)
+    return dq, dk, dv
+
+
+def _backward(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    shape: Shape,
+    o: Options,
+) -> None:
+    """Launch both kernels; out, lse and ``gradients``, which are dq, dk and dv, are contiguous."""
+    (dq, dk, dv), extras = gradients, shape.extras
     delta = torch.empty_like(lse)
     constants = shape.constants(o)
     group = shape.heads // shape.heads_k
     config = _config("flash_attention_dq", q, constants, extras)
-    with _launch.on_device(q):
-        _launch.launch(
-            flash_attention_dq,
-            shape.grid(config["BLOCK_M"]),
-            *(q, k, v, out, do, lse, dlse, delta, dq, *shape.offsets, *extras),
-            *(shape.heads, group, *shape.extents, *o),
-            *(*shape.strides(q, k, v, out, do, dq), *shape.lse_strides(lse), *shape.extra_strides()),
-            **constants,
-            **config,
-        )
-        config = _config("flash_attention_dkdv", q, constants, extras)
-        _launch.launch(
-            flash_attention_dkdv,
-            shape.grid(config["BLOCK_N"], of_keys=True),
-            *(q, k, v, do, lse, delta, dk, dv, *shape.offsets, *extras),
-            *(shape.heads_k, group, *shape.extents, *o),
-            *(*shape.strides(q, k, v, do, dk, dv), *shape.lse_strides(lse), *shape.extra_strides()),
-            **constants,
-            **config,
-        )
-    return dq, dk, dv
+    _launch.launch(
+        flash_attention_dq,
+        shape.grid(config["BLOCK_M"]),
+        *(q, k, v, out, do, lse, dlse, delta, dq, *shape.offsets, *extras),
+        *(shape.heads, group, *shape.extents, *o),
+        *(*shape.strides(q, k, v, out, do, dq), *shape.lse_strides(lse), *shape.extra_strides()),
+        **constants,
+        **config,
+    )
+    config = _config("flash_attention_dkdv", q, constants, extras)
+    _launch.launch(
+        flash_attention_dkdv,
+        shape.grid(config["BLOCK_N"], of_keys=True),
+        *(q, k, v, do, lse, delta, dk, dv, *shape.offsets, *extras),
+        *(shape.heads_k, group, *shape.extents, *o),
+        *(*shape.strides(q, k, v, do, dk, dv), *shape.lse_strides(lse), *shape.extra_strides()),
+        **constants,
+        **config,
+    )

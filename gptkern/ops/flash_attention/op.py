@@ -164,9 +164,9 @@ def flash_attention_varlen(
         cu_seqlens_q: ``(sequences + 1,)`` int32 on q's device: 0, then the running total of lengths. On a
             GPU, where a check would stall, offsets that decrease or pass the last token are cut off there.
         cu_seqlens_k: the same of k; sequences of q and k may differ in length.
-        max_seqlen_q: at least the longest length in ``cu_seqlens_q``. Not compared with it, which
-            would wait for the GPU: rows past it are not computed.
-        max_seqlen_k: at least the longest length in ``cu_seqlens_k``.
+        max_seqlen_q: at least the longest length in ``cu_seqlens_q``. On a GPU, where a check would stall,
+            all results of a longer sequence are NaN, its gradients too.
+        max_seqlen_k: the same of ``cu_seqlens_k``.
         alibi_slopes: ``(heads,)`` or ``(sequences, heads)`` fp32, as in ``flash_attention``.
         causal, scale, window, softcap, dropout_p, return_lse: as in ``flash_attention``.
 

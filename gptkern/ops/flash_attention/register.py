@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gptkern.ops._dispatch import use_kernel
-from gptkern.ops._register import register
+from gptkern.ops._register import kernel_backward, register
 from gptkern.ops.flash_attention import checks, launch, reference
 from gptkern.ops.flash_attention.launch import UNLIMITED, Extras, Maybe, Options, Packed
 
@@ -36,7 +36,7 @@ class FlashAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @kernel_backward
     def backward(ctx: Any, do: Maybe, dlse: Maybe) -> Any:
         q, k, v, out, lse, cu_q, cu_k, *extras = ctx.saved_tensors
         packed = None if cu_q is None else Packed(cu_q, cu_k, *ctx.max_seqlens)

@@ -13,7 +13,7 @@ import torch
 
 from gptkern.ops import _checks
 from gptkern.ops._dispatch import use_kernel
-from gptkern.ops._register import register
+from gptkern.ops._register import kernel_backward, register
 from gptkern.ops.gelu_mlp import launch, reference
 from gptkern.ops.gelu_mlp.launch import PLAIN, Form, Layers, Saved
 from gptkern.ops.linear import checks
@@ -45,7 +45,7 @@ class MLP(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @kernel_backward
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[1:]
         grads = launch.backward(ctx.form, dout, _saved(ctx), needs[:5])

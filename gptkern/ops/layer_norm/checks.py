@@ -22,6 +22,7 @@ def _ordinary(x: torch.Tensor, residual: Maybe, weight: Maybe, bias: Maybe) -> b
             and value.dtype in _checks.FLOATS
             and value.device == device
             and value.is_contiguous()
+            and not _checks.opposite(value)
         ):
             return False
     return weight is not None or bias is None

@@ -8,7 +8,7 @@ import torch
 
 from gptkern.ops import _checks
 from gptkern.ops._dispatch import INTERPRETED
-from gptkern.ops._register import register, tensor_or_empty
+from gptkern.ops._register import kernel_backward, register, tensor_or_empty
 from gptkern.ops.layer_norm import launch
 from gptkern.ops.layer_norm.checks import check, check_kernel
 from gptkern.ops.layer_norm.launch import Forward, Saved, Settings, forward_plan
@@ -36,7 +36,7 @@ class Norm(torch.autograd.Function):
         return out if total is None else (out, total)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @kernel_backward
     def backward(ctx: Any, d_out: Maybe, d_total: Maybe = None) -> Any:
         saved = Saved(*ctx.saved_tensors, *ctx.settings)
         weight_grads = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]

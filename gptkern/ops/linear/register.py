@@ -10,7 +10,7 @@ import torch
 
 from gptkern.ops import _checks
 from gptkern.ops._dispatch import use_kernel
-from gptkern.ops._register import register, tensor_or_empty
+from gptkern.ops._register import kernel_backward, register, tensor_or_empty
 from gptkern.ops.linear import checks, launch, reference
 from gptkern.ops.linear.launch import Saved
 
@@ -35,7 +35,7 @@ class Linear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @kernel_backward
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
         grads = launch.backward(dout, _saved(ctx), needs[:3])

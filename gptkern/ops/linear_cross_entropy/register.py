@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gptkern.ops import _checks
-from gptkern.ops._register import register
+from gptkern.ops._register import kernel_backward, register
 from gptkern.ops.linear_cross_entropy import launch
 from gptkern.ops.linear_cross_entropy.checks import OP, Head, Settings, check
 from gptkern.ops.linear_cross_entropy.launch import Needs
@@ -35,7 +35,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss, z_loss, accuracy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @kernel_backward
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Maybe, ...]:
         return *_grads(ctx, grad, launch.backward_per_token), None, None, None
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gptkern.ops._dispatch import INTERPRETED
-from gptkern.ops._register import register, tensor_or_empty
+from gptkern.ops._register import kernel_backward, register, tensor_or_empty
 from gptkern.ops.rotary import checks, launch
 from gptkern.ops.rotary.launch import Angles, HeadNorm
 
@@ -28,7 +28,7 @@ class Rotary(torch.autograd.Function):
         return q_out if k_out is None else (q_out, k_out)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @kernel_backward
     def backward(ctx: Any, dq: torch.Tensor, dk: Maybe = None) -> Any:
         q_grad, k_grad, q_weight_grad, k_weight_grad = launch.backward(dq, dk, *_saved(ctx))
         return q_grad, k_grad, None, None, None, None, q_weight_grad, k_weight_grad, None, None

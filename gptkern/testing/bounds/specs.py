@@ -282,6 +282,18 @@ SPECS: dict[str, Spec] = {
         ),
         grid={0: _size("cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)")},
     ),
+    "flash_attention_outside": Spec(
+        ("flash_attention", "packed"),
+        {"tokens": (1, MOST_ROWS)},
+        _extents(
+            first_ptr="tokens * first_width",
+            second_ptr="tokens * second_width",
+            lse_ptr="heads * tokens",
+            cu_seqlens_ptr="sequences + 1",
+            cu_seqlens_other_ptr="sequences + 1",
+        ),
+        grid={0: _size("cdiv(tokens, BLOCK_ROWS)")},
+    ),
     "dhidden_kernel": Spec(
         ("linear_cross_entropy", "133 tokens x 40, 517 words"),
         {"tokens": (1, MOST_ROWS)},
