@@ -32,7 +32,7 @@ struct Dot<Fp32> {
 template <>
 struct Dot<Bf16> {
     using Vector = __m512bh;
-    static constexpr int kInputs = 2 * kLanes, kDepth = 1024;
+    static constexpr int kInputs = 2 * kLanes, kDepth = 1536;
     GPTKERN_HD static Vector load(const uint16_t* from) { return reinterpret_cast<Vector>(_mm512_loadu_si512(from)); }
     GPTKERN_HD static Vector load(const uint16_t* from, int count) {
         return reinterpret_cast<Vector>(_mm512_maskz_loadu_epi16((1u << count) - 1, from));
@@ -92,6 +92,8 @@ struct DotSums {
         constexpr int kInputs = Dot<Kind>::kInputs;
         const int whole = weights.inputs / kInputs * kInputs;
         Vector w[kOuts];
+        // By two: the end of a loop of half the turns is foreseen, a fourteenth of a bf16 product's time.
+#pragma GCC unroll 2
         for (int i = 0; i < whole; i += kInputs) {
 #pragma GCC unroll 4
             for (int j = 0; j < kOuts; ++j) {
