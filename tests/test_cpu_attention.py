@@ -44,6 +44,10 @@ SPECS = {
     "one key head, a norm of all heads": GROUPED.replace(
         heads=7, kv_heads=1, head_dim=16, layers=(LayerSpec(0.2),) * 2, qk_norm="whole"
     ),
+    # A thread's smallest part of a sequence is a 64th of the context: here two blocks, above one.
+    "a context of 8000": GROUPED.replace(
+        context=8000, heads=5, kv_heads=5, layers=(LayerSpec(0.2, window=71), LayerSpec(0.3, rotary=ROTARY))
+    ),
 }
 
 
@@ -127,6 +131,7 @@ def test_every_division_into_passes_gives_the_same_bits(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = _model(SPECS[name], dtype)
+    monkeypatch.setenv(VARIABLE, "1")
     expected, whole = _in_chunks(model, [1] * TOKENS)
     for threads, page_size, chunks in (
         (1, 7, [TOKENS]),
@@ -134,6 +139,9 @@ def test_every_division_into_passes_gives_the_same_bits(
         (2, 64, [64, 64, 22]),
         (2, 5, [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 40, 30, 20]),
         (5, 16, [63, 2, 63, 22]),
+        (2, 64, [100, *[1] * 50]),
+        (3, 7, [60, *[1] * 90]),
+        (16, 64, [130, *[1] * 20]),
     ):
         monkeypatch.setenv(VARIABLE, str(threads))
         found, cache = _in_chunks(model, chunks, page_size=page_size)

@@ -1,6 +1,7 @@
 // The two products of attention, by tiles of a few queries and a block of tokens: scores with its keys, and sums of its
 // values by their weights. Both add products of one number after another (of one pair after another, in bf16) to every
-// sum, so that a sum depends neither on the tile that holds it nor on its neighbours.
+// sum, so that a sum depends neither on the tile that holds it nor on its neighbours. A score is made of kFours sums:
+// the lanes of a key's vectors, four by four, each of all its vectors.
 #pragma once
 
 #include <cfloat>
@@ -15,6 +16,7 @@ constexpr int kPiece = 16;   // of them that are read at once where all heads of
 constexpr int kDown = 6;     // queries of a tile,
 constexpr int kAcross = kLanes == 16 ? 4 : 2;  // and vectors: the registers hold so many sums
 constexpr int kStrip = kAcross * kLanes;
+constexpr int kFours = kLanes / 4;
 
 GPTKERN_HD constexpr int larger(int a, int b) { return a > b ? a : b; }
 GPTKERN_HD constexpr int smaller(int a, int b) { return a < b ? a : b; }
@@ -39,6 +41,48 @@ GPTKERN_HD float largest_of(Vec a) {
     __m128 half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+#endif
+}
+
+// Within each four lanes: lane i of vector j goes to lane j of vector i.
+GPTKERN_HD void transpose_fours(Vec (&a)[4]) {
+#ifdef __AVX512F__
+    const auto low = [](Vec x, Vec y) { return _mm512_unpacklo_ps(x, y); };
+    const auto high = [](Vec x, Vec y) { return _mm512_unpackhi_ps(x, y); };
+    const auto low_pair = [](Vec x, Vec y) { return _mm512_shuffle_ps(x, y, 0x44); };
+    const auto high_pair = [](Vec x, Vec y) { return _mm512_shuffle_ps(x, y, 0xee); };
+#else
+    const auto low = [](Vec x, Vec y) { return _mm256_unpacklo_ps(x, y); };
+    const auto high = [](Vec x, Vec y) { return _mm256_unpackhi_ps(x, y); };
+    const auto low_pair = [](Vec x, Vec y) { return _mm256_shuffle_ps(x, y, 0x44); };
+    const auto high_pair = [](Vec x, Vec y) { return _mm256_shuffle_ps(x, y, 0xee); };
+#endif
+    const Vec x = low(a[0], a[1]), y = low(a[2], a[3]), z = high(a[0], a[1]), w = high(a[2], a[3]);
+    a[0] = low_pair(x, y);
+    a[1] = high_pair(x, y);
+    a[2] = low_pair(z, w);
+    a[3] = high_pair(z, w);
+}
+
+// Each four lanes' J-th in all of them.
+template <int J>
+GPTKERN_HD Vec of_fours(Vec a) {
+#ifdef __AVX512F__
+    return _mm512_permute_ps(a, J * 0x55);
+#else
+    return _mm256_permute_ps(a, J * 0x55);
+#endif
+}
+
+// The sums of a[i]'s fours, in order, are the four lanes of the result from 4 i on.
+GPTKERN_HD Vec sums_of_fours(const Vec (&a)[kFours]) {
+#ifdef __AVX512F__
+    const Vec x = _mm512_shuffle_f32x4(a[0], a[1], 0x44), y = _mm512_shuffle_f32x4(a[2], a[3], 0x44);
+    const Vec z = _mm512_shuffle_f32x4(a[0], a[1], 0xee), w = _mm512_shuffle_f32x4(a[2], a[3], 0xee);
+    const Vec two = add(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+    return add(add(two, _mm512_shuffle_f32x4(z, w, 0x88)), _mm512_shuffle_f32x4(z, w, 0xdd));
+#else
+    return add(_mm256_permute2f128_ps(a[0], a[1], 0x20), _mm256_permute2f128_ps(a[0], a[1], 0x31));
 #endif
 }
 
@@ -167,26 +211,30 @@ void take_values(const typename Kind::Storage* from, const int64_t* slots, int t
     }
 }
 
-// sums += products of R rows' units [first, last) with C vectors of a strip; ``fresh`` sums are 0 before.
+// total += products of R rows' unit u with C vectors of a strip.
 template <class Kind, int R, int C>
-void add_strip(const Lines& rows, const float* strip, int first, int last, const Lines& sums, bool fresh) {
+GPTKERN_HD void add_unit(const Lines& rows, const float* strip, int u, Vec (&total)[R][C]) {
+    Vec across[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) across[c] = load(strip + u * kStrip + c * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+        const Vec one = all(rows.row(r)[u]);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) total[r][c] = Units<Kind>::add(total[r][c], one, across[c]);
+    }
+}
+
+// sums += products of R rows' units [first, last) with C vectors of a strip.
+template <class Kind, int R, int C>
+void add_strip(const Lines& rows, const float* strip, int first, int last, const Lines& sums) {
     Vec total[R][C];
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) total[r][c] = fresh ? zeros() : load(sums.row(r) + c * kLanes);
+        for (int c = 0; c < C; ++c) total[r][c] = load(sums.row(r) + c * kLanes);
     }
-    for (int u = first; u < last; ++u) {
-        Vec across[C];
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) across[c] = load(strip + u * kStrip + c * kLanes);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-            const Vec one = all(rows.row(r)[u]);
-#pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) total[r][c] = Units<Kind>::add(total[r][c], one, across[c]);
-        }
-    }
+    for (int u = first; u < last; ++u) add_unit<Kind, R, C>(rows, strip, u, total);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -194,27 +242,62 @@ void add_strip(const Lines& rows, const float* strip, int first, int last, const
     }
 }
 
-// The same with the columns [0, columns) of all strips, and what fills their last vector.
-template <class Kind, int R>
-void add_products(const Lines& rows, const Strips& block, int first, int last, int columns, const Lines& sums,
-                  bool fresh) {
-    for (int column = 0; column < columns; column += kStrip) {
-        const float* const strip = block.place(0, column);
-        const Lines to{sums.at + column, sums.stride};
-        switch ((columns - column + kLanes - 1) / kLanes) {
-            case 1: add_strip<Kind, R, 1>(rows, strip, first, last, to, fresh); break;
-            case 2: add_strip<Kind, R, 2>(rows, strip, first, last, to, fresh); break;
-            case 3: add_strip<Kind, R, smaller(3, kAcross)>(rows, strip, first, last, to, fresh); break;
-            default: add_strip<Kind, R, kAcross>(rows, strip, first, last, to, fresh);
+// The scores of R queries with C vectors of a strip of keys, of so many units.
+template <class Kind, int R, int C>
+void score_strip(const Lines& queries, const float* strip, int units, const Lines& scores) {
+    for (int four = 0; four < kLanes; four += 4) {
+        Vec total[R][C];
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) total[r][c] = zeros();
+        }
+        for (int first = four; first < units; first += kLanes) {
+            for (int u = first; u < first + 4; ++u) add_unit<Kind, R, C>(queries, strip, u, total);
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) {
+                float* const to = scores.row(r) + c * kLanes;
+                store(to, four == 0 ? total[r][c] : add(load(to), total[r][c]));
+            }
         }
     }
+}
+
+// use(strip, its first column, its vectors as a constant) for the columns [0, columns), and those of their last vector.
+template <class Use>
+void for_strips(const Strips& block, int columns, const Use& use) {
+    for (int column = 0; column < columns; column += kStrip) {
+        const float* const strip = block.place(0, column);
+        switch ((columns - column + kLanes - 1) / kLanes) {
+            case 1: use(strip, column, Count<1>{}); break;
+            case 2: use(strip, column, Count<2>{}); break;
+            case 3: use(strip, column, Count<smaller(3, kAcross)>{}); break;
+            default: use(strip, column, Count<kAcross>{});
+        }
+    }
+}
+
+// sums += products of R rows' units [first, last) with all strips.
+template <class Kind, int R>
+void add_products(const Lines& rows, const Strips& block, int first, int last, int columns, const Lines& sums) {
+    for_strips(block, columns, [&](const float* strip, int column, auto vectors) {
+        const Lines to{sums.at + column, sums.stride};
+        add_strip<Kind, R, decltype(vectors)::value>(rows, strip, first, last, to);
+    });
 }
 
 // The scores of R queries with the keys of ``tokens`` tokens.
 template <class Kind, int R>
 void score(const Lines& queries, const Strips& keys, int dim, int tokens, const Lines& scores) {
-    constexpr int kNumbers = Units<Kind>::kNumbers;
-    add_products<Kind, R>(queries, keys, 0, (dim + kNumbers - 1) / kNumbers, tokens, scores, true);
+    constexpr int kNumbers = kLanes * Units<Kind>::kNumbers;
+    const int units = (dim + kNumbers - 1) / kNumbers * kLanes;
+    for_strips(keys, tokens, [&](const float* strip, int column, auto vectors) {
+        const Lines to{scores.at + column, scores.stride};
+        score_strip<Kind, R, decltype(vectors)::value>(queries, strip, units, to);
+    });
 }
 
 // The tokens [first, last) of a block, or of a part of it, that a query sees; none: both are 0.
@@ -255,7 +338,7 @@ void add_values(const Lines& weights, const Strips& values, Seen seen, int dim, 
     int unit = seen.first / kNumbers;
     const int last = seen.last / kNumbers;
     if (seen.first % kNumbers != 0) part(unit++, seen.first % kNumbers, kNumbers);
-    if (unit < last) add_products<Kind, 1>(weights, values, unit, last, dim, sums, false);
+    if (unit < last) add_products<Kind, 1>(weights, values, unit, last, dim, sums);
     if (seen.last % kNumbers != 0) part(last, 0, seen.last % kNumbers);
 }
 
@@ -275,33 +358,63 @@ void add_values(const Lines& weights, const Strips& values, const Seen* seen, in
         add_values<Kind>(weights.from(r), values, {seen[r].first, end}, dim, sums.from(r));
     }
     if (from >= to) return;
-    add_products<Kind, R>(weights, values, from, to, dim, sums, false);
+    add_products<Kind, R>(weights, values, from, to, dim, sums);
     for (int r = 0; r < R; ++r) {
         add_values<Kind>(weights.from(r), values, {to * kNumbers, seen[r].last}, dim, sums.from(r));
     }
 }
 
-// One query's sums += its weights times the values that it sees: what ``take_values`` and ``add_values`` give, without a
-// strip between the two.
+// One query's sums += its weights times the values that it sees: the elements from ``i`` on, as many as V vectors of
+// units have. Several hide how long an addition takes.
+template <class Kind, int V>
+GPTKERN_HD void add_some_values(const float* weights, const typename Kind::Storage* from, const int64_t* slots,
+                                int tokens, Seen seen, int i, int dim, float* sums) {
+    using U = Units<Kind>;
+    constexpr int N = U::kNumbers, kNumbers = kLanes * N;
+    Vec total[V][N];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+        for (int c = 0; c < N; ++c) total[v][c] = load(sums + i + v * kNumbers + c * kLanes);
+    }
+    const auto take = [&](int t, const auto& seen_of) {
+        const typename Kind::Storage* const first = from + slots[t];
+        const typename Kind::Storage* const last = from + slots[smaller(t + N, tokens) - 1];
+        const Vec weight = all(weights[t / N]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            Vec zipped[N];
+            values_of<Kind>(first, last, i + v * kNumbers, dim, zipped);
+            for (int c = 0; c < N; ++c) total[v][c] = U::add(total[v][c], weight, seen_of(zipped[c]));
+        }
+    };
+    const auto take_some = [&](int t) {
+        const Seen part = seen.within(t, N);
+        take(t, [&](Vec units) { return U::some(units, part.first, part.last); });
+    };
+    int t = seen.first / N * N;
+    if (t < seen.first) {
+        take_some(t);
+        t += N;
+    }
+    for (; t + N <= seen.last; t += N) take(t, [](Vec units) { return units; });
+    if (t < seen.last) take_some(t);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+        for (int c = 0; c < N; ++c) store(sums + i + v * kNumbers + c * kLanes, total[v][c]);
+    }
+}
+
+// One query's sums += its weights times the values that it sees: what take_values and add_values give, without a strip
+// between the two.
 template <class Kind>
 void add_values_alone(const float* weights, const typename Kind::Storage* from, const int64_t* slots, int tokens,
                       Seen seen, int dim, float* sums) {
-    using U = Units<Kind>;
-    constexpr int N = U::kNumbers;
-    for (int i = 0; i < dim; i += kLanes * N) {
-        Vec total[N];
-        for (int c = 0; c < N; ++c) total[c] = load(sums + i + c * kLanes);
-        for (int t = seen.first / N * N; t < seen.last; t += N) {
-            Vec zipped[N];
-            values_of<Kind>(from + slots[t], from + slots[smaller(t + N, tokens) - 1], i, dim, zipped);
-            const Seen part = seen.within(t, N);
-            for (int c = 0; c < N; ++c) {
-                if (part.last - part.first < N) zipped[c] = U::some(zipped[c], part.first, part.last);
-                total[c] = U::add(total[c], all(weights[t / N]), zipped[c]);
-            }
-        }
-        for (int c = 0; c < N; ++c) store(sums + i + c * kLanes, total[c]);
+    constexpr int kNumbers = kLanes * Units<Kind>::kNumbers, V = 4 / Units<Kind>::kNumbers;
+    int i = 0;
+    for (; i + V * kNumbers <= dim; i += V * kNumbers) {
+        add_some_values<Kind, V>(weights, from, slots, tokens, seen, i, dim, sums);
     }
+    for (; i < dim; i += kNumbers) add_some_values<Kind, 1>(weights, from, slots, tokens, seen, i, dim, sums);
 }
 
 // The scores of one query with a head's keys of some tokens: those that ``take_keys`` and ``score`` give, without a
@@ -312,25 +425,26 @@ void score_alone(const float* query, const typename Kind::Storage* from, const i
     using U = Units<Kind>;
     constexpr int kNumbers = kLanes * U::kNumbers;
     for (int t = 0; t < tokens; t += kLanes) {
-        const typename Kind::Storage* at[kLanes];
-        for (int j = 0; j < kLanes; ++j) at[j] = from + slots[smaller(t + j, tokens - 1)];
-        Vec total = zeros(), units[kLanes];
-        int i = 0;
-        for (; i + kNumbers <= dim; i += kNumbers) {
-#pragma GCC unroll 16
-            for (int j = 0; j < kLanes; ++j) units[j] = U::load(at[j] + i);
-            transpose(units);
-#pragma GCC unroll 16
-            for (int j = 0; j < kLanes; ++j) total = U::add(total, all(query[i / U::kNumbers + j]), units[j]);
-        }
-        if (i < dim) {
-            for (int j = 0; j < kLanes; ++j) units[j] = U::load_some(at[j] + i, dim - i);
-            transpose(units);
-            for (int j = 0; j * U::kNumbers < dim - i; ++j) {
-                total = U::add(total, all(query[i / U::kNumbers + j]), units[j]);
+        Vec total[kFours];
+#pragma GCC unroll 4
+        for (int f = 0; f < kFours; ++f) total[f] = zeros();
+        for (int i = 0; i < dim; i += kNumbers) {
+            const Vec own = load(query + i / U::kNumbers);
+            const Vec one[4] = {of_fours<0>(own), of_fours<1>(own), of_fours<2>(own), of_fours<3>(own)};
+#pragma GCC unroll 4
+            for (int f = 0; f < kFours; ++f) {
+                Vec units[4];
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) {
+                    const typename Kind::Storage* const at = from + slots[smaller(t + 4 * f + j, tokens - 1)] + i;
+                    units[j] = i + kNumbers <= dim ? U::load(at) : U::load_some(at, dim - i);
+                }
+                transpose_fours(units);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) total[f] = U::add(total[f], one[j], units[j]);
             }
         }
-        store(scores + t, total);
+        store(scores + t, sums_of_fours(total));
     }
 }
 

@@ -282,17 +282,11 @@ private:
     void attend(int layer) const {
         int unit = 0;
         for (int row = 0; row < p_.count;) {
-            int rows = attention_.consecutive(row, p_.count);
-            if (rows > 1) {
-                attend_together(layer, row, rows, unit);
-            } else {
-                while (row + rows < p_.count && attention_.consecutive(row + rows, 2) == 1) ++rows;
-                p_.for_units(row, rows, m_.heads, [&](int alone, int head, int heads) {
-                    attention_.attend(layer, alone, 1, head, heads);
-                });
-            }
+            const int rows = attention_.consecutive(row, p_.count);
+            if (rows > 1) attend_together(layer, row, rows, unit);
             row += rows;
         }
+        attention_.attend_alone(layer);
     }
 
     // Rows of one sequence: some of them and the heads of a group at a time, or a head where groups are too few. Later

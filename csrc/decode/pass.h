@@ -14,7 +14,15 @@ namespace gptkern {
 inline namespace GPTKERN_ISA {
 
 constexpr int kQueries = 64;  // queries of one sequence that attend together, by the heads that share keys and values
+constexpr int kMostRuns = 64;  // of a context
 constexpr int kBand = 256;  // outputs that are computed before what follows the product is done with them
+
+inline int64_t most_queries(const CpuModel& m) { return larger(m.heads, kQueries); }
+
+// Tokens whose sums are made apart from those of others, as several threads may take a row's: whole blocks.
+inline int run_tokens(const CpuModel& m) {
+    return (m.n_positions + kMostRuns * kTokens - 1) / (kMostRuns * kTokens) * kTokens;
+}
 
 // The layout of a pass's memory: offsets in floats. Buffers that one thread alone writes exist once a thread.
 struct Layout {
@@ -49,12 +57,13 @@ struct Layout {
 #ifdef __AVX512VNNI__
         codes = take(sizeof(CodePanel) / sizeof(float));
 #endif
-        const int64_t most = larger(m.heads, kQueries), head = padded(m.head_dim);
+        const int64_t most = most_queries(m), head = padded(m.head_dim);
+        const int64_t runs = (m.n_positions + run_tokens(m) - 1) / run_tokens(m), sets = 2 * most + runs * m.heads;
         turned = take(head);
         queries = take(most * head);
-        means = take(most * head);
-        totals = take(most * kLanes);
-        tops = take(most + kLanes);
+        means = take(sets * head);
+        totals = take(sets * kLanes);
+        tops = take(sets + kLanes);
         keys = take(kTokens * head);
         values = take(kTokens * (head + kStrip));
         scores = take(most * kTokens);
@@ -91,6 +100,9 @@ struct Pass {
     float* own;
     const int32_t* wanted;  // the rows of the pass that are computed; null: all
     int count;              // how many these are
+
+    // The memory of one thread.
+    float* memory_of(int thread) const { return call.memory + layout.shared + thread * layout.per_thread; }
 
     // A computed row's place among the pass's rows.
     int place(int row) const { return wanted == nullptr ? row : wanted[row]; }
