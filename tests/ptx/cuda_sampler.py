@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gptkern._native import COMMIT
+from gptkern._native import COMMIT, COMMIT_ONLY
 from gptkern.ops import SamplerState, SamplingParams
 from gptkern.ops.sample.launch import Drafts, Outputs
 from gptkern.testing.ptx import execute
@@ -19,7 +19,7 @@ from gptkern.testing.ptx.counters import Counters
 from gptkern.testing.ptx.parse import Instruction
 
 CSRC = Path(__file__).parents[2] / "csrc"
-THREADS = 512
+THREADS, COMMITTERS = 512, 128
 P, I32, I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
@@ -47,15 +47,19 @@ class TopKArguments(ctypes.Structure):
     ]  # fmt: skip
 
 
-def compiled(arch: int, folder: Path, source: Path = CSRC) -> str:
-    """The sampler's PTX, with the flags of ``csrc/CMakeLists.txt``."""
-    out = folder / f"sampler_{arch}.ptx"
-    command = [
-        "nvcc", "-std=c++17", "-O3", "-fmad=false", "-ptx", "-lineinfo", f"-arch=compute_{arch}",
-        f"-I{source}", "-DGPTKERN_ISA=cuda", f'-DGPTKERN_CUDA_ARCHS="{arch}"',
-        str(source / "sampling" / "cuda_path.cu"), "-o", str(out),
+def command(arch: int, source: Path = CSRC) -> list[str]:
+    """nvcc for the sampler, with the flags of ``csrc/CMakeLists.txt``."""
+    return [
+        "nvcc", "-std=c++17", "-O3", "-fmad=false", "-lineinfo", f"-I{source}", "-DGPTKERN_ISA=cuda",
+        f'-DGPTKERN_CUDA_ARCHS="{arch}"', str(source / "sampling" / "cuda_path.cu"),
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+
+
+def compiled(arch: int, folder: Path, source: Path = CSRC) -> str:
+    """The sampler's PTX."""
+    out = folder / f"sampler_{arch}.ptx"
+    options = ["-ptx", f"-arch=compute_{arch}", "-o", str(out)]
+    subprocess.run([*command(arch, source), *options], check=True, capture_output=True)
     return out.read_text()
 
 
@@ -89,53 +93,88 @@ def _dtype(logits: torch.Tensor) -> int:
 
 
 def _launch(
-    ptx: str, entry: str, arguments: ctypes.Structure, problem: tuple[int, int],
+    ptx: str, entry: str, arguments: ctypes.Structure, clusters: int, vocab: int,
     read: _Pointers, written: _Pointers, blocks: int, seed: int, counters: Counters | None = None,
 ) -> None:  # fmt: skip
-    """A launch for (rows, vocabulary) with ``blocks`` blocks a row, as ``csrc``'s ``launch`` makes it."""
-    rows, vocab = problem
+    """A launch of clusters of ``blocks`` blocks, as ``csrc``'s ``launch`` makes it."""
     # Three rows of the vocabulary each, which need not begin at multiples of 16 bytes: cuda_workspace_bytes.
-    workspace = torch.zeros(rows * 3 * ((vocab + 3) // 4 * 4 + 4))
+    workspace = torch.zeros(clusters * 3 * ((vocab + 3) // 4 * 4 + 4))
     execute(
-        ptx, (rows * blocks,), (bytes(arguments), workspace), entry=entry, cluster=(blocks, 1, 1),
+        ptx, (clusters * blocks,), (bytes(arguments), workspace), entry=entry, cluster=(blocks, 1, 1),
         threads=THREADS, also=[*read.tensors, *written.tensors], fresh=[workspace, *written.tensors],
         seed=seed, counters=counters,
     )  # fmt: skip
 
 
-def sample(
-    ptx: str, logits: torch.Tensor, params: SamplingParams, state: SamplerState, outputs: Outputs,
-    drafts: Drafts | None = None, blocks: int = 1, seed: int = 0, counters: Counters | None = None,
-) -> None:  # fmt: skip
-    """``cuda_sample``: a draw, or a verification of drafts, which advances the state."""
-    read, written = _Pointers(), _Pointers()
-    batch, vocab = logits.shape[0], logits.shape[-1]
+def _arguments(
+    logits: torch.Tensor, params: SamplingParams, state: SamplerState, outputs: Outputs,
+    drafts: Drafts | None, commit: int, read: _Pointers, written: _Pointers,
+) -> SampleArguments:  # fmt: skip
+    """What ``csrc/sampling/bindings.cpp`` makes of a call."""
+    verifies, draws = outputs.accepted is not None, outputs.probs is None
     tokens, probs, lengths = drafts or (None, None, None)
 
     def lists(ids: torch.Tensor | None) -> IdLists:
         return IdLists(read(ids), 0 if ids is None else ids.shape[1])
 
-    arguments = SampleArguments(
+    return SampleArguments(
         logits=read(logits), row_stride=logits.stride(0),
-        position_stride=logits.stride(1) if drafts else 0, dtype=_dtype(logits),
-        batch=batch, positions=logits.shape[1] if drafts else 1, vocab=vocab,
+        position_stride=logits.stride(1) if verifies else 0, dtype=_dtype(logits),
+        batch=logits.shape[0], positions=logits.shape[1] if verifies else 1, vocab=logits.shape[-1],
         params=read(params.values), counters=read(state.counters), counts=read(state.counts),
         bias=lists(params.bias_ids), banned=lists(params.banned_ids), eos=lists(params.eos_ids),
         bias_values=read(params.bias_values), bitmask=read(params.bitmask),
         bitmask_words=0 if params.bitmask is None else params.bitmask.shape[1],
-        logprobs=-1 if params.max_logprobs is None or drafts else params.max_logprobs, commit=COMMIT,
+        logprobs=params.max_logprobs if params.max_logprobs is not None and draws and not verifies else -1,
         tokens=written(outputs.tokens), token_logprobs=written(outputs.logprobs),
         top_tokens=written(outputs.top_tokens), top_logprobs=written(outputs.top_logprobs),
-        status=written(outputs.status), accepted=written(outputs.accepted),
-        draft_tokens=read(tokens), draft_probs=read(probs), draft_lengths=read(lengths),
+        status=written(outputs.status), probs=written(outputs.probs), accepted=written(outputs.accepted),
+        draft_tokens=read(tokens), draft_probs=read(probs), draft_lengths=read(lengths), commit=commit,
     )  # fmt: skip
-    extras = (state.counts, params.bias_ids, params.banned_ids, params.eos_ids, params.bitmask)
-    draws_only = drafts is None and arguments.logprobs < 0 and all(extra is None for extra in extras)
-    entry = "speculate_kernel" if drafts else "draw_kernel" if draws_only else "sample_kernel"
-    _launch(ptx, entry, arguments, (batch, vocab), read, written, blocks, seed, counters)
 
 
-def top_k(ptx: str, logits: torch.Tensor, k: int, outputs: Outputs, blocks: int = 1, seed: int = 0) -> None:
+# Asking for none of these is a draw and no more: for_each_extra of cuda_path.cu.
+_EXTRAS = ("counts", "bitmask", "probs", "accepted")
+_EXTRA_LISTS = ("bias", "banned", "eos")
+
+
+def _kernel(arguments: SampleArguments) -> str:
+    if arguments.accepted:
+        return "speculate_kernel"
+    extra = arguments.logprobs >= 0 or any(getattr(arguments, name) for name in _EXTRAS)
+    extra = extra or any(getattr(arguments, name).ids for name in _EXTRA_LISTS)
+    return "sample_kernel" if extra else "draw_kernel"
+
+
+def sample(
+    ptx: str, logits: torch.Tensor, params: SamplingParams, state: SamplerState, outputs: Outputs,
+    drafts: Drafts | None = None, blocks: int = 1, clusters: int | None = None, commit: int = COMMIT,
+    seed: int = 0, counters: Counters | None = None,
+) -> None:  # fmt: skip
+    """``cuda_sample``: a draw, a verification of drafts, or distributions, as ``outputs`` says.
+
+    A cluster has one row, or some rows, one after another, if ``clusters`` are fewer.
+    """
+    read, written = _Pointers(), _Pointers()
+    arguments = _arguments(logits, params, state, outputs, drafts, commit, read, written)
+    clusters = clusters or logits.shape[0]
+    kernel = _kernel(arguments)
+    _launch(ptx, kernel, arguments, clusters, logits.shape[-1], read, written, blocks, seed, counters)
+
+
+def commit_only(
+    ptx: str, logits: torch.Tensor, params: SamplingParams, state: SamplerState, outputs: Outputs
+) -> None:
+    """``cuda_sample`` after statuses were looked at: advances the state by what ``outputs`` hold."""
+    read = _Pointers()
+    arguments = _arguments(logits, params, state, outputs, None, COMMIT_ONLY, read, read)
+    grid = (-(-logits.shape[0] // COMMITTERS),)
+    execute(ptx, grid, (bytes(arguments),), entry="commit_kernel", threads=COMMITTERS, also=read.tensors)
+
+
+def top_k(
+    ptx: str, logits: torch.Tensor, k: int, outputs: Outputs, blocks: int = 1, clusters: int | None = None
+) -> None:
     """``cuda_top_k``: the k most likely tokens of each row."""
     read, written = _Pointers(), _Pointers()
     rows, vocab = logits.shape
@@ -143,4 +182,4 @@ def top_k(ptx: str, logits: torch.Tensor, k: int, outputs: Outputs, blocks: int 
         logits=read(logits), row_stride=logits.stride(0), dtype=_dtype(logits), rows=rows, vocab=vocab, k=k,
         tokens=written(outputs.tokens), logprobs=written(outputs.logprobs), status=written(outputs.status),
     )  # fmt: skip
-    _launch(ptx, "top_k_kernel", arguments, (rows, vocab), read, written, blocks, seed)
+    _launch(ptx, "top_k_kernel", arguments, clusters or rows, vocab, read, written, blocks, seed=0)

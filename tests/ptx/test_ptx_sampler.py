@@ -16,7 +16,7 @@ import pytest
 import torch
 from ptx_support import unary
 
-from gptkern._native import COMMIT
+from gptkern._native import COMMIT, KEEP_STATE
 from gptkern.ops import SamplerState, SamplingParams
 from gptkern.ops.sample import launch
 from gptkern.ops.sample.launch import Drafts, Outputs
@@ -151,21 +151,23 @@ def draws(
     history: bool = False,
     masked: bool = False,
     vocab: int = VOCAB,
+    rows: int = ROWS,
+    clusters: int | None = None,
     **options: Any,
 ) -> None:
     """Two draws, on the CPU and by the machine code, among the first ``few`` tokens: results are equal."""
     torch.manual_seed(seed)
     if masked:
-        options["bitmask"] = torch.randint(-(2**31), 2**31, (ROWS, -(-vocab // 32)), dtype=torch.int32)
-    params = SamplingParams.make(ROWS, vocab, **options)
-    ours, theirs = (SamplerState.make(ROWS, vocab, seed=5, history=history) for _ in range(2))
+        options["bitmask"] = torch.randint(-(2**31), 2**31, (rows, -(-vocab // 32)), dtype=torch.int32)
+    params = SamplingParams.make(rows, vocab, **options)
+    ours, theirs = (SamplerState.make(rows, vocab, seed=5, history=history) for _ in range(2))
     for step in range(2):
-        logits = (torch.randn(ROWS, vocab) * spread).to(dtype)
+        logits = (torch.randn(rows, vocab) * spread).to(dtype)
         if few is not None:
             logits[:, few:] = -torch.inf
         expected, found = (launch.sample_outputs(logits, params.max_logprobs) for _ in range(2))
         assert launch.sample(logits, params, theirs, expected, COMMIT) == -1
-        cuda_sampler.sample(ptx, logits, params, ours, found, blocks=blocks, seed=step)
+        cuda_sampler.sample(ptx, logits, params, ours, found, blocks=blocks, clusters=clusters, seed=step)
         equal(found, expected)
         assert torch.equal(ours.counters, theirs.counters)
         if ours.counts is not None and theirs.counts is not None:
@@ -174,6 +176,7 @@ def draws(
 
 # One block a row before sm_90; there 1, 2, 4 or 8 share it.
 TEAMS = [(80, 1), (90, 1), (90, 2), (90, 8)]
+ONE_IN_CI = [*TEAMS[:2], pytest.param(*TEAMS[2], marks=pytest.mark.ci), TEAMS[3]]
 LISTED: dict[str, Any] = {
     "logit_bias": [{3: 4.0, 60: 1.0}, {5: -1.0, 210: 9.0}],
     "banned": [[1, 2, *range(20, 61)], [3]],  # more than a warp's, the last one biased as well
@@ -216,7 +219,7 @@ def test_a_cluster_draws_the_cpus_tokens(texts: Callable[[int], str]) -> None:
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.ci)])
 def test_every_form_of_its_instructions_has_an_answer(texts: Callable[[int], str], arch: int) -> None:
     kernels = ("sample_kernel", "draw_kernel", "speculate_kernel", "top_k_kernel", "commit_kernel")
     programs = [parse(texts(arch), kernel) for kernel in kernels]
@@ -277,29 +280,163 @@ def refuses_an_id(ptx: str, blocks: int, **options: Any) -> None:
     assert state.counters[:, 2].tolist() == [0, 1]
 
 
+# Rows of every kind, which few clusters take one after another.
+IN_TURN: dict[str, Any] = {
+    "rows": 5,
+    "clusters": 2,
+    "temperature": [1.0, 0.7, 1.0, 0.0, 0.0],
+    "top_k": [7, 0, 150, 0, 20],
+    "top_p": [0.75, 0.9, 1.0, 1.0, 0.9],
+    "min_p": [0.0, 0.0, 0.05, 0.0, 0.0],
+}
+PENALISED_IN_TURN = {
+    "history": True,
+    "masked": True,
+    "repetition_penalty": [1.3, 1.0, 1.3, 1.0, 1.0],
+    "frequency_penalty": [0.0, 0.2, 0.0, 0.0, 0.2],
+    "banned": [[3, 7], [], list(range(50)), [], [0]],
+}
+
+
 @needs_nvcc
 @pytest.mark.slow
+@pytest.mark.parametrize(("arch", "blocks"), ONE_IN_CI)
 @pytest.mark.parametrize(
-    ("blocks", "dtype", "options"),
+    "options",
     [
-        (8, torch.bfloat16, {"top_k": 50, "top_p": 0.9}),
-        (8, torch.float32, {"top_k": 128}),
-        (1, torch.float16, {"temperature": 0.0}),
+        IN_TURN,
+        IN_TURN | PENALISED_IN_TURN,
+        IN_TURN | PENALISED_IN_TURN | {"n_logprobs": [5, 0, 3, 5, 1], "dtype": torch.bfloat16},
     ],
+    ids=["plain", "edited", "scored"],
 )
-def test_gpt2s_vocabulary(
-    texts: Callable[[int], str], blocks: int, dtype: torch.dtype, options: dict[str, Any]
+def test_clusters_take_rows_in_turn(
+    texts: Callable[[int], str], arch: int, blocks: int, options: dict[str, Any]
 ) -> None:
-    """Rows begin between multiples of 16 bytes; a part is longer than its threads ask for at once."""
-    torch.manual_seed(4)
-    vocab = 50257
-    logits = (torch.randn(2, vocab) * 3).to(dtype)
-    params = SamplingParams.make(2, vocab, **options)
-    ours, theirs = (SamplerState.make(2, vocab, seed=5) for _ in range(2))
-    expected, found = (launch.sample_outputs(logits, None) for _ in range(2))
-    assert launch.sample(logits, params, theirs, expected, COMMIT) == -1
-    cuda_sampler.sample(texts(90), logits, params, ours, found, blocks=blocks)
+    draws(texts(arch), blocks, **options)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [1, 8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_k": 2, "dtype": torch.bfloat16},
+        {"temperature": 0.0},
+        {"top_p": 0.5, "n_logprobs": 1, "dtype": torch.float16},
+        {"top_k": 1, "history": True, "repetition_penalty": 2.0},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_few_tokens_leave_blocks_without_a_part(
+    texts: Callable[[int], str], blocks: int, options: dict[str, Any]
+) -> None:
+    for vocab in (2, 3, 9, 33):
+        draws(texts(90), blocks, vocab=vocab, **options)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "blocks"), TEAMS)
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.9}, {"top_k": 20, "dtype": torch.bfloat16}, {"temperature": 0.0}, LISTED | PENALISED],
+    ids=lambda options: " ".join(options),
+)
+def test_distributions_are_the_cpus(
+    texts: Callable[[int], str], arch: int, blocks: int, options: dict[str, Any]
+) -> None:
+    """Written and not drawn from. A row that cannot be is all 0; the state does not change."""
+    torch.manual_seed(6)
+    options = dict(options)
+    dtype, history = options.pop("dtype", torch.float32), options.pop("history", False)
+    logits = (torch.randn(ROWS, VOCAB) * 3).to(dtype)
+    logits[1, 100] = torch.nan
+    params = SamplingParams.make(ROWS, VOCAB, **options)
+    state = SamplerState.make(ROWS, VOCAB, seed=5, history=history)
+    if state.counts is not None:
+        state.counts.copy_(torch.randint(0, 3, state.counts.shape))
+    before = state.counters.clone()
+    expected, found = (launch.probs_outputs(logits) for _ in range(2))
+    assert launch.sample(logits, params, state, expected, KEEP_STATE) == 1
+    cuda_sampler.sample(texts(arch), logits, params, state, found, blocks=blocks, commit=KEEP_STATE)
     equal(found, expected)
+    assert found.probs is not None and found.probs[1].count_nonzero() == 0
+    assert torch.equal(state.counters, before)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"top_k": 7}, {"top_p": 0.9}], ids=str)
+def test_a_draw_may_leave_the_state(texts: Callable[[int], str], options: dict[str, Any]) -> None:
+    torch.manual_seed(7)
+    logits, params = torch.randn(ROWS, VOCAB), SamplingParams.make(ROWS, VOCAB, **options)
+    ours, theirs = (SamplerState.make(ROWS, VOCAB, seed=5, history=True) for _ in range(2))
+    expected, found = (launch.sample_outputs(logits, None) for _ in range(2))
+    assert launch.sample(logits, params, theirs, expected, KEEP_STATE) == -1
+    cuda_sampler.sample(texts(90), logits, params, ours, found, blocks=2, commit=KEEP_STATE)
+    equal(found, expected)
+    assert ours.counts is not None
+    assert ours.counters[:, 2].tolist() == [0, 0] and ours.counts.count_nonzero() == 0
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_state_advances_after_a_look_at_statuses(texts: Callable[[int], str], arch: int) -> None:
+    """Rows that were drawn advance by their token, rows with drafts by as many as were accepted."""
+    rows, vocab = cuda_sampler.COMMITTERS + 2, 5
+    torch.manual_seed(8)
+    params = SamplingParams.make(rows, vocab)
+    for positions in (1, 3):
+        logits = torch.randn(rows, positions, vocab) if positions > 1 else torch.randn(rows, vocab)
+        outputs = launch.accept_outputs(logits) if positions > 1 else launch.sample_outputs(logits, None)
+        assert outputs.tokens is not None
+        outputs.tokens.random_(vocab)
+        outputs.status.zero_()
+        outputs.status[[0, rows - 1]] = 1
+        taken = torch.ones(rows, dtype=torch.int64)
+        if outputs.accepted is not None:
+            outputs.accepted.random_(positions)
+            taken += outputs.accepted
+        taken[outputs.status != 0] = 0
+        state = SamplerState.make(rows, vocab, seed=5, history=True)
+        cuda_sampler.commit_only(texts(arch), logits, params, state, outputs)
+        assert state.counts is not None
+        assert torch.equal(state.counters[:, 2], taken)
+        there = torch.arange(positions) < taken[:, None]
+        counts = torch.zeros(rows, vocab, dtype=torch.int32)
+        counts.scatter_add_(1, outputs.tokens.view(rows, positions), there.int())
+        assert torch.equal(state.counts, counts)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("blocks", "options"),
+    [
+        (1, {"temperature": 0.0, "dtype": torch.float16}),
+        (8, {"temperature": 0.0, "dtype": torch.bfloat16}),
+        (8, {"dtype": torch.bfloat16}),
+        (8, {"top_k": 50, "top_p": 0.9, "dtype": torch.bfloat16}),
+        (8, {"top_k": 128}),
+        (8, {"top_k": 1000, "top_p": 0.95, "dtype": torch.bfloat16}),
+        (8, {"top_p": 0.9, "temperature": 0.7}),
+        (8, {"min_p": 0.05, "dtype": torch.float16}),
+        (8, {"typical_p": 0.9, "top_k": 200, "dtype": torch.bfloat16}),
+        (8, {"top_k": 50, "top_p": 0.9, "n_logprobs": 20, "dtype": torch.bfloat16}),
+        (8, {"top_k": 50, "top_p": 0.9, **PENALISED, **LISTED, "masked": True, "dtype": torch.bfloat16}),
+        (8, {"top_p": 0.9, **PENALISED, **LISTED, "n_logprobs": 5}),
+        (8, {"top_k": 50, "spread": 0.0}),
+    ],
+    ids=lambda value: " ".join(value) or "plain" if isinstance(value, dict) else str(value),
+)
+def test_gpt2s_vocabulary(texts: Callable[[int], str], blocks: int, options: dict[str, Any]) -> None:
+    """Rows begin between multiples of 16 bytes; a part is longer than its threads ask for at once."""
+    draws(texts(90), blocks, vocab=50257, seed=4, **options)
 
 
 @needs_nvcc
@@ -338,13 +475,15 @@ def test_a_cluster_meets_seldom(texts: Callable[[int], str], options: dict[str, 
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("blocks", [2, 4, 8])
-def test_fifty_orders_of_a_clusters_blocks(texts: Callable[[int], str], blocks: int) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "orders"), [(2, 50), (4, 50), (8, 50), pytest.param(8, 3, marks=pytest.mark.ci)]
+)
+def test_orders_of_a_clusters_blocks(texts: Callable[[int], str], blocks: int, orders: int) -> None:
     torch.manual_seed(0)
     params, logits = SamplingParams.make(ROWS, VOCAB, top_k=20, top_p=0.9), torch.randn(ROWS, VOCAB) * 3
     expected = launch.sample_outputs(logits, params.max_logprobs)
     assert launch.sample(logits, params, SamplerState.make(ROWS, VOCAB, seed=5), expected, COMMIT) == -1
-    for seed in range(50):
+    for seed in range(orders):
         found, state = (
             launch.sample_outputs(logits, params.max_logprobs),
             SamplerState.make(ROWS, VOCAB, seed=5),
@@ -357,33 +496,80 @@ def test_fifty_orders_of_a_clusters_blocks(texts: Callable[[int], str], blocks: 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "blocks"), TEAMS)
 @pytest.mark.parametrize("certain", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 50},
+        {"temperature": 0.0, "dtype": torch.bfloat16},
+        {"top_p": 0.9, **PENALISED, **LISTED, "masked": True, "dtype": torch.float16},
+    ],
+    ids=lambda options: " ".join(options),
+)
 def test_drafts_are_verified_alike(
-    texts: Callable[[int], str], arch: int, blocks: int, certain: bool
+    texts: Callable[[int], str], arch: int, blocks: int, certain: bool, options: dict[str, Any]
 ) -> None:
+    verifies(texts(arch), blocks, certain, **options)
+
+
+def verifies(
+    ptx: str,
+    blocks: int,
+    certain: bool,
+    dtype: torch.dtype = torch.float32,
+    history: bool = False,
+    masked: bool = False,
+    clusters: int | None = None,
+    **options: Any,
+) -> None:
+    """Drafts of two rows, the first of likely tokens, verified twice: results are equal."""
     torch.manual_seed(1)
     drafted = 2
-    logits = torch.randn(ROWS, drafted + 1, VOCAB)
-    probs = None if certain else torch.softmax(torch.randn(ROWS, drafted, VOCAB), dim=-1)
-    drafts = Drafts(torch.randint(VOCAB, (ROWS, drafted)), probs, torch.tensor([2, 1]))
-    params = SamplingParams.make(ROWS, VOCAB, top_k=50)
-    ours, theirs = (SamplerState.make(ROWS, VOCAB, seed=5) for _ in range(2))
-    expected, found = (launch.accept_outputs(logits) for _ in range(2))
-    assert launch.sample(logits, params, theirs, expected, COMMIT, drafts) == -1
-    cuda_sampler.sample(texts(arch), logits, params, ours, found, drafts, blocks=blocks)
-    equal(found, expected)
-    assert torch.equal(ours.counters, theirs.counters)
+    if masked:
+        options["bitmask"] = torch.randint(-(2**31), 2**31, (ROWS, -(-VOCAB // 32)), dtype=torch.int32)
+    params = SamplingParams.make(ROWS, VOCAB, **options)
+    ours, theirs = (SamplerState.make(ROWS, VOCAB, seed=5, history=history) for _ in range(2))
+    for step in range(2):
+        logits = torch.randn(ROWS, drafted + 1, VOCAB).to(dtype)
+        probs = None if certain else torch.softmax(torch.randn(ROWS, drafted, VOCAB), dim=-1)
+        tokens = torch.randint(VOCAB, (ROWS, drafted))
+        tokens[0] = logits[0, :drafted].argmax(-1)
+        drafts = Drafts(tokens, probs, torch.tensor([2, 1]))
+        expected, found = (launch.accept_outputs(logits) for _ in range(2))
+        assert launch.sample(logits, params, theirs, expected, COMMIT, drafts) == -1
+        cuda_sampler.sample(
+            ptx, logits, params, ours, found, drafts, blocks=blocks, clusters=clusters, seed=step
+        )
+        equal(found, expected)
+        assert torch.equal(ours.counters, theirs.counters)
+        if ours.counts is not None and theirs.counts is not None:
+            assert torch.equal(ours.counts, theirs.counts)
 
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "blocks"), TEAMS)
-def test_the_most_likely_tokens_are_the_cpus(texts: Callable[[int], str], arch: int, blocks: int) -> None:
+@pytest.mark.parametrize(("arch", "blocks"), ONE_IN_CI)
+def test_a_cluster_verifies_drafts_of_rows_in_turn(
+    texts: Callable[[int], str], arch: int, blocks: int
+) -> None:
+    verifies(texts(arch), blocks, certain=False, clusters=1, top_p=[0.9, 1.0], **PENALISED)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "blocks"), ONE_IN_CI)
+@pytest.mark.parametrize(("vocab", "k", "dtype"), [(VOCAB, 9, torch.float32), (5, 5, torch.bfloat16)])
+def test_the_most_likely_tokens_are_the_cpus(
+    texts: Callable[[int], str], arch: int, blocks: int, vocab: int, k: int, dtype: torch.dtype
+) -> None:
+    """One row a cluster, and rows that one cluster takes in turn."""
     torch.manual_seed(2)
-    logits = torch.randn(ROWS, VOCAB).round(decimals=1)  # with ties
-    expected, found = (launch.top_k_outputs(logits, 9) for _ in range(2))
-    assert launch.top_k(logits, 9, expected) == -1
-    cuda_sampler.top_k(texts(arch), logits, 9, found, blocks=blocks)
-    equal(found, expected)
+    logits = torch.randn(ROWS, vocab).round(decimals=1).to(dtype)  # with ties
+    expected = launch.top_k_outputs(logits, k)
+    assert launch.top_k(logits, k, expected) == -1
+    for clusters in (ROWS, 1):
+        found = launch.top_k_outputs(logits, k)
+        cuda_sampler.top_k(texts(arch), logits, k, found, blocks=blocks, clusters=clusters)
+        equal(found, expected)
 
 
 # --- faults planted in its source
