@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,6 +290,38 @@ def test_bad_arguments_are_named_and_change_nothing(call: Callable[[KVCache], ob
         call(cache)
     assert contents(cache) == [[1, 2]]
     assert cache.free_pages == 19
+
+
+def _mapping(address: int) -> dict[str, str]:
+    """What the system says of the memory at an address."""
+    fields: dict[str, str] = {}
+    within = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if not name.endswith(":"):
+            begin, end = (int(edge, 16) for edge in name.split("-"))
+            within = begin <= address < end
+        elif within:
+            fields[name[:-1]] = value.strip()
+    return fields
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists() or not Path("/proc/self/smaps").exists(),
+    reason="this system has no huge pages, or does not show them",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_cache_takes_memory_as_it_is_written_and_asks_for_huge_pages(dtype: torch.dtype) -> None:
+    config = GPTConfig(vocab_size=11, n_positions=1024, n_layer=4, n_head=8, n_embd=512)
+    cache = KVCache.for_config(config, max_seqs=4, max_len=1024, dtype=dtype)
+    for memory in (cache.k, cache.v):
+        mapping = _mapping(memory.data_ptr())
+        assert "hg" in mapping["VmFlags"].split()
+        # The system shows neighbours as one mapping: something of another's may be in it.
+        assert int(mapping["Rss"].split()[0]) * 1024 < memory.nbytes / 2
+        memory[1, 2, 3] = 1
+        assert memory.sum(dtype=torch.float32) == 512
+        assert memory.is_contiguous()
 
 
 def test_a_cache_beyond_memory_says_what_bounds_it() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from gptkern.config import Config
+from gptkern.engine import huge_pages
 from gptkern.engine.forward_pass import ForwardPass, PassRow, Storage, pack_table
 from gptkern.engine.sequences import Sequences
 from gptkern.kv_scales import are_kv_scales
@@ -74,9 +75,12 @@ def _memory(
     # Tensors made in inference mode could not be written outside it.
     with torch.inference_mode(False):
         try:
-            k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            if torch.device(device).type == "cpu":
+                k, v = (huge_pages.zeros(shape, dtype) for _ in range(2))
+            else:
+                k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
             return k, v, torch.zeros(max_seqs, width, dtype=torch.int32, device=device)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise MemoryError(
                 f"KVCache: {needed}, which {device} does not have: lower max_seqs, or {_BOUND}"
             ) from error
