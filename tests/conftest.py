@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 import triton
 
 import gptkern
+from gptkern import _native
 from gptkern.ops._dispatch import INTERPRETED
 
 if INTERPRETED:
@@ -90,6 +91,20 @@ def on_device(device: torch.device) -> Generator[None]:
         pytest.skip("no GPU, and kernels are not interpreted here")
     with device:
         yield
+
+
+@pytest.fixture(params=["avx2", "avx512", "avx512_bf16"])
+def decode_path(request: pytest.FixtureRequest) -> Generator[None]:
+    """The CPU's decoder on each instruction set that the processor has."""
+    extension = _native.extension
+    assert extension is not None
+    best = extension.decode_path()
+    try:
+        extension.use_decode_path(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield
+    extension.use_decode_path(best)
 
 
 @pytest.fixture(scope="session")

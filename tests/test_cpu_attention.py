@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from cpu_decoders import small_decoder
 
 from gptkern import _C
 from gptkern.cpu_threads import VARIABLE
@@ -51,31 +51,6 @@ SPECS = {
 }
 
 
-@dataclass(frozen=True)
-class _Config:
-    spec: DecoderSpec
-    initializer_range: float = 0.2
-    scaled_init: bool = False
-
-
-@pytest.fixture(params=["avx2", "avx512", "avx512_bf16"])
-def path(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each instruction set that the processor has."""
-    best = _C.decode_path()
-    try:
-        _C.use_decode_path(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield
-    _C.use_decode_path(best)
-
-
-def _model(spec: DecoderSpec, dtype: torch.dtype) -> Decoder:
-    torch.manual_seed(0)
-    config: Any = _Config(spec)
-    return Decoder(config).to(dtype).eval()
-
-
 def _cache(model: Decoder, page_size: int = 7) -> KVCache:
     config: Any = model.config
     cache = KVCache.for_config(config, max_seqs=1, max_len=TOKENS, page_size=page_size, dtype=model.dtype)
@@ -113,24 +88,24 @@ def _in_chunks(
     return torch.cat(logits), cache
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_a_prompt_against_float64(name: str, dtype: torch.dtype) -> None:
-    model = _model(SPECS[name], dtype)
+    model = small_decoder(SPECS[name], dtype)
     config: Any = model.config
     exact = Decoder(config).double().eval()
     exact.load_state_dict(model.state_dict())
     assert_accurate(_in_chunks(model, [TOKENS])[0], _by_layers(model), _by_layers(exact))
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_every_division_into_passes_gives_the_same_bits(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = _model(SPECS[name], dtype)
+    model = small_decoder(SPECS[name], dtype)
     monkeypatch.setenv(VARIABLE, "1")
     expected, whole = _in_chunks(model, [1] * TOKENS)
     for threads, page_size, chunks in (
@@ -151,11 +126,11 @@ def test_every_division_into_passes_gives_the_same_bits(
             assert torch.equal(*held), chunks
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tokens_that_are_not_finite_reach_none_before_them(dtype: torch.dtype) -> None:
     """Queries of a tile see different numbers of tokens: a weight of 0 would not keep a NaN out."""
-    model = _model(GROUPED, dtype)
+    model = small_decoder(GROUPED, dtype)
     with torch.no_grad():
         model.transformer.wte.weight[-1] = torch.nan
     tokens = _tokens(model)
@@ -168,10 +143,10 @@ def test_tokens_that_are_not_finite_reach_none_before_them(dtype: torch.dtype) -
         tokens = _tokens(model)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_window_ends_what_a_token_that_is_not_finite_reaches(dtype: torch.dtype) -> None:
-    model = _model(GROUPED.replace(layers=(LayerSpec(0.2, window=5),)), dtype)
+    model = small_decoder(GROUPED.replace(layers=(LayerSpec(0.2, window=5),)), dtype)
     with torch.no_grad():
         model.transformer.wte.weight[-1] = torch.nan
     tokens = _tokens(model)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from cpu_decoders import small_decoder
 
 from gptkern import _C
 from gptkern.cpu_threads import VARIABLE
@@ -80,39 +78,6 @@ SPECS = {
 }
 
 
-@dataclass(frozen=True)
-class _Config:
-    spec: DecoderSpec
-    initializer_range: float = 0.2
-    scaled_init: bool = False
-
-
-@pytest.fixture(params=["avx2", "avx512", "avx512_bf16"])
-def path(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each instruction set that the processor has."""
-    best = _C.decode_path()
-    try:
-        _C.use_decode_path(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield
-    _C.use_decode_path(best)
-
-
-def _model(spec: DecoderSpec, dtype: torch.dtype, turned: bool = False) -> Decoder:
-    torch.manual_seed(0)
-    config: Any = _Config(spec)
-    model = Decoder(config).to(dtype).eval()
-    for value in model.parameters():
-        if value.dim() == 1:
-            nn.init.normal_(value, 0.5, 0.3)
-    if turned:
-        for layer in model.transformer.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
-    return model
-
-
 def _stepped(model: Decoder, rows: int, fast: bool = True, steps: int = 12) -> tuple[torch.Tensor, KVCache]:
     """Logits of every step, ``(steps, rows, vocab)``, and the cache."""
     config: Any = model.config
@@ -130,11 +95,11 @@ def _stepped(model: Decoder, rows: int, fast: bool = True, steps: int = 12) -> t
     return logits, cache
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_against_float64(name: str, dtype: torch.dtype) -> None:
-    model = _model(SPECS[name], dtype, turned=name in ("llama", "every bias", "parallel"))
+    model = small_decoder(SPECS[name], dtype, transposed=name in ("llama", "every bias", "parallel"))
     config: Any = model.config
     exact = Decoder(config).double().eval()
     exact.load_state_dict(model.state_dict())
@@ -145,13 +110,13 @@ def test_against_float64(name: str, dtype: torch.dtype) -> None:
     assert_accurate(cache.v, plain_cache.v, true_cache.v, "the values")
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["layers of several kinds", "norms on both sides, offset, caps, scales"])
 def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = _model(SPECS[name], dtype)
+    model = small_decoder(SPECS[name], dtype)
     whole, _ = _stepped(model, 13)
     for number in (1, 2, 3):
         monkeypatch.setenv(VARIABLE, str(number))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -50,18 +49,6 @@ CONFIGS = {
     "wide heads": PLAIN.replace(n_head=1, n_inner=500),
     "post-norm": PLAIN.replace(model_type="openai-gpt"),
 }
-
-
-@pytest.fixture(params=["avx2", "avx512", "avx512_bf16"])
-def path(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each instruction set that the processor has."""
-    best = _C.decode_path()
-    try:
-        _C.use_decode_path(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield
-    _C.use_decode_path(best)
 
 
 def _turn(layer: nn.Linear) -> None:
@@ -113,7 +100,7 @@ def _stepped(model: GPT, rows: int, steps: int, page_size: int = 64, fast: bool 
     return logits, cache
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
 @pytest.mark.parametrize(("name", "rows", "page_size"), [*((n, 3, 4) for n in CONFIGS), ("plain", 1, 64)])
@@ -156,7 +143,7 @@ PACKED: dict[str, tuple[GPTConfig, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("name", "rows"), [*((n, 3) for n in PACKED), ("int8, plain", 1), ("int4, groups of 32", 1)]
@@ -178,7 +165,7 @@ def test_quantised_weights_against_float64(name: str, rows: int, dtype: torch.dt
     assert_accurate(found, plain, truth)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", ["", "turned", "int8", "fp8", "int4"])
 def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(
@@ -202,7 +189,7 @@ def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(
 DEEP = PLAIN.replace(n_layer=1, n_embd=90, n_inner=1130, vocab_size=515)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
 def test_every_number_of_rows_gives_the_same_bits_near_float64(
@@ -221,7 +208,7 @@ def test_every_number_of_rows_gives_the_same_bits_near_float64(
         assert torch.equal(found, whole[:rows]), rows
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_may_be_consecutive_tokens_of_one_sequence(dtype: torch.dtype) -> None:
     model = _model(PLAIN, dtype, False)
@@ -238,7 +225,7 @@ def test_rows_may_be_consecutive_tokens_of_one_sequence(dtype: torch.dtype) -> N
     assert many.lengths == [7, 6]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["plain", "post-norm"])
 @pytest.mark.parametrize("wanted", [[], [3], [4, 0, 2]], ids=str)
@@ -259,7 +246,7 @@ def test_logits_of_some_rows_are_those_of_all(wanted: list[int], name: str, dtyp
     assert torch.equal(some.k, whole.k) and torch.equal(some.v, whole.v)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_fp8_number_is_read_as_it_is(dtype: torch.dtype) -> None:
     """A head whose every row holds one number 96 times: logits are as the numbers are."""
@@ -275,7 +262,7 @@ def test_every_fp8_number_is_read_as_it_is(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ratios[:, kept], numbers[kept].expand(2, -1), rtol=tolerance, atol=0)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("decode_path")
 def test_nan_stays_in_its_row() -> None:
     model = _model(PLAIN, torch.float32, True)
     with torch.inference_mode():

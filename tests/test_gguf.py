@@ -179,6 +179,29 @@ def test_int4_leaves_blocks_of_4_bits_as_they_are(dtype: str, tmp_path: Path, qu
     assert other.quantization is not None and not other.quantization.int8
 
 
+def test_a_scale_whose_minimum_is_beyond_fp16_is_left_to_int8(tmp_path: Path, quiet: Any) -> None:
+    """-8 times a scale above 8,188 is no fp16 number: such a matrix in Q4_0 beside Q4_1 is quantised anew."""
+    path = tmp_path / "model.gguf"
+    names = [name for name in gpt2_tensors() if name.endswith("weight")]
+    large, small = "blk.0.ffn_up.weight", "blk.1.ffn_up.weight"
+
+    def change(_: Any, tensors: dict[str, Any]) -> None:
+        tensors[large][3, 40], tensors[small][3, 40] = 8192 * 8, 8184 * 8
+
+    tensors = write_gpt2(path, dict.fromkeys(names, "Q4_1") | {large: "Q4_0", small: "Q4_0"}, change)
+    model = GPT.from_pretrained(path, weights="int4")
+    assert model.quantization == Quantization("int4", 32, True, int8=("transformer.h.0.mlp.c_fc",))
+    assert model.transformer.h[1].mlp.c_fc.minimums.max() == 8 * 8184
+    for name, step in ((large, 8192 * 8 / 127), (small, 8184)):
+        owner, _, _ = our_name(name).rpartition(".")
+        found = model.get_submodule(owner).quantized.dequantize(torch.float32)
+        assert (found - torch.from_numpy(tensors[name])).abs().max() <= step, name
+    assert model(torch.tensor([[5, 6]])).logits.isfinite().all()
+    # Without minimums beside it nothing is multiplied.
+    write_gpt2(path, dict.fromkeys(names, "Q4_0"), change)
+    assert GPT.from_pretrained(path).transformer.h[0].mlp.c_fc.scales.abs().max() == 8192
+
+
 def test_matrices_of_another_format_become_floats(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     names = [name for name in gpt2_tensors() if name.endswith("weight")]

@@ -16,7 +16,7 @@ from gptkern.checkpoint.errors import CheckpointError, some
 from gptkern.checkpoint.gguf_config import config_fields, special_ids
 from gptkern.checkpoint.gguf_file import Entry, GGUFFile, read_header
 from gptkern.checkpoint.gguf_names import architecture
-from gptkern.checkpoint.gguf_tensors import GROUP, PACKED, GGUFTensor, Part, packed, parameter
+from gptkern.checkpoint.gguf_tensors import GROUP, PACKED, GGUFTensor, Part, has_minimums, packed, parameter
 from gptkern.checkpoint.storage import StoredTensor
 from gptkern.config import Config, FamilyConfig, GPTConfig, read
 from gptkern.quantization import Quantization, linear_names
@@ -52,6 +52,8 @@ def open_file(path: Path, *, int4: bool = False) -> Contents:
         if matrix is not None and all(part.entry.format in kinds for part in matrix.parts)
     }
     minimums = any(part.entry.format == PACKED[1] for matrix in packable.values() for part in matrix.parts)
+    if minimums:
+        packable = {name: matrix for name, matrix in packable.items() if has_minimums(matrix)}
     for name, matrix in packable.items():
         stored.pop(f"{name}.weight", None)
         stored |= {f"{name}.{view}": tensor for view, tensor in packed(matrix, minimums).items()}

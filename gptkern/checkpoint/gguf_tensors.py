@@ -116,6 +116,16 @@ def parameter(file: GGUFFile, parts: Sequence[Part]) -> GGUFTensor:
     return GGUFTensor(file.path, name, dtype, shape, file.raw, first.start, parts=tuple(parts))
 
 
+def has_minimums(tensor: GGUFTensor) -> bool:
+    """True if fp16 holds the minimum of every block of a matrix in Q4_0 or Q4_1: of Q4_0 it is -8 scales."""
+    if all(part.entry.format == PACKED[1] for part in tensor.parts):
+        return True
+    halves = replace(tensor, dtype=torch.float16, shape=(tensor.shape[0], tensor.shape[1] // GROUP))
+    least, scales = (replace(halves, view=view).data for view in ("minimums", "scales"))
+    tensor.release()
+    return not bool((least.isinf() & scales.isfinite()).any())
+
+
 def packed(tensor: GGUFTensor, minimums: bool) -> dict[str, GGUFTensor]:
     """The tensors of ``QuantizedWeight`` for blocks of 4 bits; with ``minimums`` Q4_0 has them, too."""
     rows, width = tensor.shape

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -99,15 +100,62 @@ def strided_loops(
     return inner, loops[0][1] if len(loops) == 2 else 0, stride_inner
 
 
-def probability(op: str, name: str, value: float) -> None:
-    """``value`` is a dropout probability in [0, 1)."""
-    if not 0.0 <= value < 1.0:
+def number(op: str, name: str, value: object) -> float:
+    """A setting as a number: a tensor of one element is read, and text is none."""
+    if isinstance(value, (int, float)):
+        return value
+    if not isinstance(value, (str, bytes)):
+        with suppress(TypeError, ValueError, RuntimeError):
+            return float(value)  # type: ignore[arg-type]
+    raise TypeError(f"{op}: {name} is {value!r}; a number is needed")
+
+
+def positive(op: str, name: str, value: object, *, none: bool = False) -> None:
+    """A setting above 0 and finite; with ``none`` it may be None."""
+    if none and value is None:
+        return
+    if 0.0 < number(op, name, value) < math.inf:
+        return
+    raise ValueError(
+        f"{op}: {name} is {value}; a positive, finite number is needed{', or None' if none else ''}"
+    )
+
+
+def finite(op: str, name: str, value: object) -> None:
+    """A setting that is a finite number."""
+    if not math.isfinite(number(op, name, value)):
+        raise ValueError(f"{op}: {name} is {value}; a finite number is needed")
+
+
+def whole(op: str, name: str, value: object, least: int | None, *, none: bool = False) -> None:
+    """A setting that is an int of at least ``least``; with ``none`` it may be None."""
+    if value is None and none:
+        return
+    bound = "an int" if least is None else f"an int of at least {least}"
+    needed = f"{op}: {name} is {value!r}; {bound} is needed{', or None' if none else ''}"
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(needed)
+    if least is not None and value < least:
+        raise ValueError(needed)
+
+
+def choice(op: str, name: str, value: object, accepted: Iterable[str]) -> None:
+    """A setting that is one of the ``accepted`` words."""
+    words = tuple(accepted)
+    if not isinstance(value, str) or value not in words:
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{op}: {name} is {value!r}; accepted are {', '.join(map(repr, words))}")
+
+
+def probability(op: str, name: str, value: object) -> None:
+    """A setting that is a dropout probability in [0, 1)."""
+    if not 0.0 <= number(op, name, value) < 1.0:
         raise ValueError(f"{op}: {name} is {value}; 0 <= {name} < 1 is needed")
 
 
-def eps(op: str, value: float) -> None:
+def eps(op: str, value: object) -> None:
     """``value`` keeps the root of a variance plus it real."""
-    if not 0.0 <= value < math.inf:
+    if not 0.0 <= number(op, "eps", value) < math.inf:
         raise ValueError(f"{op}: eps is {value}; a finite number, 0 or more, is needed")
 
 

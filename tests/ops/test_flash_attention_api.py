@@ -223,7 +223,7 @@ def test_bad_arguments(
         ({"cu_seqlens_k": torch.zeros(3, dtype=torch.int32)}, ValueError, "cu_seqlens_k has 3"),
         ({"cu_seqlens_q": [0, 8]}, TypeError, "cu_seqlens_q is list"),
         ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q is -1"),
-        ({"max_seqlen_k": torch.tensor(8)}, ValueError, "max_seqlen_k is tensor"),
+        ({"max_seqlen_k": torch.tensor(8)}, TypeError, "max_seqlen_k is tensor"),
         ({"q": torch.randn(1, 8, 4, 16)}, ValueError, "q has shape"),
     ],
 )

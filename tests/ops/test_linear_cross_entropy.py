@@ -522,7 +522,7 @@ def test_class_weights_of_the_targets_that_are_all_zero(device: torch.device) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"softcap": 0.0}, "softcap is 0.0; a positive number is needed, or None"),
+        ({"softcap": 0.0}, "softcap is 0.0; a positive, finite number is needed, or None"),
         ({"softcap": float("inf")}, "softcap is inf"),
         ({"return_z_loss": True}, "return_z_loss is True with z_loss 0.0: there is none to return"),
         ({"ce_weight": torch.ones(4)}, r"ce_weight has shape \(4,\); \(5,\) is needed"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from gptkern.ops import _checks
@@ -95,12 +93,10 @@ def check_attend(
             f"{op}: k_cache has {kv_heads} heads, q has {heads}: q's must be a multiple of k_cache's"
         )
     _check_sequences(op, q, cache, sequences)
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"{op}: scale is {scale}; a finite number is needed")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap is {softcap}; a positive, finite number is needed, or None")
-    if window is not None and window < 1:
-        raise ValueError(f"{op}: window is {window}; at least 1 is needed, or None")
+    if scale is not None:
+        _checks.finite(op, "scale", scale)
+    _checks.positive(op, "softcap", softcap, none=True)
+    _checks.whole(op, "window", window, 1, none=True)
 
 
 def _check_sequences(op: str, q: torch.Tensor, cache: PagedCache, sequences: CachedSequences) -> None:

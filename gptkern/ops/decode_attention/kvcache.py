@@ -12,7 +12,7 @@ from gptkern.ops._types import CachedSequences, PagedCache
 from gptkern.ops.decode_attention.op import append_kv, attend
 from gptkern.ops.flash_attention import checks, paged
 from gptkern.ops.flash_attention import op as flash
-from gptkern.ops.flash_attention.flash_attn import span
+from gptkern.ops.flash_attention.flash_attn import options_of
 from gptkern.ops.flash_attention.launch import Extras, Options, Packed
 from gptkern.ops.rotary import rotary
 
@@ -80,8 +80,8 @@ def flash_attn_with_kvcache(
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError(f"{_OP}: rotary_cos and rotary_sin must be given together")
     seq_q = q.shape[1]
-    sides = span(_OP, causal, window_size)
-    options = flash.make_options(_OP, q, sides, softmax_scale, softcap or None, 0.0)
+    options = options_of(_OP, q, causal, window_size, softmax_scale, softcap)
+    sides = (options.window_left, options.window_right)
     table = _page_table(q, k_cache, cache_batch_idx, block_table)
     lens = _lengths(q, k_cache, table, cache_seqlens)
     if rotary_cos is not None and rotary_sin is not None:
@@ -93,7 +93,9 @@ def flash_attn_with_kvcache(
     if seq_q == 1 and not return_softmax_lse and alibi_slopes is None:
         # The last token has nothing to its right.
         window = None if sides[0] < 0 else sides[0] + 1
-        return attend(_OP, q[:, 0], cache, sequences, options.scale, window, softcap=softcap or None)[:, None]
+        return attend(_OP, q[:, 0], cache, sequences, options.scale, window, softcap=options.softcap or None)[
+            :, None
+        ]
     return _attend_several(q, cache, sequences, options, return_softmax_lse, alibi_slopes)
 
 

@@ -113,6 +113,7 @@ def attend(
     """``decode_attention``, with errors under the name ``op``."""
     checks.check_attend(op, q, cache, sequences, scale, window, softcap)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
     table, lens, starts = sequences
     if traced(q):
         out: torch.Tensor = torch.ops.gptkern.decode_attention(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -65,12 +64,9 @@ def check_epilogue(op: str, inputs: LinearInputs, epilogue: Epilogue) -> None:
         raise ValueError(
             f"{op}: weight has {outputs} rows; gated needs an even number: the gate's, then as many of up's"
         )
-    if not math.isfinite(scale):
-        raise ValueError(f"{op}: scale is {scale}; a finite number is needed")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap is {softcap}; a positive, finite number is needed, or None")
-    if activation != "none" and activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}, none")
+    _checks.finite(op, "scale", scale)
+    _checks.positive(op, "softcap", softcap, none=True)
+    _checks.choice(op, "activation", activation, dict.fromkeys((*ACTIVATIONS, "none")))
     if residual is not None:
         expected = (inputs.x.shape[0], outputs // 2 if gated else outputs)
         _checks.tensor(op, "residual", residual)
@@ -121,8 +117,7 @@ def check_heads(op: str, inputs: LinearInputs, cache: PagedCache, heads: Heads) 
 def _check_rotary(op: str, x: torch.Tensor, head_dim: int, heads: Heads) -> None:
     assert heads.rotary is not None
     cos, sin, seq_lens, pairs = heads.rotary
-    if pairs not in ("halves", "interleaved"):
-        raise ValueError(f"{op}: pairs is {pairs!r}; accepted are 'halves' and 'interleaved'")
+    _checks.choice(op, "pairs", pairs, ("halves", "interleaved"))
     for name, table in (("cos", cos), ("sin", sin)):
         _checks.tensor(op, name, table, dim=2)
         _checks.dtype(op, name, table, (torch.float32,))

@@ -57,6 +57,8 @@ def decode_linear(
     checks.check_inputs(op, inputs)
     epilogue = Epilogue(activation, residual, gated, scale, softcap)
     checks.check_epilogue(op, inputs, epilogue)
+    scale, softcap = float(scale), None if softcap is None else float(softcap)
+    epilogue = epilogue._replace(scale=scale, softcap=softcap)
     compiling = traced(x)
     if compiling:
         checks.check_compiled(op, inputs)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
-from typing import Any
 
 import torch
 
@@ -70,10 +68,8 @@ def _check_packed(op: str, q: torch.Tensor, packed: Packed) -> None:
             f"{op}: cu_seqlens_q has {packed.cu_q.shape[0]} entries, "
             f"cu_seqlens_k has {packed.cu_k.shape[0]}: they must be equal"
         )
-    limits: dict[str, Any] = {"max_seqlen_q": packed.max_q, "max_seqlen_k": packed.max_k}
-    for name, value in limits.items():
-        if isinstance(value, torch.Tensor) or value < 0:
-            raise ValueError(f"{op}: {name} is {value!r}; an int of at least 0 is needed")
+    _checks.whole(op, "max_seqlen_q", packed.max_q, 0)
+    _checks.whole(op, "max_seqlen_k", packed.max_k, 0)
 
 
 def check_offsets(op: str, q: torch.Tensor, k: torch.Tensor, packed: Packed) -> None:
@@ -148,12 +144,10 @@ def _check_constant(op: str, name: str, q: torch.Tensor, value: torch.Tensor) ->
         raise ValueError(f"{op}: {name} requires a gradient, which is not computed: detach it")
 
 
-def check_numbers(op: str, scale: float, softcap: float | None, dropout_p: float) -> None:
+def check_numbers(op: str, scale: object, softcap: object, dropout_p: object) -> None:
     """Raise for a scale, softcap or dropout probability that attention does not accept."""
-    if not 0.0 < scale < math.inf:
-        raise ValueError(f"{op}: scale is {scale}; a positive, finite number is needed")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap is {softcap}; a positive, finite number is needed, or None")
+    _checks.positive(op, "scale", scale)
+    _checks.positive(op, "softcap", softcap, none=True)
     _checks.probability(op, "dropout_p", dropout_p)
 
 

@@ -8,13 +8,31 @@ import torch
 
 from gptkern.ops import _checks
 from gptkern.ops.flash_attention import checks, op, paged
-from gptkern.ops.flash_attention.launch import UNLIMITED, Extras, Packed
+from gptkern.ops.flash_attention.launch import UNLIMITED, Extras, Options, Packed
 
 
-def span(name: str, causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+def options_of(
+    name: str,
+    q: torch.Tensor,
+    causal: bool,
+    window_size: tuple[int, int],
+    softmax_scale: float | None,
+    softcap: float,
+    dropout_p: float = 0.0,
+) -> Options:
+    """The settings of a call by flash-attn's names, checked; a softcap of 0 is none."""
+    if softmax_scale is not None:
+        _checks.positive(name, "softmax_scale", softmax_scale)
+    capped = _checks.number(name, "softcap", softcap) or None
+    return op.make_options(name, q, _span(name, causal, window_size), softmax_scale, capped, dropout_p)
+
+
+def _span(name: str, causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"{name}: window_size is {window_size!r}; two ints, (left, right), are needed")
     left, right = window_size
-    if left < UNLIMITED or right < UNLIMITED:
-        raise ValueError(f"{name}: window_size is {window_size}; each side is at least 0, or -1 for no limit")
+    for side in window_size:
+        _checks.whole(name, "each side of window_size", side, UNLIMITED)
     return left, 0 if causal else right
 
 
@@ -57,8 +75,7 @@ def flash_attn_func(
     q, k, v = op.cast(q, k, v)
     checks.check(name, q, k, v, None)
     checks.check_slopes(name, q, None, alibi_slopes)
-    sides = span(name, causal, window_size)
-    options = op.make_options(name, q, sides, softmax_scale, softcap or None, dropout_p)
+    options = options_of(name, q, causal, window_size, softmax_scale, softcap, dropout_p)
     result = op.attend(q, k, v, None, options, return_attn_probs, Extras(None, alibi_slopes))
     return (*result, None) if return_attn_probs else result
 
@@ -112,8 +129,7 @@ def flash_attn_varlen_func(
     packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check(name, q, k, v, packed)
     checks.check_slopes(name, q, packed, alibi_slopes)
-    sides = span(name, causal, window_size)
-    options = op.make_options(name, q, sides, softmax_scale, softcap or None, dropout_p)
+    options = options_of(name, q, causal, window_size, softmax_scale, softcap, dropout_p)
     result = op.attend(q, k, v, packed, options, return_attn_probs, Extras(None, alibi_slopes))
     return (*result, None) if return_attn_probs else result
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
+from gptkern.ops import _checks
 from gptkern.ops._dispatch import autocast_dtype, call_key, needs_grad, traced, use_kernel
 from gptkern.ops._launch import Plans
 from gptkern.ops.flash_attention import checks, launch, register
@@ -247,17 +248,13 @@ def make_options(
     dropout_p: float,
 ) -> Options:
     """The settings of a call, checked; ``span`` is the window's left and right."""
-    for name, value in (("scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
-        if isinstance(value, str):
-            raise TypeError(f"{op}: {name} is {value!r}; a number is needed")
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     checks.check_numbers(op, scale, softcap, dropout_p)
-    return Options(*span, scale, float(softcap or 0.0), float(dropout_p))
+    return Options(*span, float(scale), float(softcap or 0.0), float(dropout_p))
 
 
 def _span(op: str, causal: bool, window: int | None) -> tuple[int, int]:
     """The number of keys before and after its own position that a query sees."""
-    if window is not None and window < 1:
-        raise ValueError(f"{op}: window is {window}; at least 1 is needed, or None")
+    _checks.whole(op, "window", window, 1, none=True)
     left = UNLIMITED if window is None else window - 1
     return left, 0 if causal else left

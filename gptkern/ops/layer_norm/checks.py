@@ -39,7 +39,8 @@ def check(
 ) -> None:
     """Raise for arguments that a norm accepts on no device."""
     _checks.eps(op, eps)
-    if 0.0 <= dropout_p < 1.0 and _ordinary(x, residual, weight, bias):
+    _checks.probability(op, "dropout_p", dropout_p)
+    if _ordinary(x, residual, weight, bias):
         return
     _checks.tensor(op, "x", x)
     _checks.dtype(op, "x", x)
@@ -65,7 +66,6 @@ def check(
         _checks.shape(op, "residual", residual, x.shape, "x's shape")
         layout(op, "residual", residual)
         _checks.same_device(op, x=x, residual=residual)
-        _checks.probability(op, "dropout_p", dropout_p)
 
 
 def check_kernel(op: str, **values: Maybe) -> None:

@@ -17,9 +17,7 @@ _OPTIONAL = ("bias", "b_fc", "b_proj", "residual")
 
 def activation(op: str, name: str) -> None:
     """``name`` is a known activation."""
-    if name not in reference.ACTIVATIONS:
-        accepted = ", ".join(repr(known) for known in reference.ACTIVATIONS)
-        raise ValueError(f"{op}: activation is {name!r}; accepted are {accepted}")
+    _checks.choice(op, "activation", name, reference.ACTIVATIONS)
 
 
 def tensors(op: str, **values: torch.Tensor | None) -> None:

@@ -46,8 +46,8 @@ def check(hidden: torch.Tensor, head: Head, targets: torch.Tensor, settings: Set
     compute = settings.compute
     if compute is not None and compute not in accepted:
         raise TypeError(f"{OP}: compute is {compute}; a floating dtype that hidden may have is needed")
-    if settings.reduction not in REDUCTIONS:
-        raise ValueError(f"{OP}: reduction is {settings.reduction!r}; accepted are {', '.join(REDUCTIONS)}")
+    _checks.choice(OP, "reduction", settings.reduction, REDUCTIONS)
+    _checks.whole(OP, "ignore_index", settings.ignore_index, None)
     if not 0.0 <= settings.label_smoothing <= 1.0:
         raise ValueError(f"{OP}: label_smoothing is {settings.label_smoothing}; 0 to 1 is accepted")
     if not settings.z_loss >= 0.0:

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 
+from gptkern.ops import _checks
 from gptkern.ops._dispatch import autocast_dtype, needs_grad, traced, use_kernel
 from gptkern.ops.linear_cross_entropy import chunked, launch, reference, register
 from gptkern.ops.linear_cross_entropy.checks import OP, Head, Settings, check
@@ -110,12 +111,13 @@ def linear_cross_entropy(
             a CPU also a target outside the vocabulary. On a GPU, where the check would have to wait, such a
             token's loss is NaN.
     """
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"{OP}: softcap is {softcap}; a positive number is needed, or None")
+    _checks.positive(OP, "softcap", softcap, none=True)
+    z_loss = float(_checks.number(OP, "z_loss", z_loss))
+    label_smoothing = float(_checks.number(OP, "label_smoothing", label_smoothing))
     if return_z_loss and z_loss == 0.0:
         raise ValueError(f"{OP}: return_z_loss is True with z_loss 0.0: there is none to return")
     head = Head(weight, bias, ce_weight)
-    values = (ignore_index, reduction, float(z_loss), float(label_smoothing), float(softcap or 0.0))
+    values = (ignore_index, reduction, z_loss, label_smoothing, float(softcap or 0.0))
     settings = Settings(*values, return_token_accuracy, None)
     check(hidden, head, targets, settings)
     loss, z_part, accuracy = _result(hidden, head, targets, settings)

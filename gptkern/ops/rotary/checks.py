@@ -38,8 +38,7 @@ def check(op: str, q: torch.Tensor, k: torch.Tensor | None, angles: Angles, norm
 
 def _check_angles(op: str, q: torch.Tensor, angles: Angles) -> None:
     cos, sin, positions, pairs = angles
-    if pairs not in PAIRS:
-        raise ValueError(f"{op}: pairs is {pairs!r}; accepted are 'halves' and 'interleaved'")
+    _checks.choice(op, "pairs", pairs, PAIRS)
     for name, table in (("cos", cos), ("sin", sin)):
         _checks.tensor(op, name, table, dim=2)
         wide = () if use_kernel(q) else (torch.float64,)
