@@ -1,27 +1,18 @@
-// Products of rows of int8 with int8 weights by VNNI, where the weights lie.
+// Products of rows of int8 with int8 weights, where the weights lie.
 //
 // The sum of a lane and panel is exact. What it is scaled to is summed in fp32, in the order of the inputs, and the 16 lanes
-// in the end. Neither the number of rows nor the split of outputs among threads changes that order.
+// in the end. Neither the number of rows, nor the split of outputs among threads, nor the instruction set changes that
+// order.
 #pragma once
 
 #include "decode/byte_rows.h"
 #include "decode/row_groups.h"
 
-#ifdef __AVX512VNNI__
-
 namespace gptkern {
 inline namespace GPTKERN_ISA {
 
-// A vector of int32 as GCC's dot product takes it: of __m512i it copies every sum.
-using Ints = __v16si;
-
-GPTKERN_HD Ints dot(Ints sums, __m512i weights, __m512i values) {
-    return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), weights, values));
-}
-GPTKERN_HD Ints load_ints(const char* from) { return reinterpret_cast<Ints>(_mm512_loadu_si512(from)); }
-GPTKERN_HD Vec widened(Ints sums) { return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(sums)); }
-
-constexpr int kByteRows = 4;  // rows that are summed at once: the registers hold so many sums of two kinds
+constexpr int kByteRows = kLanes == 16 ? 4 : 2;  // rows that are summed at once: the registers hold so many sums
+constexpr int kByteParts = kVector / kVecBytes;  // registers of a vector, which take turns in a panel
 
 // A panel of the weights of kOuts outputs and of some rows.
 struct ByteTile {
@@ -35,51 +26,76 @@ struct ByteTile {
 // The sums of R rows over the panels so far.
 template <int R>
 struct ByteSums {
-    Vec at[kOuts][R];
+    Vec at[kOuts][kByteParts][R];
 
     ByteSums() {
 #pragma GCC unroll 4
         for (int j = 0; j < kOuts; ++j) {
+            for (int p = 0; p < kByteParts; ++p) {
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) at[j][r] = zeros();
+                for (int r = 0; r < R; ++r) at[j][p][r] = zeros();
+            }
         }
     }
 
     // Adds a panel's sums, times the scales of the row's lanes.
     GPTKERN_HD void add(const ByteTile& tile) {
-        const char* values = tile.x + kLaneBytes;
+#pragma GCC unroll 2
+        for (int p = 0; p < kByteParts; ++p) add(tile, p);
+    }
+
+    GPTKERN_HD void add(const ByteTile& tile, int part) {
+        const char* const scales = tile.x + part * kVecBytes;
+        const char* const starts = scales + kLaneBytes;
+        const char* const values = starts + kLaneBytes;
+        const uint8_t* at_part[kOuts];
         Ints sums[kOuts][R];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
+        for (int j = 0; j < kOuts; ++j) {
+            at_part[j] = tile.at[j] + part * kVecBytes;
 #pragma GCC unroll 4
-            for (int j = 0; j < kOuts; ++j) sums[j][r] = load_ints(values + r * tile.x_stride);
+            for (int r = 0; r < R; ++r) sums[j][r] = load_ints(starts + r * tile.x_stride);
         }
-        values += kLaneBytes;
-        const auto add = [&](int i, __mmask64 some) __attribute__((always_inline)) {
-            __m512i w[kOuts];
+        const auto add = [&](int i, auto load_weights) __attribute__((always_inline)) {
+            ByteVec weights[kOuts];
 #pragma GCC unroll 4
             for (int j = 0; j < kOuts; ++j) {
-                _mm_prefetch(reinterpret_cast<const char*>(tile.at[j] + tile.ahead + i), _MM_HINT_T0);
-                const __m512i bytes = some == ~0ull ? _mm512_loadu_si512(tile.at[j] + i)
-                                                    : _mm512_maskz_loadu_epi8(some, tile.at[j] + i);
-                w[j] = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+                if (part == 0) _mm_prefetch(reinterpret_cast<const char*>(at_part[j] + tile.ahead + i), _MM_HINT_T0);
+                weights[j] = load_weights(at_part[j] + i);
             }
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
-                const __m512i x = _mm512_loadu_si512(values + r * tile.x_stride + i);
+                const ByteVec x = load_bytes(values + r * tile.x_stride + i);
 #pragma GCC unroll 4
-                for (int j = 0; j < kOuts; ++j) sums[j][r] = dot(sums[j][r], w[j], x);
+                for (int j = 0; j < kOuts; ++j) sums[j][r] = ByteWeights(weights[j]).add(sums[j][r], x);
             }
         };
-        const int whole = tile.inputs / kVector * kVector;
-        for (int i = 0; i < whole; i += kVector) add(i, ~0ull);
-        if (whole < tile.inputs) add(whole, (1ull << (tile.inputs - whole)) - 1);
+        const int whole = tile.inputs / kVector * kVector, left = tile.inputs - whole - part * kVecBytes;
+        for (int i = 0; i < whole; i += kVector) add(i, [](const uint8_t* from) { return load_bytes(from); });
+        if (left > 0) add(whole, [left](const uint8_t* from) { return load_bytes(from, left); });
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-            const Vec scales = load(reinterpret_cast<const float*>(tile.x + r * tile.x_stride));
+            const Vec own = load(reinterpret_cast<const float*>(scales + r * tile.x_stride));
 #pragma GCC unroll 4
-            for (int j = 0; j < kOuts; ++j) at[j][r] = fma(widened(sums[j][r]), scales, at[j][r]);
+            for (int j = 0; j < kOuts; ++j) at[j][part][r] = fma(widened(sums[j][r]), own, at[j][part][r]);
         }
+    }
+
+    // A row's sums of the outputs.
+    GPTKERN_HD __m128 of_row(int r) const {
+#ifdef __AVX512F__
+        return sums_of_four(at[0][0][r], at[1][0][r], at[2][0][r], at[3][0][r]);
+#else
+        __m128 quarters[kOuts];  // added in the order of a vector of 16
+#pragma GCC unroll 4
+        for (int j = 0; j < kOuts; ++j) {
+            const Vec half = gptkern::add(at[j][0][r], at[j][1][r]);
+            quarters[j] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        }
+        const auto pairs = [](__m128 a, __m128 b) { return _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b)); };
+        const __m128 low = pairs(quarters[0], quarters[1]), high = pairs(quarters[2], quarters[3]);
+        return _mm_add_ps(_mm_movelh_ps(low, high), _mm_movehl_ps(high, low));
+#endif
     }
 };
 
@@ -98,9 +114,7 @@ void byte_tile(const CpuLinear& w, const Bytes& x, int row, const int (&out)[kOu
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-        const auto& own = total.at;
-        const __m128 four = sums_of_four(own[0][r], own[1][r], own[2][r], own[3][r]);
-        store_sums(sums + (row + r) * stride - first, out, four);
+        store_sums(sums + (row + r) * stride - first, out, total.of_row(r));
     }
 }
 
@@ -122,5 +136,3 @@ inline void byte_product(const CpuLinear& w, const Bytes& x, int first, int last
 
 }  // namespace GPTKERN_ISA
 }  // namespace gptkern
-
-#endif  // __AVX512VNNI__

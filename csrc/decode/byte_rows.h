@@ -1,14 +1,14 @@
-// Activations as int8, for products with int8 weights by VNNI.
+// Activations as int8, for products with int8 weights.
 //
 // A row is cut into panels of kBytePanel inputs. A panel's vectors have 64 inputs each, and lane l of a vector is its inputs
 // 4 l to 4 l + 3. One lane's inputs of all the panel's vectors share a scale, the largest magnitude over 127: no more than
 // kBytePanel / 16 inputs do, and sums of whole numbers run to the end of a panel. gptkern/engine/executors/cpu_bytes.py has
 // this in PyTorch.
 //
-// The instruction multiplies bytes without a sign by bytes with one. So weights get an offset that makes them positive,
-// and a row's sums start at what that adds.
+// VNNI's weights get an offset, and a row's sums start at what that adds; elsewhere they start at 0.
 #pragma once
 
+#include "decode/byte_vec.h"
 #include "decode/model.h"
 #include "decode/row_product.h"
 
@@ -35,8 +35,6 @@ GPTKERN_HD int64_t byte_row(int in) {
     return panels * 2 * kLaneBytes + vectors * kVector;
 }
 
-#ifdef __AVX512VNNI__
-
 // One row on its way to bytes.
 class ByteRow {
 public:
@@ -45,60 +43,49 @@ public:
     void store(char* to) const {
         for (int first = 0; first < in_; first += kBytePanel) {
             const int inputs = in_ - first < kBytePanel ? in_ - first : kBytePanel, vectors = (inputs + kVector - 1) / kVector;
-            Vec factors[4];
+            Vec factors[kParts];
             take_scales(first, vectors, reinterpret_cast<float*>(to), factors);
             to = store_panel(first, vectors, factors, to + kLaneBytes);
         }
     }
 
 private:
+    static constexpr int kParts = kVector / kLanes;
+
     const float* x_;
     int in_;
 
-    // A quarter of a vector, 16 inputs, of the panel that begins at ``first``.
-    Vec quarter(int first, int vector, int part) const {
-        const int at = first + kVector * vector + 16 * part;
+    // Some of a vector, kLanes inputs, of the panel that begins at ``first``.
+    Vec part(int first, int vector, int n) const {
+        const int at = first + kVector * vector + kLanes * n;
         return at < in_ ? load_some(x_ + at, in_ - at) : zeros();
     }
 
-    // The scales of the lanes, and what to multiply each quarter by. A NaN makes its lane's scale NaN: as whole numbers,
-    // NaNs are larger than all others.
-    void take_scales(int first, int count, float* scales, Vec (&factors)[4]) const {
-        for (int part = 0; part < 4; ++part) {
-            __m512i most = _mm512_setzero_si512();
-            for (int v = 0; v < count; ++v) {
-                most = _mm512_max_epi32(most, _mm512_castps_si512(magnitude(quarter(first, v, part))));
-            }
-            most = _mm512_max_epi32(most, _mm512_shuffle_epi32(most, _MM_PERM_CDAB));
-            most = _mm512_max_epi32(most, _mm512_shuffle_epi32(most, _MM_PERM_BADC));
-            const Vec largest = _mm512_castsi512_ps(most);
-            const __mmask16 some = _mm512_cmp_ps_mask(largest, all(kLeastMagnitude), _CMP_GE_OQ);
-            factors[part] = _mm512_maskz_div_ps(some, all(127.0f), largest);
-            const Vec lanes = _mm512_maskz_compress_ps(0x1111, div(largest, all(127.0f)));
-            _mm_storeu_ps(scales + 4 * part, _mm512_castps512_ps128(lanes));
+    // The scales of the lanes, and what to multiply each part by. A NaN makes its lane's scale NaN.
+    void take_scales(int first, int count, float* scales, Vec (&factors)[kParts]) const {
+        for (int n = 0; n < kParts; ++n) {
+            Vec most = zeros();
+            for (int v = 0; v < count; ++v) most = larger_magnitude(most, magnitude(part(first, v, n)));
+            most = larger_magnitude(most, shuffled<0xb1>(most));
+            most = larger_magnitude(most, shuffled<0x4e>(most));
+            factors[n] = quotient(all(127.0f), most, all(kLeastMagnitude));
+            store_every_fourth(scales + kLanes / 4 * n, div(most, all(127.0f)));
         }
     }
 
-    char* store_panel(int first, int vectors, const Vec (&factors)[4], char* to) const {
-        __m512i starts = _mm512_setzero_si512();
+    char* store_panel(int first, int vectors, const Vec (&factors)[kParts], char* to) const {
+        constexpr int kWords = kVector / kVecBytes;
+        Ints starts[kWords] = {};
         char* const at = to;
         to += kLaneBytes;
         for (int v = 0; v < vectors; ++v, to += kVector) {
-            for (int part = 0; part < 4; ++part) {
-                const __m512i whole = _mm512_cvtps_epi32(mul(quarter(first, v, part), factors[part]));
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * part), _mm512_cvtsepi32_epi8(whole));
-            }
-            // Less what the offset makes of the vector.
-            const __m512i added =
-                _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(-128), _mm512_loadu_si512(to));
-            starts = _mm512_sub_epi32(starts, added);
+            for (int n = 0; n < kParts; ++n) store_rounded(to + kLanes * n, mul(part(first, v, n), factors[n]));
+            for (int w = 0; w < kWords; ++w) starts[w] = ByteWeights::start(starts[w], load_bytes(to + kVecBytes * w));
         }
-        _mm512_storeu_si512(at, starts);
+        for (int w = 0; w < kWords; ++w) store_bytes(at + kVecBytes * w, reinterpret_cast<ByteVec>(starts[w]));
         return to;
     }
 };
-
-#endif  // __AVX512VNNI__
 
 }  // namespace GPTKERN_ISA
 }  // namespace gptkern

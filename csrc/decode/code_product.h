@@ -1,66 +1,60 @@
-// Products of rows of int8 with int4 weights by VNNI. A vector's lanes are 16 outputs: a part of their codes at a time is
-// brought into that order, four inputs of each in one vector, and meets those inputs of one row after another.
+// Products of rows of int8 with int4 weights. A vector's lanes are outputs: a part of their codes at a time is brought into
+// that order, four inputs of each in one vector, and meets those inputs of one row after another.
 //
 // A block's products are summed exactly. Their sum goes to that of the output in fp32, times the row's scale and then the
-// weights', in the order of the inputs. Neither the number of rows nor the split of outputs among threads changes that.
+// weights', in the order of the inputs. Neither the number of rows, nor the split of outputs among threads, nor the
+// instruction set changes that.
 #pragma once
 
 #include "decode/byte_product.h"
 #include "decode/code_rows.h"
 
-#ifdef __AVX512VNNI__
-
 namespace gptkern {
 inline namespace GPTKERN_ISA {
 
-constexpr int kCodeVectors = 4;                    // vectors of outputs that rows meet together
+constexpr int kCodeVectors = kLanes == 16 ? 4 : 2;  // vectors of outputs that rows meet together
 constexpr int kCodeOuts = kCodeVectors * kLanes;
-constexpr int kCodeInputs = 256;                   // inputs of them whose codes stay in the first cache
-constexpr int kCodeRows = 6;                       // rows that are summed at once: the registers hold so many sums
-constexpr int kFewCodeRows = 4;                    // up to these meet the codes before they are stored anywhere
-constexpr int kVectorInputs = 128;                 // inputs whose codes one vector has where they lie
-constexpr int kTableGroups = 2 * kLanes;           // groups whose scales are brought into the order of outputs at once
+constexpr int kCodeInputs = 256;                    // inputs of them whose codes stay in the first cache
+constexpr int kCodeRows = kLanes == 16 || kVnni ? 6 : 4;  // rows that are summed at once: the registers hold so many sums
+constexpr int kFewCodeRows = kLanes == 16 ? 4 : 2;  // up to these meet the codes before they are stored anywhere
+constexpr int kTurnInputs = 128;                    // inputs whose codes are brought into order at a time: whole groups
+constexpr int kTurnBytes = kTurnInputs / 2;         // of them, from each output
+constexpr int kTableGroups = 2 * kLanes;            // groups whose scales are brought into the order of outputs at once
 
-// Numbers of 32 bits: lane i of vector j goes to lane j of vector i.
-GPTKERN_HD void transpose(__m512i (&a)[16]) {
-    Vec numbers[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) numbers[i] = _mm512_castsi512_ps(a[i]);
-    transpose(numbers);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_castps_si512(numbers[i]);
-}
-
-// The codes of 16 outputs; past the last output it stands there again.
+// The codes of a vector's outputs; past the last output it stands there again.
 template <int Group>
-struct CodesOf16 {
+struct VectorCodes {
     const uint8_t* at[kLanes];
 
-    CodesOf16(const CpuLinear& w, int first) {
+    VectorCodes(const CpuLinear& w, int first) {
         for (int o = 0; o < kLanes; ++o) {
             const int out = first + o < w.outs ? first + o : w.outs - 1;
             at[o] = static_cast<const uint8_t*>(w.weight) + out * w.stride;
         }
     }
 
-    // use(i, codes of four inputs from ``input`` + i on) for kVectorInputs inputs; past ``left`` of them codes are 0.
+    // use(i, codes of four inputs from ``input`` + i on) for kTurnInputs inputs, or ``left``, which are whole blocks; beyond
+    // them codes are 0, or there is no use of them.
     template <class Use>
     GPTKERN_HD void fours(int input, int left, const uint8_t* ahead, const Use& use) const {
         constexpr int kHalf = Group / 2;
-        const auto some = static_cast<__mmask16>(left < kVectorInputs ? (1u << left / 8) - 1 : 0xffff);
-        __m512i codes[kLanes];
+        const ByteVec low = all_bytes(15);
+#pragma GCC unroll 2
+        for (int part = 0; part < kTurnBytes; part += kVecBytes) {
+            const int bytes = left / 2 - part;
+            if (bytes <= 0) break;
+            ByteVec codes[kLanes];
 #pragma GCC unroll 16
-        for (int o = 0; o < kLanes; ++o) {
-            _mm_prefetch(reinterpret_cast<const char*>(ahead + o * kVector), _MM_HINT_T0);  // past the end it does nothing
-            codes[o] = _mm512_maskz_loadu_epi32(some, at[o] + input / 2);
-        }
-        transpose(codes);
-        const __m512i low = _mm512_set1_epi8(15);
+            for (int o = 0; o < kLanes && part == 0; ++o) {  // past the end it does nothing
+                _mm_prefetch(reinterpret_cast<const char*>(ahead + o * kTurnBytes), _MM_HINT_T0);
+            }
+            load_transposed(at, input / 2 + part, bytes, codes);
 #pragma GCC unroll 16
-        for (int t = 0; t < kLanes; ++t) {
-            const int i = 4 * t / kHalf * Group + 4 * t % kHalf;
-            use(i, _mm512_and_si512(codes[t], low));
-            use(i + kHalf, _mm512_and_si512(_mm512_srli_epi16(codes[t], 4), low));
+            for (int t = 0; t < kLanes; ++t) {
+                const int byte = part + 4 * t, i = byte / kHalf * Group + byte % kHalf;
+                use(i, both(codes[t], low));
+                use(i + kHalf, both(shifted_right<4>(codes[t]), low));
+            }
         }
     }
 };
@@ -71,19 +65,18 @@ struct GroupTable {
 
     // Those of up to kTableGroups groups from ``group`` on. ``from``: fp16, (outs, groups).
     void take(const uint16_t* from, int outs, int groups, int first, int group) {
-        const __mmask32 some = groups - group < kTableGroups ? (1u << (groups - group)) - 1 : 0xffffffffu;
-        for (int v = 0; v < kCodeVectors; ++v) {
-            __m512i halves[kLanes];
+        for (int part = 0; part < kTableGroups && group + part < groups; part += kLanes) {
+            for (int v = 0; v < kCodeVectors; ++v) {
+                Vec numbers[kLanes];
 #pragma GCC unroll 16
-            for (int o = 0; o < kLanes; ++o) {
-                const int place = first + v * kLanes + o, out = place < outs ? place : outs - 1;
-                halves[o] = _mm512_maskz_loadu_epi16(some, from + static_cast<int64_t>(out) * groups + group);
-            }
-            transpose(halves);
+                for (int o = 0; o < kLanes; ++o) {
+                    const int place = first + v * kLanes + o, out = place < outs ? place : outs - 1;
+                    const int64_t offset = static_cast<int64_t>(out) * groups + group + part;
+                    numbers[o] = load_halves(from + offset, groups - group - part);
+                }
+                transpose(numbers);
 #pragma GCC unroll 16
-            for (int t = 0; t < kLanes; ++t) {
-                store(at[2 * t][v], _mm512_cvtph_ps(_mm512_cvtepi32_epi16(halves[t])));
-                store(at[2 * t + 1][v], _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(halves[t], 16))));
+                for (int t = 0; t < kLanes; ++t) store(at[part + t][v], numbers[t]);
             }
         }
     }
@@ -91,7 +84,7 @@ struct GroupTable {
 
 // What a thread brings into order.
 struct CodePanel {
-    alignas(64) uint8_t codes[kCodeInputs / 4][kCodeVectors][kVector];
+    alignas(64) uint8_t codes[kCodeInputs / 4][kCodeVectors][kVecBytes];
     GroupTable scales, minimums;
 };
 
@@ -113,13 +106,12 @@ public:
                 if (Minimums) panel_.minimums.take(w_.minimums, w_.outs, groups, first_, group);
             }
             const int inputs = w_.in - input < step ? w_.in - input : step;
-            switch (x_.count) {
-                case 0: break;
-                case 1: add_few<1>(input, inputs, sums, stride); break;
-                case 2: add_few<2>(input, inputs, sums, stride); break;
-                case 3: add_few<3>(input, inputs, sums, stride); break;
-                case 4: add_few<4>(input, inputs, sums, stride); break;
-                default: add_many(input, inputs, sums, stride);
+            if (x_.count > kFewCodeRows) {
+                add_many(input, inputs, sums, stride);
+            } else {  // one group
+                row_groups<kFewCodeRows>(x_.count, [&](int, auto rows) {
+                    add_few<decltype(rows)::value>(input, inputs, sums, stride);
+                });
             }
         }
     }
@@ -135,9 +127,7 @@ private:
         return static_cast<const uint8_t*>(w_.weight) + (first_ + kCodeOuts) * w_.stride + input / 2 * kCodeOuts;
     }
 
-    GPTKERN_HD Ints start(int r, int block) const {
-        return Minimums ? Ints{} : reinterpret_cast<Ints>(_mm512_set1_epi32(x_.start(r, block)));
-    }
+    GPTKERN_HD int start(int r, int block) const { return Minimums ? 0 : x_.start(r, block); }
 
     // A row's block: its scale, and the sum of its inputs.
     struct Block {
@@ -158,30 +148,27 @@ private:
     // Adds the products of R rows, which are all, with inputs from ``input`` on.
     template <int R>
     void add_few(int input, int inputs, float* sums, int64_t stride) const {
-        constexpr int kBlocks = kVectorInputs / kBlock;
+        constexpr int kBlocks = kTurnInputs / kBlock;
         const uint8_t* next = ahead(input);
         for (int v = 0; v < kCodeVectors; ++v) {
-            const CodesOf16<Group> codes(w_, first_ + v * kLanes);
+            const VectorCodes<Group> codes(w_, first_ + v * kLanes);
             Vec total[R];
             for (int r = 0; r < R; ++r) total[r] = input == 0 ? zeros() : load(sums + r * stride + v * kLanes);
-            for (int i = input; i < input + inputs; i += kVectorInputs, next += kLanes * kVector) {
+            for (int i = input; i < input + inputs; i += kTurnInputs, next += kLanes * kTurnBytes) {
                 const int left = input + inputs - i;
-                Ints products[kBlocks][R];
+                CodeSums products[kBlocks][R];
 #pragma GCC unroll 4
                 for (int b = 0; b < kBlocks; ++b) {
-                    for (int r = 0; r < R; ++r) products[b][r] = b * kBlock < left ? start(r, i / kBlock + b) : Ints{};
+                    for (int r = 0; r < R; ++r) products[b][r].start(b * kBlock < left ? start(r, i / kBlock + b) : 0);
                 }
-                codes.fours(i, left, next, [&](int at, __m512i fours) __attribute__((always_inline)) {
-                    for (int r = 0; r < R; ++r) {
-                        Ints& sum = products[at / kBlock][r];
-                        sum = dot(sum, fours, _mm512_set1_epi32(x_.four(r, i + at)));
-                    }
+                codes.fours(i, left, next, [&](int at, ByteVec fours) __attribute__((always_inline)) {
+                    for (int r = 0; r < R; ++r) products[at / kBlock][r].add(fours, x_.four(r, i + at));
                 });
 #pragma GCC unroll 4
                 for (int b = 0; b < kBlocks; ++b) {
                     if (b * kBlock >= left) break;
                     for (int r = 0; r < R; ++r) {
-                        total[r] = with(block_of(r, i / kBlock + b), total[r], products[b][r], v);
+                        total[r] = with(block_of(r, i / kBlock + b), total[r], products[b][r].total(), v);
                     }
                 }
             }
@@ -193,10 +180,10 @@ private:
     void add_many(int input, int inputs, float* sums, int64_t stride) const {
         const uint8_t* next = ahead(input);
         for (int v = 0; v < kCodeVectors; ++v) {
-            const CodesOf16<Group> codes(w_, first_ + v * kLanes);
-            for (int i = 0; i < inputs; i += kVectorInputs, next += kLanes * kVector) {
-                codes.fours(input + i, inputs - i, next, [&](int at, __m512i fours) __attribute__((always_inline)) {
-                    _mm512_store_si512(panel_.codes[(i + at) / 4][v], fours);
+            const VectorCodes<Group> codes(w_, first_ + v * kLanes);
+            for (int i = 0; i < inputs; i += kTurnInputs, next += kLanes * kTurnBytes) {
+                codes.fours(input + i, inputs - i, next, [&](int at, ByteVec fours) __attribute__((always_inline)) {
+                    store_bytes(panel_.codes[(i + at) / 4][v], fours);
                 });
             }
         }
@@ -209,21 +196,21 @@ private:
     template <int R>
     GPTKERN_HD void add_block(int row, int input, int i, float* sums, int64_t stride) const {
         const int block = (input + i) / kBlock;
-        Ints products[kCodeVectors][R];
+        CodeSums products[kCodeVectors][R];
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-            for (int v = 0; v < kCodeVectors; ++v) products[v][r] = start(row + r, block);
+            for (int v = 0; v < kCodeVectors; ++v) products[v][r].start(start(row + r, block));
         }
         for (int at = i; at < i + kBlock; at += 4) {
-            __m512i codes[kCodeVectors];
+            ByteVec codes[kCodeVectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < kCodeVectors; ++v) codes[v] = _mm512_load_si512(panel_.codes[at / 4][v]);
+            for (int v = 0; v < kCodeVectors; ++v) codes[v] = load_bytes(panel_.codes[at / 4][v]);
 #pragma GCC unroll 6
             for (int r = 0; r < R; ++r) {
-                const __m512i fours = _mm512_set1_epi32(x_.four(row + r, input + at));
+                const int four = x_.four(row + r, input + at);
 #pragma GCC unroll 4
-                for (int v = 0; v < kCodeVectors; ++v) products[v][r] = dot(products[v][r], codes[v], fours);
+                for (int v = 0; v < kCodeVectors; ++v) products[v][r].add(codes[v], four);
             }
         }
 #pragma GCC unroll 6
@@ -232,7 +219,7 @@ private:
 #pragma GCC unroll 4
             for (int v = 0; v < kCodeVectors; ++v) {
                 float* const to = sums + (row + r) * stride + v * kLanes;
-                store(to, with(own, block == 0 ? zeros() : load(to), products[v][r], v));
+                store(to, with(own, block == 0 ? zeros() : load(to), products[v][r].total(), v));
             }
         }
     }
@@ -259,5 +246,3 @@ inline void code_product(const CpuLinear& w, const CodeRows& x, int first, int l
 
 }  // namespace GPTKERN_ISA
 }  // namespace gptkern
-
-#endif  // __AVX512VNNI__

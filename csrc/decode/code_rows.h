@@ -1,4 +1,4 @@
-// Activations as int8, for products with int4 weights by VNNI.
+// Activations as int8, for products with int4 weights.
 //
 // kBlock inputs of a row share a scale, the largest magnitude over 127. gptkern/engine/executors/cpu_bytes.py has this in
 // PyTorch.
@@ -47,38 +47,28 @@ GPTKERN_HD int64_t code_row(int in) {
     return (bytes + 63) / 64 * 64 + 64;
 }
 
-#ifdef __AVX512VNNI__
-
 GPTKERN_HD bool takes_codes(const CpuLinear& layer) {
     return layer.format == Format::kInt4 && (layer.group == 32 || layer.group == 64 || layer.group == 128);
 }
 
 // Takes row r, (in,) fp32.
 inline void take_code_row(const CodeRows& rows, int r, const float* x, bool minimums) {
+    constexpr int kParts = kBlock / kLanes;
     char *const scales = rows.scales(r), *const starts = rows.starts(r), *const inputs = rows.inputs(r);
     for (int b = 0; b < rows.blocks(); ++b, x += kBlock) {
-        const Vec low = load(x), high = load(x + kLanes);
-        // A NaN makes the scale NaN: as whole numbers, NaNs are larger than all others.
-        const __m512i most =
-            _mm512_max_epi32(_mm512_castps_si512(magnitude(low)), _mm512_castps_si512(magnitude(high)));
-        const float largest = bit_cast<float>(_mm512_reduce_max_epi32(most));
-        const Vec factor = all(largest >= kLeastMagnitude ? 127.0f / largest : 0.0f);
-        const float scale = largest / 127.0f;
-        int sum = 0;
-        const auto take = [&](Vec part, char* to) {
-            const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(mul(part, factor)));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
-            sum += _mm512_reduce_add_epi32(_mm512_cvtepi8_epi32(bytes));
-        };
-        take(low, inputs + b * kBlock);
-        take(high, inputs + b * kBlock + kLanes);
+        Vec most = zeros();  // a NaN makes the scale NaN
+        for (int n = 0; n < kParts; ++n) most = larger_magnitude(most, magnitude(load(x + n * kLanes)));
+        const float greatest = largest(most);
+        const Vec factor = all(greatest >= kLeastMagnitude ? 127.0f / greatest : 0.0f);
+        const float scale = greatest / 127.0f;
+        char* const to = inputs + b * kBlock;
+        for (int n = 0; n < kParts; ++n) store_rounded(to + n * kLanes, mul(load(x + n * kLanes), factor));
+        const int sum = sum_of_block(to);
         const int start = minimums ? bit_cast<int>(scale * static_cast<float>(sum)) : -8 * sum;
         std::memcpy(scales + b * CodeRows::kNumber, &scale, CodeRows::kNumber);
         std::memcpy(starts + b * CodeRows::kNumber, &start, CodeRows::kNumber);
     }
 }
-
-#endif  // __AVX512VNNI__
 
 }  // namespace GPTKERN_ISA
 }  // namespace gptkern

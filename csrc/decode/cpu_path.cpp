@@ -168,16 +168,16 @@ private:
             return transposed_product(pairs, x.pairs(), first, last - first, sums, stride);
         }
 #endif
-#ifdef __AVX512VNNI__
         if (x.packing() == Packing::kBytes) return byte_product(layer, x.bytes(), first, last, sums, stride);
         if (x.packing() == Packing::kCodes) {
             auto& panel = *reinterpret_cast<CodePanel*>(p_.own + p_.layout.codes);
             return code_product(layer, x.codes(), first, last, sums, stride, panel);
         }
-#endif
-        if (layer.format == Format::kInt8) {
-            const Weights<Int8<Kind>> bytes{static_cast<const int8_t*>(layer.weight), layer.stride, layer.in};
-            return gptkern::product(bytes, x.placed(), first, last, emit);
+        if constexpr (!Kind::kEvenFirst) {
+            if (layer.format == Format::kInt8) {
+                const Weights<Int8> bytes{static_cast<const int8_t*>(layer.weight), layer.stride, layer.in};
+                return gptkern::product(bytes, x.placed(), first, last, emit);
+            }
         }
         if (layer.format == Format::kFp8) {
             const Weights<Fp8<Kind>> bytes{packed, layer.stride, layer.in};

@@ -12,7 +12,7 @@ namespace {
 
 // The paths that this processor can run, the best first, then null.
 const CpuDecodePath* const* paths() {
-    static const CpuDecodePath* usable[5] = {};
+    static const CpuDecodePath* usable[6] = {};
 #ifdef GPTKERN_X86
     const CpuDecodePath** next = usable;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -23,6 +23,7 @@ const CpuDecodePath* const* paths() {
         *next++ = &avx512::decode_path();
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+        if (__builtin_cpu_supports("avxvnni")) *next++ = &avx2_vnni::decode_path();
         *next++ = &avx2::decode_path();
     }
 #endif

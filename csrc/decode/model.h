@@ -122,6 +122,9 @@ struct CpuDecodePath {
 namespace avx2 {
 const CpuDecodePath& decode_path();
 }
+namespace avx2_vnni {
+const CpuDecodePath& decode_path();
+}
 namespace avx512 {
 const CpuDecodePath& decode_path();
 }

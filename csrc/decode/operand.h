@@ -22,10 +22,8 @@ GPTKERN_HD Packing packing_of(const CpuLinear& layer) {
 #ifdef __AVX512BF16__
     if (Kind::kEvenFirst && layer.format == Format::kModel) return Packing::kPairs;
 #endif
-#ifdef __AVX512VNNI__
     if (Kind::kEvenFirst && layer.format == Format::kInt8) return Packing::kBytes;
     if (Kind::kEvenFirst && takes_codes(layer)) return Packing::kCodes;
-#endif
     const bool as_it_is = std::is_same_v<Kind, Fp32> && layer.format == Format::kModel && !layer.transposed;
     return as_it_is || layer.format == Format::kInt4 ? Packing::kNatural : Packing::kPlaced;
 }
@@ -63,11 +61,10 @@ public:
             take(pairs().row(row), x);
         } else if (packing_ == Packing::kPlaced) {
             place(row, x);
+        } else if (packing_ == Packing::kBytes) {
+            ByteRow(x, in_).store(bytes().row(row));
         } else {
-#ifdef __AVX512VNNI__
-            if (packing_ == Packing::kBytes) return ByteRow(x, in_).store(bytes().row(row));
             take_code_row(codes(), row, x, layer_.minimums != nullptr);
-#endif
         }
     }
 

@@ -54,9 +54,7 @@ struct Layout {
         ups = take(m.gated ? rows * widest : 0);
         partial = take(dot_partial(rows));
         scratch = take(2 * rows * share + rows * kTransposedRows);
-#ifdef __AVX512VNNI__
         codes = take(sizeof(CodePanel) / sizeof(float));
-#endif
         const int64_t most = most_queries(m), head = padded(m.head_dim);
         const int64_t runs = (m.n_positions + run_tokens(m) - 1) / run_tokens(m), sets = 2 * most + runs * m.heads;
         turned = take(head);

@@ -59,11 +59,6 @@ GPTKERN_HD void widen(const uint16_t* from, Vec& even, Vec& odd) {
 GPTKERN_HD Vec widen(const int8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
-GPTKERN_HD void widen(const int8_t* from, Vec& even, Vec& odd) {
-    const __m512i pairs = _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
-    odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 8));
-}
 // Numbers of e4m3, one in each of 16 bits, times 2^-8: their bits, moved, are those of fp16. NaN stays NaN.
 GPTKERN_HD Vec from_e4m3(__m256i bytes) {
     const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x7f)), 7);
@@ -139,6 +134,7 @@ GPTKERN_HD Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 GPTKERN_HD Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 GPTKERN_HD Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 GPTKERN_HD Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+GPTKERN_HD Vec magnitude(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 GPTKERN_HD Vec times_power_of_two(Vec a, Vec n) {
     return _mm256_castsi256_ps(
         _mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
@@ -172,11 +168,6 @@ GPTKERN_HD void widen(const uint16_t* from, Vec& even, Vec& odd) {
 }
 GPTKERN_HD Vec widen(const int8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-}
-GPTKERN_HD void widen(const int8_t* from, Vec& even, Vec& odd) {
-    const __m256i pairs = _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 24), 24));
-    odd = _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 8));
 }
 // Numbers of e4m3, one in each of 16 bits, times 2^-8: their bits, moved, are those of fp16. NaN stays NaN.
 GPTKERN_HD Vec from_e4m3(__m128i bytes) {
@@ -332,10 +323,6 @@ struct Fp32 {
         first = gptkern::load(from);
         second = gptkern::load(from + kLanes);
     }
-    GPTKERN_HD static void pair(const int8_t* from, Vec& first, Vec& second) {
-        first = widen(from);
-        second = widen(from + kLanes);
-    }
     GPTKERN_HD static void pair_e4m3(const uint8_t* from, Vec& first, Vec& second) { widen_e4m3(from, first, second); }
 };
 
@@ -350,16 +337,17 @@ struct Bf16 {
         return i / kStep * kStep + (i % 2) * kLanes + i % kStep / 2;
     }
     GPTKERN_HD static void pair(const uint16_t* from, Vec& even, Vec& odd) { widen(from, even, odd); }
-    GPTKERN_HD static void pair(const int8_t* from, Vec& even, Vec& odd) { widen(from, even, odd); }
     GPTKERN_HD static void pair_e4m3(const uint8_t* from, Vec& even, Vec& odd) { widen_e4m3_pairs(from, even, odd); }
 };
 
-// int8 weights, to be multiplied with activations in a Kind's order.
-template <class Kind>
+// int8 weights, to be multiplied with activations in fp32.
 struct Int8 {
     using Storage = int8_t;
     GPTKERN_HD static float load(int8_t value) { return static_cast<float>(value); }
-    GPTKERN_HD static void pair(const int8_t* from, Vec& first, Vec& second) { Kind::pair(from, first, second); }
+    GPTKERN_HD static void pair(const int8_t* from, Vec& first, Vec& second) {
+        first = widen(from);
+        second = widen(from + kLanes);
+    }
 };
 
 // fp8 weights times 2^-8, to be multiplied with activations in a Kind's order.

@@ -266,7 +266,7 @@ bool check(int threads) {
 
 int main(int, char** arguments) {
     const int models = std::atoi(arguments[1]), threads = std::atoi(arguments[2]);
-    for (const char* path : {"avx2", "avx512", "avx512_vnni", "avx512_bf16"}) {
+    for (const char* path : {"avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16"}) {
         try {
             gptkern::use_cpu_decode_path(path);
         } catch (const std::exception&) {

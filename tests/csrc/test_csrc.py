@@ -74,6 +74,7 @@ _ISAS = {
         "-Wno-maybe-uninitialized",
     ],
 }
+_ISAS["avx2_vnni"] = [*_ISAS["avx2"], "-mavxvnni"]
 _ISAS["avx512_vnni"] = [*_ISAS["avx512"], "-mavx512vnni"]
 _ISAS["avx512_bf16"] = [*_ISAS["avx512_vnni"], "-mavx512bf16"]
 

@@ -5,9 +5,9 @@ at a third to two thirds of what the memory gives, and spend as long again betwe
 ``csrc/decode/cpu_path.cpp`` reads each weight once, where it lies, and its threads stay together from the
 embeddings to the logits. Quantised weights it widens in registers: half or a quarter of bf16's bytes to read.
 
-Products are of fp32 activations, but for those of a bf16 model that a processor has instructions for: with
-AVX-512 BF16 those with bf16 weights are of activations rounded to bf16, as PyTorch's are, and with AVX-512
-VNNI those with int8 and int4 weights of activations rounded to int8 (``cpu_bytes.py``). Sums are in fp32.
+Products are of fp32 activations, but for a bf16 model's: those with int8 and int4 weights are of activations
+rounded to int8 (``cpu_bytes.py``), and with AVX-512 BF16 those with bf16 weights of activations rounded to
+bf16, as PyTorch's are. Sums are in fp32.
 """
 
 from __future__ import annotations

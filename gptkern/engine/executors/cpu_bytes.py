@@ -1,9 +1,9 @@
 """Activations as the CPU executor's products with int8 and int4 weights take them, in PyTorch.
 
-Where a processor has AVX-512 VNNI, a bf16 model's activations are rounded to int8 before such a product
-(``csrc/decode/byte_rows.h`` and ``code_rows.h``). Products and sums of whole numbers are exact, and what they
-are scaled to is summed in fp32: a product is ``rounded(x, weight) @ weight.T``, in whose sums nothing but
-fp32 rounds.
+A bf16 model's activations are rounded to int8 before such a product (``csrc/decode/byte_rows.h`` and
+``code_rows.h``). Products and sums of whole numbers are exact, and what they are scaled to is summed in fp32,
+in the same order by every instruction set: a product is ``rounded(x, weight) @ weight.T``, in whose sums
+nothing but fp32 rounds.
 """
 
 from __future__ import annotations
