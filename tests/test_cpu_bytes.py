@@ -9,29 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_products import PATHS, product
 
-from gptkern import _C, _native
+from gptkern import _C
 from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.cpu import CpuExecutor
 from gptkern.engine.executors.cpu_bytes import rounded, scales_of
-from gptkern.engine.executors.cpu_model import CpuLinear, CpuModel, CpuStage
 from gptkern.gpt import GPT
 from gptkern.ops.decode_linear.formats import QuantizedWeight, quantize
 
-
-def _paths() -> list[str]:
-    best, found = _C.decode_path(), []
-    for name in ("avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2"):
-        try:
-            _C.use_decode_path(name)
-        except ValueError:
-            continue
-        found.append(name)
-    _C.use_decode_path(best)
-    return found
-
-
-PATHS = _paths() if _C.has_decoder else []
 pytestmark = pytest.mark.skipif(not PATHS, reason="this processor has no AVX2, or gptkern._C is not built")
 
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,33 +46,6 @@ def path() -> Iterator[None]:
     _C.use_decode_path(best)
 
 
-def _stage(kind: str, write: str, read: str = "none", linear: CpuLinear | None = None) -> CpuStage:
-    kinds, buffers = _native.STAGES, _native.BUFFERS
-    none = buffers["none"]
-    return CpuStage(kinds[kind], 0, buffers[read], buffers[write], none, none, None, linear, False)
-
-
-def _product(x: torch.Tensor, weight: QuantizedWeight, threads: int = 1) -> torch.Tensor:
-    """x @ weight.T in bf16 by the extension: a decoder of embeddings and a head."""
-    rows, (outs, _) = len(x), weight.shape
-    linear = CpuLinear(weight.values, None, weight.scales, weight.minimums)
-    tokens = torch.zeros(outs, x.shape[1], dtype=torch.bfloat16)
-    tokens[:rows] = x
-    model = CpuModel(
-        context=9, heads=1, kv_heads=1, head_dim=4, inner=4, activation=0, gated=False, rms=False,
-        unit_offset=False, whole_qk_norm=False, eps=1e-5, embedding_scale=1.0, residual_scale=1.0,
-        logits_scale=1.0, attention_softcap=0.0, logits_softcap=0.0, position_offset=0, tokens=tokens,
-        positions=None, layers=[], stages=[_stage("embed", "x"), _stage("linear", "logits", "x", linear)],
-    )  # fmt: skip
-    keys, values = torch.zeros(2, 0, 1, 1, 1, 4, dtype=torch.bfloat16)
-    table, lengths = torch.zeros(rows, 1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
-    logits = torch.empty(rows, outs, dtype=torch.bfloat16)
-    wanted = torch.arange(rows, dtype=torch.int32)
-    ids = torch.arange(rows)
-    assert _C.Decoder(model).step(keys, values, table, lengths, ids, wanted, logits, threads)
-    return logits
-
-
 def _made(name: str, width: int, rows: int = 21, outs: int = 43) -> tuple[torch.Tensor, QuantizedWeight]:
     draw = torch.Generator().manual_seed(width)
     # Some inputs are much larger than others, as a model's are.
@@ -105,7 +64,7 @@ def _slack(exact: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) -> torch.
 def test_a_product_is_that_of_the_rounded_activations(name: str, width: int) -> None:
     x, weight = _made(name, width)
     matrix, taken = weight.dequantize(torch.float64), rounded(x.float(), weight)
-    exact, found = taken @ matrix.T, _product(x, weight).double()
+    exact, found = taken @ matrix.T, product(x, weight).double()
     assert ((found - exact).abs() <= _slack(exact, taken, matrix)).all()
 
 
@@ -113,7 +72,7 @@ def test_a_product_is_that_of_the_rounded_activations(name: str, width: int) -> 
 def test_the_error_is_within_half_a_scale_for_each_weight(name: str, width: int) -> None:
     x, weight = _made(name, width)
     matrix, halves = weight.dequantize(torch.float64), scales_of(x.float(), weight).double() / 2
-    exact, found = x.double() @ matrix.T, _product(x, weight).double()
+    exact, found = x.double() @ matrix.T, product(x, weight).double()
     bound = (1 + 2.0**-20) * halves @ matrix.abs().T + _slack(exact, x.double(), matrix)
     assert ((found - exact).abs() <= bound).all()
     # Errors of many inputs cancel: in all, a bound that the worst case does not reach by far.
@@ -123,11 +82,11 @@ def test_the_error_is_within_half_a_scale_for_each_weight(name: str, width: int)
 @pytest.mark.parametrize(("name", "width"), CASES)
 def test_every_path_gives_the_same_bits(name: str, width: int) -> None:
     x, weight = _made(name, width)
-    best = _product(x, weight)
+    best = product(x, weight)
     for path in PATHS[1:]:
         _C.use_decode_path(path)
         for rows in (1, 2, 3, 6, len(x)):
-            assert torch.equal(_product(x[:rows], weight), best[:rows]), (path, rows)
+            assert torch.equal(product(x[:rows], weight), best[:rows]), (path, rows)
 
 
 def test_the_largest_numbers_of_all_fit_in_the_sums_of_every_path() -> None:
@@ -150,25 +109,25 @@ def test_the_largest_numbers_of_all_fit_in_the_sums_of_every_path() -> None:
         exact = rounded(x.float(), weight) @ weight.dequantize(torch.float64).T
         for path in PATHS:
             _C.use_decode_path(path)
-            assert torch.equal(_product(x, weight), exact.bfloat16()), (weight.format, path)
+            assert torch.equal(product(x, weight), exact.bfloat16()), (weight.format, path)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_row_is_bitwise_the_same_in_any_company(name: str) -> None:
     x, weight = _made(name, 1152 if name == "int8" else 1152 + 128, rows=43)
-    whole = _product(x, weight)
+    whole = product(x, weight)
     for rows in range(1, 43):
-        assert torch.equal(_product(x[:rows], weight, 1 + rows % 3), whole[:rows]), rows
-    assert torch.equal(_product(x[7:9], weight), whole[7:9])
+        assert torch.equal(product(x[:rows], weight, 1 + rows % 3), whole[:rows]), rows
+    assert torch.equal(product(x[7:9], weight), whole[7:9])
 
 
 @pytest.mark.parametrize("name", ["int8", "int4, groups of 32, zeros"])
 def test_numbers_that_are_none_stay_in_their_row(name: str) -> None:
     x, weight = _made(name, 640)
-    clean = _product(x, weight)
+    clean = product(x, weight)
     for place, number in ((3, torch.nan), (5, torch.inf), (6, -torch.inf)):
         x[place, 77 * place] = number
-    found = _product(x, weight)
+    found = product(x, weight)
     assert found[3].isnan().all() and not found[5:7].isfinite().any()
     others = [row for row in range(len(x)) if row not in (3, 5, 6)]
     assert torch.equal(found[others], clean[others])
@@ -182,7 +141,7 @@ def test_zeros_and_the_smallest_and_largest_numbers(name: str) -> None:
     x[2] *= 1e30
     matrix, taken = weight.dequantize(torch.float64), rounded(x.float(), weight)
     assert taken[:2].count_nonzero() == 0
-    exact, found = taken @ matrix.T, _product(x, weight).double()
+    exact, found = taken @ matrix.T, product(x, weight).double()
     assert found[:2].count_nonzero() == 0
     assert ((found - exact).abs() <= _slack(exact, taken, matrix)).all()
 
@@ -195,7 +154,7 @@ def test_minimums_far_from_the_codes_are_read_as_they_are() -> None:
     exact = taken @ matrix.T
     for path in PATHS:
         _C.use_decode_path(path)
-        assert ((_product(x, weight).double() - exact).abs() <= _slack(exact, taken, matrix)).all(), path
+        assert ((product(x, weight).double() - exact).abs() <= _slack(exact, taken, matrix)).all(), path
 
 
 @pytest.mark.slow

@@ -162,6 +162,9 @@ private:
         const auto emit = [&](int r, int out, float value) { sums[r * stride + out - first] = value; };
         const auto* const packed = static_cast<const uint8_t*>(layer.weight);
 #ifdef __AVX512BF16__
+        if (layer.format == Format::kFp8 && x.packing() == Packing::kPairs) {
+            return fp8_product<Bf16>(layer, x.pairs(), first, last, sums, stride);
+        }
         if (x.packing() == Packing::kPairs) {
             if (!layer.transposed) return dot_product<Bf16>(layer, x.pairs(), first, last, sums, stride);
             const Weights<Bf16> pairs{static_cast<const uint16_t*>(layer.weight), layer.stride, layer.in};
@@ -179,10 +182,7 @@ private:
                 return gptkern::product(bytes, x.placed(), first, last, emit);
             }
         }
-        if (layer.format == Format::kFp8) {
-            const Weights<Fp8<Kind>> bytes{packed, layer.stride, layer.in};
-            return gptkern::product(bytes, x.placed(), first, last, emit);
-        }
+        if (layer.format == Format::kFp8) return fp8_product<Fp32>(layer, x.natural(), first, last, sums, stride);
         if (layer.format == Format::kInt4) {
             const Int4 codes{packed, layer.group_scales, layer.minimums, layer.stride, layer.in, layer.group};
             if (layer.minimums == nullptr) return gptkern::product<false>(codes, x.natural(), first, last, emit);
@@ -195,6 +195,14 @@ private:
         } else {
             gptkern::product(weights, x.placed(), first, last, emit);
         }
+    }
+
+    // As ``product``, of fp8 weights.
+    template <class Same>
+    void fp8_product(const CpuLinear& layer, const RowsOf<typename Same::Storage>& x, int first, int last, float* sums,
+                     int64_t stride) const {
+        auto* const memory = reinterpret_cast<typename Same::Storage*>(p_.own + p_.layout.widened);
+        gptkern::fp8_product<Same>(layer, x, first, last, memory, p_.own + p_.layout.partial, sums, stride);
     }
 
     // As ``product``, of weights in the rows' own dtype.

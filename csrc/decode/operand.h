@@ -20,12 +20,13 @@ enum class Packing {
 template <class Kind>
 GPTKERN_HD Packing packing_of(const CpuLinear& layer) {
 #ifdef __AVX512BF16__
-    if (Kind::kEvenFirst && layer.format == Format::kModel) return Packing::kPairs;
+    if (Kind::kEvenFirst && (layer.format == Format::kModel || layer.format == Format::kFp8)) return Packing::kPairs;
 #endif
     if (Kind::kEvenFirst && layer.format == Format::kInt8) return Packing::kBytes;
     if (Kind::kEvenFirst && takes_codes(layer)) return Packing::kCodes;
     const bool as_it_is = std::is_same_v<Kind, Fp32> && layer.format == Format::kModel && !layer.transposed;
-    return as_it_is || layer.format == Format::kInt4 ? Packing::kNatural : Packing::kPlaced;
+    const bool natural = as_it_is || layer.format == Format::kInt4 || layer.format == Format::kFp8;
+    return natural ? Packing::kNatural : Packing::kPlaced;
 }
 
 // A line more to each row: else rows of a power of two would share their places in the cache.

@@ -7,6 +7,7 @@
 #include "decode/attention_block.h"
 #include "decode/code_product.h"
 #include "decode/dot_product.h"
+#include "decode/fp8_product.h"
 #include "decode/model.h"
 #include "decode/operand.h"
 
@@ -28,7 +29,7 @@ inline int run_tokens(const CpuModel& m) {
 struct Layout {
     int64_t x, middle, branch, normed, qkv, attended, inner, operand;  // shared: a row of each token
     // Per thread, from the end of the shared part: of products, then of attention.
-    int64_t sums, ups, partial, scratch, codes;
+    int64_t sums, ups, partial, scratch, codes, widened;
     int64_t turned, queries, means, totals, tops, keys, values, scores;
     int64_t shared, per_thread;  // sizes of the two parts
 
@@ -46,7 +47,7 @@ struct Layout {
         qkv = take(rows * padded(m.qkv_width()));
         attended = take(rows * padded(m.q_width()));
         inner = take(rows * padded(m.inner));
-        operand = take(rows * operand_floats(most_inputs(m)));
+        operand = take(rows * operand_floats(most_inputs(m, false)));
         shared = end;
         end = 0;
         const int64_t share = padded(most_transposed(m) / threads + 2 * kStep), widest = share > kBand ? share : kBand;
@@ -55,6 +56,7 @@ struct Layout {
         partial = take(dot_partial(rows));
         scratch = take(2 * rows * share + rows * kTransposedRows);
         codes = take(sizeof(CodePanel) / sizeof(float));
+        widened = take(fp8_floats(most_inputs(m, true)));
         const int64_t most = most_queries(m), head = padded(m.head_dim);
         const int64_t runs = (m.n_positions + run_tokens(m) - 1) / run_tokens(m), sets = 2 * most + runs * m.heads;
         turned = take(head);
@@ -68,9 +70,13 @@ struct Layout {
         per_thread = end;
     }
 
-    static int most_inputs(const CpuModel& m) {
+    // Inputs of the widest product, or of the widest with fp8 weights.
+    static int most_inputs(const CpuModel& m, bool fp8) {
         int most = 0;
-        for (int i = 0; i < m.stages; ++i) most = m.stage[i].linear.in > most ? m.stage[i].linear.in : most;
+        for (int i = 0; i < m.stages; ++i) {
+            const CpuLinear& linear = m.stage[i].linear;
+            if ((!fp8 || linear.format == Format::kFp8) && linear.in > most) most = linear.in;
+        }
         return most;
     }
 

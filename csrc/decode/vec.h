@@ -59,24 +59,6 @@ GPTKERN_HD void widen(const uint16_t* from, Vec& even, Vec& odd) {
 GPTKERN_HD Vec widen(const int8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
-// Numbers of e4m3, one in each of 16 bits, times 2^-8: their bits, moved, are those of fp16. NaN stays NaN.
-GPTKERN_HD Vec from_e4m3(__m256i bytes) {
-    const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x7f)), 7);
-    const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f << 7));
-    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x80)), 8);
-    const __m256i special = _mm256_and_si256(nan, _mm256_set1_epi16(0x7c00));
-    return _mm512_cvtph_ps(_mm256_or_si256(_mm256_or_si256(magnitude, sign), special));
-}
-GPTKERN_HD void widen_e4m3(const uint8_t* from, Vec& first, Vec& second) {
-    const auto* const at = reinterpret_cast<const __m128i*>(from);
-    first = from_e4m3(_mm256_cvtepu8_epi16(_mm_loadu_si128(at)));
-    second = from_e4m3(_mm256_cvtepu8_epi16(_mm_loadu_si128(at + 1)));
-}
-GPTKERN_HD void widen_e4m3_pairs(const uint8_t* from, Vec& even, Vec& odd) {
-    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    even = from_e4m3(pairs);
-    odd = from_e4m3(_mm256_srli_epi16(pairs, 8));
-}
 GPTKERN_HD float half_to_float(uint16_t bits) {
     return _mm_cvtss_f32(_mm_maskz_cvtph_ps(1, _mm_cvtsi32_si128(bits)));
 }
@@ -168,23 +150,6 @@ GPTKERN_HD void widen(const uint16_t* from, Vec& even, Vec& odd) {
 }
 GPTKERN_HD Vec widen(const int8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-}
-// Numbers of e4m3, one in each of 16 bits, times 2^-8: their bits, moved, are those of fp16. NaN stays NaN.
-GPTKERN_HD Vec from_e4m3(__m128i bytes) {
-    const __m128i magnitude = _mm_slli_epi16(_mm_and_si128(bytes, _mm_set1_epi16(0x7f)), 7);
-    const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f << 7));
-    const __m128i sign = _mm_slli_epi16(_mm_and_si128(bytes, _mm_set1_epi16(0x80)), 8);
-    const __m128i special = _mm_and_si128(nan, _mm_set1_epi16(0x7c00));
-    return _mm256_cvtph_ps(_mm_or_si128(_mm_or_si128(magnitude, sign), special));
-}
-GPTKERN_HD void widen_e4m3(const uint8_t* from, Vec& first, Vec& second) {
-    first = from_e4m3(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-    second = from_e4m3(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + kLanes))));
-}
-GPTKERN_HD void widen_e4m3_pairs(const uint8_t* from, Vec& even, Vec& odd) {
-    const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    even = from_e4m3(pairs);
-    odd = from_e4m3(_mm_srli_epi16(pairs, 8));
 }
 GPTKERN_HD float half_to_float(uint16_t bits) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits))); }
 // The numbers that an int4 group's codes stand for, code 0 for ``least``.
@@ -323,7 +288,6 @@ struct Fp32 {
         first = gptkern::load(from);
         second = gptkern::load(from + kLanes);
     }
-    GPTKERN_HD static void pair_e4m3(const uint8_t* from, Vec& first, Vec& second) { widen_e4m3(from, first, second); }
 };
 
 struct Bf16 {
@@ -337,7 +301,6 @@ struct Bf16 {
         return i / kStep * kStep + (i % 2) * kLanes + i % kStep / 2;
     }
     GPTKERN_HD static void pair(const uint16_t* from, Vec& even, Vec& odd) { widen(from, even, odd); }
-    GPTKERN_HD static void pair_e4m3(const uint8_t* from, Vec& even, Vec& odd) { widen_e4m3_pairs(from, even, odd); }
 };
 
 // int8 weights, to be multiplied with activations in fp32.
@@ -349,19 +312,6 @@ struct Int8 {
         second = widen(from + kLanes);
     }
 };
-
-// fp8 weights times 2^-8, to be multiplied with activations in a Kind's order.
-template <class Kind>
-struct Fp8 {
-    using Storage = uint8_t;
-    GPTKERN_HD static float load(uint8_t value) {
-        const uint16_t magnitude = static_cast<uint16_t>((value & 0x7f) << 7);
-        const uint16_t special = (value & 0x7f) == 0x7f ? 0x7c00 : 0;
-        return widen_fp16(static_cast<uint16_t>((value & 0x80) << 8 | magnitude | special));
-    }
-    GPTKERN_HD static void pair(const uint8_t* from, Vec& first, Vec& second) { Kind::pair_e4m3(from, first, second); }
-};
-constexpr float kFp8Unit = 256.0f;  // what Fp8's numbers are to be multiplied by
 
 }  // namespace GPTKERN_ISA
 }  // namespace gptkern

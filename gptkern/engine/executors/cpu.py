@@ -6,8 +6,8 @@ at a third to two thirds of what the memory gives, and spend as long again betwe
 embeddings to the logits. Quantised weights it widens in registers: half or a quarter of bf16's bytes to read.
 
 Products are of fp32 activations, but for a bf16 model's: those with int8 and int4 weights are of activations
-rounded to int8 (``cpu_bytes.py``), and with AVX-512 BF16 those with bf16 weights of activations rounded to
-bf16, as PyTorch's are. Sums are in fp32.
+rounded to int8 (``cpu_bytes.py``), and with AVX-512 BF16 those with bf16 and fp8 weights of activations
+rounded to bf16, as PyTorch's are. Sums are in fp32.
 """
 
 from __future__ import annotations

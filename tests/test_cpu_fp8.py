@@ -1,0 +1,81 @@
+"""Products with fp8 weights on a CPU: those of the same numbers in the rows' dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cpu_products import PATHS, product
+
+from gptkern import _C
+from gptkern.ops.decode_linear.formats import QuantizedWeight, quantize
+
+DTYPES = (torch.bfloat16, torch.float32)
+# Some fill no vector; one is summed in parts.
+WIDTHS = (5, 32, 100, 768, 1000, 1600)
+ROWS = 43
+
+
+@pytest.fixture(autouse=True, params=["avx2", "avx512", "avx512_bf16"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that the processor has."""
+    if request.param not in PATHS:
+        pytest.skip(f"this processor has no {request.param}")
+    best = _C.decode_path()
+    _C.use_decode_path(request.param)
+    yield request.param
+    _C.use_decode_path(best)
+
+
+def _made(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, QuantizedWeight]:
+    draw = torch.Generator().manual_seed(width)
+    x = torch.randn(ROWS, width, generator=draw).to(dtype)
+    return x, quantize(torch.randn(2 * ROWS + 1, width, generator=draw), "fp8")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_product_against_float64(width: int, dtype: torch.dtype) -> None:
+    x, weight = _made(width, dtype)
+    matrix = weight.dequantize(torch.float64)
+    exact, found = x.double() @ matrix.T, product(x, weight).double()
+    # No element meets more than 128 roundings, and the sum is rounded once more.
+    within = 128 * 2.0**-24 * (x.double().abs() @ matrix.abs().T)
+    if dtype == torch.bfloat16:
+        within += 2.0**-8 * exact.abs()
+    assert ((found - exact).abs() <= within).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_row_is_bitwise_the_same_in_any_company(width: int, dtype: torch.dtype) -> None:
+    x, weight = _made(width, dtype)
+    whole = product(x, weight)
+    for rows in range(1, ROWS):
+        assert torch.equal(product(x[:rows], weight, 1 + rows % 3), whole[:rows]), rows
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 9, ROWS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_product_is_that_of_the_same_numbers_in_the_rows_dtype(
+    rows: int, dtype: torch.dtype, path: str
+) -> None:
+    if dtype == torch.bfloat16 and path != "avx512_bf16":
+        pytest.skip("other paths multiply bf16 weights in another order")
+    x, weight = _made(1600, dtype)
+    weight.scales.fill_(1)
+    assert torch.equal(product(x[:rows], weight), product(x[:rows], weight.dequantize(dtype)))
+
+
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_number_is_read_as_it_is(rows: int, dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 40)
+    weight = QuantizedWeight("fp8", codes, torch.ones(256))
+    x = torch.zeros(rows, 40, dtype=dtype)
+    x[:, 37] = 1
+    codes[:, :37] = 0
+    found = product(x, weight).double()
+    numbers = codes[:, 37].view(torch.float8_e4m3fn).double()
+    assert torch.equal(found.nan_to_num(1e9), numbers.nan_to_num(1e9).expand(rows, -1))
