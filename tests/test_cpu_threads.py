@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from gptkern import GPT, GPTConfig
 from gptkern.cpu_threads import VARIABLE, cores_of_quota, cpu_threads
-from gptkern.ops import SamplerState, SamplingParams, sample
+from gptkern.ops import SamplerState, SamplingParams, _dispatch, sample
 
 LOGITS = torch.randn(4, 40000, generator=torch.Generator().manual_seed(0))
 
@@ -106,3 +109,64 @@ def test_short_calls_of_changing_numbers_of_threads_all_end(monkeypatch: pytest.
     for number in range(300):
         monkeypatch.setenv(VARIABLE, str((1, 2, 3, 2, 5)[number % 5]))
         assert _tokens() == expected
+
+
+def _model() -> GPT:
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=61, n_positions=128, n_layer=2, n_head=2, n_embd=64, eos_token_id=None)
+    return GPT(config).eval()
+
+
+def _generated(model: GPT) -> list[list[int]]:
+    ids = torch.arange(10).reshape(2, 5)
+    rows: list[list[int]] = model.generate(ids, max_new_tokens=60, do_sample=True, seed=3).tolist()
+    return rows
+
+
+def test_a_child_generates_that_was_forked_among_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    monkeypatch.setenv(VARIABLE, "3")
+    torch.set_num_threads(1)
+    model, beside, ended = _model(), _model(), threading.Event()
+    expected = _generated(model)
+
+    def generate() -> None:
+        while not ended.is_set():
+            assert _generated(beside) == expected
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(generate)
+        try:
+            for _ in range(5):
+                child = os.fork()
+                if child == 0:
+                    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                    signal.alarm(60)
+                    os._exit(0 if _generated(model) == expected else 1)
+                assert os.waitpid(child, 0)[1] == 0
+                assert _generated(model) == expected
+        finally:
+            ended.set()
+        running.result()
+
+
+def test_python_threads_that_generate_at_once_get_their_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    monkeypatch.setenv(VARIABLE, "3")
+    model, other = _model(), _model()
+    expected = _generated(model)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found == expected for found in pool.map(_generated, [model, other] * 4))
+
+
+def test_more_threads_than_cores_meet_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    monkeypatch.setenv(VARIABLE, "1")
+    model, cores = _model(), os.sched_getaffinity(0)
+    expected = _generated(model)
+    monkeypatch.setenv(VARIABLE, "8")
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert _generated(model) == expected
+    finally:
+        os.sched_setaffinity(0, cores)

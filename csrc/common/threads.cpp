@@ -1,26 +1,37 @@
 #include "common/threads.h"
 
+#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <climits>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
 #include <thread>
 
 namespace gptkern {
-namespace {
-
-// Polls before a thread sleeps, about 30 us of them: what follows a pass within that time, such as the sampler's call,
-// finds everybody awake, and a sleep with its waking takes longer.
-constexpr int kPolls = 1000;
 
 void relax() {
 #ifdef GPTKERN_X86
     __builtin_ia32_pause();
 #endif
 }
+
+void sleep_while(const std::atomic<int>& value, int now) {
+    syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, now, nullptr, nullptr, 0);
+}
+
+void wake_all(const std::atomic<int>& value) {
+    syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+namespace {
+
+static_assert(sizeof(std::atomic<int>) == 4);  // what the kernel compares
 
 // The cores that the process may run on, 1 if nobody says.
 int cores() {

@@ -1,7 +1,19 @@
 // The CPU part's threads: one pool for the process, started on first use.
 #pragma once
 
+#include <atomic>
+
 namespace gptkern {
+
+// Polls before a thread sleeps, about 30 us of them: a sleep with its waking takes longer.
+constexpr int kPolls = 1000;
+
+// What a thread does between two polls.
+void relax();
+
+// Sleeps until ``wake_all`` is called while ``value`` is another than ``now``; it may wake sooner.
+void sleep_while(const std::atomic<int>& value, int now);
+void wake_all(const std::atomic<int>& value);
 
 // The lock of the pool and of the working memory. A call holds it to its end; other callers wait.
 class PoolLock {
