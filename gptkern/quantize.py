@@ -6,6 +6,7 @@ matrices that are dequantised a layer at a time; the kernels that decode read th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, Self, Unpack
@@ -18,7 +19,7 @@ from gptkern import ops
 from gptkern.compensate import compensated
 from gptkern.model.attend import AttendOptions
 from gptkern.ops._types import FP8_MAX
-from gptkern.ops.decode_linear.formats import QuantizedWeight, quantize
+from gptkern.ops.decode_linear.formats import LARGEST_HALF, QuantizedWeight, quantize
 from gptkern.quantization import Quantization, linear_names
 
 
@@ -120,11 +121,13 @@ def quantize_model(model: Any, quantization: Quantization, ids: torch.Tensor | N
             least: one pass over them, and some time for each layer. None rounds each weight by itself.
 
     Raises:
-        ValueError: The model is quantised already, or ``ids`` are for fp8, none or beyond the context.
+        ValueError: The model is quantised already, a weight is not finite or beyond what int4 holds, or
+            ``ids`` are for fp8, none or beyond the context. Nothing is changed then.
     """
     if model.quantization is not None:
         raise ValueError(f"quantize: the model's weights are {model.quantization.format} already")
     layers = list(_linear_layers(model, quantization))
+    _check_weights(layers, quantization)
     if ids is not None:
         _quantize_reading(model, layers, quantization, ids)
     else:
@@ -137,10 +140,26 @@ def quantize_floats(model: Any) -> None:
     """Quantise, in int8, the linear layers that ``model.quantization`` has among its ``floats``."""
     quantization: Quantization = model.quantization
     found = replace(quantization, floats=(), int8=(*quantization.int8, *quantization.floats))
-    for place in _linear_layers(model, found):
-        if place.path in quantization.floats:
-            _quantize_layer(place, found)
+    layers = [place for place in _linear_layers(model, found) if place.path in quantization.floats]
+    _check_weights(layers, found)
+    for place in layers:
+        _quantize_layer(place, found)
     model.quantization = found
+
+
+def _check_weights(layers: list[_Place], quantization: Quantization) -> None:
+    """Raise for a weight that the format does not hold: a row, or a group of int4, would be NaN with it."""
+    for place in layers:
+        weight = place.layer.weight.detach()
+        if weight.numel() == 0:
+            continue
+        largest = max(abs(end.item()) for end in weight.aminmax())
+        format = quantization.format_of(place.path)
+        if not math.isfinite(largest):
+            raise ValueError(f"quantize: a weight of {place.path} is {largest:g}; finite numbers are needed")
+        if format == "int4" and largest > LARGEST_HALF:
+            most = f"int4 holds up to {LARGEST_HALF:g}: take int8"
+            raise ValueError(f"quantize: a weight of {place.path} is {largest:g}; {most}")
 
 
 def _quantize_layer(place: _Place, quantization: Quantization) -> None:

@@ -301,6 +301,30 @@ def test_texts_that_cannot_be_read_change_nothing(folder: Path) -> None:
         assert made.quantization is None and made.state_dict().keys() == before.keys()
 
 
+@pytest.mark.parametrize("reading", [False, True], ids=["alone", "by a text"])
+@pytest.mark.parametrize(
+    ("format", "value", "message"),
+    [
+        ("int8", float("nan"), "is nan; finite numbers"),
+        ("int8", float("-inf"), "is inf; finite numbers"),
+        ("int4", float("nan"), "is nan; finite numbers"),
+        ("int4", 7e4, "is 70000; int4 holds up to 65504: take int8"),
+    ],
+)
+def test_a_weight_that_no_format_holds_is_named_and_nothing_is_changed(
+    format: str, value: float, message: str, reading: bool, folder: Path
+) -> None:
+    """The last layer's: all before it are as they were."""
+    model = GPT.from_pretrained(folder)
+    with torch.no_grad():
+        model.transformer.h[-1].mlp.c_proj.weight[3, 5] = value
+    before = dict(model.named_modules())
+    ids = torch.zeros(1, 8, dtype=torch.int64) if reading else None
+    with pytest.raises(ValueError, match=rf"quantize: a weight of transformer.h.1.mlp.c_proj {message}"):
+        quantize_model(model, Quantization.make(model.config, format), ids)
+    assert dict(model.named_modules()) == before and model.quantization is None
+
+
 @pytest.mark.slow
 @pytest.mark.ci
 def test_perplexity_hardly_changes(shared_data: Path) -> None:
