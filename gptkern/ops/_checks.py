@@ -144,7 +144,8 @@ def choice(op: str, name: str, value: object, accepted: Iterable[str]) -> None:
     words = tuple(accepted)
     if not isinstance(value, str) or value not in words:
         error = ValueError if isinstance(value, str) else TypeError
-        raise error(f"{op}: {name} is {value!r}; accepted are {', '.join(map(repr, words))}")
+        listed = f"{', '.join(map(repr, words[:-1]))} and {words[-1]!r}"
+        raise error(f"{op}: {name} is {value!r}; accepted are {listed}")
 
 
 def probability(op: str, name: str, value: object) -> None:
