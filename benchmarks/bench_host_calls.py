@@ -36,6 +36,7 @@ from gptkern.engine.rows import Rows
 from gptkern.model.decoder import Transformer
 from gptkern.ops import _launch
 from gptkern.ops.decode_attention import checks as decode_checks
+from gptkern.ops.decode_embed import checks as embed_checks
 from gptkern.ops.flash_attention import checks as flash_checks
 from gptkern.ops.pack import build, signature
 from gptkern.ops.pack.bare import bare
@@ -101,6 +102,8 @@ def launching(call: Call) -> Iterator[tuple[Packs, list[_launch.Launch]]]:
         (torch, "zeros", torch.empty),
         (flash_checks, "check_offsets", _unchecked),
         (decode_checks, "check_slot_values", _unchecked),
+        (decode_checks, "check_sequence_values", _unchecked),
+        (embed_checks, "check_values", _unchecked),
     ):
         with _launch.record(ARCH) as launches:
             call()
@@ -155,8 +158,49 @@ def _append(rows: int) -> Call:
 
 
 def _decode(rows: int) -> Call:
-    x, weight, bias, norm = _tensor(rows, 768), _tensor(3072, 768), _tensor(3072), _tensor(768)
-    return lambda: ops.decode_linear(x, weight, bias, norm=(norm, norm, 1e-5))
+    x, weight, bias = _tensor(rows, 768), _tensor(3072, 768), _tensor(3072)
+    norm_weight, norm_bias = _tensor(768), _tensor(768)
+    return lambda: ops.decode_linear(x, weight, bias, norm=(norm_weight, norm_bias, 1e-5))
+
+
+def _cache(rows: int) -> tuple[torch.Tensor, ...]:
+    """(keys, values, slots, page table, lengths) of ``rows`` sequences."""
+    table = torch.arange(16 * rows, dtype=torch.int32).view(rows, 16)
+    k_cache, v_cache = _tensor(16 * rows, 64, 12, 64), _tensor(16 * rows, 64, 12, 64)
+    return k_cache, v_cache, torch.arange(rows), table, torch.full((rows,), 1000, dtype=torch.int32)
+
+
+def _decode_qkv(rows: int) -> Call:
+    x, weight, bias, norm = _tensor(rows, 768), _tensor(3 * 768, 768), _tensor(3 * 768), _tensor(768)
+    norm_bias, (k_cache, v_cache, slots, *_) = _tensor(768), _cache(rows)
+    return lambda: ops.decode_qkv(x, weight, bias, k_cache, v_cache, slots, norm=(norm, norm_bias, 1e-5))
+
+
+def _decode_attention(rows: int) -> Call:
+    q, (k_cache, v_cache, _, table, lens) = _tensor(rows, 12, 64), _cache(rows)
+    return lambda: ops.decode_attention(q, k_cache, v_cache, table, lens)
+
+
+def _decode_embed(rows: int) -> Call:
+    ids, live = torch.zeros(rows, dtype=torch.int64), torch.ones(1, dtype=torch.int32)
+    words, positions, (*_, table, lens) = _tensor(50257, 768), _tensor(1024, 768), _cache(rows)
+    return lambda: ops.decode_embed(ids, live, words, positions, table, lens, 64)
+
+
+def _rotary(rows: int) -> Call:
+    q, k = _tensor(1, rows, 12, 64), _tensor(1, rows, 12, 64)
+    cos, sin = torch.empty(rows, 32), torch.empty(rows, 32)
+    return lambda: ops.rotary(q, k, cos, sin)
+
+
+def _gated(rows: int) -> Call:
+    x, w_fc, w_proj = _tensor(rows, 768), _tensor(4096, 768), _tensor(768, 2048)
+    return lambda: ops.gated_mlp(x, w_fc, None, w_proj, None)
+
+
+def _rms_norm(rows: int) -> Call:
+    x, residual, weight = _tensor(rows, 768), _tensor(rows, 768), _tensor(768)
+    return lambda: ops.add_rms_norm(x, residual, weight)
 
 
 def _prompt(rows: int) -> Call:
@@ -187,6 +231,12 @@ CALLS: dict[str, tuple[Callable[[int], Call], int, int]] = {
     "flash_attention": (_attention, TOKENS, 200),
     "append_kv": (_append, TOKENS, 200),
     "decode_linear": (_decode, 1, 200),
+    "decode_qkv": (_decode_qkv, 1, 200),
+    "decode_attention": (_decode_attention, 1, 200),
+    "decode_embed": (_decode_embed, 1, 200),
+    "rotary": (_rotary, TOKENS, 200),
+    "gated_mlp": (_gated, 2 * TOKENS, 100),
+    "add_rms_norm": (_rms_norm, TOKENS, 200),
     "prompt of GPT-2 124M": (_prompt, TOKENS, 1),
     "prompt of GPT-2 124M, cached": (_cached_prompt, TOKENS, 1),
 }

@@ -43,3 +43,8 @@ def counters(device: torch.device, count: int) -> torch.Tensor:
         with torch.inference_mode(False):
             pool[key] = torch.zeros(key[2], dtype=torch.int32, device=device)
     return pool[key]
+
+
+def are_counters(tensor: torch.Tensor) -> bool:
+    """True if ``tensor`` comes from ``counters``, and not from its caller."""
+    return any(tensor is known for known in _current.get().values())

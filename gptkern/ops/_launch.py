@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from threading import get_ident
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import torch
 
+from gptkern.ops._counters import are_counters, counters
 from gptkern.ops.pack.loader import loader
 
 # The architectures that kernels are compiled for and checked on: one for each table, and sm_89, where
@@ -200,7 +201,10 @@ def planned(function: Function) -> Function:
 
 
 _MOST_PLANS = 4096
+# Of a call that was checked, and whose launches are worked out each time.
+CHECKED: Final = "checked"
 Plan = TypeVar("Plan")
+Tensors = Sequence[torch.Tensor | None]
 
 
 class Plans(Generic[Plan]):
@@ -224,70 +228,110 @@ class Plans(Generic[Plan]):
         return plan
 
 
-class Again:
-    """A launch that was made once, to be made of other tensors of the same shapes.
+# The place of a tensor of ``counters`` among a call's.
+_COUNTERS = -1
 
-    Args:
-        made: The launch.
-        tensors: The tensors of the call and its results, None among them, each with its own address.
 
-    Raises:
-        LookupError: The launch has a tensor that is none of them.
-    """
+class _Made:
+    """A launch that was made once: its tensors' places, and all else."""
 
-    def __init__(self, made: Launch, tensors: Sequence[torch.Tensor | None]) -> None:
+    def __init__(self, made: Launch, places: dict[tuple[int, torch.dtype], int]) -> None:
         self._kernel, self._grid, self._options = made.kernel, made.grid, made.kwargs
         self._args = list(made.args)
-        # position among the arguments, position among the tensors, the tensor map without its tensor or None
+        # position among the arguments, place among the call's tensors, what makes the argument of the tensor:
+        # the number of counters, a tensor map without its tensor, or None
         self._places: list[tuple[int, int, Any]] = []
-        given = {(t.data_ptr(), t.dtype): i for i, t in enumerate(tensors) if t is not None}
         for position, value in enumerate(made.args):
             base = getattr(value, "base", value) if hasattr(value, "block_shape") else value
-            if isinstance(base, torch.Tensor):
-                mapped = None if base is value else {**value.__dict__, "base": None}
-                self._args[position] = type(value)
-                self._places.append((position, given[base.data_ptr(), base.dtype], mapped))
+            if not isinstance(base, torch.Tensor):
+                continue
+            self._args[position] = type(value)
+            if are_counters(base):
+                self._places.append((position, _COUNTERS, base.numel()))
+                continue
+            mapped = None if base is value else {**value.__dict__, "base": None}
+            self._places.append((position, places[base.data_ptr(), base.dtype], mapped))
 
-    def launch(self, tensors: Sequence[torch.Tensor | None]) -> None:
-        """Make the launch of these tensors."""
+    def launch(self, tensors: Tensors, device: torch.device) -> None:
         args = self._args.copy()
-        for position, source, mapped in self._places:
-            tensor = tensors[source]
-            if mapped is None:
-                args[position] = tensor
+        for position, place, detail in self._places:
+            if place == _COUNTERS:
+                args[position] = counters(device, detail)
+            elif detail is None:
+                args[position] = tensors[place]
             else:
                 made = object.__new__(args[position])
-                made.__dict__.update(mapped, base=tensor)
+                made.__dict__.update(detail, base=tensors[place])
                 args[position] = made
         launch(self._kernel, self._grid, *args, **self._options)
 
 
-def repeated(
-    plans: Plans[Again], key: object, tensors: Sequence[torch.Tensor | None], make: Callable[[], None]
-) -> None:
-    """Make the launch that ``make`` makes, or made in a call of the same key, of ``tensors``.
+class Again:
+    """A call's launches, to be made of other tensors of the same shapes.
 
     Args:
-        key: From ``_dispatch.call_key``, of all that decides on the launch.
-        tensors: All tensors that the launch is given, in an order of the op's own; None for none.
+        made: The launches.
+        tensors: The call's tensors, None among them, each with its own address; the first is on its device.
+        new: The tensors that the call has allocated: results, then scratch memory.
+
+    Raises:
+        LookupError: A launch has a tensor that is none of them, nor of ``counters``; or a new one is not
+            contiguous.
+    """
+
+    def __init__(self, made: Sequence[Launch], tensors: Tensors, new: Tensors = ()) -> None:
+        if not all(t is None or t.is_contiguous() for t in new):
+            raise LookupError("a new tensor is not contiguous")
+        places = {(t.data_ptr(), t.dtype): i for i, t in enumerate((*tensors, *new)) if t is not None}
+        self._launches = [_Made(item, places) for item in made]
+        self._new = [None if t is None else (t.shape, t.dtype) for t in new]
+
+    def launch(self, tensors: Tensors) -> list[Any]:
+        """Make the launches of these tensors: the new ones."""
+        assert tensors[0] is not None
+        device = tensors[0].device
+        new = [None if t is None else torch.empty(t[0], dtype=t[1], device=device) for t in self._new]
+        given = (*tensors, *new)
+        for item in self._launches:
+            item.launch(given, device)
+        return new
+
+
+def repeated(
+    plans: Plans[Any], key: object, tensors: Tensors, make: Callable[[], Sequence[Any] | None]
+) -> Sequence[Any]:
+    """Make the launches that ``make`` makes, or made in a call of the same key, of ``tensors``.
+
+    Args:
+        key: From ``_dispatch.call_key``, of all that decides on the launches.
+        tensors: All tensors that the launches are given, in an order of the op's own; None for none.
+        make: Returns what it allocates for the launches by ``torch.empty``, None among it: results first.
+
+    Returns:
+        What ``make`` returns, of these tensors.
     """
     again = plans.get(key)
-    if again is not None:
-        again.launch(tensors)
-        return
+    if isinstance(again, Again):
+        return again.launch(tensors)
     given = [tensor.data_ptr() for tensor in tensors if tensor is not None]
     if key is None or len(set(given)) < len(given):  # which is which would not be seen
-        make()
-        return
+        return make() or ()
     thread = get_ident()
-    made = _collected[thread] = []
+    outer = _collected.get(thread)
+    made: list[Launch] = []
+    _collected[thread] = made
     try:
-        make()
+        new = make() or ()
     finally:
-        del _collected[thread]
-    if len(made) == 1:  # none, where there is nothing to compute
+        if outer is None:
+            del _collected[thread]
+        else:
+            outer.extend(made)
+            _collected[thread] = outer
+    if made:  # none, where there is nothing to compute
         with suppress(LookupError):
-            plans.keep(key, Again(made[0], tensors))
+            plans.keep(key, Again(made, tensors, new))
+    return new
 
 
 def forget() -> None:

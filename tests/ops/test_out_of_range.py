@@ -57,16 +57,16 @@ def test_decode_attention_of_missing_pages_and_impossible_lengths(page_size: int
     lens = ints(page_size * 2, 3, 3, page_size + 1, page_size * 2 + 1, -1, 2**31 - 1)
     table[0, 1] = 11  # the last page there is
     cache = PagedCache(k, v)
-    sound = decode.attend(q, cache, CachedSequences(table, lens.clamp(0, page_size)), 0.25, None)
+    sound = decode.attend(q, cache, CachedSequences(table, lens.clamp(0, page_size)), 0.25, None)[0]
     broken = table.clone()
     broken[1, 0], broken[2, 0], broken[3, 1] = FAR, -1, 12
-    out = decode.attend(q, cache, CachedSequences(broken, lens), 0.25, None)
+    out = decode.attend(q, cache, CachedSequences(broken, lens), 0.25, None)[0]
     assert out[0].isfinite().all()
     assert out[1:].isnan().all()
     # What lies past a length is never looked at.
     table[:, 1] = FAR
     lens = lens.clamp(0, page_size)
-    assert torch.equal(decode.attend(q, cache, CachedSequences(table, lens), 0.25, None), sound)
+    assert torch.equal(decode.attend(q, cache, CachedSequences(table, lens), 0.25, None)[0], sound)
 
 
 def test_slots_beyond_the_cache_are_not_written() -> None:

@@ -16,15 +16,23 @@ from gptkern.ops import (
     _without_triton,
     add_layer_norm,
     append_kv,
+    decode_attention,
+    decode_embed,
+    decode_linear,
+    decode_qkv,
     flash_attention,
     flash_attention_varlen,
+    gated_mlp,
     gelu_mlp,
     layer_norm,
     linear_residual,
     rms_norm,
+    rotary,
 )
+from gptkern.ops._counters import counters
 from gptkern.ops._dispatch import call_key
 from gptkern.ops._launch import Again, Launch, Plans, launch, observe, repeated
+from gptkern.ops._types import HeadNorm, Rotary
 from gptkern.ops.layer_norm import op as norm_op
 
 pytestmark = pytest.mark.skipif(_native.extension is None, reason="gptkern._C is not built")
@@ -141,6 +149,41 @@ def _packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, same: bool) -> to
     return flash_attention_varlen(q, k, v, cu, cu if same else cu.clone(), 3, 3)
 
 
+def _attend(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+    table, lens = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32), torch.tensor([5, 8], dtype=torch.int32)
+    return decode_attention(q, k_cache, v_cache, table, lens)
+
+
+def _embed(words: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    ids, live = torch.tensor([3, 1]), torch.ones(1, dtype=torch.int32)
+    table, lens = torch.arange(4, dtype=torch.int32).view(2, 2), torch.tensor([2, 0], dtype=torch.int32)
+    x, slots = decode_embed(ids, live, words, positions, table, lens, 4)
+    return torch.cat((x.flatten(), slots, lens))
+
+
+def _decode(x: torch.Tensor, weight: torch.Tensor, *norm: torch.Tensor) -> torch.Tensor:
+    normed = torch.empty_like(x)
+    out = decode_linear(x, weight, None, norm=(*norm, 1e-5), normed_out=normed, activation="relu")
+    return torch.cat((out.flatten(), normed.flatten()))
+
+
+def _qkv(x: torch.Tensor, weight: torch.Tensor, cache: torch.Tensor, *heads: torch.Tensor) -> torch.Tensor:
+    k_cache, v_cache, (cos, sin, q_weight, k_weight) = cache.clone(), cache.clone(), heads
+    lens, slots = torch.tensor([2, 4, 1], dtype=torch.int32), torch.tensor([0, 5, 3])
+    q = decode_qkv(
+        x, weight, None, k_cache, v_cache, slots,
+        rotary=Rotary(cos, sin, lens), head_norm=HeadNorm(q_weight, k_weight, 1e-5),
+    )  # fmt: skip
+    return torch.cat((q.flatten(), k_cache.flatten(), v_cache.flatten()))
+
+
+def _rotated(q: torch.Tensor, k: torch.Tensor, *tables: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    q, k = q.clone(), k.clone()
+    turned = rotary(q, k, *tables, inplace=inplace)
+    assert (turned[0] is q) == (turned[1] is k) == inplace
+    return torch.stack(turned)
+
+
 # The op, the shapes of its tensors.
 CALLS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "layer_norm": (layer_norm, [(3, 64), (64,), (64,)]),
@@ -152,6 +195,14 @@ CALLS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
         [(3, 64), (64, 32), (32,), (3, 32)],
     ),
     "gelu_mlp": (gelu_mlp, [(3, 64), (32, 64), (32,), (64, 32), (64,)]),
+    "gated_mlp": (lambda *t: gated_mlp(*t[:2], None, t[2], None), [(3, 64), (64, 64), (64, 32)]),
+    "decode_linear": (_decode, [(3, 64), (32, 64), (64,), (64,)]),
+    "decode_linear in splits": (decode_linear, [(3, 128), (32, 128), (32,)]),
+    "decode_qkv": (_qkv, [(3, 64), (64, 64), (2, 4, 1, 16), (9, 8), (9, 8), (16,), (16,)]),
+    "decode_attention": (_attend, [(2, 2, 16), (4, 4, 1, 16), (4, 4, 1, 16)]),
+    "decode_embed": (_embed, [(8, 32), (16, 32)]),
+    "rotary": (_rotated, [(5, 2, 16), (5, 2, 16), (5, 8), (5, 8)]),
+    "rotary in place": (lambda *t: _rotated(*t, inplace=True), [(5, 2, 16), (5, 2, 16), (5, 8), (5, 8)]),
     "flash_attention": (flash_attention, [(1, 5, 2, 16)] * 3),
     "flash_attention, packed": (lambda *t: _packed(*t, same=True), [(5, 2, 16)] * 3),
     "flash_attention, lengths twice": (lambda *t: _packed(*t, same=False), [(5, 2, 16)] * 3),
@@ -171,6 +222,23 @@ def test_other_tensors_of_the_same_shapes_give_their_own_results(name: str) -> N
     _launch.forget()
     assert torch.equal(op(*second), again)
     assert not torch.equal(before, again)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@needs_kernels
+def test_a_call_like_one_before_is_launched_without_working_it_out(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op, shapes = CALLS[name]
+    first, second = (tensors(*shapes, seed=seed) for seed in (0, 1))
+    _launch.forget()
+    op(*first)
+
+    def worked_out(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(_launch, "config", worked_out)
+    op(*second)
 
 
 @needs_kernels
@@ -252,7 +320,7 @@ def test_a_launch_again_has_the_other_tensors_and_maps_of_them() -> None:
     mapped = _without_triton.TensorDescriptor(weight.t(), [64, 32], [32, 1], [16, 16])
     kernel = _without_triton.NamedKernel(linear_residual)
     made = Launch(kernel, (2,), (x, mapped, None, out, 7), {"num_warps": 4})
-    again, others = Again(made, (x, None, weight, out)), [t.clone() for t in (x, weight, out)]
+    again, others = Again([made], (x, None, weight, out)), [t.clone() for t in (x, weight, out)]
     seen: list[Launch] = []
     with observe(lambda item: bool(seen.append(item))):
         again.launch((others[0], None, others[1], others[2]))
@@ -271,6 +339,59 @@ def test_a_launch_again_has_the_other_tensors_and_maps_of_them() -> None:
             [16, 16],
             "zero",
         )
+
+
+def test_results_are_allocated_anew_and_counters_are_the_streams() -> None:
+    kernel = _without_triton.NamedKernel(linear_residual)
+    x, y = tensors((3, 64), (3, 64), seed=0)
+    plans: Plans[Again] = Plans()
+
+    def make() -> tuple[torch.Tensor | None, ...]:
+        out, scratch = torch.empty(3, 5), torch.empty(7, dtype=torch.int32)
+        launch(kernel, (1,), x, scratch, counters(x.device, 9))
+        launch(kernel, (2,), scratch, out)
+        return out, None, scratch
+
+    seen: list[Launch] = []
+    with observe(lambda item: bool(seen.append(item))):
+        first = repeated(plans, "a call", (x,), make)
+        again = repeated(plans, "a call", (y,), lambda: pytest.fail("worked out again"))
+    assert again[1] is None and again[0].shape == (3, 5) and again[2].dtype == torch.int32
+    assert not {t.data_ptr() for t in first[::2]} & {t.data_ptr() for t in again[::2]}
+    assert [item.args[-1] is counters(x.device, 9) for item in seen] == [True, False] * 2
+    assert (
+        seen[2].args[0] is y
+        and seen[2].args[1] is seen[3].args[0] is again[2]
+        and seen[3].args[1] is again[0]
+    )
+
+
+def test_launches_within_a_call_that_is_noted_are_noted_twice() -> None:
+    kernel = _without_triton.NamedKernel(linear_residual)
+    x, y = tensors((3, 64), (3, 64), seed=0)
+    inner: Plans[Again] = Plans()
+    outer: Plans[Again] = Plans()
+
+    def make() -> None:
+        launch(kernel, (1,), x)
+        repeated(inner, "within", (x,), lambda: launch(kernel, (2,), x))
+        launch(kernel, (3,), x)
+
+    seen: list[tuple[int, ...]] = []
+    with observe(lambda item: bool(seen.append((*item.grid, item.args[0].data_ptr())))):
+        repeated(outer, "a call", (x,), make)
+        repeated(outer, "a call", (y,), make)
+        repeated(inner, "within", (y,), make)
+    grids = [(1, x), (2, x), (3, x), (1, y), (2, y), (3, y), (2, y)]
+    assert seen == [(grid, t.data_ptr()) for grid, t in grids]
+
+
+@needs_kernels
+def test_a_layer_that_needs_a_gradient_is_refused_after_one_that_does_not() -> None:
+    x, weight = tensors((3, 64), (32, 64), seed=0)
+    decode_linear(x, weight)
+    with pytest.raises(ValueError, match="requires grad"):
+        decode_linear(x, weight.clone().requires_grad_())
 
 
 @needs_kernels

@@ -112,12 +112,14 @@ def _check_sequences(op: str, q: torch.Tensor, cache: PagedCache, sequences: Cac
             )
         _checks.last_dim_contiguous(op, name, value)
     _checks.same_device(op, q=q, k_cache=cache.k, v_cache=cache.v, **sequences._asdict())
-    if sequences.seq_lens.device.type == "cpu" and q.shape[0] and not traced(sequences.seq_lens):
-        _check_values(op, cache, sequences.page_table, sequences.seq_lens)
+    check_sequence_values(op, cache, sequences)
 
 
-def _check_values(op: str, cache: PagedCache, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+def check_sequence_values(op: str, cache: PagedCache, sequences: CachedSequences) -> None:
     """Raise for a length or a page out of range; on a CPU alone."""
+    page_table, seq_lens, _ = sequences
+    if seq_lens.device.type != "cpu" or not seq_lens.shape[0] or traced(seq_lens):
+        return
     pages, page_size = cache.k.shape[:2]
     capacity = page_table.shape[1] * page_size
     least, longest = int(seq_lens.min()), int(seq_lens.max())

@@ -34,8 +34,8 @@ def attend(
     window: int | None,
     prefetch: bool = False,
     softcap: float | None = None,
-) -> torch.Tensor:
-    """Launch decode attention: ``(batch, heads, head_dim)`` in q's dtype."""
+) -> tuple[torch.Tensor, ...]:
+    """Launch decode attention: (``(batch, heads, head_dim)`` in q's dtype, scratch memory)."""
     batch, heads, head_dim = q.shape
     page_count, page_size, kv_heads, _ = cache.k.shape
     table = sequences.page_table
@@ -76,7 +76,7 @@ def attend(
             **_pdl.options(q.device),
             **config,
         )
-    return out
+    return out, acc, stats
 
 
 def append(k: torch.Tensor, v: torch.Tensor, cache: PagedCache, slots: torch.Tensor) -> None:

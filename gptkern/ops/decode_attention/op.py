@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from gptkern.ops._dispatch import call_key, needs_grad, traced, use_kernel
-from gptkern.ops._launch import Again, Plans, on_device, repeated
+from gptkern.ops._launch import Plans, on_device, repeated
 from gptkern.ops._types import CachedSequences, KvScales, PagedCache
 from gptkern.ops.decode_attention import checks, launch, reference, register  # noqa: F401  (torch.ops)
 
-_appends: Plans[Again] = Plans()
+_plans: Plans[Any] = Plans()
 
 
 def decode_attention(
@@ -86,8 +87,8 @@ def append_kv(
     """
     cache = PagedCache(k_cache, v_cache, scales)
     tensors = (k, v, k_cache, v_cache, slots, *(scales or ()))
-    key = call_key(tensors, scales is None)
-    if _appends.get(key) is None:
+    key = call_key(tensors, "append_kv", scales is None)
+    if _plans.get(key) is None:
         checks.check_append("append_kv", k, v, cache, slots)
     else:
         checks.check_slot_values("append_kv", cache, slots)
@@ -95,7 +96,7 @@ def append_kv(
         torch.ops.gptkern.append_kv(k, v, k_cache, v_cache, slots)
     elif use_kernel(k):
         with on_device(k):
-            repeated(_appends, key, tensors, lambda: launch.append(k.detach(), v.detach(), cache, slots))
+            repeated(_plans, key, tensors, lambda: launch.append(k.detach(), v.detach(), cache, slots))
     else:
         reference.append_kv(k.detach(), v.detach(), k_cache, v_cache, slots, scales)
 
@@ -111,7 +112,12 @@ def attend(
     softcap: float | None = None,
 ) -> torch.Tensor:
     """``decode_attention``, with errors under the name ``op``."""
-    checks.check_attend(op, q, cache, sequences, scale, window, softcap)
+    tensors = (q, *cache[:2], *sequences, *(cache.kv_scales or ()))
+    key = call_key(tensors, "attend", scale, window, prefetch, softcap, cache.kv_scales is None)
+    if _plans.get(key) is None:
+        checks.check_attend(op, q, cache, sequences, scale, window, softcap)
+    else:
+        checks.check_sequence_values(op, cache, sequences)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     table, lens, starts = sequences
@@ -126,4 +132,12 @@ def attend(
         )
     if needs_grad(q):
         raise ValueError(f"{op}: q requires grad; decode attention is forward only: use torch.no_grad()")
-    return launch.attend(q, cache, sequences, scale, window, prefetch, softcap)
+    with on_device(q):
+        new = repeated(
+            _plans,
+            key,
+            tensors,
+            lambda: launch.attend(q, cache, sequences, scale, window, prefetch, softcap),
+        )
+    out = new[0]
+    return out

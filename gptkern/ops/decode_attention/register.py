@@ -29,7 +29,7 @@ def _attend(
     cache, sequences = PagedCache(k_cache, v_cache), CachedSequences(page_table, seq_lens, starts)
     checks.check_attend("decode_attention", q, cache, sequences, scale, window, softcap)
     if use_kernel(q):
-        return launch.attend(q, cache, sequences, scale, window, softcap=softcap)
+        return launch.attend(q, cache, sequences, scale, window, softcap=softcap)[0]
     arguments = (page_table, seq_lens, scale, window, starts, None, softcap)
     return reference.decode_attention(q, k_cache, v_cache, *arguments)
 

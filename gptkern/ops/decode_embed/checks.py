@@ -46,12 +46,13 @@ def check(op: str, a: EmbedArguments) -> None:
         raise ValueError(f"{op}: scale is {a.scale}; a finite number is needed")
     if a.page_size < 1:
         raise ValueError(f"{op}: page_size is {a.page_size}; at least 1 is needed")
-    if a.tokens.device.type == "cpu" and not traced(a.tokens):
-        _check_values(op, a)
+    check_values(op, a)
 
 
-def _check_values(op: str, a: EmbedArguments) -> None:
+def check_values(op: str, a: EmbedArguments) -> None:
     """Raise for a token or a position out of range in a row that is not padding; on a CPU alone."""
+    if a.tokens.device.type != "cpu" or traced(a.tokens):
+        return
     count = int(a.live)
     positions = a.page_table.shape[1] * a.page_size
     if a.position_weight is not None:

@@ -135,6 +135,14 @@ def _check_rotary(op: str, x: torch.Tensor, head_dim: int, heads: Heads) -> None
     _checks.shape(op, "seq_lens", seq_lens, x.shape[:1], "one per row")
     _checks.last_dim_contiguous(op, "seq_lens", seq_lens)
     _checks.same_device(op, x=x, cos=cos, sin=sin, seq_lens=seq_lens)
+    check_positions(op, heads)
+
+
+def check_positions(op: str, heads: Heads) -> None:
+    """Raise for a position beyond the rotary tables; on a CPU alone."""
+    if heads.rotary is None:
+        return
+    cos, _, seq_lens, _ = heads.rotary
     if seq_lens.device.type == "cpu" and seq_lens.numel() and not traced(seq_lens):
         longest = int(seq_lens.max())
         if longest > cos.shape[0]:

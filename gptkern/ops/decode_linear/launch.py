@@ -97,8 +97,8 @@ def linear(
     cache: PagedCache | None = None,
     slots: torch.Tensor | None = None,
     heads: Heads = Heads(),  # noqa: B008
-) -> torch.Tensor:
-    """Launch a layer: all its outputs, or with ``cache`` and ``slots`` its queries alone."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Launch a layer: (its outputs, or with ``cache`` and ``slots`` its queries alone; scratch memory)."""
     x, weight, bias, norm, normed_out = inputs
     rows, width = x.shape
     outputs, device = weight.shape[0], x.device
@@ -115,7 +115,7 @@ def linear(
     kv_width = kv_heads * head_dim
     stored = outputs // 2 if epilogue.gated else outputs - 2 * kv_width
     out = torch.empty((rows, stored), dtype=x.dtype, device=device)
-    partial, counter = out, out  # not read without splits
+    partial, counter = None, out  # not read without splits
     if split_k > 1:
         shape = (row_blocks, tiles, split_k, block_n, block_r)
         partial = torch.empty(shape, dtype=torch.float32, device=device)
@@ -132,7 +132,7 @@ def linear(
             kernels.decode_linear_kernel,
             (tiles, split_k, row_blocks),
             *(x, values, bias, norm_weight, norm_bias, epilogue.residual, out, normed_out),
-            *(*caches, slots, partial, counter, scales, minimums, *kv_scales),
+            *(*caches, slots, out if partial is None else partial, counter, scales, minimums, *kv_scales),
             *(*head_tensors, *head_numbers, rows, eps, *pages, values.stride(0), *strides),
             N=outputs,
             K=width,
@@ -150,7 +150,7 @@ def linear(
             **_pdl.options(device),
             **config,
         )
-    return out
+    return out, partial
 
 
 def _most_rows(inputs: LinearInputs, epilogue: Epilogue, heads: Heads) -> int:
@@ -181,6 +181,38 @@ def _fetched_columns(
     share = _l2_bytes(device) // 2 // (resident * config["BLOCK_N"])
     columns = 8 * share // (4 if config["GROUP"] else 8 * values.element_size())
     return max(1, columns // config["BLOCK_K"]) * config["BLOCK_K"]
+
+
+def described(
+    inputs: LinearInputs,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008
+    cache: PagedCache | None = None,
+    slots: torch.Tensor | None = None,
+    heads: Heads = Heads(),  # noqa: B008
+) -> tuple[tuple[torch.Tensor | None, ...], tuple[Any, ...]]:
+    """(all tensors, all other arguments) of a call, not checked yet."""
+    x, weight, bias, norm, normed_out = inputs
+    activation, residual, *numbers = epilogue
+    form = scales = minimums = None
+    if isinstance(weight, QuantizedWeight):
+        form, scales, minimums = weight.format, weight.scales, weight.minimums
+    norm_weight, norm_bias, eps, flags = norm_arguments(norm)
+    stored = packed_values(weight), scales, minimums
+    tensors: list[torch.Tensor | None] = [
+        x, *stored, bias, norm_weight, norm_bias, residual, normed_out,
+    ]  # fmt: skip
+    settings = [form, eps, *flags.values(), activation, *numbers]
+    if cache is not None:
+        rotary, head_norm = heads
+        tensors += [*cache[:2], *(cache.kv_scales or ()), slots]
+        settings += [cache.kv_scales is None, rotary is None, head_norm is None]
+        if rotary is not None:
+            tensors += rotary[:3]
+            settings.append(rotary.pairs)
+        if head_norm is not None:
+            tensors += head_norm[:2]
+            settings += head_norm[2:]
+    return tuple(tensors), tuple(settings)
 
 
 def norm_arguments(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from gptkern.ops._dispatch import traced, use_kernel
+from gptkern.ops._dispatch import call_key, needs_grad, traced, use_kernel
+from gptkern.ops._launch import CHECKED, Plans, on_device, repeated
 from gptkern.ops._types import HeadNorm, KvScales, Norm, PagedCache, RmsNorm, Rotary
+from gptkern.ops.decode_attention import checks as cache_checks
 from gptkern.ops.decode_linear import checks, launch, reference
 from gptkern.ops.decode_linear.formats import QuantizedWeight
 from gptkern.ops.decode_linear.launch import Epilogue, Heads, LinearInputs
 from gptkern.ops.decode_linear.register import flat_heads, flat_norm, norm_flags
+
+_plans: Plans[Any] = Plans()
 
 
 def decode_linear(
@@ -54,25 +60,38 @@ def decode_linear(
     """
     op = "decode_linear"
     inputs = LinearInputs(x, weight, bias, norm, normed_out)
-    checks.check_inputs(op, inputs)
     epilogue = Epilogue(activation, residual, gated, scale, softcap)
-    checks.check_epilogue(op, inputs, epilogue)
-    scale, softcap = float(scale), None if softcap is None else float(softcap)
-    epilogue = epilogue._replace(scale=scale, softcap=softcap)
-    compiling = traced(x)
-    if compiling:
-        checks.check_compiled(op, inputs)
-    elif not use_kernel(x):
-        form = (gated, scale, softcap)
-        return reference.decode_linear(x, weight, bias, norm, activation, residual, normed_out, *form)
-    checks.check_no_grad(op, inputs, residual)
-    if compiling:
-        out: torch.Tensor = torch.ops.gptkern.decode_linear(
-            x, weight, bias, *flat_norm(norm), activation, residual, normed_out,
-            *norm_flags(norm), gated, scale, softcap,
-        )  # fmt: skip
-        return out
-    return launch.linear(inputs, epilogue)
+    tensors, settings = launch.described(inputs, epilogue)
+    key = call_key(tensors, op, *settings)
+    if _plans.get(key) is None:
+        checks.check_inputs(op, inputs)
+        checks.check_epilogue(op, inputs, epilogue)
+        scale, softcap = float(scale), None if softcap is None else float(softcap)
+        compiling = traced(x)
+        if compiling:
+            checks.check_compiled(op, inputs)
+        elif not use_kernel(x):
+            form = (gated, scale, softcap)
+            return reference.decode_linear(x, weight, bias, norm, activation, residual, normed_out, *form)
+        checks.check_no_grad(op, inputs, residual)
+        if compiling:
+            out: torch.Tensor = torch.ops.gptkern.decode_linear(
+                x, weight, bias, *flat_norm(norm), activation, residual, normed_out,
+                *norm_flags(norm), gated, scale, softcap,
+            )  # fmt: skip
+            return out
+        _plans.keep(key, CHECKED)
+    elif needs_grad(*tensors):
+        checks.check_no_grad(op, inputs, residual)
+
+    def make() -> tuple[torch.Tensor | None, ...]:
+        cap = None if softcap is None else float(softcap)
+        return launch.linear(inputs, epilogue._replace(scale=float(scale), softcap=cap))
+
+    with on_device(x):
+        new = repeated(_plans, key, tensors, make)
+    out = new[0]
+    return out
 
 
 def decode_qkv(
@@ -111,22 +130,36 @@ def decode_qkv(
     """
     op = "decode_qkv"
     inputs, cache = LinearInputs(x, weight, bias, norm, normed_out), PagedCache(k_cache, v_cache, scales)
-    checks.check_inputs(op, inputs)
-    checks.check_kv(op, inputs, cache, slots)
     heads = Heads(rotary, head_norm)
-    checks.check_heads(op, inputs, cache, heads)
-    compiling = traced(x)
-    if compiling:
-        checks.check_compiled(op, inputs)
-    elif not use_kernel(x):
-        return reference.decode_qkv(
-            x, weight, bias, norm, k_cache, v_cache, slots, normed_out, scales, *heads
+    tensors, settings = launch.described(inputs, Epilogue(), cache, slots, heads)
+    key = call_key(tensors, op, *settings)
+    if _plans.get(key) is None:
+        checks.check_inputs(op, inputs)
+        checks.check_kv(op, inputs, cache, slots)
+        checks.check_heads(op, inputs, cache, heads)
+        compiling = traced(x)
+        if compiling:
+            checks.check_compiled(op, inputs)
+        elif not use_kernel(x):
+            return reference.decode_qkv(
+                x, weight, bias, norm, k_cache, v_cache, slots, normed_out, scales, *heads
+            )
+        checks.check_no_grad(op, inputs)
+        if compiling:
+            out: torch.Tensor = torch.ops.gptkern.decode_qkv(
+                x, weight, bias, *flat_norm(norm), k_cache, v_cache, slots, normed_out,
+                *norm_flags(norm), *flat_heads(heads),
+            )  # fmt: skip
+            return out
+        _plans.keep(key, CHECKED)
+    else:
+        cache_checks.check_slot_values(op, cache, slots)
+        checks.check_positions(op, heads)
+        if needs_grad(*tensors):
+            checks.check_no_grad(op, inputs)
+    with on_device(x):
+        new = repeated(
+            _plans, key, tensors, lambda: launch.linear(inputs, cache=cache, slots=slots, heads=heads)
         )
-    checks.check_no_grad(op, inputs)
-    if compiling:
-        out: torch.Tensor = torch.ops.gptkern.decode_qkv(
-            x, weight, bias, *flat_norm(norm), k_cache, v_cache, slots, normed_out,
-            *norm_flags(norm), *flat_heads(heads),
-        )  # fmt: skip
-        return out
-    return launch.linear(inputs, cache=cache, slots=slots, heads=heads)
+    out = new[0]
+    return out

@@ -82,7 +82,7 @@ def _linear(
     epilogue = Epilogue(activation, residual, gated, scale, softcap)
     checks.check_epilogue("decode_linear", inputs, epilogue)
     if use_kernel(x):
-        return launch.linear(inputs, epilogue)
+        return launch.linear(inputs, epilogue)[0]
     form = (gated, scale, softcap)
     return reference.decode_linear(x, weight, bias, norm, activation, residual, normed_out, *form)
 
@@ -109,7 +109,7 @@ def _qkv(
     checks.check_kv("decode_qkv", inputs, cache, slots)
     checks.check_heads("decode_qkv", inputs, cache, heads)
     if use_kernel(x):
-        return launch.linear(inputs, cache=cache, slots=slots, heads=heads)
+        return launch.linear(inputs, cache=cache, slots=slots, heads=heads)[0]
     # The reference's queries are a view of all outputs; the fake kernel promises contiguous ones.
     q = reference.decode_qkv(x, weight, bias, norm, k_cache, v_cache, slots, normed_out, None, *heads)
     return q.contiguous()

@@ -80,13 +80,13 @@ PLAIN = Form("gelu_mlp", 1, _first, product_dact)
 
 def forward(
     form: Form, x: torch.Tensor, layers: Layers, residual: Maybe, activation: str, save: bool
-) -> tuple[torch.Tensor, Maybe, Maybe]:
-    """(out, pre, hidden), the last two None without ``save``."""
+) -> tuple[torch.Tensor, Maybe, torch.Tensor]:
+    """(out, pre, hidden); pre is None without ``save``."""
     w_fc, b_fc, w_proj, b_proj = layers
     hidden, pre = form.first(matrix(x), w_fc, b_fc, activation, save)
     residual_rows = None if residual is None else matrix(residual)
     out, _ = product(hidden, w_proj.t(), b_proj, residual_rows)
-    return out.view(*x.shape[:-1], w_proj.shape[0]), pre, hidden if save else None
+    return out.view(*x.shape[:-1], w_proj.shape[0]), pre, hidden
 
 
 def backward(

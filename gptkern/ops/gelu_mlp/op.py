@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from gptkern.ops._dispatch import autocast_dtype, call_key, needs_grad, traced, use_kernel
-from gptkern.ops._launch import Plans
+from gptkern.ops._launch import CHECKED, Plans, on_device, repeated
 from gptkern.ops.gelu_mlp import launch, reference
 from gptkern.ops.gelu_mlp.launch import PLAIN, Form, Layers
 from gptkern.ops.gelu_mlp.register import MLP, check_layers
 from gptkern.ops.linear import checks
 from gptkern.ops.linear.op import cast
 
-_checked: Plans[bool] = Plans()
+_plans: Plans[Any] = Plans()
 
 
 def gelu_mlp(
@@ -74,7 +75,7 @@ def mlp(
     """A perceptron of any form; ``plain`` is its reference."""
     op = form.op
     key = call_key((x, *layers, residual), op, activation)
-    if not _checked.get(key):
+    if _plans.get(key) is None:
         checks.activation(op, activation)
         checks.tensors(op, x=x, **layers._asdict(), residual=residual)
         dtype = autocast_dtype(x)
@@ -93,8 +94,16 @@ def mlp(
             registered = getattr(torch.ops.gptkern, op)
             out: torch.Tensor = registered(x, *layers, residual, activation, save)[0]
             return out
-        _checked.keep(key, True)
+        _plans.keep(key, CHECKED)
     if needs_grad(x, *layers, residual):
         out = MLP.apply(form, x, *layers, residual, activation, not recompute)
         return out
-    return launch.forward(form, x, layers, residual, activation, False)[0]
+    with on_device(x):
+        new = repeated(
+            _plans,
+            key,
+            (x, *layers, residual),
+            lambda: launch.forward(form, x, layers, residual, activation, False),
+        )
+    out = new[0]
+    return out

@@ -40,7 +40,7 @@ class MLP(torch.autograd.Function):
         *weights, residual, activation, save = rest
         layers = Layers(*weights)
         out, pre, hidden = launch.forward(form, x, layers, residual, activation, save)
-        ctx.save_for_backward(x, layers.w_fc, layers.b_fc, layers.w_proj, pre, hidden)
+        ctx.save_for_backward(x, layers.w_fc, layers.b_fc, layers.w_proj, pre, hidden if save else None)
         ctx.form, ctx.activation = form, activation
         return out
 
@@ -81,7 +81,7 @@ def _forward(
         return out, x.new_empty(rows, width), x.new_empty(rows, width // form.gate)
     checks.kernel_inputs(op, max(width, layers.w_proj.shape[0]), x=x, residual=residual)
     out, pre, hidden = launch.forward(form, x, layers, residual, activation, save)
-    if pre is None or hidden is None:
+    if pre is None:
         return out, x.new_empty(0, width), x.new_empty(0, width // form.gate)
     return out, pre, hidden
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from gptkern.ops import _checks
 from gptkern.ops._dispatch import autocast_dtype, call_key, needs_grad, traced, use_kernel
-from gptkern.ops._launch import Plans
+from gptkern.ops._launch import CHECKED, Plans, on_device, repeated
 from gptkern.ops.linear import checks, launch, reference
 from gptkern.ops.linear.register import Linear
 
-_checked: Plans[bool] = Plans()
+_plans: Plans[Any] = Plans()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -85,8 +85,9 @@ def _linear(
     residual: torch.Tensor | None,
     activation: str,
 ) -> torch.Tensor:
-    key = call_key((x, weight, bias, residual))
-    if not _checked.get(key):
+    tensors = x, weight, bias, residual
+    key = call_key(tensors, activation)
+    if _plans.get(key) is None:
         checks.tensors(op, x=x, weight=weight, bias=bias, residual=residual)
         dtype = autocast_dtype(x)
         x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
@@ -102,8 +103,12 @@ def _linear(
             save_pre = needs_grad(x, weight, bias, residual) and activation != "none"
             out: torch.Tensor = torch.ops.gptkern.linear(x, weight, bias, residual, activation, save_pre)[0]
             return out
-        _checked.keep(key, True)
-    if needs_grad(x, weight, bias, residual):
-        out = Linear.apply(x, weight, bias, residual, activation)
+        tensors = x, weight, bias, residual
+        _plans.keep(key, CHECKED)
+    if needs_grad(*tensors):
+        out = Linear.apply(*tensors, activation)
         return out
-    return launch.forward(x, weight, bias, residual, activation, False)[0]
+    with on_device(x):
+        new = repeated(_plans, key, tensors, lambda: launch.forward(*tensors, activation, False)[:1])
+    out = new[0]
+    return out

@@ -65,7 +65,17 @@ def _check_angles(op: str, q: torch.Tensor, angles: Angles) -> None:
         )
     if not positions.is_contiguous():
         raise ValueError(f"{op}: positions has strides {positions.stride()}; a contiguous tensor is needed")
-    # On a GPU, where a check would stall, the kernel makes such a token NaN.
+    check_positions(op, angles)
+
+
+def check_positions(op: str, angles: Angles) -> None:
+    """Raise for a position that the tables do not have; on a CPU alone.
+
+    On a GPU, where a check would stall, the kernel makes such a token NaN.
+    """
+    cos, _, positions, _ = angles
+    if positions is None:
+        return
     if positions.device.type == "cpu" and positions.numel() and not traced(positions):
         least, largest = int(positions.min()), int(positions.max())
         if least < 0 or largest >= cos.shape[0]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from gptkern.ops._dispatch import needs_grad, traced, use_kernel
+from gptkern.ops._dispatch import call_key, needs_grad, traced, use_kernel
+from gptkern.ops._launch import Again, Plans, on_device, repeated
 from gptkern.ops.rotary import checks, launch, reference, register
 from gptkern.ops.rotary.launch import Angles, HeadNorm
+
+_plans: Plans[Again] = Plans()
 
 
 def rotary(
@@ -53,7 +56,12 @@ def rotary(
     heads = HeadNorm(None, None, 0.0, False) if norm is None else HeadNorm(*norm, unit_offset)
     if k is None:
         heads = heads._replace(k_weight=None)
-    checks.check("rotary", q, k, angles, heads)
+    tensors = (q, k, *angles[:3], *heads[:2])
+    key = call_key(tensors, pairs, *heads[2:], inplace)
+    if _plans.get(key) is None:
+        checks.check("rotary", q, k, angles, heads)
+    else:
+        checks.check_positions("rotary", angles)
     grad = needs_grad(q, k, heads.q_weight, heads.k_weight)
     if needs_grad(cos, sin):
         raise ValueError("rotary: cos or sin requires grad; they get none: pass cos.detach(), sin.detach()")
@@ -61,7 +69,12 @@ def rotary(
         raise ValueError("rotary: inplace is True and an argument requires grad: use torch.no_grad()")
     kernel = use_kernel(q)
     if kernel and not traced(q) and not grad:
-        return launch.turn(q, k, angles, heads, in_place=inplace)
+        with on_device(q):
+            if inplace:  # nothing is allocated
+                repeated(_plans, key, tensors, lambda: launch.turn(q, k, angles, heads, in_place=True)[:0])
+                return q, k
+            turned, turned_k = repeated(_plans, key, tensors, lambda: launch.turn(q, k, angles, heads))
+        return turned, turned_k
     out = _out_of_place(q, k, angles, heads, kernel)
     if not inplace:
         return out
