@@ -99,7 +99,7 @@ def quantize(
 def _int4(groups: torch.Tensor, zero_point: bool) -> QuantizedWeight:
     """int4 of ``(outputs, groups, group_size)``."""
     largest = groups.abs().max().item() if groups.numel() else 0.0
-    if not largest <= LARGEST_HALF:
+    if largest > LARGEST_HALF:
         raise ValueError(f"quantize: a weight is {largest:g}; int4 holds up to {LARGEST_HALF:g}: take int8")
     rows = max(1, _AT_ONCE // max(1, groups[:1].numel()))
     parts = [_best(part, zero_point) for part in groups.split(rows)]
