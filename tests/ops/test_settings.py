@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,14 @@ X, W, N = torch.randn(4, 16), torch.randn(8, 16), torch.randn(16)
 Q, CACHE = torch.randn(1, 8, 2, 16), torch.zeros(2, 4, 2, 16)
 STARTS, TABLE, LENS = (torch.tensor(v, dtype=torch.int32) for v in ([0, 8], [[0, 1]], [3]))
 TARGETS = torch.tensor([1, 2, 3, 4])
+
+
+@pytest.fixture(autouse=True)
+def tensors_where_kernels_run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[__name__]
+    for name, value in list(vars(module).items()):
+        if isinstance(value, torch.Tensor):
+            monkeypatch.setattr(module, name, value.to(device))
 
 
 def varlen(op: Callable[..., Any]) -> Callable[..., Any]:
