@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 import gptkern
 from gptkern.ops import _dispatch
@@ -181,6 +182,40 @@ def test_a_dot_does_not_depend_on_rows_or_layout(dtype: torch.dtype) -> None:
             out = torch.empty(rows, 128)
             _rows_dot_kernel[(1,)](a, matrix, out, *matrix.stride(), ROWS=rows, SIZE=128)
             assert torch.equal(out, expected[:rows])
+
+
+@triton.jit
+def _sum_of_squares(x):
+    return tl.sum(x * x, axis=0)
+
+
+@triton.jit
+def _calls_kernel(x_ptr, out_ptr, CALLS: tl.constexpr, SIZE: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, SIZE))
+    total = 0.0
+    for _ in tl.static_range(CALLS):
+        total += _sum_of_squares(x)
+    tl.store(out_ptr, total)
+
+
+def test_the_language_is_replaced_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a kernel calls device functions; after the launch it is Triton's again."""
+    searched: list[object] = []
+    original = interpreter._patch_builtin
+
+    def count(owner: object, *rest: object) -> None:
+        searched.append(owner)
+        original(owner, *rest)
+
+    monkeypatch.setattr(interpreter, "_patch_builtin", count)
+    x, out, counts = torch.ones(SIZE), torch.zeros(1), []
+    for calls in (1, 1, 20):
+        searched.clear()
+        _calls_kernel[(1,)](x, out, CALLS=calls, SIZE=SIZE)
+        assert out.item() == calls * SIZE
+        counts.append(len(searched))
+    assert counts[1] == counts[2] > 0
+    assert tl.core.is_builtin(tl.load) and tl.core.is_builtin(tl.tensor.__add__)
 
 
 def test_subprocesses_do_not_inherit_the_interpreter() -> None:

@@ -9,6 +9,10 @@ e4m3 lose the carry of a rounding, and NaN; here PyTorch casts.
 Its matrix products are a BLAS library's, which sums in an order that depends on processor, shape and
 layout (seen: OpenBLAS 0.3.31 on a machine with AVX2 alone, rows of 16 and of 64). A matrix unit has no such
 dependence: here the sums are computed in fp64 and rounded once, which hides their order.
+
+It replaces the functions of ``triton.language`` by its own for a launch, and looks for them anew at every
+call of a device function: half the time of an attention. Here it looks only where some are not replaced.
+It makes the table of NumPy's dtypes anew at every load, store and cast; here each entry is asked for once.
 """
 
 from __future__ import annotations
@@ -190,6 +194,40 @@ def _get_bf16(self: Any, value: float) -> TensorHandle:
     return TensorHandle(round_to_bf16(np.array([value], dtype=np.float32)), tl.bfloat16)
 
 
+def _is_patched(language: Any) -> bool:
+    # The interpreter leaves a module that a device function alone has brought replaced, but not its tensor.
+    return not (tl.core.is_builtin(language.load) or tl.core.is_builtin(language.tensor.__add__))
+
+
+def _patch_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    languages: dict[Any, list[Any]] = {}
+
+    @functools.wraps(original)
+    def patch_lang(fn: Any) -> Any:
+        if fn not in languages:
+            languages[fn] = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        if languages[fn] and all(_is_patched(language) for language in languages[fn]):
+            return interpreter._LangPatchScope()  # whoever replaced them restores them
+        return original(fn)
+
+    return patch_lang
+
+
+def _np_dtype_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[Any, Any] = {}
+
+    @functools.wraps(original)
+    def get_np_dtype(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        if isinstance(scalar, tl.pointer_type):  # not hashable
+            return original(scalar)
+        if scalar not in known:
+            known[scalar] = original(scalar)
+        return known[scalar]
+
+    return get_np_dtype
+
+
 def install() -> None:
     """Make the interpreter of this process compute bf16 and e4m3 by value; a second call does nothing."""
     builder = interpreter.InterpreterBuilder
@@ -210,4 +248,6 @@ def install() -> None:
         (interpreter.ScanOps, "cumprod"),
     ):
         setattr(owner, name, _whole_array(getattr(owner, name)))
+    interpreter._patch_lang = _patch_once(interpreter._patch_lang)
+    interpreter._get_np_dtype = _np_dtype_once(interpreter._get_np_dtype)
     builder.computes_bf16_by_value = True
