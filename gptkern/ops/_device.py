@@ -94,6 +94,16 @@ def row_offsets(row, inner, stride_outer, stride_inner):
 
 
 @triton.jit
+def tile_at(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(row, column) of tile number ``index``, in tiles."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    top = (index // group) * GROUP_M
+    height = tl.minimum(tiles_m - top, GROUP_M)
+    return top + (index % group) % height, (index % group) // height
+
+
+@triton.jit
 def row_statistics(x, lanes, eps, WIDTH: tl.constexpr, CENTERED: tl.constexpr):
     """(x less its mean, 1 / its standard deviation, mean) of each row of an fp32 tile.
 

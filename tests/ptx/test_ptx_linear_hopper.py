@@ -8,7 +8,7 @@ from test_ptx_kernels import rows
 
 SCRIPT = "ptx_linear_hopper.py"
 # Work in an order, and no more: the second warpgroup could begin with the first.
-ORDER = "mbarrier.wait(begun, turn & 1)"
+ORDER = "mbarrier.wait(pipe.begun, turn & 1)"
 
 
 def check_calls(*numbers: int) -> None:

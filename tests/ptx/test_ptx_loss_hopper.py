@@ -11,8 +11,8 @@ KERNELS = ("logits_hopper", "dhidden_hopper", "dweight_hopper")
 # Waits of the second warpgroup that nobody misses. Its place behind the first is an order of work; and for a
 # tile's first pair the first warpgroup has waited before it gave that place.
 MISSED = {
-    "part 1: without mbarrier.wait(begun, turn & 1)",
-    "part 1: without mbarrier.wait(barriers[0].index(stage), step // STAGES & 1)",
+    "part 1: without mbarrier.wait(pipe.begun, turn & 1)",
+    "part 1: without mbarrier.wait(pipe.full.index(stage), step // product.STAGES & 1)",
 }
 
 

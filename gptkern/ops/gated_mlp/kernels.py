@@ -9,9 +9,9 @@ for the backward pass, gate and up side by side. The backward pass takes both gr
 product that gives dhidden, and writes them as one matrix: the gradients of x and W are then plain products.
 """
 
-from gptkern.ops._device import activate, activation_grad, rounded_product
+from gptkern.ops._device import activate, activation_grad, rounded_product, tile_at
 from gptkern.ops._triton import tl, triton
-from gptkern.ops.linear.kernels import column_sum, halves, linear, linear_dw, product_tile, tile_at
+from gptkern.ops.linear.kernels import column_sum, halves, linear, linear_dw, product_tile
 
 __all__ = ["column_sum", "gated_linear", "gated_linear_dact", "linear", "linear_dw"]
 

@@ -1,4 +1,4 @@
-"""Launches of the products' kernels for Hopper: the calls that they serve, their tensor maps, their grids."""
+"""Launches of the products' kernels for Hopper: the calls that they serve, and their arguments."""
 
 from __future__ import annotations
 
@@ -7,33 +7,10 @@ from typing import Any
 import torch
 
 from gptkern.ops import _launch
-from gptkern.ops._gluon import descriptor
-from gptkern.ops._hopper import runs_gluon
-from gptkern.ops.linear.kernels_hopper import BLOCK_M, BLOCK_N, ROWS, linear_hopper
+from gptkern.ops._device_hopper import ROWS
+from gptkern.ops._hopper import TILE_M, TILE_N, aligned, multiply, runs_gluon, tiles
+from gptkern.ops.linear.kernels_hopper import linear_hopper
 from gptkern.ops.linear.kernels_hopper_backward import linear_dact_hopper, linear_dw_hopper
-
-
-def aligned(x: torch.Tensor) -> bool:
-    """True if the copy engine and wide loads can read ``x``: contiguous one way, 16-byte steps the other."""
-    inner = 1 if x.stride(1) == 1 else 0
-    step = x.stride(1 - inner) * x.element_size()
-    return x.stride(inner) == 1 and step > 0 and step % 16 == 0 and x.numel() > 0 and x.data_ptr() % 16 == 0
-
-
-def _row(kernel: str, device: torch.device) -> dict[str, Any]:
-    return _launch.config(kernel, device)
-
-
-def _tiles(m: int, n: int) -> int:
-    return -(-m // int(BLOCK_M.value)) * -(-n // int(BLOCK_N.value))
-
-
-def _programs(tiles: int, device: torch.device) -> tuple[int]:
-    return (min(tiles, _launch.multiprocessors(device)),)
-
-
-def _b_descriptor(b: torch.Tensor, block_k: int, block_n: int) -> Any:
-    return descriptor(b, [block_k, block_n]) if b.stride(1) == 1 else descriptor(b.t(), [block_n, block_k])
 
 
 def serves(
@@ -54,9 +31,9 @@ def serves(
     wide = bias is None or bias.stride(0) == 1, residual is None or residual.stride(1) == 1
     if a.stride(1) != 1 or not all(wide):
         return False
-    row = _row(kernel, a.device)
+    row = _launch.config(kernel, a.device)
     long = a.shape[1] >= row["STAGES"] * row["BLOCK_K"]
-    return long and _tiles(a.shape[0], b.shape[1]) >= _launch.multiprocessors(a.device)
+    return long and tiles(a.shape[0], b.shape[1]) >= _launch.multiprocessors(a.device)
 
 
 def serves_dact(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -76,11 +53,11 @@ def serves_weight_grad(dout: torch.Tensor, x: torch.Tensor, other: dict[str, Any
     """
     if not (runs_gluon(x) and aligned(dout) and aligned(x) and dout.stride(1) == x.stride(1) == 1):
         return False
-    row = _row("linear_dw_hopper", x.device)
+    row = _launch.config("linear_dw_hopper", x.device)
     tile = (other["BLOCK_M"], other["BLOCK_N"], other["BLOCK_K"])
     k_tiles = -(-x.shape[0] // row["BLOCK_K"])
     last = k_tiles - (splits - 1) * -(-k_tiles // splits)
-    return tile == (BLOCK_M.value, BLOCK_N.value, row["BLOCK_K"]) and last >= row["STAGES"]
+    return tile == (TILE_M, TILE_N, row["BLOCK_K"]) and last >= row["STAGES"]
 
 
 def product(
@@ -98,20 +75,17 @@ def product(
 
     With ``gated`` b and the bias are the gate's columns and then those of up, as ``pre`` is.
     """
-    row = _row("linear_hopper", a.device)
-    (m, k), columns = a.shape, b.shape[1]
+    (m, k), n = a.shape, b.shape[1]
     copies = 2 if gated else 1
-    _launch.launch(
+    multiply(
         linear_hopper,
-        _programs(_tiles(m, columns), a.device),
-        descriptor(a, [ROWS.value, row["BLOCK_K"]]),
-        _b_descriptor(b, row["BLOCK_K"], BLOCK_N.value // copies),
-        *(bias, residual, out, pre, m, columns // copies, k),
-        0 if residual is None else residual.stride(0),
+        _launch.config("linear_hopper", a.device),
+        *(m, n, (a, b)),
+        *(bias, residual, out, pre, m, n // copies, k, 0 if residual is None else residual.stride(0)),
+        copies=copies,
         ACTIVATION=activation,
         B_ROWS=b.stride(1) == 1,
         GATED=gated,
-        **row,
     )
 
 
@@ -128,20 +102,17 @@ def product_dact(
 
     With ``gated`` a @ b is the gradient of hidden, and ``pre`` and ``dpre`` are gate and up side by side.
     """
-    row = _row("linear_dact_hopper", a.device)
     (m, k), n = a.shape, b.shape[1]
     dpre = torch.empty_like(pre)
     partial = a.new_empty(-(-m // ROWS.value), pre.shape[1], dtype=torch.float32) if sums else None
-    _launch.launch(
+    multiply(
         linear_dact_hopper,
-        _programs(_tiles(m, n), a.device),
-        descriptor(a, [ROWS.value, row["BLOCK_K"]]),
-        _b_descriptor(b, row["BLOCK_K"], BLOCK_N.value),
+        _launch.config("linear_dact_hopper", a.device),
+        *(m, n, (a, b)),
         *(pre, dpre, partial, m, n, k),
         ACTIVATION=activation,
         B_ROWS=b.stride(1) == 1,
         GATED=gated,
-        **row,
     )
     return dpre, partial
 
@@ -150,15 +121,14 @@ def weight_grad(
     dout: torch.Tensor, x: torch.Tensor, parts: torch.Tensor, strides: tuple[int, ...], splits: int
 ) -> None:
     """``dout.T @ x`` in ``splits`` parts of the sum over tokens, each of ``strides`` in ``parts``."""
-    row = _row("linear_dw_hopper", x.device)
     (tokens, m), n = dout.shape, x.shape[1]
     by_rows = strides[1] == 1
-    _launch.launch(
+    multiply(
         linear_dw_hopper,
-        _programs(_tiles(m, n) * splits, x.device),
-        descriptor(dout, [row["BLOCK_K"], ROWS.value]),
-        descriptor(x, [row["BLOCK_K"], BLOCK_N.value]),
+        _launch.config("linear_dw_hopper", x.device),
+        *(m, n, (dout, x)),
         *(parts, m, n, tokens, splits, strides[0] if by_rows else strides[1]),
+        a_rows=False,
+        splits=splits,
         OUT_ROWS=by_rows,
-        **row,
     )

@@ -15,18 +15,8 @@ k runs upwards in steps of BLOCK_K inside one accumulator, and BLOCK_K depends o
 the order of the sums does not change with M, so a row's bits do not depend on its neighbours.
 """
 
-from gptkern.ops._device import activate, activation_grad, rounded_product
+from gptkern.ops._device import activate, activation_grad, rounded_product, tile_at
 from gptkern.ops._triton import tl, triton
-
-
-@triton.jit
-def tile_at(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(row, column) of tile number ``index``, in tiles."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    group = GROUP_M * tl.cdiv(N, BLOCK_N)
-    top = (index // group) * GROUP_M
-    height = tl.minimum(tiles_m - top, GROUP_M)
-    return top + (index % group) % height, (index % group) // height
 
 
 @triton.jit

@@ -12,23 +12,25 @@ those of the next columns while one part is finished. A warpgroup's column sums 
 ``linear_dw_hopper`` takes the splits of ``kernels.linear_dw`` in the same shares: same sums, same bits.
 """
 
+from typing import Any, NamedTuple
+
 from gptkern.ops._device import activate, activation_grad, rounded_product
-from gptkern.ops._gluon import gl, gluon, mbarrier, warpgroup_mma_wait
-from gptkern.ops.linear.kernels_hopper import (
-    BLOCK_N,
+from gptkern.ops._device_hopper import (
     PART,
     ROWS,
     STORED,
-    SUMS,
-    _halves,
-    _inside,
-    _pipeline,
-    _produce,
-    _products,
-    _store,
-    _turns,
-    _work,
+    Product,
+    finished,
+    halves,
+    load,
+    part_of,
+    products,
+    quarters,
+    run,
+    store,
+    store_tile,
 )
+from gptkern.ops._gluon import gl, gluon
 
 # Columns that are finished together where an activation's gradient takes registers, and how they are stored:
 # 16 bytes a lane, the rows that a warp has in SUMS.
@@ -57,109 +59,93 @@ STORED_FP32 = gl.constexpr(
 # --- the gradient of an activation
 
 
+class Dact(NamedTuple):
+    """The arguments of ``linear_dact_hopper`` beside those of its product."""
+
+    pre_ptr: Any
+    dpre_ptr: Any
+    partial_ptr: Any
+    ACTIVATION: Any
+    GATED: Any
+
+
 @gluon.jit
 def _eighths(acc):
     """A warpgroup's products, NARROW columns at a time."""
-    left, right = _halves(acc)
-    a, b = _halves(left)
-    c, d = _halves(right)
-    return _halves(a) + _halves(b) + _halves(c) + _halves(d)
+    a, b, c, d = quarters(acc)
+    return halves(a) + halves(b) + halves(c) + halves(d)
 
 
 @gluon.jit
-def _load(ptr, row, col, M, N, stride, LAYOUT: gl.constexpr):
-    """A part of a matrix whose rows are ``stride`` apart."""
-    rows, columns, inside = _inside(row, col, M, N, LAYOUT, NARROW)
-    # int64 for the part's corner alone, as in _store
-    return gl.load(ptr + (row.to(gl.int64) * stride + col) + (rows * stride + columns), inside, other=0.0)
-
-
-@gluon.jit
-def _store_sum(ptr, value, row, col, M, N, stride, LAYOUT: gl.constexpr):
+def _store_sum(ptr, value, row, col, M, N, stride):
     """Store the column sums of a part of 64 rows. Rows past M are zeros and add nothing."""
-    columns = gl.arange(0, NARROW, gl.SliceLayout(0, LAYOUT))
+    columns = gl.arange(0, NARROW, gl.SliceLayout(0, STORED_NARROW))
     at = ptr + ((row // ROWS).to(gl.int64) * stride + col) + columns
     gl.store(at, gl.sum(value, axis=0), (columns < N - col) & (row < M))
 
 
 @gluon.jit
-def _finish_dact(
-    acc, pre, pointers, row, col, M, N, ACTIVATION: gl.constexpr, LAYOUT: gl.constexpr
-):  # fmt: skip
+def _finish_dact(acc, pre, e, row, col, M, N):
     """The activation's gradient on a warpgroup's products, and its column sums, NARROW columns at a time.
 
     ``pre`` is that of the first columns.
     """
-    pre_ptr, dpre_ptr, partial_ptr = pointers
     parts = _eighths(acc)
     for i in gl.static_range(8):
         first = col + i * NARROW
-        grad = activation_grad(pre.to(gl.float32), ACTIVATION)
-        dpre = rounded_product(gl.convert_layout(parts[i], LAYOUT), grad)
-        _store(dpre_ptr, dpre.to(dpre_ptr.dtype.element_ty), row, first, M, N, N, LAYOUT)
+        grad = activation_grad(pre.to(gl.float32), e.ACTIVATION)
+        dpre = rounded_product(gl.convert_layout(parts[i], STORED_NARROW), grad)
+        store(e.dpre_ptr, dpre.to(e.dpre_ptr.dtype.element_ty), row, first, M, N, N, STORED_NARROW)
         # The next values come while this part is summed.
         if i < 7:
-            pre = _load(pre_ptr, row, first + NARROW, M, N, N, LAYOUT)
-        if partial_ptr is not None:
-            _store_sum(partial_ptr, dpre, row, first, M, N, N, LAYOUT)
+            pre = load(e.pre_ptr, row, first + NARROW, M, N, N, STORED_NARROW, NARROW)
+        if e.partial_ptr is not None:
+            _store_sum(e.partial_ptr, dpre, row, first, M, N, N)
 
 
 @gluon.jit
-def _finish_gated_dact(
-    acc, gate, up, pointers, row, col, M, N, ACTIVATION: gl.constexpr, LAYOUT: gl.constexpr
-):  # fmt: skip
+def _finish_gated_dact(acc, gate, up, e, row, col, M, N):
     """The gradients of gate and up from that of hidden, and their column sums, NARROW columns at a time.
 
     ``gate`` and ``up`` are those of the first columns.
     """
-    pre_ptr, dpre_ptr, partial_ptr = pointers
-    dtype: gl.constexpr = dpre_ptr.dtype.element_ty
+    dtype: gl.constexpr = e.dpre_ptr.dtype.element_ty
     parts = _eighths(acc)
     for i in gl.static_range(8):
         first = col + i * NARROW
-        gates, part = gate.to(gl.float32), gl.convert_layout(parts[i], LAYOUT)
-        dgate = rounded_product(part * up.to(gl.float32), activation_grad(gates, ACTIVATION))
-        _store(dpre_ptr, dgate.to(dtype), row, first, M, N, 2 * N, LAYOUT)
-        if partial_ptr is not None:
-            _store_sum(partial_ptr, dgate, row, first, M, N, 2 * N, LAYOUT)
-        dup = rounded_product(part, activate(gates, ACTIVATION))
-        _store(dpre_ptr + N, dup.to(dtype), row, first, M, N, 2 * N, LAYOUT)
+        gates, part = gate.to(gl.float32), gl.convert_layout(parts[i], STORED_NARROW)
+        dgate = rounded_product(part * up.to(gl.float32), activation_grad(gates, e.ACTIVATION))
+        store(e.dpre_ptr, dgate.to(dtype), row, first, M, N, 2 * N, STORED_NARROW)
+        if e.partial_ptr is not None:
+            _store_sum(e.partial_ptr, dgate, row, first, M, N, 2 * N)
+        dup = rounded_product(part, activate(gates, e.ACTIVATION))
+        store(e.dpre_ptr + N, dup.to(dtype), row, first, M, N, 2 * N, STORED_NARROW)
         # The next values come while this part is summed.
         if i < 7:
-            gate = _load(pre_ptr, row, first + NARROW, M, N, 2 * N, LAYOUT)
-            up = _load(pre_ptr + N, row, first + NARROW, M, N, 2 * N, LAYOUT)
-        if partial_ptr is not None:
-            _store_sum(partial_ptr + N, dup, row, first, M, N, 2 * N, LAYOUT)
+            gate = load(e.pre_ptr, row, first + NARROW, M, N, 2 * N, STORED_NARROW, NARROW)
+            up = load(e.pre_ptr + N, row, first + NARROW, M, N, 2 * N, STORED_NARROW, NARROW)
+        if e.partial_ptr is not None:
+            _store_sum(e.partial_ptr + N, dup, row, first, M, N, 2 * N)
 
 
 @gluon.jit
-def _consume_dact(
-    rings, barriers, extents, pointers,
-    WARPGROUP: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr, B_ROWS: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
-    """A consumer warpgroup: 64 rows of every tile."""
-    M, N, _K = extents
-    pre_ptr, _dpre_ptr, _partial_ptr = pointers
-    _full, empty, _begun = barriers
-    step = 0
-    for turn in range(_turns(extents, None, BLOCK_N)):
-        row, col, _first, k_tiles, _split = _work(turn, extents, None, BLOCK_N, BLOCK_K, GROUP_M)
-        row += WARPGROUP * ROWS
-        acc = gl.zeros([ROWS, BLOCK_N], gl.float32, SUMS)
-        acc, step = _products(acc, rings, barriers, step, turn, k_tiles, WARPGROUP, STAGES, B_ROWS)
-        # The values before the activation come while the last products run.
-        if GATED:
-            gate = _load(pre_ptr, row, col, M, N, 2 * N, STORED_NARROW)
-            up = _load(pre_ptr + N, row, col, M, N, 2 * N, STORED_NARROW)
-        else:
-            pre = _load(pre_ptr, row, col, M, N, N, STORED_NARROW)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-        if GATED:
-            _finish_gated_dact(acc, gate, up, pointers, row, col, M, N, ACTIVATION, STORED_NARROW)
-        else:
-            _finish_dact(acc, pre, pointers, row, col, M, N, ACTIVATION, STORED_NARROW)
+def _compute_dact(pipe, product, e, step, turn, WARPGROUP: gl.constexpr):
+    """A warpgroup's part of a tile: 64 rows."""
+    M, N = product.M, product.N
+    row, col, k_tiles, _split, acc = part_of(turn, product, WARPGROUP)
+    acc, step = products(acc, pipe, product, step, turn, k_tiles, WARPGROUP)
+    # The values before the activation come while the last products run.
+    if e.GATED:
+        gate = load(e.pre_ptr, row, col, M, N, 2 * N, STORED_NARROW, NARROW)
+        up = load(e.pre_ptr + N, row, col, M, N, 2 * N, STORED_NARROW, NARROW)
+    else:
+        pre = load(e.pre_ptr, row, col, M, N, N, STORED_NARROW, NARROW)
+    acc = finished(acc, pipe, product, step)
+    if e.GATED:
+        _finish_gated_dact(acc, gate, up, e, row, col, M, N)
+    else:
+        _finish_dact(acc, pre, e, row, col, M, N)
+    return step
 
 
 @gluon.jit
@@ -181,66 +167,40 @@ def linear_dact_hopper(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    """K is at least STAGES x BLOCK_K, as in ``linear_hopper``."""
-    rings, barriers = _pipeline(a_desc, b_desc, BLOCK_K, STAGES, B_ROWS, False)
-    extents = (M, N, K)
-    pointers = (pre_ptr, dpre_ptr, partial_ptr)
-    gl.warp_specialize(
-        [
-            (_consume_dact, (rings, barriers, extents, pointers, 0, ACTIVATION,
-                             BLOCK_K, STAGES, GROUP_M, B_ROWS, GATED)),
-            (_consume_dact, (rings, barriers, extents, pointers, 1, ACTIVATION,
-                             BLOCK_K, STAGES, GROUP_M, B_ROWS, GATED)),
-            (_produce, ((a_desc, b_desc), rings, barriers, extents,
-                        BLOCK_K, STAGES, GROUP_M, B_ROWS, False, True, None)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    run(
+        (a_desc, b_desc),
+        Product(M, N, K, None, BLOCK_K, STAGES, GROUP_M, True, B_ROWS, 1),
+        _compute_dact,
+        Dact(pre_ptr, dpre_ptr, partial_ptr, ACTIVATION, GATED),
+        CONSUMER_REGISTERS,
+        PRODUCER_REGISTERS,
+    )
 
 
 # --- the gradient of a weight
 
 
-@gluon.jit
-def _finish_dw(acc, out_ptr, row, col, M, N, stride, OUT_ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Store a warpgroup's sums, PART columns at a time, by the result's rows or by its columns."""
-    dtype: gl.constexpr = out_ptr.dtype.element_ty
-    left, right = _halves(acc)
-    parts = _halves(left) + _halves(right)
-    for i in gl.static_range(4):
-        part, first = parts[i].to(dtype), col + i * PART
-        if OUT_ROWS:
-            _store(out_ptr, gl.convert_layout(part, LAYOUT), row, first, M, N, stride, LAYOUT)
-        else:
-            part = gl.convert_layout(gl.permute(part, (1, 0)), LAYOUT)
-            _store(out_ptr, part, first, row, N, M, stride, LAYOUT)
+class Dw(NamedTuple):
+    """The arguments of ``linear_dw_hopper`` beside those of its product."""
+
+    out_ptr: Any
+    stride: Any
+    OUT_ROWS: Any
 
 
 @gluon.jit
-def _consume_dw(
-    rings, barriers, extents, splits, out_ptr, stride,
-    WARPGROUP: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
-    OUT_ROWS: gl.constexpr,
-):  # fmt: skip
-    """A consumer warpgroup: 64 rows of every tile."""
-    M, N, _K = extents
-    _full, empty, _begun = barriers
-    FP32: gl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 32
+def _compute_dw(pipe, product, e, step, turn, WARPGROUP: gl.constexpr):
+    """A warpgroup's part of a tile: 64 rows."""
+    M, N = product.M, product.N
+    FP32: gl.constexpr = e.out_ptr.dtype.element_ty.primitive_bitwidth == 32
     LAYOUT: gl.constexpr = STORED_FP32 if FP32 else STORED
-    step = 0
-    for turn in range(_turns(extents, splits, BLOCK_N)):
-        row, col, _first, k_tiles, split = _work(turn, extents, splits, BLOCK_N, BLOCK_K, GROUP_M)
-        row += WARPGROUP * ROWS
-        acc = gl.zeros([ROWS, BLOCK_N], gl.float32, SUMS)
-        acc, step = _products(
-            acc, rings, barriers, step, turn, k_tiles, WARPGROUP, STAGES, True, False
-        )  # fmt: skip
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-        # int64: splits * M * N passes 2^31 at 8 parts of a 50257-wide layer
-        part_ptr = out_ptr + split.to(gl.int64) * M * N
-        _finish_dw(acc, part_ptr, row, col, M, N, stride, OUT_ROWS, LAYOUT)
+    row, col, k_tiles, split, acc = part_of(turn, product, WARPGROUP)
+    acc, step = products(acc, pipe, product, step, turn, k_tiles, WARPGROUP)
+    acc = finished(acc, pipe, product, step)
+    # int64: splits * M * N passes 2^31 at 8 parts of a 50257-wide layer
+    part_ptr = e.out_ptr + split.to(gl.int64) * M * N
+    store_tile(part_ptr, acc, row, col, M, N, e.stride, LAYOUT, e.OUT_ROWS)
+    return step
 
 
 @gluon.jit
@@ -260,18 +220,11 @@ def linear_dw_hopper(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    """Every split has at least STAGES steps of k, as all sums have in ``linear_hopper``."""
-    rings, barriers = _pipeline(a_desc, b_desc, BLOCK_K, STAGES, True, False)
-    extents = (M, N, K)
-    gl.warp_specialize(
-        [
-            (_consume_dw, (rings, barriers, extents, splits, out_ptr, stride, 0,
-                           BLOCK_K, STAGES, GROUP_M, OUT_ROWS)),
-            (_consume_dw, (rings, barriers, extents, splits, out_ptr, stride, 1,
-                           BLOCK_K, STAGES, GROUP_M, OUT_ROWS)),
-            (_produce, ((a_desc, b_desc), rings, barriers, extents,
-                        BLOCK_K, STAGES, GROUP_M, True, False, False, splits)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    run(
+        (a_desc, b_desc),
+        Product(M, N, K, splits, BLOCK_K, STAGES, GROUP_M, False, True, 1),
+        _compute_dw,
+        Dw(out_ptr, stride, OUT_ROWS),
+        CONSUMER_REGISTERS,
+        PRODUCER_REGISTERS,
+    )

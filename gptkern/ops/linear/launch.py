@@ -13,6 +13,7 @@ import torch
 
 from gptkern.ops import _launch
 from gptkern.ops._dispatch import call_key
+from gptkern.ops._hopper import aligned
 from gptkern.ops._triton import TensorDescriptor
 from gptkern.ops.linear import hopper, kernels
 
@@ -70,7 +71,7 @@ def _row(kernel: str, a: torch.Tensor, b: torch.Tensor, **shape: Any) -> dict[st
         kernel,
         a.device,
         dtype="fp32" if a.dtype == torch.float32 else "half",
-        operands="aligned" if hopper.aligned(a) and hopper.aligned(b) else "any",
+        operands="aligned" if aligned(a) and aligned(b) else "any",
         m=_power_of_two(m),
         tiles=_power_of_two(-(-m // 128) * -(-n // 128)),
         **shape,

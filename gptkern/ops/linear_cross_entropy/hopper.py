@@ -1,4 +1,4 @@
-"""Launches of the kernels for Hopper: the calls that they serve, their tensor maps, their grids."""
+"""Launches of the kernels for Hopper: the calls that they serve, and their arguments."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptkern.ops import _launch
-from gptkern.ops._gluon import descriptor
-from gptkern.ops._hopper import runs_gluon
-from gptkern.ops.linear.hopper import aligned
-from gptkern.ops.linear.kernels_hopper import BLOCK_M, BLOCK_N, ROWS
+from gptkern.ops._hopper import TILE_N, aligned, multiply, runs_gluon
 from gptkern.ops.linear_cross_entropy.checks import OP, Head, Settings
 from gptkern.ops.linear_cross_entropy.kernels_hopper import logits_hopper
 from gptkern.ops.linear_cross_entropy.kernels_hopper_backward import dhidden_hopper, dweight_hopper
 
 if TYPE_CHECKING:
     from gptkern.ops.linear_cross_entropy.launch import Factors, Statistics, _Loss
-
-TILE = int(BLOCK_N.value)
 
 
 def _mapped(hidden: torch.Tensor) -> bool:
@@ -29,12 +24,6 @@ def _mapped(hidden: torch.Tensor) -> bool:
 
 def _row(kernel: str, device: torch.device) -> dict[str, Any]:
     return _launch.config(f"{OP}_{kernel}_hopper", device)
-
-
-def _grid(m: int, n: int, device: torch.device) -> tuple[int]:
-    """Programs for the tiles of an (m, n) result."""
-    tiles = -(-m // int(BLOCK_M.value)) * -(-n // TILE)
-    return (min(tiles, _launch.multiprocessors(device)),)
 
 
 def serves(hidden: torch.Tensor, head: Head, settings: Settings) -> bool:
@@ -52,7 +41,7 @@ def serves(hidden: torch.Tensor, head: Head, settings: Settings) -> bool:
         return False
     row = _row("logits", hidden.device)
     vocab, width = weight.shape
-    return vocab >= TILE and width >= row["STAGES"] * row["BLOCK_K"] and width % 8 == 0
+    return vocab >= TILE_N and width >= row["STAGES"] * row["BLOCK_K"] and width % 8 == 0
 
 
 def serves_dweight(hidden: torch.Tensor, scale: torch.Tensor) -> bool:
@@ -66,18 +55,14 @@ def serves_dweight(hidden: torch.Tensor, scale: torch.Tensor) -> bool:
 
 def logits(loss: _Loss, hidden: torch.Tensor, targets: torch.Tensor, stats: Statistics, save: bool) -> None:
     """Launch ``logits_kernel``'s counterpart."""
-    row = _row("logits", hidden.device)
     (tokens, width), vocab = hidden.shape, loss.weight.shape[0]
-    _launch.launch(
+    multiply(
         logits_hopper,
-        _grid(tokens, vocab, hidden.device),
-        descriptor(hidden, [ROWS.value, row["BLOCK_K"]]),
-        descriptor(loss.weight, [TILE, row["BLOCK_K"]]),
-        *(loss.bias, targets, *stats[:4], stats.target_logit),
-        *(tokens, vocab, width),
+        _row("logits", hidden.device),
+        *(tokens, vocab, (hidden, loss.weight.t())),
+        *(loss.bias, targets, *stats[:4], stats.target_logit, tokens, vocab, width),
         KEEP_EXP=save,
         SMOOTHING=loss.flags["SMOOTHING"],
-        **row,
     )
 
 
@@ -89,25 +74,14 @@ def _smoothing(loss: _Loss) -> tuple[float, float]:
 
 def dhidden(loss: _Loss, exp: torch.Tensor, factors: Factors, scale: torch.Tensor, out: torch.Tensor) -> None:
     """Launch ``dhidden_kernel``'s counterpart; ``out`` is contiguous."""
-    row = _row("dhidden", out.device)
     (tokens, width), vocab = out.shape, loss.weight.shape[0]
-    _launch.launch(
+    stride_s = scale.stride(0) if scale.dim() else 0
+    multiply(
         dhidden_hopper,
-        _grid(tokens, width, out.device),
-        descriptor(exp[:tokens], [ROWS.value, row["BLOCK_K"]]),
-        descriptor(loss.weight, [row["BLOCK_K"], TILE]),
-        *(
-            *factors,
-            scale,
-            out,
-            tokens,
-            vocab,
-            width,
-            scale.stride(0) if scale.dim() else 0,
-            *_smoothing(loss),
-        ),
+        _row("dhidden", out.device),
+        *(tokens, width, (exp[:tokens], loss.weight)),
+        *(*factors, scale, out, tokens, vocab, width, stride_s, *_smoothing(loss)),
         SMOOTHING=loss.flags["SMOOTHING"],
-        **row,
     )
 
 
@@ -123,15 +97,13 @@ def dweight(
     first: bool,
 ) -> None:
     """Launch ``dweight_kernel``'s counterpart; ``out`` and ``dbias`` hold the sums of the chunks before."""
-    row = _row("dweight", out.device)
     tokens, (vocab, width) = hidden.shape[0], out.shape
-    _launch.launch(
+    multiply(
         dweight_hopper,
-        _grid(vocab, width, out.device),
-        descriptor(exp[:tokens], [row["BLOCK_K"], ROWS.value]),
-        descriptor(hidden, [row["BLOCK_K"], TILE]),
+        _row("dweight", out.device),
+        *(vocab, width, (exp[:tokens], hidden)),
         *(*factors, scale, out, dbias, tokens, vocab, width, *_smoothing(loss)),
+        a_rows=False,
         SMOOTHING=loss.flags["SMOOTHING"],
         FIRST=first,
-        **row,
     )

@@ -3,27 +3,40 @@
     logits_hopper     logits_kernel in half precision, tiles of 256 words; no cap, class weights, accuracy
 
 The maths and the results are those of ``kernels``; the skeleton, its barriers and the order of its products
-are those of ``linear.kernels_hopper``. A warpgroup owns 64 tokens of a tile of 128 tokens and 256 words. The
+are those of ``_device_hopper``. A warpgroup owns 64 tokens of a tile of 128 tokens and 256 words. The
 tile stays in its registers, where its statistics are computed, while the tensor core works for the other
 warpgroup; without gradients nothing of it is stored. A token's statistics are those of its row alone, and the
 number of words alone fixes the tiles, so that neither other tokens nor the programs' order show in them.
 """
 
-from gptkern.ops._gluon import gl, gluon, mbarrier, warpgroup_mma_wait
-from gptkern.ops.linear.kernels_hopper import (
+from typing import Any, NamedTuple
+
+from gptkern.ops._device_hopper import (
     BLOCK_N,
-    PART,
     ROWS,
-    STORED,
     SUMS,
-    _halves,
-    _pipeline,
-    _produce,
-    _products,
-    _store,
-    _turns,
-    _work,
+    Product,
+    finished,
+    part_of,
+    products,
+    run,
+    store_tile,
 )
+from gptkern.ops._gluon import gl, gluon
+
+
+class Epilogue(NamedTuple):
+    """The kernel's arguments beside those of its product."""
+
+    bias_ptr: Any
+    targets_ptr: Any
+    exp_ptr: Any
+    tile_max_ptr: Any
+    tile_sum_ptr: Any
+    tile_total_ptr: Any
+    target_logit_ptr: Any
+    KEEP_EXP: Any
+    SMOOTHING: Any
 
 
 @gluon.jit
@@ -35,29 +48,8 @@ def _note(ptr, values, row, tile, tokens, n_tiles, inside):
 
 
 @gluon.jit
-def _store_tile(ptr, tile, row, col, M, N):
-    """Store a warpgroup's tile in rows of N, PART columns at a time to spare shared memory."""
-    left, right = _halves(tile)
-    parts = _halves(left) + _halves(right)
-    for i in gl.static_range(4):
-        part = gl.convert_layout(parts[i].to(ptr.dtype.element_ty), STORED)
-        _store(ptr, part, row, col + i * PART, M, N, N, STORED)
-
-
-# --- logits
-
-
-@gluon.jit
-def _finish_logits(
-    z, target, row, col, extents, pointers,
-    KEEP_EXP: gl.constexpr, SMOOTHING: gl.constexpr,
-):  # fmt: skip
+def _finish_logits(z, target, e, row, col, tokens, vocab):
     """The statistics and, for gradients, the exponentials of a warpgroup's logits."""
-    tokens, vocab, _width = extents
-    (
-        _bias_ptr, _targets_ptr, exp_ptr, tile_max_ptr, tile_sum_ptr, tile_total_ptr,
-        target_logit_ptr,
-    ) = pointers  # fmt: skip
     columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SUMS))
     inside = columns < vocab - col
     tile, n_tiles = col // BLOCK_N, gl.cdiv(vocab, BLOCK_N)
@@ -65,50 +57,40 @@ def _finish_logits(
     own = (target >= col) & (target < gl.minimum(col + BLOCK_N, vocab))
     at = gl.where(own, target - col, -1).to(gl.int32)
     hit = gl.sum(gl.where(columns[None, :] == at[:, None], z, 0.0), 1)
-    _note(target_logit_ptr, hit, row, 0, tokens, 1, own)
+    _note(e.target_logit_ptr, hit, row, 0, tokens, 1, own)
     # Statistics of the tile: the sum of logits for smoothing, maximum, sum of exponentials.
-    if SMOOTHING:
+    if e.SMOOTHING:
         total = gl.sum(gl.where(inside[None, :], z, 0.0), 1)
-        _note(tile_total_ptr, total, row, tile, tokens, n_tiles, True)
+        _note(e.tile_total_ptr, total, row, tile, tokens, n_tiles, True)
     z = gl.where(inside[None, :], z, float("-inf"))
     highest = gl.max(z, 1)
-    _note(tile_max_ptr, highest, row, tile, tokens, n_tiles, True)
+    _note(e.tile_max_ptr, highest, row, tile, tokens, n_tiles, True)
     # If a row is all -inf: (-inf) - (-inf) would be NaN.
     z -= gl.where(highest == float("-inf"), 0.0, highest)[:, None]
-    e = gl.exp(z)
-    _note(tile_sum_ptr, gl.sum(e, 1), row, tile, tokens, n_tiles, True)
-    if KEEP_EXP:
-        _store_tile(exp_ptr, e, row, col, tokens, n_tiles * BLOCK_N)
+    z = gl.exp(z)
+    _note(e.tile_sum_ptr, gl.sum(z, 1), row, tile, tokens, n_tiles, True)
+    if e.KEEP_EXP:
+        store_tile(e.exp_ptr, z, row, col, tokens, n_tiles * BLOCK_N, n_tiles * BLOCK_N)
 
 
 @gluon.jit
-def _consume_logits(
-    rings, barriers, extents, pointers,
-    WARPGROUP: gl.constexpr, KEEP_EXP: gl.constexpr, SMOOTHING: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
-):  # fmt: skip
-    """A consumer warpgroup: 64 tokens of every tile."""
-    tokens, vocab, _width = extents
-    bias_ptr, targets_ptr = pointers[0], pointers[1]
-    _full, empty, _begun = barriers
-    step = 0
-    for turn in range(_turns(extents, None, BLOCK_N)):
-        row, col, _first, k_tiles, _split = _work(turn, extents, None, BLOCK_N, BLOCK_K, GROUP_M)
-        row += WARPGROUP * ROWS
-        acc = gl.zeros([ROWS, BLOCK_N], gl.float32, SUMS)
-        acc, step = _products(acc, rings, barriers, step, turn, k_tiles, WARPGROUP, STAGES, False)
-        # Bias and targets come while the last products run.
-        bias = None
-        if bias_ptr is not None:
-            columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SUMS))
-            bias = gl.load(bias_ptr + col + columns, columns < vocab - col, other=0.0)
-        rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
-        target = gl.load(targets_ptr + rows, rows < tokens, other=-1)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-        if bias_ptr is not None:
-            acc += bias.to(gl.float32)[None, :]
-        _finish_logits(acc, target, row, col, extents, pointers, KEEP_EXP, SMOOTHING)
+def _compute_logits(pipe, product, e, step, turn, WARPGROUP: gl.constexpr):
+    """A warpgroup's part of a tile: 64 tokens."""
+    tokens, vocab = product.M, product.N
+    row, col, k_tiles, _split, acc = part_of(turn, product, WARPGROUP)
+    acc, step = products(acc, pipe, product, step, turn, k_tiles, WARPGROUP)
+    # Bias and targets come while the last products run.
+    bias = None
+    if e.bias_ptr is not None:
+        columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SUMS))
+        bias = gl.load(e.bias_ptr + col + columns, columns < vocab - col, other=0.0)
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+    target = gl.load(e.targets_ptr + rows, rows < tokens, other=-1)
+    acc = finished(acc, pipe, product, step)
+    if e.bias_ptr is not None:
+        acc += bias.to(gl.float32)[None, :]
+    _finish_logits(acc, target, e, row, col, tokens, vocab)
+    return step
 
 
 @gluon.jit
@@ -133,23 +115,14 @@ def logits_hopper(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    """The width is at least STAGES x BLOCK_K, as ``linear_hopper`` has it of K."""
-    rings, barriers = _pipeline(hidden_desc, weight_desc, BLOCK_K, STAGES, False, False)
-    extents = (tokens, vocab, width)
-    pointers = (
-        bias_ptr, targets_ptr, exp_ptr, tile_max_ptr, tile_sum_ptr, tile_total_ptr,
-        target_logit_ptr,
-    )  # fmt: skip
-    # The kernel's own four warps are the first warpgroup.
-    gl.warp_specialize(
-        [
-            (_consume_logits, (rings, barriers, extents, pointers, 0,
-                               KEEP_EXP, SMOOTHING, BLOCK_K, STAGES, GROUP_M)),
-            (_consume_logits, (rings, barriers, extents, pointers, 1,
-                               KEEP_EXP, SMOOTHING, BLOCK_K, STAGES, GROUP_M)),
-            (_produce, ((hidden_desc, weight_desc), rings, barriers, extents,
-                        BLOCK_K, STAGES, GROUP_M, False, False, True, None)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    run(
+        (hidden_desc, weight_desc),
+        Product(tokens, vocab, width, None, BLOCK_K, STAGES, GROUP_M, True, False, 1),
+        _compute_logits,
+        Epilogue(
+            bias_ptr, targets_ptr, exp_ptr, tile_max_ptr, tile_sum_ptr, tile_total_ptr, target_logit_ptr,
+            KEEP_EXP, SMOOTHING,
+        ),
+        CONSUMER_REGISTERS,
+        PRODUCER_REGISTERS,
     )  # fmt: skip

@@ -94,7 +94,7 @@ class _Loss:
 
     @property
     def tile(self) -> int:
-        return hopper.TILE if self.on_hopper else int(self.launch_row("logits")["BLOCK_N"])
+        return hopper.TILE_N if self.on_hopper else int(self.launch_row("logits")["BLOCK_N"])
 
     @property
     def n_tiles(self) -> int:
