@@ -7,7 +7,7 @@ namespace gptkern {
 
 // What Python passes: functions, arguments, and the fields that are read of them. One more with every change of these;
 // gptkern/_native.py has the same number.
-constexpr int kInterface = 9;
+constexpr int kInterface = 10;
 
 void export_constants(pybind11::module_& module);
 

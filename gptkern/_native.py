@@ -22,7 +22,7 @@ def _load() -> tuple[Any, ImportError | None]:
 extension, load_error = _load()
 
 # What Python passes to the extension: csrc/constants.h has the same number.
-_INTERFACE = 9
+_INTERFACE = 10
 _BUILD_AGAIN = "build the extension again, from the sources that gptkern's Python files come from"
 
 

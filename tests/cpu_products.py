@@ -30,13 +30,16 @@ def _stage(kind: str, write: str, read: str = "none", linear: CpuLinear | None =
     return CpuStage(kinds[kind], 0, buffers[read], buffers[write], none, none, None, linear, False)
 
 
-def product(x: torch.Tensor, weight: QuantizedWeight | torch.Tensor, threads: int = 1) -> torch.Tensor:
+def product(
+    x: torch.Tensor, weight: QuantizedWeight | torch.Tensor, threads: int = 1, packed: bool = False
+) -> torch.Tensor:
     """x @ weight.T in x's dtype by the extension: a decoder of embeddings and a head.
 
     Args:
         x: ``(rows, inputs)`` bf16 or fp32, no more rows than the weight has outputs.
         weight: ``(outputs, inputs)``, quantised or of x's dtype.
         threads: Threads of the call.
+        packed: A weight of x's dtype is read from a packed copy.
     """
     rows, (outs, _) = len(x), weight.shape
     if isinstance(weight, torch.Tensor):
@@ -56,5 +59,7 @@ def product(x: torch.Tensor, weight: QuantizedWeight | torch.Tensor, threads: in
     logits = torch.empty(rows, outs, dtype=x.dtype)
     wanted = torch.arange(rows, dtype=torch.int32)
     ids = torch.arange(rows)
-    assert _C.Decoder(model).step(keys, values, table, lengths, ids, wanted, logits, threads)
+    decoder = _C.Decoder(model)
+    decoder.read_packed(packed)
+    assert decoder.step(keys, values, table, lengths, ids, wanted, logits, threads)
     return logits

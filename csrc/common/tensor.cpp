@@ -321,6 +321,18 @@ bool HeldTensor::moved() const {
            !std::equal(shape_, shape_ + dims_, view.shape) || !std::equal(stride_, stride_ + dims_, view.stride);
 }
 
+int64_t HeldTensor::version() const {
+    static PyObject* const name = PyUnicode_InternFromString("_version");
+    PyObject* const version = PyObject_GetAttr(tensor_.ptr(), name);
+    if (version == nullptr) {
+        PyErr_Clear();
+        return -1;
+    }
+    const int64_t count = PyLong_AsLongLong(version);
+    Py_DECREF(version);
+    return count;
+}
+
 HeldDict::HeldDict(py::dict dictionary) : dictionary_(std::move(dictionary)) {
     for (const auto& [key, value] : dictionary_) values_.push_back(py::reinterpret_borrow<py::object>(value));
 }

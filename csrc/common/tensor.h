@@ -167,6 +167,8 @@ public:
     // Asks for the memory that ``moved`` reads, so that many can be waited for at once.
     void prefetch() const;
     bool moved() const;
+    // PyTorch's count of writes in place; of a tensor made in inference mode, which has none, -1.
+    int64_t version() const;
 
 private:
     static constexpr int kMostDims = 2;

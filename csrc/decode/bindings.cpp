@@ -188,6 +188,7 @@ public:
         const auto* const places = check.dense<int32_t>("wanted", wanted, {out_rows});
         char* const out = check.dense("logits", logits, kind, {out_rows, m.vocab}).data;
         const int members = check.number("threads", threads, 1, kMostThreads);
+        if (weights_written_since()) decoder_->weights_written();
         const py::gil_scoped_release others_run;
         decoder_->step(cache, ids, count, places, out_rows, out, members);
         if (advance) {
@@ -195,6 +196,13 @@ public:
         }
         return true;
     }
+
+    size_t packed_bytes() const { return decoder_->packed_bytes(); }
+    void read_packed(bool packed) {
+        const py::gil_scoped_release others_run;
+        decoder_->read_packed(packed);
+    }
+    void weights_written() { decoder_->weights_written(); }
 
 private:
     Tensor cached(Checker& check, const char* name, const py::object& object, Kind kind) const {
@@ -307,6 +315,20 @@ private:
         return stage;
     }
 
+    // Whether PyTorch has counted writes to a tensor since the last look.
+    bool weights_written_since() {
+        std::vector<int64_t>& before = versions_;
+        bool written = false;
+        before.resize(held_.size(), -1);
+        for (size_t i = 0; i < held_.size(); ++i) {
+            const int64_t version = held_[i].version();
+            written |= version != before[i];
+            before[i] = version;
+        }
+        return written;
+    }
+
+    std::vector<int64_t> versions_;
     std::vector<HeldDict> owners_;
     std::vector<HeldTensor> held_;
     std::unique_ptr<Decoder> decoder_;
@@ -320,7 +342,11 @@ void bind_decoder(py::module_& module) {
         .def(py::init<const py::object&, const py::object&>(), py::arg("model"), py::arg("owners") = py::tuple())
         .def("step", &HoldingDecoder::step, py::arg("k"), py::arg("v"), py::arg("page_table"), py::arg("lengths"),
              py::arg("tokens"), py::arg("wanted"), py::arg("logits"), py::arg("threads"), py::arg("advance") = false,
-             "One token of every row, logits of the wanted ones; False, with nothing done, if weights have moved.");
+             "One token of every row, logits of the wanted ones; False, with nothing done, if weights have moved.")
+        .def_property_readonly("packed_bytes", &HoldingDecoder::packed_bytes, "Bytes that packed copies of weights take.")
+        .def("read_packed", &HoldingDecoder::read_packed, py::arg("packed"),
+             "Whether passes read packed copies of weights, which the next one makes; the logits are the same.")
+        .def("weights_written", &HoldingDecoder::weights_written, "The next pass packs the weights anew.");
     module.def("decode_path", [] { return cpu_decode_path()->name; });
     module.def("use_decode_path", &use_cpu_decode_path, "Chooses the path by name, for tests that compare them.");
 }

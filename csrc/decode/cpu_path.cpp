@@ -6,7 +6,6 @@
 #include "common/threads.h"
 #include "decode/attention.h"
 #include "decode/pass.h"
-#include "decode/transposed_pairs.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -142,7 +141,7 @@ private:
     template <class Use>
     void bands(const CpuLinear& layer, int first, int last, const Use& use) const {
         const auto whole = static_cast<int>(padded(last - first));
-        const int band = layer.transposed ? whole : kBand;
+        const int band = layer.transposed && packing_of<Kind>(layer) == Packing::kPlaced ? whole : kBand;
         for (int from = first; from < last; from += band) use(from, last - from < band ? last : from + band, band);
     }
 
@@ -165,11 +164,7 @@ private:
         if (layer.format == Format::kFp8 && x.packing() == Packing::kPairs) {
             return fp8_product<Bf16>(layer, x.pairs(), first, last, sums, stride);
         }
-        if (x.packing() == Packing::kPairs) {
-            if (!layer.transposed) return dot_product<Bf16>(layer, x.pairs(), first, last, sums, stride);
-            const Weights<Bf16> pairs{static_cast<const uint16_t*>(layer.weight), layer.stride, layer.in};
-            return transposed_product(pairs, x.pairs(), first, last - first, sums, stride);
-        }
+        if (x.packing() == Packing::kPairs) return packed_product<Bf16>(layer, x.pairs(), first, last, sums, stride);
 #endif
         if (x.packing() == Packing::kBytes) return byte_product(layer, x.bytes(), first, last, sums, stride);
         if (x.packing() == Packing::kCodes) {
@@ -188,12 +183,16 @@ private:
             if (layer.minimums == nullptr) return gptkern::product<false>(codes, x.natural(), first, last, emit);
             return gptkern::product<true>(codes, x.natural(), first, last, emit);
         }
-        if (x.packing() == Packing::kNatural) return dot_product<Fp32>(layer, x.natural(), first, last, sums, stride);
-        const Weights<Kind> weights{static_cast<const Storage*>(layer.weight), layer.stride, layer.in};
-        if (layer.transposed) {
-            transposed_product(weights, x.placed(), first, last, p_.own + p_.layout.scratch, emit);
-        } else {
-            gptkern::product(weights, x.placed(), first, last, emit);
+        if (x.packing() == Packing::kNatural) {
+            return packed_product<Fp32>(layer, x.natural(), first, last, sums, stride);
+        }
+        if constexpr (Kind::kEvenFirst) {  // bf16 that is widened
+            const Weights<Kind> weights{static_cast<const Storage*>(layer.weight), layer.stride, layer.in};
+            if (layer.transposed) {
+                transposed_product(weights, x.placed(), first, last, p_.own + p_.layout.scratch, emit);
+            } else {
+                gptkern::product(weights, x.placed(), first, last, emit);
+            }
         }
     }
 
@@ -207,11 +206,10 @@ private:
 
     // As ``product``, of weights in the rows' own dtype.
     template <class Same>
-    void dot_product(const CpuLinear& layer, const RowsOf<typename Same::Storage>& x, int first, int last, float* sums,
-                     int64_t stride) const {
-        const auto* const at = static_cast<const typename Same::Storage*>(layer.weight) + first * layer.stride;
-        const Weights<Same> weights{at, layer.stride, layer.in};
-        gptkern::dot_product<Same>(weights, x, last - first, p_.own + p_.layout.partial, sums, stride);
+    void packed_product(const CpuLinear& layer, const RowsOf<typename Same::Storage>& x, int first, int last, float* sums,
+                        int64_t stride) const {
+        const Lines units{reinterpret_cast<float*>(x.at), x.stride / Units<Same>::kNumbers};
+        PackedProduct<Same>(layer, units, x.count, p_.own + p_.layout.part).run(first, last, {sums, stride});
     }
 
     // use(row, out, outputs left, values) for this thread's outputs of a layer.
@@ -338,7 +336,43 @@ void run(const CpuDecode& call, int threads) {
     run_together(threads, call.model->dtype == DType::kFloat32 ? work<Fp32> : work<Bf16>, &team);
 }
 
-constexpr CpuDecodePath kPath{GPTKERN_ISA_NAME, floats, run};
+template <class Kind>
+bool is_packed(const CpuLinear& layer) {
+    if (layer.outs == 0 || layer.format != Format::kModel) return false;
+    return packing_of<Kind>(layer) == Packing::kNatural || packing_of<Kind>(layer) == Packing::kPairs;
+}
+
+size_t packed_floats(const CpuModel& model, const CpuLinear& layer) {
+    if (model.dtype == DType::kFloat32) return is_packed<Fp32>(layer) ? PackedOrder<Fp32>(layer).floats() : 0;
+    return is_packed<Bf16>(layer) ? PackedOrder<Bf16>(layer).floats() : 0;
+}
+
+struct Packers {
+    const CpuModel& model;
+    int threads;
+};
+
+// Every thread packs some strips of each layer.
+template <class Kind>
+void pack_share(void* context, int rank) noexcept {
+    const auto& packers = *static_cast<const Packers*>(context);
+    int strip = 0;
+    for (int i = 0; i < packers.model.stages; ++i) {
+        const CpuLinear& layer = packers.model.stage[i].linear;
+        if (layer.packed == nullptr) continue;
+        const PackedOrder<Kind> order(layer);
+        for (int out = 0; out < layer.outs; out = order.next_strip(out)) {
+            if (strip++ % packers.threads == rank) order.take(out, layer.packed);
+        }
+    }
+}
+
+void pack(const CpuModel& model, int threads) {
+    Packers packers{model, threads};
+    run_together(threads, model.dtype == DType::kFloat32 ? pack_share<Fp32> : pack_share<Bf16>, &packers);
+}
+
+constexpr CpuDecodePath kPath{GPTKERN_ISA_NAME, floats, run, packed_floats, pack};
 
 }  // namespace
 

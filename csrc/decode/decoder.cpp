@@ -1,6 +1,9 @@
 #include "decode/decoder.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <utility>
@@ -35,6 +38,8 @@ const CpuDecodePath* chosen = paths()[0];
 // Three times the heads' width, and a vocabulary rounded up, must fit an int.
 constexpr int kMostOuts = 1 << 29;
 constexpr int kMostThreads = 1024;
+constexpr size_t kHugePage = size_t{1} << 21;
+constexpr int kSamples = 8;  // weights of a matrix that are looked at for writes that nobody reports
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("GPT: " + why); }
 
@@ -180,6 +185,10 @@ Decoder::Decoder(const CpuModel& model, std::vector<CpuLayer> layers, std::vecto
         }
     }
     check_stages(model, static_cast<int>(layers_.size()), stages_);
+    for (CpuStage& stage : stages_) {
+        stage.linear.section = stage.activated && model.gated ? model.inner : stage.linear.outs;
+        stage.linear.packed = nullptr;
+    }
     model_.layers = static_cast<int>(layers_.size());
     model_.layer = layers_.data();
     model_.stages = static_cast<int>(stages_.size());
@@ -209,6 +218,65 @@ CpuCache Decoder::copied(const CpuCache& cache, const int64_t* tokens, int rows)
     return copy;
 }
 
+size_t Decoder::packed_bytes() const {
+    size_t floats = 0;
+    for (const CpuStage& stage : stages_) floats += cpu_decode_path()->packed_floats(model_, stage.linear);
+    return floats * sizeof(float);
+}
+
+void Decoder::read_packed(bool packed) {
+    const PoolLock lock;
+    packs_ = packed;
+    if (packed) return;
+    for (CpuStage& stage : stages_) stage.linear.packed = nullptr;
+    packed_for_ = nullptr;
+    packed_.reset();
+}
+
+void Decoder::pack(const CpuDecodePath& path, int threads) {
+    std::vector<uint32_t> now = samples();
+    if (packed_for_ == &path && !stale_ && now == samples_) return;
+    if (packed_for_ != &path) {
+        for (CpuStage& stage : stages_) stage.linear.packed = nullptr;
+        packed_for_ = nullptr;
+        packed_.reset();
+        const size_t bytes = (packed_bytes() + kHugePage - 1) / kHugePage * kHugePage;
+        if (bytes == 0) return;
+        packed_.reset(static_cast<float*>(std::aligned_alloc(kHugePage, bytes)));
+        if (packed_ == nullptr) throw std::bad_alloc();
+        madvise(packed_.get(), bytes, MADV_HUGEPAGE);  // a hint: a system without such pages has small ones
+        float* next = packed_.get();
+        for (CpuStage& stage : stages_) {
+            const size_t floats = path.packed_floats(model_, stage.linear);
+            if (floats > 0) stage.linear.packed = next;
+            next += floats;
+        }
+    }
+    path.pack(model_, threads);
+    packed_for_ = &path;
+    samples_ = std::move(now);
+    stale_ = false;
+}
+
+std::vector<uint32_t> Decoder::samples() const {
+    std::vector<uint32_t> values;
+    for (const CpuStage& stage : stages_) {
+        const CpuLinear& layer = stage.linear;
+        if (layer.outs == 0 || layer.format != Format::kModel) continue;
+        for (int i = 0; i < kSamples; ++i) {
+            // Evenly apart along both dimensions.
+            const int64_t out = static_cast<int64_t>(layer.outs) * i / kSamples, in = static_cast<int64_t>(layer.in) * i / kSamples;
+            const int64_t at = layer.transposed ? in * layer.stride + out : out * layer.stride + in;
+            const auto* const bytes = static_cast<const char*>(layer.weight);
+            uint32_t value = 0;
+            const size_t size = model_.dtype == DType::kFloat32 ? 4 : 2;
+            std::memcpy(&value, bytes + at * static_cast<int64_t>(size), size);
+            values.push_back(value);
+        }
+    }
+    return values;
+}
+
 void Decoder::step(const CpuCache& cache, const int64_t* tokens, int rows, const int32_t* wanted, int wanted_rows,
                    void* logits, int threads) {
     if (rows == 0 && wanted_rows == 0) return;
@@ -221,6 +289,7 @@ void Decoder::step(const CpuCache& cache, const int64_t* tokens, int rows, const
     const CpuCache own = copied(cache, tokens, rows);
     const CpuDecodePath& path = *cpu_decode_path();
     const int members = std::min(std::max(threads, 1), kMostThreads);
+    if (packs_) pack(path, members);
     const size_t needed = path.floats(model_, rows, members);
     if (floats_ < needed) {
         // Room for more rows too. Aligned, so that no vector crosses a cache line.

@@ -32,6 +32,13 @@ public:
     void step(const CpuCache& cache, const int64_t* tokens, int rows, const int32_t* wanted, int wanted_rows, void* logits,
               int threads);
 
+    // Bytes of packed copies of all matrices that a path reads packed.
+    size_t packed_bytes() const;
+    // Whether passes read such copies, which the next one then makes. Logits are the same, to the bit.
+    void read_packed(bool packed);
+    // The copies are made anew by the next pass. Without this it sees writes that change one of a few weights of a matrix.
+    void weights_written() { stale_ = true; }
+
 private:
     // The pass's tokens, lengths and pages, checked. They are copies, as their owner may change them meanwhile.
     CpuCache copied(const CpuCache& cache, const int64_t* tokens, int rows);
@@ -41,11 +48,19 @@ private:
     CpuModel model_;
     std::vector<int64_t> tokens_;
     std::vector<int32_t> lengths_, table_, wanted_;
+    // Makes the packed copies, unless they are there and as the weights are.
+    void pack(const CpuDecodePath& path, int threads);
+    std::vector<uint32_t> samples() const;
+
     struct Free {
         void operator()(float* memory) const { std::free(memory); }
     };
     std::unique_ptr<float, Free> memory_;
     size_t floats_ = 0;
+    std::unique_ptr<float, Free> packed_;
+    const CpuDecodePath* packed_for_ = nullptr;  // null: there are no copies
+    std::vector<uint32_t> samples_;              // some weights of each matrix, as they were when it was packed
+    bool packs_ = false, stale_ = false;
 };
 
 // The best path of this processor, or null; or the one that use_cpu_decode_path chose by name, which throws if

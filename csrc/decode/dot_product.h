@@ -1,5 +1,5 @@
-// Products of rows with weights of their own dtype: a vector of a row's inputs at a time meets those of several outputs,
-// where the weights lie. fp32 by multiply and add, bf16 by the processor's dot product of pairs.
+// Products of rows with weights that lie by outputs and are widened on the way: a vector of a row's inputs at a time meets
+// those of several outputs. fp32 by multiply and add, bf16 by the processor's dot product of pairs.
 //
 // A product is as many sums as a vector has lanes, over every so many inputs, added in the end. Neither the number of
 // rows nor the split of outputs among threads changes that order.

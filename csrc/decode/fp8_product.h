@@ -1,6 +1,5 @@
-// Products of rows with fp8 weights (e4m3), which are widened to the rows' dtype. It holds them exactly, so that a product is
-// that of weights of that dtype (dot_product.h), to the bit: of a few rows in registers, of more by way of memory that stays
-// in the caches, some outputs at a time.
+// Products of rows with fp8 weights (e4m3), which are widened to the rows' dtype. It holds them exactly. Sums are those of
+// dot_product.h: of a few rows in registers, of more by way of memory that stays in the caches, some outputs at a time.
 #pragma once
 
 #include "decode/dot_product.h"

@@ -27,8 +27,10 @@ struct CpuLinear {
     const void* weight;
     const void* bias;  // null: none
     int outs, in;
+    int section;  // outputs that are packed together: all, or gates and ups apart
     int64_t stride;
     bool transposed;
+    float* packed;  // a copy in the order of packed_product.h; null: none
     Format format;
     const float* scales;           // of int8 and fp8; null: none
     const uint16_t* group_scales;  // of int4, in fp16
@@ -116,6 +118,8 @@ struct CpuDecodePath {
     const char* name;
     size_t (*floats)(const CpuModel&, int rows, int threads);
     void (*run)(const CpuDecode&, int threads);  // the caller must hold a PoolLock
+    size_t (*packed_floats)(const CpuModel&, const CpuLinear&);  // of a packed copy; 0: the path reads none
+    void (*pack)(const CpuModel&, int threads);  // writes all packed copies; the caller must hold a PoolLock
 };
 
 #ifdef GPTKERN_X86

@@ -24,7 +24,7 @@ GPTKERN_HD Packing packing_of(const CpuLinear& layer) {
 #endif
     if (Kind::kEvenFirst && layer.format == Format::kInt8) return Packing::kBytes;
     if (Kind::kEvenFirst && takes_codes(layer)) return Packing::kCodes;
-    const bool as_it_is = std::is_same_v<Kind, Fp32> && layer.format == Format::kModel && !layer.transposed;
+    const bool as_it_is = std::is_same_v<Kind, Fp32> && layer.format == Format::kModel;
     const bool natural = as_it_is || layer.format == Format::kInt4 || layer.format == Format::kFp8;
     return natural ? Packing::kNatural : Packing::kPlaced;
 }

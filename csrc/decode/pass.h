@@ -10,6 +10,7 @@
 #include "decode/fp8_product.h"
 #include "decode/model.h"
 #include "decode/operand.h"
+#include "decode/packed_product.h"
 
 namespace gptkern {
 inline namespace GPTKERN_ISA {
@@ -29,7 +30,7 @@ inline int run_tokens(const CpuModel& m) {
 struct Layout {
     int64_t x, middle, branch, normed, qkv, attended, inner, operand;  // shared: a row of each token
     // Per thread, from the end of the shared part: of products, then of attention.
-    int64_t sums, ups, partial, scratch, codes, widened;
+    int64_t sums, ups, part, partial, scratch, codes, widened;
     int64_t turned, queries, means, totals, tops, keys, values, scores;
     int64_t shared, per_thread;  // sizes of the two parts
 
@@ -53,6 +54,7 @@ struct Layout {
         const int64_t share = padded(most_transposed(m) / threads + 2 * kStep), widest = share > kBand ? share : kBand;
         sums = take(rows * widest);
         ups = take(m.gated ? rows * widest : 0);
+        part = take(kPartFloats);
         partial = take(dot_partial(rows));
         scratch = take(2 * rows * share + rows * kTransposedRows);
         codes = take(sizeof(CodePanel) / sizeof(float));
@@ -80,13 +82,18 @@ struct Layout {
         return most;
     }
 
-    // Outputs of the widest product that reads a transposed matrix.
+    // Outputs of the widest product that reads a transposed matrix as it lies: of bf16, where it is widened.
     static int most_transposed(const CpuModel& m) {
         int most = 0;
+#ifdef __AVX512BF16__
+        const bool widened = false;
+#else
+        const bool widened = m.dtype == DType::kBFloat16;
+#endif
         for (int i = 0; i < m.stages; ++i) {
             const CpuStage& stage = m.stage[i];
             const int outs = stage.activated ? m.inner : stage.linear.outs;
-            if (stage.linear.transposed && outs > most) most = outs;
+            if (widened && stage.linear.transposed && outs > most) most = outs;
         }
         return most;
     }

@@ -258,11 +258,12 @@ class Engine:
         return live.number
 
     def weights_changed(self) -> None:
-        """Find no prefix again that was computed until now.
+        """Find no prefix again that was computed until now, and pack no weights as they were.
 
         Called after writes that PyTorch does not count: through ``parameter.data`` or a raw pointer. All
         other changes are noticed.
         """
+        self.executors.weights_written()
         if self._version is not None:
             self._version.changed()
 

@@ -17,6 +17,11 @@ _SAMPLES = 8
 _optimizer_steps = [0]
 
 
+def optimizer_steps() -> int:
+    """The steps of all optimizers of the process until now."""
+    return _optimizer_steps[0]
+
+
 def _count_step(*_: Any) -> None:
     _optimizer_steps[0] += 1
 
@@ -71,7 +76,7 @@ class WeightsVersion:
 
     def _writes(self) -> tuple[Any, ...]:
         places = list(map(torch.Tensor.data_ptr, self._state.tensors))
-        return places, [t._version for t in self._counting], *_optimizer_steps
+        return places, [t._version for t in self._counting], optimizer_steps()
 
     def _sampled(self) -> list[torch.Tensor]:
         """Some values of every tensor, those of one dtype and device together."""

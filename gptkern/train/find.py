@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from gptkern.host_memory import memory_left
 from gptkern.train.errors import SettingsError
 from gptkern.train.processes import Processes, processes
 from gptkern.train.settings import Settings
@@ -179,7 +180,7 @@ def _speed(trainer: Trainer, group: Processes, size: int) -> float:
         for attempt in range(2):
             # The first step allocates the optimizer's state and fills caches; the second is timed.
             batch = trainer.source.training_batch(attempt, size)
-            if not on_gpu and _memory_left() < _step_bytes(trainer, batch.ids.numel()):
+            if not on_gpu and memory_left() < _step_bytes(trainer, batch.ids.numel()):
                 return 0.0
             began = time.perf_counter()
             trainer.step(attempt, batch).values.tolist()
@@ -193,14 +194,6 @@ def _speed(trainer: Trainer, group: Processes, size: int) -> float:
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
-
-
-def _memory_left() -> int:
-    """Bytes this machine can still give: running out of them on a CPU kills instead of raising."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    raise SettingsError("/proc/meminfo does not say how much memory is left")
 
 
 def _step_bytes(trainer: Trainer, tokens: int) -> int:

@@ -246,8 +246,10 @@ bool check(int threads) {
         if (between(0, 2)) wanted.push_back(r);
     }
     const auto outs = static_cast<int>(wanted.size());
-    std::unique_ptr<Numbers> results[2], keys[2];
-    for (int which = 0; which < 2; ++which) {
+    // One thread, then some; with weights packed on the way, then read from copies.
+    std::unique_ptr<Numbers> results[4], keys[4];
+    for (int which = 0; which < 4; ++which) {
+        decoder.read_packed(which >= 2);
         keys[which] = std::make_unique<Numbers>(s.dtype, cached);
         keys[which]->take(k);
         Numbers values(s.dtype, cached);
@@ -256,9 +258,10 @@ bool check(int threads) {
         const int64_t slot = kv_width, page = slot * s.page_size;
         const CpuCache cache{keys[which]->get(), values.get(), static_cast<int64_t>(slots) * kv_width, page, slot,
                              s.rows * s.pages, s.page_size, table.data(), s.pages, s.pages, lengths.data()};
-        decoder.step(cache, tokens.data(), s.rows, wanted.data(), outs, results[which]->get(), which ? threads : 1);
+        decoder.step(cache, tokens.data(), s.rows, wanted.data(), outs, results[which]->get(), which % 2 ? threads : 1);
     }
-    return results[0]->same(*results[1]) && keys[0]->same(*keys[1]);
+    const auto same = [&](int which) { return results[0]->same(*results[which]) && keys[0]->same(*keys[which]); };
+    return same(1) && same(2) && same(3);
 }
 
 }  // namespace
@@ -274,7 +277,7 @@ int main(int, char** arguments) {
         }
         for (int i = 0; i < models; ++i) {
             if (!gptkern::check(threads)) {
-                std::printf("%s: model %d differs with %d threads\n", path, i, threads);
+                std::printf("%s: model %d differs with %d threads or packed\n", path, i, threads);
                 return 1;
             }
         }

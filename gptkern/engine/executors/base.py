@@ -76,6 +76,9 @@ class Executor(ABC):
                 room that was reserved.
         """
 
+    def weights_written(self) -> None:  # noqa: B027  (most have no copies)
+        """Make anew what was made of the weights: they were written in a way that PyTorch does not count."""
+
     def repeated(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor | None]] | None:
         """The last pass again, of one token of each of its rows; None where there is no such short way.
 

@@ -129,6 +129,11 @@ class Executors:
         assert self._decode is not None
         return self._decode
 
+    def weights_written(self) -> None:
+        """See ``Executor``."""
+        if self._decode is not None:
+            self._decode.weights_written()
+
     def look_again(self) -> None:
         """Look at the whole model: at much that may change without a trace that ``decode`` finds.
 

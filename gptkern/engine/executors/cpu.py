@@ -2,8 +2,13 @@
 
 A pass of few rows is bound by how fast the weights stream from memory. PyTorch's operators stream them
 at a third to two thirds of what the memory gives, and spend as long again between them.
-``csrc/decode/cpu_path.cpp`` reads each weight once, where it lies, and its threads stay together from the
-embeddings to the logits. Quantised weights it widens in registers: half or a quarter of bf16's bytes to read.
+``csrc/decode/cpu_path.cpp`` reads each weight once, and its threads stay together from the embeddings to the
+logits. Quantised weights it widens in registers where they lie: half or a quarter of bf16's bytes to read.
+
+Matrices that are not quantised are copied into the order in which products read them
+(``csrc/decode/packed_product.h``), by the first pass and whenever they have changed. The copies take as much
+memory again as the matrices. Where that is not left, or ``GPTKERN_CPU_PACKED=0`` forbids it, each pass brings
+the weights into this order on the way: the same bits, later.
 
 Products are of fp32 activations, but for a bf16 model's: those with int8 and int4 weights are of activations
 rounded to int8 (``cpu_bytes.py``), and with AVX-512 BF16 those with bf16 and fp8 weights of activations
@@ -12,6 +17,7 @@ rounded to bf16, as PyTorch's are. Sums are in fp32.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +29,9 @@ from gptkern.engine.cache import KVCache
 from gptkern.engine.executors.base import TableExecutor, check_cache
 from gptkern.engine.executors.changes import weights_alone
 from gptkern.engine.executors.cpu_model import cpu_model
+from gptkern.engine.weights_version import optimizer_steps
+from gptkern.environment import fallback
+from gptkern.host_memory import memory_left
 from gptkern.model.decoder import Decoder
 from gptkern.model.weights import decoder_weights
 from gptkern.ops._dispatch import use_kernel
@@ -35,6 +44,8 @@ DRAFT_ROWS = 16
 # Layers of few weights have products so small that what PyTorch does between them counts for more.
 PRODUCTS_OF_BFLOAT16 = "avx512_bf16"
 PROMPT_TOKENS_IN_BFLOAT16 = 16
+# The variable that forbids packed copies (0) or demands them (1).
+PACKED = "GPTKERN_CPU_PACKED"
 FEW_WEIGHTS = 1 << 20
 DTYPES_SERVED = (torch.float32, torch.bfloat16)
 
@@ -65,8 +76,9 @@ class CpuExecutor(TableExecutor):
     """Runs new tokens through the extension's decode step.
 
     A row's logits are bitwise the same whatever else is in the pass, and with any number of threads.
-    Weights are read where they lie when a pass begins: what was changed in place, moved or replaced since
-    the last one is what the next one reads.
+    What was changed in place, moved or replaced since the last pass is what the next one reads. Of writes
+    that PyTorch does not count (through ``parameter.data``, a raw pointer) into a matrix of which there is a
+    copy it sees those that change one of a few values; whoever writes less calls ``weights_written``.
 
     Args:
         model: One that ``serves`` has no reason against. Its weights may change and move.
@@ -86,6 +98,7 @@ class CpuExecutor(TableExecutor):
             widened and model.dtype == torch.bfloat16 and model.quantization is None and layer > FEW_WEIGHTS
         )
         self.prompt_tokens = PROMPT_TOKENS_IN_BFLOAT16 if by_layers else None
+        self._steps = optimizer_steps()
         self._decoder = _decoder(model)
 
     @staticmethod
@@ -123,7 +136,7 @@ class CpuExecutor(TableExecutor):
         logits = torch.empty(rows, self._model.spec.vocab_size, dtype=cache.dtype, device="cpu")
         where = cache.k, cache.v, table.storage.page_table, table.lengths
         arguments = (*where, tokens, places, logits, cpu_threads(), True)
-        step = self._decoder.step
+        step = self._step
         # They grow where the table does not see it.
         table.forget_lengths()
         return logits, lambda: logits if step(*arguments) else None
@@ -158,12 +171,25 @@ class CpuExecutor(TableExecutor):
         places = torch.tensor(rows, dtype=torch.int32, device="cpu")
         logits = torch.empty(len(places), self._model.spec.vocab_size, dtype=cache.dtype, device="cpu")
         arguments = (cache.k, cache.v, page_table, lengths, tokens, places, logits, cpu_threads(), advance)
-        while not self._decoder.step(*arguments):
+        while not self._step(*arguments):
             reason = unserved(self._model, cache.dtype)
             if reason is not None:
                 raise RuntimeError(f"GPT: weights changed while generation was under way: {reason}")
             self._decoder = _decoder(self._model)
         return logits
+
+    def weights_written(self) -> None:
+        """See ``Executor``."""
+        self._decoder.weights_written()
+
+    def _step(self, *arguments: Any) -> bool:
+        """The decoder's step. Fused optimizers write without PyTorch's counting it."""
+        steps = optimizer_steps()
+        if steps != self._steps:
+            self._steps = steps
+            self._decoder.weights_written()
+        done: bool = self._decoder.step(*arguments)
+        return done
 
 
 def _decoder(model: Decoder) -> Any:
@@ -175,4 +201,26 @@ def _decoder(model: Decoder) -> Any:
         for entries in (module._modules, module._parameters, module._buffers)
         if entries
     ]
-    return _native.extension.Decoder(cpu_model(model), owners)
+    decoder = _native.extension.Decoder(cpu_model(model), owners)
+    decoder.read_packed(_packs(decoder.packed_bytes))
+    return decoder
+
+
+def _packs(size: int) -> bool:
+    """True if copies of so many bytes are to be made."""
+    wanted = os.environ.get(PACKED)
+    if wanted not in (None, "0", "1"):
+        raise ValueError(f"{PACKED}={wanted!r}: it takes 1, 0, or nothing: 1 where the memory is there")
+    if wanted is not None or size == 0:
+        return wanted != "0"
+    left = memory_left()
+    # The caller will want memory too: for activations, for the cache.
+    if 2 * size <= left:
+        return True
+    fallback(
+        "the CPU's decode step",
+        "weights as they lie, which takes up to twice as long",
+        f"packed copies take {size >> 20} MiB, and half of the memory that is left is {left >> 21} MiB;"
+        f" quantised weights need none, and {PACKED} decides",
+    )
+    return False
