@@ -102,8 +102,9 @@ def _add_one(model: GPT) -> None:
 
 def _step_fused(model: GPT) -> None:
     weight = model.transformer.h[0].attn.c_attn.weight
-    weight.grad = torch.ones_like(weight)
-    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[100, 3] = 1  # one number alone changes, of a value
+    torch.optim.AdamW([weight], lr=0.1, weight_decay=0, fused=True).step()
 
 
 def _write_data(model: GPT) -> None:
@@ -141,7 +142,7 @@ def test_a_write_that_nobody_sees_can_be_reported() -> None:
 
 
 def test_copies_are_made_where_the_memory_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cpu._packs(0)
+    assert not cpu._packs(0)
     monkeypatch.setattr(cpu, "memory_left", lambda: 2 << 30)
     assert cpu._packs(1 << 30)
     with pytest.warns(FallbackWarning, match=r"1025 MiB, and half .* 1024 MiB.*GPTKERN_CPU_PACKED"):

@@ -188,7 +188,7 @@ public:
         const auto* const places = check.dense<int32_t>("wanted", wanted, {out_rows});
         char* const out = check.dense("logits", logits, kind, {out_rows, m.vocab}).data;
         const int members = check.number("threads", threads, 1, kMostThreads);
-        if (weights_written_since()) decoder_->weights_written();
+        if (decoder_->reads_packed() && weights_written_since()) decoder_->weights_written();
         const py::gil_scoped_release others_run;
         decoder_->step(cache, ids, count, places, out_rows, out, members);
         if (advance) {

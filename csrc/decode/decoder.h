@@ -36,6 +36,7 @@ public:
     size_t packed_bytes() const;
     // Whether passes read such copies, which the next one then makes. Logits are the same, to the bit.
     void read_packed(bool packed);
+    bool reads_packed() const { return packs_; }
     // The copies are made anew by the next pass. Without this it sees writes that change one of a few weights of a matrix.
     void weights_written() { stale_ = true; }
 

@@ -212,7 +212,7 @@ def _packs(size: int) -> bool:
     if wanted not in (None, "0", "1"):
         raise ValueError(f"{PACKED}={wanted!r}: it takes 1, 0, or nothing: 1 where the memory is there")
     if wanted is not None or size == 0:
-        return wanted != "0"
+        return wanted == "1"
     left = memory_left()
     # The caller will want memory too: for activations, for the cache.
     if 2 * size <= left:
