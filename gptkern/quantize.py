@@ -19,7 +19,7 @@ from gptkern import ops
 from gptkern.compensate import compensated
 from gptkern.model.attend import AttendOptions
 from gptkern.ops._types import FP8_MAX
-from gptkern.ops.decode_linear.formats import LARGEST_HALF, QuantizedWeight, quantize
+from gptkern.ops.decode_linear.formats import QuantizedWeight, check_int4, quantize
 from gptkern.quantization import Quantization, linear_names
 
 
@@ -154,12 +154,10 @@ def _check_weights(layers: list[_Place], quantization: Quantization) -> None:
         if weight.numel() == 0:
             continue
         largest = max(abs(end.item()) for end in weight.aminmax())
-        format = quantization.format_of(place.path)
         if not math.isfinite(largest):
             raise ValueError(f"quantize: a weight of {place.path} is {largest:g}; finite numbers are needed")
-        if format == "int4" and largest > LARGEST_HALF:
-            most = f"int4 holds up to {LARGEST_HALF:g}: take int8"
-            raise ValueError(f"quantize: a weight of {place.path} is {largest:g}; {most}")
+        if quantization.format_of(place.path) == "int4":
+            check_int4(f"a weight of {place.path}", largest)
 
 
 def _quantize_layer(place: _Place, quantization: Quantization) -> None:

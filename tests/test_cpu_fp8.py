@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from cpu_products import PATHS, product
 
-from gptkern import _C
 from gptkern.ops.decode_linear.formats import QuantizedWeight, quantize
 
+pytestmark = [
+    pytest.mark.skipif(not PATHS, reason="this processor has no AVX2, or gptkern._C is not built"),
+    pytest.mark.usefixtures("decode_path"),
+]
 DTYPES = (torch.bfloat16, torch.float32)
 # Some fill no vector; one is summed in parts.
 WIDTHS = (5, 32, 100, 768, 1000, 1600)
 ROWS = 43
-
-
-@pytest.fixture(autouse=True, params=["avx2", "avx512", "avx512_bf16"])
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that the processor has."""
-    if request.param not in PATHS:
-        pytest.skip(f"this processor has no {request.param}")
-    best = _C.decode_path()
-    _C.use_decode_path(request.param)
-    yield request.param
-    _C.use_decode_path(best)
 
 
 def _made(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, QuantizedWeight]:

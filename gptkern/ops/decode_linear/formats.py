@@ -18,7 +18,7 @@ from gptkern.quantization import GROUP_SIZES, check_format
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 # int4: the code that stands for 0 where there are no minimums, and the last code.
 MIDDLE, LAST = 8, 15
-LARGEST_HALF = torch.finfo(torch.float16).max
+_LARGEST_HALF = torch.finfo(torch.float16).max
 # Shares of an int4 group's range that are tried for its scale: clipping the ends can lose less than coarse
 # steps. From each the scale and minimum of least error for the codes found are tried so many times.
 _CLIPS = (1.0, 0.94, 0.88, 0.82)
@@ -96,11 +96,15 @@ def quantize(
     return QuantizedWeight(format, values, scales)
 
 
+def check_int4(weight: str, largest: float) -> None:
+    """Raise ValueError naming ``weight`` if int4's scales do not hold its ``largest`` magnitude."""
+    if largest > _LARGEST_HALF:
+        raise ValueError(f"quantize: {weight} is {largest:g}; int4 holds up to {_LARGEST_HALF:g}: take int8")
+
+
 def _int4(groups: torch.Tensor, zero_point: bool) -> QuantizedWeight:
     """int4 of ``(outputs, groups, group_size)``."""
-    largest = groups.abs().max().item() if groups.numel() else 0.0
-    if largest > LARGEST_HALF:
-        raise ValueError(f"quantize: a weight is {largest:g}; int4 holds up to {LARGEST_HALF:g}: take int8")
+    check_int4("a weight", groups.abs().max().item() if groups.numel() else 0.0)
     rows = max(1, _AT_ONCE // max(1, groups[:1].numel()))
     parts = [_best(part, zero_point) for part in groups.split(rows)]
     codes, scales, minimums = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
