@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,3 +171,22 @@ def test_more_threads_than_cores_meet_all_the_same(monkeypatch: pytest.MonkeyPat
         assert _generated(model) == expected
     finally:
         os.sched_setaffinity(0, cores)
+
+
+def test_threads_stay_free_to_run_where_the_process_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that moves away from another one is bound to a core for that moment alone."""
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    cores = os.sched_getaffinity(0)
+    monkeypatch.setenv(VARIABLE, str(len(cores)))
+    torch.set_num_threads(1)
+    model = _model()
+    child = os.fork()  # its threads are new
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)
+        for _ in range(20):
+            _generated(model)
+            time.sleep(0.005)  # threads sleep, and wake on each other's cores
+        threads = [int(thread.name) for thread in Path("/proc/self/task").iterdir()]
+        os._exit(0 if all(os.sched_getaffinity(thread) == cores for thread in threads) else 1)
+    assert os.waitpid(child, 0)[1] == 0

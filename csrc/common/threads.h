@@ -5,14 +5,15 @@
 
 namespace gptkern {
 
-// Polls before a thread sleeps, about 1.5 ms of them: threads that wake each other stay on one core where both slept
-// before a call, as the system sees no two that want to run (a prompt of 32 took 21 ms, not 12, after each pause).
-constexpr int kPolls = 50'000;
+// Polls within a call before a thread sleeps, some 30 us of them. Who polls uses up its share of a core that others want
+// too, and then waits for theirs: with 1.5 ms and a busy neighbour a token took 70 ms, not 4.
+constexpr int kPolls = 1'000;
 
 // What a thread does between two polls.
 void relax();
 
-// Sleeps until ``wake_all`` is called while ``value`` is another than ``now``; it may wake sooner.
+// Sleeps until ``wake_all`` is called while ``value`` is another than ``now``; it may wake sooner. A thread of the pool
+// that wakes where another of the team runs moves to a core that none has.
 void sleep_while(const std::atomic<int>& value, int now);
 void wake_all(const std::atomic<int>& value);
 
