@@ -8,6 +8,7 @@ and those for Hopper. Run it without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 from unittest import mock
@@ -25,8 +26,8 @@ QUERIES, KEYS = 64, 128
 CASES = {64: "not causal", 128: "head dim 128"}
 COLUMNS = {
     "instructions": ("",), "products": ("HGMMA",), "exponentials": ("MUFU.EX2",),
-    "barriers": ("BAR", "SYNCS"), "shared": ("LDS", "STS", "LDSM"), "memory": ("LDG", "STG", "LDGSTS"),
-    "reloads": ("LDL", "STL"),
+    "barriers": ("BAR", "SYNCS"), "shared": ("LDS", "STS", "LDSM"),
+    "memory": ("LDG", "STG", "LDGSTS", "REDG"), "reloads": ("LDL", "STL"),
 }  # fmt: skip
 
 
@@ -46,14 +47,39 @@ def tiles(launch: _launch.Launch) -> float:
     return float(launch.kwargs["BLOCK_M"] * launch.kwargs["BLOCK_N"] / (QUERIES * KEYS))
 
 
+def shortest(code: list[tuple[int, str, str]], first: int, last: int) -> list[str]:
+    """The instructions of the shortest way through a loop that stores nothing; none if it has no such way."""
+    places = {at: place for place, (at, _, _) in enumerate(code)}
+    lengths, following = {last: 1.0}, dict[int, int]()
+    for place in range(last - 1, first - 1, -1):
+        _, whole, name = code[place]
+        ways = [place + 1]
+        if name == "BRA":
+            target = places[int(whole.split("0x")[-1], 16)]
+            ways = [place + 1, target] if whole.startswith("@") else [target]
+        following[place] = min(ways, key=lambda way: lengths.get(way, math.inf))
+        lengths[place] = 1.0 + lengths.get(following[place], math.inf)
+        if name.startswith("STG"):
+            lengths[place] = math.inf
+    way = [first] if lengths[first] < math.inf else []
+    while way and way[-1] != last:
+        way.append(following[way[-1]])
+    return [code[place][2] for place in way]
+
+
 def body(launch: _launch.Launch) -> list[str]:
-    """The instructions of one warp in the shortest loop with all products of a turn."""
+    """The instructions of one warp in the shortest loop with all products of a turn.
+
+    The loop of the kernel for Hopper has ways for queries that a mask cuts, and for the first and the last
+    turn at a sum of dq, which are left out.
+    """
     code = machine_code(_aot.compile_launch(launch, ARCH).asm["cubin"])
-    names = [name for _, _, name in code]
-    found = [names[first : last + 1] for first, last in loops(code)]
-    found = [part for part in found if any(name.startswith("HGMMA") for name in part)]
-    least = 12 if launch.name.endswith("hopper") else 8
-    return min((part for part in found if sum("HGMMA" in name for name in part) >= least), key=len)
+    if launch.name.endswith("hopper"):
+        ways, least = [shortest(code, *ends) for ends in loops(code)], 12
+    else:
+        names = [name for _, _, name in code]
+        ways, least = [names[first : last + 1] for first, last in loops(code)], 8
+    return min((way for way in ways if sum("HGMMA" in name for name in way) >= least), key=len)
 
 
 def counted(launch: _launch.Launch) -> dict[str, float]:
@@ -72,7 +98,7 @@ def l2_bytes(name: str, head_dim: int) -> int:
         return keys * QUERIES // 128
     if name == "flash_attention_dkdv":
         return queries
-    return queries + 2 * 4 * QUERIES * head_dim
+    return queries + 4 * QUERIES * head_dim  # sums that L2 adds to are written and not read
 
 
 def cycles(found: dict[str, float], name: str, head_dim: int) -> dict[str, float]:
@@ -91,7 +117,8 @@ HEAD = f"""# Attention backward, counted, not timed
 Nothing here was measured on a GPU. Made by `python benchmarks/counted_attention.py` of machine code for
 sm_90, in bfloat16. Counts are of 64 queries and 128 keys that no mask cuts, of the two warps that a
 scheduler of a multiprocessor has: the first two kernels together are the third. Their loops hold the
-branch for tiles that a mask cuts, too.
+branch for tiles that a mask cuts, too; of the third, whose loop has ways for these and for the first and the
+last turn at a sum of dq, only the way of a turn between them is counted.
 
 | head dim | kernel | {" | ".join(COLUMNS)} | registers | shared memory |
 |---|---|{"---|" * len(COLUMNS)}---|---|
@@ -100,17 +127,28 @@ CYCLES = f"""
 The cycles that each unit needs for that at least, on an H100 at {CLOCK} GHz: {TENSOR} operations of the
 tensor core and {EXPONENTIALS} exponentials a cycle, one instruction a scheduler, {L2:.0f} bytes of L2
 (5.5 TB/s for {MULTIPROCESSORS} multiprocessors), read and written together. The units work side by
-side, so that the largest is the bound of a kernel.
+side, so that the largest is the bound of a kernel. Sums of dq are written and not read: L2 adds.
 
 | head dim | kernel | tensor core | issue | exponentials | L2 |
 |---|---|---|---|---|---|
 """
 WRONG = """
-By these bounds alone the kernel for Hopper is no faster than the two before together: it has five products
-where they have seven, and its sums of dq cost L2 what that saves. What is expected of it is that it comes
-nearer to its bound: the others wait for each tile's copies, products and exponentials one after another,
-with one block a multiprocessor, and it has a producer, products in flight during the exponentials, and two
-warpgroups that are not held together. Whether L2 carries reads and writes side by side decides how near.
+By these bounds the kernel for Hopper needs about three quarters of the cycles of the two before together: it
+has five products where they have seven. While each tile of keys loaded the sum of dq and stored it, L2 needed
+2,070 and 4,141 cycles, more than the tensor core saved. Besides, the others wait for each tile's copies,
+products and exponentials one after another, with one block a multiprocessor, and it has a producer, products
+in flight during the exponentials, and two warpgroups that are not held together.
+
+No warp has anything in local memory in bfloat16. Before, a thread had 32 to 104 bytes at a head dimension of
+64 and 304 to 488 at 128, in part reloaded in the loops: no accumulators, but bounds of masks and turns,
+places in rings, descriptors of operands. They are numbers in shared memory now, or are computed where used.
+
+Tiles of 256 keys at a head dimension of 64 would halve L2's part once more, to 690 cycles; the tensor core
+needs 1,280, so that the bound would fall from 1,380 by 7%. A warpgroup would hold dk and dv of 128 keys, in
+128 registers a thread, 64 more for scores and gradients of half the keys, 32 for dq: as many as at a head
+dimension of 128, at which keys and values pass through shared memory in each step and not in registers. Three
+warpgroups of 64 keys have 160 registers a thread, which dk, dv, scores, gradients and dq fill by themselves.
+Neither was built.
 
 ## What would show that this is wrong
 
@@ -119,8 +157,8 @@ warpgroups that are not held together. Whether L2 carries reads and writes side 
   `ld.acquire` polls, and the consumers at the barrier `turn`.
 - More bytes from memory than q, k, v, the output's gradient and its sums have, once each: then the sums
   of dq do not stay in L2 from one turn to the next, and `_SECTION_BYTES` is too large.
-- A rate that follows L2 and not the tensor core at long sequences: then the sums of dq are the limit, and
-  tiles of 256 keys at a head dimension of 64 would halve them.
+- A rate that follows L2 and not the tensor core at long sequences: then additions in L2 cost more than
+  stores do, and tiles of 256 keys at a head dimension of 64 would halve them.
 - The tensor core at rest while exponentials are computed, in a profile of issue slots: then the
   warpgroups do not drift apart, and they need turns as the forward has.
 """

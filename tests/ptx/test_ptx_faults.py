@@ -211,6 +211,14 @@ def test_a_grid_barrier_with_a_relaxed_order_is_a_race(arrive: str, leave: str) 
     assert "without an order to block" in refused("race", grid_barrier(arrive, leave), *tensors, blocks=4)
 
 
+def test_a_sum_of_floats_whose_order_timing_decides_is_a_race() -> None:
+    add = "setp.eq.b32 %p1, %r0, 0; mov.b32 %r5, 0f3F800000; @%p1 red.global.gpu.relaxed.add.f32 [%rd0], %r5;"
+    refused("race", add, torch.zeros(1), blocks=2)
+    total = torch.zeros(1, dtype=torch.int32)
+    run(add.replace("f32", "u32").replace("0f3F800000", "1"), total, blocks=2)
+    assert total.tolist() == [2]
+
+
 # Each warp of two blocks stores, one thread counts the blocks, the last reads what all have stored.
 SPLITS = """
 mov.u32 %r10, %ctaid.x; mad.lo.u32 %r11, %r10, 64, %r0; mul.wide.u32 %rd5, %r11, 4; add.s64 %rd6, %rd5, %rd0;

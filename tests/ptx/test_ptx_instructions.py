@@ -464,3 +464,17 @@ def test_blocks_add_to_one_counter() -> None:
 def test_what_is_not_served_is_named() -> None:
     with pytest.raises(NotImplementedError, match=r"tcgen05\.mma"):
         run("tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r3, %p1;", torch.zeros(1))
+
+
+def test_atomics_of_four_numbers_add_each() -> None:
+    """The values before are returned; a reduction returns none."""
+    values, before = torch.arange(4.0), torch.zeros(4)
+    body = """
+mov.b32 %r1, 0f3F800000; mov.b32 %r2, 0f40000000;
+setp.eq.b32 %p1, %r0, 0;
+@%p1 atom.global.gpu.relaxed.add.v4.f32 {%r10, %r11, %r12, %r13}, [%rd0], {%r1, %r2, %r1, %r2};
+@%p1 red.relaxed.gpu.global.add.v4.f32 [%rd0], {%r2, %r2, %r2, %r2};
+@%p1 st.global.v4.b32 [%rd1], {%r10, %r11, %r12, %r13};
+"""
+    run(body, values, before)
+    assert before.tolist() == [0.0, 1.0, 2.0, 3.0] and values.tolist() == [3.0, 5.0, 5.0, 7.0]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Whose shared memory (None: global memory), which of the lanes, and the addresses there.
 _Place = tuple["Block | None", Array, Array]
 _LANE = re.compile(r"\blane (\d+)")
+_FLOATS = ("f16", "bf16", "f32", "f64")
 _ATOMICS = ("add", "exch", "cas", "min", "max", "and", "or", "xor", "inc", "dec")
 
 
@@ -173,23 +174,28 @@ class AccessInstructions(Operands):
 
     def _atom(self, parts: tuple[str, ...], instruction: Instruction) -> Execute:
         returns = parts[0] == "atom"
-        destination = instruction.operands[0] if returns else "_"
+        destinations = self._vector(instruction.operands[0] if returns else "_")
         operand, *sources = instruction.operands[1 if returns else 0 :]
         kind, space = parts[-1], space_of(parts)
         what = next(part for part in parts if part in _ATOMICS)
         place = self.place(operand, space)
-        fetches = [self.value(source, kind) for source in sources]
+        fetches = [[self.value(name, kind) for name in self._vector(source)] for source in sources]
+        count = len(fetches[0])
+        size = np.dtype(DTYPES[kind]).itemsize * count
         acquires = bool({"acquire", "acq_rel"} & set(parts))
         releases = bool({"release", "acq_rel"} & set(parts))
 
         def execute(block: Block, mask: Mask) -> None:
-            before = np.zeros(block.threads, DTYPES[kind])
+            before = np.zeros((block.threads, count), DTYPES[kind])
             lanes = lanes_of(block, mask)
-            values = [np.broadcast_to(fetch(block), block.threads) for fetch in fetches]
+            values = [
+                np.stack([np.broadcast_to(fetch(block), block.threads) for fetch in elements], axis=1)
+                for elements in fetches
+            ]
             with naming(lanes):
                 for home, chosen, addresses in self.targets(block, space, place(block)[lanes]):
                     which = lanes[chosen]
-                    block.touched(home, addresses, np.dtype(DTYPES[kind]).itemsize, which)
+                    block.touched(home, addresses, size, which)
                     if releases:
                         _released(block, home, addresses, which)
                     # Lanes with one address go one after another: the first of each address, then the second.
@@ -199,7 +205,8 @@ class AccessInstructions(Operands):
                         before[lane] = _updated(block, home, addresses[turn], lane, what, kind, operands)
                     if acquires:
                         _acquired(block, home, addresses, which)
-            block.put(destination, before, mask)
+            for index, name in enumerate(destinations):
+                block.put(name, np.ascontiguousarray(before[:, index]), mask)
 
         return execute
 
@@ -293,21 +300,24 @@ def _updated(
     kind: str,
     values: list[Array],
 ) -> Array:
-    """Read, change and write; the values before."""
-    size = np.dtype(DTYPES[kind]).itemsize
+    """Read, change and write (lanes, elements); the values before."""
+    lane_count, count = values[0].shape
+    size = np.dtype(DTYPES[kind]).itemsize * count
     warps = block.warp[lanes]
+    # A sum of floats depends on its order: one that timing decides is a race.
+    ordered = what == "add" and kind in _FLOATS
     if home is None:
         early = block.early(lanes)
-        data = block.memory.read(addresses, size, block.those(lanes), ordered=False, early=early)
+        data = block.memory.read(addresses, size, block.those(lanes), ordered=ordered, early=early)
     else:
         index = home.shared.index(addresses, size)
         data = home.shared.read_atomically(index, warps)
-    old = np.array(np.ascontiguousarray(data).view(DTYPES[kind])[:, 0])
+    old = np.array(np.ascontiguousarray(data).view(DTYPES[kind]))
     with np.errstate(all="ignore"):
         new = np.ascontiguousarray(_atomically(what, old, values), dtype=DTYPES[kind])
-    changed = new.view(np.uint8).reshape(len(lanes), size)
+    changed = new.view(np.uint8).reshape(lane_count, size)
     if home is None:
-        block.memory.write(addresses, changed, block.those(lanes), ordered=False, early=early)
+        block.memory.write(addresses, changed, block.those(lanes), ordered=ordered, early=early)
     else:
         home.shared.update(index, changed, warps)
     return old
