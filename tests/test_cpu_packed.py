@@ -141,6 +141,16 @@ def test_a_write_that_nobody_sees_can_be_reported() -> None:
     assert not torch.equal(logits(), before)
 
 
+def test_a_model_whose_writes_nobody_counts_is_read_as_it_lies() -> None:
+    with torch.inference_mode():
+        model = GPT(SMALL).eval()
+        with pytest.warns(FallbackWarning, match="made in inference mode.*GPTKERN_CPU_PACKED=1"):
+            _, logits = _executor(model)
+        before = logits()
+        model.transformer.h[0].mlp.c_fc.weight[5, 1] += 1
+        assert not torch.equal(logits(), before)
+
+
 def test_copies_are_made_where_the_memory_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cpu._packs(0)
     monkeypatch.setattr(cpu, "memory_left", lambda: 2 << 30)

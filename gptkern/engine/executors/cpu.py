@@ -202,17 +202,27 @@ def _decoder(model: Decoder) -> Any:
         if entries
     ]
     decoder = _native.extension.Decoder(cpu_model(model), owners)
-    decoder.read_packed(_packs(decoder.packed_bytes))
+    # In tensors made in inference mode PyTorch counts no write: copies of them would go stale in silence.
+    counted = not any(parameter.is_inference() for parameter in model.parameters())
+    decoder.read_packed(_packs(decoder.packed_bytes, counted))
     return decoder
 
 
-def _packs(size: int) -> bool:
-    """True if copies of so many bytes are to be made."""
+def _packs(size: int, counted: bool = True) -> bool:
+    """True if copies of so many bytes are to be made of matrices whose writes PyTorch counts, or does not."""
     wanted = os.environ.get(PACKED)
     if wanted not in (None, "0", "1"):
         raise ValueError(f"{PACKED}={wanted!r}: it takes 1, 0, or nothing: 1 where the memory is there")
     if wanted is not None or size == 0:
         return wanted == "1"
+    if not counted:
+        fallback(
+            "the CPU's decode step",
+            "weights as they lie, which takes up to twice as long",
+            "the model was made in inference mode, where PyTorch counts no writes into weights, and copies"
+            f" would not follow them; make it outside, or set {PACKED}=1 if nobody writes",
+        )
+        return False
     left = memory_left()
     # The caller will want memory too: for activations, for the cache.
     if 2 * size <= left:
