@@ -175,6 +175,7 @@ class CpuExecutor(TableExecutor):
             reason = unserved(self._model, cache.dtype)
             if reason is not None:
                 raise RuntimeError(f"GPT: weights changed while generation was under way: {reason}")
+            self._decoder.read_packed(False)  # its copies' memory is given back before others are made
             self._decoder = _decoder(self._model)
         return logits
 
