@@ -21,7 +21,6 @@ void relax() {
 #endif
 }
 
-
 void wake_all(const std::atomic<int>& value) {
     syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
@@ -36,7 +35,6 @@ int cores() {
     return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
 }
 
-constexpr int kMostThreads = 1024;   // of a team
 constexpr int kCallPolls = 50'000;  // polls between calls, some 1.5 ms of them: what Python does between two passes
 
 // Where the threads of a team run. Of two that wake each other the system leaves both on one core, where each sleeps

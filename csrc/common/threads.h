@@ -5,6 +5,8 @@
 
 namespace gptkern {
 
+constexpr int kMostThreads = 1024;  // of a team
+
 // Polls within a call before a thread sleeps, some 30 us of them. Who polls uses up its share of a core that others want
 // too, and then waits for theirs: with 1.5 ms and a busy neighbour a token took 70 ms, not 4.
 constexpr int kPolls = 1'000;

@@ -10,14 +10,13 @@
 #include <vector>
 
 #include "common/tensor.h"
+#include "common/threads.h"
 #include "decode/decoder.h"
 
 namespace py = pybind11;
 
 namespace gptkern {
 namespace {
-
-constexpr int kMostThreads = 1024;
 
 // Reads the tensors of a gptkern.engine.executors.cpu_model.CpuModel, checks each, and holds it for the decoder.
 class Weights {

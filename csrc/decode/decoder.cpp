@@ -37,7 +37,6 @@ const CpuDecodePath* chosen = paths()[0];
 
 // Three times the heads' width, and a vocabulary rounded up, must fit an int.
 constexpr int kMostOuts = 1 << 29;
-constexpr int kMostThreads = 1024;
 constexpr size_t kHugePage = size_t{1} << 21;
 constexpr int kSamples = 8;  // weights of a matrix that are looked at for writes that nobody reports
 

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "common/tensor.h"
+#include "common/threads.h"
 #include "sampling/cpu_path.h"
 #include "sampling/cuda_path.h"
 
@@ -36,7 +37,6 @@ void use_cpu_path(const std::string& name) {
     }
 }
 
-constexpr int kMostThreads = 1024;
 static_assert(sizeof(RowParams) == 12 * sizeof(double) && sizeof(RowCounter) == 3 * sizeof(int64_t));
 
 DType logits_type(const Checker& check, const Tensor& logits) {

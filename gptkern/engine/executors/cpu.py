@@ -44,10 +44,10 @@ DRAFT_ROWS = 16
 # Layers of few weights have products so small that what PyTorch does between them counts for more.
 PRODUCTS_OF_BFLOAT16 = "avx512_bf16"
 PROMPT_TOKENS_IN_BFLOAT16 = 16
-# The variable that forbids packed copies (0) or demands them (1).
-PACKED = "GPTKERN_CPU_PACKED"
 FEW_WEIGHTS = 1 << 20
 DTYPES_SERVED = (torch.float32, torch.bfloat16)
+# The variable that forbids packed copies (0) or demands them (1).
+PACKED = "GPTKERN_CPU_PACKED"
 
 
 def unserved(model: Decoder, dtype: torch.dtype) -> str | None:
@@ -216,22 +216,18 @@ def _packs(size: int, counted: bool = True) -> bool:
         raise ValueError(f"{PACKED}={wanted!r}: it takes 1, 0, or nothing: 1 where the memory is there")
     if wanted is not None or size == 0:
         return wanted == "1"
-    if not counted:
-        fallback(
-            "the CPU's decode step",
-            "weights as they lie, which takes up to twice as long",
-            "the model was made in inference mode, where PyTorch counts no writes into weights, and copies"
-            f" would not follow them; make it outside, or set {PACKED}=1 if nobody writes",
-        )
-        return False
     left = memory_left()
-    # The caller will want memory too: for activations, for the cache.
-    if 2 * size <= left:
+    if not counted:
+        reason = (
+            "the model was made in inference mode, where PyTorch counts no writes into weights, and copies"
+            f" would not follow them; make it outside, or set {PACKED}=1 if nobody writes"
+        )
+    elif 2 * size > left:  # the caller will want memory too: for activations, for the cache
+        reason = (
+            f"packed copies take {size >> 20} MiB, and half of the memory that is left is {left >> 21} MiB;"
+            f" quantised weights need none, and {PACKED} decides"
+        )
+    else:
         return True
-    fallback(
-        "the CPU's decode step",
-        "weights as they lie, which takes up to twice as long",
-        f"packed copies take {size >> 20} MiB, and half of the memory that is left is {left >> 21} MiB;"
-        f" quantised weights need none, and {PACKED} decides",
-    )
+    fallback("the CPU's decode step", "weights as they lie, which takes up to twice as long", reason)
     return False
